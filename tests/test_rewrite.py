@@ -1,0 +1,278 @@
+"""The rewriter on its own: what reaches the hook, what stays the same, what is refused. The corpus has the rest."""
+
+import dis
+import inspect
+import pickle
+import sys
+import traceback
+import types
+
+import pytest
+
+from visualizer import rewrite as engine
+from visualizer.errors import RewriteError, UnknownLocalError
+from visualizer.rewrite import HOOK, assigned_lines, local_names, rewrite
+
+
+def instrument(function, *names, at="return"):
+    """A twin of the function with its code rewritten, and the list of what its hook was called with."""
+    calls = []
+
+    def hook(key, value):
+        calls.append((key, value))
+
+    space = {**function.__globals__, HOOK: hook}
+    code = rewrite(function.__code__, names, at=at, key="the key")
+    twin = types.FunctionType(code, space, None, function.__defaults__, function.__closure__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin, calls, hook
+
+
+def test_the_local_reaches_the_hook_beside_the_result():
+    def scale(x):
+        attn = object()
+        return x, attn
+
+    twin, calls, _ = instrument(scale, "attn")
+    result = twin(3)
+    assert [("the key", result[1])] == calls
+    assert 3 == result[0]
+
+
+def test_several_names_arrive_together_in_the_order_asked():
+    def forward(x):
+        q, k, v = x, x + 1, x + 2
+        return q
+
+    twin, calls, _ = instrument(forward, "v", "q", "x")
+    twin(1)
+    assert [("the key", (3, 1, 1))] == calls
+
+
+def test_an_unbound_name_is_the_hook_itself():
+    def forward(flag):
+        if flag:
+            attn = 1
+        return flag
+
+    twin, calls, hook = instrument(forward, "attn")
+    assert (twin(False), twin(True)) == (False, True)
+    assert [("the key", hook), ("the key", 1)] == calls
+
+
+def test_each_unbound_name_among_several_is_told_apart():
+    def forward(flag):
+        if flag:
+            a = 1
+        else:
+            b = 2
+        return flag
+
+    twin, calls, hook = instrument(forward, "a", "b")
+    twin(True), twin(False)
+    assert [("the key", (1, hook)), ("the key", (hook, 2))] == calls
+
+
+def test_assignments_come_one_by_one_with_their_lines():
+    def forward(scores):
+        attn = scores
+        attn = attn * 2
+        attn += 1
+        return attn
+
+    first = forward.__code__.co_firstlineno
+    twin, calls, _ = instrument(forward, "attn", at="assign")
+    twin(5)
+    assert calls[0] == ("the key", None), "the call announces itself"
+    assert [("attn", first + 1, 5), ("attn", first + 2, 10), ("attn", first + 3, 11)] == [v for _, v in calls[1:]]
+
+
+def test_rewritten_code_can_be_rewritten_again():
+    def forward(x):
+        attn = x + 1
+        return attn
+
+    seen = []
+    code = rewrite(forward.__code__, ["attn"], key="one")
+    code = rewrite(code, ["x"], key="two", at="return")
+    code = rewrite(code, ["attn"], key="three", at="assign")
+    types.FunctionType(code, {HOOK: lambda *call: seen.append(call)})(1)
+    line = forward.__code__.co_firstlineno + 1
+    assert [("three", None), ("three", ("attn", line, 2)), ("one", 2), ("two", 1)] == seen
+
+
+def test_a_raising_hook_leaves_the_function_by_its_own_error_cold_and_warm():
+    def forward(x):
+        try:
+            attn = x
+            return attn
+        except ValueError:
+            return "the function's handler must not see it"
+
+    twin, _, _ = instrument(forward, "attn")
+    for _ in range(50):
+        assert twin(1) == 1
+
+    def broken(key, value):
+        raise ValueError("from the hook")
+
+    twin.__globals__[HOOK] = broken
+    for _ in range(200):
+        with pytest.raises(ValueError, match="from the hook") as caught:
+            twin(1)
+    assert traceback.extract_tb(caught.value.__traceback__)[1].lineno == forward.__code__.co_firstlineno + 3
+
+
+def test_signature_documentation_and_marshalling_survive():
+    def forward(a, /, b, *args, c=1, **kwargs):
+        """What it does."""
+        attn = a
+        return attn
+
+    code = rewrite(forward.__code__, ["attn"], key="not a docstring")
+    forward.__code__, original = code, forward.__code__
+    assert "(a, /, b, *args, c=1, **kwargs)" == str(inspect.signature(forward))
+    assert original.co_flags == code.co_flags
+    assert types.FunctionType(code, {}).__doc__ == "What it does."
+    import marshal
+
+    assert marshal.loads(marshal.dumps(code)).co_varnames == code.co_varnames
+
+
+def test_the_key_never_becomes_a_docstring():
+    functions = [lambda x: x, eval("lambda *, y: y")]
+    for function in functions:
+        name = function.__code__.co_varnames[0]
+        code = rewrite(function.__code__, [name], key="the key")
+        assert types.FunctionType(code, {}).__doc__ is None
+
+
+def test_the_stack_has_room_for_many_names():
+    names = [f"v{i}" for i in range(300)]
+    space = {}
+    exec("def many():\n" + "".join(f"    {n} = '{n}'\n" for n in names) + "    return len(locals())\n", space)
+    twin, calls, _ = instrument(space["many"], *names)
+    assert twin() == 300
+    assert calls == [("the key", tuple(names))]
+
+
+def test_local_names_are_what_can_be_captured():
+    outer = 1
+
+    def forward(a, *rest, b=2, **more):
+        c = a
+        cell = outer
+        return [hidden for hidden in rest], lambda: cell
+
+    assert {"a", "rest", "b", "more", "c", "cell", "outer"} == set(local_names(forward.__code__))
+
+
+def test_a_comprehensions_variable_is_a_local_only_if_the_function_has_it_too():
+    def only_there(xs):
+        return [x for x in xs]
+
+    def both(xs):
+        x = 0
+        return [x for x in xs], x
+
+    assert "x" not in local_names(only_there.__code__)
+    assert "x" in local_names(both.__code__)
+    with pytest.raises(UnknownLocalError, match="no local 'x'"):
+        rewrite(only_there.__code__, ["x"], key="k")
+
+
+def test_assigned_lines_leave_out_what_is_no_assignment():
+    def forward(e):
+        try:
+            e = 1
+        except ValueError as e:  # the clause ends with a hidden assignment of None
+            pass
+        return [e for e in ()]
+
+    first = forward.__code__.co_firstlineno
+    assert (first + 2, first + 3) == assigned_lines(forward.__code__, "e")
+
+
+class TestTheProof:
+    """It compares what will run with what would have run; any difference is a refusal with the reason."""
+
+    @staticmethod
+    def function(x):
+        for i in range(x):
+            try:
+                attn = i + 0.5
+            except ValueError:
+                attn = None
+        return attn
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            pytest.param(lambda c: c.replace(co_flags=c.co_flags | 0x20), id="flags"),
+            pytest.param(lambda c: c.replace(co_consts=tuple((k,) for k in c.co_consts)), id="constants"),
+            pytest.param(lambda c: c.replace(co_names=tuple(f"{n}_" for n in c.co_names)), id="names"),
+            pytest.param(lambda c: c.replace(co_varnames=c.co_varnames[::-1]), id="variables"),
+            pytest.param(lambda c: c.replace(co_exceptiontable=b""), id="handlers"),
+            pytest.param(lambda c: c.replace(co_linetable=c.co_linetable[:-4]), id="lines"),
+            pytest.param(lambda c: c.replace(co_firstlineno=c.co_firstlineno + 1), id="first line"),
+        ],
+    )
+    def test_every_kind_of_damage_is_seen(self, monkeypatch, change):
+        from bytecode import Bytecode
+
+        assemble = Bytecode.to_code
+        monkeypatch.setattr(Bytecode, "to_code", lambda self, *args, **kw: change(assemble(self, *args, **kw)))
+        with pytest.raises(RewriteError) as caught:
+            rewrite(self.function.__code__, ["attn"], key="k")
+        assert "TestTheProof.function" in str(caught.value)
+        assert "left as it is" in str(caught.value)
+
+    def test_a_changed_jump_is_seen(self, monkeypatch):
+        from bytecode import Bytecode, Instr
+
+        assemble = Bytecode.to_code
+
+        def damaged(self, *args, **kwargs):
+            labels = [i.arg for i in self if isinstance(i, Instr) and i.has_jump()]
+            jump = next(i for i in self if isinstance(i, Instr) and i.has_jump() and "FORWARD" not in i.name)
+            jump.arg = next(label for label in labels if label is not jump.arg)
+            return assemble(self, *args, **kwargs)
+
+        monkeypatch.setattr(Bytecode, "to_code", damaged)
+        with pytest.raises(RewriteError):
+            rewrite(self.function.__code__, ["attn"], key="k")
+
+    def test_what_the_package_cannot_take_apart_is_refused(self, monkeypatch):
+        from bytecode import Bytecode
+
+        def broken(*args, **kwargs):
+            raise IndexError("list index out of range")
+
+        monkeypatch.setattr(Bytecode, "from_code", broken)
+        with pytest.raises(RewriteError, match="IndexError"):
+            rewrite(self.function.__code__, ["attn"], key="k")
+
+    def test_an_unknown_way_to_return_is_refused(self, monkeypatch):
+        monkeypatch.setattr(engine.opcodes, "KNOWN_RETURNS", frozenset())
+        with pytest.raises(RewriteError, match="RETURN_VALUE"):
+            rewrite(self.function.__code__, ["attn"], key="k")
+
+
+@pytest.mark.parametrize("module", [dis, inspect, pickle, traceback, types])
+def test_the_standard_library_rewrites(module):
+    """Every function of a few modules, both ways; the long proofs take the whole library."""
+
+    def nested(code):
+        yield code
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                yield from nested(constant)
+
+    with open(module.__file__, "rb") as file:
+        whole = compile(file.read(), module.__file__, "exec")
+    functions = [code for code in nested(whole) if code.co_flags & inspect.CO_OPTIMIZED and local_names(code)]
+    assert functions
+    for code in functions:
+        for at in ("return", "assign"):
+            rewritten = rewrite(code, local_names(code), at=at, key="k")
+            assert rewritten.co_varnames == code.co_varnames

@@ -1,0 +1,57 @@
+"""See inside models while they run: any local variable of a function, by its name.
+
+from visualizer import get_local
+
+class Attention(nn.Module):
+    @get_local("attn")                       # stays in the code for ever: nothing happens until activated
+    def forward(self, x): ...
+
+get_local.activate()
+model(images)
+get_local.cache["Attention.forward"]         # one array per call
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    RewriteError,
+    UnknownKeyError,
+    UnknownLocalError,
+    UnsupportedPythonError,
+    VisualizerError,
+    VisualizerWarning,
+)
+from .instrument import get_local
+
+if TYPE_CHECKING:
+    from . import models, plot
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RewriteError",
+    "UnknownKeyError",
+    "UnknownLocalError",
+    "UnsupportedPythonError",
+    "VisualizerError",
+    "VisualizerWarning",
+    "get_local",
+    "models",
+    "plot",
+]
+
+_LAZY = ("models", "plot")
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: they bring in torch and matplotlib, which capturing does not need.
+    if name in _LAZY:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,479 @@
+"""Rewrite a code object so that named locals reach a hook, and prove that nothing else changed.
+
+Pure: (code, names, at, key) -> code. It knows no store and no tensor; the rewritten code looks the hook up as a global
+of its function, under the name `HOOK`, so any two-argument callable put there will do.
+
+    at="return"  before every return, while the result waits on the stack: hook(key, value), or
+                 hook(key, (value1, value2, ...)) for several names; an unbound name is passed as the hook itself
+    at="assign"  once as a call begins: hook(key, None); after each assignment: hook(key, (name, line, value))
+
+The proof: the rewritten code without the injected instructions is, instruction by instruction, the original:
+the same operations on the same names and constants, the same jumps, exception handlers, lines and columns.
+A function that fails it is refused with `RewriteError` and left as it was.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Iterator, Sequence
+from types import CodeType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from . import opcodes
+from .errors import RewriteError, UnknownLocalError
+from .opcodes import Kind
+
+if TYPE_CHECKING:
+    from bytecode import Bytecode, Instr
+    from bytecode.instr import TryBegin
+
+At = Literal["return", "assign"]
+
+HOOK = "__get_local__"
+"""The global name under which rewritten code finds its hook."""
+
+
+def local_names(code: CodeType) -> tuple[str, ...]:
+    """The names that can be captured from a function's code, its parameters first.
+
+    >>> def scale(x, by=2):
+    ...     product = x * by
+    ...     return product
+    >>> local_names(scale.__code__)
+    ('x', 'by', 'product')
+
+    Parameters, assigned names, those that inner functions share, and those of outer functions that it uses. From
+    Python 3.12 on a comprehension's own variable lives in the function's frame too; it is none of the function's locals
+    (as on 3.11, where it has a frame of its own) and is not listed.
+    """
+    names = dict.fromkeys((*code.co_varnames, *code.co_cellvars, *code.co_freevars))
+    # Half of the bytes are arguments, which may look like the opcode: a cheap test that is never wrongly negative.
+    may_borrow = opcodes.COMPREHENSIONS_ARE_INLINED and dis.opmap.get("LOAD_FAST_AND_CLEAR", -1) in code.co_code
+    if may_borrow and opcodes.why_unsupported() is None:
+        flow = _Flow(_disassemble(code), code)
+        names = {name: None for name in names if flow.is_the_functions_own(name)}
+    return tuple(names)
+
+
+def assigned_lines(code: CodeType, name: str) -> tuple[int, ...]:
+    """The lines on which a function's code assigns to a name, in order.
+
+    >>> def scale(x):
+    ...     if x:
+    ...         attn = 2 * x
+    ...     return x
+    >>> lines = assigned_lines(scale.__code__, "attn")
+    >>> [line - scale.__code__.co_firstlineno for line in lines]
+    [2]
+    """
+    flow = _Flow(_disassemble(code), code)
+    lines = {_line(instr) for index, instr in flow.instructions() if flow.assigns(index, instr, (name,))}
+    return tuple(sorted(line for line in lines if line is not None))
+
+
+def rewrite(code: CodeType, names: Sequence[str], *, at: At = "return", key: str, hook: str = HOOK) -> CodeType:
+    """A code object that does what `code` does and also brings the locals `names` to a hook.
+
+    >>> def scale(x):
+    ...     attn = 2 * x
+    ...     return attn + 1
+    >>> captured = []
+    >>> globals()[HOOK] = lambda key, value: captured.append((key, value))
+    >>> scale.__code__ = rewrite(scale.__code__, ["attn"], key="scale")
+    >>> scale(3), captured
+    (7, [('scale', 6)])
+
+    Args:
+        code: a function's code object; code that was rewritten before may be rewritten again.
+        names: which locals, out of `local_names(code)`.
+        at: "return" for the values at every return, "assign" for every value assigned.
+        key: handed to the hook with each value; a string, so that the code stays marshallable.
+        hook: the global name of the hook.
+
+    Raises:
+        UnknownLocalError: `code` has no local of that name.
+        RewriteError: the result cannot be proved to mean the same; the message has the reason.
+        UnsupportedPythonError: this interpreter's bytecode is not known.
+    """
+    opcodes.require_supported()
+    known = local_names(code)
+    for name in names:
+        if name not in known:
+            raise UnknownLocalError(f"{code.co_qualname} has no local {name!r}; it has {', '.join(known)}")
+    writer = _Writer(code, names, key, hook)
+    if at == "return":
+        writer.capture_at_returns()
+    else:
+        writer.capture_assignments()
+    try:
+        rewritten = writer.assemble()
+    except Exception as error:
+        raise RewriteError(_refusal(code, f"the bytecode package cannot put it together again: {error!r}")) from error
+    _prove(code, rewritten, writer.injected_indices())
+    return rewritten
+
+
+def _disassemble(code: CodeType) -> Bytecode:
+    from bytecode import Bytecode
+
+    try:
+        bytecode = Bytecode.from_code(code, conserve_exception_block_stackdepth=True)
+    except Exception as error:
+        raise RewriteError(_refusal(code, f"the bytecode package could not take it apart: {error!r}")) from error
+    # The package numbers variables by first use; all of them given as arguments keep the order that they have.
+    bytecode.argnames = list(code.co_varnames)
+    # A function made from the result takes a string that comes first for its docstring: it must not be the key.
+    if not isinstance(bytecode.docstring, str):
+        bytecode.docstring = None
+    _split_pairs(bytecode)
+    unknown = {i.name for i in _instructions(bytecode) if i.name.startswith("RETURN")} - opcodes.KNOWN_RETURNS
+    if unknown:
+        raise RewriteError(_refusal(code, f"it returns by {', '.join(sorted(unknown))}, which is not known"))
+    return bytecode
+
+
+def _split_pairs(bytecode: Bytecode) -> None:
+    """Write two-in-one instructions as the two that they stand for, and a constant's return as load and return."""
+    from bytecode import Instr
+
+    items: list[Any] = []
+    for item in bytecode:
+        if isinstance(item, Instr) and item.name in opcodes.PAIRS and isinstance(item.arg, tuple):
+            steps = zip(opcodes.PAIRS[item.name], item.arg, strict=True)
+            items.extend(Instr(name, variable, location=item.location) for name, variable in steps)
+        elif isinstance(item, Instr) and item.name == "RETURN_CONST":
+            items.append(Instr("LOAD_CONST", item.arg, location=item.location))
+            items.append(Instr("RETURN_VALUE", location=item.location))
+        else:
+            items.append(item)
+    bytecode[:] = items
+
+
+def _instructions(bytecode: Bytecode) -> Iterator[Instr]:
+    from bytecode import Instr
+
+    return (item for item in bytecode if isinstance(item, Instr))
+
+
+def _line(instr: Instr) -> int | None:
+    return instr.location.lineno if instr.location is not None else None
+
+
+def _variable(instr: Instr) -> str | None:
+    """The name of the variable that an instruction on one variable works on."""
+    return instr.arg if isinstance(instr.arg, str) else getattr(instr.arg, "name", None)
+
+
+def _refusal(code: CodeType, reason: str) -> str:
+    return (
+        f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno}) cannot be rewritten and was left as it is: "
+        f"{reason}. To capture from it, move the lines that compute the value into a function of their own."
+    )
+
+
+class _Flow:
+    """What kind of variable a name is, and which of its stores are assignments that the programmer wrote."""
+
+    def __init__(self, bytecode: Bytecode, code: CodeType) -> None:
+        self._items = list(bytecode)
+        stars = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+        self._parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + stars]
+        self._start = next((i for i, instr in self.instructions() if instr.name == "RESUME"), 0)
+        self._cells = {
+            _variable(instr) for i, instr in self.instructions() if i < self._start and instr.name == "MAKE_CELL"
+        }
+        self._free = set(bytecode.freevars)
+        self._comprehended = self._comprehensions() if opcodes.COMPREHENSIONS_ARE_INLINED else {}
+
+    def instructions(self) -> Iterator[tuple[int, Instr]]:
+        from bytecode import Instr
+
+        return ((index, item) for index, item in enumerate(self._items) if isinstance(item, Instr))
+
+    def kind(self, name: str) -> Kind:
+        # A comprehension adds a cell with a free variable's name, so free comes first; one that makes a cell of a plain
+        # local does it behind RESUME, so a name in co_cellvars need not be a cell at the return.
+        if name in self._free:
+            return Kind.FREE
+        return Kind.CELL if name in self._cells else Kind.FAST
+
+    def is_always_bound(self, name: str) -> bool:
+        """Whether it is a parameter that nothing ever unbinds: its load cannot fail."""
+        unbinds = opcodes.DELETES | {"LOAD_FAST_AND_CLEAR"}
+        return (
+            name in self._parameters
+            and self.kind(name) is Kind.FAST
+            and not any(_variable(instr) == name and instr.name in unbinds for _, instr in self.instructions())
+        )
+
+    def is_the_functions_own(self, name: str) -> bool:
+        """Whether a name is a variable of the function, and not only of a comprehension in it."""
+        if name not in self._comprehended or self.kind(name) is not Kind.FAST or name in self._parameters:
+            return True
+        inside = self._comprehended[name]
+        return any(
+            _variable(instr) == name and index not in inside and instr.name != "LOAD_FAST_AND_CLEAR"
+            for index, instr in self.instructions()
+        )
+
+    def assigns(self, index: int, instr: Instr, names: Sequence[str]) -> bool:
+        """Whether the instruction at `index` is the store of an assignment to one of the names."""
+        name = _variable(instr)
+        if instr.name not in opcodes.STORES or name is None or name not in names:
+            return False
+        return index not in self._comprehended.get(name, set()) and not self._ends_except_clause(index, instr)
+
+    def _ends_except_clause(self, index: int, store: Instr) -> bool:
+        """`except E as e` ends with a hidden `e = None; del e`, both at one and the same place in the source."""
+        following = next((instr for i, instr in self.instructions() if i > index), None)
+        return (
+            following is not None
+            and following.name in opcodes.DELETES
+            and _variable(following) == _variable(store)
+            and following.location == store.location
+        )
+
+    def _comprehensions(self) -> dict[str, set[int]]:
+        """For each name that a comprehension borrows, the items between its being saved and its being restored.
+
+        The saved value waits on the stack meanwhile, so the borrowing lasts as long as that slot does: from each
+        LOAD_FAST_AND_CLEAR on, every path is followed until a store takes the slot away.
+        """
+        from bytecode import Instr
+        from bytecode.instr import TryBegin, TryEnd
+
+        saves = [(i, instr) for i, instr in self.instructions() if instr.name == "LOAD_FAST_AND_CLEAR"]
+        if not saves:
+            return {}
+        labels = {id(item): i for i, item in enumerate(self._items)}
+        handlers: dict[int, TryBegin] = {}
+        active: TryBegin | None = None
+        for i, item in enumerate(self._items):
+            if isinstance(item, TryBegin):
+                active = item
+            elif isinstance(item, TryEnd):
+                active = None
+            elif isinstance(item, Instr) and active is not None:
+                handlers[i] = active
+
+        def successors(index: int, depth: int) -> Iterator[tuple[int, int]]:
+            item = self._items[index]
+            if not isinstance(item, Instr):
+                yield index + 1, depth
+                return
+            if index in handlers:
+                begin = handlers[index]
+                assert isinstance(begin.stack_depth, int)
+                yield labels[id(begin.target)], begin.stack_depth + begin.push_lasti + 1
+            if item.has_jump():
+                yield labels[id(item.arg)], depth + item.stack_effect(jump=True)
+            if not item.is_final():
+                yield index + 1, depth + item.stack_effect(jump=False)
+
+        depths: dict[int, int] = {}
+        paths = [(self._start, 0)]
+        while paths:
+            index, depth = paths.pop()
+            if index < len(self._items) and index not in depths:
+                depths[index] = depth
+                paths.extend(successors(index, depth))
+
+        found: dict[str, set[int]] = {}
+        for save, instr in saves:
+            if save not in depths:
+                continue  # unreachable: never runs, so nothing is borrowed
+            inside = found.setdefault(str(_variable(instr)), set())
+            seen: set[tuple[int, int]] = set()
+            steps = [(save + 1, depths[save])]  # where execution is, and which slot of the stack holds the saved value
+            while steps:
+                index, slot = steps.pop()
+                if (index, slot) in seen or index >= len(self._items) or index not in depths:
+                    continue
+                seen.add((index, slot))
+                item, depth = self._items[index], depths[index]
+                top = depth - 1
+                if isinstance(item, Instr):
+                    inside.add(index)
+                    if item.name == "STORE_FAST" and slot == top:
+                        continue
+                    if item.name == "SWAP":
+                        other = depth - int(item.arg)  # type: ignore[arg-type]
+                        slot = other if slot == top else top if slot == other else slot
+                steps.extend((after, slot) for after, left in successors(index, depth) if left > slot)
+        return found
+
+
+class _Writer:
+    """Puts hook calls into a function's bytecode and remembers which instructions it put in."""
+
+    def __init__(self, code: CodeType, names: Sequence[str], key: str, hook: str) -> None:
+        self._bytecode = _disassemble(code)
+        self._flow = _Flow(self._bytecode, code)
+        self._code, self._names, self._key, self._hook = code, tuple(names), key, hook
+        self._injected: set[int] = set()
+
+    def injected_indices(self) -> set[int]:
+        """The injected instructions, by their position among all instructions."""
+        return {index for index, instr in enumerate(_instructions(self._bytecode)) if id(instr) in self._injected}
+
+    def assemble(self) -> CodeType:
+        # Above what the function itself stacks: hook, null, key, name, line, the values and an exception.
+        room = 6 + len(self._names)
+        return self._bytecode.to_code(stacksize=self._code.co_stacksize + room, compute_exception_stack_depths=False)
+
+    def capture_at_returns(self) -> None:
+        from bytecode import Instr, Label
+        from bytecode.instr import TryBegin, TryEnd
+
+        items: list[Any] = []
+        # The exception region that we are in, and the part of it that is open since it was last split.
+        region: TryBegin | None = None
+        part: TryBegin | None = None
+        for item in self._bytecode:
+            if isinstance(item, TryBegin):
+                region = part = item
+            elif isinstance(item, TryEnd) and item.entry is region and part is not None:
+                item = TryEnd(part)
+                region = part = None
+            elif isinstance(item, Instr) and item.name in opcodes.RETURNS:
+                place = item.location
+                self._put(items, opcodes.load_hook(self._hook, place))
+                self._put(items, opcodes.load_constant(self._key, place))
+                for count, name in enumerate(self._names):
+                    load = opcodes.load_variable(name, self._flow.kind(name), place)
+                    if self._flow.is_always_bound(name):
+                        self._put(items, load)
+                        continue
+                    # try: load / except: the hook itself. Regions may not nest, so the outer one pauses. The handler
+                    # stands in line: at the end of the code its jump back would be a `line` event on 3.11. And as it
+                    # stands between load and call, what precedes the call is not the region, where 3.13 would look up
+                    # the handler of an exception that the hook raises.
+                    handler, after = Label(), Label()
+                    below = 1 + 3 + count  # the result; hook, null and key; the values so far
+                    attempt = TryBegin(handler, False, below)
+                    if part is not None:
+                        items.append(TryEnd(part))
+                    items.append(attempt)
+                    self._put(items, load)
+                    items.append(TryEnd(attempt))
+                    if part is not None:
+                        part = TryBegin(part.target, part.push_lasti, part.stack_depth)
+                        items.append(part)
+                    self._put(items, [Instr("JUMP_FORWARD", after, location=place)])
+                    items.append(handler)
+                    self._put(items, [Instr("POP_TOP", location=place)])
+                    self._put(items, opcodes.load_marker(self._hook, place))
+                    items.append(after)
+                if len(self._names) > 1:
+                    self._put(items, opcodes.build_tuple(len(self._names), place))
+                self._put(items, opcodes.call_hook(place))
+            items.append(item)
+        self._bytecode[:] = items
+
+    def capture_assignments(self) -> None:
+        from bytecode import Instr
+        from bytecode.instr import InstrLocation
+
+        items: list[Any] = []
+        entered = False
+        nowhere = InstrLocation(None, None, None, None)  # no line: tracers must not see one on entry
+        for index, item in enumerate(list(self._bytecode)):
+            items.append(item)
+            if not isinstance(item, Instr):
+                continue
+            if item.name == "RESUME" and not entered:
+                entered = True
+                self._put(items, opcodes.load_hook(self._hook, nowhere))
+                self._put(items, opcodes.load_constant(self._key, nowhere))
+                self._put(items, [Instr("LOAD_CONST", None, location=nowhere)])
+                self._put(items, opcodes.call_hook(nowhere))
+            elif self._flow.assigns(index, item, self._names):
+                name, place = str(_variable(item)), item.location
+                line = _line(item)
+                self._put(items, opcodes.load_hook(self._hook, place))
+                self._put(items, opcodes.load_constant(self._key, place))
+                self._put(items, opcodes.load_constant(name, place))
+                self._put(items, opcodes.load_constant(self._bytecode.first_lineno if line is None else line, place))
+                self._put(items, opcodes.load_variable(name, self._flow.kind(name), place))
+                self._put(items, opcodes.build_tuple(3, place))
+                self._put(items, opcodes.call_hook(place))
+        self._bytecode[:] = items
+
+    def _put(self, items: list[Any], instructions: list[Instr]) -> None:
+        self._injected.update(map(id, instructions))
+        items.extend(instructions)
+
+
+class _Step(NamedTuple):
+    """One instruction with all that it means, free of offsets and numbering."""
+
+    operation: str
+    argument: Any
+    shown: str
+    place: Any
+    handler: tuple[int, int, bool] | None
+
+
+def _steps(code: CodeType, dropped: set[int]) -> list[_Step]:
+    """A code object's instructions but the dropped ones; jumps and handlers by the step that they lead to."""
+    jumps = {*dis.hasjrel, *dis.hasjabs, *getattr(dis, "hasjump", ())}
+    resolved = {*dis.hasconst, *dis.hasname, *dis.haslocal, *dis.hasfree}
+    drafts: list[tuple[str, Any, str, Any, int, bool]] = []
+    step_at: dict[int, int] = {}
+    index = -1
+    for instruction in dis.get_instructions(code):
+        step_at[instruction.offset] = len(drafts)  # an EXTENDED_ARG leads to the instruction that it extends
+        if instruction.opname in ("EXTENDED_ARG", "CACHE"):
+            continue
+        index += 1
+        if index in dropped:
+            continue
+        name, value, shown = instruction.opname, instruction.argval, instruction.argrepr
+        place, offset, is_jump = instruction.positions, instruction.offset, instruction.opcode in jumps
+        if name in opcodes.PAIRS:
+            for half, variable in zip(opcodes.PAIRS[name], value, strict=True):
+                drafts.append((half, variable, str(variable), place, offset, False))
+        elif name == "RETURN_CONST":
+            drafts.append(("LOAD_CONST", value, shown, place, offset, False))
+            drafts.append(("RETURN_VALUE", None, "", place, offset, False))
+        elif is_jump:
+            drafts.append((name, value, "", place, offset, True))
+        elif instruction.opcode in resolved:
+            drafts.append((name, value, shown, place, offset, False))
+        else:
+            drafts.append((name, instruction.arg, "", place, offset, False))
+    disassembly: Any = dis.Bytecode(code)
+    regions = [
+        (entry.start, entry.end, (step_at[entry.target], entry.depth, bool(entry.lasti)))
+        for entry in disassembly.exception_entries
+    ]
+    steps = []
+    for name, value, shown, place, offset, is_jump in drafts:
+        handler = next((to for start, end, to in regions if start <= offset < end), None)
+        steps.append(_Step(name, step_at[value] if is_jump else value, shown, place, handler))
+    return steps
+
+
+def _prove(code: CodeType, rewritten: CodeType, injected: set[int]) -> None:
+    """Raise RewriteError unless the rewritten code is the original and the injected instructions, and nothing else."""
+    for attribute in _KEPT:
+        before, after = getattr(code, attribute), getattr(rewritten, attribute)
+        if before != after:
+            raise RewriteError(_refusal(code, f"its {attribute} would change from {before!r} to {after!r}"))
+    before_steps, after_steps = _steps(code, set()), _steps(rewritten, injected)
+    if len(before_steps) != len(after_steps):
+        raise RewriteError(_refusal(code, f"{len(before_steps)} instructions would become {len(after_steps)}"))
+    for before, after in zip(before_steps, after_steps, strict=True):
+        same_argument = before.argument is after.argument or (
+            type(before.argument) is type(after.argument) and repr(before.argument) == repr(after.argument)
+        )
+        if not same_argument or before._replace(argument=None) != after._replace(argument=None):
+            raise RewriteError(_refusal(code, f"{before} would become {after}"))
+
+
+_KEPT = (
+    *("co_name", "co_qualname", "co_filename", "co_firstlineno", "co_flags"),
+    *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_nlocals"),
+    *("co_varnames", "co_cellvars", "co_freevars"),
+)
