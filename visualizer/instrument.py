@@ -1,0 +1,428 @@
+"""What is instrumented now, for whom, and the way back: `get_local`.
+
+A function is instrumented by swapping its `__code__`: the object stays the same, so everything that refers to it (a
+class, a subclass, an instance's bound method, a compiled model) sees the change, and sees it undone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import count
+from types import CodeType, FunctionType
+from typing import Any, TypeVar, get_args
+
+from . import opcodes
+from .errors import UnknownLocalError
+from .rewrite import HOOK, At, local_names, rewrite
+from .store import Cache, Channel, Record, Store, _warn, receive
+from .tensors import Keep, check_keep
+
+T = TypeVar("T")
+
+
+class _Patch:
+    """The channels that listen to one function, its own code and the code that it has for them."""
+
+    def __init__(self, original: CodeType) -> None:
+        self.original = self.installed = original
+        self.channels: list[Channel] = []
+
+
+_patches: weakref.WeakKeyDictionary[FunctionType, _Patch] = weakref.WeakKeyDictionary()
+_switching = threading.RLock()
+_site_numbers = count(1)
+
+
+def _attach(function: FunctionType, channel: Channel) -> None:
+    """Make a function's code bring the channel's variables; RewriteError leaves it as it was."""
+    with _switching:
+        patch = _patches.get(function)
+        if patch is None or function.__code__ is not patch.installed:
+            # What another tool has put in place meanwhile is the original from here on.
+            patch = _Patch(function.__code__)
+        _install(function, patch, [*patch.channels, channel])
+        _patches[function] = patch
+
+
+def _detach(function: FunctionType, channel: Channel) -> None:
+    """Undo `_attach`; the last channel's leaving puts the original code object back."""
+    with _switching:
+        patch = _patches.get(function)
+        if patch is None or channel not in patch.channels:
+            return
+        if function.__code__ is not patch.installed:
+            del _patches[function]
+            _warn(
+                f"{_name(function)} has had its code replaced by another tool while get_local was active: it is left "
+                "as that tool made it. What it would still bring is ignored."
+            )
+            return
+        _install(function, patch, [other for other in patch.channels if other is not channel])
+        if not patch.channels:
+            del _patches[function]
+
+
+def _install(function: FunctionType, patch: _Patch, channels: list[Channel]) -> None:
+    code = patch.original
+    for channel in channels:
+        code = _rewritten(code, channel)
+    # The name stays when the capture goes: a generator that was suspended in rewritten code still looks it up.
+    function.__globals__[HOOK] = receive
+    function.__code__ = patch.installed = code
+    patch.channels = channels
+
+
+def _rewritten(code: CodeType, channel: Channel) -> CodeType:
+    # A factory makes function after function from one code object: rewrite it once.
+    if channel.made is None or channel.made[0] is not code:
+        channel.made = code, rewrite(code, channel.names, at=channel.at, key=channel.site)
+    return channel.made[1]
+
+
+def _name(function: FunctionType) -> str:
+    code = function.__code__
+    return f"{function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+
+
+class _Origin:
+    """One function in the source, however often it is defined: its key, and what its decorators capture."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+        self.variables: list[str] = []
+        self.channels: dict[tuple[Any, ...], Channel] = {}
+        """One for each way of decorating it, so that all its definitions share them."""
+
+    def key(self, variable: str) -> str:
+        return self.base if self.variables == [variable] else f"{self.base}:{variable}"
+
+
+class GetLocal:
+    """Hand over local variables of running functions, by name.
+
+    >>> from visualizer import get_local
+    >>> @get_local("attn")
+    ... def attend(scores):
+    ...     attn = [score / sum(scores) for score in scores]
+    ...     return "the weights stay inside"
+    >>> with get_local.activate():
+    ...     attend([1, 3])
+    'the weights stay inside'
+    >>> get_local.cache["attend"]
+    [[0.25, 0.75]]
+    >>> get_local.clear()
+
+    Decorating returns the very object it was given; until `activate()` nothing happens, and after `deactivate()` the
+    function has its own code object again.
+    """
+
+    def __init__(self) -> None:
+        self._store = Store(lambda: "active" if self._active else "not active: get_local.activate() before the calls")
+        self._active = False
+        self._keep: Keep = "numpy"
+        self._origins: dict[tuple[Any, ...], _Origin] = {}
+        self._decorated: weakref.WeakKeyDictionary[FunctionType, list[Channel]] = weakref.WeakKeyDictionary()
+
+    def __call__(self, *names: str, at: At = "return", keep: Keep | None = None) -> Callable[[T], T]:
+        """A decorator that returns the function it is given, marked so that its locals `names` can be captured.
+
+        >>> @get_local("q", "k")
+        ... def forward(x):
+        ...     q, k = x, 2 * x
+        ...     return q + k
+        >>> with get_local.activate():
+        ...     forward(1)
+        3
+        >>> get_local.cache["forward:q"], get_local.cache["forward:k"]
+        ([1], [2])
+        >>> get_local.clear()
+
+        Args:
+            names: locals of the function: assigned names, parameters, names shared with inner or outer functions.
+            at: "return" records the value at every return of the function; a call that raises records nothing.
+                "assign" records every value assigned to the name, in order, with its line (`get_local.records`).
+            keep: what to store of a value; None: what `activate` says. See `activate`.
+
+        The decorated object may be a function or method, a staticmethod, classmethod or property, a function wrapped by
+        functools.wraps (`@torch.no_grad()`), or an `nn.Module` class, whose `forward` it then is. The key of
+        `get_local.cache` is the function's `__qualname__`; with several names, the qualname, a colon and the name.
+
+        Raises:
+            UnknownLocalError: the function has no such local; the message lists what it has.
+            TypeError: no name, a name that is no string, or an object without Python code (a builtin).
+            ValueError: `at` or `keep` is not one of its choices.
+            RewriteError: capture is active and the function cannot be rewritten with proof.
+        """
+        if not names:
+            raise TypeError('get_local needs the name of a local variable: @get_local("attn")')
+        for name in names:
+            if not isinstance(name, str):
+                hint = '; write @get_local("attn") above the function' if callable(name) else ""
+                raise TypeError(f"get_local takes names of local variables as strings, not {name!r}{hint}")
+        if at not in get_args(At):
+            raise ValueError(f"at must be one of {', '.join(map(repr, get_args(At)))}, not {at!r}")
+        if keep is not None:
+            check_keep(keep)
+        names = tuple(dict.fromkeys(names))
+
+        def decorate(target: T) -> T:
+            self._decorate(_function_with(target, names), names, at, keep)
+            return target
+
+        return decorate
+
+    def activate(self, keep: Keep = "numpy", limit: int | None = None, max_bytes: int | None = None) -> Activation:
+        """Capture from every decorated function, whether defined before or after, until `deactivate()`.
+
+        >>> with get_local.activate(keep="tensor", limit=100):   # as a `with`: the state before comes back at its end
+        ...     pass
+
+        Args:
+            keep: what to store of a value, decided at the moment of capture.
+                "numpy": tensors as arrays on the CPU, bfloat16 as float32. "tensor": tensors detached and copied, on
+                their device. "graph": the object itself, for losses and gradients. A callable, such as
+                `lambda a: a.mean(1)`: a copy of what it returns. In all but "graph" arrays are copied and containers
+                followed; other objects are kept as they are.
+            limit: how many of the most recent calls to keep per key; None: all.
+            max_bytes: how many bytes of values to keep on each device; None: a quarter of its memory. Past it
+                nothing more is recorded, and one warning says so.
+
+        Raises:
+            UnsupportedPythonError: this interpreter's bytecode is not known.
+            RewriteError: a decorated function cannot be rewritten with proof. Then nothing has changed.
+            TypeError, ValueError: an argument is of the wrong kind. Then nothing has changed.
+        """
+        opcodes.require_supported()
+        check_keep(keep)
+        _check_count("limit", limit)
+        _check_count("max_bytes", max_bytes)
+        before = Activation(self, self._active, self._keep, self._store.limit, self._store.max_bytes)
+        self._switch(True, keep, limit, max_bytes)
+        return before
+
+    def deactivate(self) -> None:
+        """Give every decorated function its own code object back. What was captured stays in the cache."""
+        self._switch(False, self._keep, self._store.limit, self._store.max_bytes)
+
+    def clear(self) -> None:
+        """Empty the cache: the same keys with new, empty lists. Lists that you hold keep their values."""
+        self._store.clear()
+
+    @property
+    def cache(self) -> Cache:
+        """Captured values: a dict from key to the list of values, in call order.
+
+        Raises, once, what a `keep` function raised while a captured function swallowed it.
+        """
+        self._store.fetch()
+        return self._store.cache
+
+    @property
+    def records(self) -> list[Record]:
+        """The values of the cache with where each comes from: key, variable, call, line, thread."""
+        return self._store.records()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether decorated functions are captured now."""
+        return self._active
+
+    def __repr__(self) -> str:
+        return f"<get_local: {'active' if self._active else 'not active'}, {len(self._store.cache)} keys>"
+
+    def _decorate(self, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None) -> None:
+        with _switching:
+            channels = self._decorated.setdefault(function, [])
+            replaced = [c for c in channels if set(c.names) & set(names)]
+            if any(c.names == names and c.at == at and _identity(c.keep) == _identity(keep) for c in replaced):
+                return
+            origin = self._origin(function)
+            way = (names, at, _identity(keep))
+            channel = origin.channels.get(way)
+            if channel is None:
+                site = f"{function.__qualname__}#{next(_site_numbers)}"
+                channel = Channel(self._store, site, names, at, keep)
+            channel.code = function.__code__
+            if self._active:
+                _attach(function, channel)
+                channel.connect(self._keep)
+            for other in replaced:
+                _detach(function, other)
+                channels.remove(other)
+                _warn(
+                    f"{_name(function)} was decorated for {', '.join(other.names)} before, with at={other.at!r} and "
+                    f"keep={other.keep!r}; the new get_local({', '.join(map(repr, names))}, at={at!r}, keep={keep!r}) "
+                    "takes its place."
+                )
+            channels.append(channel)
+            origin.channels[way] = channel
+            self._name_keys(origin, [name for c in channels for name in c.names])
+
+    def _origin(self, function: FunctionType) -> _Origin:
+        """The function's place in the source, which it shares with its other definitions."""
+        module, name = function.__module__ or "?", function.__qualname__
+        # Two lambdas of one scope have one qualified name; only their lines tell them apart.
+        line = function.__code__.co_firstlineno if name.endswith("<lambda>") else None
+        identity = (module, name, line)
+        if identity not in self._origins:
+            taken = {origin.base for origin in self._origins.values()}
+            candidates = (name, f"{module}.{name}", f"{module}.{name}@{line}")
+            self._origins[identity] = _Origin(next(c for c in candidates if c not in taken))
+        return self._origins[identity]
+
+    def _name_keys(self, origin: _Origin, variables: list[str]) -> None:
+        """Give each variable of the origin its key; one that another definition named has its list moved."""
+        captured = [name for channel in origin.channels.values() for name in channel.names]
+        everything = dict.fromkeys([*origin.variables, *variables, *captured])
+        old = {variable: origin.key(variable) for variable in everything}
+        origin.variables = variables
+        store = self._store
+        for variable in everything:
+            if old[variable] != origin.key(variable) and variable not in variables:
+                store.drop_if_empty(old[variable])
+        moving = [v for v in everything if old[v] != origin.key(v) and old[v] in store.cache]
+        # Two lists may trade places (`f` and `f:q`), so all leave before any arrives.
+        for variable in moving:
+            store.rename(old[variable], f"\0{variable}")
+        for variable in moving:
+            store.rename(f"\0{variable}", origin.key(variable))
+        for channel in origin.channels.values():
+            channel.keys = {name: origin.key(name) for name in channel.names}
+        for variable in variables:
+            store.open(origin.key(variable))
+
+    def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: int | None) -> None:
+        with _switching:
+            pairs = [(f, c) for f, channels in list(self._decorated.items()) for c in channels]
+            attached: list[tuple[FunctionType, Channel]] = []
+            if active and not self._active:
+                try:
+                    for function, channel in pairs:
+                        _attach(function, channel)
+                        attached.append((function, channel))
+                except BaseException:
+                    for function, channel in attached:
+                        _detach(function, channel)
+                    raise
+            elif self._active and not active:
+                for function, channel in pairs:
+                    _detach(function, channel)
+            self._active, self._keep = active, keep
+            for _, channel in pairs:
+                if active:
+                    channel.connect(keep)
+                else:
+                    channel.disconnect()
+            if active:
+                self._store.configure(limit, max_bytes)
+
+
+class Activation:
+    """What `get_local.activate()` returns: as a `with`, it brings back the state before it."""
+
+    def __init__(self, owner: GetLocal, active: bool, keep: Keep, limit: int | None, max_bytes: int | None) -> None:
+        self._owner, self._before = owner, (active, keep, limit, max_bytes)
+
+    def __enter__(self) -> GetLocal:
+        return self._owner
+
+    def __exit__(self, *_: object) -> None:
+        self._owner._switch(*self._before)
+
+
+get_local = GetLocal()
+
+
+def _identity(keep: Any) -> Any:
+    """What tells one `keep` from another; a lambda that is made anew with each definition stays the same one."""
+    is_plain = isinstance(keep, FunctionType) and keep.__closure__ is None and keep.__defaults__ is None
+    return keep.__code__ if is_plain else keep
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise TypeError(f"{name} must be a whole number or None, not {value!r}")
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value!r}")
+
+
+def _function_with(target: Any, names: tuple[str, ...]) -> FunctionType:
+    """The Python function behind a decorated object that has all the names: the innermost such."""
+    functions = list(_functions_behind(target))
+    if not functions:
+        raise TypeError(_no_code(target))
+    for function in reversed(functions):
+        if set(names) <= set(local_names(function.__code__)):
+            return function
+    raise UnknownLocalError(_unknown(target, functions[-1], names))
+
+
+def _functions_behind(target: Any) -> Iterator[FunctionType]:
+    """The Python functions that an object runs, from the outermost wrapper to the wrapped function."""
+    if isinstance(target, type):
+        if not _is_module_class(target):
+            return
+        target = inspect.getattr_static(target, "forward")
+    seen: set[int] = set()
+    waiting = [target]
+    while waiting:
+        item = waiting.pop(0)
+        if item is None or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, FunctionType):
+            yield item
+        elif isinstance(item, property):
+            waiting.extend([item.fdel, item.fset, item.fget])
+            continue
+        elif isinstance(item, (staticmethod, classmethod, types.MethodType)):
+            waiting.append(item.__func__)
+            continue
+        elif isinstance(item, (functools.partial, functools.partialmethod, functools.cached_property)):
+            waiting.append(item.func)
+            continue
+        waiting.append(getattr(item, "__wrapped__", None))
+
+
+def _is_module_class(target: type) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and issubclass(target, torch.nn.Module)
+
+
+def _no_code(target: Any) -> str:
+    if isinstance(target, type):
+        return (
+            f"get_local decorates functions, and {target.__qualname__} is a class that is no nn.Module: "
+            "put the decorator above the method that has the local"
+        )
+    kind = "a builtin or compiled function" if inspect.isroutine(target) else f"of type {type(target).__qualname__}"
+    return f"get_local needs a function with Python code, and {target!r} is {kind}"
+
+
+def _unknown(target: Any, function: FunctionType, names: tuple[str, ...]) -> str:
+    code = function.__code__
+    known = local_names(code)
+    missing = [name for name in names if name not in known]
+    message = f"{_name(function)} has no local {' and no local '.join(map(repr, missing))}"
+    close = [match for name in missing for match in difflib.get_close_matches(name, known, n=1)]
+    if close:
+        message += f"; did you mean {' and '.join(map(repr, close))}?"
+    elif any(name in code.co_names for name in missing):
+        message += "; the name is a global or an attribute there: assign it to a local first"
+    message += f" It has: {', '.join(known)}." if known else " It has no locals at all."
+    if isinstance(target, type):
+        methods = [
+            method.__qualname__
+            for method in vars(target).values()
+            if isinstance(method, FunctionType) and set(names) <= set(local_names(method.__code__))
+        ]
+        if methods:
+            message += f" Decorate {' or '.join(methods)}, which has it."
+    return message

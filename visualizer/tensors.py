@@ -1,0 +1,233 @@
+"""What is kept of a captured value, how much memory it takes, and how much there is.
+
+torch and numpy are looked up among the loaded modules, never imported: whoever captures a tensor has loaded torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any, Literal
+
+Keep = Literal["numpy", "tensor", "graph"] | Callable[[Any], Any]
+"""What to store of a value; see `keeper`."""
+
+_MODES = ("numpy", "tensor", "graph")
+
+
+def check_keep(keep: Any) -> None:
+    """Raise TypeError or ValueError, with what would do, unless `keep` is a mode or a callable."""
+    choices = f"one of {', '.join(map(repr, _MODES))} or a callable such as lambda a: a.mean(1)"
+    if isinstance(keep, str):
+        if keep not in _MODES:
+            raise ValueError(f"keep must be {choices}, not {keep!r}")
+    elif not callable(keep) or isinstance(keep, type(sys)):
+        raise TypeError(f"keep must be {choices}, not {keep!r}")
+
+
+def keeper(keep: Keep) -> Callable[[Any], Any]:
+    """A function from a captured value to what is stored of it.
+
+    >>> keep = keeper("numpy")
+    >>> values = [1, 2]
+    >>> kept = keep(values)
+    >>> values.append(3)
+    >>> kept
+    [1, 2]
+
+    "numpy": tensors become arrays on the CPU; types that numpy lacks (bfloat16, 8-bit floats) become float32.
+    "tensor": tensors are detached and copied, and stay on their device in their type.
+    "graph": the value itself.
+    A callable: a snapshot of what it returns; it is not asked about None.
+
+    In all but "graph" arrays are copied, and lists, tuples, dicts, sets and deques followed; other objects are kept as
+    they are. A tensor that cannot be an array (sparse, quantized, nested, meta) is a TypeError under "numpy".
+    """
+    if keep == "graph":
+        return _itself
+    if keep == "numpy":
+        return lambda value: _snapshot(value, _to_numpy)
+    if keep == "tensor":
+        return lambda value: _snapshot(value, _to_tensor)
+    reduce: Callable[[Any], Any] = keep
+    return lambda value: None if value is None else _snapshot(reduce(value), _to_tensor)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether it is a torch.Tensor; torch is not loaded to find out."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, getattr(torch, "Tensor", ()))
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is a numpy.ndarray; numpy is not loaded to find out."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, getattr(numpy, "ndarray", ()))
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _to_tensor(tensor: Any) -> Any:
+    return tensor.detach().clone()
+
+
+def _to_numpy(tensor: Any) -> Any:
+    torch = sys.modules["torch"]
+    problem = (
+        "has no data (it is on the meta device)"
+        if tensor.is_meta
+        else f"has the layout {tensor.layout}"
+        if tensor.layout is not torch.strided
+        else "is nested"
+        if tensor.is_nested
+        else "is quantized"
+        if tensor.is_quantized
+        else None
+    )
+    if problem:
+        raise TypeError(
+            f"a tensor of shape {tuple(tensor.shape)} {problem} and cannot be kept as a numpy array; use "
+            "keep='tensor', or a callable that makes a dense tensor of it, such as keep=lambda t: t.to_dense()"
+        )
+    name = str(tensor.dtype)
+    has_no_numpy_type = name == "torch.bfloat16" or name.startswith("torch.float8")
+    dtype = torch.float32 if has_no_numpy_type else torch.complex64 if name == "torch.complex32" else tensor.dtype
+    return tensor.detach().to("cpu", dtype, copy=True).resolve_conj().resolve_neg().numpy()
+
+
+def _snapshot(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """The value with its tensors converted, arrays copied and containers rebuilt, to any depth."""
+    if is_tensor(value):
+        return convert(value)
+    if is_array(value):
+        return value.copy()
+    if isinstance(value, (list, tuple, dict, set, frozenset, deque)):
+        return _copy_container(value, convert, {})
+    return value
+
+
+def _copy_container(value: Any, convert: Callable[[Any], Any], copies: dict[int, Any]) -> Any:
+    """`copies` has the containers met so far, so that one that holds itself comes out holding itself."""
+
+    def follow(item: Any) -> Any:
+        if isinstance(item, (list, tuple, dict, set, frozenset, deque)):
+            return copies[id(item)] if id(item) in copies else _copy_container(item, convert, copies)
+        return _snapshot(item, convert)
+
+    # A subclass (a model's output, a named tuple) is rebuilt as what it is.
+    kind = type(value)
+    if isinstance(value, dict):
+        result: Any = {} if kind is dict else copy.copy(value)
+        copies[id(value)] = result
+        for name, item in list(value.items()):
+            result[name] = follow(item)
+        return result
+    if isinstance(value, (list, deque)):
+        result = copy.copy(value)
+        copies[id(value)] = result
+        for index, item in enumerate(list(value)):
+            result[index] = follow(item)
+        return result
+    items = [follow(item) for item in value]
+    if all(new is old for new, old in zip(items, value, strict=True)):
+        return value if isinstance(value, (tuple, frozenset)) else copy.copy(value)
+    if hasattr(kind, "_fields"):
+        return kind(*items)
+    try:
+        return kind(items)
+    except TypeError:
+        return tuple(items) if isinstance(value, tuple) else set(items)
+
+
+def bytes_by_device(value: Any) -> dict[str, int]:
+    """How many bytes a kept value takes on each device, e.g. {"cpu": 4096}.
+
+    Tensors and arrays count their elements, containers what they hold, anything else its own size.
+    """
+    counts: dict[str, int] = defaultdict(int)
+    seen: set[int] = set()
+    values = [value]
+    while values:
+        item = values.pop()
+        if is_tensor(item):
+            device = item.device
+            counts[device.type if device.index is None else f"{device.type}:{device.index}"] += (
+                item.nelement() * item.element_size()
+            )
+        elif is_array(item):
+            counts["cpu"] += item.nbytes
+        elif isinstance(item, (list, tuple, dict, set, frozenset, deque)):
+            if id(item) not in seen:
+                seen.add(id(item))
+                counts["cpu"] += sys.getsizeof(item)
+                values.extend(item.values() if isinstance(item, dict) else item)
+        else:
+            counts["cpu"] += sys.getsizeof(item)
+    return dict(counts)
+
+
+def memory_of(device: str) -> int:
+    """The bytes of memory that a device has; for the CPU, no more than its container may use.
+
+    >>> memory_of("cpu") > 2**20
+    True
+    """
+    kind, _, index = device.partition(":")
+    torch = sys.modules.get("torch")
+    if torch is not None and kind in ("cuda", "xpu"):
+        return int(getattr(torch, kind).get_device_properties(int(index or 0)).total_memory)
+    if torch is not None and kind == "mps":
+        return int(torch.mps.recommended_max_memory())
+    return min([_physical_memory(), *_container_limits()])
+
+
+def _physical_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        pass
+    if sys.platform == "win32":
+        import ctypes
+
+        class Status(ctypes.Structure):
+            _fields_ = [
+                ("length", ctypes.c_ulong),
+                ("load", ctypes.c_ulong),
+                ("total", ctypes.c_ulonglong),
+                ("rest", ctypes.c_ulonglong * 6),
+            ]
+
+        status = Status(length=ctypes.sizeof(Status))
+        if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+            return int(status.total)
+    return 8 * 2**30  # unknown: a small laptop
+
+
+def _container_limits() -> list[int]:
+    """The memory limits of the control groups that this process is in; [] where there is none."""
+    limits = []
+    try:
+        with open("/proc/self/cgroup") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return []
+    for _, controllers, path in groups:
+        if controllers == "":
+            root, name = "/sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for length in range(len(parts), -1, -1):
+            try:
+                with open(os.path.join(root, *parts[:length], name)) as file:
+                    limits.append(int(file.read()))
+            except (OSError, ValueError):
+                continue  # no such group in this namespace, or "max": no limit
+    return [limit for limit in limits if limit > 0]
