@@ -1,9 +1,9 @@
 """Where captured values arrive, and how they are read.
 
 Rewritten code calls `receive(key, value)`. The key names a `Channel`: one function's variables on their way into one
-`Store`. The channel takes the snapshot and drops it into the store's inbox, which is one atomic append, without a lock;
-sorting into lists by key, counting calls and bytes, and the limits are done when the inbox is emptied, by whoever holds
-the lock: at once where the snapshot costs more than that anyway, else every so often and whenever somebody reads.
+`Store`, which keeps them in lists by key within its limits. A channel that converts what it keeps files each value at
+once. One that keeps the very object (`keep="graph"`) only appends it to its own pending list, which costs little more
+than a hand-written append and is atomic without a lock; it is filed when somebody reads, or when it has grown heavy.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
+from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterator, ValuesView
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from .tensors import Keep, bytes_by_device, is_array, is_tensor, keeper, memory_
 
 _PACKAGE = __name__.rpartition(".")[0] + "."
 
-_sinks: dict[str, Callable[[Any], None]] = {}
+_listening: dict[str, Channel] = {}
 
 
 def receive(key: str, value: Any) -> None:
@@ -32,9 +33,17 @@ def receive(key: str, value: Any) -> None:
 
     As a value it stands for "unbound": no variable of the user's holds it.
     """
-    sink = _sinks.get(key)
-    if sink is not None:
-        sink(value)
+    try:
+        channel = _listening[key]
+    except KeyError:
+        return
+    pending = channel.pending
+    if pending is None or value is None or value is receive:
+        channel.take(value)
+    else:
+        pending.append((value, get_ident()))
+        if len(pending) >= channel.weigh_at:
+            channel.weigh()
 
 
 @dataclass(slots=True, eq=False)
@@ -124,16 +133,23 @@ class Store:
 
     def __init__(self, state: Callable[[], str]) -> None:
         self.state = state
+        """Says in a word or two whether capture is active, for messages."""
         self.limit: int | None = None
         self.max_bytes: int | None = None
-        self._lock = threading.RLock()
-        self._failure: BaseException | None = None
-        self._inbox: deque[tuple[Channel, Any, int, int | None, int]] = deque()
+        self.is_full = False
         self.cache = Cache(self)
-        self._records: dict[str, deque[Record]] = {}
+        self._lock = threading.RLock()
+        self._waiting: deque[tuple[Channel, Any, int, int | None, int]] = deque()
+        self._channels: list[Channel] = []
+        self._failure: BaseException | None = None
+        self._records: dict[str, deque[tuple[Record, dict[str, int]]]] = {}
         self._bytes: dict[str, int] = {}
         self._budgets: dict[str, int] = {}
-        self.is_full = False
+
+    def add(self, channel: Channel) -> None:
+        """Take a channel in, whose pending values are to be fetched."""
+        with self._lock:
+            self._channels.append(channel)
 
     def open(self, key: str) -> None:
         """Give a key its empty list, unless it has one."""
@@ -144,97 +160,124 @@ class Store:
     def rename(self, old: str, new: str) -> None:
         """Move what is under one key to another."""
         with self._lock:
-            self._empty_inbox()
+            self._sort_in()
             if old in self.cache:
                 self.cache[new] = dict.pop(self.cache, old)
                 self._records[new] = self._records.pop(old)
-                for record in self._records[new]:
+                for record, _ in self._records[new]:
                     record.key = new
 
     def drop_if_empty(self, key: str) -> None:
         """Forget a key that nothing was recorded under."""
         with self._lock:
-            self._empty_inbox()
+            self._sort_in()
             if key in self.cache and not self._values(key):
                 del self.cache[key], self._records[key]
-
-    def last(self, key: str) -> Any:
-        """The newest value under a key, or None."""
-        with self._lock:
-            self._empty_inbox()
-            records = self._records.get(key)
-            return records[-1].value if records else None
 
     def clear(self) -> None:
         """Start over with empty lists under the same keys; lists that were read before keep their values."""
         with self._lock:
+            self._sort_in()
             keys = list(self.cache)
             self.cache._store = None
             self._failure = None
-            self._inbox.clear()
-            self.cache, self._records, self._bytes, self.is_full = Cache(self), {}, {}, False
+            self.cache, self._records, self._bytes = Cache(self), {}, {}
             for key in keys:
                 self.open(key)
+            self._reopen()
 
     def configure(self, limit: int | None, max_bytes: int | None) -> None:
         """Set the limits from now on, and forget what went wrong and what was full under the old ones."""
         with self._lock:
-            self._empty_inbox()
-            self.limit, self.max_bytes, self.is_full, self._failure = limit, max_bytes, False, None
+            self._sort_in()
+            self.limit, self.max_bytes, self._failure = limit, max_bytes, None
             self._budgets.clear()
             for key in list(self._records):
                 self._trim(key)
+            self._reopen()
 
     def records(self) -> list[Record]:
         """Every value with where it comes from, in the order of the keys, then of the calls."""
         with self._lock:
             self.fetch()
-            return [record for records in self._records.values() for record in records]
+            return [record for records in self._records.values() for record, _ in records]
+
+    def last(self, key: str) -> Any:
+        """The newest value under a key, or None."""
+        with self._lock:
+            self._sort_in()
+            records = self._records.get(key)
+            return records[-1][0].value if records else None
 
     def fail(self, error: BaseException) -> None:
         """Remember an error of a `keep` function: the captured function may have swallowed it."""
         self._failure = error
 
     def fetch(self) -> None:
-        """Sort everything that has arrived into the lists, and raise what a `keep` function raised meanwhile."""
+        """File everything that has arrived, and raise what a `keep` function raised meanwhile."""
         with self._lock:
-            self._empty_inbox()
+            self._sort_in()
             failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 
-    def put(self, channel: Channel, value: Any, call: int, line: int | None, at_once: bool) -> None:
-        """Take a value in. `call` is -1 where calls are counted as they arrive."""
-        self._inbox.append((channel, value, call, line, threading.get_ident()))
-        # Never wait for the lock here: whoever holds it, perhaps this very thread below us, empties the inbox.
-        if (at_once or len(self._inbox) >= 32) and self._lock.acquire(blocking=False):
+    def put(self, channel: Channel, value: Any, call: int, line: int | None) -> None:
+        """File one call's value; `call` is -1 where calls are counted as they arrive."""
+        channel.flush(self._waiting)
+        self._waiting.append((channel, value, call, line, get_ident()))
+        # Never wait for the lock here: whoever holds it, perhaps this very thread below us, files what waits.
+        if self._lock.acquire(blocking=False):
             try:
-                self._empty_inbox()
+                self._file_waiting()
             finally:
                 self._lock.release()
 
-    def _empty_inbox(self) -> None:
-        while self._inbox:
-            channel, value, call, line, thread = self._inbox.popleft()
+    def room(self, value: Any) -> tuple[int, int]:
+        """The bytes that a value takes on the device where it is heaviest, and how many are left there."""
+        device, size = max(bytes_by_device(value).items(), key=lambda item: item[1])
+        return size, self._budget(device) - self._bytes.get(device, 0)
+
+    def sort_in(self) -> None:
+        """File what is pending, unless another thread is doing it."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sort_in()
+            finally:
+                self._lock.release()
+
+    def _sort_in(self) -> None:
+        for channel in self._channels:
+            channel.flush(self._waiting)
+            self._file_waiting()
+
+    def _file_waiting(self) -> None:
+        while self._waiting:
+            channel, value, call, line, thread = self._waiting.popleft()
             if call < 0:
                 call = next(channel.calls)
             for variable, item in channel.name_values(value):
-                if not self.is_full:
+                if item is not receive and not self.is_full:
                     self._file(Record(channel.keys[variable], variable, item, call, line, thread))
 
     def _file(self, record: Record) -> None:
-        key = record.key
-        self.open(key)
-        self._records[key].append(record)
-        self._values(key).append(record.value)
-        self._count(record, 1)
-        self._trim(key)
-        over = next((d for d in bytes_by_device(record.value) if self._bytes.get(d, 0) > self._budget(d)), None)
-        if over is not None:
-            self._records[key].pop()
-            self._values(key).pop()
-            self._count(record, -1)
-            self._stop(key, over)
+        key, sizes = record.key, bytes_by_device(record.value)
+        if key not in self.cache or key not in self._records:  # or the user has taken it out
+            self.open(key)
+        records, values, is_over = self._records[key], self._values(key), None
+        records.append((record, sizes))
+        values.append(record.value)
+        for device, size in sizes.items():
+            self._bytes[device] = total = self._bytes.get(device, 0) + size
+            if total > self._budget(device):
+                is_over = device
+        if self.limit is not None:
+            self._trim(key)
+            is_over = next((device for device in sizes if self._bytes[device] > self._budget(device)), None)
+        if is_over is not None:
+            records.pop()
+            values.pop()
+            self._discount(sizes)
+            self._stop(key, is_over)
 
     def _values(self, key: str) -> list[Any]:
         """The list under a key, without fetching first: for those who are just filling it."""
@@ -245,17 +288,17 @@ class Store:
         records, limit = self._records[key], self.limit
         if limit is None or not records:
             return
-        newest = max(record.call for record in records) if records[-1].line is not None else None
-        while records and (len(records) > limit if newest is None else records[0].call <= newest - limit):
-            oldest = records.popleft()
-            self._count(oldest, -1)
+        newest = max(record.call for record, _ in records) if records[-1][0].line is not None else None
+        while records and (len(records) > limit if newest is None else records[0][0].call <= newest - limit):
+            oldest, sizes = records.popleft()
+            self._discount(sizes)
             values = self._values(key)
             if values and values[0] is oldest.value:  # unless the user has taken it out
                 del values[0]
 
-    def _count(self, record: Record, sign: int) -> None:
-        for device, size in bytes_by_device(record.value).items():
-            self._bytes[device] = self._bytes.get(device, 0) + sign * size
+    def _discount(self, sizes: dict[str, int]) -> None:
+        for device, size in sizes.items():
+            self._bytes[device] -= size
 
     def _budget(self, device: str) -> int:
         if device not in self._budgets:
@@ -264,12 +307,19 @@ class Store:
 
     def _stop(self, key: str, device: str) -> None:
         self.is_full = True
+        for channel in self._channels:
+            channel.adjust()
         source = "max_bytes" if self.max_bytes is not None else "a quarter of its memory"
         _warn(
             f"captured values would take more than {self._budget(device):,} bytes on {device} ({source}): {key!r} and "
             "all that follows is not recorded, until get_local.clear(). If capture was left active by mistake, call "
             "get_local.deactivate(); else keep less (limit=, keep=) or allow more (max_bytes=)."
         )
+
+    def _reopen(self) -> None:
+        self.is_full = False
+        for channel in self._channels:
+            channel.adjust()
 
 
 def _warn(message: str) -> None:
@@ -294,49 +344,81 @@ class Channel:
         """The code that is captured from, for messages."""
         self.made: tuple[CodeType, CodeType] | None = None
         """The code that was last rewritten for this channel, and the result."""
+        self.pending: deque[tuple[Any, int]] | None = None
+        """Values with their threads that are not filed yet; None where each value has work to be done at once."""
+        self.weigh_at = 1
+        """How many pending values there may be before they are weighed."""
+        self.take: Callable[[Any], None] = lambda value: None
+        """Convert and file what the rewritten code brings."""
+        self._keep: Keep = "numpy"
+        self._queue: deque[tuple[Any, int]] = deque()
         self._numbers: dict[int, int] = {}
         self._warned: set[str] = set()
+        store.add(self)
 
     def connect(self, default: Keep) -> None:
         """Receive what the rewritten code brings, from now on; `default` where the channel has no `keep` of its own."""
-        keep = default if self.keep is None else self.keep
-        _sinks[self.site] = self._assignments(keep) if self.at == "assign" else self._returns(keep)
+        self._keep = default if self.keep is None else self.keep
+        self.take = self._assignments() if self.at == "assign" else self._returns()
+        self.adjust()
+        _listening[self.site] = self
 
     def disconnect(self) -> None:
         """Ignore what the rewritten code brings, calls that are under way included."""
-        _sinks.pop(self.site, None)
+        _listening.pop(self.site, None)
+
+    def adjust(self) -> None:
+        """Let values pend only where each needs no work of its own."""
+        plain = self._keep == "graph" and self.at == "return" and len(self.names) == 1
+        self.pending = self._queue if plain and self.store.limit is None and not self.store.is_full else None
+        self.weigh_at = 1
+
+    def weigh(self) -> None:
+        """See that what is pending cannot outgrow the budget, without weighing every value.
+
+        Values of one variable are mostly of one size: the newest stands for the others, and the next weighing comes
+        before a hundredth of the room that is left can be taken up. Filing is exact.
+        """
+        pending = self._queue
+        size, room = self.store.room(pending[-1][0])
+        if len(pending) * size >= room:
+            self.store.sort_in()
+            size, room = self.store.room(None)
+        self.weigh_at = len(pending) + max(1, min(4096, room // 100 // max(size, 1)))
+
+    def flush(self, waiting: deque[tuple[Channel, Any, int, int | None, int]]) -> None:
+        """Move what is pending to what waits to be filed."""
+        while self._queue:
+            value, thread = self._queue.popleft()
+            waiting.append((self, value, -1, None, thread))
 
     def name_values(self, value: Any) -> list[tuple[str, Any]]:
-        """The variables that were bound, with their values, of what one call brought."""
+        """The variables with their values, of what one call brought."""
         if self.at == "assign":
             return [value]
-        pairs = [(self.names[0], value)] if len(self.names) == 1 else zip(self.names, value, strict=True)
-        return [(name, item) for name, item in pairs if item is not receive]
+        return [(self.names[0], value)] if len(self.names) == 1 else list(zip(self.names, value, strict=True))
 
-    def _returns(self, keep: Keep) -> Callable[[Any], None]:
-        store, names, convert, at_once = self.store, self.names, self._guarded(keep), keep != "graph"
+    def _returns(self) -> Callable[[Any], None]:
+        store, names, convert = self.store, self.names, self._guarded()
+
+        def kept(name: str, value: Any) -> Any:
+            if value is None or value is receive:
+                self._report_missing(name, value)
+                return value
+            return convert(name, value)
 
         def take_one(value: Any) -> None:
-            if store.is_full:
-                return
-            if value is receive or value is None:
-                self._report_missing(names[0], value)
-            kept = value if value is receive else convert(names[0], value)
-            store.put(self, kept, -1, None, at_once or store.limit is not None)
+            if not store.is_full:
+                store.put(self, kept(names[0], value), -1, None)
 
         def take_all(values: tuple[Any, ...]) -> None:
-            if store.is_full:
-                return
-            for name, value in zip(names, values, strict=True):
-                if value is receive or value is None:
-                    self._report_missing(name, value)
-            kept = tuple(v if v is receive else convert(n, v) for n, v in zip(names, values, strict=True))
-            store.put(self, kept, -1, None, at_once or store.limit is not None)
+            if not store.is_full:
+                store.put(self, [kept(*pair) for pair in zip(names, values, strict=True)], -1, None)
 
         return take_one if len(names) == 1 else take_all
 
-    def _assignments(self, keep: Keep) -> Callable[[Any], None]:
-        store, convert, numbers = self.store, self._guarded(keep), self._numbers
+    def _assignments(self) -> Callable[[Any], None]:
+        store, convert, numbers = self.store, self._guarded(), self._numbers
 
         def take(event: tuple[str, int, Any] | None) -> None:
             # A frame object lives as long as its call, so its id tells apart the calls that are under way.
@@ -352,12 +434,13 @@ class Channel:
                 call = numbers.get(frame)
                 if call is None:  # capture was switched on, or the number forgotten, while the call was under way
                     call = numbers[frame] = next(self.calls)
-                store.put(self, (name, convert(name, value)), call, line, True)
+                store.put(self, (name, convert(name, value)), call, line)
 
         return take
 
-    def _guarded(self, keep: Keep) -> Callable[[str, Any], Any]:
+    def _guarded(self) -> Callable[[str, Any], Any]:
         """What converts a variable's value; errors say whose they are, and are remembered."""
+        keep = self._keep
         convert = keeper(keep)
 
         def guarded(name: str, value: Any) -> Any:
@@ -368,7 +451,7 @@ class Channel:
                 self.store.fail(error)
                 raise
 
-        return (lambda name, value: value) if keep == "graph" else guarded
+        return guarded
 
     def _function(self) -> str:
         code = self.code

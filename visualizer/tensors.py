@@ -58,14 +58,12 @@ def keeper(keep: Keep) -> Callable[[Any], Any]:
 
 def is_tensor(value: Any) -> bool:
     """Whether it is a torch.Tensor; torch is not loaded to find out."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, getattr(torch, "Tensor", ()))
+    return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
 def is_array(value: Any) -> bool:
     """Whether it is a numpy.ndarray; numpy is not loaded to find out."""
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, getattr(numpy, "ndarray", ()))
+    return isinstance(value, getattr(sys.modules.get("numpy"), "ndarray", ()))
 
 
 def _itself(value: Any) -> Any:
@@ -91,7 +89,7 @@ def _to_numpy(tensor: Any) -> Any:
     )
     if problem:
         raise TypeError(
-            f"a tensor of shape {tuple(tensor.shape)} {problem} and cannot be kept as a numpy array; use "
+            f"a tensor {problem} and cannot be kept as a numpy array; use "
             "keep='tensor', or a callable that makes a dense tensor of it, such as keep=lambda t: t.to_dense()"
         )
     name = str(tensor.dtype)
@@ -149,6 +147,8 @@ def bytes_by_device(value: Any) -> dict[str, int]:
 
     Tensors and arrays count their elements, containers what they hold, anything else its own size.
     """
+    if is_array(value):  # the usual case
+        return {"cpu": value.nbytes}
     counts: dict[str, int] = defaultdict(int)
     seen: set[int] = set()
     values = [value]

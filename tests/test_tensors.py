@@ -1,0 +1,212 @@
+"""What is kept of each kind of value, what it weighs, and how much memory there is."""
+
+import collections
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from visualizer import tensors
+from visualizer.tensors import bytes_by_device, check_keep, keeper, memory_of
+
+to_numpy, to_tensor, itself = keeper("numpy"), keeper("tensor"), keeper("graph")
+
+
+class TestNumpy:
+    @pytest.mark.parametrize(
+        ("dtype", "expected"),
+        [
+            *((torch.float32, np.float32), (torch.float64, np.float64), (torch.float16, np.float16)),
+            *((torch.bfloat16, np.float32), (torch.float8_e4m3fn, np.float32)),
+            *((torch.int64, np.int64), (torch.uint8, np.uint8), (torch.bool, np.bool_)),
+            *((torch.complex64, np.complex64), (torch.complex32, np.complex64)),
+        ],
+        ids=str,
+    )
+    @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")  # torch's own word on complex32
+    def test_values_and_types(self, dtype, expected):
+        tensor = torch.tensor([[1, 0], [1, 1]]).to(dtype)
+        kept = to_numpy(tensor)
+        assert isinstance(kept, np.ndarray)
+        assert expected == kept.dtype
+        np.testing.assert_array_equal([[1, 0], [1, 1]], kept)
+
+    @pytest.mark.parametrize(
+        "view",
+        [
+            pytest.param(lambda t: t.t(), id="transposed"),
+            pytest.param(lambda t: t[::2, 1:], id="strided"),
+            pytest.param(lambda t: t[:1].expand(3, 4), id="expanded"),
+            pytest.param(lambda t: t[0, 0], id="scalar"),
+            pytest.param(lambda t: t[:0], id="empty"),
+            pytest.param(lambda t: (t * 1j).conj(), id="conjugate"),
+            pytest.param(lambda t: t.clone().requires_grad_() * 2, id="requires grad"),
+            pytest.param(torch.nn.Parameter, id="parameter"),
+        ],
+    )
+    def test_views_and_gradients(self, view):
+        tensor = view(torch.arange(16.0).reshape(4, 4))
+        kept = to_numpy(tensor)
+        assert tuple(tensor.shape) == kept.shape
+        np.testing.assert_array_equal(tensor.detach().resolve_conj().numpy(), kept)
+
+    @pytest.mark.parametrize("convert", [to_numpy, to_tensor], ids=["numpy", "tensor"])
+    @pytest.mark.parametrize(
+        "view", [lambda t: t, lambda t: t.t(), lambda t: t[:1].expand(3, 4)], ids=["whole", "transposed", "expanded"]
+    )
+    def test_a_record_never_changes(self, convert, view):
+        tensor = torch.ones(4, 4)
+        kept = convert(view(tensor))
+        tensor.zero_()
+        assert kept.sum() == np.prod(kept.shape) > 0
+
+    @pytest.mark.parametrize(
+        ("make", "said"),
+        [
+            (lambda: torch.ones(2, 2, device="meta"), "meta device"),
+            (lambda: torch.eye(2).to_sparse(), "sparse_coo"),
+            (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "nested"),
+            (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "quantized"),
+        ],
+        ids=["meta", "sparse", "nested", "quantized"],
+    )
+    @pytest.mark.filterwarnings("ignore")  # prototypes and deprecations of torch's own
+    def test_what_cannot_be_an_array_is_refused_with_the_way_out(self, make, said):
+        tensor = make()
+        with pytest.raises(TypeError) as caught:
+            to_numpy(tensor)
+        assert said in str(caught.value)
+        assert "keep='tensor'" in str(caught.value)
+        assert type(to_tensor(tensor)) is type(tensor)
+
+    def test_arrays_are_copied(self):
+        array = np.ones(3)
+        for convert in (to_numpy, to_tensor):
+            kept = convert(array)
+            array[:] = 0
+            assert kept.sum() == 3
+            array[:] = 1
+
+
+class TestTensor:
+    def test_it_stays_on_its_device_in_its_type_without_its_graph(self):
+        tensor = torch.ones(2, dtype=torch.bfloat16, requires_grad=True) * 2
+        kept = to_tensor(tensor)
+        assert (torch.bfloat16, tensor.device, False) == (kept.dtype, kept.device, kept.requires_grad)
+        torch.testing.assert_close(tensor.detach(), kept)
+
+    def test_graph_is_the_object_itself(self):
+        tensor = torch.ones(2, requires_grad=True)
+        assert itself(tensor) is tensor
+
+
+class TestContainers:
+    Pair = collections.namedtuple("Pair", "attn names")
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            *(lambda t: [t, "x"], lambda t: (t, "x"), lambda t: {"a": t}, lambda t: collections.deque([t])),
+            *(lambda t: {"a": [(t,)]}, lambda t: collections.OrderedDict(a=t), lambda t: TestContainers.Pair(t, ["x"])),
+            lambda t: collections.defaultdict(list, a=t),
+        ],
+    )
+    def test_they_are_followed_and_stay_what_they_are(self, wrap):
+        tensor = torch.ones(2)
+        value = wrap(tensor)
+        kept = to_numpy(value)
+        tensor.zero_()
+        assert type(value) is type(kept)
+        leaves = [kept]
+        while not isinstance(leaves[-1], np.ndarray):
+            item = leaves[-1]
+            leaves.append(next(iter(item.values())) if isinstance(item, dict) else item[0])
+        assert leaves[-1].tolist() == [1, 1]
+
+    def test_a_models_output_stays_one(self):
+        from transformers.modeling_outputs import BaseModelOutput
+
+        kept = to_numpy(BaseModelOutput(last_hidden_state=torch.ones(2), attentions=(torch.zeros(1),)))
+        assert type(kept) is BaseModelOutput
+        assert isinstance(kept.last_hidden_state, np.ndarray)
+        assert isinstance(kept["attentions"][0], np.ndarray)
+
+    def test_torchs_own_tuples(self):
+        kept = to_numpy(torch.tensor([3.0, 1.0]).sort())
+        assert kept.values.tolist() == [1, 3]
+        assert to_numpy(torch.ones(2, 3).shape) == torch.Size([2, 3])
+
+    def test_one_that_holds_itself(self):
+        value = [torch.ones(1)]
+        value.append(value)
+        kept = to_numpy(value)
+        assert kept[1] is kept
+        assert isinstance(kept[0], np.ndarray)
+
+    def test_other_objects_are_kept_by_reference(self):
+        thing = object()
+        assert to_numpy(thing) is thing
+        assert to_numpy([thing])[0] is thing
+
+
+class TestCallables:
+    def test_only_the_result_is_kept_and_it_is_a_snapshot(self):
+        tensor = torch.arange(4.0).reshape(2, 2)
+        kept = keeper(lambda a: a[0])(tensor)
+        tensor.zero_()
+        assert kept.tolist() == [0, 1]
+        assert not kept.requires_grad
+
+    def test_none_is_not_asked_about(self):
+        assert keeper(lambda a: a.mean(1))(None) is None
+
+    @pytest.mark.parametrize(("keep", "error"), [("cuda", ValueError), (None, TypeError), (sys, TypeError)])
+    def test_anything_else_is_an_error_that_lists_the_choices(self, keep, error):
+        with pytest.raises(error, match="'numpy', 'tensor', 'graph' or a callable"):
+            check_keep(keep)
+
+
+class TestMemory:
+    def test_bytes_are_those_of_the_elements_by_device(self):
+        assert {"cpu": 24} == bytes_by_device(torch.ones(2, 3))
+        assert {"cpu": 24} == bytes_by_device(np.ones(3))
+        assert {"meta": 8} == bytes_by_device(torch.ones(2, device="meta"))
+        value = {"a": [torch.ones(2), torch.ones(2, device="meta")]}
+        assert 8 == bytes_by_device(value)["meta"]
+        assert 8 < bytes_by_device(value)["cpu"] < 1000
+
+    def test_a_container_that_holds_itself_is_counted_once(self):
+        value = [np.ones(100)]
+        value.append(value)
+        assert 800 < bytes_by_device(value)["cpu"] < 1600
+
+    def test_the_machines_memory(self):
+        with open("/proc/meminfo") as file:
+            total = int(file.readline().split()[1]) * 1024
+        assert 0 < memory_of("cpu") <= total * 1.01
+
+    def test_a_containers_limit_counts(self, monkeypatch):
+        monkeypatch.setattr(tensors, "_container_limits", lambda: [2**30, 2**62])
+        assert 2**30 == memory_of("cpu")
+
+    @pytest.mark.parametrize(
+        ("groups", "files", "expected"),
+        [
+            ("0::/app/job\n", {"/sys/fs/cgroup/app/memory.max": "1000\n", "/sys/fs/cgroup/app/job/memory.max": "max\n"}, [1000]),
+            ("3:cpu:/\n5:memory:/job\n", {"/sys/fs/cgroup/memory/job/memory.limit_in_bytes": "77\n"}, [77]),
+            ("0::/\n", {}, []),
+        ],
+        ids=["version 2", "version 1", "no limit"],
+    )
+    def test_control_groups_of_both_versions(self, monkeypatch, groups, files, expected):
+        import io
+
+        def opened(path):
+            content = {"/proc/self/cgroup": groups, **files}.get(path)
+            if content is None:
+                raise FileNotFoundError(path)
+            return io.StringIO(content)
+
+        monkeypatch.setattr(tensors, "open", opened, raising=False)
+        assert expected == tensors._container_limits()
