@@ -215,15 +215,15 @@ class TestSwitching:
         good, bad = make(gl, "attn"), make(gl, "q")
         codes = good.__code__, bad.__code__
         module = sys.modules["visualizer.instrument"]
-        real, calls = module.rewrite, []
+        real, calls = module.rewrite_for, []
 
-        def refuse_the_second(code, names, **options):
-            calls.append(names)
-            if names == ("q",):
+        def refuse_the_second(code, captures):
+            calls.append(captures)
+            if captures[0].names == ("q",):
                 raise RewriteError("no")
-            return real(code, names, **options)
+            return real(code, captures)
 
-        monkeypatch.setattr(module, "rewrite", refuse_the_second)
+        monkeypatch.setattr(module, "rewrite_for", refuse_the_second)
         with pytest.raises(RewriteError):
             gl.activate()
         assert len(calls) == 2

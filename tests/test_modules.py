@@ -144,7 +144,7 @@ def test_none_after_tensors_warns(gl):
 
 
 def test_timm_with_fused_attention_warns_once_and_unfused_hands_over_the_maps(gl):
-    timm = pytest.importorskip("timm", reason="timm is in the extra `notebooks`")
+    import timm
     from timm.layers import set_fused_attn
     from timm.models.vision_transformer import Attention
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_args
 
 from . import opcodes
 from .errors import UnknownLocalError
-from .rewrite import HOOK, At, local_names, rewrite
+from .rewrite import HOOK, At, Capture, local_names, rewrite_for
 from .store import Cache, Channel, Record, Store, _warn, receive
 from .tensors import Keep, check_keep
 
@@ -70,20 +70,20 @@ def _detach(function: FunctionType, channel: Channel) -> None:
 
 
 def _install(function: FunctionType, patch: _Patch, channels: list[Channel]) -> None:
-    code = patch.original
-    for channel in channels:
-        code = _rewritten(code, channel)
+    code = _rewritten(patch.original, tuple(channels)) if channels else patch.original
     # The name stays when the capture goes: a generator that was suspended in rewritten code still looks it up.
     function.__globals__[HOOK] = receive
     function.__code__ = patch.installed = code
     patch.channels = channels
 
 
-def _rewritten(code: CodeType, channel: Channel) -> CodeType:
+def _rewritten(code: CodeType, channels: tuple[Channel, ...]) -> CodeType:
     # A factory makes function after function from one code object: rewrite it once.
-    if channel.made is None or channel.made[0] is not code:
-        channel.made = code, rewrite(code, channel.names, at=channel.at, key=channel.site)
-    return channel.made[1]
+    made = channels[-1].made
+    if made is None or made[0] is not code or made[1] != channels:
+        captures = [Capture(channel.names, channel.at, channel.site) for channel in channels]
+        made = channels[-1].made = code, channels, rewrite_for(code, captures)
+    return made[2]
 
 
 def _name(function: FunctionType) -> str:

@@ -68,8 +68,19 @@ def assigned_lines(code: CodeType, name: str) -> tuple[int, ...]:
     [2]
     """
     flow = _Flow(_disassemble(code), code)
-    lines = {_line(instr) for index, instr in flow.instructions() if flow.assigns(index, instr, (name,))}
+    lines = {_line(instr) for _, instr in flow.instructions() if flow.assigns(instr, (name,))}
     return tuple(sorted(line for line in lines if line is not None))
+
+
+class Capture(NamedTuple):
+    """What is to be brought to the hook."""
+
+    names: tuple[str, ...]
+    """Which locals, out of `local_names(code)`."""
+    at: At
+    """"return" for the values at every return, "assign" for every value assigned."""
+    key: str
+    """Handed to the hook with each value; a string, so that the code stays marshallable."""
 
 
 def rewrite(code: CodeType, names: Sequence[str], *, at: At = "return", key: str, hook: str = HOOK) -> CodeType:
@@ -84,12 +95,15 @@ def rewrite(code: CodeType, names: Sequence[str], *, at: At = "return", key: str
     >>> scale(3), captured
     (7, [('scale', 6)])
 
-    Args:
-        code: a function's code object; code that was rewritten before may be rewritten again.
-        names: which locals, out of `local_names(code)`.
-        at: "return" for the values at every return, "assign" for every value assigned.
-        key: handed to the hook with each value; a string, so that the code stays marshallable.
-        hook: the global name of the hook.
+    See `Capture` for the arguments, and `rewrite_for` for what it raises.
+    """
+    return rewrite_for(code, [Capture(tuple(names), at, key)], hook)
+
+
+def rewrite_for(code: CodeType, captures: Sequence[Capture], hook: str = HOOK) -> CodeType:
+    """A code object that does what `code` does and makes the hook calls of all the captures, in their order.
+
+    `hook` is the global name of the hook.
 
     Raises:
         UnknownLocalError: `code` has no local of that name.
@@ -98,14 +112,12 @@ def rewrite(code: CodeType, names: Sequence[str], *, at: At = "return", key: str
     """
     opcodes.require_supported()
     known = local_names(code)
-    for name in names:
+    for name in (name for capture in captures for name in capture.names):
         if name not in known:
             raise UnknownLocalError(f"{code.co_qualname} has no local {name!r}; it has {', '.join(known)}")
-    writer = _Writer(code, names, key, hook)
-    if at == "return":
-        writer.capture_at_returns()
-    else:
-        writer.capture_assignments()
+    writer = _Writer(code, hook)
+    for capture in captures:
+        writer.add(capture)
     try:
         rewritten = writer.assemble()
     except Exception as error:
@@ -177,6 +189,7 @@ class _Flow:
 
     def __init__(self, bytecode: Bytecode, code: CodeType) -> None:
         self._items = list(bytecode)
+        self._index = {id(item): index for index, item in enumerate(self._items)}
         stars = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
         self._parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + stars]
         self._start = next((i for i, instr in self.instructions() if instr.name == "RESUME"), 0)
@@ -209,18 +222,19 @@ class _Flow:
 
     def is_the_functions_own(self, name: str) -> bool:
         """Whether a name is a variable of the function, and not only of a comprehension in it."""
-        if name not in self._comprehended or self.kind(name) is not Kind.FAST or name in self._parameters:
+        if name not in self._comprehended or name in self._free or name in self._parameters:
             return True
         inside = self._comprehended[name]
         return any(
             _variable(instr) == name and index not in inside and instr.name != "LOAD_FAST_AND_CLEAR"
             for index, instr in self.instructions()
+            if index > self._start  # before it, cells are only made: for the comprehension's variable as well
         )
 
-    def assigns(self, index: int, instr: Instr, names: Sequence[str]) -> bool:
-        """Whether the instruction at `index` is the store of an assignment to one of the names."""
-        name = _variable(instr)
-        if instr.name not in opcodes.STORES or name is None or name not in names:
+    def assigns(self, instr: Instr, names: Sequence[str]) -> bool:
+        """Whether an instruction is the store of an assignment to one of the names."""
+        name, index = _variable(instr), self._index.get(id(instr))
+        if index is None or instr.name not in opcodes.STORES or name is None or name not in names:
             return False
         return index not in self._comprehended.get(name, set()) and not self._ends_except_clause(index, instr)
 
@@ -246,7 +260,6 @@ class _Flow:
         saves = [(i, instr) for i, instr in self.instructions() if instr.name == "LOAD_FAST_AND_CLEAR"]
         if not saves:
             return {}
-        labels = {id(item): i for i, item in enumerate(self._items)}
         handlers: dict[int, TryBegin] = {}
         active: TryBegin | None = None
         for i, item in enumerate(self._items):
@@ -265,9 +278,9 @@ class _Flow:
             if index in handlers:
                 begin = handlers[index]
                 assert isinstance(begin.stack_depth, int)
-                yield labels[id(begin.target)], begin.stack_depth + begin.push_lasti + 1
+                yield self._index[id(begin.target)], begin.stack_depth + begin.push_lasti + 1
             if item.has_jump():
-                yield labels[id(item.arg)], depth + item.stack_effect(jump=True)
+                yield self._index[id(item.arg)], depth + item.stack_effect(jump=True)
             if not item.is_final():
                 yield index + 1, depth + item.stack_effect(jump=False)
 
@@ -307,22 +320,31 @@ class _Flow:
 class _Writer:
     """Puts hook calls into a function's bytecode and remembers which instructions it put in."""
 
-    def __init__(self, code: CodeType, names: Sequence[str], key: str, hook: str) -> None:
+    def __init__(self, code: CodeType, hook: str) -> None:
+        self._code, self._hook = code, hook
         self._bytecode = _disassemble(code)
         self._flow = _Flow(self._bytecode, code)
-        self._code, self._names, self._key, self._hook = code, tuple(names), key, hook
         self._injected: set[int] = set()
+        self._room = 0
+
+    def add(self, capture: Capture) -> None:
+        """Put the capture's hook calls in, behind those of earlier captures."""
+        # Above what the function itself stacks: hook, null, key, name, line, the values and an exception.
+        self._room = max(self._room, 6 + len(capture.names))
+        if capture.at == "return":
+            self._capture_at_returns(capture)
+        else:
+            self._capture_assignments(capture)
 
     def injected_indices(self) -> set[int]:
         """The injected instructions, by their position among all instructions."""
         return {index for index, instr in enumerate(_instructions(self._bytecode)) if id(instr) in self._injected}
 
     def assemble(self) -> CodeType:
-        # Above what the function itself stacks: hook, null, key, name, line, the values and an exception.
-        room = 6 + len(self._names)
-        return self._bytecode.to_code(stacksize=self._code.co_stacksize + room, compute_exception_stack_depths=False)
+        stacksize = self._code.co_stacksize + self._room
+        return self._bytecode.to_code(stacksize=stacksize, compute_exception_stack_depths=False)
 
-    def capture_at_returns(self) -> None:
+    def _capture_at_returns(self, capture: Capture) -> None:
         from bytecode import Instr, Label
         from bytecode.instr import TryBegin, TryEnd
 
@@ -339,8 +361,8 @@ class _Writer:
             elif isinstance(item, Instr) and item.name in opcodes.RETURNS:
                 place = item.location
                 self._put(items, opcodes.load_hook(self._hook, place))
-                self._put(items, opcodes.load_constant(self._key, place))
-                for count, name in enumerate(self._names):
+                self._put(items, opcodes.load_constant(capture.key, place))
+                for count, name in enumerate(capture.names):
                     load = opcodes.load_variable(name, self._flow.kind(name), place)
                     if self._flow.is_always_bound(name):
                         self._put(items, load)
@@ -365,34 +387,34 @@ class _Writer:
                     self._put(items, [Instr("POP_TOP", location=place)])
                     self._put(items, opcodes.load_marker(self._hook, place))
                     items.append(after)
-                if len(self._names) > 1:
-                    self._put(items, opcodes.build_tuple(len(self._names), place))
+                if len(capture.names) > 1:
+                    self._put(items, opcodes.build_tuple(len(capture.names), place))
                 self._put(items, opcodes.call_hook(place))
             items.append(item)
         self._bytecode[:] = items
 
-    def capture_assignments(self) -> None:
+    def _capture_assignments(self, capture: Capture) -> None:
         from bytecode import Instr
         from bytecode.instr import InstrLocation
 
         items: list[Any] = []
         entered = False
         nowhere = InstrLocation(None, None, None, None)  # no line: tracers must not see one on entry
-        for index, item in enumerate(list(self._bytecode)):
+        for item in list(self._bytecode):
             items.append(item)
             if not isinstance(item, Instr):
                 continue
             if item.name == "RESUME" and not entered:
                 entered = True
                 self._put(items, opcodes.load_hook(self._hook, nowhere))
-                self._put(items, opcodes.load_constant(self._key, nowhere))
+                self._put(items, opcodes.load_constant(capture.key, nowhere))
                 self._put(items, [Instr("LOAD_CONST", None, location=nowhere)])
                 self._put(items, opcodes.call_hook(nowhere))
-            elif self._flow.assigns(index, item, self._names):
+            elif self._flow.assigns(item, capture.names):
                 name, place = str(_variable(item)), item.location
                 line = _line(item)
                 self._put(items, opcodes.load_hook(self._hook, place))
-                self._put(items, opcodes.load_constant(self._key, place))
+                self._put(items, opcodes.load_constant(capture.key, place))
                 self._put(items, opcodes.load_constant(name, place))
                 self._put(items, opcodes.load_constant(self._bytecode.first_lineno if line is None else line, place))
                 self._put(items, opcodes.load_variable(name, self._flow.kind(name), place))

@@ -342,8 +342,8 @@ class Channel:
         self.calls = count()
         self.code: CodeType | None = None
         """The code that is captured from, for messages."""
-        self.made: tuple[CodeType, CodeType] | None = None
-        """The code that was last rewritten for this channel, and the result."""
+        self.made: tuple[CodeType, tuple[Channel, ...], CodeType] | None = None
+        """The code that was last rewritten with this channel as the last, for which channels, and the result."""
         self.pending: deque[tuple[Any, int]] | None = None
         """Values with their threads that are not filed yet; None where each value has work to be done at once."""
         self.weigh_at = 1
