@@ -319,6 +319,16 @@ class TestKeys:
         one(1), two(2)
         assert [[1], [2]] == list(gl.cache.values())
 
+    def test_a_key_that_the_user_deletes_starts_over(self, gl):
+        forward = make(gl, "attn")
+        gl.activate()
+        forward(1)
+        del gl.cache["forward"]
+        gl.activate(limit=1)
+        assert {} == gl.cache
+        forward(2), forward(3)
+        assert {"forward": [8]} == gl.cache
+
     def test_a_missing_key_says_what_is_known_and_whether_capture_is_active(self, gl):
         with pytest.raises(KeyError) as caught:
             gl.cache["Attention.forward"]

@@ -51,6 +51,10 @@ PAIRS = {
 """3.13 and later do two steps in one instruction; either half may be the one that matters."""
 
 
+SHAM_JUMPS = frozenset({"END_ASYNC_FOR"})
+"""3.14 and later give it the way back to its loop, for monitoring only: execution never takes it."""
+
+
 class Kind(Enum):
     """Where a variable of a function lives."""
 

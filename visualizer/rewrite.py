@@ -51,7 +51,10 @@ def local_names(code: CodeType) -> tuple[str, ...]:
     # Half of the bytes are arguments, which may look like the opcode: a cheap test that is never wrongly negative.
     may_borrow = opcodes.COMPREHENSIONS_ARE_INLINED and dis.opmap.get("LOAD_FAST_AND_CLEAR", -1) in code.co_code
     if may_borrow and opcodes.why_unsupported() is None:
-        flow = _Flow(_disassemble(code), code)
+        try:
+            flow = _Flow(_disassemble(code), code)
+        except RewriteError:
+            return tuple(names)  # a refusal is for those who want it rewritten
         names = {name: None for name in names if flow.is_the_functions_own(name)}
     return tuple(names)
 
@@ -279,7 +282,7 @@ class _Flow:
                 begin = handlers[index]
                 assert isinstance(begin.stack_depth, int)
                 yield self._index[id(begin.target)], begin.stack_depth + begin.push_lasti + 1
-            if item.has_jump():
+            if item.has_jump() and item.name not in opcodes.SHAM_JUMPS:
                 yield self._index[id(item.arg)], depth + item.stack_effect(jump=True)
             if not item.is_final():
                 yield index + 1, depth + item.stack_effect(jump=False)

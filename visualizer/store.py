@@ -281,7 +281,7 @@ class Store:
 
     def _values(self, key: str) -> list[Any]:
         """The list under a key, without fetching first: for those who are just filling it."""
-        return super(Cache, self.cache).__getitem__(key)
+        return self.cache.setdefault(key, [])
 
     def _trim(self, key: str) -> None:
         """Drop the oldest calls beyond the limit. A call makes one value at its return, any number by assignments."""
