@@ -71,15 +71,15 @@ def main() -> None:
         for name, (function, clear) in candidates.items():
             times[name].append(timeit.timeit(lambda f=function: f(1), number=CALLS) / CALLS * 1e9)
             clear()
-    loop = statistics.median(
-        timeit.timeit(lambda: None, number=CALLS) / CALLS * 1e9 for _ in range(ROUNDS)
-    )
+    loop = statistics.median(timeit.timeit(lambda: None, number=CALLS) / CALLS * 1e9 for _ in range(ROUNDS))
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
     print(f"CPython {platform.python_version()}, bytecode {version('bytecode')}, {cpu}, {sys.platform}")
-    print(f"medians of {ROUNDS} alternating rounds of {CALLS} calls; the timing loop itself, {loop:.0f} ns, taken off\n")
+    print(
+        f"medians of {ROUNDS} alternating rounds of {CALLS} calls; the timing loop itself, {loop:.0f} ns, taken off\n"
+    )
     print(f"{'':42}{'ns a call':>10}{'above bare':>12}{'above append':>14}")
     medians = {name: statistics.median(values) - loop for name, values in times.items()}
     for name, median in medians.items():

@@ -3,7 +3,6 @@
 import dis
 import inspect
 import pickle
-import sys
 import traceback
 import types
 

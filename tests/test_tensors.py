@@ -193,7 +193,11 @@ class TestMemory:
     @pytest.mark.parametrize(
         ("groups", "files", "expected"),
         [
-            ("0::/app/job\n", {"/sys/fs/cgroup/app/memory.max": "1000\n", "/sys/fs/cgroup/app/job/memory.max": "max\n"}, [1000]),
+            (
+                "0::/app/job\n",
+                {"/sys/fs/cgroup/app/memory.max": "1000\n", "/sys/fs/cgroup/app/job/memory.max": "max\n"},
+                [1000],
+            ),
             ("3:cpu:/\n5:memory:/job\n", {"/sys/fs/cgroup/memory/job/memory.limit_in_bytes": "77\n"}, [77]),
             ("0::/\n", {}, []),
         ],

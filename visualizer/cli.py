@@ -7,7 +7,7 @@ missing package, said in one line.
 from __future__ import annotations
 
 import argparse
-import os
+import functools
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -79,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         "with get_local, and writes five pictures and an index.md that says what made each.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--image", metavar="FILE", help="a photograph of your own, instead of scikit-image's cat")
+    demo.add_argument(
+        "--image", metavar="FILE", help="a photograph of your own, instead of scikit-image's cup of coffee"
+    )
     demo.add_argument("--text", default=TEXT, help="a sentence")
     demo.add_argument("--layer", type=int, default=LAYERS - 1, help=f"of the vision model, 0 to {LAYERS - 1}")
     demo.add_argument("--out", metavar="DIR", default="visualizer-demo", help="where the pictures go")
@@ -105,7 +107,7 @@ def _demo(options: argparse.Namespace) -> None:
     pictures = _pictures(vision, pixels, name, text, tokens, options)
     for picture in pictures:
         figure = picture.draw()
-        _write(folder, picture.file, lambda path, figure=figure: figure.savefig(path, dpi=150))
+        _write(folder, picture.file, functools.partial(figure.savefig, dpi=150))
     say("writing the index")
     index = _index(pictures, name, options)
     _write(folder, "index.md", lambda path: path.write_text(index, encoding="utf-8"))
@@ -147,7 +149,7 @@ def _read(image: str | None) -> tuple[Any, Any, str]:
     """The vision model's input, the pixels that it sees, and what the picture is called."""
     from . import models
 
-    path = models.photo("chelsea") if image is None else Path(image)
+    path = models.photo("coffee") if image is None else Path(image)
     try:
         images, pixels = models.prepare(path, size=IMAGE_SIZE, patch=PATCH)
     except FileNotFoundError as error:
@@ -174,11 +176,12 @@ def _vision_attention(images: Any) -> Any:
 def _text_attention(text: str) -> tuple[Any, list[str]]:
     """The attention of every layer, a list of (1, 12, tokens, tokens), and the tokens."""
     import torch
+    from transformers.utils import logging
 
     from . import models
     from .instrument import get_local
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its progress bars and advice are not the user's affair
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the demo has its own, for terminals only
     model, tokenizer = models.minilm()
     from transformers.models.bert import modeling_bert
 
@@ -203,7 +206,7 @@ def _pictures(
 
     layer, vit = options.layer, "DINOv2-type ViT-S/14"
     side = IMAGE_SIZE // PATCH
-    row, column = (11, 20) if options.image is None else (side // 2, side // 2)  # the cat's eye, or the middle
+    row, column = (20, 20) if options.image is None else (side // 2, side // 2)  # the spoon, or the middle
 
     def alone(draw: Callable[[Any], Any], width: float = 6, height: float = 5) -> Callable[[], Figure]:
         def figure() -> Figure:
@@ -310,7 +313,7 @@ def _index(pictures: list[_Picture], name: str, options: argparse.Namespace) -> 
 
 
 def _source(image: str | None) -> str:
-    return 'models.photo("chelsea")' if image is None else repr(image)
+    return 'models.photo("coffee")' if image is None else repr(image)
 
 
 def _escaped(text: str) -> str:

@@ -10,6 +10,11 @@ VisualizerWarning          (a UserWarning)      something is missing from what w
 A value of the wrong type or out of range is a plain TypeError or ValueError.
 """
 
+from __future__ import annotations
+
+import sys
+import warnings
+
 
 class VisualizerError(Exception):
     """Base of every error that is this package's own."""
@@ -36,3 +41,12 @@ class UnsupportedPythonError(VisualizerError, RuntimeError):
 
 class VisualizerWarning(UserWarning):
     """Something is missing from what was recorded, or looks wrong; the message says why and what to do."""
+
+
+def warn(message: str) -> None:
+    """Issue a VisualizerWarning at the innermost line that is not this package's."""
+    package = __name__.rpartition(".")[0] + "."
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, VisualizerWarning, stacklevel=level)

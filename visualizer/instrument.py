@@ -19,9 +19,9 @@ from types import CodeType, FunctionType
 from typing import Any, TypeVar, get_args
 
 from . import opcodes
-from .errors import UnknownLocalError
+from .errors import UnknownLocalError, warn
 from .rewrite import HOOK, At, Capture, local_names, rewrite_for
-from .store import Cache, Channel, Record, Store, _warn, receive
+from .store import Cache, Channel, Record, Store, receive
 from .tensors import Keep, check_keep
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def _detach(function: FunctionType, channel: Channel) -> None:
             return
         if function.__code__ is not patch.installed:
             del _patches[function]
-            _warn(
+            warn(
                 f"{_name(function)} has had its code replaced by another tool while get_local was active: it is left "
                 "as that tool made it. What it would still bring is ignored."
             )
@@ -256,7 +256,7 @@ class GetLocal:
             for other in replaced:
                 _detach(function, other)
                 channels.remove(other)
-                _warn(
+                warn(
                     f"{_name(function)} was decorated for {', '.join(other.names)} before, with at={other.at!r} and "
                     f"keep={other.keep!r}; the new get_local({', '.join(map(repr, names))}, at={at!r}, keep={keep!r}) "
                     "takes its place."

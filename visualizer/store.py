@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterator, ValuesView
@@ -19,11 +18,9 @@ from itertools import count
 from types import CodeType
 from typing import Any
 
-from .errors import UnknownKeyError, VisualizerWarning
+from .errors import UnknownKeyError, warn
 from .rewrite import At, assigned_lines
 from .tensors import Keep, bytes_by_device, is_array, is_tensor, keeper, memory_of
-
-_PACKAGE = __name__.rpartition(".")[0] + "."
 
 _listening: dict[str, Channel] = {}
 
@@ -310,7 +307,7 @@ class Store:
         for channel in self._channels:
             channel.adjust()
         source = "max_bytes" if self.max_bytes is not None else "a quarter of its memory"
-        _warn(
+        warn(
             f"captured values would take more than {self._budget(device):,} bytes on {device} ({source}): {key!r} and "
             "all that follows is not recorded, until get_local.clear(). If capture was left active by mistake, call "
             "get_local.deactivate(); else keep less (limit=, keep=) or allow more (max_bytes=)."
@@ -320,14 +317,6 @@ class Store:
         self.is_full = False
         for channel in self._channels:
             channel.adjust()
-
-
-def _warn(message: str) -> None:
-    """Warn at the innermost line that is not ours: in the captured function, or where the cache is read."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, VisualizerWarning, stacklevel=level)
 
 
 class Channel:
@@ -471,7 +460,7 @@ class Channel:
         lines = ", ".join(map(str, assigned_lines(code, name)))
         what = "was None, and None was recorded" if value is None else "was not bound, and nothing was recorded"
         where = f"it is assigned on line {lines}" if lines else "the function never assigns it"
-        _warn(
+        warn(
             f"{name!r} {what} when {self._function()} returned; {where}. The usual causes: a fused attention "
             "kernel that never makes the weights (build the model with timm.layers.set_fused_attn(False), or "
             'attn_implementation="eager" in transformers), or a flag of the model that guards those lines.'

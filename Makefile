@@ -1,0 +1,35 @@
+# Every chore has its one line here; PYTHON is the environment it runs in.
+PYTHON ?= python
+.DEFAULT_GOAL := help
+.PHONY: help test lint types doctest notebooks pictures bench proofs ci
+
+help:  ## list the chores
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+test:  ## the tests, README's examples among them
+	$(PYTHON) -m pytest
+
+lint:  ## ruff
+	$(PYTHON) -m ruff check
+
+types:  ## mypy, strict
+	$(PYTHON) -m mypy
+
+doctest:  ## the examples in the docstrings
+	PYTHONPATH=tests $(PYTHON) -m pytest --doctest-modules visualizer  # for tests/sitecustomize.py
+
+notebooks:  ## run every notebook from top to bottom
+	$(PYTHON) -c 'import nbclient'  # without it the test would only be skipped
+	$(PYTHON) -m pytest tests/test_notebooks.py
+
+pictures:  ## make the pictures in assets/ anew
+	$(PYTHON) -m visualizer demo --out assets
+
+bench:  ## what capturing costs
+	set -e; for file in benchmarks/*.py; do $(PYTHON) $$file; done
+
+proofs:  ## the long proofs on every Python that is found; CHROOT=DIR adds those in DIR
+	$(PYTHON) tests/proofs.py $(if $(CHROOT),--chroot $(CHROOT))
+
+ci:  ## what every change must pass, in fresh environments
+	.ci/run

@@ -1,0 +1,20 @@
+"""What all tests share. Imported on bare interpreters too, where neither torch nor numpy nor matplotlib is there."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torchvision_schemas  # noqa: F401
+
+TESTS = Path(__file__).resolve().parent
+
+# In the environment, before anything is imported: the processes that tests start inherit it.
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on two cores a second thread makes the small models slower
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("house", deadline=None)  # a busy machine is no failure
+    settings.load_profile("house")

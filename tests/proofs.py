@@ -1,0 +1,108 @@
+"""The long proofs: the engine's tests, those marked long among them, on every Python the package names.
+
+    python tests/proofs.py                  # the Pythons on the PATH and pyenv's
+    python tests/proofs.py --chroot DIR     # and those in DIR, a folder with a system of its own (root only)
+    python tests/proofs.py --short          # without the tests marked long
+
+The interpreters stay as they are: `bytecode` and pytest are pure Python and lie in a folder beside a copy of the
+package. Nothing else is there, which shows that the engine needs nothing else.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ENGINE_TESTS = ("test_opcodes.py", "test_rewrite.py", "test_instrument.py", "test_corpus.py")
+NEEDED = ("bytecode", "pytest")
+
+
+def supported() -> list[str]:
+    """The Pythons of the classifiers: "3.11", "3.12" ..."""
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    return [found[1] for text in classifiers if (found := re.search(r":: Python :: (3\.\d+)$", text))]
+
+
+def full_version(command: list[str]) -> str:
+    """What the interpreter says it is; nothing where it does not start, as pyenv's shims do not."""
+    code = "import platform; print(platform.python_version())"
+    try:
+        return subprocess.run([*command, "-c", code], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def find(version: str, chroot: Path | None) -> tuple[list[str], Path] | None:
+    """The command of an interpreter of that version, and the root folder it sees."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    paths = [sys.executable, f"python{version}", *map(str, pyenv.glob(f"versions/{version}.*/bin/python"))]
+    candidates = [([path], Path("/")) for path in paths]
+    if chroot:
+        candidates.append((["chroot", str(chroot), f"python{version}"], chroot))
+    return next((it for it in candidates if full_version(it[0]).startswith(f"{version}.")), None)
+
+
+def prove(command: list[str], root: Path, needed: Path, options: list[str]) -> tuple[int, int, int]:
+    """(passed, failed, skipped) of the engine's tests, run by one interpreter in a copy of the package."""
+    with tempfile.TemporaryDirectory(dir=root / "tmp", prefix="proofs-") as name:
+        folder = Path(name)
+        for part in ("visualizer", "tests"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        shutil.copytree(needed, folder / "needed")
+
+        seen = Path("/") / folder.relative_to(root)  # as the interpreter sees it
+        arguments = ["-q", "-ra", "-p", "no:cacheprovider", "--rootdir", f"{seen}", "-c", f"{seen}/pyproject.toml"]
+        arguments += [f"--junitxml={seen}/report.xml", *options, *(f"{seen}/tests/{test}" for test in ENGINE_TESTS)]
+        environment = {**os.environ, "PYTHONPATH": f"{seen}:{seen}/needed", "LC_ALL": "C.UTF-8"}
+        code = subprocess.run([*command, "-m", "pytest", *arguments], env=environment).returncode
+
+        report = folder / "report.xml"
+        if not report.exists():  # it did not come as far as a report
+            return 0, 1, 0
+        suite = next(ElementTree.parse(report).iter("testsuite"))
+        count, errors, failures, skipped = (int(suite.get(k, 0)) for k in ("tests", "errors", "failures", "skipped"))
+        failed = errors + failures or int(code != 0)
+        return count - errors - failures - skipped, failed, skipped
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the engine's tests on every Python the package names.")
+    parser.add_argument("--chroot", type=Path, help="a folder with usr/bin/python3.14 and the like; needs root")
+    parser.add_argument("--short", action="store_true", help="leave out the tests marked long")
+    parser.add_argument("--others", action="store_true", help="leave out the Python that runs this")
+    options = parser.parse_args()
+
+    rows = []
+    with tempfile.TemporaryDirectory() as needed:
+        install = [sys.executable, "-m", "pip", "install", "-q", "--only-binary=:all:", "--target", needed, *NEEDED]
+        subprocess.run(install, check=True)
+        for version in supported():
+            if options.others and sys.version.startswith(f"{version}."):
+                continue
+            found = find(version, options.chroot and options.chroot.resolve())
+            if found is None:
+                rows.append((version, "not found: NOT proved", 0, 0, 0, 0.0))
+                continue
+            name = full_version(found[0])
+            print(f"\nPython {name}: {' '.join(found[0])}", flush=True)
+            start = time.monotonic()
+            counts = prove(*found, Path(needed), [] if options.short else ["-m", ""])
+            rows.append((version, name, *counts, time.monotonic() - start))
+
+    print(f"\n{'Python':<8}{'':<24}{'passed':>8}{'failed':>8}{'skipped':>8}{'seconds':>9}")
+    for version, name, passed, failed, skipped, seconds in rows:
+        print(f"{version:<8}{name:<24}{passed:>8}{failed:>8}{skipped:>8}{seconds:>9.0f}")
+    return 0 if any(row[2] for row in rows) and not any(row[3] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

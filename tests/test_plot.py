@@ -1,0 +1,308 @@
+"""What is drawn, read from the artists: values, places, labels, scales; and what is refused, by its words."""
+
+import itertools
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from visualizer import VisualizerWarning, plot
+
+
+@pytest.fixture(autouse=True)
+def no_figure_left():
+    yield
+    plt.close("all")
+
+
+def maps_of(*shape, seed=0):
+    """Random attention: rows over the last axis sum to one."""
+    logits = np.random.default_rng(seed).normal(size=shape) * 2
+    return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+
+
+def hot(row, column, grid=(4, 4), prefix=1):
+    """Maps (1, 1, N, N) whose every query attends to one patch only."""
+    count = prefix + grid[0] * grid[1]
+    maps = np.zeros((1, 1, count, count))
+    maps[..., prefix + row * grid[1] + column] = 1
+    return maps
+
+
+def frames(ax):
+    return [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+
+
+def pixel(ax, x, y):
+    """The colour that lies on top at a place of the picture, from the layers that were drawn."""
+    colour = np.zeros(3)
+    for image in ax.images:
+        left, right, bottom, top = image.get_extent()
+        data = image.to_rgba(image.get_array()) if image.get_array().ndim == 2 else np.asarray(image.get_array())
+        rows, columns = data.shape[:2]
+        layer = data[int((y - top) / (bottom - top) * rows), int((x - left) / (right - left) * columns)]
+        alpha = layer[3] if layer.shape[0] == 4 else 1.0
+        colour = (1 - alpha) * colour + alpha * layer[:3]
+    return colour
+
+
+class TestHead:
+    def test_the_very_weights_queries_down_keys_across(self):
+        maps = [maps_of(2, 3, 5, 7, seed=layer) for layer in range(4)]
+        ax = plot.head(maps, layer=2, head=1, batch=1)
+        [image] = ax.images
+        np.testing.assert_allclose(maps[2][1, 1], image.get_array(), rtol=1e-6)
+        assert ("key", "query", "layer 2, head 1") == (ax.get_xlabel(), ax.get_ylabel(), ax.get_title())
+        assert ax.yaxis_inverted(), "row 0 is on top"
+        assert "nearest" == image.get_interpolation()
+        assert "viridis" == image.get_cmap().name
+        assert 0 == image.get_clim()[0]
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            pytest.param(lambda m: m, id="array"),
+            pytest.param(lambda m: torch.tensor(m), id="tensor"),
+            pytest.param(lambda m: torch.tensor(m, requires_grad=True), id="requires grad"),
+            pytest.param(lambda m: torch.tensor(m, dtype=torch.bfloat16), id="bfloat16"),
+            pytest.param(lambda m: m.astype(np.float16), id="float16"),
+            pytest.param(lambda m: list(m), id="list of layers"),
+            pytest.param(lambda m: tuple(torch.tensor(one) for one in m), id="tuple of tensors"),
+            pytest.param(lambda m: {"Attention.forward": list(m)}, id="a cache"),
+        ],
+    )
+    def test_all_kinds_of_input_draw_the_same(self, wrap):
+        maps = maps_of(3, 1, 2, 4, 4)
+        drawn = plot.head(wrap(maps), layer=1, head=0).images[0].get_array()
+        np.testing.assert_allclose(maps[1, 0, 0], drawn, atol=4e-3)
+
+    @pytest.mark.parametrize("shape", [(5, 5), (1, 5, 5), (1, 1, 5, 5), (1, 1, 1, 5, 5)])
+    def test_axes_of_length_one_need_no_choice(self, shape):
+        np.testing.assert_allclose(maps_of(*shape).reshape(5, 5), plot.head(maps_of(*shape)).images[0].get_array())
+
+    @pytest.mark.parametrize(("head", "reduce"), [("mean", np.mean), ("max", np.max), ("min", np.min)])
+    @pytest.mark.filterwarnings("ignore::visualizer.VisualizerWarning")
+    def test_reductions_over_heads(self, head, reduce):
+        maps = maps_of(4, 5, 5)
+        ax = plot.head(maps, head=head)
+        np.testing.assert_allclose(reduce(maps, axis=0), ax.images[0].get_array())
+        assert f"{head} of 4 heads" == ax.get_title()
+
+    def test_it_draws_where_it_is_told_and_nowhere_else(self):
+        figure, (left, right) = plt.subplots(1, 2)
+        before = plt.get_fignums()
+        assert plot.head(maps_of(5, 5), ax=right, cbar=False) is right
+        assert before == plt.get_fignums()
+        assert not left.images
+        assert [left, right] == figure.axes, "no colour bar was asked for"
+
+    def test_a_few_large_weights_do_not_leave_the_rest_dark_and_the_bar_says_so(self):
+        maps = np.full((100, 100), 0.5 / 99)
+        np.fill_diagonal(maps, 0.5)
+        maps[50] = np.eye(100)[0]
+        ax = plot.head(maps)
+        top = ax.images[0].get_clim()[1]
+        assert 4 / 100 <= top < 1
+        assert "max" == ax.images[0].colorbar.extend
+        assert 0.9 == plot.head(maps, vmax=0.9).images[0].get_clim()[1]
+
+    def test_styles_are_as_they_were(self):
+        before = dict(mpl.rcParams)
+        plot.head(maps_of(5, 5))
+        plot.tokens(maps_of(2, 2), ["a", "b"])
+        assert before == dict(mpl.rcParams)
+
+
+class TestHeads:
+    @pytest.mark.parametrize("count", [1, 3, 6, 12])
+    def test_a_panel_a_head_on_one_scale_with_one_bar(self, count):
+        maps = maps_of(2, 1, count, 5, 5)
+        figure = plot.heads(maps, layer=1)
+        assert isinstance(figure, Figure)
+        panels = [ax for ax in figure.axes if ax.images]
+        for number, ax in enumerate(panels):
+            np.testing.assert_allclose(maps[1, 0, number], ax.images[0].get_array())
+            assert f"head {number}" == ax.get_title()
+        assert count == len(panels)
+        assert 1 == len({ax.images[0].get_clim() for ax in panels})
+        assert 1 == sum(ax.get_label() == "<colorbar>" for ax in figure.axes)
+        assert "layer 1" == figure.get_suptitle()
+
+    def test_a_single_row_of_panels(self):
+        figure = plot.heads(maps_of(1, 3, 5, 5), columns=3)
+        assert 3 == sum(bool(ax.images) for ax in figure.axes)
+
+    def test_the_last_layer_unless_told_otherwise(self):
+        maps = maps_of(4, 1, 2, 5, 5)
+        np.testing.assert_allclose(maps[3, 0, 0], plot.heads(maps).axes[0].images[0].get_array())
+
+    def test_a_scale_of_its_own_for_each(self):
+        maps = np.stack([np.full((10, 10), 0.1), np.eye(10)])
+        figure = plot.heads(maps, share=False)
+        tops = [ax.images[0].get_clim()[1] for ax in figure.axes if ax.get_label() != "<colorbar>"]
+        assert tops[0] < tops[1]
+        assert 2 == sum(ax.get_label() == "<colorbar>" for ax in figure.axes)
+
+
+class TestOverThePicture:
+    @pytest.mark.parametrize("place", [(0, 0), (0, 3), (2, 1), (3, 3)])
+    @pytest.mark.parametrize("style", ["overlay", "mask"])
+    def test_the_hot_patch_lies_on_its_own_pixels(self, place, style):
+        image = np.full((56, 84, 3), 200, np.uint8)
+        ax = plot.class_token(hot(*place), image, style=style)
+        bright = [
+            (row, column)
+            for row in range(4)
+            for column in range(4)
+            if pixel(ax, column * 21 + 10, row * 14 + 7).sum() > 1.9
+        ]
+        assert [place] == bright
+
+    def test_the_frame_is_round_the_query_in_black_and_white(self):
+        ax = plot.query(hot(0, 0), np.zeros((56, 84, 3)), query=(2, 1))
+        assert {(21.0, 28.0, 21.0, 14.0)} == {(*f.get_xy(), f.get_width(), f.get_height()) for f in frames(ax)}
+        assert {to_rgb("black"), to_rgb("white")} == {f.get_edgecolor()[:3] for f in frames(ax)}
+
+    def test_a_token_index_and_a_patch_are_the_same_query(self):
+        maps = maps_of(1, 2, 17, 17)
+        by_patch, by_index = plot.query(maps, query=(2, 1)), plot.query(maps, query=10)
+        np.testing.assert_array_equal(by_patch.images[0].get_array(), by_index.images[0].get_array())
+        np.testing.assert_allclose(maps[0, :, 10, 1:].mean(0).reshape(4, 4), by_patch.images[0].get_array())
+        assert by_patch.get_title() == by_index.get_title() == "query: patch (2, 1), mean of 2 heads"
+
+    def test_a_grid_that_is_not_square(self):
+        maps = maps_of(1, 1, 1 + 3 * 5, 1 + 3 * 5)
+        for options in ({"grid": (3, 5)}, {"image_size": (42, 70), "patch_size": 14}):
+            drawn = plot.class_token(maps, **options).images[0].get_array()
+            np.testing.assert_allclose(maps[0, 0, 0, 1:].reshape(3, 5), drawn)
+        picture = np.zeros((42, 70, 3))
+        assert "query: CLS" == plot.class_token(maps, picture, patch_size=14).get_title()
+
+    @pytest.mark.parametrize(
+        ("given", "names"), [(None, ["CLS"]), (1, ["CLS"]), (["[CLS]"], ["[CLS]"])], ids=["none", "count", "names"]
+    )
+    def test_prefix_tokens_have_swatches_with_their_weights_on_the_patches_scale(self, given, names):
+        maps = maps_of(17, 17)
+        ax = plot.query(maps, query=(0, 0), prefix_tokens=given)
+        [strip] = ax.child_axes
+        np.testing.assert_allclose(maps[1, :1], strip.images[0].get_array()[0])
+        assert ax.images[0].get_clim() == strip.images[0].get_clim()
+        assert [f"{names[0]}\n{maps[1, 0]:.2g}"] == [label.get_text() for label in strip.get_xticklabels()]
+
+    def test_registers(self):
+        maps = maps_of(1 + 4 + 9, 1 + 4 + 9)
+        ax = plot.class_token(maps, grid=(3, 3), prefix_tokens=["CLS", "REG1", "REG2", "REG3", "$R$"])
+        assert 5 == len(ax.child_axes[0].get_xticklabels())
+        np.testing.assert_allclose(maps[0, 5:].reshape(3, 3), ax.images[0].get_array())
+        assert frames(ax.child_axes[0]), "the class token's own swatch is framed"
+        assert not frames(ax)
+
+    def test_an_even_row_is_not_painted_solid(self):
+        ax = plot.class_token(np.full((17, 17), 1 / 17))
+        assert 4 / 17 == pytest.approx(ax.images[0].get_clim()[1])
+
+    def test_smooth_goes_through_the_patches_centres(self):
+        maps = maps_of(16, 16)
+        image = np.ones((64, 64, 3))
+        sharp = plot.query(maps, image, query=0, style="mask").images[0].get_array()[..., 0]
+        smooth = plot.query(maps, image, query=0, style="mask", smooth=True).images[0].get_array()[..., 0]
+        centres = np.ix_(range(8, 64, 16), range(8, 64, 16))
+        expected = maps[0].reshape(4, 4) / maps[0].max()
+        assert not np.allclose(sharp, smooth)
+        np.testing.assert_allclose(expected, sharp[centres], atol=1e-6)
+        np.testing.assert_allclose(expected, smooth[centres], atol=0.05)
+
+    def test_without_a_picture_the_weights_alone(self):
+        maps = maps_of(16, 16)
+        ax = plot.query(maps, query=3)
+        np.testing.assert_allclose(maps[3].reshape(4, 4), ax.images[0].get_array())
+
+
+class TestTokens:
+    def test_labels_on_both_sides(self):
+        maps, words = maps_of(3, 3), ["[CLS]", "cat", "sat"]
+        ax = plot.tokens(maps, words)
+        np.testing.assert_allclose(maps, ax.images[0].get_array())
+        for axis in (ax.get_xticklabels(), ax.get_yticklabels()):
+            assert words == [label.get_text() for label in axis]
+        assert [0, 1, 2] == list(ax.get_xticks()) == list(ax.get_yticks())
+
+    def test_dollars_white_space_and_what_cannot_be_seen(self):
+        words = ["$x^", "$5", " the", "Ġcat", "\n", "\u202eevil", "", "\\frac"]
+        ax = plot.tokens(maps_of(8, 8), words)
+        ax.figure.canvas.draw()
+        shown = [label.get_text() for label in ax.get_yticklabels()]
+        assert ["$x^", "$5", "␣the", "␣cat", "⏎", "\\u202eevil", "∅", "\\frac"] == shown
+
+    def test_other_words_for_the_keys(self):
+        ax = plot.tokens(maps_of(2, 3), ["le", "chat"], key_tokens=["the", "black", "cat"])
+        assert ["le", "chat"] == [label.get_text() for label in ax.get_yticklabels()]
+        assert ["the", "black", "cat"] == [label.get_text() for label in ax.get_xticklabels()]
+
+    def test_long_texts_are_thinned_and_do_not_overlap(self):
+        words = [f"word{number}" for number in range(300)]
+        ax = plot.tokens(maps_of(300, 300), words)
+        ax.figure.canvas.draw()
+        boxes = [label.get_window_extent() for label in ax.get_yticklabels()]
+        assert 20 < len(boxes) < 300
+        heights = sorted((box.y0, box.y1) for box in boxes)
+        assert all(above[0] >= below[1] - 1 for below, above in itertools.pairwise(heights))
+        assert all(
+            words[int(tick)] == label.get_text()
+            for tick, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)
+        )
+
+    def test_the_number_of_words_must_fit(self):
+        with pytest.raises(ValueError) as caught:
+            plot.tokens(maps_of(3, 3), ["a", "b"])
+        for part in ("tokens has 2 entries", "3 queries", "3 keys", "key_tokens"):
+            assert part in str(caught.value)
+
+
+class TestRefusals:
+    """The message says what was given, what would fit, and what to do."""
+
+    @pytest.mark.parametrize(
+        ("call", "error", "parts"),
+        [
+            (lambda: plot.head(np.ones(3) / 3), ValueError, ["(3,)", "(queries, keys)"]),
+            (lambda: plot.head(maps_of(2, 1, 3, 5, 5), head=0), ValueError, ["2 layers", "layer=0 to 1", '"mean"']),
+            (lambda: plot.head(maps_of(3, 5, 5)), ValueError, ["3 heads", "head=0 to 2"]),
+            (lambda: plot.head(maps_of(3, 5, 5), head=7), IndexError, ["head=7", "out of range", "3 along head"]),
+            (lambda: plot.head(maps_of(3, 5, 5), head="median"), ValueError, ["'median'", '"mean", "max" or "min"']),
+            (lambda: plot.head(maps_of(3, 5, 5), head=0.5), TypeError, ["0.5", "float"]),
+            (lambda: plot.head([]), ValueError, ["without entries", 'attn_implementation="eager"']),
+            (lambda: plot.head((None, None)), ValueError, ["of None", 'attn_implementation="eager"']),
+            (lambda: plot.head(np.zeros((0, 5, 5))), ValueError, ["(0, 5, 5)", "non-empty"]),
+            (lambda: plot.head(np.full((5, 5), -np.inf)), ValueError, ["infinite", "softmax"]),
+            (lambda: plot.head(np.full((5, 5), np.nan)), ValueError, ["NaN"]),
+            (lambda: plot.class_token(maps_of(12, 12)), ValueError, ["12", "11", "grid=(rows, columns)"]),
+            (lambda: plot.class_token(maps_of(17, 17), grid=(5, 5)), ValueError, ["5 x 5 = 25", "17 keys"]),
+            (lambda: plot.query(maps_of(17, 17), query=(4, 0)), IndexError, ["(4, 0)", "4 rows and 4 columns"]),
+            (lambda: plot.query(maps_of(17, 17), query=17), IndexError, ["17", "0 to 16"]),
+            (lambda: plot.query(maps_of(17, 17), query=0, style="jet"), ValueError, ["'jet'", "'overlay', 'mask'"]),
+            (
+                lambda: plot.class_token(maps_of(17, 17), np.ones((1, 3, 8, 8))),
+                ValueError,
+                ["(1, 3, 8, 8)", "image[0]"],
+            ),
+            (lambda: plot.class_token(maps_of(17, 17), np.full((8, 8, 3), 9.0)), ValueError, ["9", "normalisation"]),
+            (lambda: plot.class_token(maps_of(17, 17), "cat.jpg"), TypeError, ["str", "PIL"]),
+        ],
+    )
+    def test_each_says_what_would_do(self, call, error, parts):
+        with pytest.raises(error) as caught:
+            call()
+        for part in parts:
+            assert part in str(caught.value)
+
+    def test_rows_that_do_not_sum_to_one_are_drawn_with_a_warning(self):
+        with pytest.warns(VisualizerWarning, match="do not sum to 1") as caught:
+            plot.head(np.random.default_rng(0).normal(size=(16, 16)))
+            plot.query(np.random.default_rng(0).normal(size=(16, 16)), query=0)
+        assert [__file__, __file__] == [one.filename for one in caught]

@@ -1,0 +1,45 @@
+"""The READMEs keep their word: their Python runs, and what they point to is there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+READMES = ("README.md", "README_zh.md")
+
+
+def python_blocks(text: str) -> str:
+    """The text with all but its ```python blocks blanked, so that a traceback's lines are the README's."""
+    inside, lines = False, []
+    for line in text.splitlines():
+        fence = line.startswith("```")
+        lines.append(line if inside and not fence else "")
+        if fence:
+            inside = not inside and line.strip() == "```python"
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_python_blocks_run_in_order(name: str, tmp_path: Path) -> None:
+    code = python_blocks((ROOT / name).read_text(encoding="utf-8"))
+    assert code.strip(), "no python block found"
+    script = tmp_path / f"{name}.py"
+    script.write_text(code, encoding="utf-8")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_links_and_pictures_inside_the_repository_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#\s]+)|(?:src|href)=\"([^\"#]+)", text)
+    local = {target for pair in targets for target in pair if target and "://" not in target}
+    assert [target for target in sorted(local) if not (ROOT / target).exists()] == []
+
+
+def test_python_blocks_are_found_at_their_lines() -> None:
+    text = "a\n```python\nx = 1\n```\n```bash\nls\n```\n```python\ny = 2\n```\n"
+    assert python_blocks(text).splitlines() == ["", "", "x = 1", "", "", "", "", "", "y = 2", ""]
