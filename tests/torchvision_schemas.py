@@ -14,7 +14,7 @@ SCHEMAS = (
 
 
 class BeforeTorchvision:
-    """A finder that finds nothing, but declares the schemas when torchvision is looked for: torch loads no sooner."""
+    """A finder that finds nothing but declares the schemas when torchvision is looked for: torch loads no sooner."""
 
     def find_spec(self, name, path=None, target=None):
         if name == "torchvision":
