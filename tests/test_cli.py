@@ -89,6 +89,17 @@ def test_on_a_users_own_input(tmp_path, capsys):
     assert f"{tmp_path / 'o' / 'index.md'}\n" == capsys.readouterr().out
 
 
+def test_characters_that_no_font_has_are_one_line(tmp_path, capsys):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.text(0.5, 0.5, "\U00012000\U00012001 cuneiform \U00012000")
+    cli._save(figure, tmp_path / "x.png")
+    said = capsys.readouterr().err
+    assert "\U00012000\U00012001: no installed font" in said
+    assert 1 == said.count("\n")
+
+
 def test_progress_is_for_terminals(monkeypatch, capsys):
     say = cli._progress(2)
     say("reading")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +108,7 @@ def _demo(options: argparse.Namespace) -> None:
     say("drawing")
     pictures = _pictures(vision, pixels, name, text, tokens, options)
     for picture in pictures:
-        figure = picture.draw()
-        _write(folder, picture.file, functools.partial(figure.savefig, dpi=150))
+        _write(folder, picture.file, functools.partial(_save, picture.draw()))
     say("writing the index")
     index = _index(pictures, name, options)
     _write(folder, "index.md", lambda path: path.write_text(index, encoding="utf-8"))
@@ -143,6 +144,22 @@ def _write(folder: Path, name: str, write: Callable[[Path], Any]) -> None:
         write(folder / name)
     except OSError as error:
         raise _Mistake(f"cannot write {folder / name}: {error.strerror or error}") from error
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Save a picture; characters that no font has are said in one line, not in one warning each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(path, dpi=150)
+    glyphs: dict[str, None] = {}
+    for warning in caught:
+        missing = re.match(r"Glyph (\d+) .* missing from", str(warning.message))
+        if missing:
+            glyphs[chr(int(missing[1]))] = None
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if glyphs:
+        print(f"visualizer: {path.name} has boxes for {''.join(glyphs)}: no installed font has them", file=sys.stderr)
 
 
 def _read(image: str | None) -> tuple[Any, Any, str]:
