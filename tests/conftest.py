@@ -1,6 +1,5 @@
 """What all tests share. Imported on bare interpreters too, where neither torch nor numpy nor matplotlib is there."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -12,9 +11,3 @@ TESTS = Path(__file__).resolve().parent
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on two cores a second thread makes the small models slower
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-
-if importlib.util.find_spec("hypothesis"):
-    from hypothesis import settings
-
-    settings.register_profile("house", deadline=None)  # a busy machine is no failure
-    settings.load_profile("house")

@@ -106,13 +106,13 @@ class TestAsItsUsersKnowIt:
     def test_a_list_in_hand_grows_with_the_calls_and_keeps_its_values_after_clear(self, gl):
         forward = make(gl, "attn")
         gl.activate()
-        values = gl.cache["forward"]
+        cache, values = gl.cache, gl.cache["forward"]
         forward(1)
         assert [4] == values
         gl.clear()
         forward(2)
         assert [4] == values
-        assert [6] == gl.cache["forward"]
+        assert [6] == gl.cache["forward"] == cache["forward"]
 
 
 class TestSwitching:
@@ -211,6 +211,40 @@ class TestSwitching:
         assert forward.__code__ is other.__code__
         assert {"forward": ["other"]} == gl.cache
 
+    def test_an_inner_with_has_limits_of_its_own_and_loses_nothing_at_its_end(self, gl):
+        forward = make(gl, "attn")
+        with gl.activate(limit=2):
+            with gl.activate():
+                for x in range(5):
+                    forward(x)
+            assert [2, 4, 6, 8, 10] == gl.cache["forward"]
+            forward(5)
+            assert [10, 12] == gl.cache["forward"]
+
+    def test_a_refused_decoration_while_active_leaves_no_trace(self, gl, monkeypatch):
+        gl.activate()
+        module = sys.modules["visualizer.instrument"]
+        real = module.rewrite_for
+
+        def refuse(code, captures):
+            raise RewriteError("no")
+
+        monkeypatch.setattr(module, "rewrite_for", refuse)
+
+        def forward(x):
+            attn = x
+            return attn
+
+        forward.__qualname__, forward.__module__ = "forward", "first_module"
+        code = forward.__code__
+        with pytest.raises(RewriteError):
+            gl("attn")(forward)
+        assert {} == gl.cache
+        assert forward.__code__ is code
+        monkeypatch.setattr(module, "rewrite_for", real)
+        make(gl, "attn")(1)
+        assert {"forward": [4]} == gl.cache, "the plain key is still free"
+
     def test_nothing_is_half_activated(self, gl, monkeypatch):
         good, bad = make(gl, "attn"), make(gl, "q")
         codes = good.__code__, bad.__code__
@@ -265,6 +299,21 @@ class TestKeys:
             gl("attn", keep=lambda value: -value)(forward)
         forward(1)
         assert {"forward": [-4]} == gl.cache
+
+    def test_decorated_anew_for_some_of_its_names_keeps_the_others(self, gl):
+        forward = make(gl, "q", "attn")
+        gl("q")(forward)
+        with pytest.warns(VisualizerWarning, match="decorated for q before"):
+            gl("q", keep=lambda value: -value)(forward)
+        gl.activate()
+        forward(1)
+        assert {"forward:q": [-2], "forward:attn": [4]} == gl.cache
+
+    def test_a_name_given_twice_counts_once(self, gl):
+        forward = make(gl, "attn", "attn")
+        gl.activate()
+        forward(1)
+        assert {"forward": [4]} == gl.cache
 
     def test_one_name_in_two_modules(self, gl, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
@@ -677,6 +726,23 @@ class TestAssignments:
         next(one), next(two), next(two), next(one)
         assert [(10, 0), (20, 1), (21, 1), (11, 0)] == [(r.value, r.call) for r in gl.records]
 
+    @pytest.mark.parametrize("limit", [1, 2])
+    def test_the_limit_counts_calls_that_interleave(self, gl, limit):
+        @gl("x", at="assign")
+        def stream(start):
+            for step in range(100):
+                x = start + step
+                yield x
+
+        gl.activate(limit=limit)
+        first, second = stream(0), stream(1000)
+        next(first), next(second)
+        for _ in range(50):
+            next(first), next(second)
+        values = gl.cache[next(iter(gl.cache))]
+        assert [*range(1000, 1051)] == [value for value in values if value >= 1000]
+        assert ([] if limit == 1 else [*range(51)]) == [value for value in values if value < 1000]
+
     def test_the_limit_counts_calls(self, gl):
         @gl("x", at="assign")
         def twice(start):
@@ -738,6 +804,42 @@ class TestKeepAndLimits:
         with pytest.raises(AttributeError, match="mean"):
             gl.cache
         assert [None] == gl.cache[next(iter(gl.cache))]
+
+    def test_a_keep_with_state_and_no_hash(self, gl):
+        class Scale:
+            __hash__ = None
+
+            def __init__(self, factor):
+                self.factor = factor
+
+            def __call__(self, value):
+                return self.factor * value
+
+        one, two = make(gl, "attn", keep=Scale(10)), make(gl, "attn", keep=Scale(100))
+        gl.activate()
+        one(1), two(1)
+        assert {"forward": [40, 400]} == gl.cache
+
+    def test_channels_of_closures_go_with_their_functions(self, gl):
+        gl.activate()
+        for number in range(300):
+            make(gl, "attn", keep=lambda value, number=number: value + number)(1)
+        gc.collect()
+        assert 300 == len(gl.cache["forward"])
+        assert len(gl._store._channels) < 10
+
+    def test_what_a_with_ends_does_not_hide_an_error_that_was_swallowed(self, gl):
+        @gl("attn", at="assign", keep=lambda value: value.mean(1))
+        def forward(x):
+            try:
+                attn = x
+            except Exception:
+                pass
+
+        with gl.activate(), gl.activate():
+            forward(1)
+        with pytest.raises(AttributeError, match="mean"):
+            gl.cache
 
     @pytest.mark.parametrize("keep", ["numpy", "graph"])
     def test_the_limit_keeps_the_most_recent_calls_of_each_key(self, gl, keep):

@@ -1,6 +1,9 @@
 """get_local on PyTorch modules: the decorators that people stack, real models, and what they were surprised by."""
 
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,6 +227,51 @@ def test_a_budget_in_bytes_is_exact_for_tensors(gl):
         for _ in range(5):
             forward(torch.ones(100))
     assert 2 == len(gl.cache[next(iter(gl.cache))])
+
+
+@pytest.mark.parametrize("keep", ["numpy", "tensor", "graph"])
+def test_small_tensors_first_do_not_let_large_ones_past_the_budget(gl, keep):
+    @gl("attn", keep=keep)
+    def forward(attn):
+        return attn
+
+    gl.activate(max_bytes=10 * 2**20)
+    with pytest.warns(VisualizerWarning, match="cpu"):
+        forward(torch.ones(1))
+        for _ in range(100):
+            forward(torch.ones(2**18))  # a mebibyte
+        assert len(gl._store._channels[0]._queue) < 12, "what is only pending counts too"
+        assert 10 == len(gl.cache[next(iter(gl.cache))])
+
+
+def test_a_compiled_model_notices_that_capture_was_switched(gl):
+    attention = attention_class(gl, gl("attn", keep="tensor"))
+    model, x = torch.compile(attention().eval(), backend="eager"), torch.randn(1, 5, 8)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # dynamo says what it does not trace
+        expected = model(x)
+        with gl.activate():
+            torch.testing.assert_close(expected, model(x))
+        torch.testing.assert_close(expected, model(x))
+    assert 1 == len(gl.cache[next(iter(gl.cache))])
+
+
+def test_a_parameter_that_is_none_is_no_cause_to_warn(gl):
+    @gl("mask")
+    def forward(x, mask=None):
+        return x
+
+    gl.activate()
+    forward(torch.ones(1))
+    assert [None] == gl.cache[next(iter(gl.cache))]
+
+
+def test_the_packages_own_model_leaves_the_plain_key_to_the_user():
+    code = "from visualizer import get_local, models; print(*get_local.cache)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert "PlainAttention.forward" == done.stdout.strip(), done.stderr
 
 
 def test_scripting_and_tracing_a_decorated_module_that_is_not_active(gl):

@@ -3,8 +3,11 @@
 import dis
 import inspect
 import pickle
+import sysconfig
 import traceback
 import types
+import warnings
+from pathlib import Path
 
 import pytest
 
@@ -257,9 +260,8 @@ class TestTheProof:
             rewrite(self.function.__code__, ["attn"], key="k")
 
 
-@pytest.mark.parametrize("module", [dis, inspect, pickle, traceback, types])
-def test_the_standard_library_rewrites(module):
-    """Every function of a few modules, both ways; the long proofs take the whole library."""
+def functions_in(path):
+    """The code objects of all functions in a source file."""
 
     def nested(code):
         yield code
@@ -267,11 +269,42 @@ def test_the_standard_library_rewrites(module):
             if isinstance(constant, types.CodeType):
                 yield from nested(constant)
 
-    with open(module.__file__, "rb") as file:
-        whole = compile(file.read(), module.__file__, "exec")
-    functions = [code for code in nested(whole) if code.co_flags & inspect.CO_OPTIMIZED and local_names(code)]
+    with warnings.catch_warnings(), open(path, "rb") as file:
+        warnings.simplefilter("ignore")
+        try:
+            whole = compile(file.read(), path, "exec")
+        except (SyntaxError, ValueError):  # written to be so, in the library's own tests
+            return []
+    return [code for code in nested(whole) if code.co_flags & inspect.CO_OPTIMIZED and local_names(code)]
+
+
+@pytest.mark.parametrize("module", [dis, inspect, pickle, traceback, types], ids=lambda module: module.__name__)
+def test_a_few_modules_of_the_standard_library_rewrite(module):
+    functions = functions_in(module.__file__)
     assert functions
     for code in functions:
         for at in ("return", "assign"):
-            rewritten = rewrite(code, local_names(code), at=at, key="k")
-            assert rewritten.co_varnames == code.co_varnames
+            rewrite(code, local_names(code), at=at, key="k")
+
+
+@pytest.mark.long
+def test_the_whole_standard_library_rewrites_or_is_refused_for_a_known_reason():
+    """Its test suite included, where it is installed. `rewrite` proves each result; it must not fail in another way."""
+    known = ("IndexError", "FormatValue", "Intrinsic2Op", "AssertionError")  # what the bytecode package cannot do
+    count, refused, unexplained = 0, 0, []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if "site-packages" in path.parts:
+            continue
+        for code in functions_in(str(path)):
+            for at in ("return", "assign"):
+                count += 1
+                try:
+                    rewrite(code, local_names(code), at=at, key="k")
+                except RewriteError as error:
+                    refused += 1
+                    if not any(reason in str(error) for reason in known):
+                        unexplained.append(str(error))
+    print(f"{count} rewritten, {refused} refused")
+    assert [] == unexplained
+    assert count > 20_000
+    assert refused / count < 0.001

@@ -86,6 +86,13 @@ def _rewritten(code: CodeType, channels: tuple[Channel, ...]) -> CodeType:
     return made[2]
 
 
+def _forget_compiled_code() -> None:
+    """Have compiled models compiled anew: torch's compiler does not notice that a function's code was swapped."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+
+
 def _name(function: FunctionType) -> str:
     code = function.__code__
     return f"{function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
@@ -94,8 +101,8 @@ def _name(function: FunctionType) -> str:
 class _Origin:
     """One function in the source, however often it is defined: its key, and what its decorators capture."""
 
-    def __init__(self, base: str) -> None:
-        self.base = base
+    def __init__(self, identity: tuple[Any, ...], base: str) -> None:
+        self.identity, self.base = identity, base
         self.variables: list[str] = []
         self.channels: dict[tuple[Any, ...], Channel] = {}
         """One for each way of decorating it, so that all its definitions share them."""
@@ -239,31 +246,33 @@ class GetLocal:
 
     def _decorate(self, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None) -> None:
         with _switching:
-            channels = self._decorated.setdefault(function, [])
-            replaced = [c for c in channels if set(c.names) & set(names)]
-            if any(c.names == names and c.at == at and _identity(c.keep) == _identity(keep) for c in replaced):
+            channels = self._decorated.get(function, [])
+            way = (at, _identity(keep))
+            if set(names) <= {name for c in channels if (c.at, _identity(c.keep)) == way for name in c.names}:
                 return
+            replaced = [channel for channel in channels if set(channel.names) & set(names)]
             origin = self._origin(function)
-            way = (names, at, _identity(keep))
-            channel = origin.channels.get(way)
-            if channel is None:
-                site = f"{function.__qualname__}#{next(_site_numbers)}"
-                channel = Channel(self._store, site, names, at, keep)
-            channel.code = function.__code__
+            new = [self._channel(origin, function, names, at, keep)]
+            for other in replaced:  # what it has beyond the new names goes on as it is
+                rest = tuple(name for name in other.names if name not in names)
+                if rest:
+                    new.append(self._channel(origin, function, rest, other.at, other.keep))
             if self._active:
-                _attach(function, channel)
-                channel.connect(self._keep)
+                self._attach_all([(function, channel) for channel in new])
+            # From here on nothing can fail: what is refused above leaves no trace.
+            for channel in new:
+                self._take_in(origin, function, channel)
             for other in replaced:
                 _detach(function, other)
-                channels.remove(other)
+                both = [name for name in other.names if name in names]
                 warn(
-                    f"{_name(function)} was decorated for {', '.join(other.names)} before, with at={other.at!r} and "
+                    f"{_name(function)} was decorated for {', '.join(both)} before, with at={other.at!r} and "
                     f"keep={other.keep!r}; the new get_local({', '.join(map(repr, names))}, at={at!r}, keep={keep!r}) "
                     "takes its place."
                 )
-            channels.append(channel)
-            origin.channels[way] = channel
-            self._name_keys(origin, [name for c in channels for name in c.names])
+            channels = [*(c for c in channels if c not in replaced), *new]
+            self._decorated[function] = channels
+            self._name_keys(origin, [name for channel in channels for name in channel.names])
 
     def _origin(self, function: FunctionType) -> _Origin:
         """The function's place in the source, which it shares with its other definitions."""
@@ -271,19 +280,43 @@ class GetLocal:
         # Two lambdas of one scope have one qualified name; only their lines tell them apart.
         line = function.__code__.co_firstlineno if name.endswith("<lambda>") else None
         identity = (module, name, line)
-        if identity not in self._origins:
-            taken = {origin.base for origin in self._origins.values()}
-            candidates = (name, f"{module}.{name}", f"{module}.{name}@{line}")
-            self._origins[identity] = _Origin(next(c for c in candidates if c not in taken))
-        return self._origins[identity]
+        if identity in self._origins:
+            return self._origins[identity]
+        taken = {origin.base for origin in self._origins.values()}
+        candidates = (name, f"{module}.{name}", f"{module}.{name}@{line}")
+        return _Origin(identity, next(base for base in candidates if base not in taken))
+
+    def _channel(
+        self, origin: _Origin, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None
+    ) -> Channel:
+        """The channel of this way of decorating the origin's functions; a new one is not known to anybody yet."""
+        channel = origin.channels.get((names, at, _identity(keep)))
+        if channel is None:
+            site = f"{function.__qualname__}#{next(_site_numbers)}"
+            channel = Channel(self._store, site, names, at, keep, origin.key)
+        channel.code = function.__code__
+        return channel
+
+    def _take_in(self, origin: _Origin, function: FunctionType, channel: Channel) -> None:
+        self._origins[origin.identity] = origin
+        way = (channel.names, channel.at, _identity(channel.keep))
+        if way not in origin.channels:
+            self._store.add(channel)
+            if _is_shared(channel.keep):
+                origin.channels[way] = channel
+            else:  # a closure made anew with each function: the channel goes with the function
+                weakref.finalize(function, _retire, channel).atexit = False
+        if self._active:
+            channel.connect(self._keep)
 
     def _name_keys(self, origin: _Origin, variables: list[str]) -> None:
         """Give each variable of the origin its key; one that another definition named has its list moved."""
         captured = [name for channel in origin.channels.values() for name in channel.names]
         everything = dict.fromkeys([*origin.variables, *variables, *captured])
         old = {variable: origin.key(variable) for variable in everything}
-        origin.variables = variables
         store = self._store
+        store.settle()  # what has arrived goes under the keys that it had
+        origin.variables = variables
         for variable in everything:
             if old[variable] != origin.key(variable) and variable not in variables:
                 store.drop_if_empty(old[variable])
@@ -293,28 +326,32 @@ class GetLocal:
             store.rename(old[variable], f"\0{variable}")
         for variable in moving:
             store.rename(f"\0{variable}", origin.key(variable))
-        for channel in origin.channels.values():
-            channel.keys = {name: origin.key(name) for name in channel.names}
         for variable in variables:
             store.open(origin.key(variable))
+
+    def _attach_all(self, pairs: list[tuple[FunctionType, Channel]]) -> None:
+        """Attach all of them, or none and raise."""
+        attached: list[tuple[FunctionType, Channel]] = []
+        try:
+            for function, channel in pairs:
+                _attach(function, channel)
+                attached.append((function, channel))
+        except BaseException:
+            for function, channel in attached:
+                _detach(function, channel)
+            raise
 
     def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: int | None) -> None:
         with _switching:
             pairs = [(f, c) for f, channels in list(self._decorated.items()) for c in channels]
-            attached: list[tuple[FunctionType, Channel]] = []
             if active and not self._active:
-                try:
-                    for function, channel in pairs:
-                        _attach(function, channel)
-                        attached.append((function, channel))
-                except BaseException:
-                    for function, channel in attached:
-                        _detach(function, channel)
-                    raise
+                self._attach_all(pairs)
             elif self._active and not active:
                 for function, channel in pairs:
                     _detach(function, channel)
             self._active, self._keep = active, keep
+            if pairs:
+                _forget_compiled_code()
             for _, channel in pairs:
                 if active:
                     channel.connect(keep)
@@ -340,10 +377,24 @@ class Activation:
 get_local = GetLocal()
 
 
+def _is_shared(keep: Any) -> bool:
+    """Whether a factory's functions have one and the same `keep`; a closure is another one each time."""
+    return not callable(keep) or (
+        isinstance(keep, FunctionType) and keep.__closure__ is None and keep.__defaults__ is None
+    )
+
+
 def _identity(keep: Any) -> Any:
     """What tells one `keep` from another; a lambda that is made anew with each definition stays the same one."""
-    is_plain = isinstance(keep, FunctionType) and keep.__closure__ is None and keep.__defaults__ is None
-    return keep.__code__ if is_plain else keep
+    if not callable(keep):
+        return keep
+    return keep.__code__ if _is_shared(keep) else id(keep)
+
+
+def _retire(channel: Channel) -> None:
+    with _switching:
+        channel.disconnect()
+        channel.store.remove(channel)
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -403,7 +454,12 @@ def _no_code(target: Any) -> str:
             "put the decorator above the method that has the local"
         )
     kind = "a builtin or compiled function" if inspect.isroutine(target) else f"of type {type(target).__qualname__}"
-    return f"get_local needs a function with Python code, and {target!r} is {kind}"
+    return f"get_local needs a function with Python code, and {_short(target)} is {kind}"
+
+
+def _short(target: Any) -> str:
+    text = repr(target)
+    return text if len(text) <= 80 else f"an instance of {type(target).__qualname__}"
 
 
 def _unknown(target: Any, function: FunctionType, names: tuple[str, ...]) -> str:

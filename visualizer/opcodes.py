@@ -1,6 +1,6 @@
 """All that differs between Python versions, as named facts and named builders of instructions.
 
-Nothing else in the package looks at `sys.version_info` or spells a sequence of opcodes. What the rewriter injects
+Nothing else in the package looks at `sys.version_info`. What the rewriter injects
 is, in Python's terms,
 
     __get_local__(key, value)
@@ -100,7 +100,7 @@ def load_marker(hook: str, at: InstrLocation | None) -> list[Instr]:
     return [Instr("LOAD_GLOBAL", (False, hook), location=at)]
 
 
-def load_constant(value: str | int, at: InstrLocation | None) -> list[Instr]:
+def load_constant(value: str | int | None, at: InstrLocation | None) -> list[Instr]:
     """Stack: ... -> ... value."""
     from bytecode import Instr
 

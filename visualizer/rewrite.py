@@ -86,7 +86,7 @@ class Capture(NamedTuple):
     """Handed to the hook with each value; a string, so that the code stays marshallable."""
 
 
-def rewrite(code: CodeType, names: Sequence[str], *, at: At = "return", key: str, hook: str = HOOK) -> CodeType:
+def rewrite(code: CodeType, names: Sequence[str], *, at: At = "return", key: str) -> CodeType:
     """A code object that does what `code` does and also brings the locals `names` to a hook.
 
     >>> def scale(x):
@@ -100,13 +100,11 @@ def rewrite(code: CodeType, names: Sequence[str], *, at: At = "return", key: str
 
     See `Capture` for the arguments, and `rewrite_for` for what it raises.
     """
-    return rewrite_for(code, [Capture(tuple(names), at, key)], hook)
+    return rewrite_for(code, [Capture(tuple(names), at, key)])
 
 
-def rewrite_for(code: CodeType, captures: Sequence[Capture], hook: str = HOOK) -> CodeType:
+def rewrite_for(code: CodeType, captures: Sequence[Capture]) -> CodeType:
     """A code object that does what `code` does and makes the hook calls of all the captures, in their order.
-
-    `hook` is the global name of the hook.
 
     Raises:
         UnknownLocalError: `code` has no local of that name.
@@ -118,7 +116,7 @@ def rewrite_for(code: CodeType, captures: Sequence[Capture], hook: str = HOOK) -
     for name in (name for capture in captures for name in capture.names):
         if name not in known:
             raise UnknownLocalError(f"{code.co_qualname} has no local {name!r}; it has {', '.join(known)}")
-    writer = _Writer(code, hook)
+    writer = _Writer(code)
     for capture in captures:
         writer.add(capture)
     try:
@@ -243,7 +241,9 @@ class _Flow:
 
     def _ends_except_clause(self, index: int, store: Instr) -> bool:
         """`except E as e` ends with a hidden `e = None; del e`, both at one and the same place in the source."""
-        following = next((instr for i, instr in self.instructions() if i > index), None)
+        from bytecode import Instr
+
+        following = next((item for item in self._items[index + 1 : index + 6] if isinstance(item, Instr)), None)
         return (
             following is not None
             and following.name in opcodes.DELETES
@@ -323,8 +323,8 @@ class _Flow:
 class _Writer:
     """Puts hook calls into a function's bytecode and remembers which instructions it put in."""
 
-    def __init__(self, code: CodeType, hook: str) -> None:
-        self._code, self._hook = code, hook
+    def __init__(self, code: CodeType) -> None:
+        self._code = code
         self._bytecode = _disassemble(code)
         self._flow = _Flow(self._bytecode, code)
         self._injected: set[int] = set()
@@ -363,7 +363,7 @@ class _Writer:
                 region = part = None
             elif isinstance(item, Instr) and item.name in opcodes.RETURNS:
                 place = item.location
-                self._put(items, opcodes.load_hook(self._hook, place))
+                self._put(items, opcodes.load_hook(HOOK, place))
                 self._put(items, opcodes.load_constant(capture.key, place))
                 for count, name in enumerate(capture.names):
                     load = opcodes.load_variable(name, self._flow.kind(name), place)
@@ -388,7 +388,7 @@ class _Writer:
                     self._put(items, [Instr("JUMP_FORWARD", after, location=place)])
                     items.append(handler)
                     self._put(items, [Instr("POP_TOP", location=place)])
-                    self._put(items, opcodes.load_marker(self._hook, place))
+                    self._put(items, opcodes.load_marker(HOOK, place))
                     items.append(after)
                 if len(capture.names) > 1:
                     self._put(items, opcodes.build_tuple(len(capture.names), place))
@@ -409,14 +409,14 @@ class _Writer:
                 continue
             if item.name == "RESUME" and not entered:
                 entered = True
-                self._put(items, opcodes.load_hook(self._hook, nowhere))
+                self._put(items, opcodes.load_hook(HOOK, nowhere))
                 self._put(items, opcodes.load_constant(capture.key, nowhere))
-                self._put(items, [Instr("LOAD_CONST", None, location=nowhere)])
+                self._put(items, opcodes.load_constant(None, nowhere))
                 self._put(items, opcodes.call_hook(nowhere))
             elif self._flow.assigns(item, capture.names):
                 name, place = str(_variable(item)), item.location
                 line = _line(item)
-                self._put(items, opcodes.load_hook(self._hook, place))
+                self._put(items, opcodes.load_hook(HOOK, place))
                 self._put(items, opcodes.load_constant(capture.key, place))
                 self._put(items, opcodes.load_constant(name, place))
                 self._put(items, opcodes.load_constant(self._bytecode.first_lineno if line is None else line, place))

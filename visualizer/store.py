@@ -24,6 +24,9 @@ from .tensors import Keep, bytes_by_device, is_array, is_tensor, keeper, memory_
 
 _listening: dict[str, Channel] = {}
 
+_SMALL = frozenset({int, float, bool, complex})  # too small to be weighed one by one
+_SMALL_BATCH = 4096
+
 
 def receive(key: str, value: Any) -> None:
     """The hook of all rewritten code; a key that nobody listens to any more is ignored.
@@ -39,8 +42,8 @@ def receive(key: str, value: Any) -> None:
         channel.take(value)
     else:
         pending.append((value, get_ident()))
-        if len(pending) >= channel.weigh_at:
-            channel.weigh()
+        if value.__class__ not in _SMALL or not len(pending) % _SMALL_BATCH:
+            channel.weigh(value)
 
 
 @dataclass(slots=True, eq=False)
@@ -53,26 +56,28 @@ class Record:
     value: Any
     """What was kept of it."""
     call: int
-    """Which call of the function it belongs to, from 0; the values of one call share it."""
+    """Which call it belongs to, counted from 0 since `clear()`, by decorator; the values of a call share it."""
     line: int | None
     """The line that assigned it, for at="assign"."""
     thread: int
     """`threading.get_ident()` of the thread that called."""
 
+    def __repr__(self) -> str:
+        shape = f" of shape {tuple(self.value.shape)}" if is_tensor(self.value) or is_array(self.value) else ""
+        line = "" if self.line is None else f", line={self.line}"
+        return f"<Record {self.key!r}: {self.variable}, call={self.call}{line}, {type(self.value).__name__}{shape}>"
+
 
 class Cache(dict[str, list[Any]]):
     """Captured values: a dict from key to the list of values, in call order.
 
-    Reading it first fetches what is still on its way; a missing key's error says what there is.
+    Reading it first fetches what is still on its way; a missing key's error says what there is. A list that you hold
+    grows with the calls, with keep="graph" only when the cache is read.
     """
 
     def __init__(self, store: Store) -> None:
         super().__init__()
-        self._store: Store | None = store
-
-    def _fetch(self) -> None:
-        if self._store is not None:
-            self._store.fetch()
+        self._fetch, self._state = store.fetch, store.state
 
     def __getitem__(self, key: str) -> list[Any]:
         self._fetch()
@@ -80,8 +85,7 @@ class Cache(dict[str, list[Any]]):
 
     def __missing__(self, key: str) -> list[Any]:
         known = ", ".join(map(repr, self)) or "none: nothing is decorated yet"
-        state = self._store.state() if self._store is not None else "cleared since"
-        raise UnknownKeyError(f"nothing was captured under {key!r}; the keys are {known}; capture is {state}")
+        raise UnknownKeyError(f"nothing was captured under {key!r}; the keys are {known}; capture is {self._state()}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The list under a key, or the default."""
@@ -114,6 +118,9 @@ class Cache(dict[str, list[Any]]):
     def __eq__(self, other: object) -> bool:
         self._fetch()
         return super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
     __hash__ = None
 
@@ -148,6 +155,13 @@ class Store:
         with self._lock:
             self._channels.append(channel)
 
+    def remove(self, channel: Channel) -> None:
+        """Let a channel go that nothing will come through any more."""
+        with self._lock:
+            self._sort_in()
+            if channel in self._channels:
+                self._channels.remove(channel)
+
     def open(self, key: str) -> None:
         """Give a key its empty list, unless it has one."""
         with self._lock:
@@ -175,22 +189,19 @@ class Store:
         """Start over with empty lists under the same keys; lists that were read before keep their values."""
         with self._lock:
             self._sort_in()
-            keys = list(self.cache)
-            self.cache._store = None
-            self._failure = None
-            self.cache, self._records, self._bytes = Cache(self), {}, {}
-            for key in keys:
-                self.open(key)
+            self._failure, self._records, self._bytes = None, {}, {}
+            for key in list(self.cache):
+                self.cache[key], self._records[key] = [], deque()
+            for channel in self._channels:
+                channel.calls = count()
             self._reopen()
 
     def configure(self, limit: int | None, max_bytes: int | None) -> None:
-        """Set the limits from now on, and forget what went wrong and what was full under the old ones."""
+        """Set the limits for what is recorded from now on."""
         with self._lock:
             self._sort_in()
-            self.limit, self.max_bytes, self._failure = limit, max_bytes, None
+            self.limit, self.max_bytes = limit, max_bytes
             self._budgets.clear()
-            for key in list(self._records):
-                self._trim(key)
             self._reopen()
 
     def records(self) -> list[Record]:
@@ -209,6 +220,11 @@ class Store:
     def fail(self, error: BaseException) -> None:
         """Remember an error of a `keep` function: the captured function may have swallowed it."""
         self._failure = error
+
+    def settle(self) -> None:
+        """File everything that has arrived."""
+        with self._lock:
+            self._sort_in()
 
     def fetch(self) -> None:
         """File everything that has arrived, and raise what a `keep` function raised meanwhile."""
@@ -229,10 +245,9 @@ class Store:
             finally:
                 self._lock.release()
 
-    def room(self, value: Any) -> tuple[int, int]:
-        """The bytes that a value takes on the device where it is heaviest, and how many are left there."""
-        device, size = max(bytes_by_device(value).items(), key=lambda item: item[1])
-        return size, self._budget(device) - self._bytes.get(device, 0)
+    def room(self, device: str) -> int:
+        """How many bytes may still be filed for a device."""
+        return self._budget(device) - self._bytes.get(device, 0)
 
     def sort_in(self) -> None:
         """File what is pending, unless another thread is doing it."""
@@ -254,7 +269,7 @@ class Store:
                 call = next(channel.calls)
             for variable, item in channel.name_values(value):
                 if item is not receive and not self.is_full:
-                    self._file(Record(channel.keys[variable], variable, item, call, line, thread))
+                    self._file(Record(channel.key(variable), variable, item, call, line, thread))
 
     def _file(self, record: Record) -> None:
         key, sizes = record.key, bytes_by_device(record.value)
@@ -269,8 +284,9 @@ class Store:
                 is_over = device
         if self.limit is not None:
             self._trim(key)
+            records = self._records[key]
             is_over = next((device for device in sizes if self._bytes[device] > self._budget(device)), None)
-        if is_over is not None:
+        if is_over is not None and records and records[-1][0] is record:
             records.pop()
             values.pop()
             self._discount(sizes)
@@ -285,13 +301,20 @@ class Store:
         records, limit = self._records[key], self.limit
         if limit is None or not records:
             return
-        newest = max(record.call for record, _ in records) if records[-1][0].line is not None else None
-        while records and (len(records) > limit if newest is None else records[0][0].call <= newest - limit):
-            oldest, sizes = records.popleft()
+        if records[-1][0].line is None:
+            dropped = [records.popleft() for _ in range(len(records) - limit)]
+        else:
+            # Calls may interleave, so an old call's values can lie anywhere. The calls that are kept are few.
+            kept = set(sorted({record.call for record, _ in records})[-limit:])
+            dropped = [entry for entry in records if entry[0].call not in kept]
+            if dropped:
+                self._records[key] = deque(entry for entry in records if entry[0].call in kept)
+        values = self._values(key)
+        for record, sizes in dropped:
             self._discount(sizes)
-            values = self._values(key)
-            if values and values[0] is oldest.value:  # unless the user has taken it out
-                del values[0]
+            place = next((i for i, value in enumerate(values) if value is record.value), None)
+            if place is not None:  # unless the user has taken it out
+                del values[place]
 
     def _discount(self, sizes: dict[str, int]) -> None:
         for device, size in sizes.items():
@@ -322,12 +345,20 @@ class Store:
 class Channel:
     """One function's variables on their way from its rewritten code into a store."""
 
-    def __init__(self, store: Store, site: str, names: tuple[str, ...], at: At, keep: Keep | None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        site: str,
+        names: tuple[str, ...],
+        at: At,
+        keep: Keep | None,
+        key: Callable[[str], str],
+    ) -> None:
         self.store, self.names, self.at, self.keep = store, names, at, keep
         self.site = site
         """What the rewritten code passes as the hook's key: unique in the process."""
-        self.keys: dict[str, str] = {}
-        """Variable -> the store's key for it."""
+        self.key = key
+        """Says the store's key for a variable."""
         self.calls = count()
         self.code: CodeType | None = None
         """The code that is captured from, for messages."""
@@ -335,15 +366,13 @@ class Channel:
         """The code that was last rewritten with this channel as the last, for which channels, and the result."""
         self.pending: deque[tuple[Any, int]] | None = None
         """Values with their threads that are not filed yet; None where each value has work to be done at once."""
-        self.weigh_at = 1
-        """How many pending values there may be before they are weighed."""
         self.take: Callable[[Any], None] = lambda value: None
         """Convert and file what the rewritten code brings."""
         self._keep: Keep = "numpy"
         self._queue: deque[tuple[Any, int]] = deque()
         self._numbers: dict[int, int] = {}
         self._warned: set[str] = set()
-        store.add(self)
+        self._held: dict[str, int] = {}
 
     def connect(self, default: Keep) -> None:
         """Receive what the rewritten code brings, from now on; `default` where the channel has no `keep` of its own."""
@@ -360,23 +389,19 @@ class Channel:
         """Let values pend only where each needs no work of its own."""
         plain = self._keep == "graph" and self.at == "return" and len(self.names) == 1
         self.pending = self._queue if plain and self.store.limit is None and not self.store.is_full else None
-        self.weigh_at = 1
 
-    def weigh(self) -> None:
-        """See that what is pending cannot outgrow the budget, without weighing every value.
-
-        Values of one variable are mostly of one size: the newest stands for the others, and the next weighing comes
-        before a hundredth of the room that is left can be taken up. Filing is exact.
-        """
-        pending = self._queue
-        size, room = self.store.room(pending[-1][0])
-        if len(pending) * size >= room:
-            self.store.sort_in()
-            size, room = self.store.room(None)
-        self.weigh_at = len(pending) + max(1, min(4096, room // 100 // max(size, 1)))
+    def weigh(self, value: Any) -> None:
+        """Count what is pending, by its newest value, and have it filed before it can outgrow the budget."""
+        sizes = {"cpu": _SMALL_BATCH * 32} if value.__class__ in _SMALL else bytes_by_device(value)
+        for device, size in sizes.items():
+            self._held[device] = held = self._held.get(device, 0) + size
+            if held > self.store.room(device):
+                self.store.sort_in()  # exact, and empties what is held
+                return
 
     def flush(self, waiting: deque[tuple[Channel, Any, int, int | None, int]]) -> None:
         """Move what is pending to what waits to be filed."""
+        self._held = {}
         while self._queue:
             value, thread = self._queue.popleft()
             waiting.append((self, value, -1, None, thread))
@@ -452,14 +477,16 @@ class Channel:
         if name in self._warned or code is None:
             return
         if value is None:
-            looks_like_attention = any(word in f"{code.co_qualname} {name}".lower() for word in ("forward", "att"))
-            last = self.store.last(self.keys[name])
-            if not (is_tensor(last) or is_array(last) or ("torch" in sys.modules and looks_like_attention)):
+            sounds_like_a_map = "torch" in sys.modules and any(
+                part in name.lower() for part in ("att", "weight", "prob")
+            )
+            last = self.store.last(self.key(name))
+            if not (is_tensor(last) or is_array(last) or sounds_like_a_map):
                 return
         self._warned.add(name)
         lines = ", ".join(map(str, assigned_lines(code, name)))
         what = "was None, and None was recorded" if value is None else "was not bound, and nothing was recorded"
-        where = f"it is assigned on line {lines}" if lines else "the function never assigns it"
+        where = f"it is assigned on line {lines}" if lines else "it is a parameter, or an outer function's variable"
         warn(
             f"{name!r} {what} when {self._function()} returned; {where}. The usual causes: a fused attention "
             "kernel that never makes the weights (build the model with timm.layers.set_fused_attn(False), or "
