@@ -122,6 +122,9 @@ def test_progress_is_for_terminals(monkeypatch, capsys):
         (["demo", "--image", "missing.jpg"], "there is no picture missing.jpg"),
         (["demo", "--image", "broken.png"], "cannot read broken.png as a picture"),
         (["demo", "--image", "cut.jpg"], "cannot read cut.jpg as a picture"),
+        (["demo", "--image", "huge.png"], "huge.png is too large"),
+        (["demo", "--image", ""], "the picture has no name"),
+        (["demo", "--text", "\udcff"], "the text is not valid Unicode"),
         (["demo", "--image", "folder"], "cannot read folder as a picture"),
         (["demo", "--out", "a file"], "cannot write to a file"),
         (["demo", "--out", "a file/below"], "cannot write to a file/below"),
@@ -134,6 +137,8 @@ def test_a_wrong_argument_is_one_line_and_status_2(arguments, said, tmp_path, mo
     Image.new("RGB", (64, 64)).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:300])
     (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300_000)
+    Image.new("1", (1000, 1000)).save(tmp_path / "huge.png")
     (tmp_path / "a file").write_text("in the way")
     assert 2 == cli.main(arguments)
     printed = capsys.readouterr()

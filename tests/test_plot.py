@@ -141,6 +141,18 @@ class TestHeads:
         maps = maps_of(4, 1, 2, 5, 5)
         np.testing.assert_allclose(maps[3, 0, 0], plot.heads(maps).axes[0].images[0].get_array())
 
+    def test_one_row_without_a_number_leaves_the_others(self):
+        maps = maps_of(2, 10, 10)
+        maps[0, 3] = np.nan
+        with pytest.warns(VisualizerWarning, match="hold NaN"):
+            figure = plot.heads(maps)
+        assert 0 < figure.axes[0].images[0].get_clim()[1] < 1
+
+    def test_a_cache_with_an_empty_key(self):
+        maps = maps_of(2, 5, 5)
+        figure = plot.heads({"Attention.forward": [maps[None]], "Other.forward": []})
+        np.testing.assert_allclose(maps[1], figure.axes[1].images[0].get_array())
+
     def test_a_scale_of_its_own_for_each(self):
         maps = np.stack([np.full((10, 10), 0.1), np.eye(10)])
         figure = plot.heads(maps, share=False)
@@ -281,6 +293,8 @@ class TestRefusals:
             (lambda: plot.head(np.zeros((0, 5, 5))), ValueError, ["(0, 5, 5)", "non-empty"]),
             (lambda: plot.head(np.full((5, 5), -np.inf)), ValueError, ["infinite", "softmax"]),
             (lambda: plot.head(np.full((5, 5), np.nan)), ValueError, ["NaN"]),
+            (lambda: plot.class_token(maps_of(16, 16)), ValueError, ["no class token", "plot.query"]),
+            (lambda: plot.heads(maps_of(2, 5, 5), columns=0), ValueError, ["columns=0"]),
             (lambda: plot.class_token(maps_of(12, 12)), ValueError, ["12", "11", "grid=(rows, columns)"]),
             (lambda: plot.class_token(maps_of(17, 17), grid=(5, 5)), ValueError, ["5 x 5 = 25", "17 keys"]),
             (lambda: plot.query(maps_of(17, 17), query=(4, 0)), IndexError, ["(4, 0)", "4 rows and 4 columns"]),

@@ -96,11 +96,13 @@ def _demo(options: argparse.Namespace) -> None:
         raise _Mistake(f"there is no layer {options.layer}: the vision model has layers 0 to {LAYERS - 1}")
     if not options.text.strip():
         raise _Mistake("the text is empty: --text takes a sentence")
-    folder = _writable(options.out)
+    if any("\ud800" <= character <= "\udfff" for character in options.text):  # bytes that were no text
+        raise _Mistake("the text is not valid Unicode")
     say = _progress(5)
 
     say("reading the picture")
     images, pixels, name = _read(options.image)
+    folder = _writable(options.out)
     say("running the vision model")
     vision = _vision_attention(images)
     say("running the text model")
@@ -164,13 +166,19 @@ def _save(figure: Figure, path: Path) -> None:
 
 def _read(image: str | None) -> tuple[Any, Any, str]:
     """The vision model's input, the pixels that it sees, and what the picture is called."""
+    from PIL import Image
+
     from . import models
 
+    if image == "":
+        raise _Mistake("the picture has no name: --image takes a file")
     path = models.photo("coffee") if image is None else Path(image)
     try:
         images, pixels = models.prepare(path, size=IMAGE_SIZE, patch=PATCH)
     except FileNotFoundError as error:
         raise _Mistake(f"there is no picture {path}") from error
+    except Image.DecompressionBombError as error:
+        raise _Mistake(f"{path} is too large: {error}") from error
     except (OSError, ValueError, TypeError, SyntaxError) as error:  # SyntaxError: what PIL raises for a broken PNG
         raise _Mistake(f"cannot read {path} as a picture: {error}") from error
     return images, pixels, path.name
@@ -187,7 +195,7 @@ def _vision_attention(images: Any) -> Any:
     get_local.clear()
     with get_local.activate(), torch.inference_mode():
         model(images)
-    return get_local.cache["Attention.forward"]
+    return get_local.cache["PlainAttention.forward"]
 
 
 def _text_attention(text: str) -> tuple[Any, list[str]]:
@@ -313,7 +321,7 @@ def _index(pictures: list[_Picture], name: str, options: argparse.Namespace) -> 
         f"images, pixels = models.prepare({_source(options.image)}, size={IMAGE_SIZE})",
         "with get_local.activate(), torch.inference_mode():",
         "    models.dinov2_small()(images)",
-        'maps = get_local.cache["Attention.forward"]  # one array per layer, (1, 6, 1025, 1025)',
+        'maps = get_local.cache["PlainAttention.forward"]  # one array per layer, (1, 6, 1025, 1025)',
         "",
         "# the text model: code that is not ours, so the decorator is called",
         'get_local("attn_weights")(modeling_bert.eager_attention_forward)',

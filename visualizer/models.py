@@ -9,7 +9,7 @@ A plain vision transformer stands here with its attention decorated, as a user w
     images, pixels = prepare(photo("chelsea"))
     with get_local.activate(), torch.no_grad():
         model(images)
-    get_local.cache["Attention.forward"][-1]     # last layer, (1, 6, 1025, 1025)
+    get_local.cache["PlainAttention.forward"][-1]     # last layer, (1, 6, 1025, 1025)
 
 ``dinov2_small`` and ``vit_from_npz`` fill it with trained weights, ``minilm`` loads a small BERT, ``load`` a
 text model that you name on the hub. Whatever a function needs beyond torch and numpy it imports itself, and
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PHOTOS",
-    "Attention",
     "Block",
+    "PlainAttention",
     "VisionTransformer",
     "dinov2_small",
     "load",
@@ -49,12 +49,14 @@ __all__ = [
 ]
 
 
-class Attention(nn.Module):
+class PlainAttention(nn.Module):
     """Multi-head self-attention that spells its softmax out, so that a local holds the weights.
+
+    It is not called Attention, so that the key ``Attention.forward`` stays free for a model of your own.
 
     The local ``attn`` of ``forward`` is (batch, heads, queries, keys) after the softmax: rows sum to one.
 
-    >>> Attention(width=8, heads=2)(torch.zeros(1, 5, 8)).shape
+    >>> PlainAttention(width=8, heads=2)(torch.zeros(1, 5, 8)).shape
     torch.Size([1, 5, 8])
     """
 
@@ -90,7 +92,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, layer_scale: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
+        self.attn = PlainAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
@@ -374,12 +376,12 @@ def photo(name: str) -> Path:
     'chelsea.png'
 
     Raises:
-        KeyError: no such name in ``PHOTOS``.
+        ValueError: no such name in ``PHOTOS``.
         ImportError: scikit-image is not installed.
         FileNotFoundError: it came without the file; the wheels on PyPI have all five.
     """
     if name not in PHOTOS:
-        raise KeyError(f"no photograph called {name!r}; there are {', '.join(PHOTOS)}")
+        raise ValueError(f"no photograph called {name!r}; there are {', '.join(PHOTOS)}")
     path = _package_folder("skimage", "scikit-image") / "data" / PHOTOS[name].partition(":")[0]
     if not path.exists():
         raise FileNotFoundError(f"this scikit-image came without {path}; a picture of your own does as well")

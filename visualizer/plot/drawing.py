@@ -103,6 +103,8 @@ def heads(
 
     chosen = select_all(maps, layer=layer, batch=batch)
     count = len(chosen.weights)
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns={columns}: pass at least 1, or None for about as many columns as rows")
     columns = min(count, columns or math.ceil(math.sqrt(count * 1.3)))
     rows = math.ceil(count / columns)
     figure = plt.figure(figsize=(2.6 * columns + 1, 2.7 * rows + 0.4), layout="constrained")
@@ -118,7 +120,7 @@ def heads(
         ax.set_title(f"head {number}")
         ax.label_outer()
     if cbar and share:
-        _colour_bar(figure, image, panels.ravel().tolist(), chosen.weights.max() > top)
+        _colour_bar(figure, image, panels.ravel().tolist(), bool(np.nanmax(chosen.weights) > top))
     figure.suptitle(chosen.label if title is None else title, parse_math=False)
     return figure
 
@@ -200,7 +202,9 @@ def class_token(
     `token` is the class token's index, 0 in nearly every model. The other arguments, and what is raised, as in `query`.
     """
     where = (grid, image_size, patch_size, prefix_tokens)
-    return _attended(maps, image, token, (layer, head, batch), where, style, smooth, ax, cmap, vmin, vmax, cbar, title)
+    return _attended(
+        maps, image, token, (layer, head, batch), where, style, smooth, ax, cmap, vmin, vmax, cbar, title, True
+    )
 
 
 def tokens(
@@ -293,6 +297,7 @@ def _attended(
     vmax: float | None,
     cbar: bool,
     title: str | None,
+    is_prefix: bool = False,
 ) -> Axes:
     """One token's row of weights, laid over the picture."""
     if style not in get_args(Style):
@@ -313,6 +318,11 @@ def _attended(
     token = shape.token(asked, queries, keys)
     row = chosen.weights[token]
     count = len(shape.prefix)
+    if is_prefix and token >= count:
+        raise ValueError(
+            f"token {token} of {keys} is a patch of the {shape.rows} x {shape.columns} grid: these maps have no class "
+            "token there. Use plot.query for a patch, or say by prefix_tokens= how many tokens come before the patches"
+        )
     patches = row[count:].reshape(shape.rows, shape.columns)
     # Without the floor a row that attends to everything alike would be painted solid.
     top = max(float(np.nanmax(patches)), 4 / keys) if vmax is None else vmax

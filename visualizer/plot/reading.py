@@ -40,7 +40,7 @@ class Selection:
 
 
 def select(maps: Any, *, layer: Choice | None, batch: Choice, head: Choice | None) -> Selection:
-    """One layer's weights of one image, for one head or (head="all" in `select_all`) every head.
+    """One layer's weights of one image, for one head; `select_all` takes every head.
 
     >>> select(np.full((1, 6, 2, 2), 0.5), layer=None, batch=0, head=-1).label
     'head 5'
@@ -130,7 +130,7 @@ def _layers(maps: Any) -> list[Any]:
 
 def _of_mapping(maps: Mapping[Any, Any]) -> Any:
     """The list of layers in a cache: its only entry, or one array of each entry."""
-    values = list(maps.values())
+    values = [value for value in maps.values() if not isinstance(value, list) or value]  # a key that nothing ran under
     if len(values) == 1:
         return values[0]
     singles = [value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value for value in values]
