@@ -131,7 +131,7 @@ class TestHeads:
         assert count == len(panels)
         assert 1 == len({ax.images[0].get_clim() for ax in panels})
         assert 1 == sum(ax.get_label() == "<colorbar>" for ax in figure.axes)
-        assert "layer 1" == figure.get_suptitle()
+        assert "layer 1" == figure._suptitle.get_text()
 
     def test_a_single_row_of_panels(self):
         figure = plot.heads(maps_of(1, 3, 5, 5), columns=3)
