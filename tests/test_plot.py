@@ -93,6 +93,13 @@ class TestHead:
         np.testing.assert_allclose(reduce(maps, axis=0), ax.images[0].get_array())
         assert f"{head} of 4 heads" == ax.get_title()
 
+    def test_labels_of_ones_own(self):
+        ax = plot.head(maps_of(2, 3), xticklabels=["a", "$b", "c"], yticklabels=["p", "q"])
+        assert ["a", "$b", "c"] == [label.get_text() for label in ax.get_xticklabels()]
+        assert ["p", "q"] == [label.get_text() for label in ax.get_yticklabels()]
+        with pytest.raises(ValueError, match="xticklabels has 1 entries for 3"):
+            plot.head(maps_of(2, 3), xticklabels=["a"])
+
     def test_it_draws_where_it_is_told_and_nowhere_else(self):
         figure, (left, right) = plt.subplots(1, 2)
         before = plt.get_fignums()
@@ -272,8 +279,10 @@ class TestTokens:
     def test_the_number_of_words_must_fit(self):
         with pytest.raises(ValueError) as caught:
             plot.tokens(maps_of(3, 3), ["a", "b"])
-        for part in ("tokens has 2 entries", "3 queries", "3 keys", "key_tokens"):
+        for part in ("tokens has 2 entries", "3 rows or columns", "special tokens", "cross-attention"):
             assert part in str(caught.value)
+        with pytest.raises(ValueError, match="key_tokens has 2 entries for 4"):
+            plot.tokens(maps_of(3, 4), ["a", "b", "c"], key_tokens=["a", "b"])
 
 
 class TestRefusals:

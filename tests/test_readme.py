@@ -43,3 +43,16 @@ def test_links_and_pictures_inside_the_repository_exist(name: str) -> None:
 def test_python_blocks_are_found_at_their_lines() -> None:
     text = "a\n```python\nx = 1\n```\n```bash\nls\n```\n```python\ny = 2\n```\n"
     assert python_blocks(text).splitlines() == ["", "", "x = 1", "", "", "", "", "", "y = 2", ""]
+
+
+def test_both_languages_have_the_same_python() -> None:
+    """Apart from the comments, and the words that a picture is labelled with."""
+    import ast
+
+    trees = [ast.parse(python_blocks((ROOT / name).read_text(encoding="utf-8"))) for name in READMES]
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                node.values = []
+    english, chinese = map(ast.dump, trees)
+    assert english == chinese

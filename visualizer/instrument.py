@@ -193,10 +193,10 @@ class GetLocal:
 
         Args:
             keep: what to store of a value, decided at the moment of capture.
-                "numpy": tensors as arrays on the CPU, bfloat16 as float32. "tensor": tensors detached and copied, on
-                their device. "graph": the object itself, for losses and gradients. A callable, such as
-                `lambda a: a.mean(1)`: a copy of what it returns. In all but "graph" arrays are copied and containers
-                followed; other objects are kept as they are.
+                "numpy": tensors as arrays on the CPU, bfloat16 and 8-bit floats as float32. "tensor": tensors detached
+                and copied, on their device. "graph": the object itself, for losses and gradients. A callable, such as
+                `lambda a: a.mean(1)`: a detached copy of what it returns, a tensor on its device. In all but "graph"
+                arrays are copied and containers followed; other objects are kept as they are.
             limit: how many of the most recent calls to keep per key; None: all.
             max_bytes: how many bytes of values to keep on each device; None: a quarter of its memory. Past it
                 nothing more is recorded, and one warning says so.
@@ -215,25 +215,54 @@ class GetLocal:
         return before
 
     def deactivate(self) -> None:
-        """Give every decorated function its own code object back. What was captured stays in the cache."""
+        """Give every decorated function its own code object back. What was captured stays in the cache.
+
+        >>> get_local.deactivate()
+        >>> get_local.is_active
+        False
+        """
         self._switch(False, self._keep, self._store.limit, self._store.max_bytes)
 
     def clear(self) -> None:
-        """Empty the cache: the same keys with new, empty lists. Lists that you hold keep their values."""
+        """Empty the cache: the same keys with new, empty lists. Lists that you hold keep their values.
+
+        Recording goes on where a full budget had stopped it, and calls are counted from 0 again.
+        """
         self._store.clear()
 
     @property
     def cache(self) -> Cache:
         """Captured values: a dict from key to the list of values, in call order.
 
-        Raises, once, what a `keep` function raised while a captured function swallowed it.
+        >>> @get_local("attn")
+        ... def forward(x):
+        ...     attn = x / 2
+        ...     return attn
+        >>> with get_local.activate():
+        ...     _ = forward(1), forward(3)
+        >>> get_local.cache["forward"]
+        [0.5, 1.5]
+
+        A value is what `keep` made of it: by default tensors are numpy arrays of the tensor's shape and type. Where a
+        `keep` function raised, reading raises its error once more, for the captured function may have swallowed it.
         """
         self._store.fetch()
         return self._store.cache
 
     @property
     def records(self) -> list[Record]:
-        """The values of the cache with where each comes from: key, variable, call, line, thread."""
+        """The values of the cache with where each comes from: key, variable, call, line, thread.
+
+        >>> @get_local("attn", at="assign")
+        ... def softmax(x):
+        ...     attn = x
+        ...     attn = attn / 4
+        ...     return attn
+        >>> with get_local.activate():
+        ...     _ = softmax(1)
+        >>> [(record.variable, record.value) for record in get_local.records if record.key == "softmax"]
+        [('attn', 1), ('attn', 0.25)]
+        """
         return self._store.records()
 
     @property

@@ -43,6 +43,8 @@ def head(
     vmin: float | None = 0,
     vmax: float | None = None,
     cbar: bool = True,
+    xticklabels: Sequence[str] | None = None,
+    yticklabels: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Axes:
     """One head's map as a matrix, queries down and keys across.
@@ -59,6 +61,8 @@ def head(
         ax: where to draw; None: on a new figure.
         cmap, vmin, vmax, cbar: colours, as in matplotlib. vmax=None: the 99.5th percentile, so that a few large
             weights do not leave the others dark; the colour bar is pointed where weights go past it.
+        xticklabels, yticklabels: what to write at the keys and at the queries; None: their numbers. `tokens` writes
+            words on both sides.
         title: None: which layer and head it is.
 
     Raises:
@@ -68,6 +72,11 @@ def head(
     chosen = select(maps, layer=layer, batch=batch, head=head)
     ax = _axes(ax, (6, 5))
     _matrix(ax, chosen.weights, cmap, vmin, _matrix_top(chosen.weights) if vmax is None else vmax, cbar)
+    for axis, rotation, labels in ((ax.yaxis, 0, yticklabels), (ax.xaxis, 90, xticklabels)):
+        if labels is not None:
+            name = "xticklabels" if rotation else "yticklabels"
+            _check_count(name, labels, chosen.weights.shape[bool(rotation)])
+            _word_labels(ax, axis, labels, rotation)
     ax.set_title(chosen.label if title is None else title, parse_math=False)
     return ax
 
@@ -239,12 +248,8 @@ def tokens(
     chosen = select(maps, layer=layer, batch=batch, head=head)
     queries, keys = chosen.weights.shape
     rows, columns = list(tokens), list(tokens if key_tokens is None else key_tokens)
-    for name, words, count in (("tokens", rows, queries), ("key_tokens", columns, keys)):
-        if len(words) != count:
-            raise ValueError(
-                f"{name} has {len(words)} entries, and the map has {queries} queries and {keys} keys: pass the words "
-                "of the queries as tokens, those of the keys as key_tokens where they differ, special tokens included"
-            )
+    _check_count("tokens", rows, queries)
+    _check_count("key_tokens" if key_tokens is not None else "tokens", columns, keys)
     side = [min(14.0, max(4.0, 0.26 * count + 1.5)) for count in (keys, queries)]
     ax = _axes(ax, (side[0] + 1, side[1]))
     top = float(np.nanmax(chosen.weights)) if vmax is None else vmax
@@ -253,6 +258,14 @@ def tokens(
     _word_labels(ax, ax.xaxis, columns, 90)
     ax.set_title(chosen.label if title is None else title, parse_math=False)
     return ax
+
+
+def _check_count(name: str, words: Sequence[str], count: int) -> None:
+    if len(words) != count:
+        raise ValueError(
+            f"{name} has {len(words)} entries for {count} rows or columns of the map: pass one for each, special "
+            "tokens included; where keys and queries are different tokens (cross-attention), each side its own"
+        )
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
