@@ -6,10 +6,13 @@ import functools
 import gc
 import importlib
 import inspect
+import os
 import pickle
+import signal
 import sys
 import textwrap
 import threading
+import time
 import types
 import warnings
 import weakref
@@ -210,6 +213,52 @@ class TestSwitching:
             assert forward(1) == "other"
         assert forward.__code__ is other.__code__
         assert {"forward": ["other"]} == gl.cache
+
+    def test_a_copy_of_rewritten_code_does_not_record_twice(self, gl):
+        forward = make(gl, "attn")
+        gl.activate()
+        forward.__code__ = forward.__code__.replace()  # as line profilers and debuggers do
+        with pytest.warns(VisualizerWarning, match="another tool"):
+            gl.deactivate()
+        forward(1)
+        gl.activate()
+        forward(2)
+        assert {"forward": [6]} == gl.cache
+
+    def test_a_reload_that_patches_the_old_function_is_undone(self, gl):
+        """As IPython's autoreload does it: the old function gets the new one's code, while capture is active."""
+        old, code = make(gl, "attn"), make(gl, "attn").__code__
+        gl.activate()
+        new = make(gl, "attn")
+        old.__code__ = new.__code__
+        old(1)
+        gl.deactivate()
+        assert old.__code__ is new.__code__ is code
+        with gl.activate():
+            old(2)
+        assert {"forward": [4, 6]} == gl.cache
+
+    def test_warnings_as_errors_come_when_all_is_done(self, gl):
+        functions = [make(gl, "attn") for _ in range(3)]
+        for number, function in enumerate(functions):
+            function.__qualname__ = f"forward{number}"
+        codes = [function.__code__ for function in functions]
+        gl.activate()
+        functions[1].__code__ = (lambda attn: attn).__code__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(VisualizerWarning):
+                gl.deactivate()
+            assert not gl.is_active
+            assert functions[0].__code__ is codes[0]
+            assert functions[2].__code__ is codes[2]
+            gl.activate(limit=1)
+            with pytest.raises(VisualizerWarning):
+                gl("attn", keep=lambda value: -value)(functions[0])
+            functions[0](1)
+            gl.deactivate()
+        assert functions[0].__code__ is codes[0]
+        assert [-4] == gl.cache["forward0"]
 
     def test_an_inner_with_has_limits_of_its_own_and_loses_nothing_at_its_end(self, gl):
         forward = make(gl, "attn")
@@ -804,6 +853,134 @@ class TestKeepAndLimits:
         with pytest.raises(AttributeError, match="mean"):
             gl.cache
         assert [None] == gl.cache[next(iter(gl.cache))]
+
+    @pytest.mark.parametrize("keep", ["numpy", "graph"])
+    def test_a_list_that_the_user_works_on_stays_within_the_limits(self, gl, keep):
+        forward = make(gl, "attn", keep=keep)
+        gl.activate(limit=3, max_bytes=3 * sys.getsizeof(1))
+        for x in range(50):
+            forward(x)
+            values = gl.cache["forward"]
+            assert 2 * x + 2 == values[-1]
+            assert len(values) <= 3
+            if x % 4 == 0:
+                values[:] = [value + 1000 for value in values]
+            if x % 7 == 0:
+                values.clear()
+
+    def test_the_same_small_value_again_after_the_list_was_emptied(self, gl):
+        forward = make(gl, "attn")
+        gl.activate(limit=2)
+        forward(1), forward(1)
+        gl.cache["forward"].clear()
+        forward(1)
+        assert {"forward": [4]} == gl.cache
+
+    def test_calls_that_began_unseen_are_calls_of_their_own(self, gl):
+        @gl("x", at="assign")
+        def stream(start):
+            x = start
+            yield x
+            x = start + 1
+            yield x
+
+        gl.activate()
+        for _ in range(5):
+            list(stream(0))
+        running = [stream(10 * number) for number in range(1, 5)]  # made while on: they have the rewritten code
+        gl.deactivate()
+        for one in running:
+            next(one)
+        gl.clear()
+        gl.activate()
+        for one in running:
+            list(one)
+        assert 4 == len({record.call for record in gl.records})
+
+    def test_a_recursion_error_that_the_function_deals_with_is_its_own_affair(self, gl):
+        @gl("values")
+        def deep(values):
+            try:
+                return 1 + deep(values)
+            except RecursionError:
+                return 0
+
+        gl.activate(limit=5)
+        assert deep([1]) > 0
+        assert gl.cache
+
+    def test_a_remembered_error_does_not_hold_on_to_locals(self, gl):
+        alive = []
+
+        class Large:
+            def __init__(self):
+                alive.append(weakref.ref(self))
+
+        def broken(value):
+            raise ValueError("no")
+
+        @gl("large", keep=broken)
+        def forward():
+            large = Large()
+            return None
+
+        gl.activate()
+        with pytest.raises(ValueError, match="no"):
+            forward()
+        gc.collect()
+        assert [None] == [one() for one in alive]
+        with pytest.raises(ValueError, match="no"):
+            gl.cache
+
+    def test_reading_comes_to_an_end_while_others_record(self, gl):
+        @gl("x", keep="graph")
+        def forward(x):
+            return x
+
+        gl.activate()
+        stop = threading.Event()
+
+        def work():
+            while not stop.is_set():
+                forward(1)
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            start = time.monotonic()
+            while time.monotonic() - start < 0.5:
+                gl.clear()
+            assert time.monotonic() - start < 20
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # it is what is tested
+    def test_a_forked_child_reads_its_cache_while_the_parents_threads_record(self, gl):
+        forward = make(gl, "attn")
+        gl.activate(limit=10)
+        stop = threading.Event()
+
+        def work():
+            while not stop.is_set():
+                forward(1)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            for _ in range(5):
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(20)
+                    forward(2)
+                    os._exit(0 if gl.cache["forward"][-1] == 6 else 1)
+                assert 0 == os.waitpid(child, 0)[1]
+        finally:
+            stop.set()
+            thread.join()
 
     def test_a_keep_with_state_and_no_hash(self, gl):
         class Scale:

@@ -2,6 +2,7 @@
 
 import collections
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -145,6 +146,48 @@ class TestContainers:
         assert kept[1] is kept
         assert isinstance(kept[0], np.ndarray)
 
+    def test_sets_of_tensors_become_lists_of_arrays(self):
+        assert [1.0] == [float(array[0]) for array in to_numpy({torch.ones(1)})]
+
+    @pytest.mark.parametrize("base", [dict, list, tuple])
+    def test_those_with_a_will_of_their_own_become_plain(self, base):
+        def refuse(*args):
+            raise ValueError("no")
+
+        value = base({"a": torch.ones(1)} if base is dict else [torch.ones(1)])
+        stubborn = type("Stubborn", (base,), {})(value)
+        for name in ("__setitem__", "__copy__"):
+            setattr(type(stubborn), name, refuse)
+        type(stubborn).__new__ = refuse
+        kept = to_numpy(stubborn)
+        assert isinstance(kept, base)
+        assert isinstance(kept["a"] if base is dict else kept[0], np.ndarray)
+
+    def test_what_is_shared_is_copied_once(self):
+        value = (torch.ones(1),)
+        for _ in range(200):
+            value = (value, value)
+        kept = to_numpy(value)
+        assert kept[0] is kept[1]
+
+    def test_lazy_objects_and_dead_proxies_are_not_asked(self):
+        class Lazy:
+            @property
+            def __class__(self):
+                raise RuntimeError("evaluated")
+
+        class Thing:
+            pass
+
+        lazy, dead = Lazy(), weakref.proxy(Thing())
+        assert to_numpy([lazy])[0] is lazy
+        assert next(map(id, to_numpy([dead]))) == id(dead)
+        assert bytes_by_device([lazy, dead])["cpu"] > 0
+
+    def test_what_has_no_numbers_yet_is_refused_with_the_way_out(self):
+        with pytest.raises(TypeError, match="keep='tensor'"):
+            torch.func.vmap(lambda row: to_numpy(row) is None or row)(torch.ones(2, 2))
+
     def test_other_objects_are_kept_by_reference(self):
         thing = object()
         assert to_numpy(thing) is thing
@@ -176,6 +219,10 @@ class TestMemory:
         value = {"a": [torch.ones(2), torch.ones(2, device="meta")]}
         assert 8 == bytes_by_device(value)["meta"]
         assert 8 < bytes_by_device(value)["cpu"] < 1000
+
+    def test_a_sparse_tensor_weighs_what_it_holds(self):
+        sparse = torch.sparse_coo_tensor([[0], [5]], [1.0], (10**6, 10**6), check_invariants=True)
+        assert {"cpu": 20} == bytes_by_device(sparse)
 
     def test_a_container_that_holds_itself_is_counted_once(self):
         value = [np.ones(100)]

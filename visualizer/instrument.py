@@ -6,9 +6,11 @@ class, a subclass, an instance's bound method, a compiled model) sees the change
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import functools
 import inspect
+import os
 import sys
 import threading
 import types
@@ -51,22 +53,30 @@ def _attach(function: FunctionType, channel: Channel) -> None:
         _patches[function] = patch
 
 
-def _detach(function: FunctionType, channel: Channel) -> None:
-    """Undo `_attach`; the last channel's leaving puts the original code object back."""
+def _detach(function: FunctionType, channel: Channel) -> str | None:
+    """Undo `_attach`; the last channel's leaving puts the original code object back.
+
+    Returns what is to be warned of, once all is done: a warning may be turned into an error.
+    """
     with _switching:
         patch = _patches.get(function)
         if patch is None or channel not in patch.channels:
-            return
-        if function.__code__ is not patch.installed:
+            return None
+        code = function.__code__
+        if code is not patch.installed:
             del _patches[function]
-            warn(
+            ours = next((made for c in patch.channels if (made := c.made) is not None and made[2] is code), None)
+            if ours is not None:  # a reloading tool has given it the code of its newer definition
+                function.__code__ = ours[0]
+                return None
+            return (
                 f"{_name(function)} has had its code replaced by another tool while get_local was active: it is left "
                 "as that tool made it. What it would still bring is ignored."
             )
-            return
         _install(function, patch, [other for other in patch.channels if other is not channel])
         if not patch.channels:
             del _patches[function]
+        return None
 
 
 def _install(function: FunctionType, patch: _Patch, channels: list[Channel]) -> None:
@@ -78,6 +88,10 @@ def _install(function: FunctionType, patch: _Patch, channels: list[Channel]) -> 
 
 
 def _rewritten(code: CodeType, channels: tuple[Channel, ...]) -> CodeType:
+    # What another tool has made of rewritten code brings these channels' values already.
+    channels = tuple(channel for channel in channels if channel.site not in code.co_consts)
+    if not channels:
+        return code
     # A factory makes function after function from one code object: rewrite it once.
     made = channels[-1].made
     if made is None or made[0] is not code or made[1] != channels:
@@ -291,10 +305,10 @@ class GetLocal:
             # From here on nothing can fail: what is refused above leaves no trace.
             for channel in new:
                 self._take_in(origin, function, channel)
+            messages = [_detach(function, other) for other in replaced]
             for other in replaced:
-                _detach(function, other)
                 both = [name for name in other.names if name in names]
-                warn(
+                messages.append(
                     f"{_name(function)} was decorated for {', '.join(both)} before, with at={other.at!r} and "
                     f"keep={other.keep!r}; the new get_local({', '.join(map(repr, names))}, at={at!r}, keep={keep!r}) "
                     "takes its place."
@@ -302,6 +316,11 @@ class GetLocal:
             channels = [*(c for c in channels if c not in replaced), *new]
             self._decorated[function] = channels
             self._name_keys(origin, [name for channel in channels for name in channel.names])
+            for channel in new:
+                if self._active:
+                    channel.connect(self._keep)
+        for message in filter(None, messages):
+            warn(message)
 
     def _origin(self, function: FunctionType) -> _Origin:
         """The function's place in the source, which it shares with its other definitions."""
@@ -335,8 +354,6 @@ class GetLocal:
                 origin.channels[way] = channel
             else:  # a closure made anew with each function: the channel goes with the function
                 weakref.finalize(function, _retire, channel).atexit = False
-        if self._active:
-            channel.connect(self._keep)
 
     def _name_keys(self, origin: _Origin, variables: list[str]) -> None:
         """Give each variable of the origin its key; one that another definition named has its list moved."""
@@ -373,11 +390,11 @@ class GetLocal:
     def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: int | None) -> None:
         with _switching:
             pairs = [(f, c) for f, channels in list(self._decorated.items()) for c in channels]
+            messages: list[str | None] = []
             if active and not self._active:
                 self._attach_all(pairs)
             elif self._active and not active:
-                for function, channel in pairs:
-                    _detach(function, channel)
+                messages = [_detach(function, channel) for function, channel in pairs]
             self._active, self._keep = active, keep
             if pairs:
                 _forget_compiled_code()
@@ -388,6 +405,8 @@ class GetLocal:
                     channel.disconnect()
             if active:
                 self._store.configure(limit, max_bytes)
+        for message in filter(None, messages):
+            warn(message)
 
 
 class Activation:
@@ -404,6 +423,17 @@ class Activation:
 
 
 get_local = GetLocal()
+atexit.register(get_local.deactivate)  # what still runs while the interpreter is taken down runs its own code
+
+
+def _renew_lock() -> None:
+    """In a forked child: see `store._renew_locks`."""
+    global _switching
+    _switching = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _is_shared(keep: Any) -> bool:

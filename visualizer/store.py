@@ -8,8 +8,11 @@ than a hand-written append and is atomic without a lock; it is filed when somebo
 
 from __future__ import annotations
 
+import copy
+import os
 import sys
 import threading
+import weakref
 from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterator, ValuesView
@@ -143,6 +146,7 @@ class Store:
         self.is_full = False
         self.cache = Cache(self)
         self._lock = threading.RLock()
+        _stores.add(self)
         self._waiting: deque[tuple[Channel, Any, int, int | None, int]] = deque()
         self._channels: list[Channel] = []
         self._failure: BaseException | None = None
@@ -211,15 +215,26 @@ class Store:
             return [record for records in self._records.values() for record, _ in records]
 
     def last(self, key: str) -> Any:
-        """The newest value under a key, or None."""
-        with self._lock:
-            self._sort_in()
-            records = self._records.get(key)
+        """The newest value that is filed under a key, or None."""
+        records = self._records.get(key)
+        try:
             return records[-1][0].value if records else None
+        except IndexError:  # another thread has just cleared it
+            return None
 
     def fail(self, error: BaseException) -> None:
-        """Remember an error of a `keep` function: the captured function may have swallowed it."""
-        self._failure = error
+        """Remember an error of a `keep` function: the captured function may have swallowed it.
+
+        A copy without its traceback, which would hold on to the function's locals. That the recursion limit was met is
+        the function's own affair.
+        """
+        if isinstance(error, RecursionError):
+            return
+        try:
+            self._failure = copy.copy(error)
+            self._failure.__notes__ = list(error.__notes__)
+        except Exception:  # an exception that cannot be copied
+            self._failure = RuntimeError(f"{error!r} {' '.join(error.__notes__)}")
 
     def settle(self) -> None:
         """File everything that has arrived."""
@@ -263,7 +278,7 @@ class Store:
             self._file_waiting()
 
     def _file_waiting(self) -> None:
-        while self._waiting:
+        for _ in range(len(self._waiting)):  # what other threads add meanwhile is for the next time
             channel, value, call, line, thread = self._waiting.popleft()
             if call < 0:
                 call = next(channel.calls)
@@ -275,6 +290,8 @@ class Store:
         key, sizes = record.key, bytes_by_device(record.value)
         if key not in self.cache or key not in self._records:  # or the user has taken it out
             self.open(key)
+        if len(self._records[key]) != len(self._values(key)):
+            self._follow_the_user(key, record)
         records, values, is_over = self._records[key], self._values(key), None
         records.append((record, sizes))
         values.append(record.value)
@@ -296,25 +313,37 @@ class Store:
         """The list under a key, without fetching first: for those who are just filling it."""
         return self.cache.setdefault(key, [])
 
+    def _follow_the_user(self, key: str, newest: Record) -> None:
+        """Bring the records in line with a list that the user has taken values out of, or put some into."""
+        known = {id(record.value): (record, sizes) for record, sizes in self._records[key]}
+        for _, sizes in self._records[key]:
+            self._discount(sizes)
+        foreign = Record(key, newest.variable, None, -1, newest.line, newest.thread)
+        self._records[key] = deque(known.get(id(value), (foreign, {})) for value in self._values(key))
+        for _, sizes in self._records[key]:
+            for device, size in sizes.items():
+                self._bytes[device] += size
+
     def _trim(self, key: str) -> None:
         """Drop the oldest calls beyond the limit. A call makes one value at its return, any number by assignments."""
-        records, limit = self._records[key], self.limit
+        records, values, limit = self._records[key], self._values(key), self.limit
         if limit is None or not records:
             return
         if records[-1][0].line is None:
-            dropped = [records.popleft() for _ in range(len(records) - limit)]
+            kept = list(range(max(0, len(records) - limit), len(records)))
+        elif len(records) > 1 and records[-1][0].call == records[-2][0].call:
+            return  # the call under way has its place already
         else:
             # Calls may interleave, so an old call's values can lie anywhere. The calls that are kept are few.
-            kept = set(sorted({record.call for record, _ in records})[-limit:])
-            dropped = [entry for entry in records if entry[0].call not in kept]
-            if dropped:
-                self._records[key] = deque(entry for entry in records if entry[0].call in kept)
-        values = self._values(key)
-        for record, sizes in dropped:
-            self._discount(sizes)
-            place = next((i for i, value in enumerate(values) if value is record.value), None)
-            if place is not None:  # unless the user has taken it out
-                del values[place]
+            calls = set(sorted({record.call for record, _ in records})[-limit:])
+            kept = [place for place, (record, _) in enumerate(records) if record.call in calls]
+        if len(kept) < len(records):
+            staying, entries = set(kept), list(records)
+            for place, (_, sizes) in enumerate(entries):
+                if place not in staying:
+                    self._discount(sizes)
+            values[:] = [values[place] for place in kept]
+            self._records[key] = deque(entries[place] for place in kept)
 
     def _discount(self, sizes: dict[str, int]) -> None:
         for device, size in sizes.items():
@@ -340,6 +369,19 @@ class Store:
         self.is_full = False
         for channel in self._channels:
             channel.adjust()
+
+
+_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a forked child: a lock that another thread held is held for ever there, for that thread is not."""
+    for store in _stores:
+        store._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class Channel:
@@ -377,6 +419,7 @@ class Channel:
     def connect(self, default: Keep) -> None:
         """Receive what the rewritten code brings, from now on; `default` where the channel has no `keep` of its own."""
         self._keep = default if self.keep is None else self.keep
+        self._numbers.clear()  # of calls that went on, or ended, unseen
         self.take = self._assignments() if self.at == "assign" else self._returns()
         self.adjust()
         _listening[self.site] = self
@@ -402,7 +445,7 @@ class Channel:
     def flush(self, waiting: deque[tuple[Channel, Any, int, int | None, int]]) -> None:
         """Move what is pending to what waits to be filed."""
         self._held = {}
-        while self._queue:
+        for _ in range(len(self._queue)):  # what other threads add meanwhile is for the next time
             value, thread = self._queue.popleft()
             waiting.append((self, value, -1, None, thread))
 
@@ -446,8 +489,9 @@ class Channel:
             elif not store.is_full:
                 name, line, value = event
                 call = numbers.get(frame)
-                if call is None:  # capture was switched on, or the number forgotten, while the call was under way
-                    call = numbers[frame] = next(self.calls)
+                if call is None:
+                    # Its beginning was not seen, so nothing tells this frame from a later one at the same address.
+                    call = next(self.calls)
                 store.put(self, (name, convert(name, value)), call, line)
 
         return take

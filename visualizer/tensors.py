@@ -58,12 +58,12 @@ def keeper(keep: Keep) -> Callable[[Any], Any]:
 
 def is_tensor(value: Any) -> bool:
     """Whether it is a torch.Tensor; torch is not loaded to find out."""
-    return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))
+    return issubclass(type(value), getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
 def is_array(value: Any) -> bool:
     """Whether it is a numpy.ndarray; numpy is not loaded to find out."""
-    return isinstance(value, getattr(sys.modules.get("numpy"), "ndarray", ()))
+    return issubclass(type(value), getattr(sys.modules.get("numpy"), "ndarray", ()))
 
 
 def _itself(value: Any) -> Any:
@@ -95,7 +95,20 @@ def _to_numpy(tensor: Any) -> Any:
     name = str(tensor.dtype)
     has_no_numpy_type = name == "torch.bfloat16" or name.startswith("torch.float8")
     dtype = torch.float32 if has_no_numpy_type else torch.complex64 if name == "torch.complex32" else tensor.dtype
-    return tensor.detach().to("cpu", dtype, copy=True).resolve_conj().resolve_neg().numpy()
+    try:
+        return tensor.detach().to("cpu", dtype, copy=True).resolve_conj().resolve_neg().numpy()
+    except (RuntimeError, NotImplementedError) as error:  # under vmap, in a fake mode: there are no numbers yet
+        raise TypeError(
+            f"a {type(tensor).__name__} cannot be kept as a numpy array ({error}); use keep='tensor', or keep='graph'"
+        ) from error
+
+
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+
+
+def _is_container(value: Any) -> bool:
+    # By its type: isinstance asks the value for its __class__, and a lazy object or a dead proxy runs code to answer.
+    return issubclass(type(value), _CONTAINERS)
 
 
 def _snapshot(value: Any, convert: Callable[[Any], Any]) -> Any:
@@ -104,42 +117,64 @@ def _snapshot(value: Any, convert: Callable[[Any], Any]) -> Any:
         return convert(value)
     if is_array(value):
         return value.copy()
-    if isinstance(value, (list, tuple, dict, set, frozenset, deque)):
+    if _is_container(value):
         return _copy_container(value, convert, {})
     return value
 
 
 def _copy_container(value: Any, convert: Callable[[Any], Any], copies: dict[int, Any]) -> Any:
-    """`copies` has the containers met so far, so that one that holds itself comes out holding itself."""
+    """`copies` has the containers met so far: what is shared stays shared, and what holds itself holds itself."""
 
     def follow(item: Any) -> Any:
-        if isinstance(item, (list, tuple, dict, set, frozenset, deque)):
+        if _is_container(item):
             return copies[id(item)] if id(item) in copies else _copy_container(item, convert, copies)
         return _snapshot(item, convert)
 
-    # A subclass (a model's output, a named tuple) is rebuilt as what it is.
+    def rebuilt(make: Callable[[], Any], plain: Callable[[], Any]) -> Any:
+        # A subclass (a model's output, a named tuple) is rebuilt as what it is, or plainly if it does not let us.
+        try:
+            return make()
+        except Exception:
+            return plain()
+
     kind = type(value)
-    if isinstance(value, dict):
-        result: Any = {} if kind is dict else copy.copy(value)
+    if issubclass(kind, dict):
+        names, old = list(value), list(value.values())
+        result: Any = {} if kind is dict else rebuilt(lambda: copy.copy(value), dict)
         copies[id(value)] = result
-        for name, item in list(value.items()):
-            result[name] = follow(item)
-        return result
-    if isinstance(value, (list, deque)):
-        result = copy.copy(value)
+        new = [follow(item) for item in old]
+
+        def fill() -> Any:
+            for name, item in zip(names, new, strict=True):
+                result[name] = item
+            return result
+
+        copies[id(value)] = filled = rebuilt(fill, lambda: dict(zip(names, new, strict=True)))
+        return filled
+    old = list(value)
+    if issubclass(kind, (list, deque)):
+        result = [] if kind is list else rebuilt(lambda: copy.copy(value), list)
+        if kind is list:
+            result.extend(old)
         copies[id(value)] = result
-        for index, item in enumerate(list(value)):
-            result[index] = follow(item)
-        return result
-    items = [follow(item) for item in value]
-    if all(new is old for new, old in zip(items, value, strict=True)):
-        return value if isinstance(value, (tuple, frozenset)) else copy.copy(value)
-    if hasattr(kind, "_fields"):
-        return kind(*items)
-    try:
-        return kind(items)
-    except TypeError:
-        return tuple(items) if isinstance(value, tuple) else set(items)
+        new = [follow(item) for item in old]
+
+        def fill_places() -> Any:
+            for index, item in enumerate(new):
+                result[index] = item
+            return result
+
+        copies[id(value)] = filled = rebuilt(fill_places, lambda: new)
+        return filled
+    new = [follow(item) for item in old]
+    if all(one is other for one, other in zip(new, old, strict=True)):
+        done = value if issubclass(kind, (tuple, frozenset)) else rebuilt(lambda: copy.copy(value), lambda: set(old))
+    elif issubclass(kind, tuple):
+        done = rebuilt(lambda: kind(*new) if hasattr(kind, "_fields") else kind(new), lambda: tuple(new))
+    else:
+        done = rebuilt(lambda: kind(new), lambda: new)  # arrays cannot be in a set: a list of them
+    copies[id(value)] = done
+    return done
 
 
 def bytes_by_device(value: Any) -> dict[str, int]:
@@ -156,12 +191,11 @@ def bytes_by_device(value: Any) -> dict[str, int]:
         item = values.pop()
         if is_tensor(item):
             device = item.device
-            counts[device.type if device.index is None else f"{device.type}:{device.index}"] += (
-                item.nelement() * item.element_size()
-            )
+            name = device.type if device.index is None else f"{device.type}:{device.index}"
+            counts[name] += sum(part.nelement() * part.element_size() for part in _parts(item))
         elif is_array(item):
             counts["cpu"] += item.nbytes
-        elif isinstance(item, (list, tuple, dict, set, frozenset, deque)):
+        elif _is_container(item):
             if id(item) not in seen:
                 seen.add(id(item))
                 counts["cpu"] += sys.getsizeof(item)
@@ -169,6 +203,18 @@ def bytes_by_device(value: Any) -> dict[str, int]:
         else:
             counts["cpu"] += sys.getsizeof(item)
     return dict(counts)
+
+
+def _parts(tensor: Any) -> list[Any]:
+    """The dense tensors that a tensor consists of."""
+    layout = str(tensor.layout)
+    if layout == "torch.sparse_coo":
+        return [tensor._indices(), tensor._values()]
+    if layout in ("torch.sparse_csr", "torch.sparse_bsr"):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if layout in ("torch.sparse_csc", "torch.sparse_bsc"):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
 
 
 def memory_of(device: str) -> int:
