@@ -59,7 +59,6 @@ class TestHead:
         np.testing.assert_allclose(maps[2][1, 1], image.get_array(), rtol=1e-6)
         assert ("key", "query", "layer 2, head 1") == (ax.get_xlabel(), ax.get_ylabel(), ax.get_title())
         assert ax.yaxis_inverted(), "row 0 is on top"
-        assert "nearest" == image.get_interpolation()
         assert "viridis" == image.get_cmap().name
         assert 0 == image.get_clim()[0]
 
@@ -117,6 +116,24 @@ class TestHead:
         assert 4 / 100 <= top < 1
         assert "max" == ax.images[0].colorbar.extend
         assert 0.9 == plot.head(maps, vmax=0.9).images[0].get_clim()[1]
+
+    @pytest.mark.parametrize("column", range(500, 510))
+    def test_a_column_of_a_large_map_is_seen_wherever_it_is(self, column):
+        maps = np.full((1025, 1025), 0.4 / 1024)
+        maps[:, column] = 0.6
+        ax = plot.head(maps, cbar=False)
+        ax.figure.set_dpi(40)
+        ax.figure.canvas.draw()
+        drawn = np.asarray(ax.figure.canvas.buffer_rgba()).astype(int)
+        high, wide = drawn.shape[:2]
+        brightest = drawn[high // 2, :, 1][wide // 5 : -wide // 5].max()
+        assert brightest > 60, "green of viridis is 1 at zero, 231 at the top"
+
+    def test_queries_run_down_whatever_the_users_defaults_are(self):
+        with mpl.rc_context({"image.origin": "lower"}):
+            assert plot.head(maps_of(5, 5)).yaxis_inverted()
+            ax = plot.class_token(hot(0, 3), np.full((56, 56, 3), 200, np.uint8))
+            assert pixel(ax, 49, 7).sum() > 1.9
 
     def test_styles_are_as_they_were(self):
         before = dict(mpl.rcParams)
@@ -225,6 +242,14 @@ class TestOverThePicture:
         ax = plot.class_token(np.full((17, 17), 1 / 17))
         assert 4 / 17 == pytest.approx(ax.images[0].get_clim()[1])
 
+    @pytest.mark.parametrize("grid", [(1, 196), (196, 1)])
+    def test_a_strip_gets_a_figure_of_ordinary_size(self, grid):
+        figure = plot.query(maps_of(196, 196), query=3, grid=grid).figure
+        assert all(1 < side < 12 for side in figure.get_size_inches())
+
+    def test_a_lowest_value_above_all_weights(self):
+        assert (0.5, 0.5) == plot.query(maps_of(16, 16), query=3, vmin=0.5, vmax=None).images[0].get_clim()
+
     def test_smooth_goes_through_the_patches_centres(self):
         maps = maps_of(16, 16)
         image = np.ones((64, 64, 3))
@@ -303,6 +328,8 @@ class TestRefusals:
             (lambda: plot.head(np.full((5, 5), -np.inf)), ValueError, ["infinite", "softmax"]),
             (lambda: plot.head(np.full((5, 5), np.nan)), ValueError, ["NaN"]),
             (lambda: plot.class_token(maps_of(16, 16)), ValueError, ["no class token", "plot.query"]),
+            (lambda: plot.tokens(maps_of(3, 3), "abc"), TypeError, ["list of words", "text.split()"]),
+            (lambda: plot.query(np.vstack([np.full(16, np.nan), maps_of(15, 16)]), query=0), ValueError, ["NaN"]),
             (lambda: plot.heads(maps_of(2, 5, 5), columns=0), ValueError, ["columns=0"]),
             (lambda: plot.class_token(maps_of(12, 12)), ValueError, ["12", "11", "grid=(rows, columns)"]),
             (lambda: plot.class_token(maps_of(17, 17), grid=(5, 5)), ValueError, ["5 x 5 = 25", "17 keys"]),
@@ -318,6 +345,7 @@ class TestRefusals:
             (lambda: plot.class_token(maps_of(17, 17), "cat.jpg"), TypeError, ["str", "PIL"]),
         ],
     )
+    @pytest.mark.filterwarnings("ignore:1 of 16 rows hold NaN:visualizer.VisualizerWarning")
     def test_each_says_what_would_do(self, call, error, parts):
         with pytest.raises(error) as caught:
             call()

@@ -174,7 +174,9 @@ def _read(image: str | None) -> tuple[Any, Any, str]:
         raise _Mistake("the picture has no name: --image takes a file")
     path = models.photo("coffee") if image is None else Path(image)
     try:
-        images, pixels = models.prepare(path, size=IMAGE_SIZE, patch=PATCH)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PIL thinks of a picture that it can read all the same
+            images, pixels = models.prepare(path, size=IMAGE_SIZE, patch=PATCH)
     except FileNotFoundError as error:
         raise _Mistake(f"there is no picture {path}") from error
     except Image.DecompressionBombError as error:
@@ -207,6 +209,7 @@ def _text_attention(text: str) -> tuple[Any, list[str]]:
     from .instrument import get_local
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the demo has its own, for terminals only
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     model, tokenizer = models.minilm()
     from transformers.models.bert import modeling_bert
 

@@ -128,6 +128,9 @@ def heads(
         image = _matrix(ax, weights, cmap, vmin, own, cbar and not share)
         ax.set_title(f"head {number}")
         ax.label_outer()
+        if number + columns >= count:  # nothing below it
+            ax.tick_params(labelbottom=True)
+            ax.set_xlabel("key")
     if cbar and share:
         _colour_bar(figure, image, panels.ravel().tolist(), bool(np.nanmax(chosen.weights) > top))
     figure.suptitle(chosen.label if title is None else title, parse_math=False)
@@ -247,7 +250,12 @@ def tokens(
     """
     chosen = select(maps, layer=layer, batch=batch, head=head)
     queries, keys = chosen.weights.shape
-    rows, columns = list(tokens), list(tokens if key_tokens is None else key_tokens)
+    if isinstance(tokens, str) or isinstance(key_tokens, str):
+        raise TypeError(
+            "tokens are a list of words, not one text: pass tokenizer.convert_ids_to_tokens(ids), or text.split()"
+        )
+    rows = list(tokens)
+    columns = rows if key_tokens is None else list(key_tokens)
     _check_count("tokens", rows, queries)
     _check_count("key_tokens" if key_tokens is not None else "tokens", columns, keys)
     side = [min(14.0, max(4.0, 0.26 * count + 1.5)) for count in (keys, queries)]
@@ -277,11 +285,22 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def _matrix(ax: Axes, weights: Array, cmap: Any, vmin: Any, vmax: float, cbar: bool) -> Any:
-    image = ax.imshow(weights, cmap=cmap, vmin=vmin, vmax=vmax, interpolation="nearest", aspect="equal")
+    # Nearest where there is a pixel for each weight; where there is not, it would leave out whole columns, perhaps an
+    # attention sink, and "antialiased" takes means: of the weights, for a mean of colours would leave a sink dark.
+    image = ax.imshow(
+        weights,
+        cmap=cmap,
+        vmin=vmin,
+        vmax=vmax,
+        interpolation="antialiased",
+        aspect="equal",
+        origin="upper",
+        interpolation_stage="data",
+    )
     ax.set_xlabel("key")
     ax.set_ylabel("query")
     if cbar:
-        _colour_bar(ax.figure, image, ax, bool(np.nanmax(weights) > vmax))
+        _colour_bar(ax.figure, image, ax, bool(np.max(np.nan_to_num(weights)) > vmax))
     return image
 
 
@@ -291,8 +310,8 @@ def _colour_bar(figure: Any, image: Any, where: Any, is_cut: bool) -> None:
 
 def _matrix_top(weights: Array) -> float:
     """The end of the colour scale: nearly the largest weight, and no less than four times an even share."""
-    top, share = float(np.nanpercentile(weights, 99.5)), 4 / weights.shape[-1]
-    largest = float(np.nanmax(weights))
+    top, share = float(np.percentile(np.nan_to_num(weights), 99.5)), 4 / weights.shape[-1]
+    largest = float(np.max(np.nan_to_num(weights)))
     return min(max(top, share), largest) if largest > 0 else 1.0
 
 
@@ -330,6 +349,10 @@ def _attended(
     )
     token = shape.token(asked, queries, keys)
     row = chosen.weights[token]
+    if np.isnan(row).all():
+        raise ValueError(
+            f"the row of query {token} holds nothing but NaN: there is nothing to draw (is it fully masked?)"
+        )
     count = len(shape.prefix)
     if is_prefix and token >= count:
         raise ValueError(
@@ -338,10 +361,12 @@ def _attended(
         )
     patches = row[count:].reshape(shape.rows, shape.columns)
     # Without the floor a row that attends to everything alike would be painted solid.
-    top = max(float(np.nanmax(patches)), 4 / keys) if vmax is None else vmax
+    largest = float(np.max(np.nan_to_num(patches)))
+    top = max(largest, 4 / keys, 0 if vmin is None else vmin) if vmax is None else vmax
     high, wide = (shape.rows, shape.columns) if picture is None else picture.shape[:2]
 
-    ax = _axes(ax, (5 * wide / high + 1, 5.4))
+    ratio = min(4.0, max(0.25, wide / high))  # a long strip gets a long figure, but not an endless one
+    ax = _axes(ax, (5 * min(1.5, ratio) + 1, 5 * min(1.5, ratio) / ratio + 0.4))
     scale = _lay_over(ax, patches, picture, (0.0, float(wide), float(high), 0.0), style, smooth, cmap, vmin, top)
     ax.set_xticks([])
     ax.set_yticks([])
@@ -353,7 +378,7 @@ def _attended(
     if count:
         _swatches(ax, row[:count], shape.prefix, scale, token if is_self else None)
     if cbar:
-        _colour_bar(ax.figure, scale, ax, float(np.nanmax(row)) > top)
+        _colour_bar(ax.figure, scale, ax, bool(np.max(np.nan_to_num(row)) > top))
     name = _token_name(token, shape) if is_self else f"token {token}"
     text = ", ".join(part for part in (f"query: {name}", chosen.label) if part)
     ax.set_title(text if title is None else title, parse_math=False)
@@ -379,19 +404,19 @@ def _lay_over(
     if picture is None:
         low, high = scale.get_clim()
         blend = "bilinear" if smooth else "nearest"
-        ax.imshow(patches, cmap=scale.cmap, vmin=low, vmax=high, extent=extent, interpolation=blend)
+        ax.imshow(patches, cmap=scale.cmap, vmin=low, vmax=high, extent=extent, interpolation=blend, origin="upper")
         return scale
     strength = np.clip(scale.norm(np.nan_to_num(_spread(patches, picture.shape[:2], smooth))), 0, 1)
     if style == "mask":
-        ax.imshow(picture * strength[..., None], extent=extent, interpolation="nearest")
+        ax.imshow(picture * strength[..., None], extent=extent, interpolation="nearest", origin="upper")
         return scale
     # Darkened, so that what is white in the picture does not bleach the colours laid over it.
     grey = 0.6 * (picture @ np.array([0.299, 0.587, 0.114], picture.dtype))
-    ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+    ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="nearest", origin="upper")
     # The square root lets middling weights be seen; the colours are those of the weights themselves.
     colours = scale.cmap(strength)
     colours[..., 3] = 0.85 * np.sqrt(strength)
-    ax.imshow(colours, extent=extent, interpolation="nearest")
+    ax.imshow(colours, extent=extent, interpolation="nearest", origin="upper")
     return scale
 
 
@@ -425,7 +450,14 @@ def _swatches(ax: Axes, weights: Array, names: Sequence[str], scale: ScalarMappa
     low, high = scale.get_clim()
     place = (0, count, 1, 0)
     strip.imshow(
-        weights[None], cmap=scale.cmap, vmin=low, vmax=high, aspect="auto", extent=place, interpolation="nearest"
+        weights[None],
+        cmap=scale.cmap,
+        vmin=low,
+        vmax=high,
+        aspect="auto",
+        extent=place,
+        interpolation="nearest",
+        origin="upper",
     )
     strip.set_yticks([])
     labels = [f"{name}\n{weight:.2g}" for name, weight in zip(names, weights, strict=True)]
