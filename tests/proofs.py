@@ -21,7 +21,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ENGINE_TESTS = ("test_opcodes.py", "test_rewrite.py", "test_instrument.py", "test_corpus.py")
+ENGINE_TESTS = ("test_opcodes.py", "test_rewrite.py", "test_instrument.py", "test_corpus.py", "test_cpython.py")
 NEEDED = ("bytecode", "pytest")
 
 
