@@ -229,6 +229,16 @@ def test_a_budget_in_bytes_is_exact_for_tensors(gl):
     assert 2 == len(gl.cache[next(iter(gl.cache))])
 
 
+def test_a_name_that_only_looks_like_attention_is_no_cause_to_warn(gl):
+    @gl("pattern")
+    def search(pattern):
+        return pattern
+
+    gl.activate()
+    search(None)
+    assert [None] == gl.cache[next(iter(gl.cache))]
+
+
 @pytest.mark.parametrize("keep", ["numpy", "tensor", "graph"])
 def test_small_tensors_first_do_not_let_large_ones_past_the_budget(gl, keep):
     @gl("attn", keep=keep)

@@ -522,7 +522,7 @@ class Channel:
             return
         if value is None:
             sounds_like_a_map = "torch" in sys.modules and any(
-                part in name.lower() for part in ("att", "weight", "prob")
+                part in name.lower() for part in ("attn", "attention", "weight", "prob")
             )
             last = self.store.last(self.key(name))
             if not (is_tensor(last) or is_array(last) or sounds_like_a_map):
