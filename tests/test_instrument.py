@@ -272,7 +272,7 @@ class TestSwitching:
 
     def test_a_refused_decoration_while_active_leaves_no_trace(self, gl, monkeypatch):
         gl.activate()
-        module = sys.modules["visualizer.instrument"]
+        module = sys.modules["visualizer.instrument.patches"]
         real = module.rewrite_for
 
         def refuse(code, captures):
@@ -297,7 +297,7 @@ class TestSwitching:
     def test_nothing_is_half_activated(self, gl, monkeypatch):
         good, bad = make(gl, "attn"), make(gl, "q")
         codes = good.__code__, bad.__code__
-        module = sys.modules["visualizer.instrument"]
+        module = sys.modules["visualizer.instrument.patches"]
         real, calls = module.rewrite_for, []
 
         def refuse_the_second(code, captures):
@@ -430,7 +430,7 @@ class TestKeys:
     def test_a_missing_key_says_what_is_known_and_whether_capture_is_active(self, gl):
         with pytest.raises(KeyError) as caught:
             gl.cache["Attention.forward"]
-        assert "nothing is decorated" in str(caught.value)
+        assert "none yet" in str(caught.value)
         make(gl, "attn")
         with pytest.raises(KeyError) as caught:
             gl.cache["Attention.forward"]
@@ -1003,7 +1003,7 @@ class TestKeepAndLimits:
             make(gl, "attn", keep=lambda value, number=number: value + number)(1)
         gc.collect()
         assert 300 == len(gl.cache["forward"])
-        assert len(gl._store._channels) < 10
+        assert len(gl._store._sources) < 10
 
     def test_what_a_with_ends_does_not_hide_an_error_that_was_swallowed(self, gl):
         @gl("attn", at="assign", keep=lambda value: value.mean(1))
@@ -1059,7 +1059,7 @@ class TestKeepAndLimits:
         assert 2 == len(gl.cache[next(iter(gl.cache))])
 
     def test_the_default_budget_is_a_quarter_of_the_memory(self, gl, monkeypatch):
-        monkeypatch.setattr("visualizer.store.memory_of", lambda device: 4 * 1100)
+        monkeypatch.setattr("visualizer.store.store.memory_of", lambda device: 4 * 1100)
         forward = make(gl, "x", keep=lambda value: b"x" * (1000 - sys.getsizeof(b"")))
         gl.activate()
         with pytest.warns(VisualizerWarning, match="a quarter of its memory"):
@@ -1148,7 +1148,6 @@ class TestRobustness:
         for read in (
             *(dict, copy.copy, lambda c: {**c}, lambda c: pickle.loads(pickle.dumps(c))),
             *(lambda c: {"forward": c.get("forward")}, lambda c: {"forward": next(iter(c.values()))}),
-            lambda c: eval(repr(c)),
         ):
             gl.clear()
             cache = gl.cache

@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
+    FileFormatError,
     RewriteError,
     UnknownKeyError,
     UnknownLocalError,
@@ -24,7 +25,8 @@ from .errors import (
     VisualizerError,
     VisualizerWarning,
 )
-from .instrument import get_local
+from .instrument import capture, get_local
+from .store import load
 
 if TYPE_CHECKING:
     from . import models, plot
@@ -32,13 +34,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "FileFormatError",
     "RewriteError",
     "UnknownKeyError",
     "UnknownLocalError",
     "UnsupportedPythonError",
     "VisualizerError",
     "VisualizerWarning",
+    "capture",
     "get_local",
+    "load",
     "models",
     "plot",
 ]

@@ -3,6 +3,7 @@
 VisualizerError
 ├── UnknownLocalError      (also NameError)     the function has no such local
 ├── UnknownKeyError        (also KeyError)      nothing was captured under that key
+├── FileFormatError        (also ValueError)    the file is damaged, or none that `save` wrote
 ├── RewriteError           (also RuntimeError)  the function's code cannot be rewritten with proof
 └── UnsupportedPythonError (also RuntimeError)  this interpreter's bytecode is not known
 VisualizerWarning          (a UserWarning)      something is missing from what was recorded, and why
@@ -29,6 +30,10 @@ class UnknownKeyError(VisualizerError, KeyError):
 
     # KeyError shows the repr of its argument, which is unreadable for a sentence.
     __str__ = Exception.__str__
+
+
+class FileFormatError(VisualizerError, ValueError):
+    """The file is damaged, cut short, or none that `save` wrote; the message says which and what to do."""
 
 
 class RewriteError(VisualizerError, RuntimeError):

@@ -7,6 +7,9 @@ of its function, under the name `HOOK`, so any two-argument callable put there w
                  hook(key, (value1, value2, ...)) for several names; an unbound name is passed as the hook itself
     at="assign"  once as a call begins: hook(key, None); after each assignment: hook(key, (name, line, value))
 
+With an owner, a parameter such as `self`, the values of a return are hook(key, (owner, value1, ...)), and the beginning
+of a call is hook(key, (owner,)).
+
 The proof: the rewritten code without the injected instructions is, instruction by instruction, the original:
 the same operations on the same names and constants, the same jumps, exception handlers, lines and columns.
 A function that fails it is refused with `RewriteError` and left as it was.
@@ -23,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from . import opcodes
 from .errors import RewriteError, UnknownLocalError
 from .opcodes import Kind
+from .proof import prove, refusal
 
 if TYPE_CHECKING:
     from bytecode import Bytecode, Instr
@@ -84,6 +88,8 @@ class Capture(NamedTuple):
     """"return" for the values at every return, "assign" for every value assigned."""
     key: str
     """Handed to the hook with each value; a string, so that the code stays marshallable."""
+    owner: str | None = None
+    """A parameter that is brought before the values: the object whose method it is."""
 
 
 def rewrite(code: CodeType, names: Sequence[str], *, at: At = "return", key: str) -> CodeType:
@@ -122,8 +128,8 @@ def rewrite_for(code: CodeType, captures: Sequence[Capture]) -> CodeType:
     try:
         rewritten = writer.assemble()
     except Exception as error:
-        raise RewriteError(_refusal(code, f"the bytecode package cannot put it together again: {error!r}")) from error
-    _prove(code, rewritten, writer.injected_indices())
+        raise RewriteError(refusal(code, f"the bytecode package cannot put it together again: {error!r}")) from error
+    prove(code, rewritten, writer.injected_indices())
     return rewritten
 
 
@@ -133,7 +139,7 @@ def _disassemble(code: CodeType) -> Bytecode:
     try:
         bytecode = Bytecode.from_code(code, conserve_exception_block_stackdepth=True)
     except Exception as error:
-        raise RewriteError(_refusal(code, f"the bytecode package could not take it apart: {error!r}")) from error
+        raise RewriteError(refusal(code, f"the bytecode package could not take it apart: {error!r}")) from error
     # The package numbers variables by first use; all of them given as arguments keep the order that they have.
     bytecode.argnames = list(code.co_varnames)
     # A function made from the result takes a string that comes first for its docstring: it must not be the key.
@@ -142,7 +148,7 @@ def _disassemble(code: CodeType) -> Bytecode:
     _split_pairs(bytecode)
     unknown = {i.name for i in _instructions(bytecode) if i.name.startswith("RETURN")} - opcodes.KNOWN_RETURNS
     if unknown:
-        raise RewriteError(_refusal(code, f"it returns by {', '.join(sorted(unknown))}, which is not known"))
+        raise RewriteError(refusal(code, f"it returns by {', '.join(sorted(unknown))}, which is not known"))
     return bytecode
 
 
@@ -176,13 +182,6 @@ def _line(instr: Instr) -> int | None:
 def _variable(instr: Instr) -> str | None:
     """The name of the variable that an instruction on one variable works on."""
     return instr.arg if isinstance(instr.arg, str) else getattr(instr.arg, "name", None)
-
-
-def _refusal(code: CodeType, reason: str) -> str:
-    return (
-        f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno}) cannot be rewritten and was left as it is: "
-        f"{reason}. To capture from it, move the lines that compute the value into a function of their own."
-    )
 
 
 class _Flow:
@@ -333,7 +332,7 @@ class _Writer:
     def add(self, capture: Capture) -> None:
         """Put the capture's hook calls in, behind those of earlier captures."""
         # Above what the function itself stacks: hook, null, key, name, line, the values and an exception.
-        self._room = max(self._room, 6 + len(capture.names))
+        self._room = max(self._room, 7 + len(capture.names))
         if capture.at == "return":
             self._capture_at_returns(capture)
         else:
@@ -352,6 +351,7 @@ class _Writer:
         from bytecode.instr import TryBegin, TryEnd
 
         items: list[Any] = []
+        brought = capture.names if capture.owner is None else (capture.owner, *capture.names)
         # The exception region that we are in, and the part of it that is open since it was last split.
         region: TryBegin | None = None
         part: TryBegin | None = None
@@ -365,7 +365,7 @@ class _Writer:
                 place = item.location
                 self._put(items, opcodes.load_hook(HOOK, place))
                 self._put(items, opcodes.load_constant(capture.key, place))
-                for count, name in enumerate(capture.names):
+                for count, name in enumerate(brought):
                     load = opcodes.load_variable(name, self._flow.kind(name), place)
                     if self._flow.is_always_bound(name):
                         self._put(items, load)
@@ -390,8 +390,8 @@ class _Writer:
                     self._put(items, [Instr("POP_TOP", location=place)])
                     self._put(items, opcodes.load_marker(HOOK, place))
                     items.append(after)
-                if len(capture.names) > 1:
-                    self._put(items, opcodes.build_tuple(len(capture.names), place))
+                if len(brought) > 1:
+                    self._put(items, opcodes.build_tuple(len(brought), place))
                 self._put(items, opcodes.call_hook(place))
             items.append(item)
         self._bytecode[:] = items
@@ -411,7 +411,11 @@ class _Writer:
                 entered = True
                 self._put(items, opcodes.load_hook(HOOK, nowhere))
                 self._put(items, opcodes.load_constant(capture.key, nowhere))
-                self._put(items, opcodes.load_constant(None, nowhere))
+                if capture.owner is None:
+                    self._put(items, opcodes.load_constant(None, nowhere))
+                else:
+                    self._put(items, opcodes.load_variable(capture.owner, self._flow.kind(capture.owner), nowhere))
+                    self._put(items, opcodes.build_tuple(1, nowhere))
                 self._put(items, opcodes.call_hook(nowhere))
             elif self._flow.assigns(item, capture.names):
                 name, place = str(_variable(item)), item.location
@@ -428,77 +432,3 @@ class _Writer:
     def _put(self, items: list[Any], instructions: list[Instr]) -> None:
         self._injected.update(map(id, instructions))
         items.extend(instructions)
-
-
-class _Step(NamedTuple):
-    """One instruction with all that it means, free of offsets and numbering."""
-
-    operation: str
-    argument: Any
-    shown: str
-    place: Any
-    handler: tuple[int, int, bool] | None
-
-
-def _steps(code: CodeType, dropped: set[int]) -> list[_Step]:
-    """A code object's instructions but the dropped ones; jumps and handlers by the step that they lead to."""
-    jumps = {*dis.hasjrel, *dis.hasjabs, *getattr(dis, "hasjump", ())}
-    resolved = {*dis.hasconst, *dis.hasname, *dis.haslocal, *dis.hasfree}
-    drafts: list[tuple[str, Any, str, Any, int, bool]] = []
-    step_at: dict[int, int] = {}
-    index = -1
-    for instruction in dis.get_instructions(code):
-        step_at[instruction.offset] = len(drafts)  # an EXTENDED_ARG leads to the instruction that it extends
-        if instruction.opname in ("EXTENDED_ARG", "CACHE"):
-            continue
-        index += 1
-        if index in dropped:
-            continue
-        name, value, shown = instruction.opname, instruction.argval, instruction.argrepr
-        place, offset, is_jump = instruction.positions, instruction.offset, instruction.opcode in jumps
-        if name in opcodes.PAIRS:
-            for half, variable in zip(opcodes.PAIRS[name], value, strict=True):
-                drafts.append((half, variable, str(variable), place, offset, False))
-        elif name == "RETURN_CONST":
-            drafts.append(("LOAD_CONST", value, shown, place, offset, False))
-            drafts.append(("RETURN_VALUE", None, "", place, offset, False))
-        elif is_jump:
-            drafts.append((name, value, "", place, offset, True))
-        elif instruction.opcode in resolved:
-            drafts.append((name, value, shown, place, offset, False))
-        else:
-            drafts.append((name, instruction.arg, "", place, offset, False))
-    disassembly: Any = dis.Bytecode(code)
-    regions = [
-        (entry.start, entry.end, (step_at[entry.target], entry.depth, bool(entry.lasti)))
-        for entry in disassembly.exception_entries
-    ]
-    steps = []
-    for name, value, shown, place, offset, is_jump in drafts:
-        handler = next((to for start, end, to in regions if start <= offset < end), None)
-        steps.append(_Step(name, step_at[value] if is_jump else value, shown, place, handler))
-    return steps
-
-
-def _prove(code: CodeType, rewritten: CodeType, injected: set[int]) -> None:
-    """Raise RewriteError unless the rewritten code is the original and the injected instructions, and nothing else."""
-    for attribute in _KEPT:
-        before, after = getattr(code, attribute), getattr(rewritten, attribute)
-        if before != after:
-            raise RewriteError(_refusal(code, f"its {attribute} would change from {before!r} to {after!r}"))
-    before_steps, after_steps = _steps(code, set()), _steps(rewritten, injected)
-    if len(before_steps) != len(after_steps):
-        raise RewriteError(_refusal(code, f"{len(before_steps)} instructions would become {len(after_steps)}"))
-    for before, after in zip(before_steps, after_steps, strict=True):
-        same_argument = before.argument is after.argument or (
-            type(before.argument) is type(after.argument) and repr(before.argument) == repr(after.argument)
-        )
-        if not same_argument or before._replace(argument=None) != after._replace(argument=None):
-            raise RewriteError(_refusal(code, f"{before} would become {after}"))
-
-
-_KEPT = (
-    *("co_name", "co_qualname", "co_filename", "co_firstlineno", "co_flags"),
-    *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_nlocals"),
-    *("co_varnames", "co_cellvars", "co_freevars"),
-)

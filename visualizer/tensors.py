@@ -28,7 +28,7 @@ def check_keep(keep: Any) -> None:
         raise TypeError(f"keep must be {choices}, not {keep!r}")
 
 
-def keeper(keep: Keep) -> Callable[[Any], Any]:
+def keeper(keep: Keep) -> Callable[..., Any]:
     """A function from a captured value to what is stored of it.
 
     >>> keep = keeper("numpy")
@@ -45,15 +45,19 @@ def keeper(keep: Keep) -> Callable[[Any], Any]:
 
     In all but "graph" arrays are copied, and lists, tuples, dicts, sets and deques followed; other objects are kept as
     they are. A tensor that cannot be an array (sparse, quantized, nested, meta) is a TypeError under "numpy".
+
+    Given a list as second argument, it does not wait for copies from a CUDA device: they are queued on the stream that
+    the model runs on, so that nothing the model does later reaches them, into pinned memory, and the list gets an event
+    for each. The arrays are to be read only after every `event.synchronize()`.
     """
     if keep == "graph":
         return _itself
     if keep == "numpy":
-        return lambda value: _snapshot(value, _to_numpy)
+        return lambda value, copies=None: _snapshot(value, lambda tensor: _to_numpy(tensor, copies))
     if keep == "tensor":
-        return lambda value: _snapshot(value, _to_tensor)
+        return lambda value, copies=None: _snapshot(value, _to_tensor)
     reduce: Callable[[Any], Any] = keep
-    return lambda value: None if value is None else _snapshot(reduce(value), _to_tensor)
+    return lambda value, copies=None: None if value is None else _snapshot(reduce(value), _to_tensor)
 
 
 def is_tensor(value: Any) -> bool:
@@ -66,7 +70,29 @@ def is_array(value: Any) -> bool:
     return issubclass(type(value), getattr(sys.modules.get("numpy"), "ndarray", ()))
 
 
-def _itself(value: Any) -> Any:
+def why_unreal(value: Any) -> str | None:
+    """Why a value stands for numbers without being those of a real call, or None; it completes "the value ...".
+
+    >>> why_unreal([1.0]) is None
+    True
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    if not is_tensor(value):
+        proxy = getattr(sys.modules.get("torch.fx"), "Proxy", None)
+        return "was a symbol of torch.fx" if proxy is not None and issubclass(type(value), proxy) else None
+    fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", None)
+    if fake is not None and issubclass(type(value), fake):
+        return "was a fake tensor without numbers (torch.export, FakeTensorMode)"
+    if torch._C._get_tracing_state() is not None:
+        return "passed through torch.jit.trace, which runs the code more than once to compare"
+    if value.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "was only being captured into a CUDA graph, which does not run Python again"
+    return None
+
+
+def _itself(value: Any, copies: Any = None) -> Any:
     return value
 
 
@@ -74,7 +100,7 @@ def _to_tensor(tensor: Any) -> Any:
     return tensor.detach().clone()
 
 
-def _to_numpy(tensor: Any) -> Any:
+def _to_numpy(tensor: Any, copies: list[Any] | None) -> Any:
     torch = sys.modules["torch"]
     problem = (
         "has no data (it is on the meta device)"
@@ -96,11 +122,27 @@ def _to_numpy(tensor: Any) -> Any:
     has_no_numpy_type = name == "torch.bfloat16" or name.startswith("torch.float8")
     dtype = torch.float32 if has_no_numpy_type else torch.complex64 if name == "torch.complex32" else tensor.dtype
     try:
+        if copies is not None and tensor.is_cuda:
+            return _queue_copy(tensor.detach(), dtype, copies)
         return tensor.detach().to("cpu", dtype, copy=True).resolve_conj().resolve_neg().numpy()
     except (RuntimeError, NotImplementedError) as error:  # under vmap, in a fake mode: there are no numbers yet
         raise TypeError(
             f"a {type(tensor).__name__} cannot be kept as a numpy array ({error}); use keep='tensor', or keep='graph'"
         ) from error
+
+
+def _queue_copy(tensor: Any, dtype: Any, copies: list[Any]) -> Any:
+    """An array in pinned memory that a CUDA tensor's numbers are on their way to, and the event of their arrival."""
+    torch = sys.modules["torch"]
+    source = tensor.resolve_conj().resolve_neg().to(dtype).contiguous()
+    # The device is said, for torch.set_default_device() may have another.
+    target = torch.empty(source.shape, dtype=dtype, device="cpu", pin_memory=True)
+    with torch.cuda.device(source.device):
+        target.copy_(source, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    copies.append(event)
+    return target.numpy()
 
 
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)

@@ -1,115 +1,25 @@
-"""What is instrumented now, for whom, and the way back: `get_local`.
-
-A function is instrumented by swapping its `__code__`: the object stays the same, so everything that refers to it (a
-class, a subclass, an instance's bound method, a compiled model) sees the change, and sees it undone.
-"""
+"""`get_local`: the decorator that stays in the code, its switch, and its cache."""
 
 from __future__ import annotations
 
 import atexit
-import difflib
-import functools
-import inspect
-import os
-import sys
-import threading
-import types
 import weakref
-from collections.abc import Callable, Iterator
-from itertools import count
-from types import CodeType, FunctionType
-from typing import Any, TypeVar, get_args
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, TypeVar
 
-from . import opcodes
-from .errors import UnknownLocalError, warn
-from .rewrite import HOOK, At, Capture, local_names, rewrite_for
-from .store import Cache, Channel, Record, Store, receive
-from .tensors import Keep, check_keep
+from .. import opcodes
+from ..errors import warn
+from ..rewrite import At
+from ..store import Cache, Channel, Record, Store
+from ..tensors import Keep, check_keep
+from . import compiled, patches
+from .arguments import check_at, check_count, check_names
+from .targets import function_with
 
 T = TypeVar("T")
 
-
-class _Patch:
-    """The channels that listen to one function, its own code and the code that it has for them."""
-
-    def __init__(self, original: CodeType) -> None:
-        self.original = self.installed = original
-        self.channels: list[Channel] = []
-
-
-_patches: weakref.WeakKeyDictionary[FunctionType, _Patch] = weakref.WeakKeyDictionary()
-_switching = threading.RLock()
-_site_numbers = count(1)
-
-
-def _attach(function: FunctionType, channel: Channel) -> None:
-    """Make a function's code bring the channel's variables; RewriteError leaves it as it was."""
-    with _switching:
-        patch = _patches.get(function)
-        if patch is None or function.__code__ is not patch.installed:
-            # What another tool has put in place meanwhile is the original from here on.
-            patch = _Patch(function.__code__)
-        _install(function, patch, [*patch.channels, channel])
-        _patches[function] = patch
-
-
-def _detach(function: FunctionType, channel: Channel) -> str | None:
-    """Undo `_attach`; the last channel's leaving puts the original code object back.
-
-    Returns what is to be warned of, once all is done: a warning may be turned into an error.
-    """
-    with _switching:
-        patch = _patches.get(function)
-        if patch is None or channel not in patch.channels:
-            return None
-        code = function.__code__
-        if code is not patch.installed:
-            del _patches[function]
-            ours = next((made for c in patch.channels if (made := c.made) is not None and made[2] is code), None)
-            if ours is not None:  # a reloading tool has given it the code of its newer definition
-                function.__code__ = ours[0]
-                return None
-            return (
-                f"{_name(function)} has had its code replaced by another tool while get_local was active: it is left "
-                "as that tool made it. What it would still bring is ignored."
-            )
-        _install(function, patch, [other for other in patch.channels if other is not channel])
-        if not patch.channels:
-            del _patches[function]
-        return None
-
-
-def _install(function: FunctionType, patch: _Patch, channels: list[Channel]) -> None:
-    code = _rewritten(patch.original, tuple(channels)) if channels else patch.original
-    # The name stays when the capture goes: a generator that was suspended in rewritten code still looks it up.
-    function.__globals__[HOOK] = receive
-    function.__code__ = patch.installed = code
-    patch.channels = channels
-
-
-def _rewritten(code: CodeType, channels: tuple[Channel, ...]) -> CodeType:
-    # What another tool has made of rewritten code brings these channels' values already.
-    channels = tuple(channel for channel in channels if channel.site not in code.co_consts)
-    if not channels:
-        return code
-    # A factory makes function after function from one code object: rewrite it once.
-    made = channels[-1].made
-    if made is None or made[0] is not code or made[1] != channels:
-        captures = [Capture(channel.names, channel.at, channel.site) for channel in channels]
-        made = channels[-1].made = code, channels, rewrite_for(code, captures)
-    return made[2]
-
-
-def _forget_compiled_code() -> None:
-    """Have compiled models compiled anew: torch's compiler does not notice that a function's code was swapped."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.reset()
-
-
-def _name(function: FunctionType) -> str:
-    code = function.__code__
-    return f"{function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+_OFF = "capture is not active: get_local.activate() before the calls"
 
 
 class _Origin:
@@ -121,7 +31,7 @@ class _Origin:
         self.channels: dict[tuple[Any, ...], Channel] = {}
         """One for each way of decorating it, so that all its definitions share them."""
 
-    def key(self, variable: str) -> str:
+    def key(self, variable: str, _: str | None = None) -> str:
         return self.base if self.variables == [variable] else f"{self.base}:{variable}"
 
 
@@ -145,7 +55,8 @@ class GetLocal:
     """
 
     def __init__(self) -> None:
-        self._store = Store(lambda: "active" if self._active else "not active: get_local.activate() before the calls")
+        self._store = Store(_OFF, clear="get_local.clear()", off="get_local.deactivate()")
+        self._cache = Cache(self._store, "get_local.cache")
         self._active = False
         self._keep: Keep = "numpy"
         self._origins: dict[tuple[Any, ...], _Origin] = {}
@@ -181,20 +92,13 @@ class GetLocal:
             ValueError: `at` or `keep` is not one of its choices.
             RewriteError: capture is active and the function cannot be rewritten with proof.
         """
-        if not names:
-            raise TypeError('get_local needs the name of a local variable: @get_local("attn")')
-        for name in names:
-            if not isinstance(name, str):
-                hint = '; write @get_local("attn") above the function' if callable(name) else ""
-                raise TypeError(f"get_local takes names of local variables as strings, not {name!r}{hint}")
-        if at not in get_args(At):
-            raise ValueError(f"at must be one of {', '.join(map(repr, get_args(At)))}, not {at!r}")
+        names = check_names("get_local", names, '@get_local("attn")')
+        check_at(at)
         if keep is not None:
             check_keep(keep)
-        names = tuple(dict.fromkeys(names))
 
         def decorate(target: T) -> T:
-            self._decorate(_function_with(target, names), names, at, keep)
+            self._decorate(function_with(target, names), names, at, keep)
             return target
 
         return decorate
@@ -222,8 +126,8 @@ class GetLocal:
         """
         opcodes.require_supported()
         check_keep(keep)
-        _check_count("limit", limit)
-        _check_count("max_bytes", max_bytes)
+        check_count("limit", limit)
+        check_count("max_bytes", max_bytes)
         before = Activation(self, self._active, self._keep, self._store.limit, self._store.max_bytes)
         self._switch(True, keep, limit, max_bytes)
         return before
@@ -261,7 +165,7 @@ class GetLocal:
         `keep` function raised, reading raises its error once more, for the captured function may have swallowed it.
         """
         self._store.fetch()
-        return self._store.cache
+        return self._cache
 
     @property
     def records(self) -> list[Record]:
@@ -288,7 +192,7 @@ class GetLocal:
         return f"<get_local: {'active' if self._active else 'not active'}, {len(self._store.cache)} keys>"
 
     def _decorate(self, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None) -> None:
-        with _switching:
+        with patches.switching:
             channels = self._decorated.get(function, [])
             way = (at, _identity(keep))
             if set(names) <= {name for c in channels if (c.at, _identity(c.keep)) == way for name in c.names}:
@@ -301,17 +205,17 @@ class GetLocal:
                 if rest:
                     new.append(self._channel(origin, function, rest, other.at, other.keep))
             if self._active:
-                self._attach_all([(function, channel) for channel in new])
+                patches.attach([(function, channel) for channel in new])
             # From here on nothing can fail: what is refused above leaves no trace.
             for channel in new:
                 self._take_in(origin, function, channel)
-            messages = [_detach(function, other) for other in replaced]
+            messages = patches.detach((function, other) for other in replaced)
             for other in replaced:
                 both = [name for name in other.names if name in names]
                 messages.append(
-                    f"{_name(function)} was decorated for {', '.join(both)} before, with at={other.at!r} and "
-                    f"keep={other.keep!r}; the new get_local({', '.join(map(repr, names))}, at={at!r}, keep={keep!r}) "
-                    "takes its place."
+                    f"{patches.place_of(function)} was decorated for {', '.join(both)} before, with at={other.at!r} "
+                    f"and keep={other.keep!r}; the new get_local({', '.join(map(repr, names))}, at={at!r}, "
+                    f"keep={keep!r}) takes its place."
                 )
             channels = [*(c for c in channels if c not in replaced), *new]
             self._decorated[function] = channels
@@ -319,7 +223,7 @@ class GetLocal:
             for channel in new:
                 if self._active:
                     channel.connect(self._keep)
-        for message in filter(None, messages):
+        for message in messages:
             warn(message)
 
     def _origin(self, function: FunctionType) -> _Origin:
@@ -340,8 +244,7 @@ class GetLocal:
         """The channel of this way of decorating the origin's functions; a new one is not known to anybody yet."""
         channel = origin.channels.get((names, at, _identity(keep)))
         if channel is None:
-            site = f"{function.__qualname__}#{next(_site_numbers)}"
-            channel = Channel(self._store, site, names, at, keep, origin.key)
+            channel = Channel(self._store, patches.new_site(function), names, at, keep, origin.key)
         channel.code = function.__code__
         return channel
 
@@ -375,29 +278,18 @@ class GetLocal:
         for variable in variables:
             store.open(origin.key(variable))
 
-    def _attach_all(self, pairs: list[tuple[FunctionType, Channel]]) -> None:
-        """Attach all of them, or none and raise."""
-        attached: list[tuple[FunctionType, Channel]] = []
-        try:
-            for function, channel in pairs:
-                _attach(function, channel)
-                attached.append((function, channel))
-        except BaseException:
-            for function, channel in attached:
-                _detach(function, channel)
-            raise
-
     def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: int | None) -> None:
-        with _switching:
+        with patches.switching:
             pairs = [(f, c) for f, channels in list(self._decorated.items()) for c in channels]
-            messages: list[str | None] = []
+            messages: list[str] = []
             if active and not self._active:
-                self._attach_all(pairs)
+                patches.attach(pairs)
             elif self._active and not active:
-                messages = [_detach(function, channel) for function, channel in pairs]
+                messages = patches.detach(pairs)
             self._active, self._keep = active, keep
+            self._store.state = "capture is active" if active else _OFF
             if pairs:
-                _forget_compiled_code()
+                compiled.forget()
             for _, channel in pairs:
                 if active:
                     channel.connect(keep)
@@ -405,7 +297,7 @@ class GetLocal:
                     channel.disconnect()
             if active:
                 self._store.configure(limit, max_bytes)
-        for message in filter(None, messages):
+        for message in messages:
             warn(message)
 
 
@@ -426,16 +318,6 @@ get_local = GetLocal()
 atexit.register(get_local.deactivate)  # what still runs while the interpreter is taken down runs its own code
 
 
-def _renew_lock() -> None:
-    """In a forked child: see `store._renew_locks`."""
-    global _switching
-    _switching = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
-
-
 def _is_shared(keep: Any) -> bool:
     """Whether a factory's functions have one and the same `keep`; a closure is another one each time."""
     return not callable(keep) or (
@@ -451,93 +333,6 @@ def _identity(keep: Any) -> Any:
 
 
 def _retire(channel: Channel) -> None:
-    with _switching:
+    with patches.switching:
         channel.disconnect()
         channel.store.remove(channel)
-
-
-def _check_count(name: str, value: Any) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise TypeError(f"{name} must be a whole number or None, not {value!r}")
-    if value is not None and value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value!r}")
-
-
-def _function_with(target: Any, names: tuple[str, ...]) -> FunctionType:
-    """The Python function behind a decorated object that has all the names: the innermost such."""
-    functions = list(_functions_behind(target))
-    if not functions:
-        raise TypeError(_no_code(target))
-    for function in reversed(functions):
-        if set(names) <= set(local_names(function.__code__)):
-            return function
-    raise UnknownLocalError(_unknown(target, functions[-1], names))
-
-
-def _functions_behind(target: Any) -> Iterator[FunctionType]:
-    """The Python functions that an object runs, from the outermost wrapper to the wrapped function."""
-    if isinstance(target, type):
-        if not _is_module_class(target):
-            return
-        target = inspect.getattr_static(target, "forward")
-    seen: set[int] = set()
-    waiting = [target]
-    while waiting:
-        item = waiting.pop(0)
-        if item is None or id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, FunctionType):
-            yield item
-        elif isinstance(item, property):
-            waiting.extend([item.fdel, item.fset, item.fget])
-            continue
-        elif isinstance(item, (staticmethod, classmethod, types.MethodType)):
-            waiting.append(item.__func__)
-            continue
-        elif isinstance(item, (functools.partial, functools.partialmethod, functools.cached_property)):
-            waiting.append(item.func)
-            continue
-        waiting.append(getattr(item, "__wrapped__", None))
-
-
-def _is_module_class(target: type) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and issubclass(target, torch.nn.Module)
-
-
-def _no_code(target: Any) -> str:
-    if isinstance(target, type):
-        return (
-            f"get_local decorates functions, and {target.__qualname__} is a class that is no nn.Module: "
-            "put the decorator above the method that has the local"
-        )
-    kind = "a builtin or compiled function" if inspect.isroutine(target) else f"of type {type(target).__qualname__}"
-    return f"get_local needs a function with Python code, and {_short(target)} is {kind}"
-
-
-def _short(target: Any) -> str:
-    text = repr(target)
-    return text if len(text) <= 80 else f"an instance of {type(target).__qualname__}"
-
-
-def _unknown(target: Any, function: FunctionType, names: tuple[str, ...]) -> str:
-    code = function.__code__
-    known = local_names(code)
-    missing = [name for name in names if name not in known]
-    message = f"{_name(function)} has no local {' and no local '.join(map(repr, missing))}"
-    close = [match for name in missing for match in difflib.get_close_matches(name, known, n=1)]
-    if close:
-        message += f"; did you mean {' and '.join(map(repr, close))}?"
-    elif any(name in code.co_names for name in missing):
-        message += "; the name is a global or an attribute there: assign it to a local first"
-    message += f" It has: {', '.join(known)}." if known else " It has no locals at all."
-    if isinstance(target, type):
-        methods = [
-            method.__qualname__
-            for method in vars(target).values()
-            if isinstance(method, FunctionType) and set(names) <= set(local_names(method.__code__))
-        ]
-        if methods:
-            message += f" Decorate {' or '.join(methods)}, which has it."
-    return message

@@ -1,0 +1,183 @@
+"""`capture`: the locals of code that is not one's own, for as long as a `with` lasts."""
+
+from __future__ import annotations
+
+import weakref
+from types import FunctionType
+from typing import Any
+
+from .. import opcodes
+from ..errors import warn
+from ..rewrite import At
+from ..store import Cache, Channel, Store
+from ..tensors import Keep, check_keep
+from . import compiled, patches
+from .arguments import check_at, check_count, check_names
+from .targets import Site, owner_of, sites_of
+
+
+def capture(
+    target: Any,
+    *names: str,
+    at: At = "return",
+    keep: Keep = "numpy",
+    limit: int | None = None,
+    max_bytes: int | None = None,
+) -> Captured:
+    """The values that locals have while models run: no decorator, no change to their source, keyed by module path.
+
+    >>> import torch
+    >>> from visualizer import capture
+    >>> class Attention(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         attn = (x @ x.mT).softmax(-1)
+    ...         return attn @ x
+    >>> model = torch.nn.Sequential(Attention(), Attention())
+    >>> with capture(model, "attn") as found:
+    ...     y = model(torch.ones(1, 5, 8))
+    >>> list(found), found["1"][0].shape
+    (['0', '1'], (1, 5, 5))
+    >>> found.stack().shape                     # all layers in one array
+    (2, 1, 5, 5)
+
+    Args:
+        target: what to capture from, or a list of such:
+
+            - an `nn.Module`: each submodule whose `forward` has the local (or, where it does not, another method of
+              the class that defines it), only in this model. The keys are the paths of `named_modules()`, without those
+              of compiled and parallel wrappers; modules in a list have their index before them.
+            - a function, a method, or a class, whose methods it then is (`forward` first). The key is `__qualname__`.
+              A method of an object, `model.forward`, means that object's calls alone.
+            - a dotted name, `"package.module:Class.method"`, which is imported.
+        names: locals: assigned names, parameters, names shared with inner or outer functions. With several the keys
+            are `path:name`; each is captured wherever it exists.
+        at: "return" has the value at every return of the function; a call that raises records nothing. "assign" has
+            every value assigned to the name, in order; `found.records` says on which line.
+        keep: what to store of a value, see `get_local.activate`: "numpy" (arrays on the CPU), "tensor" (detached copies
+            on their device), "graph" (the object itself, for losses and gradients), or a callable.
+        limit: how many of the most recent calls to keep per key; None: all.
+        max_bytes: how many bytes to keep on each device; None: a quarter of its memory. Past it nothing more is
+            recorded, and one warning says so.
+
+    Returns:
+        A dict from key to the list of values, in call order, that records inside its `with` block, or from its
+        `start()` to its `stop()`. It reads on afterwards: `records`, `stack()`, `save(path)`.
+
+    Raises:
+        UnknownLocalError: nothing in the target has the local; the message lists, by class, the locals that exist.
+        TypeError, ValueError: the target or an argument is of the wrong kind.
+        ImportError, AttributeError: a dotted name leads nowhere.
+        RewriteError: on starting: a function cannot be rewritten with proof. Then nothing has changed.
+        UnsupportedPythonError: this interpreter's bytecode is not known.
+
+    Any number of captures may overlap, on the same functions and with `get_local`, and end in any order: each has its
+    own. When the last is over, the functions have their own code objects again. Calls of other threads are recorded
+    too, with their thread.
+    """
+    names = check_names("capture", names, 'capture(model, "attn")')
+    check_at(at)
+    check_keep(keep)
+    check_count("limit", limit)
+    check_count("max_bytes", max_bytes)
+    opcodes.require_supported()
+    sites, keys = sites_of(target, names)
+    several = len(names) > 1
+    found = Captured(f"captured {', '.join(names)}", limit, max_bytes)
+    for site in sites:
+        found._listen(site, at, keep, several)
+    for base, name in keys:
+        found._store.open(f"{base}:{name}" if several else base)
+    return found
+
+
+class Captured(Cache):
+    """What `capture` returns: the values by key, recorded inside its `with` block.
+
+    It holds neither the model nor, once dropped, anything that was captured.
+    """
+
+    def __init__(self, title: str, limit: int | None, max_bytes: int | None) -> None:
+        store = Store(_OFF, clear="its clear()", off="its stop()")
+        super().__init__(store, title)
+        self._limits = limit, max_bytes
+        self._pairs: list[tuple[weakref.ref[FunctionType], Channel]] = []
+        self._is_running = False
+        weakref.finalize(self, _withdraw, self._pairs, store)
+
+    def start(self) -> Captured:
+        """Record from now on; for notebooks, where a `with` would have to hold all cells. It returns itself.
+
+        >>> from visualizer import capture
+        >>> def attend(x):
+        ...     attn = 2 * x
+        ...     return "done"
+        >>> found = capture(attend, "attn").start()
+        >>> attend(1)
+        'done'
+        >>> found.stop()
+        >>> found["attend"]
+        [2]
+        """
+        with patches.switching:
+            if not self._is_running:
+                pairs = _alive(self._pairs)
+                patches.attach(pairs)
+                compiled.forget()
+                for _, channel in pairs:
+                    self._store.add(channel)
+                self._store.configure(*self._limits)
+                for _, channel in pairs:
+                    channel.connect("numpy")
+                self._is_running, self._store.state = True, "capture is running"
+        return self
+
+    def stop(self) -> None:
+        """Record no more; what was recorded stays. When no other capture needs them, functions are as they were."""
+        with patches.switching:
+            if not self._is_running:
+                return
+            self._is_running, self._store.state = False, _OFF
+            messages = _withdraw(self._pairs, self._store)
+        for message in messages:
+            warn(message)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether calls are recorded now."""
+        return self._is_running
+
+    def __enter__(self) -> Captured:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _listen(self, site: Site, at: At, keep: Keep, several: bool) -> None:
+        def key(variable: str, path: str | None) -> str:
+            return f"{site.key(path)}:{variable}" if several else site.key(path)
+
+        path_of = None if site.owners is None else site.owners.path_of
+        number = patches.new_site(site.function)
+        channel = Channel(self._store, number, site.names, at, keep, key, owner_of(site), path_of)
+        channel.code = site.function.__code__
+        self._pairs.append((weakref.ref(site.function), channel))
+
+
+_OFF = "capture is not running: make the calls inside `with capture(...) as found:`"
+
+
+def _alive(pairs: list[tuple[weakref.ref[FunctionType], Channel]]) -> list[tuple[FunctionType, Channel]]:
+    return [(function, channel) for reference, channel in pairs if (function := reference()) is not None]
+
+
+def _withdraw(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Store) -> list[str]:
+    """Give the functions their code back, and have nothing refer to the store any more."""
+    with patches.switching:
+        alive = _alive(pairs)
+        messages = patches.detach(alive)
+        if alive:
+            compiled.forget()
+        for _, channel in pairs:
+            channel.disconnect()
+            store.remove(channel)
+    return messages

@@ -1,0 +1,126 @@
+"""Functions with their code swapped, for whom, and the way back.
+
+A function is instrumented by swapping its `__code__`: the object stays the same, so everything that refers to it (a
+class, a subclass, an instance's bound method, a compiled model) sees the change, and sees it undone. Any number of
+channels may listen to one function, and they may go in any order: its code is made anew from the original each time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable
+from itertools import count
+from types import CodeType, FunctionType
+
+from ..rewrite import HOOK, Capture, rewrite_for
+from ..store import Channel, receive
+
+
+class _Patch:
+    """The channels that listen to one function, its own code and the code that it has for them."""
+
+    def __init__(self, original: CodeType) -> None:
+        self.original = self.installed = original
+        self.channels: list[Channel] = []
+
+
+_patches: weakref.WeakKeyDictionary[FunctionType, _Patch] = weakref.WeakKeyDictionary()
+_numbers = count(1)
+
+switching = threading.RLock()
+"""Held by whoever changes what is captured; to be looked up here each time, for a forked child gets a new one."""
+
+
+def new_site(function: FunctionType) -> str:
+    """A key for a channel's hook calls, unique in the process."""
+    return f"{function.__qualname__}#{next(_numbers)}"
+
+
+def attach(pairs: Iterable[tuple[FunctionType, Channel]]) -> None:
+    """Make the functions' code bring the channels' variables: all of them, or none and raise RewriteError."""
+    attached: list[tuple[FunctionType, Channel]] = []
+    with switching:
+        try:
+            for function, channel in pairs:
+                patch = _patches.get(function)
+                if patch is None or function.__code__ is not patch.installed:
+                    # What another tool has put in place meanwhile is the original from here on.
+                    patch = _Patch(function.__code__)
+                _install(function, patch, [*patch.channels, channel])
+                _patches[function] = patch
+                attached.append((function, channel))
+        except BaseException:
+            detach(attached)
+            raise
+
+
+def detach(pairs: Iterable[tuple[FunctionType, Channel]]) -> list[str]:
+    """Undo `attach`; the last channel's leaving puts a function's original code object back.
+
+    Returns what is to be warned of, once all is done: a warning may be turned into an error.
+    """
+    with switching:
+        messages = [_detach(function, channel) for function, channel in pairs]
+    return [message for message in messages if message is not None]
+
+
+def _detach(function: FunctionType, channel: Channel) -> str | None:
+    patch = _patches.get(function)
+    if patch is None or channel not in patch.channels:
+        return None
+    code = function.__code__
+    if code is not patch.installed:
+        del _patches[function]
+        ours = next((made for c in patch.channels if (made := c.made) is not None and made[2] is code), None)
+        if ours is not None:  # a reloading tool has given it the code of its newer definition
+            function.__code__ = ours[0]
+            return None
+        return (
+            f"{place_of(function)} has had its code replaced by another tool while it was captured: it is left as that "
+            "tool made it. What it would still bring is ignored."
+        )
+    _install(function, patch, [other for other in patch.channels if other is not channel])
+    if not patch.channels:
+        del _patches[function]
+    return None
+
+
+def _install(function: FunctionType, patch: _Patch, channels: list[Channel]) -> None:
+    code = _rewritten(patch.original, tuple(channels)) if channels else patch.original
+    # The name stays when the capture goes: a generator that was suspended in rewritten code still looks it up.
+    function.__globals__[HOOK] = receive
+    function.__code__ = patch.installed = code
+    patch.channels = channels
+
+
+def _rewritten(code: CodeType, channels: tuple[Channel, ...]) -> CodeType:
+    # What another tool has made of rewritten code brings these channels' values already.
+    channels = tuple(channel for channel in channels if channel.site not in code.co_consts)
+    if not channels:
+        return code
+    # A factory makes function after function from one code object: rewrite it once.
+    made, sites = channels[-1].made, tuple(channel.site for channel in channels)
+    if made is None or made[0] is not code or made[1] != sites:
+        captures = [Capture(channel.names, channel.at, channel.site, channel.owner) for channel in channels]
+        made = channels[-1].made = code, sites, rewrite_for(code, captures)
+    return made[2]
+
+
+def place_of(function: FunctionType) -> str:
+    """The function, file and line, for messages."""
+    code = function.__code__
+    return f"{function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+
+
+
+
+def _renew_lock() -> None:
+    """In a forked child: a lock that another thread held is held for ever there, for that thread is not."""
+    global switching
+    switching = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)

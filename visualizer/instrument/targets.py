@@ -1,0 +1,415 @@
+"""What stands for what: the Python functions behind the objects that users name, and whose calls are meant."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import sys
+import types
+import weakref
+from collections.abc import Iterable, Iterator
+from itertools import chain, count
+from types import FunctionType
+from typing import Any, NamedTuple
+
+from ..errors import UnknownLocalError, warn
+from ..rewrite import local_names
+from .patches import place_of
+
+
+class Site(NamedTuple):
+    """A function to capture from, and for whom."""
+
+    function: Any  # a FunctionType, which mypy would take for a method here
+    names: tuple[str, ...]
+    base: str
+    """The key of what it brings; behind a module's path, where `owners` has paths."""
+    owners: Owners | None
+    """The objects whose calls of it are meant; None: every call."""
+
+    def key(self, path: str | None) -> str:
+        """What the keys of one owner begin with."""
+        return self.base if not path else f"{path}.{self.base}" if self.base else path
+
+
+class Owners:
+    """The objects whose calls are meant, with their paths. It keeps none of them alive."""
+
+    def __init__(self) -> None:
+        self._paths: dict[int, str] = {}
+        self._alive: dict[int, Any] = {}
+        self._has_told = False
+
+    def add(self, owner: Any, path: str) -> None:
+        """Mean this object's calls too; one that is known keeps the path it has."""
+        number = id(owner)
+        if number in self._paths:
+            return
+        paths, alive = self._paths, self._alive
+
+        def forget(_: Any) -> None:
+            paths.pop(number, None)
+            alive.pop(number, None)
+
+        paths[number] = path
+        try:
+            alive[number] = weakref.ref(owner, forget)
+        except TypeError:  # it has slots and none for weak references
+            alive[number] = owner
+
+    def path_of(self, owner: Any) -> str | None:
+        """The path of the object, or None where its calls are not meant."""
+        path = self._paths.get(id(owner))
+        if path is None and not self._has_told and getattr(owner, "__dict__", {}).get("_is_replica"):
+            self._has_told = True
+            warn(
+                f"a {type(owner).__qualname__} is a copy that nn.DataParallel made of the model: it is not recorded. "
+                "Capture from the class's forward instead of the model, or use one device."
+            )
+        return path
+
+    def paths(self) -> Iterable[str]:
+        """The paths, in the order in which they were added."""
+        return list(self._paths.values())
+
+
+class _InstancesOf(Owners):
+    """All instances of a class that inherits the function which is captured from."""
+
+    def __init__(self, cls: type) -> None:
+        super().__init__()
+        self._class = cls
+
+    def path_of(self, owner: Any) -> str | None:
+        return "" if isinstance(owner, self._class) else None
+
+    def paths(self) -> Iterable[str]:
+        return [""]
+
+
+def sites_of(target: Any, names: tuple[str, ...]) -> tuple[list[Site], list[tuple[str, str]]]:
+    """Where the locals are to be captured from, for all that `capture` takes; and each key's beginning with its local.
+
+    Raises:
+        UnknownLocalError: nothing in a target has one of the names.
+        TypeError, ValueError, ImportError, AttributeError: a target is not of the kinds that can be captured from, or
+            a dotted name leads nowhere.
+    """
+    sites: list[Site] = []
+    keys: list[tuple[str, str]] = []
+    named: dict[Any, str] = {}
+    for item, prefix in _flattened(target, ""):
+        if _is_module(item):
+            sites += _module_sites(item, names, prefix, keys)
+            continue
+        for site in _class_sites(item, names) if isinstance(item, type) else [_function_site(item, names)]:
+            function, base = site.function, site.base
+            identity = function, site.names, item if site.owners is not None else None
+            if identity in named:  # the same function by two names
+                continue
+            # Functions of one qualified name in two modules get two keys.
+            place = f"{function.__module__}.{base}"
+            candidates = chain((base, place), (f"{place}@{number}" for number in count(2)))
+            named[identity] = base = next(key for key in candidates if key not in named.values())
+            sites.append(site._replace(base=base))
+            keys += [(base, name) for name in site.names]
+    return sites, keys
+
+
+def _flattened(target: Any, prefix: str) -> Iterator[tuple[Any, str]]:
+    """The targets of a list of any depth, dotted names imported; modules in it with the index as first path part."""
+    if isinstance(target, str):
+        yield _imported(target), prefix
+    elif isinstance(target, (list, tuple)):
+        if not target:
+            raise ValueError("capture has nothing to capture from: the list of targets is empty")
+        for index, item in enumerate(target):
+            yield from _flattened(item, f"{prefix}{index}.")
+    else:
+        yield target, prefix
+
+
+def _imported(text: str) -> Any:
+    module_name, colon, qualname = text.partition(":")
+    if not colon or not qualname or not module_name:
+        raise ValueError(f"{text!r} is no target: write 'package.module:function' or 'package.module:Class.method'")
+    found: Any = importlib.import_module(module_name)
+    for part in qualname.split("."):
+        try:
+            # Not getattr, which would bind a class method, or run a property.
+            found = inspect.getattr_static(found, part) if isinstance(found, type) else getattr(found, part)
+        except AttributeError:
+            close = difflib.get_close_matches(part, dir(found), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise AttributeError(f"{text!r} leads nowhere: there is no {part!r}{hint}") from None
+    return found
+
+
+def _is_module(target: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(target, torch.nn.Module)
+
+
+def _function_site(target: Any, names: tuple[str, ...]) -> Site:
+    if not any(True for _ in functions_behind(target)):
+        raise TypeError(
+            "capture takes an nn.Module, a function, method or class, 'package.module:name', or a list of these; "
+            f"{_short(target)} has no Python code to capture from"
+        )
+    function = function_with(target, names)
+    owners = None
+    if isinstance(target, types.MethodType) and not isinstance(target.__self__, type) and _owner(function):
+        owners = Owners()
+        owners.add(target.__self__, "")
+    return Site(function, names, function.__qualname__, owners)
+
+
+def _class_sites(cls: type, names: tuple[str, ...]) -> list[Site]:
+    """The class's methods that have the locals: its `forward` before any other."""
+    members = _members(cls, (object, *_base_of_modules()))
+    methods = {name: list(functions_behind(member)) for name, member in members.items()}
+    wanted: dict[FunctionType, list[str]] = {}
+    for name in names:
+        having = _having(methods, name)
+        if not having:
+            raise UnknownLocalError(_nothing_has(name, f"no method of {cls.__qualname__} has", {cls: methods}))
+        for function in having.values():
+            wanted.setdefault(function, []).append(name)
+    own = {function for member in vars(cls).values() for function in functions_behind(member)}
+    return [
+        Site(
+            function,
+            tuple(having_names),
+            function.__qualname__,
+            None if function in own or not _owner(function) else _InstancesOf(cls),
+        )
+        for function, having_names in wanted.items()
+    ]
+
+
+def _module_sites(module: Any, names: tuple[str, ...], prefix: str, keys: list[tuple[str, str]]) -> list[Site]:
+    """For every submodule the functions of its class that have the locals: its `forward` before any other."""
+    sites: dict[Any, Site] = {}
+    kinds: dict[type, dict[str, list[FunctionType]]] = {}
+    found: set[str] = set()
+    for path, submodule in _named_modules(module):
+        path = f"{prefix}{path}".rstrip(".")
+        kind = type(submodule)
+        if kind not in kinds:
+            kinds[kind] = {
+                name: [function for function in functions_behind(member) if _owner(function)]
+                for name, member in _methods(kind).items()
+            }
+        methods = kinds[kind]
+        if "forward" in vars(submodule):  # put there by hand, or by a library that offloads weights
+            methods = {**methods, "forward": _patched_forward(submodule, methods)}
+        wanted: dict[tuple[FunctionType, str], list[str]] = {}
+        for name in names:
+            having = _having(methods, name)
+            for method, function in having.items():
+                found.add(name)
+                wanted.setdefault((function, "" if len(having) == 1 else method), []).append(name)
+        for (function, base), having_names in wanted.items():
+            way = (function, base, tuple(having_names))
+            site = sites.setdefault(way, Site(function, tuple(having_names), base, Owners()))
+            assert site.owners is not None
+            site.owners.add(submodule, path)
+            keys += [(site.key(path), name) for name in having_names]
+    for name in names:
+        if name not in found:
+            raise UnknownLocalError(_nothing_has(name, _nowhere_in(module), kinds))
+    return list(sites.values())
+
+
+def _having(methods: dict[str, list[FunctionType]], name: str) -> dict[str, FunctionType]:
+    """The methods that have the local, each with the innermost function that has it; `forward` alone if it does."""
+    having = {}
+    for method, functions in methods.items():
+        for function in reversed(functions):
+            if name in local_names(function.__code__):
+                having[method] = function
+                break
+    return {"forward": having["forward"]} if "forward" in having else having
+
+
+def _base_of_modules() -> tuple[type, ...]:
+    torch = sys.modules.get("torch")
+    return () if torch is None else (torch.nn.Module,)
+
+
+def _members(cls: type, ends: tuple[type, ...]) -> dict[str, Any]:
+    """What a class and its bases define, up to those that everything shares, nested classes excepted."""
+    members: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if base not in ends:
+            for name, member in vars(base).items():
+                if not isinstance(member, type):
+                    members.setdefault(name, member)
+    return members
+
+
+def _methods(cls: type) -> dict[str, Any]:
+    """The methods that a module's call may run, as far up as the class that defines `forward`."""
+    mro = cls.__mro__
+    above = next((i for i, base in enumerate(mro) if "forward" in vars(base)), -1) + 1
+    if not above or mro[above - 1] in _base_of_modules():
+        return {}  # a container, which nobody calls
+    return {
+        name: member
+        for name, member in _members(cls, mro[above:]).items()
+        if (name == "__call__" or not name.startswith("__")) and not isinstance(member, (staticmethod, classmethod))
+    }
+
+
+def _patched_forward(module: Any, methods: dict[str, list[FunctionType]]) -> list[FunctionType]:
+    """The functions behind a `forward` that was put on the instance, as far as they get the module first."""
+    forward = vars(module)["forward"]
+    own = {function for functions in methods.values() for function in functions}
+    if isinstance(forward, types.MethodType) and forward.__self__ is module:
+        own.update(functions_behind(forward))
+    behind = [function for function in functions_behind(forward) if function in own and _owner(function)]
+    return behind or methods.get("forward", [])
+
+
+def _owner(function: FunctionType) -> str | None:
+    """The parameter that holds the object whose method is called."""
+    code = function.__code__
+    return code.co_varnames[0] if code.co_argcount else None
+
+
+def owner_of(site: Site) -> str | None:
+    """The parameter by which a site's calls are told apart; None where every call is meant."""
+    return None if site.owners is None else _owner(site.function)
+
+
+# The attributes by which torch's wrappers hold the model that they wrap.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def _named_modules(module: Any) -> Iterator[tuple[str, Any]]:
+    """`module.named_modules()`, with the paths that they have in the plain model: without those of wrappers."""
+    plain = {"": ""}
+    for path, submodule in module.named_modules():
+        parent, _, name = path.rpartition(".")
+        if path:
+            holder = module.get_submodule(parent)
+            is_wrapped = name == _WRAPPERS.get(type(holder).__name__) and type(holder).__module__.startswith("torch.")
+            above = plain[parent]
+            plain[path] = above if is_wrapped else f"{above}.{name}" if above else name
+        yield plain[path], submodule
+
+
+def _nowhere_in(module: Any) -> str:
+    torch = sys.modules["torch"]
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"{type(module).__qualname__} is scripted: torch runs it without Python, and nothing in it has"
+    count = sum(1 for _ in module.modules()) - 1
+    return f"no submodule of {type(module).__qualname__} ({count}, and the model itself) has"
+
+
+def _nothing_has(name: str, beginning: str, kinds: dict[type, dict[str, list[FunctionType]]]) -> str:
+    """The message for a local that is nowhere, with those that are, by class: its `forward` first, torch's own last."""
+    lines: dict[str, tuple[str, ...]] = {}
+    pairs = [(kind, method, functions) for kind, methods in kinds.items() for method, functions in methods.items()]
+    pairs.sort(key=lambda pair: (pair[1] != "forward", pair[0].__module__.startswith("torch.")))
+    for kind, method, functions in pairs:
+        known = tuple(name for function in functions[-1:] for name in local_names(function.__code__) if name != "self")
+        if known:
+            lines[f"{kind.__qualname__}.{method}"] = known
+    everywhere = list(dict.fromkeys(local for known in lines.values() for local in known))
+    close = difflib.get_close_matches(name, everywhere, n=1)
+    listing = [f"\n  {where}: {', '.join(known)}" for where, known in lines.items()]
+    if len(listing) > _LISTED:
+        listing[_LISTED:] = [f"\n  and {len(listing) - _LISTED} more functions"]
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"{beginning} a local {name!r}{hint}" + (f" The locals that exist:{''.join(listing)}" if listing else "")
+
+
+_LISTED = 60
+
+
+def function_with(target: Any, names: tuple[str, ...]) -> FunctionType:
+    """The Python function behind a decorated object that has all the names: the innermost such."""
+    functions = list(functions_behind(target))
+    if not functions:
+        raise TypeError(_no_code(target))
+    for function in reversed(functions):
+        if set(names) <= set(local_names(function.__code__)):
+            return function
+    raise UnknownLocalError(_unknown(target, functions[-1], names))
+
+
+def functions_behind(target: Any) -> Iterator[FunctionType]:
+    """The Python functions that an object runs, from the outermost wrapper to the wrapped function."""
+    if isinstance(target, type):
+        if not _is_module_class(target):
+            return
+        target = inspect.getattr_static(target, "forward")
+    seen: set[int] = set()
+    waiting = [target]
+    while waiting:
+        item = waiting.pop(0)
+        if item is None or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, FunctionType):
+            yield item
+        elif isinstance(item, property):
+            waiting.extend([item.fdel, item.fset, item.fget])
+            continue
+        elif isinstance(item, (staticmethod, classmethod, types.MethodType)):
+            waiting.append(item.__func__)
+            continue
+        elif isinstance(item, (functools.partial, functools.partialmethod, functools.cached_property)):
+            waiting.append(item.func)
+        waiting.append(getattr(item, "__wrapped__", None))
+
+
+def _is_module_class(target: type) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and issubclass(target, torch.nn.Module)
+
+
+def _no_code(target: Any) -> str:
+    if isinstance(target, type):
+        return (
+            f"get_local decorates functions, and {target.__qualname__} is a class that is no nn.Module: "
+            "put the decorator above the method that has the local"
+        )
+    kind = "a builtin or compiled function" if inspect.isroutine(target) else f"of type {type(target).__qualname__}"
+    return f"get_local needs a function with Python code, and {_short(target)} is {kind}"
+
+
+def _short(target: Any) -> str:
+    text = repr(target)
+    return text if len(text) <= 80 else f"an instance of {type(target).__qualname__}"
+
+
+def _unknown(target: Any, function: FunctionType, names: tuple[str, ...]) -> str:
+    code = function.__code__
+    known = local_names(code)
+    missing = [name for name in names if name not in known]
+    message = f"{place_of(function)} has no local {' and no local '.join(map(repr, missing))}"
+    close = [match for name in missing for match in difflib.get_close_matches(name, known, n=1)]
+    if close:
+        message += f"; did you mean {' and '.join(map(repr, close))}?"
+    elif any(name in code.co_names for name in missing):
+        message += "; the name is a global or an attribute there: assign it to a local first"
+    message += f" It has: {', '.join(known)}." if known else " It has no locals at all."
+    if isinstance(target, type):
+        methods = [
+            method.__qualname__
+            for method in vars(target).values()
+            if isinstance(method, FunctionType) and set(names) <= set(local_names(method.__code__))
+        ]
+        if methods:
+            message += f" Decorate {' or '.join(methods)}, which has it."
+    return message

@@ -1,0 +1,237 @@
+"""The way of captured values from rewritten code into a store.
+
+Rewritten code calls `receive(key, value)`. The key names a `Channel`: one function's variables on their way into one
+`Store`, which keeps them in lists by key within its limits. A channel that converts what it keeps files each value at
+once. One that keeps the very object (`keep="graph"`) only appends it to its own pending list, which costs little more
+than a hand-written append and is atomic without a lock; it is filed when somebody reads, or when it has grown heavy.
+"""
+
+from __future__ import annotations
+
+import sys
+from _thread import get_ident
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import count
+from types import CodeType
+from typing import Any
+
+from ..errors import warn
+from ..rewrite import At, assigned_lines
+from ..tensors import Keep, bytes_by_device, is_array, is_tensor, keeper, why_unreal
+from .store import Store, Waiting
+
+_listening: dict[str, Channel] = {}
+
+_SMALL = frozenset({int, float, bool, complex})  # too small to be weighed one by one
+_SMALL_BATCH = 4096
+
+
+def receive(key: str, value: Any) -> None:
+    """The hook of all rewritten code; a key that nobody listens to any more is ignored.
+
+    As a value it stands for "unbound": no variable of the user's holds it.
+    """
+    try:
+        channel = _listening[key]
+    except KeyError:
+        return
+    pending = channel.pending
+    if pending is None or value is None or value is receive:
+        channel.take(value)
+    else:
+        pending.append((value, get_ident()))
+        if value.__class__ not in _SMALL or not len(pending) % _SMALL_BATCH:
+            channel.weigh(value)
+
+
+def _ignore(value: Any) -> None:
+    pass
+
+
+def listener(key: str) -> Channel | None:
+    """The channel that the rewritten code of this key brings its values to now."""
+    return _listening.get(key)
+
+
+class Channel:
+    """One function's variables on their way from its rewritten code into a store."""
+
+    def __init__(
+        self,
+        store: Store,
+        site: str,
+        names: tuple[str, ...],
+        at: At,
+        keep: Keep | None,
+        key: Callable[[str, str | None], str],
+        owner: str | None = None,
+        path_of: Callable[[Any], str | None] | None = None,
+    ) -> None:
+        self.store, self.names, self.at, self.keep = store, names, at, keep
+        self.site = site
+        """What the rewritten code passes as the hook's key: unique in the process."""
+        self.key_of = key
+        """Says the store's key for a variable, given the path of the module that was called."""
+        self.owner, self.path_of = owner, path_of
+        """The local that holds the object whose method is called, and what says that object's path, or None where its
+        calls are not wanted. With `owner` the rewritten code brings the object before the values."""
+        self.calls = count()
+        self.code: CodeType | None = None
+        """The code that is captured from, for messages."""
+        self.made: tuple[CodeType, tuple[str, ...], CodeType] | None = None
+        """The code that was last rewritten with this channel as the last, for which sites, and the result."""
+        self.pending: deque[tuple[Any, int]] | None = None
+        """Values with their threads that are not filed yet; None where each value has work to be done at once."""
+        self.take: Callable[[Any], None] = _ignore
+        """Convert and file what the rewritten code brings."""
+        self._keep: Keep = "numpy"
+        self._convert: Callable[[Any, list[Any]], Any] = lambda value, copies: value
+        self._queue: deque[tuple[Any, int]] = deque()
+        self._frames: dict[int, tuple[int, str | None]] = {}
+        self._warned: set[str] = set()
+        self._has_told = False
+        self._held: dict[str, int] = {}
+
+    def connect(self, default: Keep) -> None:
+        """Receive what the rewritten code brings, from now on; `default` where the channel has no `keep` of its own."""
+        self._keep = default if self.keep is None else self.keep
+        self._convert = keeper(self._keep)
+        self._frames.clear()  # of calls that went on, or ended, unseen
+        self.take = self._assignments() if self.at == "assign" else self._returns()
+        self.adjust()
+        _listening[self.site] = self
+
+    def disconnect(self) -> None:
+        """Ignore what the rewritten code brings, calls that are under way included."""
+        _listening.pop(self.site, None)
+        self.take = _ignore  # which holds on to the channel, and so to the store and its values
+
+    def adjust(self) -> None:
+        """Let values pend only where each needs no work of its own."""
+        plain = self._keep == "graph" and self.at == "return" and len(self.names) == 1 and self.owner is None
+        self.pending = self._queue if plain and self.store.limit is None and not self.store.is_full else None
+
+    def weigh(self, value: Any) -> None:
+        """Count what is pending, by its newest value, and have it filed before it can outgrow the budget."""
+        sizes = {"cpu": _SMALL_BATCH * 32} if value.__class__ in _SMALL else bytes_by_device(value)
+        for device, size in sizes.items():
+            self._held[device] = held = self._held.get(device, 0) + size
+            if held > self.store.room(device):
+                self.store.sort_in()  # exact, and empties what is held
+                return
+
+    def flush(self, waiting: Waiting) -> None:
+        """Move what is pending to what waits to be filed."""
+        self._held = {}
+        for _ in range(len(self._queue)):  # what other threads add meanwhile is for the next time
+            value, thread = self._queue.popleft()
+            waiting.append((self, (value,), -1, None, thread, None, (), 0))
+
+    def name_values(self, value: Any) -> list[tuple[str, Any]]:
+        """The variables with their values, of what was put: unbound ones have none."""
+        pairs = [value] if self.at == "assign" else zip(self.names, value, strict=True)
+        return [pair for pair in pairs if pair[1] is not receive]
+
+    def accept(self, values: Sequence[Any], path: str | None) -> None:
+        """Convert and file the values that a call has at its return, in the order of the names."""
+        if self.store.is_full:
+            return
+        copies: list[Any] = []
+        kept = [self._kept(name, value, copies, path) for name, value in zip(self.names, values, strict=True)]
+        self.store.put(self, kept, -1, None, path, copies)
+
+    def _returns(self) -> Callable[[Any], None]:
+        accept, path_of = self.accept, self.path_of
+
+        def take_one(value: Any) -> None:
+            accept((value,), None)
+
+        def take_all(values: tuple[Any, ...]) -> None:
+            accept(values, None)
+
+        def take_owned(values: tuple[Any, ...]) -> None:
+            assert path_of is not None
+            path = path_of(values[0])
+            if path is not None:
+                accept(values[1:], path)
+
+        return take_owned if self.owner is not None else take_one if len(self.names) == 1 else take_all
+
+    def _assignments(self) -> Callable[[Any], None]:
+        store, frames, path_of = self.store, self._frames, self.path_of
+
+        def take(event: Any) -> None:
+            # A frame object lives as long as its call, so its id tells apart the calls that are under way.
+            frame = id(sys._getframe(2))
+            if event is None or len(event) == 1:  # a call begins; with an owner, its object
+                frames.pop(frame, None)
+                path = None
+                if event is not None and path_of is not None:
+                    path = path_of(event[0])
+                    if path is None:
+                        return
+                frames[frame] = next(self.calls), path
+                if len(frames) > 100_000:
+                    for old in list(frames)[:50_000]:
+                        frames.pop(old, None)
+            elif not store.is_full:
+                name, line, value = event
+                if frame in frames:
+                    call, path = frames[frame]
+                elif path_of is None:
+                    # Its beginning was not seen, so nothing tells this frame from a later one at the same address.
+                    call, path = next(self.calls), None
+                else:
+                    return  # another object's call, or one that cannot be told from it
+                copies: list[Any] = []
+                kept = self._guarded(name, value, copies)
+                store.put(self, (name, kept), call, line, path, copies)
+
+        return take
+
+    def _kept(self, name: str, value: Any, copies: list[Any], path: str | None) -> Any:
+        if value is None or value is receive:
+            self._report_missing(name, value, path)
+            return value
+        return self._guarded(name, value, copies)
+
+    def _guarded(self, name: str, value: Any, copies: list[Any]) -> Any:
+        """What is kept of a variable's value; errors say whose they are, and are remembered."""
+        if self._keep != "graph" and (reason := why_unreal(value)) is not None:
+            if not self._has_told:
+                self._has_told = True
+                warn(f"{name!r} of {self._function()} {reason}: such calls are not recorded.")
+            return receive
+        try:
+            return self._convert(value, copies)
+        except Exception as error:
+            error.add_note(f"while keeping {name!r} of {self._function()} with keep={self._keep!r}")
+            self.store.fail(error)
+            raise
+
+    def _function(self) -> str:
+        code = self.code
+        return "?" if code is None else f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno})"
+
+    def _report_missing(self, name: str, value: Any, path: str | None) -> None:
+        """Warn, once, that a call had nothing under the name, with the likely cause."""
+        code = self.code
+        if name in self._warned or code is None:
+            return
+        if value is None:
+            sounds_like_a_map = "torch" in sys.modules and any(
+                part in name.lower() for part in ("attn", "attention", "weight", "prob")
+            )
+            last = self.store.last(self.key_of(name, path))
+            if not (is_tensor(last) or is_array(last) or sounds_like_a_map):
+                return
+        self._warned.add(name)
+        lines = ", ".join(map(str, assigned_lines(code, name)))
+        what = "was None, and None was recorded" if value is None else "was not bound, and nothing was recorded"
+        where = f"it is assigned on line {lines}" if lines else "it is a parameter, or an outer function's variable"
+        warn(
+            f"{name!r} {what} when {self._function()} returned; {where}. The usual causes: a fused attention "
+            "kernel that never makes the weights (build the model with timm.layers.set_fused_attn(False), or "
+            'attn_implementation="eager" in transformers), or a flag of the model that guards those lines.'
+        )
