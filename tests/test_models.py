@@ -274,7 +274,7 @@ def test_an_unknown_photo_is_an_error_that_lists_the_known():
 
 
 def test_a_photo_that_the_package_lacks_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "_package_folder", lambda *names: tmp_path)
+    monkeypatch.setattr("visualizer.models.pictures.package_folder", lambda *names: tmp_path)
     with pytest.raises(FileNotFoundError, match=r"chelsea\.png"):
         models.photo("chelsea")
 
