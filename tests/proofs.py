@@ -21,7 +21,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ENGINE_TESTS = ("test_opcodes.py", "test_rewrite.py", "test_instrument.py", "test_corpus.py", "test_cpython.py")
+ENGINE = ("opcodes", "rewrite", "instrument", "capture", "corpus", "cpython")
+ENGINE_TESTS = [f"test_{name}.py" for name in ENGINE]
 NEEDED = ("bytecode", "pytest")
 
 

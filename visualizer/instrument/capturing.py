@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from itertools import count
 from types import FunctionType
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..store import Cache, Channel, Store
 from ..tensors import Keep, check_keep
 from . import compiled, patches
 from .arguments import check_at, check_count, check_names
-from .targets import Site, owner_of, sites_of
+from .targets import Site, beginning, owner_of, sites_of
 
 
 def capture(
@@ -141,6 +142,12 @@ class Captured(Cache):
         for message in messages:
             warn(message)
 
+    def clear(self) -> None:
+        """Start over with empty lists under the same keys, and with calls counted from 0; lists that you hold stay."""
+        super().clear()
+        for _, channel in self._pairs:
+            channel.calls = count()
+
     @property
     def is_running(self) -> bool:
         """Whether calls are recorded now."""
@@ -153,8 +160,10 @@ class Captured(Cache):
         self.stop()
 
     def _listen(self, site: Site, at: At, keep: Keep, several: bool) -> None:
+        base = site.base  # not the site, which would keep the function alive
+
         def key(variable: str, path: str | None) -> str:
-            return f"{site.key(path)}:{variable}" if several else site.key(path)
+            return f"{beginning(base, path)}:{variable}" if several else beginning(base, path)
 
         path_of = None if site.owners is None else site.owners.path_of
         number = patches.new_site(site.function)

@@ -29,9 +29,10 @@ class Site(NamedTuple):
     owners: Owners | None
     """The objects whose calls of it are meant; None: every call."""
 
-    def key(self, path: str | None) -> str:
-        """What the keys of one owner begin with."""
-        return self.base if not path else f"{path}.{self.base}" if self.base else path
+
+def beginning(base: str, path: str | None) -> str:
+    """What the keys of a site begin with, for the object of this path."""
+    return base if not path else f"{path}.{base}" if base else path
 
 
 class Owners:
@@ -216,7 +217,7 @@ def _module_sites(module: Any, names: tuple[str, ...], prefix: str, keys: list[t
             site = sites.setdefault(way, Site(function, tuple(having_names), base, Owners()))
             assert site.owners is not None
             site.owners.add(submodule, path)
-            keys += [(site.key(path), name) for name in having_names]
+            keys += [(beginning(base, path), name) for name in having_names]
     for name in names:
         if name not in found:
             raise UnknownLocalError(_nothing_has(name, _nowhere_in(module), kinds))

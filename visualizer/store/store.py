@@ -83,7 +83,7 @@ class Store:
     def remove(self, source: Source) -> None:
         """Let a source go that nothing will come from any more."""
         with self._lock:
-            self._sort_in()
+            source.flush(self._waiting)
             if source in self._sources:
                 self._sources.remove(source)
 
@@ -181,7 +181,7 @@ class Store:
     ) -> None:
         """File one call's value; see `Waiting`. What is still being copied is filed when it has arrived."""
         source.flush(self._waiting)
-        size = sum(bytes_by_device(value).values()) if copies else 0
+        size = sum(sum(bytes_by_device(item).values()) for _, item in source.name_values(value)) if copies else 0
         self._under_way += size
         self._waiting.append((source, value, call, line, get_ident(), module, copies, size))
         # Never wait for the lock here: whoever holds it, perhaps this very thread below us, files what waits.

@@ -1,0 +1,594 @@
+"""capture() on plain Python: functions, classes, names, several at once. Modules are in test_capture_modules.py."""
+
+import asyncio
+import copy
+import functools
+import gc
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+
+from visualizer import UnknownKeyError, UnknownLocalError, VisualizerWarning, capture, load
+from visualizer.instrument import GetLocal
+
+
+def attend(x):
+    q = x + 1
+    attn = q * 2
+    return attn + 1
+
+
+class Base:
+    def score(self, x):
+        attn = [self, x]
+        return x
+
+    @classmethod
+    def build(cls, x):
+        made = (cls.__name__, x)
+        return made
+
+    @staticmethod
+    def scale(x):
+        scaled = 10 * x
+        return x
+
+
+class Derived(Base):
+    def other(self, x):
+        attn = -x
+        return x
+
+
+@pytest.fixture
+def gl():
+    own = GetLocal()
+    yield own
+    own.deactivate()
+
+
+class TestTargets:
+    def test_a_function(self):
+        code = attend.__code__
+        with capture(attend, "attn") as found:
+            assert 9 == attend(3)
+            assert attend.__code__ is not code
+        assert attend.__code__ is code
+        attend(4)
+        assert {"attend": [8]} == found
+
+    def test_several_names_have_a_key_each(self):
+        with capture(attend, "q", "attn", "q") as found:
+            attend(3)
+        assert {"attend:q": [4], "attend:attn": [8]} == found
+
+    def test_every_assignment_with_its_line(self):
+        first = attend.__code__.co_firstlineno
+        with capture(attend, "attn", "q", at="assign") as found:
+            attend(3)
+        expected = [("attn", 8, first + 2), ("q", 4, first + 1)]
+        assert expected == sorted((r.variable, r.value, r.line) for r in found.records)
+
+    @pytest.mark.parametrize("wrap", [lambda f: functools.wraps(f)(lambda x: f(x)), functools.partial, staticmethod])
+    def test_what_is_wrapped(self, wrap):
+        with capture(wrap(attend), "attn") as found:
+            attend(1)
+        assert {"attend": [4]} == found
+
+    def test_a_class_is_its_methods_that_have_the_local(self):
+        with capture(Derived, "attn") as found:
+            Derived().score(1), Derived().other(2), Base().score(3)
+        assert {"Base.score": 1, "Derived.other": 1} == {key: len(values) for key, values in found.items()}
+        assert [-2] == found["Derived.other"]
+
+    def test_an_inherited_method_is_captured_only_for_the_class(self):
+        derived = Derived()
+        with capture(Derived, "x") as found:
+            derived.score(1), Base().score(2)
+        assert [1] == found["Base.score"]
+
+    def test_class_and_static_methods(self):
+        with capture(Base, "made", "scaled") as found:
+            Base.build(1), Derived.build(2), Base.scale(3)
+        assert {"Base.build:made": [("Base", 1), ("Derived", 2)], "Base.scale:scaled": [30]} == found
+
+    def test_a_bound_method_means_that_object(self):
+        one, other = Base(), Base()
+        with capture(one.score, "x") as found:
+            one.score(1), other.score(2)
+        assert {"Base.score": [1]} == found
+
+    def test_a_bound_method_of_an_object_without_weak_references(self):
+        class Slim:
+            __slots__ = ()
+
+            def score(self, x):
+                return x
+
+        one, other = Slim(), Slim()
+        with capture(one.score, "x") as found:
+            one.score(1), other.score(2)
+        assert [[1]] == list(found.values())
+
+    def test_a_dotted_name(self):
+        code = textwrap.dedent.__code__
+        with capture("textwrap:dedent", "text") as found:
+            textwrap.dedent("  a")
+        assert textwrap.dedent.__code__ is code
+        assert ["dedent"] == list(found)
+        with capture(f"{__name__}:Base.build", "made") as found:
+            Base.build(1)
+        assert {"Base.build": [("Base", 1)]} == found
+
+    def test_a_list_of_any_depth(self):
+        with capture([attend, [Base.score, (f"{__name__}:Derived.other",)]], "x") as found:
+            attend(1), Base().score(2), Derived().other(3)
+        assert {"attend": [1], "Base.score": [2], "Derived.other": [3]} == found
+
+    def test_one_function_by_two_names_is_captured_once(self):
+        alias = attend
+        with capture([attend, alias, f"{__name__}:attend"], "attn") as found:
+            attend(1)
+        assert {"attend": [4]} == found
+
+    def test_functions_of_one_name_have_two_keys(self):
+        def make(module):
+            def attend(x):
+                attn = module, x
+                return attn
+
+            attend.__qualname__, attend.__module__ = "attend", module
+            return attend
+
+        functions = [make("one"), make("two"), make("two")]
+        with capture(functions, "attn") as found:
+            for function in functions:
+                function(1)
+        assert {"attend": [("one", 1)], "two.attend": [("two", 1)], "two.attend@2": [("two", 1)]} == found
+
+    def test_generators_and_coroutines(self):
+        def numbers(n):
+            total = 0
+            for i in range(n):
+                total += i
+                yield i
+
+        async def add(x):
+            await asyncio.sleep(0)
+            total = x + 1
+            return total
+
+        async def both():
+            await asyncio.gather(*[add(x) for x in range(5)])
+
+        with capture([numbers, add], "total") as found:
+            list(numbers(4))
+            asyncio.run(both())
+        assert [[6], [1, 2, 3, 4, 5]] == [sorted(values) for values in found.values()]
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("make", "error", "parts"),
+        [
+            (lambda: capture(attend), TypeError, ["needs the name", 'capture(model, "attn")']),
+            (lambda: capture(attend, attend), TypeError, ["strings"]),
+            (lambda: capture(attend, "atn"), UnknownLocalError, ["'atn'", "did you mean 'attn'", "x, q, attn"]),
+            (lambda: capture(Base, "atn"), UnknownLocalError, ["no method of Base", "Base.score: x, attn"]),
+            (lambda: capture(len, "x"), TypeError, ["an nn.Module, a function", "len"]),
+            (lambda: capture(3, "x"), TypeError, ["3 has no Python code"]),
+            (lambda: capture([], "x"), ValueError, ["empty"]),
+            (lambda: capture("textwrap.dedent", "x"), ValueError, ["'textwrap.dedent'", "package.module:function"]),
+            (lambda: capture("textwrap:dedet", "x"), AttributeError, ["'textwrap:dedet'", "did you mean 'dedent'"]),
+            (lambda: capture("no_such_module:f", "x"), ModuleNotFoundError, ["no_such_module"]),
+            (lambda: capture(attend, "attn", at="exit"), ValueError, ["'return', 'assign'"]),
+            (lambda: capture(attend, "attn", keep="torch"), ValueError, ["'numpy', 'tensor', 'graph'"]),
+            (lambda: capture(attend, "attn", limit=0), ValueError, ["limit"]),
+            (lambda: capture(attend, "attn", max_bytes="1"), TypeError, ["max_bytes"]),
+        ],
+    )
+    def test_each_is_told_at_once(self, make, error, parts):
+        code = attend.__code__
+        with pytest.raises(error) as caught:
+            make()
+        for part in parts:
+            assert part in str(caught.value)
+        assert attend.__code__ is code
+
+    def test_a_missing_key_says_what_there_is(self):
+        with capture(attend, "attn") as found:
+            with pytest.raises(UnknownKeyError, match=r"did you mean 'attend'\. The keys are: 'attend'; .*is running"):
+                found["atend"]
+        with pytest.raises(KeyError, match="not running"):
+            found["Attention.forward"]
+
+    def test_a_call_that_raises_leaves_nothing_behind(self):
+        def forward(x):
+            attn = 1 / x
+            return attn
+
+        code = forward.__code__
+        with pytest.raises(ZeroDivisionError), capture(forward, "attn") as found:
+            forward(2)
+            forward(0)
+        assert forward.__code__ is code
+        assert [[0.5]] == list(found.values())
+
+
+class TestSeveralAtOnce:
+    @pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
+    def test_each_has_its_own_whatever_the_order_of_leaving(self, gl, order):
+        code = attend.__code__
+        gl("attn")(attend)
+        captures = [capture(attend, "attn"), capture(attend, "q", at="assign"), capture([Base, attend], "x")]
+        switches = [gl.deactivate, *(found.stop for found in captures)]
+        gl.activate()
+        for found in captures:
+            found.start()
+        for number, index in enumerate(order):
+            assert 5 + 2 * number == attend(1 + number)
+            switches[index]()
+        attend(99)
+        assert attend.__code__ is code
+        left_at = {index: number + 1 for number, index in enumerate(order)}
+        xs = [1, 2, 3, 4]
+        assert [2 * (x + 1) for x in xs][: left_at[0]] == gl.cache["attend"]
+        assert [2 * (x + 1) for x in xs][: left_at[1]] == captures[0]["attend"]
+        assert [x + 1 for x in xs][: left_at[2]] == captures[1]["attend"]
+        assert xs[: left_at[3]] == captures[2]["attend"]
+
+    def test_nested(self):
+        with capture(attend, "attn") as outer:
+            attend(1)
+            with capture(attend, "attn") as inner:
+                attend(2)
+            attend(3)
+        assert ([4, 6, 8], [6]) == (outer["attend"], inner["attend"])
+
+    def test_stop_and_start_go_on_in_the_same_lists(self):
+        found = capture(attend, "attn")
+        attend(1)
+        with found as same:
+            assert same is found
+            attend(2)
+        assert found.start().start() is found
+        assert found.is_running
+        attend(3)
+        found.stop(), found.stop()
+        assert not found.is_running
+        attend(4)
+        assert {"attend": [6, 8]} == found
+        assert [0, 1] == [record.call for record in found.records]
+
+    def test_clear_starts_over(self):
+        with capture(attend, "attn") as found:
+            attend(1)
+            held = found["attend"]
+            found.clear()
+            attend(2)
+        assert ([4], [6]) == (held, found["attend"])
+
+    def test_limits(self):
+        with capture(attend, "attn", limit=2) as found, capture(attend, "attn", max_bytes=60) as small:
+            attend(1), attend(2)
+            with pytest.warns(VisualizerWarning, match=r"60 bytes on cpu \(max_bytes\).*until its clear"):
+                attend(3)
+            attend(4)
+        assert ([8, 10], [4, 6]) == (found["attend"], small["attend"])
+
+    def test_a_code_that_another_tool_put_in_place_is_left(self):
+        def forward(x):
+            attn = x
+            return attn
+
+        found = capture(forward, "attn").start()
+        forward.__code__ = (lambda x: 2 * x).__code__
+        with pytest.warns(VisualizerWarning, match="replaced by another tool"):
+            found.stop()
+        assert 6 == forward(3)
+
+    def test_keep_raises_here_and_on_reading(self):
+        def swallows(x):
+            try:
+                attn = x
+            except ValueError:
+                return "swallowed"
+
+        def keep(value):
+            raise ValueError("no")
+
+        with capture(swallows, "attn", at="assign", keep=keep) as found:
+            assert "swallowed" == swallows(1)
+        with pytest.raises(ValueError, match="no") as caught:
+            found["TestSeveralAtOnce"]
+        assert "while keeping 'attn'" in caught.value.__notes__[0]
+
+
+class TestResults:
+    def test_it_is_a_dict(self):
+        with capture(attend, "attn") as found:
+            attend(1)
+        for read in (dict, copy.copy, copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f)), lambda f: {**f}):
+            assert {"attend": [4]} == read(found)
+        assert (True, 1, ["attend"]) == (isinstance(found, dict), len(found), [*found])
+
+    def test_records_say_where_each_comes_from(self):
+        with capture(attend, "q", "attn") as found:
+            attend(1), attend(2)
+        expected = [("attend:q", "q", 2, 0), ("attend:q", "q", 3, 1)]
+        expected += [("attend:attn", "attn", 4, 0), ("attend:attn", "attn", 6, 1)]
+        assert expected == [(r.key, r.variable, r.value, r.call) for r in found.records]
+        assert {(threading.get_ident(), None, None)} == {(r.thread, r.line, r.module) for r in found.records}
+
+    def test_printed_it_is_a_table(self):
+        with capture(attend, "q", "attn", at="assign") as found:
+            attend(1), attend(2)
+        text = repr(found)
+        assert text.startswith("<captured q, attn: 2 keys, 4 values, ")
+        assert ["key", "calls", "shape", "dtype", "bytes"] == text.splitlines()[1].split()
+        assert ["attend:q", "2", "int"] == text.splitlines()[2].split()[:3]
+        assert "<captured attn: 1 key, 0 values, 0 B" in repr(capture(attend, "attn"))
+
+    def test_a_long_table_says_what_it_leaves_out(self):
+        found = capture([make_attend(number) for number in range(150)], "attn")
+        assert "... 50 more" in repr(found)
+        assert 103 >= len(repr(found).splitlines())
+
+    def test_the_notebook_table_escapes_names(self):
+        def forward(x):
+            attn = x
+            return attn
+
+        forward.__qualname__ = "<script>alert(1)</script>"
+        with capture(forward, "attn") as found:
+            forward(1)
+        html = found._repr_html_()
+        assert "<script" not in html
+        assert "&lt;script&gt;" in html
+        assert 2 == html.count("<tr>")
+
+    def test_get_local_has_all_of_it(self, gl):
+        gl("attn")(attend)
+        with gl.activate():
+            attend(1)
+        assert repr(gl.cache).startswith("<get_local.cache: 1 key, 1 value")
+        assert "attend" in gl.cache._repr_html_()
+        assert ["attend"] == [record.key for record in gl.cache.records]
+
+
+def make_attend(number):
+    def attend(x):
+        attn = number
+        return attn
+
+    attend.__qualname__ = f"attend_{number}"
+    return attend
+
+
+class TestStack:
+    @pytest.fixture(autouse=True)
+    def numpy(self):
+        self.np = pytest.importorskip("numpy", reason="engine only: numpy is not in this environment")
+
+    def captured(self, shapes, calls=1):
+        functions = []
+        for number, shape in enumerate(shapes):
+
+            def attend(shape=shape):
+                attn = self.np.ones(shape)
+                return None
+
+            attend.__qualname__ = f"attend_{number}"
+            functions.append(attend)
+        with capture(functions, "attn") as found:
+            for _ in range(calls):
+                for function in functions:
+                    function()
+        return found
+
+    def test_one_of_each_key(self):
+        assert (3, 2, 5) == self.captured([(2, 5)] * 3).stack().shape
+
+    def test_one_key_has_all_its_calls(self):
+        assert (4, 2, 5) == self.captured([(2, 5)], calls=4).stack().shape
+
+    def test_a_chosen_call(self):
+        found = self.captured([(2, 5)] * 3, calls=2)
+        assert (3, 2, 5) == found.stack(call=-1).shape
+        with pytest.raises(ValueError, match=r"'attend_0' has 2 values .*call=-1"):
+            found.stack()
+        with pytest.raises(ValueError, match="has 2 values, none at 2"):
+            found.stack(call=2)
+
+    def test_shapes_must_agree(self):
+        with pytest.raises(ValueError, match=r"'attend_1' cannot be stacked on 'attend_0': shape \(3, 5\) on"):
+            self.captured([(2, 5), (3, 5)]).stack()
+
+    def test_nothing_to_stack(self):
+        with pytest.raises(ValueError, match="was not called"):
+            self.captured([(2, 5)] * 2, calls=0).stack()
+        with pytest.raises(ValueError, match="no values"):
+            self.captured([(2, 5)], calls=0).stack()
+
+    def test_numbers_and_what_is_no_array(self):
+        with capture(attend, "attn") as found:
+            attend(1), attend(2)
+        assert [4, 6] == found.stack().tolist()
+        with capture(Base.score, "self") as found:
+            Base().score(1)
+        with pytest.raises(ValueError, match="no arrays, tensors or numbers"):
+            found.stack()
+
+
+class TestMemory:
+    def test_what_was_captured_goes_with_what_holds_it(self):
+        """At once, by counting references: on a GPU the collector comes too late."""
+
+        class Value:
+            pass
+
+        def forward():
+            attn = Value()
+            return None
+
+        gc.collect()
+        gc.disable()
+        try:
+            with capture(forward, "attn", keep="graph") as found:
+                forward()
+            seen = weakref.ref(next(iter(found.values()))[0])
+            assert seen() is not None
+            del found
+            assert seen() is None
+        finally:
+            gc.enable()
+
+    def test_one_that_is_dropped_while_it_runs_ends(self):
+        code = attend.__code__
+        found = capture(attend, "attn").start()
+        assert attend.__code__ is not code
+        del found
+        gc.collect()
+        assert attend.__code__ is code
+
+    def test_a_function_can_go_while_it_is_captured(self):
+        function = make_attend(1)
+        found = capture(function, "attn").start()
+        gone = weakref.ref(function)
+        del function
+        gc.collect()
+        assert gone() is None
+        found.stop()
+
+    def test_an_object_can_go_and_its_place_in_memory_be_taken(self):
+        one = Base()
+        with capture(one.score, "x") as found:
+            one.score(1)
+            gone = weakref.ref(one)
+            del one
+            gc.collect()
+            assert gone() is None
+            for _ in range(100):  # one of them may well get the same address
+                Base().score(2)
+        assert [1] == found["Base.score"]
+
+
+class TestThreads:
+    def hammer(self, seconds):
+        """Eight threads call, two switch captures on and off; one capture is on all the while."""
+        stop, errors = threading.Event(), []
+        counts = [0] * 8
+
+        def work(thread, number):
+            q = thread, number
+            attn = (*q, "attn")
+            return attn
+
+        def call(thread):
+            try:
+                while not stop.is_set():
+                    assert (thread, counts[thread], "attn") == work(thread, counts[thread])
+                    counts[thread] += 1
+            except BaseException as error:
+                errors.append(error)
+
+        def switch():
+            try:
+                while not stop.is_set():
+                    with capture(work, "q", "attn") as found:
+                        time.sleep(0.001)
+                    values = dict(found)
+                    qs, attns = list(values.values())
+                    assert [(*q, "attn") for q in qs] == attns
+                    assert len(set(qs)) == len(qs)
+                    assert [record.call for record in found.records if record.variable == "q"] == list(range(len(qs)))
+            except BaseException as error:
+                errors.append(error)
+
+        code = work.__code__
+        with capture(work, "q", "attn", at="return") as throughout:
+            threads = [threading.Thread(target=call, args=(i,)) for i in range(8)]
+            threads += [threading.Thread(target=switch) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            time.sleep(seconds)
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert [] == errors
+        assert work.__code__ is code
+        qs, attns = throughout.values()
+        assert [(i, n) for i in range(8) for n in range(counts[i])] == sorted(qs)
+        assert [(*q, "attn") for q in qs] == attns
+        by_thread = {}
+        for record in throughout.records:
+            by_thread.setdefault(record.thread, set()).add(record.value[0])
+        assert [1] * 8 == [len(numbers) for numbers in by_thread.values()]
+        return sum(counts)
+
+    def test_no_record_is_lost_doubled_or_torn(self):
+        assert self.hammer(2) > 1000
+
+    @pytest.mark.long
+    def test_for_a_minute(self):
+        assert self.hammer(60) > 10_000
+
+    def test_tasks(self):
+        async def forward(x):
+            attn = x
+            await asyncio.sleep(0.001 * (x % 3))
+            attn = x + 0.5
+            await asyncio.sleep(0)
+            return attn
+
+        async def main():
+            return await asyncio.gather(*[forward(x) for x in range(50)])
+
+        with capture(forward, "attn") as at_return, capture(forward, "attn", at="assign") as assigned:
+            results = asyncio.run(main())
+        [values] = at_return.values()
+        assert results == sorted(values)
+        calls = {}
+        for record in assigned.records:
+            calls.setdefault(record.call, []).append(record.value)
+        assert [[x, x + 0.5] for x in range(50)] == sorted(calls.values())
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+    def test_a_forked_process_does_not_grow_its_parents_cache(self):
+        code = (
+            "import os\n"
+            "from visualizer import capture\n"
+            "def attend(x):\n    attn = x\n    return attn\n"
+            "with capture(attend, 'attn') as found:\n"
+            "    attend(1)\n"
+            "    child = os.fork()\n"
+            "    attend(2)\n"
+            "    if child == 0:\n"
+            "        os._exit(0 if found['attend'] == [1, 2] else 1)\n"
+            "    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0\n"
+            "assert found['attend'] == [1, 2], found\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+        )
+        assert (0, "") == (done.returncode, done.stderr)
+
+
+def test_saved_and_loaded(tmp_path):
+    pytest.importorskip("safetensors", reason="engine only: safetensors is not in this environment")
+    with capture(attend, "q", "attn") as found:
+        attend(1), attend(2)
+    found.save(tmp_path / "maps.safetensors", about={"tokens": ["a", "b"]})
+    again = load(tmp_path / "maps.safetensors")
+    assert {"attend:q": [2, 3], "attend:attn": [4, 6]} == again
+    assert [(r.key, r.call, r.thread) for r in found.records] == [(r.key, r.call, r.thread) for r in again.records]
+    assert {"tokens": ["a", "b"]} == again.about

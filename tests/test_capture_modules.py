@@ -1,0 +1,420 @@
+"""capture() on PyTorch modules: whose calls, under which paths, kept how, in how much memory."""
+
+import copy
+import functools
+import gc
+import types
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from visualizer import UnknownLocalError, VisualizerWarning, capture
+
+
+class Attention(nn.Module):
+    def __init__(self, dim=8, heads=2):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        attn = (q @ k.transpose(-2, -1)) * (c // self.heads) ** -0.5
+        attn = attn.softmax(dim=-1)
+        return self.proj((attn @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class Split(nn.Module):
+    """Its map is made in another method than forward."""
+
+    def attend(self, x):
+        attn = (x @ x.mT).softmax(-1)
+        return attn @ x
+
+    def forward(self, x):
+        return self.attend(x)
+
+
+class Block(nn.Module):
+    def __init__(self, attention=Attention):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(8), attention()
+
+    def forward(self, x):
+        return x + self.attn(self.norm(x))
+
+
+class Model(nn.Module):
+    def __init__(self, depth=3, attention=Attention):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(attention) for _ in range(depth))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 5, 8)
+
+
+PATHS = [f"blocks.{i}.attn" for i in range(3)]
+
+
+class TestPaths:
+    def test_each_layer_under_its_path(self, x):
+        model, code = Model(), Attention.forward.__code__
+        expected = model(x)
+        with capture(model, "attn") as found:
+            assert torch.equal(expected, model(x))
+        assert Attention.forward.__code__ is code
+        assert PATHS == list(found)
+        assert [(np.ndarray, (2, 2, 5, 5))] * 3 == [(type(m), m.shape) for [m] in found.values()]
+        np.testing.assert_allclose(np.ones((3, 2, 2, 5)), found.stack().sum(-1), rtol=1e-6)
+        assert [(path, path, "attn") for path in PATHS] == [(r.key, r.module, r.variable) for r in found.records]
+
+    def test_only_these_instances(self, x):
+        model, other = Model(), Model()
+        twin = copy.deepcopy(model)
+        with capture(model, "attn") as found, capture(other.blocks[1], "attn") as one:
+            model(x), other(x), twin(x)
+        assert [1, 1, 1] == [len(values) for values in found.values()]
+        assert {"attn": 1} == {key: len(values) for key, values in one.items()}
+
+    def test_several_names_wherever_each_is(self, x):
+        with capture(Model(2), "q", "attn", "block") as found:
+            pass
+        expected = ["block", *(f"blocks.{i}.attn:{name}" for i in range(2) for name in ("q", "attn"))]
+        assert [":block", *expected[1:]] == list(found)
+
+    def test_the_module_itself_has_the_empty_path(self, x):
+        attention = Attention()
+        with capture(attention, "attn") as found:
+            attention(x)
+        assert {"": 1} == {key: len(values) for key, values in found.items()}
+        assert [""] == [record.module for record in found.records]
+
+    def test_a_list_of_modules_is_numbered_as_a_module_list_would(self, x):
+        teacher, student = Model(), Model(1)
+        with capture([teacher, student.blocks[0].attn, Split.attend], "attn") as found:
+            teacher(x), student(x), Split()(x)
+        assert [*(f"0.{path}" for path in PATHS), "1", "Split.attend"] == list(found)
+        assert 5 == sum(map(len, found.values()))
+
+    def test_a_method_beside_forward(self, x):
+        model = Model(attention=Split)
+        with capture(model, "attn") as found:
+            model(x)
+        assert PATHS == list(found)
+
+    def test_two_methods_beside_forward_have_a_key_each(self, x):
+        class Two(nn.Module):
+            def rows(self, x):
+                attn = x.softmax(-1)
+                return attn
+
+            def columns(self, x):
+                attn = x.softmax(-2)
+                return attn
+
+            def forward(self, x):
+                return self.rows(x) + self.columns(x)
+
+        model = nn.Sequential(Two())
+        with capture(model, "attn") as found:
+            model(x)
+        assert ["0.rows", "0.columns"] == list(found)
+        torch.testing.assert_close(x.softmax(-2), torch.from_numpy(found["0.columns"][0]))
+
+    def test_a_shared_module_has_its_first_path_and_all_its_calls(self, x):
+        attention = Attention()
+        model = nn.Sequential(attention, attention)
+        with capture(model, "attn") as found:
+            model(x)
+        assert {"0": 2} == {key: len(values) for key, values in found.items()}
+
+    def test_a_class_means_all_its_instances_and_not_its_bases(self, x):
+        class Special(Attention):
+            pass
+
+        with capture(Special, "attn") as special, capture(Attention, "attn") as both:
+            Special()(x), Attention()(x)
+        assert [1] == [len(values) for values in special.values()]
+        assert {"Attention.forward": 2} == {key: len(values) for key, values in both.items()}
+
+    def test_decorated_forwards(self, x):
+        class Still(Attention):
+            @torch.no_grad()
+            def forward(self, x):
+                attn = x.softmax(-1)
+                return attn
+
+        model = nn.Sequential(Still(), Still())
+        with capture(model, "attn") as found:
+            model(x)
+        assert {"0": 1, "1": 1} == {key: len(values) for key, values in found.items()}
+
+    def test_every_assignment(self, x):
+        model = Model()
+        with capture(model, "attn", at="assign") as found:
+            model(x)
+        scores, weights = found["blocks.1.attn"]
+        np.testing.assert_allclose(torch.from_numpy(scores).softmax(-1), weights, rtol=1e-6)
+        assert [("blocks.1.attn", 1), ("blocks.1.attn", 1)] == [
+            (record.module, record.call) for record in found.records if record.key == "blocks.1.attn"
+        ]
+
+    def test_nothing_has_it(self):
+        with pytest.raises(UnknownLocalError) as caught:
+            capture(Model(), "atn")
+        lines = str(caught.value).splitlines()
+        assert "no submodule of Model (16, and the model itself) has a local 'atn'; did you mean 'attn'?" in lines[0]
+        assert "  Attention.forward: x, b, n, c, q, k, v, attn" in lines
+        assert "  Linear.forward: input" in lines
+        with pytest.raises(UnknownLocalError, match="'qkv'"):
+            capture(Model(), "attn", "qkv")
+
+    def test_what_the_model_raises_is_raised_and_nothing_stays(self, x):
+        model, code = Model(), Attention.forward.__code__
+        with pytest.raises(RuntimeError), capture(model, "attn") as found:
+            model(x), model(x[..., :3])
+        assert Attention.forward.__code__ is code
+        assert [1, 1, 1] == [len(values) for values in found.values()]
+
+
+class TestWrappers:
+    def test_parallel_wrappers_leave_the_paths_alone(self, x):
+        model = nn.DataParallel(Model())
+        with capture(model, "attn") as found:
+            model(x)
+        assert PATHS == list(found)
+        assert [1, 1, 1] == [len(values) for values in found.values()]
+
+    def test_a_module_of_that_name_keeps_it(self, x):
+        class Holder(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.module = Attention()
+
+            def forward(self, x):
+                return self.module(x)
+
+        with capture(Holder(), "attn") as found:
+            pass
+        assert ["module"] == list(found)
+
+    def test_the_copies_that_data_parallel_makes_are_told(self, x):
+        model = Model(1)
+        replica = copy.deepcopy(model)
+        for module in replica.modules():
+            module._is_replica = True
+        with capture(model, "attn") as found, pytest.warns(VisualizerWarning, match="DataParallel") as caught:
+            replica(x), replica(x)
+        assert 1 == len(caught)
+        assert [[]] == list(found.values())
+
+    def test_a_forward_that_was_put_on_the_instance(self, x):
+        """As libraries do that move weights in before a call."""
+        model = Model(2)
+        attention = model.blocks[0].attn
+        old = attention.forward
+
+        @functools.wraps(old)
+        def forward(*args, **kwargs):
+            return old(*args, **kwargs)
+
+        attention.forward = forward
+        other = model.blocks[1].attn
+        other.forward = functools.update_wrapper(functools.partial(Attention.forward, other), other.forward)
+        with capture(model, "attn") as found:
+            model(x)
+        assert [1, 1] == [len(values) for values in found.values()]
+
+    def test_a_forward_of_its_own(self, x):
+        def forward(self, x):
+            special = x * 2
+            return special
+
+        model = Model(2)
+        attention = model.blocks[1].attn
+        attention.forward = types.MethodType(forward, attention)
+        with capture(model, "special") as found:
+            model(x)
+        assert {"blocks.1.attn": 1} == {key: len(values) for key, values in found.items()}
+
+    def test_scripted_modules_say_that_they_are(self, x):
+        with pytest.warns(DeprecationWarning):
+            scripted = torch.jit.script(nn.Linear(8, 8))
+        with pytest.raises(UnknownLocalError, match="scripted: torch runs it without Python"):
+            capture(scripted, "input")
+
+
+KINDS = {
+    "meta": lambda: torch.ones(2, 2, device="meta"),
+    "sparse": lambda: torch.eye(2).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    "complex": lambda: torch.ones(2, dtype=torch.complex64).conj(),
+    "bool": lambda: torch.tensor([True, False]),
+    "integer": lambda: torch.tensor([1, 2]),
+    "half": lambda: torch.ones(2, dtype=torch.float16),
+    "array": lambda: np.ones(3),
+    "containers": lambda: {"a": [torch.ones(2), (np.ones(3), "text")], "b": None},
+}
+
+
+class TestKeep:
+    def test_a_loss_on_a_captured_map_trains_what_made_it(self, x):
+        """A tensor is fitted until the map that a model makes of it is the wanted one."""
+        torch.manual_seed(0)
+        model = Split()
+        wanted = torch.eye(5).expand(2, 5, 5)
+        fitted = x.clone().requires_grad_()
+        optimizer = torch.optim.Adam([fitted], lr=0.1)
+        losses = []
+        for _ in range(150):
+            with capture(model, "attn", keep="graph") as found:
+                model(fitted)
+            loss = (found[""][0] - wanted).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] / 20
+
+    def test_gradients_of_the_local_itself(self, x):
+        model = Model()
+        with capture(model, "attn", keep="graph") as found:
+            output = model(x)
+        for [attn] in found.values():
+            attn.retain_grad()
+        output.square().sum().backward()
+        gradients = [attn.grad for [attn] in found.values()]
+        assert [(2, 2, 5, 5)] * 3 == [tuple(gradient.shape) for gradient in gradients]
+        assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+    def test_tensors_stay_where_they_are_without_their_graph(self, x):
+        model = Model().to(torch.bfloat16)
+        with capture(model, "attn", keep="tensor") as found:
+            model(x.to(torch.bfloat16))
+        stacked = found.stack()
+        assert (torch.bfloat16, False, (3, 2, 2, 5, 5)) == (stacked.dtype, stacked.requires_grad, tuple(stacked.shape))
+        with capture(model, "attn") as found:
+            model(x.to(torch.bfloat16))
+        assert np.float32 == found.stack().dtype
+
+    def test_only_a_reduction(self, x):
+        model = Model()
+        with capture(model, "attn", keep=lambda a: -(a * a.log()).sum(-1).mean((0, 2))) as entropy:
+            model(x)
+        assert (3, 2) == tuple(entropy.stack().shape)
+        assert 0 < entropy.stack().max() <= np.log(5)
+
+    def test_training_is_the_same_to_the_bit(self, x):
+        model = Model()
+
+        def gradients():
+            model.zero_grad()
+            model(x).square().sum().backward()
+            return [p.grad.clone() for p in model.parameters()]
+
+        off = gradients()
+        for keep in ("numpy", "tensor", "graph"):
+            with capture(model, "attn", keep=keep):
+                on = gradients()
+            assert all(torch.equal(a, b) for a, b in zip(off, on, strict=True))
+
+    @pytest.mark.parametrize("keep", ["numpy", "tensor", "graph"])
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.filterwarnings("ignore")  # prototypes and deprecations of torch's own
+    def test_every_kind_is_kept_right_or_refused_by_name(self, kind, keep):
+        made = KINDS[kind]()
+
+        class Makes(nn.Module):
+            def forward(self, x):
+                value = x
+                return 0
+
+        model = Makes()
+        with capture(model, "value", keep=keep) as found:
+            if keep == "numpy" and kind in ("meta", "sparse", "nested", "quantized"):
+                with pytest.raises(TypeError, match="keep='tensor'") as caught:
+                    model(made)
+                assert "while keeping 'value' of" in caught.value.__notes__[0]
+                with pytest.raises(TypeError, match="keep='tensor'"):
+                    found[""]
+                return
+            model(made)
+        [kept] = found[""]
+        if keep == "graph":
+            assert kept is made
+        elif kind == "containers":
+            assert ["a", "b"] == list(kept)
+            assert (kept["a"][0].sum(), kept["a"][1][0].sum(), kept["a"][1][1]) == (2, 3, "text")
+            assert kept["a"][1][0] is not made["a"][1][0]
+        elif kind in ("meta", "sparse", "nested", "quantized"):
+            assert kept is not made
+            assert (made.layout, made.device, made.dtype) == (kept.layout, kept.device, kept.dtype)
+        else:
+            assert (np.ndarray if keep == "numpy" or kind == "array" else torch.Tensor) is type(kept)
+            np.testing.assert_array_equal(np.asarray(made.resolve_conj() if kind == "complex" else made), kept)
+
+
+class TestMemory:
+    def test_the_model_is_not_kept(self, x):
+        gc.collect()
+        gc.disable()
+        try:
+            model = Model()
+            seen = weakref.ref(model), weakref.ref(model.blocks[0].attn)
+            with capture(model, "attn") as found:
+                model(x)
+            del model
+            assert (None, None) == tuple(reference() for reference in seen)
+        finally:
+            gc.enable()
+        assert [1, 1, 1] == [len(values) for values in found.values()]
+
+    @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc, which is not there")
+    @pytest.mark.parametrize("options", [{"limit": 5}, {"max_bytes": 10**6}], ids=str)
+    @pytest.mark.filterwarnings("ignore:captured values would take more")
+    def test_ten_thousand_runs_in_bounded_memory(self, x, options):
+        def resident():
+            gc.collect()
+            return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+        model = Split()
+        x = x[:, :, :2].repeat(1, 20, 1)  # 80 kB a map: kept, ten thousand would be 800 MB
+        with torch.no_grad(), capture(model, "attn", **options) as found:
+            for _ in range(200):
+                model(x)
+            before = resident()
+            for _ in range(10_000):
+                model(x)
+            assert resident() - before < 20 * 2**20
+        assert sum(value.nbytes for value in found[""]) <= 10**6
+
+    def test_workers_of_a_data_loader_do_not_grow_the_cache(self, x):
+        model = Split().eval()
+        with torch.no_grad(), capture(model, "attn") as found:
+            loader = torch.utils.data.DataLoader(Runs(model, x), batch_size=2, num_workers=2)
+            assert 4 == len(list(loader))
+            model(x)
+        assert 1 == len(found[""])
+
+
+class Runs(torch.utils.data.Dataset):
+    def __init__(self, model, x):
+        self.model, self.x = model, x
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return self.model(self.x)
