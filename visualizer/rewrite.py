@@ -79,6 +79,20 @@ def assigned_lines(code: CodeType, name: str) -> tuple[int, ...]:
     return tuple(sorted(line for line in lines if line is not None))
 
 
+def deletes(code: CodeType, name: str) -> bool:
+    """Whether a function's code has a `del` of the name; that of an `except ... as` does not count.
+
+    >>> def scale(x):
+    ...     attn = 2 * x
+    ...     del attn
+    >>> deletes(scale.__code__, "attn"), deletes(scale.__code__, "x")
+    (True, False)
+    """
+    of_name = [instr for instr in _instructions(_disassemble(code)) if _variable(instr) == name]
+    stored = [instr.location for instr in of_name if instr.name in opcodes.STORES]
+    return any(instr.name in opcodes.DELETES and instr.location not in stored for instr in of_name)
+
+
 class Capture(NamedTuple):
     """What is to be brought to the hook."""
 
@@ -272,19 +286,23 @@ class _Flow:
             elif isinstance(item, Instr) and active is not None:
                 handlers[i] = active
 
-        def successors(index: int, depth: int) -> Iterator[tuple[int, int]]:
+        def successors(index: int, depth: int) -> Iterator[tuple[int, int, int]]:
+            """Where execution may go on, how deep the stack is there, and how much of it is as it was."""
             item = self._items[index]
             if not isinstance(item, Instr):
-                yield index + 1, depth
+                yield index + 1, depth, depth
                 return
             if index in handlers:
                 begin = handlers[index]
                 assert isinstance(begin.stack_depth, int)
-                yield self._index[id(begin.target)], begin.stack_depth + begin.push_lasti + 1
+                unwound = begin.stack_depth
+                yield self._index[id(begin.target)], unwound + begin.push_lasti + 1, unwound
             if item.has_jump() and item.name not in opcodes.SHAM_JUMPS:
-                yield self._index[id(item.arg)], depth + item.stack_effect(jump=True)
+                left = depth + item.stack_effect(jump=True)
+                yield self._index[id(item.arg)], left, left
             if not item.is_final():
-                yield index + 1, depth + item.stack_effect(jump=False)
+                left = depth + item.stack_effect(jump=False)
+                yield index + 1, left, left
 
         depths: dict[int, int] = {}
         paths = [(self._start, 0)]
@@ -292,7 +310,7 @@ class _Flow:
             index, depth = paths.pop()
             if index < len(self._items) and index not in depths:
                 depths[index] = depth
-                paths.extend(successors(index, depth))
+                paths.extend((after, there) for after, there, _ in successors(index, depth))
 
         found: dict[str, set[int]] = {}
         for save, instr in saves:
@@ -315,7 +333,7 @@ class _Flow:
                     if item.name == "SWAP":
                         other = depth - int(item.arg)  # type: ignore[arg-type]
                         slot = other if slot == top else top if slot == other else slot
-                steps.extend((after, slot) for after, left in successors(index, depth) if left > slot)
+                steps.extend((after, slot) for after, _, kept in successors(index, depth) if kept > slot)
         return found
 
 

@@ -331,3 +331,20 @@ def comprehension_in_a_default(xs):
 @case("n", call(3), call(0))
 def conditional_comprehension(n):
     return [i if i % 2 else -i for i in range(n) if i or n] if n else [n for n in ()] or {n for n in [n]}
+
+
+@case("xs x", call((1, 2), assigns=[("x", 4, 9)]), call((0,), assigns=[("x", 4, 9)]), call(None, assigns=[("x", 4, 9)]))
+def borrowed_where_a_finally_assigns_it(xs):
+    try:
+        return [x for x in xs if 1 / x]
+    finally:
+        x = 9
+
+
+@case("xs x", call((1, 2), assigns=[]), call((0,), assigns=[("x", 3, Shown("ZeroDivisionError('division by zero')")), ("x", 4, 9)]))
+def borrowed_where_an_except_names_it(xs):
+    try:
+        return [x for x in xs if 1 / x]
+    except ZeroDivisionError as x:
+        x = 9
+    return xs
