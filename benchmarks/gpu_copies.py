@@ -43,7 +43,7 @@ def main() -> None:
                     for _ in range(PASSES):
                         model(images)
                     if found is not None:
-                        found.records
+                        found.fetch()
                     torch.cuda.synchronize()
                     times[name].append((time.perf_counter() - start) / PASSES * 1e3)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}

@@ -414,7 +414,7 @@ class TestStack:
             self.captured([(2, 5), (3, 5)]).stack()
 
     def test_nothing_to_stack(self):
-        with pytest.raises(ValueError, match="was not called"):
+        with pytest.raises(ValueError, match="did not run, or had nothing to record"):
             self.captured([(2, 5)] * 2, calls=0).stack()
         with pytest.raises(ValueError, match="no values"):
             self.captured([(2, 5)], calls=0).stack()

@@ -134,6 +134,19 @@ def test_none_in_an_attention_forward_warns_and_points_to_the_flag(gl):
     assert second.shape == (2, 2)
 
 
+def test_a_local_that_is_deleted_before_the_return_points_to_assign(gl):
+    @gl("q")
+    def forward(x):
+        q = x * 2
+        result = q + 1
+        del q
+        return result
+
+    gl.activate()
+    with pytest.warns(VisualizerWarning, match="deletes it before it returns: capture it with at='assign'"):
+        forward(torch.ones(2))
+
+
 def test_none_after_tensors_warns(gl):
     @gl("state")
     def step(state):

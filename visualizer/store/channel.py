@@ -17,7 +17,7 @@ from types import CodeType
 from typing import Any
 
 from ..errors import warn
-from ..rewrite import At, assigned_lines
+from ..rewrite import At, assigned_lines, deletes
 from ..tensors import Keep, bytes_by_device, is_array, is_tensor, keeper, why_unreal
 from .store import Store, Waiting
 
@@ -230,8 +230,13 @@ class Channel:
         lines = ", ".join(map(str, assigned_lines(code, name)))
         what = "was None, and None was recorded" if value is None else "was not bound, and nothing was recorded"
         where = f"it is assigned on line {lines}" if lines else "it is a parameter, or an outer function's variable"
-        warn(
-            f"{name!r} {what} when {self._function()} returned; {where}. The usual causes: a fused attention "
-            "kernel that never makes the weights (build the model with timm.layers.set_fused_attn(False), or "
-            'attn_implementation="eager" in transformers), or a flag of the model that guards those lines.'
+        deleted = value is receive and deletes(code, name)
+        causes = (
+            "The function deletes it before it returns: capture it with at='assign'."
+            if deleted
+            else "The usual causes: a fused attention kernel that never makes the weights (build the model with "
+            'timm.layers.set_fused_attn(False), attn_implementation="eager" in transformers, or call '
+            "torch.backends.mha.set_fastpath_enabled(False) for nn.MultiheadAttention), or a flag of the model that "
+            "guards those lines."
         )
+        warn(f"{name!r} {what} when {self._function()} returned; {where}. {causes}")

@@ -114,7 +114,8 @@ class Cache(dict[str, list[Any]]):
                         f"{key!r} has {len(values)} values where stack() needs one of each key; stack(call=-1) takes "
                         "the newest, and limit=1 keeps only that"
                         if values
-                        else f"{key!r} has no values: it was not called; pop the keys that you do not want"
+                        else f"{key!r} has no values: it did not run, or had nothing to record; pop the keys that you "
+                        "do not want"
                     )
                 try:
                     chosen.append((key, values[0 if call is None else call]))
@@ -151,6 +152,10 @@ class Cache(dict[str, list[Any]]):
         from .files import write
 
         write(path, list(self), self.records, {} if about is None else about)
+
+    def fetch(self) -> None:
+        """Wait for what is still on its way, into the lists that you hold too; every way of reading does so itself."""
+        self._store.fetch()
 
     @property
     def about(self) -> dict[str, Any]:
