@@ -1,9 +1,9 @@
 """Captured values in a file, and back: arrays and tensors are its entries, one text in its metadata tells the rest.
 
-The file is one of the safetensors format: eight bytes with the length of a JSON header, the header, the entries' bytes.
-The text is JSON too. It has a flat list of nodes, each naming only nodes before it, so that no nesting is too deep for
-it; what JSON has itself stands in it as it is. It lists the entries as well, so that the header follows from the text:
-a header that differs is damaged, and the text's own checksum and those of the entries guard all other bytes.
+The file is of the safetensors format: eight bytes with the length of a JSON header, the header, the entries' bytes. The
+text is JSON too. Its containers are a flat list of nodes, each naming only nodes before it, so that no nesting is too
+deep and none is endless. It lists the entries as well, so that the header follows from the text: a header that differs
+is damaged. Checksums guard the text and the entries, and so each byte is checked.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import os
 import secrets
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from io import BufferedReader
 from os import PathLike
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 from ..errors import FileFormatError
 from ..tensors import is_array, is_tensor
@@ -28,60 +29,83 @@ _VERSION = 1
 _MAX_HEADER = 100_000_000  # bytes; the safetensors package opens no file that has more
 _MAX_HASHED = 1000  # containers in a dict's key or a set's element
 
-# Each with the format's name for it and the bytes of an element. What the format lacks is stored as pairs of floats.
-_BOTH = {
+# Each with the format's name for it and an element's bytes. What the format has no name for is stored as pairs.
+_NUMPY = {
     **{"bool": ("BOOL", 1), "int8": ("I8", 1), "int16": ("I16", 2), "int32": ("I32", 4), "int64": ("I64", 8)},
     **{"uint8": ("U8", 1), "uint16": ("U16", 2), "uint32": ("U32", 4), "uint64": ("U64", 8)},
     **{"float16": ("F16", 2), "float32": ("F32", 4), "float64": ("F64", 8)},
     **{"complex64": ("C64", 8), "complex128": ("F64", 16)},
 }
 _TORCH = {
+    **_NUMPY,
     **{"bfloat16": ("BF16", 2), "complex32": ("F16", 4)},
     **{"float8_e4m3fn": ("F8_E4M3", 1), "float8_e5m2": ("F8_E5M2", 1), "float8_e8m0fnu": ("F8_E8M0", 1)},
     **{"float8_e4m3fnuz": ("F8_E4M3FNUZ", 1), "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1)},
 }
-_DTYPES = {"numpy": _BOTH, "torch": _BOTH | _TORCH}
+_DTYPES = {"numpy": _NUMPY, "torch": _TORCH}
 _PAIRS = ("complex128", "complex32")
 
-_CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict}
+_CONTAINERS: dict[str, type[Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict}
+# What contains nothing: its type, and how it becomes text and is read from it.
+_LEAVES: dict[str, tuple[type[Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "int": (int, lambda value: f"{int.__int__(value):x}", lambda digits: int(digits, 16)),
+    "float": (float, float.hex, float.fromhex),
+    "complex": (
+        complex,
+        lambda value: [value.real.hex(), value.imag.hex()],
+        lambda pair: complex(*map(float.fromhex, _checked(pair, list))),
+    ),
+    "str": (str, str.__str__, str.__str__),
+    "bytes": (bytes, bytes.hex, bytes.fromhex),
+}
 
-Entry = tuple[str, str, str, list[int]]
-"""(name, "numpy" or "torch", dtype, shape) of an array in the file."""
+_AGAIN = "copy it again from where it is whole, or save it anew"
+_OTHERS = "load() reads what a cache's save() wrote"
+
+
+class _Entry(NamedTuple):
+    name: str
+    library: str  # "numpy" or "torch"
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return _DTYPES[self.library][self.dtype][1] * math.prod(self.shape)
 
 
 def write(path: str | PathLike[str], keys: Sequence[str], records: Sequence[Record], about: dict[str, Any]) -> None:
-    """Write a file that `load` reads; `Cache.save` says what it promises. Records under other keys are left out."""
+    """Write a file that `load` reads; see `Cache.save`. Records of keys that are not among `keys` are left out."""
     if not issubclass(type(about), dict):
-        raise TypeError(f"about must be a dict, such as {{'tokens': [...]}}, not {type(about).__name__}")
+        raise TypeError(f"about must be a dict, such as {{'tokens': ['a', 'cat']}}, not {type(about).__name__}")
     nodes, rows, counts = _Nodes(), [], dict.fromkeys(keys, 0)
     for record in records:
-        if record.key in counts:
-            place, counts[record.key] = counts[record.key], counts[record.key] + 1
-            slot = nodes.add(record.value, f"{record.key}/{place}", f"{record.key!r}[{place}]", "keep=lambda x: {}")
-            where = [record.call, record.line, record.thread, record.module]
-            rows.append([record.key, record.variable, slot, *where])
-    slot = nodes.add(about, "about", "about", "{}, say")
-    # The widest elements first, so that each entry lies where those who map the file can read it in place.
-    order = sorted(range(len(nodes.entries)), key=lambda i: -_width(nodes.entries[i]))
-    entries, arrays = [nodes.entries[i] for i in order], [nodes.arrays[i] for i in order]
-    content = {"version": _VERSION, "order": order, "entries": entries, "nodes": nodes.nodes}
-    text = _json({**content, "keys": list(counts), "records": rows, "about": slot})
+        key = record.key
+        if key in counts:
+            slot = nodes.add(record.value, f"{key}/{counts[key]}", f"{key!r}[{counts[key]}]")
+            rows.append([key, record.variable, slot, record.call, record.line, record.thread, record.module])
+            counts[key] += 1
+    slot = nodes.add(about, "about", "about")
+    # Wide elements first: where the file is mapped into memory, each entry is then aligned.
+    entries = sorted(nodes.arrays, key=lambda entry: -_DTYPES[entry.library][entry.dtype][1])
+    content = {"version": _VERSION, "entries": entries, "nodes": nodes.nodes, "keys": list(counts)}
+    text = _json({**content, "records": rows, "about": slot})
     checksums = [zlib.crc32(text.encode())] + [0] * len(entries)
     header = _header(text, checksums, entries)
-    if len(header) > _MAX_HEADER:
+    if len(header) > 8 + _MAX_HEADER:
         raise ValueError(
-            f"what is captured outside of arrays takes {len(header):,} bytes, and a safetensors file has room for "
-            f"{_MAX_HEADER:,}: keep arrays instead of lists of numbers, or fewer calls (limit=)"
+            f"what is not in arrays takes {len(header):,} bytes, of which a safetensors file holds {_MAX_HEADER:,}: "
+            "keep arrays in place of lists of numbers, or fewer calls (limit=)"
         )
     target = os.path.realpath(path)
-    # A name that is long enough to be the only one, whatever room the file's own leaves.
+    # Not the file's own name with an ending, which may be too long for a name. mkstemp would hide it from other users.
     temporary = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(header)
-            for i, (entry, array) in enumerate(zip(entries, arrays, strict=True), 1):
-                raw = _bytes_of(entry, array)
-                checksums[i] = zlib.crc32(raw)
+            for place, entry in enumerate(entries, 1):
+                raw = _bytes_of(nodes.arrays[entry], entry)
+                checksums[place] = zlib.crc32(raw)
                 file.write(raw)
             file.seek(0)
             file.write(_header(text, checksums, entries))
@@ -91,13 +115,13 @@ def write(path: str | PathLike[str], keys: Sequence[str], records: Sequence[Reco
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        if isinstance(error, OSError) and error.filename == temporary:
-            error.filename, error.filename2 = target, None
+        if isinstance(error, OSError) and error.filename == temporary and error.filename2 is None:
+            error.filename = target  # a folder that is missing or not theirs: they know the file by its own name
         raise
 
 
 def load(path: str | PathLike[str]) -> Cache:
-    """What `Cache.save` wrote: the same keys, values and records; the model need not be there.
+    """What `Cache.save` wrote: a cache of the same keys, values and records. The model need not be there.
 
     >>> import os, tempfile
     >>> import numpy as np
@@ -114,19 +138,19 @@ def load(path: str | PathLike[str]) -> Cache:
     ((2, 5, 5), 'attn', {'tokens': ['it', 'works']})
 
     Args:
-        path: the file. It is read as a whole; nothing in it is run.
+        path: the file. All of it is read into memory; nothing in it is run.
 
     Returns:
-        A cache that is its own, of equal values. Arrays are arrays of their dtype, in this machine's byte order;
-        tensors are tensors of their dtype, on the CPU and without a graph. Lists, tuples, sets, dicts and numbers,
-        numpy's too, have the types they had; what was of a subclass (a model's output, a named tuple, an enum) is
-        plain. What was one object in several places is one again.
+        A cache of its own. Arrays come back as arrays and tensors as tensors, of their shape and dtype; tensors are on
+        the CPU and have no graph. Numbers (numpy's too), strings, bytes, None, lists, tuples, sets and dicts have their
+        types; those of a subclass (a model's output, a named tuple, an enum) come back plain. What was one object in
+        several places is one again.
 
     Raises:
-        FileFormatError: the file is damaged, cut off, or none that `Cache.save` of this version knows. The message says
-            which. Each byte is checked, so nothing wrong is returned.
-        ModuleNotFoundError: it has tensors, and torch is not installed.
-        OSError: it cannot be opened.
+        FileFormatError: the file is damaged, cut off, written by a newer version, or none that `Cache.save` wrote; the
+            message says which. Each byte is checked: what is returned is what was saved.
+        ModuleNotFoundError: the file has tensors, and torch is not installed.
+        OSError: the file cannot be opened: it is missing, a folder, or not yours to read.
     """
     name = os.fspath(path)
     with open(path, "rb") as file:
@@ -134,62 +158,282 @@ def load(path: str | PathLike[str]) -> Cache:
             return _read(file, name)
         except FileFormatError:
             raise
-        except (ValueError, TypeError, LookupError, OverflowError, RuntimeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
             raise _refusal(name, f"is damaged ({type(error).__name__}: {error})", _AGAIN) from error
-
-
-_AGAIN = "copy it again from where it was whole, or save it anew"
-_OTHERS = "load() reads what save() of captured values wrote"
 
 
 def _refusal(name: str, what: str, remedy: str) -> FileFormatError:
     return FileFormatError(f"{name!r} {' '.join(what.split())}; {remedy}")
 
 
-def _read(file: BinaryIO, name: str) -> Cache:
+def _read(file: BufferedReader, name: str) -> Cache:
     size = os.fstat(file.fileno()).st_size
     if size == 0:
         raise _refusal(name, "is empty", _AGAIN)
     start = file.read(8)
     length = 8 + int.from_bytes(start, "little")
     if size < 8 or length > 8 + _MAX_HEADER:
-        raise _refusal(name, "is not a safetensors file", _OTHERS)
+        raise _refusal(name, "is not a safetensors file, or its first bytes are damaged", _OTHERS)
     if length > size:
         raise _refusal(name, f"is cut off after {size:,} bytes, or not a safetensors file", _AGAIN)
     header = start + file.read(length - 8)
     try:
-        outer = json.loads(header[8:])
-    except (ValueError, RecursionError):
-        raise _refusal(name, "is damaged, or not a safetensors file: its header is not JSON", _AGAIN) from None
-    metadata = outer.get("__metadata__") if isinstance(outer, dict) else None
-    if not isinstance(metadata, dict) or "visualizer" not in metadata:
-        raise _refusal(name, "is a safetensors file of something else, or damaged", f"{_OTHERS}; safetensors reads it")
-    text, checksums = metadata["visualizer"], [int(digits, 16) for digits in metadata["crc32"].split()]
-    if checksums[0] != zlib.crc32(text.encode()):
-        raise _refusal(name, "is damaged (the checksum of its metadata is another)", _AGAIN)
+        metadata = json.loads(header[8:])["__metadata__"]
+        text, checksums = metadata["visualizer"], [int(digits, 16) for digits in metadata["crc32"].split()]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        raise _refusal(name, "is a safetensors file that was not written by save(), or damaged", _OTHERS) from None
+    if [zlib.crc32(text.encode())] != checksums[:1]:
+        raise _refusal(name, "is damaged: the checksum of its metadata does not match", _AGAIN)
     content = json.loads(text)
-    if _int(content["version"]) > _VERSION:
+    version = _checked(content["version"], int)
+    if version > _VERSION:
         upgrade = "upgrade with: pip install --upgrade get-local"
-        raise _refusal(name, f"was written by a newer version of this package (format {content['version']})", upgrade)
-    entries = [_entry(*entry) for entry in content["entries"]]
+        raise _refusal(name, f"was written by a newer version of this package, in format {version}", upgrade)
+    entries = [_Entry(*row) for row in content["entries"]]
     if header != _header(text, checksums, entries):
-        raise _refusal(name, "is damaged, or was changed by another program (its header is another)", _AGAIN)
-    expected = length + sum(map(_size, entries))
+        raise _refusal(name, "is damaged, or another program changed it: its header does not match", _AGAIN)
+    expected = length + sum(entry.size for entry in entries)
     if expected != size:
-        raise _refusal(name, f"has {size:,} bytes where {expected:,} belong", _AGAIN)
-    arrays = [_array(file, entry, checksum) for entry, checksum in zip(entries, checksums[1:], strict=True)]
-    value_of = _values(content["nodes"], dict(zip(content["order"], arrays, strict=True)))
-    keys = [_str(key) for key in content["keys"]]
-    records = []
+        raise _refusal(name, f"has {size:,} bytes in place of {expected:,}", _AGAIN)
+    arrays = {}
+    for entry, checksum in zip(entries, checksums[1:], strict=True):
+        arrays[entry.name] = _array(file, entry, checksum, name)
+    value_of = _values(content["nodes"], arrays)
+    keys = dict.fromkeys(_checked(key, str) for key in _checked(content["keys"], list))
+    records, about = [], _checked(value_of(content["about"]), dict)
     for key, variable, slot, call, line, thread, module in content["records"]:
-        line, module = line if line is None else _int(line), module if module is None else _str(module)
         if key not in keys:
             raise ValueError(f"a record of {key!r}, which is no key")
-        records.append(Record(key, _str(variable), value_of(slot), _int(call), line, _int(thread), module))
-    about = value_of(content["about"])
-    if type(about) is not dict:
-        raise TypeError("about is no dict")
-    store = Store(state=lambda: f"read from {name}")
+        where = _checked(call, int), _checked(line, int, type(None)), _checked(thread, int)
+        records.append(Record(key, _checked(variable, str), value_of(slot), *where, _checked(module, str, type(None))))
+    store = Store(state=f"read from {name}")
     cache = Cache(store, title=f"load({name!r})")
     store.restore(keys, records, about)
     return cache
+
+
+def _checked(value: Any, *types: type) -> Any:
+    if type(value) not in types:
+        raise TypeError(f"{types[0].__name__} expected, not {type(value).__name__}")
+    return value
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, separators=(",", ":"))
+
+
+def _header(text: str, checksums: list[int], entries: list[_Entry]) -> bytes:
+    """The file up to the entries' bytes. Its length does not depend on the checksums, the text's and then theirs."""
+    metadata = {"visualizer": text, "crc32": " ".join(f"{checksum:08x}" for checksum in checksums)}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.size
+        shape = [*entry.shape, 2] if entry.dtype in _PAIRS else entry.shape
+        dtype, _ = _DTYPES[entry.library][entry.dtype]
+        header[entry.name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    raw = _json(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _bytes_of(array: Any, entry: _Entry) -> Any:
+    """The bytes of an array or a tensor in C order, little-endian, as an array of them; a copy only if it must be."""
+    if entry.library == "numpy":
+        import numpy
+
+        array = numpy.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        return array.reshape(-1).view(numpy.uint8)
+    try:
+        array = array.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        # reshape(-1) may leave a stride that cannot be viewed in other types, where there is one element or none.
+        raw = array.as_strided((array.numel(),), (1,)).view(sys.modules["torch"].uint8).numpy()
+    except (RuntimeError, NotImplementedError) as error:  # under vmap, in a fake mode: there are no numbers
+        raise TypeError(f"{entry.name!r}: a {type(array).__name__} cannot be written to a file ({error})") from error
+    if raw.size != entry.size:
+        raise TypeError(f"{entry.name!r}: a {type(array).__name__} that is in parts cannot be written to a file")
+    return raw
+
+
+def _array(file: BufferedReader, entry: _Entry, checksum: int, name: str) -> Any:
+    """The next entry of the file, as an array or a tensor."""
+    import numpy
+
+    raw: Any = numpy.empty(entry.size, numpy.uint8)
+    if file.readinto(raw) != entry.size or zlib.crc32(raw) != checksum:
+        raise _refusal(name, f"is damaged: the checksum of {entry.name!r} does not match", _AGAIN)
+    if entry.library == "numpy":
+        return raw.view(numpy.dtype(entry.dtype).newbyteorder("<")).reshape(entry.shape)
+    import torch
+
+    dtype = getattr(torch, entry.dtype, None)
+    if dtype is None:
+        raise _refusal(name, f"has {entry.dtype} tensors, which torch {torch.__version__} lacks", "upgrade torch")
+    return torch.from_numpy(raw).as_strided((raw.size,), (1,)).view(dtype).reshape(entry.shape)
+
+
+def _scalar(dtype: Any, digits: Any) -> Any:
+    import numpy
+
+    if dtype not in _NUMPY:
+        raise ValueError(f"no number has the dtype {dtype}")
+    [scalar] = numpy.frombuffer(bytes.fromhex(digits), numpy.dtype(dtype).newbyteorder("<"))
+    return scalar
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it stands in the text as it is."""
+    kind = type(value)
+    return (
+        value is None
+        or kind in (bool, str)
+        or (kind is float and math.isfinite(value))  # JSON has no other
+        or (kind is int and abs(value) < 2**53)  # other readers of JSON round what is beyond
+    )
+
+
+def _parts(value: Any) -> tuple[str, Iterator[Any]] | None:
+    """What kind of container it is and what is in it, for a dict keys and values in turn; None if it is none."""
+    for kind, base in _CONTAINERS.items():
+        if issubclass(type(value), base):
+            # By the base's own methods: a subclass may iterate over something else.
+            return kind, (part for pair in dict.items(value) for part in pair) if base is dict else base.__iter__(value)
+    return None
+
+
+class _Nodes:
+    """The nodes of the values that were added so far, and the arrays that are to be entries."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+        self.arrays: dict[_Entry, Any] = {}
+        self._weights: list[int] = []
+        self._known: dict[int, tuple[int, Any]] = {}  # with the value, lest another gets its id
+        self._names = {"__metadata__"}
+
+    def add(self, value: Any, name: str, where: str) -> Any:
+        """What stands for a value in the text; `name` is for its arrays, `where` for messages."""
+        slots: list[Any] = []
+        stack: list[tuple[Any, str, Iterator[Any], list[Any]]] = [(None, "", iter([value]), slots)]
+        is_open, before = set(), len(self.arrays)
+        while stack:
+            holder, kind, rest, slots = stack[-1]
+            for part in rest:
+                if _is_plain(part):
+                    slots.append(part)
+                elif id(part) in self._known:
+                    slots.append([self._known[id(part)][0]])
+                elif id(part) in is_open:
+                    raise _unwritable(where, f"a {type(part).__name__} that contains itself", "list(x)")
+                elif inner := _parts(part):
+                    is_open.add(id(part))
+                    stack.append((part, *inner, []))
+                    break
+                else:
+                    own = name if len(stack) == 1 else f"{name}/{len(self.arrays) - before}"
+                    slots.append(self._new(part, self._leaf(part, own, where), 0))
+            else:
+                stack.pop()
+                if stack:
+                    try:
+                        weight = _weight(kind, slots, self._weights)
+                    except ValueError as error:
+                        raise _unwritable(where, str(error), "list(x)") from None
+                    stack[-1][3].append(self._new(holder, [kind, slots], weight))
+        return slots[0]
+
+    def _new(self, value: Any, node: list[Any], weight: int) -> list[int]:
+        self._known[id(value)] = len(self.nodes), value
+        self.nodes.append(node)
+        self._weights.append(weight)
+        return [len(self.nodes) - 1]
+
+    def _leaf(self, value: Any, name: str, where: str) -> list[Any]:
+        """The node of what contains nothing."""
+        if is_tensor(value) or is_array(value):
+            if trouble := _trouble(value):
+                raise _unwritable(where, *trouble)
+            name = name.encode("utf-8", "replace").decode()  # a lone half of a surrogate pair is no UTF-8
+            while name in self._names:
+                name += "+"
+            self._names.add(name)
+            library = "torch" if is_tensor(value) else "numpy"
+            dtype = str(value.dtype).removeprefix("torch.") if library == "torch" else value.dtype.name
+            self.arrays[_Entry(name, library, dtype, tuple(map(int, value.shape)))] = value
+            return ["array", name]
+        kind, numpy = type(value), sys.modules.get("numpy")
+        if numpy is not None and issubclass(kind, numpy.generic) and value.dtype.name in _NUMPY:
+            return ["scalar", value.dtype.name, value.astype(value.dtype.newbyteorder("<")).tobytes().hex()]
+        for leaf, (base, written, _) in _LEAVES.items():
+            if issubclass(kind, base):
+                return [leaf, written(value)]
+        raise _unwritable(where, f"an object of type {kind.__name__}", "x.attentions")
+
+
+def _unwritable(where: str, what: str, way: str) -> TypeError:
+    remedy = f"give a part of it, such as {way}" if where == "about" else f"keep a part, e.g. keep=lambda x: {way}"
+    return TypeError(f"{where} holds {what}, which cannot be written to a file; {remedy}")
+
+
+def _trouble(value: Any) -> tuple[str, str] | None:
+    """What an array or a tensor is that cannot be written, and a way out; None if it can."""
+    dtype = value.dtype
+    if is_array(value):
+        if dtype.name not in _NUMPY:
+            way = {"f": "x.astype('float64')", "c": "x.astype('complex128')", "m": "x.astype('int64')"}
+            way = {**way, "M": "x.astype('int64')", "V": f"x[{(dtype.names or [0])[0]!r}]"}
+            return f"an array of the dtype {dtype}", way.get(dtype.kind, "x.tolist()")
+        return ("a masked array", "x.filled()") if hasattr(value, "mask") else None
+    if value.is_nested:
+        return "a nested tensor", "x.to_padded_tensor(0)"
+    if value.layout is not sys.modules["torch"].strided:
+        return f"a tensor of the layout {value.layout}", "x.to_dense()"
+    if value.is_quantized:
+        return "a quantized tensor", "x.dequantize()"
+    if value.is_meta:
+        return "a tensor without numbers, on the meta device", "x.shape"
+    return None if str(dtype).removeprefix("torch.") in _TORCH else (f"a tensor of the dtype {dtype}", "x.float()")
+
+
+def _weight(kind: str, slots: list[Any], weights: list[int]) -> int:
+    """How many containers are met where a container is hashed, in all the ways into it; no more than one too many.
+
+    Hashing nests in C, unguarded, and goes every way anew: a file must not be able to overflow the stack or take ages.
+    """
+    hashed = slots if kind in ("set", "frozenset") else slots[::2] if kind == "dict" else []
+    if any(weights[slot[0]] > _MAX_HASHED for slot in hashed if type(slot) is list):
+        raise ValueError(f"a dict's key or a set's element of more than {_MAX_HASHED} containers")
+    return min(1 + sum(weights[slot[0]] for slot in slots if type(slot) is list), _MAX_HASHED + 1)
+
+
+def _values(nodes: Any, arrays: dict[str, Any]) -> Callable[[Any], Any]:
+    """A function from what stands for a value in the text to the value."""
+    values: list[Any] = []
+    weights: list[int] = []
+
+    def value_of(slot: Any) -> Any:
+        if type(slot) is not list:
+            return _checked(slot, str, bool, int, float, type(None))
+        [place] = slot
+        if _checked(place, int) < 0:
+            raise ValueError(f"no node has the number {place}")
+        return values[place]
+
+    for kind, *parts in nodes:
+        weight = 0
+        if kind == "array":
+            [name] = parts
+            value = arrays[name]
+        elif kind in _CONTAINERS:
+            [slots] = parts
+            items = [value_of(slot) for slot in _checked(slots, list)]
+            weight = _weight(kind, slots, weights)
+            value = dict(zip(items[::2], items[1::2], strict=True)) if kind == "dict" else _CONTAINERS[kind](items)
+        elif kind == "scalar":
+            value = _scalar(*parts)
+        else:
+            [text] = parts
+            value = _LEAVES[kind][2](text)
+        values.append(value)
+        weights.append(weight)
+    return value_of

@@ -142,11 +142,12 @@ class Cache(dict[str, list[Any]]):
         Args:
             path: the file. It is written beside it and then put in its place, so that a process that is killed leaves
                 the old file or none.
-            about: what else belongs to the maps: tokens, the picture, the grid of patches.
+            about: a dict of what else belongs to the maps: tokens, the picture, the grid of patches.
 
         Raises:
             TypeError: a value is not made of arrays, dense tensors, numbers, strings, None, and lists, tuples, sets and
                 dicts of these. The message names its key; nothing is written.
+            ValueError: what is not in arrays takes more than 100 MB, the most that the format has room for.
             OSError: the file cannot be written.
         """
         from .files import write
