@@ -907,7 +907,8 @@ class TestKeepAndLimits:
 
         gl.activate(limit=5)
         assert deep([1]) > 0
-        assert gl.cache
+        with pytest.warns(VisualizerWarning, match=r"calls of .*deep .* too close to the recursion limit"):
+            assert gl.cache
 
     def test_a_remembered_error_does_not_hold_on_to_locals(self, gl):
         alive = []

@@ -37,12 +37,16 @@ def receive(key: str, value: Any) -> None:
     except KeyError:
         return
     pending = channel.pending
-    if pending is None or value is None or value is receive:
-        channel.take(value)
-    else:
-        pending.append((value, get_ident()))
-        if value.__class__ not in _SMALL or not len(pending) % _SMALL_BATCH:
-            channel.weigh(value)
+    try:
+        if pending is None or value is None or value is receive:
+            channel.take(value)
+        else:
+            pending.append((value, get_ident()))
+            if value.__class__ not in _SMALL or not len(pending) % _SMALL_BATCH:
+                channel.weigh(value)
+    except RecursionError:  # what a call needs below the limit shall not be what the function fails for
+        missed = channel.store.missed
+        missed[channel] = missed.get(channel, 0) + 1
 
 
 def _ignore(value: Any) -> None:
@@ -201,16 +205,17 @@ class Channel:
         if self._keep != "graph" and (reason := why_unreal(value)) is not None:
             if not self._has_told:
                 self._has_told = True
-                warn(f"{name!r} of {self._function()} {reason}: such calls are not recorded.")
+                warn(f"{name!r} of {self.place()} {reason}: such calls are not recorded.")
             return receive
         try:
             return self._convert(value, copies)
         except Exception as error:
-            error.add_note(f"while keeping {name!r} of {self._function()} with keep={self._keep!r}")
+            error.add_note(f"while keeping {name!r} of {self.place()} with keep={self._keep!r}")
             self.store.fail(error)
             raise
 
-    def _function(self) -> str:
+    def place(self) -> str:
+        """The function, file and line, for messages."""
         code = self.code
         return "?" if code is None else f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno})"
 
@@ -239,4 +244,4 @@ class Channel:
             "torch.backends.mha.set_fastpath_enabled(False) for nn.MultiheadAttention), or a flag of the model that "
             "guards those lines."
         )
-        warn(f"{name!r} {what} when {self._function()} returned; {where}. {causes}")
+        warn(f"{name!r} {what} when {self.place()} returned; {where}. {causes}")

@@ -33,6 +33,9 @@ class Source(Protocol):
     def name_values(self, value: Any) -> Iterable[tuple[str, Any]]:
         """The variables with their values, of what was put."""
 
+    def place(self) -> str:
+        """The function, file and line, for messages."""
+
 
 Waiting = deque[tuple[Source, Any, int, int | None, int, str | None, Sequence[Any], int]]
 """(source, value, call, line, thread, module, copies under way, their bytes) of what has arrived and is not filed yet.
@@ -58,6 +61,8 @@ class Store:
         self._lock = threading.RLock()
         _stores.add(self)
         self._waiting: Waiting = deque()
+        self.missed: dict[Source, int] = {}
+        """How many calls came too close to the recursion limit to be recorded, by source; told when somebody reads."""
         self._under_way = 0
         self._sources: list[Source] = []
         self._failure: BaseException | None = None
@@ -167,6 +172,9 @@ class Store:
         with self._lock:
             self._sort_in()
             failure, self._failure = self._failure, None
+            missed, self.missed = self.missed, {}
+        for source, number in missed.items():
+            warn(f"{number} calls of {source.place()} came too close to the recursion limit to be recorded.")
         if failure is not None:
             raise failure
 
