@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import types
 from pathlib import Path
 
@@ -372,7 +371,8 @@ class TestOtherTools:
             from IPython.core.interactiveshell import InteractiveShell
             from visualizer import get_local
             sys.path.insert(0, FOLDER)
-            text = "from visualizer import get_local\\n@get_local('attn')\\ndef forward(x):\\n    attn = x * {}\\n    return x\\n"
+            text = "from visualizer import get_local\\n@get_local('attn')\\ndef forward(x):\\n"
+            text += "    attn = x * {}\\n    return x\\n"
             path = FOLDER + "/reloaded_model.py"
             def write(factor):
                 with open(path, "w") as file:
@@ -407,7 +407,7 @@ class TestWhereItCannotBe:
 
 
 def test_types_that_hold_functions_in_odd_places(gl):
-    """A module's attribute, a dict's value, an instance's attribute: it is the function that is changed, not its name."""
+    """A dict's value in a module's attribute: it is the function that is changed, not its name."""
     module = types.ModuleType("odd")
     module.halve = {"f": halve}
     with capture(module.halve["f"], "attn") as found:
