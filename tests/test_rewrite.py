@@ -1,13 +1,16 @@
 """The rewriter on its own: what reaches the hook, what stays the same, what is refused. The corpus has the rest."""
 
 import dis
+import importlib.util
 import inspect
 import pickle
 import sysconfig
 import traceback
 import types
 import warnings
+from itertools import groupby
 from pathlib import Path
+from types import CellType, CodeType, FunctionType
 
 import pytest
 
@@ -284,27 +287,59 @@ def test_a_few_modules_of_the_standard_library_rewrite(module):
     assert functions
     for code in functions:
         for at in ("return", "assign"):
-            rewrite(code, local_names(code), at=at, key="k")
+            assert_looks_the_same(code, rewrite(code, local_names(code), at=at, key="k"))
+
+
+def folder_of(package: str) -> Path:
+    """Where the sources of a package are, or the standard library's; without importing it."""
+    if package == "the standard library":
+        return Path(sysconfig.get_path("stdlib"))
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"{package} is not installed")
+    return Path(spec.origin).parent
+
+
+def assert_looks_the_same(code: CodeType, rewritten: CodeType) -> None:
+    """What others read off a code object: flags, names, arguments, docstring, variables and lines."""
+    for attribute in (
+        *("co_flags", "co_name", "co_qualname", "co_filename", "co_firstlineno", "co_names"),
+        *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_varnames", "co_freevars", "co_cellvars"),
+    ):
+        before, after = getattr(code, attribute), getattr(rewritten, attribute)
+        if attribute == "co_names":  # in any order, and those that no instruction uses are dropped
+            before, after = {i.argval for i in dis.get_instructions(code) if i.argval in before}, {*after} - {HOOK}
+        assert before == after, attribute
+    functions = [FunctionType(each, {}, closure=tuple(map(CellType, each.co_freevars))) for each in (code, rewritten)]
+    assert functions[0].__doc__ == functions[1].__doc__
+    lines = [[line for line, _ in groupby(line for *_, line in each.co_lines() if line)] for each in (code, rewritten)]
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.long
-def test_the_whole_standard_library_rewrites_or_is_refused_for_a_known_reason():
-    """Its test suite included, where it is installed. `rewrite` proves each result; it must not fail in another way."""
+@pytest.mark.parametrize("package", ["the standard library", "torch", "timm", "transformers"])
+def test_whole_packages_rewrite_or_are_refused_for_a_known_reason(package, record_property):
+    """Their test suites included, where installed. `rewrite` proves each result; it must not fail in another way."""
     known = ("IndexError", "FormatValue", "Intrinsic2Op", "AssertionError")  # what the bytecode package cannot do
-    count, refused, unexplained = 0, 0, []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-        if "site-packages" in path.parts:
+    functions, count, refused, unexplained = 0, 0, 0, []
+    root = folder_of(package)
+    for path in sorted(root.rglob("*.py")):
+        if "site-packages" in path.relative_to(root).parts:
             continue
         for code in functions_in(str(path)):
+            functions += 1
             for at in ("return", "assign"):
                 count += 1
                 try:
-                    rewrite(code, local_names(code), at=at, key="k")
+                    rewritten = rewrite(code, local_names(code), at=at, key="k")
                 except RewriteError as error:
                     refused += 1
                     if not any(reason in str(error) for reason in known):
                         unexplained.append(str(error))
-    print(f"{count} rewritten, {refused} refused")
+                else:
+                    assert_looks_the_same(code, rewritten)
+    print(f"{package}: {functions} functions, {count} rewritings, {refused} refused")
+    record_property(package, f"{functions} functions, {count} rewritings, {refused} refused")
     assert [] == unexplained
-    assert count > 20_000
+    assert functions > (2_000 if package == "timm" else 10_000)
     assert refused / count < 0.001

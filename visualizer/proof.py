@@ -35,6 +35,7 @@ class _Step(NamedTuple):
     argument: Any
     shown: str
     place: Any
+    line: int | None
     handler: tuple[int, int, bool] | None
 
 
@@ -71,10 +72,11 @@ def _steps(code: CodeType, dropped: set[int]) -> list[_Step]:
         (entry.start, entry.end, (step_at[entry.target], entry.depth, bool(entry.lasti)))
         for entry in disassembly.exception_entries
     ]
+    lines = {offset: line for start, end, line in code.co_lines() for offset in range(start, end, 2)}
     steps = []
     for name, value, shown, place, offset, is_jump in drafts:
         handler = next((to for start, end, to in regions if start <= offset < end), None)
-        steps.append(_Step(name, step_at[value] if is_jump else value, shown, place, handler))
+        steps.append(_Step(name, step_at[value] if is_jump else value, shown, place, lines.get(offset), handler))
     return steps
 
 

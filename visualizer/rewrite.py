@@ -20,6 +20,7 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Iterator, Sequence
+from itertools import chain, groupby
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -198,6 +199,46 @@ def _variable(instr: Instr) -> str | None:
     return instr.arg if isinstance(instr.arg, str) else getattr(instr.arg, "name", None)
 
 
+def _line_table(code: CodeType) -> bytes:
+    """A code object's line table, written anew from its positions.
+
+    The bytecode package puts columns from 128 on into single bytes, whose highest bit begins another entry: whoever
+    reads lines only, as tracebacks do, gets wrong ones from there on. The format is CPython's Objects/locations.md.
+    """
+
+    def number(value: int) -> Iterator[int]:
+        while value > 63:
+            yield value & 63 | 64
+            value >>= 6
+        yield value
+
+    def signed(value: int) -> Iterator[int]:
+        return number(-value << 1 | 1 if value < 0 else value << 1)
+
+    table, before = bytearray(), code.co_firstlineno
+    for (line, end_line, column, end_column), run in groupby(code.co_positions()):
+        units = sum(1 for _ in run)
+        while units:
+            size = min(units, 8)
+            units -= size
+            step = 0 if line is None else line - before
+            if line is None:
+                kind, rest = 15, b""
+            elif end_line is None or column is None or end_column is None:
+                kind, rest = 13, bytes(signed(step))
+            elif end_line == line and step == 0 and column < 80 and end_column - column < 16:
+                kind, rest = column >> 3, bytes([(column & 7) << 4 | end_column - column])
+            elif end_line == line and 0 <= step <= 2 and column < 128 and end_column < 128:
+                kind, rest = 10 + step, bytes([column, end_column])
+            else:
+                numbers = (number(end_line - line), number(column + 1), number(end_column + 1))
+                kind, rest = 14, bytes(chain(signed(step), *numbers))
+            table.append(128 | kind << 3 | size - 1)
+            table += rest
+            before += step
+    return bytes(table)
+
+
 class _Flow:
     """What kind of variable a name is, and which of its stores are assignments that the programmer wrote."""
 
@@ -362,7 +403,8 @@ class _Writer:
 
     def assemble(self) -> CodeType:
         stacksize = self._code.co_stacksize + self._room
-        return self._bytecode.to_code(stacksize=stacksize, compute_exception_stack_depths=False)
+        code = self._bytecode.to_code(stacksize=stacksize, compute_exception_stack_depths=False)
+        return code.replace(co_linetable=_line_table(code))
 
     def _capture_at_returns(self, capture: Capture) -> None:
         from bytecode import Instr, Label

@@ -228,3 +228,20 @@ generate(
     call(299, assigns=[("x", 300, 299)]),
     call(-1),
 )
+
+
+@case("x a b", call(1, assigns=[("a", 1, 1), ("b", 2, 1.0)]), call(0, assigns=[("a", 1, 0)]))
+def columns_past_the_hundred_and_twenty_seventh(x):
+    a = x
+    b =                                                                                                                                a / x
+    return                                                                                                                             a + b
+
+
+@case("x a", call(1, assigns=[("a", 1, 1)]), call(0, assigns=[("a", 1, 0)]))
+def an_error_below_long_lines(x):
+    a = x
+    if                                                                                                                                 a is None:
+        return                                                                                                                         None
+    else:
+        pass
+    return 1 / a
