@@ -1,4 +1,4 @@
-"""What one call of a decorated function costs: off, on with each `keep`, and beside a hand-written append.
+"""What one call of a decorated function costs: off, on with each `keep`, and beside the other ways to get at a local.
 
     python benchmarks/per_call.py
 
@@ -8,6 +8,7 @@ call, and their distance from the bare function. The function does next to nothi
 
 from __future__ import annotations
 
+import functools
 import gc
 import platform
 import statistics
@@ -19,6 +20,11 @@ from pathlib import Path
 
 from visualizer import get_local
 from visualizer.instrument import GetLocal
+
+try:
+    import torch
+except ImportError:  # no wheel for this Python: the two rows of modules are left out
+    torch = None
 
 ROUNDS, CALLS = 41, 20_000
 
@@ -45,6 +51,87 @@ def decorated() -> Callable:
     return forward
 
 
+def profiled(function: Callable) -> Callable:
+    """By sys.setprofile: the frame's locals at each return."""
+    code, seen = function.__code__, []
+
+    def profile(frame, event, arg):
+        if event == "return" and frame.f_code is code:
+            seen.append(frame.f_locals["attn"])
+
+    def call(x):
+        sys.setprofile(profile)
+        try:
+            return function(x)
+        finally:
+            sys.setprofile(None)
+
+    call.clear = seen.clear
+    return call
+
+
+def monitored(function: Callable) -> Callable:
+    """By sys.monitoring, for this function alone: the frame's locals at each return."""
+    seen, tool = [], 3
+    monitoring = sys.monitoring
+
+    def at_return(code, offset, result):
+        seen.append(sys._getframe(1).f_locals["attn"])
+
+    monitoring.use_tool_id(tool, "benchmark")
+    monitoring.register_callback(tool, monitoring.events.PY_RETURN, at_return)
+    monitoring.set_local_events(tool, function.__code__, monitoring.events.PY_RETURN)
+    function.clear = seen.clear
+    return function
+
+
+def handed_up() -> Callable:
+    """As the original Visualizer does it: the rewritten function returns the local too, and a wrapper takes them apart."""
+    seen = []
+
+    def forward(x):
+        attn = x
+        result = attn
+        value = attn
+        both = (result, value)
+        return both
+
+    @functools.wraps(forward)
+    def wrapper(*args, **kwargs):
+        result, value = forward(*args, **kwargs)
+        seen.append(value)
+        return result
+
+    wrapper.clear = seen.clear
+    return wrapper
+
+
+def hooked() -> Callable:
+    """By a forward hook of torch, which sees a module's output: only what the module returns."""
+    seen = []
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            attn = x
+            return attn
+
+    module = Module()
+    module.register_forward_hook(lambda module, args, output: seen.append(output))
+    module.clear = seen.clear
+    return module
+
+
+def plain_module() -> Callable:
+    """The module of `hooked`, called without its hook."""
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            attn = x
+            return attn
+
+    return Module()
+
+
 def variants() -> dict[str, tuple[Callable, Callable[[], object]]]:
     """Name -> the function to call, and what empties what it has filled."""
     found = {"bare": (bare, lambda: None), "hand-written append": (append, handmade.clear)}
@@ -60,6 +147,17 @@ def variants() -> dict[str, tuple[Callable, Callable[[], object]]]:
         function = own("attn")(decorated())
         own.activate(keep=keep)
         found[f'get_local, on, keep="{keep}"'] = function, own.clear
+    function = handed_up()
+    found["the original Visualizer's way"] = function, function.clear
+    function = profiled(decorated())
+    found["sys.setprofile"] = function, function.clear
+    if hasattr(sys, "monitoring"):
+        function = monitored(decorated())
+        found["sys.monitoring"] = function, function.clear
+    if torch is not None:
+        found["nn.Module, bare"] = plain_module(), lambda: None
+        function = hooked()
+        found["nn.Module, forward hook"] = function, function.clear
     return found
 
 

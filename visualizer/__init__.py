@@ -26,10 +26,10 @@ from .errors import (
     VisualizerWarning,
 )
 from .instrument import capture, get_local
-from .store import load
 
 if TYPE_CHECKING:
     from . import models, plot
+    from .store.files import load
 
 __version__ = "0.1.0"
 
@@ -48,11 +48,13 @@ __all__ = [
     "plot",
 ]
 
-_LAZY = ("models", "plot")
+_LAZY = ("load", "models", "plot")
 
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: they bring in torch and matplotlib, which capturing does not need.
+    if name == "load":
+        return import_module(".store.files", __name__).load
     if name in _LAZY:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ from typing import Any
 from .. import opcodes
 from ..errors import warn
 from ..rewrite import At
-from ..store import Cache, Channel, Store
+from ..store import Cache, Channel, Store, listener
 from ..tensors import Keep, check_keep
 from . import compiled, patches
 from .arguments import check_at, check_count, check_names
@@ -103,7 +103,7 @@ class Captured(Cache):
         self._limits = limit, max_bytes
         self._pairs: list[tuple[weakref.ref[FunctionType], Channel]] = []
         self._is_running = False
-        weakref.finalize(self, _withdraw, self._pairs, store)
+        weakref.finalize(self, _abandon, self._pairs, store)
 
     def start(self) -> Captured:
         """Record from now on; for notebooks, where a `with` would have to hold all cells. It returns itself.
@@ -119,26 +119,29 @@ class Captured(Cache):
         >>> found["attend"]
         [2]
         """
-        with patches.switching:
-            if not self._is_running:
-                pairs = _alive(self._pairs)
-                patches.attach(pairs)
-                compiled.forget()
-                for _, channel in pairs:
-                    self._store.add(channel)
-                self._store.configure(*self._limits)
-                for _, channel in pairs:
-                    channel.connect("numpy")
-                self._is_running, self._store.state = True, "capture is running"
+        compiled.prepare()
+        with compiled.at_rest(), patches.switching:
+            if self._is_running:
+                return self
+            pairs = _alive(self._pairs)
+            patches.attach(pairs)
+            for _, channel in pairs:
+                self._store.add(channel)
+            self._store.configure(*self._limits)
+            for _, channel in pairs:
+                channel.connect("numpy")
+            self._is_running, self._store.state = True, "capture is running"
+            compiled.forget()
         return self
 
     def stop(self) -> None:
         """Record no more; what was recorded stays. When no other capture needs them, functions are as they were."""
-        with patches.switching:
+        with compiled.at_rest(), patches.switching:
             if not self._is_running:
                 return
             self._is_running, self._store.state = False, _OFF
             messages = _withdraw(self._pairs, self._store)
+            compiled.forget()
         for message in messages:
             warn(message)
 
@@ -184,9 +187,15 @@ def _withdraw(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Sto
     with patches.switching:
         alive = _alive(pairs)
         messages = patches.detach(alive)
-        if alive:
-            compiled.forget()
         for _, channel in pairs:
             channel.disconnect()
             store.remove(channel)
     return messages
+
+
+def _abandon(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Store) -> None:
+    """Stop a capture that was dropped."""
+    was_running = any(listener(channel.site) is channel for _, channel in pairs)
+    _withdraw(pairs, store)
+    if was_running:
+        compiled.forget(wait=False)  # whoever compiles now may be waiting for what this thread holds

@@ -1,12 +1,273 @@
-"""What torch's compiler has to be told: that code was swapped."""
+"""What torch's compiler has to be told: what a hook call within a graph means, and that code was swapped.
+
+Left alone, the compiler would trace into the hook, whose work is none for a graph. So it is told to put copies of the
+values among the outputs of the graph, and to call the hook with them when the graph has run: still one graph, and the
+hook is the one that plain calls have. What cannot be an output ends the graph before the hook call, or is refused
+where the user allows one graph only.
+
+There is no public way to say this: the compiler's inner names are used here and nowhere else. In a release that lacks
+one of them every hook call ends a graph.
+"""
 
 from __future__ import annotations
 
 import sys
+import time
+import weakref
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from threading import RLock
+from types import CodeType, FrameType, ModuleType
+from typing import Any
+
+from ..store import Channel, listener, receive
+
+_COMPILER = "torch._dynamo"
+_SPARED = "spared"
+_has_taught = False
+
+# The compiler's own mark of functions that it is not to trace into, for releases that cannot be told more.
+vars(receive)["_torchdynamo_disable"] = True
 
 
-def forget() -> None:
-    """Have compiled models compiled anew: torch's compiler does not notice that a function's code was swapped."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.reset()
+def prepare() -> None:
+    """Have torch's compiler know the hook: now, or as soon as it is loaded. It is not loaded for that."""
+    if _COMPILER in sys.modules:
+        import_module(_COMPILER)  # waits where another thread is just loading it
+        _teach()
+    elif _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
+
+
+class _Finder:
+    """Waits for the compiler to be imported, has it taught as it has been loaded, and is gone."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec that the other finders have for the compiler."""
+        if name != _COMPILER:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in list(sys.meta_path) if finder is not _Finder)
+        spec = next((spec for spec in found if spec is not None), None)
+        loader: Any = None if spec is None else spec.loader
+        run = getattr(loader, "exec_module", None)
+        if run is None:
+            return spec
+
+        def load(module: ModuleType) -> None:
+            run(module)
+            if module.__name__ == _COMPILER:
+                vars(loader).pop("exec_module", None)
+                if _Finder in sys.meta_path:
+                    sys.meta_path.remove(_Finder)
+                _teach()
+
+        loader.exec_module = load
+        return spec
+
+
+def _teach() -> None:
+    """Tell the compiler about the hook, unless it knows."""
+    global _has_taught
+    if not _has_taught:
+        with suppress(ImportError, AttributeError):
+            _spare()
+            kind, builder = _kind_of_hook(), import_module(f"{_COMPILER}.variables.builder").VariableBuilder
+            builder._id_dispatch()[id(receive)] = lambda builder, hook: kind(source=builder.source)
+            _has_taught = True
+
+
+def _spare() -> None:
+    """Have the compiler spare what the hook itself runs: behind a graph it takes every call for another beginning."""
+    try:
+        types = import_module(f"{_COMPILER}.types")
+        skip = types.FrameExecStrategy(types.FrameAction.SKIP, types.FrameAction.SKIP)
+        import_module(f"{_COMPILER}.eval_frame").set_code_exec_strategy(receive.__code__, skip)
+    except (ImportError, AttributeError):  # an older release
+        vars(receive)[_SPARED] = sys.modules[_COMPILER].disable(receive)
+        for rules in ("trace_rules", "skipfiles"):
+            with suppress(ImportError, AttributeError):
+                for room in ("errors", "store", "tensors"):
+                    import_module(f"{_COMPILER}.{rules}").add(f"{__name__.partition('.')[0]}.{room}")
+
+
+class _Unfit(Exception):
+    """Why values cannot be among the outputs of a graph."""
+
+
+def _kind_of_hook() -> type:
+    """The class of what stands for the hook in code that the compiler traces."""
+    compiler: Any = import_module(_COMPILER)
+    variables, errors, config = compiler.variables, compiler.exc, compiler.config
+    functorch, source = import_module("torch._C._functorch"), import_module(f"{_COMPILER}.source").AttrSource
+    is_older = _SPARED in vars(receive)
+    is_exporting = getattr(sys.modules.get("torch.compiler"), "is_exporting", bool)
+    none = variables.ConstantVariable(None)
+    calls: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
+
+    class Hook(variables.VariableTracker):  # type: ignore[misc, name-defined]
+        """The hook. A call of it is put off until the graph has run."""
+
+        def reconstruct(self, codegen: Any) -> Any:
+            return self.source.reconstruct(codegen)
+
+        def call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+            site, event = args
+            channel = listener(site.as_python_constant())
+            if channel is not None:
+                frame = tx.output.root_tx
+                if tx.export or is_exporting():
+                    if is_meant(channel, event):
+                        channel.pass_over(channel.names[0], "was traced by torch.export, which computes nothing")
+                    return none
+                try:
+                    if channel.at == "assign":
+                        check_call(tx, frame, channel, event)
+                    check(tx, frame)
+                    event = copied_event(tx, channel, event)
+                    hook = Hook(source=source(self.source, _SPARED)) if is_older else self
+                    # A function that is inlined has a list of its own, which nobody reads.
+                    frame.debug_locals.append((hook, [site, event]))
+                except _Unfit as why:
+                    raise errors.Unsupported(f"{_title(channel)} cannot be captured within a graph: {why}") from None
+            return none
+
+    def is_meant(channel: Channel, event: Any) -> bool:
+        """Whether it is a call of an object that is wanted, as far as can be told before it is made."""
+        if channel.path_of is None or not isinstance(event, variables.TupleVariable):
+            return channel.path_of is None
+        owner = getattr(event.items[0], "value", None)
+        return channel.path_of(owner) is not None
+
+    def check(tx: Any, frame: Any) -> None:
+        if not hasattr(frame, "debug_locals"):
+            raise _Unfit("this release of torch cannot put calls off")
+        if not tx.output.is_root_tracer():
+            raise _Unfit("it runs inside an operation that takes functions, such as checkpoint or cond")
+        if functorch.peek_interpreter_stack() is not None:
+            if not frame.one_graph:  # to end a graph there makes the compiler itself fail
+                raise errors.SkipFrame("a function is captured inside a transform of torch.func")
+            raise _Unfit("it runs inside a transform of torch.func, such as vmap or grad")
+        if getattr(config, "nested_graph_breaks", False) and not frame.one_graph:
+            raise _Unfit("the compiler's nested_graph_breaks would lose it")
+
+    def check_call(tx: Any, frame: Any, channel: Channel, event: Any) -> None:
+        """An assigned value goes to the call that began last: see that it is the right one."""
+        begun = calls.setdefault(frame, {})
+        if not isinstance(event, variables.TupleVariable) or len(event.items) == 1:
+            if tx is frame and not frame.one_graph:  # what would follow the end of a graph is another frame
+                raise errors.SkipFrame(f"{_title(channel)} is captured at assignments")
+            begun[channel.site] = id(tx)
+        elif begun.get(channel.site) != id(tx):
+            raise _Unfit("its calls are nested or interleaved")
+
+    def copied_event(tx: Any, channel: Channel, event: Any) -> Any:
+        """The event with the values as they are now; what stands before them is handed over as it is."""
+        if channel.at == "assign":
+            if not isinstance(event, variables.TupleVariable):
+                return event
+            before = min(2, len(event.items))
+        elif channel.owner is None and len(channel.names) == 1:
+            return copied(tx, channel, event)
+        else:
+            before = 0 if channel.owner is None else 1
+        if channel.owner is not None and before == 1 and event.items[0].source is None:
+            raise _Unfit("the object was made in the graph")
+        values = [copied(tx, channel, item) for item in event.items[before:]]
+        return variables.TupleVariable([*event.items[:before], *values])
+
+    def copied(tx: Any, channel: Channel, value: Any) -> Any:
+        """The value as it is now: what the graph does to it later must not show."""
+        value, is_itself = value.realize(), channel.mode == "graph"
+        if isinstance(value, (Hook, variables.ConstantVariable, variables.SymNodeVariable)):
+            return value
+        if type(value) in (variables.TupleVariable, variables.ListVariable):
+            items = [copied(tx, channel, item) for item in value.items]
+            return value if is_itself else type(value)(items)
+        if not isinstance(value, variables.TensorVariable):
+            raise _Unfit("it is no tensor, number or string, nor a tuple or list of such")
+        if is_itself or isinstance(value, variables.tensor.UnspecializedPythonVariable):
+            return value
+        if isinstance(value, variables.tensor.NumpyNdarrayVariable):
+            return value.call_method(tx, "copy", [], {})
+        if not callable(channel.mode):  # else the backward graph would have it as an output too
+            value = value.call_method(tx, "detach", [], {})
+        return value.call_method(tx, "clone", [], {})
+
+    return Hook
+
+
+def _title(channel: Channel) -> str:
+    return f"{', '.join(channel.names)} of {'?' if channel.code is None else channel.code.co_qualname}"
+
+
+def at_rest() -> AbstractContextManager[Any]:
+    """Within it no other thread compiles: code that is swapped meanwhile would confuse it."""
+    return getattr(sys.modules.get(f"{_COMPILER}.convert_frame"), "compile_lock", nullcontext())
+
+
+def forget(wait: bool = True) -> None:
+    """Have compiled functions compiled anew: the compiler does not notice that the code of a method was swapped.
+
+    Args:
+        wait: for a compilation that is under way in another thread. Otherwise nothing is done then.
+    """
+    frames: Any = sys.modules.get(f"{_COMPILER}.convert_frame")
+    if not hasattr(frames, "output_codes"):  # not loaded, or not quite
+        return
+    lock = getattr(frames, "compile_lock", RLock())
+    if not lock.acquire(blocking=wait):
+        return
+    try:
+        seen = [*frames.input_codes.seen, *frames.output_codes.seen]
+        codes = [code for reference in seen if (code := reference()) is not None]
+        if codes and not (_is_running() and _retire(codes)):
+            _retired.clear()
+            reset = import_module(f"{_COMPILER}.eval_frame").reset_code
+            for code in codes:
+                reset(code)
+    finally:
+        lock.release()
+
+
+_retired: list[tuple[float, Any]] = []
+"""What was compiled and is not to be entered any more, with the time when that was decided."""
+
+
+def _is_running() -> bool:
+    """Whether a thread, this one included, is inside of compiled code, or just compiling."""
+    inside = vars(sys.modules[f"{_COMPILER}.eval_frame"])
+    for frame in sys._current_frames().values():
+        step: FrameType | None = frame
+        while step is not None:
+            if step.f_globals is inside:
+                return True
+            step = step.f_back
+    return False
+
+
+def _retire(codes: Iterable[CodeType]) -> bool:
+    """Let nobody enter what was compiled from the codes; False where this release of torch has no way to do so.
+
+    To reset a code that another thread is looking for in the cache, or is adding to it, crashes the process. To declare
+    what was compiled void does not, as long as it is not freed under that thread's feet.
+    """
+    try:
+        entries_of = import_module("torch._C._dynamo.eval_frame")._debug_get_cache_entry_list
+        void = import_module(f"{_COMPILER}.guards").DeletedGuardManagerWrapper
+        now = time.monotonic()
+        _retired[:] = [(since, entry) for since, entry in _retired if now - since < 10]
+        time.sleep(0.01)  # a thread that has just compiled adds its result
+        for entry in [entry for code in codes for entry in entries_of(code)]:
+            manager = entry.guard_manager
+            state = manager.extra_state
+            if state is not None:
+                substitute = void("what is captured was switched")
+                substitute.id_matched_objs = {"": weakref.ref(receive)}  # no case for the limit on recompilations
+                _retired.append((now, (manager, manager.root, entry.code, getattr(entry, "backend", None))))
+                state.invalidate(entry, substitute)
+    except (ImportError, AttributeError):
+        return False
+    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -192,7 +193,7 @@ class GetLocal:
         return f"<get_local: {'active' if self._active else 'not active'}, {len(self._store.cache)} keys>"
 
     def _decorate(self, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None) -> None:
-        with patches.switching:
+        with compiled.at_rest() if self._active else nullcontext(), patches.switching:
             channels = self._decorated.get(function, [])
             way = (at, _identity(keep))
             if set(names) <= {name for c in channels if (c.at, _identity(c.keep)) == way for name in c.names}:
@@ -223,6 +224,8 @@ class GetLocal:
             for channel in new:
                 if self._active:
                     channel.connect(self._keep)
+            if self._active:
+                compiled.forget()
         for message in messages:
             warn(message)
 
@@ -279,17 +282,18 @@ class GetLocal:
             store.open(origin.key(variable))
 
     def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: int | None) -> None:
-        with patches.switching:
+        if active:
+            compiled.prepare()
+        with compiled.at_rest(), patches.switching:
             pairs = [(f, c) for f, channels in list(self._decorated.items()) for c in channels]
             messages: list[str] = []
             if active and not self._active:
                 patches.attach(pairs)
             elif self._active and not active:
                 messages = patches.detach(pairs)
+            changes = bool(pairs) and (active, keep) != (self._active, self._keep)
             self._active, self._keep = active, keep
             self._store.state = "capture is active" if active else _OFF
-            if pairs:
-                compiled.forget()
             for _, channel in pairs:
                 if active:
                     channel.connect(keep)
@@ -297,6 +301,8 @@ class GetLocal:
                     channel.disconnect()
             if active:
                 self._store.configure(limit, max_bytes)
+            if changes:
+                compiled.forget()
         for message in messages:
             warn(message)
 

@@ -97,6 +97,11 @@ class Channel:
         self._has_told = False
         self._held: dict[str, int] = {}
 
+    @property
+    def mode(self) -> Keep:
+        """What is kept of a value, as of the last `connect`."""
+        return self._keep
+
     def connect(self, default: Keep) -> None:
         """Receive what the rewritten code brings, from now on; `default` where the channel has no `keep` of its own."""
         self._keep = default if self.keep is None else self.keep
@@ -144,6 +149,12 @@ class Channel:
         copies: list[Any] = []
         kept = [self._kept(name, value, copies, path) for name, value in zip(self.names, values, strict=True)]
         self.store.put(self, kept, -1, None, path, copies)
+
+    def pass_over(self, name: str, reason: str) -> None:
+        """Warn, once, that a value is not recorded because it has no numbers; the reason as `why_unreal` says it."""
+        if not self._has_told:
+            self._has_told = True
+            warn(f"{name!r} of {self.place()} {reason}: such calls are not recorded.")
 
     def _returns(self) -> Callable[[Any], None]:
         accept, path_of = self.accept, self.path_of
@@ -203,9 +214,7 @@ class Channel:
     def _guarded(self, name: str, value: Any, copies: list[Any]) -> Any:
         """What is kept of a variable's value; errors say whose they are, and are remembered."""
         if self._keep != "graph" and (reason := why_unreal(value)) is not None:
-            if not self._has_told:
-                self._has_told = True
-                warn(f"{name!r} of {self.place()} {reason}: such calls are not recorded.")
+            self.pass_over(name, reason)
             return receive
         try:
             return self._convert(value, copies)

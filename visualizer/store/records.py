@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import html
 import sys
 from collections.abc import ItemsView, Iterator, Sequence
 from dataclasses import dataclass
@@ -168,6 +166,8 @@ class Cache(dict[str, list[Any]]):
         return super().__getitem__(key)
 
     def __missing__(self, key: str) -> list[Any]:
+        import difflib
+
         keys = list(self)
         named = ", ".join(map(repr, keys[:_NAMED])) or "none yet"
         if len(keys) > _NAMED:
@@ -229,6 +229,8 @@ class Cache(dict[str, list[Any]]):
         return "\n".join([f"<{head}", *(f"  {line.rstrip()}" for line in lines)]) + ">"
 
     def _repr_html_(self) -> str:
+        import html
+
         head, [names, *rows] = self._table()
         cell = '<{0} style="text-align:left">{1}</{0}>'.format
         body = "".join(f"<tr>{''.join(cell('td', html.escape(text)) for text in row)}</tr>" for row in rows)
