@@ -86,7 +86,7 @@ def monitored(function: Callable) -> Callable:
 
 
 def handed_up() -> Callable:
-    """As the original Visualizer does it: the rewritten function returns the local too, and a wrapper takes them apart."""
+    """As the original Visualizer does it: the function returns the local too, and a wrapper takes them apart."""
     seen = []
 
     def forward(x):

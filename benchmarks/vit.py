@@ -26,7 +26,7 @@ from transformers import ViTConfig, ViTModel
 
 from visualizer import capture
 
-ROUNDS, BATCH = 12, 8
+ROUNDS, BATCH = 7, 8
 
 
 def make_model() -> torch.nn.Module:
@@ -40,7 +40,7 @@ def captured(keep: str) -> Callable:
     def run(model, images):
         with capture([layer.attention for layer in model.layers], "attn_weights", keep=keep) as found:
             model(images)
-        assert [1] * 12 == [len(values) for values in found.values()]
+        assert all(len(values) == 1 for values in found.values())
         return found
 
     return run
@@ -124,17 +124,15 @@ def main() -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
         return
     cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "torchlens", "nnsight") if _is(name))
-    print(f"CPython {platform.python_version()}, {versions}, {torch.get_num_threads()} threads, {len(cpu)} x {cpu[:1]}")
+    packages = [name for name in ("torch", "transformers", "torchlens", "nnsight") if importlib.util.find_spec(name)]
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    machine = f"{len(cpu)} x {''.join(cpu[:1])}, {torch.get_num_threads()} threads"
+    print(f"CPython {platform.python_version()}, {versions}, {machine}")
     print(f"medians of {ROUNDS} alternating rounds; ViT-S/16, {BATCH} images, 12 maps of 6 heads: 90 MB\n")
     medians, peaks = times(model, images), {name: peak_of(name) for name in VARIANTS}
     print(f"{'':36}{'ms a pass':>10}{'x bare':>9}{'peak MB above bare':>21}")
     for name, median in medians.items():
         print(f"{name:36}{median * 1e3:10.1f}{median / medians['bare']:9.3f}{peaks[name] - peaks['bare']:21.0f}")
-
-
-def _is(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def _lines(path: str) -> list[str]:
