@@ -262,3 +262,16 @@ class TestMemory:
 
         monkeypatch.setattr(tensors, "open", opened, raising=False)
         assert expected == tensors._container_limits()
+
+
+def test_values_whose_class_cannot_be_hashed():
+    class Meta(type):
+        __hash__ = None
+
+    class Odd(metaclass=Meta):
+        pass
+
+    value = Odd()
+    assert value is to_numpy(value)
+    assert bytes_by_device(value)["cpu"] > 0
+    assert not tensors.is_tensor(value)

@@ -10,6 +10,7 @@ import os
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal
 
 Keep = Literal["numpy", "tensor", "graph"] | Callable[[Any], Any]
@@ -60,14 +61,44 @@ def keeper(keep: Keep) -> Callable[..., Any]:
     return lambda value, copies=None: None if value is None else _snapshot(reduce(value), _to_tensor)
 
 
+_Kind = Literal["tensor", "fake tensor", "array", "proxy", "container", "other"]
+
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+
+
+def _kind(value: Any) -> _Kind:
+    """What a value is to us, by its type: its __class__ may be code that runs, as of a lazy object or a dead proxy."""
+    cls: Any = type(value)
+    try:
+        return _kind_of(cls)
+    except TypeError:  # a metaclass without a hash
+        return _kind_of.__wrapped__(cls)
+
+
+@lru_cache(maxsize=4096)
+def _kind_of(cls: type) -> _Kind:
+    """What values of a class are to us; the library that a class comes from is loaded, there is none to import."""
+
+    def comes_from(module: str, name: str) -> bool:
+        return issubclass(cls, getattr(sys.modules.get(module), name, ()))
+
+    if comes_from("torch", "Tensor"):
+        return "fake tensor" if comes_from("torch._subclasses.fake_tensor", "FakeTensor") else "tensor"
+    if comes_from("numpy", "ndarray"):
+        return "array"
+    if comes_from("torch.fx", "Proxy"):
+        return "proxy"
+    return "container" if issubclass(cls, _CONTAINERS) else "other"
+
+
 def is_tensor(value: Any) -> bool:
     """Whether it is a torch.Tensor; torch is not loaded to find out."""
-    return issubclass(type(value), getattr(sys.modules.get("torch"), "Tensor", ()))
+    return _kind(value) in ("tensor", "fake tensor")
 
 
 def is_array(value: Any) -> bool:
     """Whether it is a numpy.ndarray; numpy is not loaded to find out."""
-    return issubclass(type(value), getattr(sys.modules.get("numpy"), "ndarray", ()))
+    return _kind(value) == "array"
 
 
 def why_unreal(value: Any) -> str | None:
@@ -76,15 +107,14 @@ def why_unreal(value: Any) -> str | None:
     >>> why_unreal([1.0]) is None
     True
     """
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return None
-    if not is_tensor(value):
-        proxy = getattr(sys.modules.get("torch.fx"), "Proxy", None)
-        return "was a symbol of torch.fx" if proxy is not None and issubclass(type(value), proxy) else None
-    fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", None)
-    if fake is not None and issubclass(type(value), fake):
+    kind = _kind(value)
+    if kind == "proxy":
+        return "was a symbol of torch.fx"
+    if kind == "fake tensor":
         return "was a fake tensor without numbers (torch.export, FakeTensorMode)"
+    if kind != "tensor":
+        return None
+    torch = sys.modules["torch"]
     if torch._C._get_tracing_state() is not None:
         return "passed through torch.jit.trace, which runs the code more than once to compare"
     if value.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -145,21 +175,18 @@ def _queue_copy(tensor: Any, dtype: Any, copies: list[Any]) -> Any:
     return target.numpy()
 
 
-_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-
-
 def _is_container(value: Any) -> bool:
-    # By its type: isinstance asks the value for its __class__, and a lazy object or a dead proxy runs code to answer.
-    return issubclass(type(value), _CONTAINERS)
+    return _kind(value) == "container"
 
 
 def _snapshot(value: Any, convert: Callable[[Any], Any]) -> Any:
     """The value with its tensors converted, arrays copied and containers rebuilt, to any depth."""
-    if is_tensor(value):
+    kind = _kind(value)
+    if kind in ("tensor", "fake tensor"):
         return convert(value)
-    if is_array(value):
+    if kind == "array":
         return value.copy()
-    if _is_container(value):
+    if kind == "container":
         return _copy_container(value, convert, {})
     return value
 
@@ -224,17 +251,18 @@ def bytes_by_device(value: Any) -> dict[str, int]:
 
     Tensors and arrays count their elements, containers what they hold, anything else its own size.
     """
-    if is_array(value):  # the usual case
+    kind = _kind(value)
+    if kind == "array":  # the usual cases
         return {"cpu": value.nbytes}
+    if kind == "tensor" and value.layout is sys.modules["torch"].strided:
+        return {_name_of(value.device): value.nelement() * value.element_size()}
     counts: dict[str, int] = defaultdict(int)
     seen: set[int] = set()
     values = [value]
     while values:
         item = values.pop()
         if is_tensor(item):
-            device = item.device
-            name = device.type if device.index is None else f"{device.type}:{device.index}"
-            counts[name] += sum(part.nelement() * part.element_size() for part in _parts(item))
+            counts[_name_of(item.device)] += sum(part.nelement() * part.element_size() for part in _parts(item))
         elif is_array(item):
             counts["cpu"] += item.nbytes
         elif _is_container(item):
@@ -245,6 +273,12 @@ def bytes_by_device(value: Any) -> dict[str, int]:
         else:
             counts["cpu"] += sys.getsizeof(item)
     return dict(counts)
+
+
+@lru_cache(maxsize=256)
+def _name_of(device: Any) -> str:
+    """A device as its budget is called: "cpu", "cuda:0"."""
+    return str(device.type) if device.index is None else f"{device.type}:{device.index}"
 
 
 def _parts(tensor: Any) -> list[Any]:
