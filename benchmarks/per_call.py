@@ -70,9 +70,14 @@ def profiled(function: Callable) -> Callable:
     return call
 
 
-def monitored(function: Callable) -> Callable:
+def monitored() -> Callable:
     """By sys.monitoring, for this function alone: the frame's locals at each return."""
     seen, tool = [], 3
+
+    def function(x):
+        attn = x
+        return attn
+
     monitoring = sys.monitoring
 
     def at_return(code, offset, result):
@@ -152,7 +157,7 @@ def variants() -> dict[str, tuple[Callable, Callable[[], object]]]:
     function = profiled(decorated())
     found["sys.setprofile"] = function, function.clear
     if hasattr(sys, "monitoring"):
-        function = monitored(decorated())
+        function = monitored()
         found["sys.monitoring"] = function, function.clear
     if torch is not None:
         found["nn.Module, bare"] = plain_module(), lambda: None

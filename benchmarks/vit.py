@@ -26,7 +26,7 @@ from transformers import ViTConfig, ViTModel
 
 from visualizer import capture
 
-ROUNDS, BATCH = 7, 8
+ROUNDS, BATCH = 5, 8
 
 
 def make_model() -> torch.nn.Module:
@@ -69,7 +69,7 @@ def output_attentions(model, images):
 def with_torchlens(model, images):
     import torchlens
 
-    return torchlens.log_forward_pass(model, images)
+    return torchlens.trace(model, images)
 
 
 def with_nnsight(model, images):
@@ -77,7 +77,7 @@ def with_nnsight(model, images):
 
     wrapped = nnsight.NNsight(model)
     with wrapped.trace(images):
-        maps = [layer.attention.output[1].save() for layer in wrapped.layers]
+        maps = nnsight.save([layer.attention.output[1] for layer in wrapped.layers])
     return maps
 
 

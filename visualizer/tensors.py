@@ -256,6 +256,8 @@ def bytes_by_device(value: Any) -> dict[str, int]:
         return {"cpu": value.nbytes}
     if kind == "tensor" and value.layout is sys.modules["torch"].strided:
         return {_name_of(value.device): value.nelement() * value.element_size()}
+    if kind == "other":
+        return {"cpu": sys.getsizeof(value)}
     counts: dict[str, int] = defaultdict(int)
     seen: set[int] = set()
     values = [value]

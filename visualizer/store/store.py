@@ -253,14 +253,16 @@ class Store:
                     self._file(Record(source.key_of(variable, module), variable, item, call, line, thread, module))
 
     def _file(self, record: Record) -> None:
-        if self._cache() is None:
+        cache = self._cache()
+        if cache is None:
             return
-        key, sizes = record.key, bytes_by_device(record.value)
-        if key not in self.cache or key not in self._records:  # or the user has taken it out
+        key, sizes, is_over = record.key, bytes_by_device(record.value), None
+        if not dict.__contains__(cache, key) or key not in self._records:  # or the user has taken it out
             self.open(key)
-        if len(self._records[key]) != len(self._values(key)):
+        values = dict.__getitem__(cache, key)  # its own would fetch first
+        if len(self._records[key]) != len(values):
             self._follow_the_user(key, record)
-        records, values, is_over = self._records[key], self._values(key), None
+        records = self._records[key]
         records.append((record, sizes))
         values.append(record.value)
         for device, size in sizes.items():
