@@ -32,7 +32,7 @@ MODULES = (
     *("test_positional_only_arg", "test_posixpath", "test_pow", "test_pprint", "test_print", "test_property"),
     *("test_pstats", "test_pulldom", "test_pyclbr", "test_pyexpat", "test_queue", "test_quopri", "test_raise"),
     *("test_random", "test_range", "test_re", "test_reprlib", "test_richcmp", "test_rlcompleter", "test_runpy"),
-    *("test_sax", "test_sched", "test_scope", "test_secrets", "test_selectors", "test_set", "test_setcomps"),
+    *("test_sax", "test_sched", "test_scope", "test_secrets", "test_set", "test_setcomps"),
     *("test_shelve", "test_shlex", "test_shutil", "test_slice", "test_sort", "test_sqlite3", "test_statistics"),
     *("test_str", "test_strftime", "test_string", "test_string_literals", "test_stringprep", "test_strptime"),
     *("test_strtod", "test_struct", "test_structseq", "test_subclassinit", "test_sundry", "test_super"),

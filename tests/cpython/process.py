@@ -7,20 +7,26 @@ itself, or those that `run.py` has rewritten. The engine and the `bytecode` pack
 of them can be rewritten while it works. This file imports nothing at its top that is written in Python.
 """
 
-import _operator  # the part of `operator` that is written in C
+import _operator  # as its namesakes without underscore, but without their parts in Python
+import _signal
 import builtins
 import gc
 import marshal
+import resource
 import sys
 
 HOOK = "__get_local__"
 LIBRARY: str
+MEMORY = 4 << 30
+"""Bytes that a test gone wild may take."""
 
 
 def begin(mode: str, cache: str) -> list[str]:
     """Put the hook in place and take imports from the cache; the functions that start-up left as they were."""
     global LIBRARY
     sys.path.pop(0)  # this file's folder
+    _signal.signal(_signal.SIGINT, _signal.default_int_handler)  # a shell's background jobs are started without it
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     # Takes a key and a value, keeps neither, and shows no frame: the least that a hook can be.
     setattr(builtins, HOOK, _operator.is_)
     import os
