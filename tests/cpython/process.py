@@ -127,9 +127,7 @@ class Identity:
 
     def make_reader(self):
         """A function that gives the ids of what a frame's variables hold, 0 for unbound, and changes nothing by it."""
-        if sys.version_info >= (3, 13):
-            return self.reader_by_proxy()
-        return self.reader_by_call() if sys.version_info >= (3, 12) else self.reader_of_memory()
+        return self.reader_by_proxy() if sys.version_info >= (3, 13) else self.reader_of_memory()
 
     def reader_by_proxy(self, id=id, KeyError=KeyError):
         """From 3.13 on f_locals is a view of the frame; before, reading it copies variables about."""
@@ -146,31 +144,13 @@ class Identity:
 
         return identities
 
-    def reader_by_call(self, id=id, NameError=NameError):
-        """3.12 has a function in C that reads one variable, and makes no dictionary of them all."""
-        import ctypes
-
-        read = ctypes.pythonapi.PyFrame_GetVar
-        read.restype = ctypes.py_object
-        read.argtypes = ctypes.py_object, ctypes.py_object
-
-        def identities(frame, names):
-            found = []
-            for name in names:
-                try:
-                    found.append(id(read(frame, name)))
-                except NameError:
-                    found.append(0)
-            return found
-
-        return identities
-
     def reader_of_memory(self, id=id):
-        """3.11 has neither: the addresses are read from the frame's memory, without taking references."""
+        """3.11 and 3.12: the addresses are read from the frame's memory, without taking references."""
         import ctypes
 
         word = ctypes.sizeof(ctypes.c_void_p)
         at = ctypes.c_size_t.from_address
+        cell_type = id(type((lambda: word).__closure__[0]))
         places = {}
 
         def identities(frame, names):
@@ -187,7 +167,8 @@ class Identity:
             found = []
             for offset, is_cell in where:
                 address = at(start + offset).value
-                if is_cell and address:
+                # 3.12: a plain local that a comprehension makes a cell of, and only where that has been run.
+                if is_cell and address and at(address + word).value == cell_type:
                     address = at(address + 2 * word).value  # what the cell holds
                 found.append(address)
             return found
