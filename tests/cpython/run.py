@@ -151,13 +151,19 @@ def run(mode: str, module: str, cache: Path, timeout: float = 1800) -> Ended:
         return Ended({f"{module} as a whole": [how]}, log.read_text(errors="replace"))
 
 
+def shown(endings: list[str]) -> str:
+    """How a test ended, and its parts with it."""
+    counts = collections.Counter(endings)
+    return " and ".join(how if count == 1 else f"{count} x {how}" for how, count in counts.items())
+
+
 def different(plain: list[Ended], under: list[Ended]) -> dict[str, tuple[str, str]]:
     """The tests that never ended under the engine as in a plain run, and how they ended: there, here."""
     endings = [collections.defaultdict(list), collections.defaultdict(list)]
     tests = {test: None for one in (*plain, *under) for test in one.ended}
     for found, processes in zip(endings, (plain, under), strict=True):
         for test in tests:
-            found[test] = [" and ".join(one.ended.get(test, ["was not run"])) for one in processes]
+            found[test] = [shown(one.ended.get(test, ["was not run"])) for one in processes]
     before, after = endings
     return {test: (before[test][0], after[test][0]) for test in tests if not {*before[test]} & {*after[test]}}
 
