@@ -127,7 +127,6 @@ DIFFERENCES: tuple[Difference, ...] = (
         "test.test_tomllib.test_misc.TestMiscellaneous.test_inline_*_recursion_limit",
         _NEEDS_A_FRAME,
         modes=("identity",),
-        until="3.11",
     ),
     Difference(
         "test.test_bytes.ByteArrayTest.test_resize_error",

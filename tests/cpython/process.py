@@ -210,6 +210,8 @@ def main() -> None:
             self.ended = {}
 
         def note(self, test, how):
+            if hasattr(test, "test_case"):  # a part; its own id shows arguments, and addresses in them
+                test, how = test.test_case, f"part {how}"
             self.ended.setdefault(test.id(), []).append(how)
 
         def addSuccess(self, test):
@@ -240,7 +242,7 @@ def main() -> None:
             super().addSubTest(test, subtest, error)
             if error is not None:
                 how = "failed" if issubclass(error[0], test.failureException) else f"error: {error[0].__name__}"
-                self.note(test, f"part {how}")
+                self.note(subtest, how)
 
     identity = Identity()
     from test import support
