@@ -28,7 +28,7 @@ pictures:  ## make the pictures in assets/ anew
 bench:  ## what capturing costs
 	set -e; for file in benchmarks/*.py; do $(PYTHON) $$file; done
 
-cpython:  ## CPython's own tests under the engine, on this Python; ten minutes
+cpython:  ## CPython's own tests under the engine, on this Python; a quarter of an hour
 	$(PYTHON) tests/cpython/run.py
 
 proofs:  ## the long proofs on every Python that is found; CHROOT=DIR adds those in DIR

@@ -1,6 +1,6 @@
 """CPython's own regression tests end the same, test by test, with every function rewritten as without.
 
-    python tests/cpython/run.py                       # all modules, on this Python: half an hour
+    python tests/cpython/run.py                       # all modules, on this Python: a quarter of an hour
     python tests/cpython/run.py test_json test_enum   # some of them
     python tests/cpython/run.py --write               # all, and keep the table as results/3.x.txt
 
@@ -51,6 +51,7 @@ PYTHON = getattr(sys, "_base_executable", None) or sys.executable
 LIBRARY = os.path.dirname(os.__file__) + os.sep
 MODES = ("captured", "identity")
 ROUNDS = 3
+READ = "as frame.f_locals[name]" if sys.version_info >= (3, 13) else "from the frame's memory"
 VERSION = "{}.{}".format(*sys.version_info)
 
 
@@ -323,7 +324,9 @@ def report(results: list[tuple[Compared, Verdict]], rewriter: Rewriter, modes: t
         HEAD,
         *map(row, compared),
         "",
-        "functions: those rewritten in the module and in all that it loads; values: compared with the frame.",
+        "functions: those rewritten in the module and in all that it loads; each hands over all its locals at every return.",
+        "values: those handed over in the identity mode and compared with what the frame holds, by `is`, unbound with",
+        f"unbound; read {READ}.",
     ]
     for title, items in (
         ("Not explained", unexplained),
