@@ -21,30 +21,32 @@ MEMORY = 4 << 30
 """Bytes that a test gone wild may take."""
 
 
-def begin(mode: str, cache: str) -> list[str]:
-    """Put the hook in place and take imports from the cache; the functions that start-up left as they were."""
+def begin(mode: str, cache: str) -> None:
+    """Put the hook in place, take imports from the cache, and exchange what start-up has imported before."""
     global LIBRARY
     sys.path.pop(0)  # this file's folder
     _signal.signal(_signal.SIGINT, _signal.default_int_handler)  # a shell's background jobs are started without it
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     # Takes a key and a value, keeps neither, and shows no frame: the least that a hook can be.
     setattr(builtins, HOOK, _operator.is_)
     import os
 
     LIBRARY = os.path.dirname(os.__file__) + os.sep
     sys.pycache_prefix = cache
-    return [] if mode == "plain" else exchange_what_start_up_loaded()
+    if mode != "plain":
+        exchange_what_start_up_imported()
+
+
+FROZEN = ("importlib._bootstrap", "importlib._bootstrap_external", "zipimport")
+"""Modules that are part of the interpreter; their functions give such names, in <>, for their file."""
 
 
 def source_of(module) -> str | None:
     """The file that a module of the standard library was made from."""
-    name = getattr(module, "__name__", "")
-    if name in ("importlib._bootstrap", "_frozen_importlib"):
-        return f"{LIBRARY}importlib/_bootstrap.py"
-    if name in ("importlib._bootstrap_external", "_frozen_importlib_external"):
-        return f"{LIBRARY}importlib/_bootstrap_external.py"
-    if name == "zipimport":
-        return f"{LIBRARY}zipimport.py"
+    name = getattr(getattr(module, "__spec__", None), "name", "").replace("_frozen_importlib", "importlib._bootstrap")
+    if name in FROZEN:
+        return f"{LIBRARY}{name.replace('.', '/')}.py"
     file = getattr(module, "__file__", None)
     return file if isinstance(file, str) and file.startswith(LIBRARY) and file.endswith(".py") else None
 
@@ -67,28 +69,17 @@ def rewritten_codes(source: str) -> dict:
     return found
 
 
-def exchange_what_start_up_loaded() -> list[str]:
-    function_type = type(begin)
-    sources = {}
-    for module in list(sys.modules.values()):
-        source = source_of(module)
-        if source is not None:
-            seen = source if "zipimport" not in source and "_bootstrap" not in source else None
-            sources[seen or f"<frozen {module.__spec__.name if module.__spec__ else module.__name__}>"] = source
-    for name in ("importlib._bootstrap", "importlib._bootstrap_external", "zipimport"):
-        sources[f"<frozen {name}>"] = LIBRARY + name.replace(".", "/") + ".py"
+def exchange_what_start_up_imported() -> None:
+    """Give functions that are there already the code that their file has in the cache."""
+    sources = {f"<frozen {name}>": f"{LIBRARY}{name.replace('.', '/')}.py" for name in FROZEN}
+    sources |= {source: source for source in map(source_of, list(sys.modules.values())) if source}
     codes = {seen: rewritten_codes(source) for seen, source in sources.items()}
-    left = []
     for function in gc.get_objects():
-        if type(function) is not function_type or function.__code__.co_filename not in codes:
-            continue
-        code = function.__code__
-        new = codes[code.co_filename].get((code.co_qualname, code.co_firstlineno))
-        if new is not None and new.co_varnames == code.co_varnames and new.co_freevars == code.co_freevars:
-            function.__code__ = new
-        else:
-            left.append(f"{code.co_filename}:{code.co_qualname}")
-    return left
+        if type(function) is type(begin) and function.__code__.co_filename in codes:
+            code = function.__code__
+            new = codes[code.co_filename].get((code.co_qualname, code.co_firstlineno))
+            if new and (new.co_varnames, new.co_freevars) == (code.co_varnames, code.co_freevars):
+                function.__code__ = new
 
 
 class Identity:

@@ -51,7 +51,7 @@ PYTHON = getattr(sys, "_base_executable", None) or sys.executable
 LIBRARY = os.path.dirname(os.__file__) + os.sep
 MODES = ("captured", "identity")
 ROUNDS = 3
-READ = "as frame.f_locals[name]" if sys.version_info >= (3, 13) else "from the frame's memory"
+READ = "which f_locals shows" if sys.version_info >= (3, 13) else "read from its memory"
 VERSION = "{}.{}".format(*sys.version_info)
 
 
@@ -324,9 +324,8 @@ def report(results: list[tuple[Compared, Verdict]], rewriter: Rewriter, modes: t
         HEAD,
         *map(row, compared),
         "",
-        "functions: those rewritten in the module and in all that it loads; each hands over all its locals at every return.",
-        "values: those handed over in the identity mode and compared with what the frame holds, by `is`, unbound with",
-        f"unbound; read {READ}.",
+        "functions: those rewritten in the module and in all that it loads, to hand over all locals at every return.",
+        f"values: those handed over in the identity mode and compared by `is` with the frame's variable, {READ}.",
     ]
     for title, items in (
         ("Not explained", unexplained),
