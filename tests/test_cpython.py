@@ -44,6 +44,10 @@ def test_a_wrong_value_is_found(tmp_path):
     assert any("test/test_with.py:" in line for line in judge(result, ("identity",)).unexplained)
 
 
+def test_a_module_that_does_not_run_is_told(rewriter):
+    assert compare("test_of_nothing", rewriter).not_run == ["test_of_nothing as a whole: it ended with 1"]
+
+
 def test_another_ending_is_found():
     before = Ended({"a": ["passed"], "b": ["passed"], "c": ["part failed", "passed"]})
     after = Ended({"a": ["failed"], "b": ["passed"], "c": ["passed"], "d": ["passed"]})

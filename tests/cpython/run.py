@@ -125,9 +125,11 @@ class Ended:
     calls: int = 0
     values: int = 0
     mismatches: list[str] = field(default_factory=list)
+    whole: bool = True
+    """Whether the process came to its end."""
 
 
-def run(mode: str, module: str, cache: Path, timeout: float = 1800) -> Ended:
+def run(mode: str, module: str, cache: Path, timeout: float = 900) -> Ended:
     """Run a module's tests in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="cpython-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -149,7 +151,7 @@ def run(mode: str, module: str, cache: Path, timeout: float = 1800) -> Ended:
             process.wait()
         if out.exists():
             return Ended(**json.loads(out.read_text(encoding="utf-8")))
-        return Ended({f"{module} as a whole": [how]}, log.read_text(errors="replace"))
+        return Ended({f"{module} as a whole": [how]}, log.read_text(errors="replace"), whole=False)
 
 
 def shown(endings: list[str]) -> str:
@@ -180,6 +182,8 @@ class Compared:
     values: int = 0
     differences: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
     """By test and mode, how it ended plainly and how under the engine."""
+    not_run: list[str] = field(default_factory=list)
+    """How the module failed to run plainly."""
     unstable: list[str] = field(default_factory=list)
     mismatches: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
@@ -192,7 +196,9 @@ def compare(module: str, rewriter: Rewriter, modes: tuple[str, ...] = MODES, onl
     start = time.monotonic()
     cache = rewriter.cache.parent
     wanted = tuple(LIBRARY + name for name in only)
-    plain = [run("plain", module, cache)]
+    plain = [run("plain", module, cache, 300)]
+    if not plain[0].whole:  # then it says nothing about the engine
+        return Compared(module, not_run=[f"{test}: {how}" for test, (how,) in plain[0].ended.items()])
     result = Compared(module, [*plain[0].ended], logs={"plain": plain[0].log})
     sources = [source for source in plain[0].files if source.startswith(wanted)]
     rewriter.add(sources)
@@ -281,6 +287,8 @@ def main() -> int:
             verdict = judge(result, modes)
             results.append((result, verdict))
             print(f"{row(result)}{result.seconds:>8.1f} s", flush=True)
+            for line in result.not_run:
+                print(f"    {line}", flush=True)
             for line in verdict.unexplained:
                 print(f"    NOT EXPLAINED: {line}", flush=True)
             if options.logs:
@@ -329,6 +337,7 @@ def report(results: list[tuple[Compared, Verdict]], rewriter: Rewriter, modes: t
     ]
     for title, items in (
         ("Not explained", unexplained),
+        ("Does not run here without the engine either", [line for result in compared for line in result.not_run]),
         ("Explained", explained),
         ("Unstable: different in one run, the same in another", unstable),
         ("Refused by the engine and left as they were", [f"{f}\n      {why}" for f, why in rewriter.refused.items()]),
