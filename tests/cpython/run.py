@@ -250,10 +250,13 @@ def judge(result: Compared, modes: tuple[str, ...] = MODES) -> Verdict:
             if known.holds(mode, VERSION) and not any(m == mode and known.matches(t) for t, m in result.differences):
                 verdict.unexplained.append(f"{mode}: {known.test} does not differ, but the table says so")
     for mismatch, count in collections.Counter(result.mismatches).items():
-        reason = expected.mismatch_reason(mismatch, VERSION)
+        reason = expected.mismatch_reason(mismatch)
         line = f"{count} x {mismatch}"
         (verdict.explained if reason else verdict.unexplained).append(f"{line}\n      {reason}" if reason else line)
-    verdict.unexplained += [f"was not rewritten: {one}" for one in result.left if not expected.left_reason(one)]
+    if result.left and (reason := expected.left_reason(result.module)):
+        verdict.explained.append(f"{result.module}: {len(result.left)} functions not rewritten\n      {reason}")
+    else:
+        verdict.unexplained += [f"was not rewritten: {one}" for one in result.left]
     return verdict
 
 
