@@ -201,7 +201,7 @@ def main() -> None:
             self.ended = {}
 
         def note(self, test, how):
-            if hasattr(test, "test_case"):  # a part; its own id shows arguments, and addresses in them
+            if isinstance(test, unittest.case._SubTest):  # its own id shows arguments, and addresses in them
                 test, how = test.test_case, f"part {how}"
             self.ended.setdefault(test.id(), []).append(how)
 
