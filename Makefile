@@ -1,7 +1,7 @@
 # Every chore has its one line here; PYTHON is the environment it runs in.
 PYTHON ?= python
 .DEFAULT_GOAL := help
-.PHONY: help test lint types doctest notebooks pictures bench proofs ci
+.PHONY: help test lint types doctest notebooks pictures bench cpython proofs ci
 
 help:  ## list the chores
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ pictures:  ## make the pictures in assets/ anew
 
 bench:  ## what capturing costs
 	set -e; for file in benchmarks/*.py; do $(PYTHON) $$file; done
+
+cpython:  ## CPython's own tests under the engine, on this Python; a quarter of an hour
+	$(PYTHON) tests/cpython/run.py
 
 proofs:  ## the long proofs on every Python that is found; CHROOT=DIR adds those in DIR
 	$(PYTHON) tests/proofs.py $(if $(CHROOT),--chroot $(CHROOT))

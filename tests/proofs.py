@@ -1,8 +1,8 @@
-"""The long proofs: the engine's tests, those marked long among them, on every Python the package names.
+"""The long proofs: the engine's tests, those marked long among them, and CPython's own, on every Python it names.
 
     python tests/proofs.py                  # the Pythons on the PATH and pyenv's
     python tests/proofs.py --chroot DIR     # and those in DIR, a folder with a system of its own (root only)
-    python tests/proofs.py --short          # without the tests marked long
+    python tests/proofs.py --short          # without the tests marked long and without CPython's own
 
 The interpreters stay as they are: `bytecode` and pytest are pure Python and lie in a folder beside a copy of the
 package. Nothing else is there, which shows that the engine needs nothing else.
@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ENGINE = ("opcodes", "rewrite", "instrument", "capture", "torture", "corpus", "generated", "cpython")
 ENGINE_TESTS = [f"test_{name}.py" for name in ENGINE]
+RESULTS = Path("tests", "cpython", "results")
 NEEDED = ("bytecode", "hypothesis<6.156", "pytest")  # later ones of hypothesis are compiled for one Python
 
 
@@ -51,8 +52,11 @@ def find(version: str, chroot: Path | None) -> tuple[list[str], Path] | None:
     return next((it for it in candidates if full_version(it[0]).startswith(f"{version}.")), None)
 
 
-def prove(command: list[str], root: Path, needed: Path, options: list[str]) -> tuple[int, int, int]:
-    """(passed, failed, skipped) of the engine's tests, run by one interpreter in a copy of the package."""
+def prove(command: list[str], root: Path, needed: Path, short: bool) -> tuple[int, int, int]:
+    """(passed, failed, skipped) of the engine's tests, run by one interpreter in a copy of the package.
+
+    CPython's tests count as one; what they gave is written to tests/cpython/results/.
+    """
     with tempfile.TemporaryDirectory(dir=root / "tmp", prefix="proofs-") as name:
         folder = Path(name)
         for part in ("visualizer", "tests"):
@@ -62,7 +66,8 @@ def prove(command: list[str], root: Path, needed: Path, options: list[str]) -> t
 
         seen = Path("/") / folder.relative_to(root)  # as the interpreter sees it
         arguments = ["-q", "-ra", "-p", "no:cacheprovider", "--rootdir", f"{seen}", "-c", f"{seen}/pyproject.toml"]
-        arguments += [f"--junitxml={seen}/report.xml", *options, *(f"{seen}/tests/{test}" for test in ENGINE_TESTS)]
+        marked = [] if short else ["-m", ""]
+        arguments += [f"--junitxml={seen}/report.xml", *marked, *(f"{seen}/tests/{test}" for test in ENGINE_TESTS)]
         environment = {**os.environ, "PYTHONPATH": f"{seen}:{seen}/needed", "LC_ALL": "C.UTF-8"}
         code = subprocess.run([*command, "-m", "pytest", *arguments], env=environment).returncode
 
@@ -72,13 +77,18 @@ def prove(command: list[str], root: Path, needed: Path, options: list[str]) -> t
         suite = next(ElementTree.parse(report).iter("testsuite"))
         count, errors, failures, skipped = (int(suite.get(k, 0)) for k in ("tests", "errors", "failures", "skipped"))
         failed = errors + failures or int(code != 0)
-        return count - errors - failures - skipped, failed, skipped
+        passed = count - errors - failures - skipped
+        if not short:
+            ended = subprocess.run([*command, f"{seen}/tests/cpython/run.py", "--write"], env=environment).returncode
+            shutil.copytree(folder / RESULTS, ROOT / RESULTS, dirs_exist_ok=True)
+            passed, failed, skipped = passed + (ended == 0), failed + (ended not in (0, 2)), skipped + (ended == 2)
+        return passed, failed, skipped
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the engine's tests on every Python the package names.")
     parser.add_argument("--chroot", type=Path, help="a folder with usr/bin/python3.14 and the like; needs root")
-    parser.add_argument("--short", action="store_true", help="leave out the tests marked long")
+    parser.add_argument("--short", action="store_true", help="leave out the tests marked long and CPython's own")
     parser.add_argument("--others", action="store_true", help="leave out the Python that runs this")
     options = parser.parse_args()
 
@@ -96,7 +106,7 @@ def main() -> int:
             name = full_version(found[0])
             print(f"\nPython {name}: {' '.join(found[0])}", flush=True)
             start = time.monotonic()
-            counts = prove(*found, Path(needed), [] if options.short else ["-m", ""])
+            counts = prove(*found, Path(needed), options.short)
             rows.append((version, name, *counts, time.monotonic() - start))
 
     print(f"\n{'Python':<8}{'':<24}{'passed':>8}{'failed':>8}{'skipped':>8}{'seconds':>9}")
