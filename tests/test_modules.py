@@ -267,18 +267,6 @@ def test_small_tensors_first_do_not_let_large_ones_past_the_budget(gl, keep):
         assert 10 == len(gl.cache[next(iter(gl.cache))])
 
 
-def test_a_compiled_model_notices_that_capture_was_switched(gl):
-    attention = attention_class(gl, gl("attn", keep="tensor"))
-    model, x = torch.compile(attention().eval(), backend="eager"), torch.randn(1, 5, 8)
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # dynamo says what it does not trace
-        expected = model(x)
-        with gl.activate():
-            torch.testing.assert_close(expected, model(x))
-        torch.testing.assert_close(expected, model(x))
-    assert 1 == len(gl.cache[next(iter(gl.cache))])
-
-
 def test_a_parameter_that_is_none_is_no_cause_to_warn(gl):
     @gl("mask")
     def forward(x, mask=None):

@@ -2,15 +2,16 @@
 
 Left alone, the compiler would trace into the hook, whose work is none for a graph. So it is told to put copies of the
 values among the outputs of the graph, and to call the hook with them when the graph has run: still one graph, and the
-hook is the one that plain calls have. What cannot be an output ends the graph before the hook call, or is refused
-where the user allows one graph only.
+hook is the one that plain calls have. What cannot be an output ends the graph before the hook call, or is refused where
+the user allows one graph only.
 
-There is no public way to say this: the compiler's inner names are used here and nowhere else. In a release that lacks
-one of them every hook call ends a graph.
+There is no public way to say this: the compiler's inner names are used here and nowhere else. The oldest releases,
+which cannot put calls off, end the graph at every hook call.
 """
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 import weakref
@@ -28,7 +29,7 @@ _COMPILER = "torch._dynamo"
 _SPARED = "spared"
 _has_taught = False
 
-# The compiler's own mark of functions that it is not to trace into, for releases that cannot be told more.
+# The compiler's own mark of functions that it is not to trace into, should nothing else be understood.
 vars(receive)["_torchdynamo_disable"] = True
 
 
@@ -80,7 +81,7 @@ def _teach() -> None:
 
 
 def _spare() -> None:
-    """Have the compiler spare what the hook itself runs: behind a graph it takes every call for another beginning."""
+    """Have the compiler spare what the hook itself runs: outside a graph it takes every call for another beginning."""
     try:
         types = import_module(f"{_COMPILER}.types")
         skip = types.FrameExecStrategy(types.FrameAction.SKIP, types.FrameAction.SKIP)
@@ -98,14 +99,15 @@ class _Unfit(Exception):
 
 
 def _kind_of_hook() -> type:
-    """The class of what stands for the hook in code that the compiler traces."""
+    """The class of what stands for the hook in code that the compiler traces.
+
+    There `tx` traces a function, which may be inlined, and `tx.output.root_tx` the one that is compiled.
+    """
     compiler: Any = import_module(_COMPILER)
     variables, errors, config = compiler.variables, compiler.exc, compiler.config
     functorch, source = import_module("torch._C._functorch"), import_module(f"{_COMPILER}.source").AttrSource
-    is_older = _SPARED in vars(receive)
     is_exporting = getattr(sys.modules.get("torch.compiler"), "is_exporting", bool)
-    none = variables.ConstantVariable(None)
-    calls: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
+    begun: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
 
     class Hook(variables.VariableTracker):  # type: ignore[misc, name-defined]
         """The hook. A call of it is put off until the graph has run."""
@@ -116,70 +118,67 @@ def _kind_of_hook() -> type:
         def call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
             site, event = args
             channel = listener(site.as_python_constant())
-            if channel is not None:
-                frame = tx.output.root_tx
-                if tx.export or is_exporting():
-                    if is_meant(channel, event):
-                        channel.pass_over(channel.names[0], "was traced by torch.export, which computes nothing")
-                    return none
+            if channel is not None and (tx.export or is_exporting()):
+                if is_meant(channel, event):
+                    channel.pass_over(channel.names[0], "was traced by torch.export, which computes nothing")
+            elif channel is not None:
+                hook = Hook(source=source(self.source, _SPARED)) if _SPARED in vars(receive) else self
                 try:
-                    if channel.at == "assign":
-                        check_call(tx, frame, channel, event)
-                    check(tx, frame)
-                    event = copied_event(tx, channel, event)
-                    hook = Hook(source=source(self.source, _SPARED)) if is_older else self
-                    # A function that is inlined has a list of its own, which nobody reads.
-                    frame.debug_locals.append((hook, [site, event]))
+                    put_off(tx, channel, hook, site, event)
                 except _Unfit as why:
                     raise errors.Unsupported(f"{_title(channel)} cannot be captured within a graph: {why}") from None
-            return none
+            return variables.ConstantVariable(None)
 
     def is_meant(channel: Channel, event: Any) -> bool:
-        """Whether it is a call of an object that is wanted, as far as can be told before it is made."""
+        """Whether it is a call of an object that is wanted, as far as can be told before there are objects."""
         if channel.path_of is None or not isinstance(event, variables.TupleVariable):
             return channel.path_of is None
-        owner = getattr(event.items[0], "value", None)
-        return channel.path_of(owner) is not None
+        return channel.path_of(getattr(event.items[0], "value", None)) is not None
 
-    def check(tx: Any, frame: Any) -> None:
+    def put_off(tx: Any, channel: Channel, hook: Any, site: Any, event: Any) -> None:
+        begins = channel.at == "assign" and (not isinstance(event, variables.TupleVariable) or len(event.items) == 1)
+        if channel.at == "assign":
+            check_call(tx, channel.site, begins)
+        check_place(tx)
+        if channel.owner is not None and (begins or channel.at == "return") and event.items[0].source is None:
+            raise _Unfit("the object was made in the graph")
+        # Each inlined function has such a list too, but nobody reads it.
+        tx.output.root_tx.debug_locals.append((hook, [site, as_it_is_now(tx, channel, event)]))
+
+    def check_call(tx: Any, site: str, begins: bool) -> None:
+        """An assigned value goes to the call that began last: see that it is the right one."""
+        frame = tx.output.root_tx
+        calls = begun.setdefault(frame, {})
+        if begins:
+            if tx is frame and not frame.one_graph:
+                raise errors.SkipFrame("a function is captured at assignments, and behind a graph it has another frame")
+            calls[site] = id(tx)
+        elif calls.get(site) != id(tx):
+            raise _Unfit("its calls are nested or interleaved")
+
+    def check_place(tx: Any) -> None:
+        frame = tx.output.root_tx
         if not hasattr(frame, "debug_locals"):
             raise _Unfit("this release of torch cannot put calls off")
         if not tx.output.is_root_tracer():
             raise _Unfit("it runs inside an operation that takes functions, such as checkpoint or cond")
         if functorch.peek_interpreter_stack() is not None:
-            if not frame.one_graph:  # to end a graph there makes the compiler itself fail
+            if not frame.one_graph:  # a graph that ends there makes the compiler fail
                 raise errors.SkipFrame("a function is captured inside a transform of torch.func")
             raise _Unfit("it runs inside a transform of torch.func, such as vmap or grad")
         if getattr(config, "nested_graph_breaks", False) and not frame.one_graph:
-            raise _Unfit("the compiler's nested_graph_breaks would lose it")
+            raise _Unfit("with nested_graph_breaks the compiler loses calls that were put off")
 
-    def check_call(tx: Any, frame: Any, channel: Channel, event: Any) -> None:
-        """An assigned value goes to the call that began last: see that it is the right one."""
-        begun = calls.setdefault(frame, {})
-        if not isinstance(event, variables.TupleVariable) or len(event.items) == 1:
-            if tx is frame and not frame.one_graph:  # what would follow the end of a graph is another frame
-                raise errors.SkipFrame(f"{_title(channel)} is captured at assignments")
-            begun[channel.site] = id(tx)
-        elif begun.get(channel.site) != id(tx):
-            raise _Unfit("its calls are nested or interleaved")
-
-    def copied_event(tx: Any, channel: Channel, event: Any) -> Any:
-        """The event with the values as they are now; what stands before them is handed over as it is."""
-        if channel.at == "assign":
-            if not isinstance(event, variables.TupleVariable):
-                return event
-            before = min(2, len(event.items))
-        elif channel.owner is None and len(channel.names) == 1:
+    def as_it_is_now(tx: Any, channel: Channel, event: Any) -> Any:
+        """The event with copies of its values, for the graph may change them; what stands before them stays."""
+        has_several = channel.at == "assign" or channel.owner is not None or len(channel.names) > 1
+        if not has_several or not isinstance(event, variables.TupleVariable):
             return copied(tx, channel, event)
-        else:
-            before = 0 if channel.owner is None else 1
-        if channel.owner is not None and before == 1 and event.items[0].source is None:
-            raise _Unfit("the object was made in the graph")
+        before = 2 if channel.at == "assign" else 0 if channel.owner is None else 1
         values = [copied(tx, channel, item) for item in event.items[before:]]
         return variables.TupleVariable([*event.items[:before], *values])
 
     def copied(tx: Any, channel: Channel, value: Any) -> Any:
-        """The value as it is now: what the graph does to it later must not show."""
         value, is_itself = value.realize(), channel.mode == "graph"
         if isinstance(value, (Hook, variables.ConstantVariable, variables.SymNodeVariable)):
             return value
@@ -192,7 +191,7 @@ def _kind_of_hook() -> type:
             return value
         if isinstance(value, variables.tensor.NumpyNdarrayVariable):
             return value.call_method(tx, "copy", [], {})
-        if not callable(channel.mode):  # else the backward graph would have it as an output too
+        if not callable(channel.mode):  # a detached copy takes no part in the backward graph
             value = value.call_method(tx, "detach", [], {})
         return value.call_method(tx, "clone", [], {})
 
@@ -204,7 +203,7 @@ def _title(channel: Channel) -> str:
 
 
 def at_rest() -> AbstractContextManager[Any]:
-    """Within it no other thread compiles: code that is swapped meanwhile would confuse it."""
+    """Within it no other thread compiles: one that does is confused by code that is swapped meanwhile."""
     return getattr(sys.modules.get(f"{_COMPILER}.convert_frame"), "compile_lock", nullcontext())
 
 
@@ -221,6 +220,7 @@ def forget(wait: bool = True) -> None:
     if not lock.acquire(blocking=wait):
         return
     try:
+        # No torch._dynamo.reset(): it would also take the user's callbacks away, and what is known about shapes.
         seen = [*frames.input_codes.seen, *frames.output_codes.seen]
         codes = [code for reference in seen if (code := reference()) is not None]
         if codes and not (_is_running() and _retire(codes)):
@@ -234,6 +234,8 @@ def forget(wait: bool = True) -> None:
 
 _retired: list[tuple[float, Any]] = []
 """What was compiled and is not to be entered any more, with the time when that was decided."""
+
+atexit.register(_retired.clear)  # later, the compiler's own way to clear up behind it is gone
 
 
 def _is_running() -> bool:
@@ -251,8 +253,8 @@ def _is_running() -> bool:
 def _retire(codes: Iterable[CodeType]) -> bool:
     """Let nobody enter what was compiled from the codes; False where this release of torch has no way to do so.
 
-    To reset a code that another thread is looking for in the cache, or is adding to it, crashes the process. To declare
-    what was compiled void does not, as long as it is not freed under that thread's feet.
+    To reset a code whose compiled forms another thread is just looking through, or adding to, crashes the process. To
+    declare each of them void does not, as long as it is not freed under that thread's feet.
     """
     try:
         entries_of = import_module("torch._C._dynamo.eval_frame")._debug_get_cache_entry_list
