@@ -122,7 +122,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         "test.test_descr.ClassPropertiesAndMethods.test_slots",
         "it counts all objects that the collector knows, and the comparison keeps a note about each function it meets",
         modes=("identity",),
-        until="3.11",
+        until="3.12",
     ),
     Difference(
         "test.test_tomllib.test_misc.TestMiscellaneous.test_inline_*_recursion_limit",
