@@ -20,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from visualizer import VisualizerWarning, capture
 from visualizer.instrument import GetLocal, compiled
 
+if not hasattr(torch._dynamo.eval_frame, "set_code_exec_strategy"):
+    pytest.skip("capturing works, but older releases of torch put many things differently", allow_module_level=True)
+
 # Torch hides this from users when its compiler asks each input for its gradient, but not from a filter that raises.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
@@ -29,18 +32,18 @@ Unsupported = torch._dynamo.exc.Unsupported
 HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
 NEEDS_COMPILER = pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
 INDUCTOR = pytest.param("inductor", marks=NEEDS_COMPILER)
-BACKENDS = ["eager", "aot_eager", INDUCTOR]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
 with_or_without_breaks = pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "breaks allowed"])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def inductor():
-    """Loaded once, for as it is loaded torch 2.13 warns about itself; and without a pool of compiling processes."""
+    """Loaded once, for parts of torch talk about themselves as they are loaded; with what makes it compile sooner."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch._inductor.compile_fx
-    with torch._inductor.config.patch(compile_threads=1):
+        import torch.utils.cpp_extension
+    with torch._inductor.config.patch({"compile_threads": 1, "cpp.simdlen": 1}):
         yield
 
 
@@ -125,7 +128,7 @@ def values(found):
 @with_or_without_breaks
 @pytest.mark.parametrize("keep", ["numpy", "graph"])
 def test_a_compiled_model_captures_what_the_plain_one_does(backend, fullgraph, keep):
-    model, x = model_of(3), images()
+    model, x = model_of(2), images()
     fast = torch.compile(model, backend=backend, fullgraph=fullgraph)
     with torch.no_grad():
         expected = model(x)
@@ -136,7 +139,7 @@ def test_a_compiled_model_captures_what_the_plain_one_does(backend, fullgraph, k
             torch.testing.assert_close(expected, fast(x))
             torch.testing.assert_close(expected, fast(x))
         torch.testing.assert_close(expected, fast(x))
-    assert ["0", "1", "2"] == list(found)
+    assert ["0", "1"] == list(found)
     assert_same(plain, found)
 
 
@@ -191,7 +194,6 @@ def test_numbers_tuples_lists_and_arrays():
         torch.compile(outer, backend="aot_eager", fullgraph=True)(x, array)
     for expected, actual in zip(values(plain), values(found), strict=True):
         assert type(expected) is type(actual)
-        torch.testing.assert_close(expected, actual) if isinstance(expected, torch.Tensor) else None
         np.testing.assert_equal(expected, actual)
 
 
@@ -206,14 +208,15 @@ def test_with_dynamic_shapes_one_graph_is_enough():
     with capture(inner, "attn", "count") as found:
         for n in range(5, 10):
             fast(torch.ones(2, n, 3))
-    assert [5, 6, 7, 8, 9] == found["inner:count" if "inner:count" in found else [*found][1]]
-    assert [(2, n, 3) for n in range(5, 10)] == [value.shape for value in next(iter(found.values()))]
+    maps, counts = found.values()
+    assert [5, 6, 7, 8, 9] == counts
+    assert [(2, n, 3) for n in range(5, 10)] == [value.shape for value in maps]
     assert 1 == backend.count
 
 
 @each_backend
 def test_a_loss_on_a_captured_map_of_a_compiled_model_reaches_its_weights(backend):
-    model, x, aim = model_of(2), images(), torch.rand(5)
+    model, x, aim = model_of(1), images(), torch.rand(5)
 
     def gradients(call):
         model.zero_grad()
@@ -265,8 +268,7 @@ def test_only_the_models_own_calls_under_the_plain_models_paths(how):
     with capture(first, "attn") as found:
         for call in calls:
             call(x)
-    plain = Attention.forward
-    with capture(plain, "attn") as everything:
+    with capture(Attention.forward, "attn") as everything:
         for call in calls:
             call(x)
     assert ["0", "1"] == list(found)
@@ -356,7 +358,7 @@ def test_another_keep_compiles_and_another_limit_does_not(gl):
         fast(x), fast(x)
         assert min(count, 2) == backend.count
     [maps] = gl.cache.values()
-    assert [np.ndarray] * 1 + [torch.Tensor] * 4 == [type(value) for value in maps]
+    assert [np.ndarray, *[torch.Tensor] * 4] == [type(value) for value in maps]
 
 
 def test_a_function_that_is_decorated_after_it_was_compiled(gl):
@@ -492,7 +494,7 @@ def run():
 threads = [threading.Thread(target=run) for _ in range(2)]
 for thread in threads:
     thread.start()
-for turn in range(6):
+for turn in range(4):
     with capture(fast, "attn") as found:
         torch.testing.assert_close(expected, fast[turn % 2](x))
     for path, map_ in (("0", x.softmax(-1)), ("1", models[0][0](x).softmax(-1))):
@@ -753,7 +755,7 @@ WAYS = {
 def test_a_decorated_model_that_is_not_active_is_like_any_other(gl, way):
     (plain, decorated), x = plain_and_decorated(gl), images()
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
+        warnings.simplefilter("ignore")  # torch's own, about torch.jit
         expected, actual = WAYS[way](plain, x), WAYS[way](decorated, x)
         torch.testing.assert_close(plain(x), actual(x))
     assert operations(expected) == operations(actual)

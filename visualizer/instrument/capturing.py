@@ -17,6 +17,7 @@ from .arguments import check_at, check_count, check_names
 from .targets import Site, beginning, owner_of, sites_of
 
 
+@compiled.no_graph
 def capture(
     target: Any,
     *names: str,
@@ -105,6 +106,7 @@ class Captured(Cache):
         self._is_running = False
         weakref.finalize(self, _abandon, self._pairs, store)
 
+    @compiled.no_graph
     def start(self) -> Captured:
         """Record from now on; for notebooks, where a `with` would have to hold all cells. It returns itself.
 
@@ -134,6 +136,7 @@ class Captured(Cache):
             compiled.forget()
         return self
 
+    @compiled.no_graph
     def stop(self) -> None:
         """Record no more; what was recorded stays. When no other capture needs them, functions are as they were."""
         with compiled.at_rest(), patches.switching:
@@ -193,6 +196,7 @@ def _withdraw(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Sto
     return messages
 
 
+@compiled.no_graph
 def _abandon(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Store) -> None:
     """Stop a capture that was dropped."""
     was_running = any(listener(channel.site) is channel for _, channel in pairs)

@@ -21,16 +21,26 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from threading import RLock
 from types import CodeType, FrameType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ..store import Channel, listener, receive
 
+T = TypeVar("T")
+
 _COMPILER = "torch._dynamo"
 _SPARED = "spared"
+_spared: list[Any] = []
 _has_taught = False
 
-# The compiler's own mark of functions that it is not to trace into, should nothing else be understood.
-vars(receive)["_torchdynamo_disable"] = True
+
+def no_graph(function: T) -> T:
+    """The same function, marked so that torch's compiler neither traces it nor compiles what it runs."""
+    vars(function)["_torchdynamo_disable"] = True
+    _spared.append(function)
+    return function
+
+
+no_graph(receive)  # should the compiler not understand the rest
 
 
 def prepare() -> None:
@@ -73,7 +83,7 @@ def _teach() -> None:
     """Tell the compiler about the hook, unless it knows."""
     global _has_taught
     if not _has_taught:
-        with suppress(ImportError, AttributeError):
+        with suppress(Exception):  # a release that is not known yet must not keep anybody from capturing plain calls
             _spare()
             kind, builder = _kind_of_hook(), import_module(f"{_COMPILER}.variables.builder").VariableBuilder
             builder._id_dispatch()[id(receive)] = lambda builder, hook: kind(source=builder.source)
@@ -81,16 +91,17 @@ def _teach() -> None:
 
 
 def _spare() -> None:
-    """Have the compiler spare what the hook itself runs: outside a graph it takes every call for another beginning."""
+    """Have the compiler spare our own code: behind a graph it takes every call for the beginning of another one."""
     try:
         types = import_module(f"{_COMPILER}.types")
         skip = types.FrameExecStrategy(types.FrameAction.SKIP, types.FrameAction.SKIP)
-        import_module(f"{_COMPILER}.eval_frame").set_code_exec_strategy(receive.__code__, skip)
+        for function in _spared:
+            import_module(f"{_COMPILER}.eval_frame").set_code_exec_strategy(function.__code__, skip)
     except (ImportError, AttributeError):  # an older release
         vars(receive)[_SPARED] = sys.modules[_COMPILER].disable(receive)
         for rules in ("trace_rules", "skipfiles"):
             with suppress(ImportError, AttributeError):
-                for room in ("errors", "store", "tensors"):
+                for room in ("errors", "instrument", "store", "tensors"):
                     import_module(f"{_COMPILER}.{rules}").add(f"{__name__.partition('.')[0]}.{room}")
 
 
@@ -213,28 +224,29 @@ def forget(wait: bool = True) -> None:
     Args:
         wait: for a compilation that is under way in another thread. Otherwise nothing is done then.
     """
-    frames: Any = sys.modules.get(f"{_COMPILER}.convert_frame")
-    if not hasattr(frames, "output_codes"):  # not loaded, or not quite
+    compiler: Any = sys.modules.get(_COMPILER)
+    if not hasattr(compiler, "reset"):  # not loaded, or not quite
         return
+    frames = compiler.convert_frame
     lock = getattr(frames, "compile_lock", RLock())
     if not lock.acquire(blocking=wait):
         return
     try:
-        # No torch._dynamo.reset(): it would also take the user's callbacks away, and what is known about shapes.
-        seen = [*frames.input_codes.seen, *frames.output_codes.seen]
-        codes = [code for reference in seen if (code := reference()) is not None]
-        if codes and not (_is_running() and _retire(codes)):
-            _retired.clear()
-            reset = import_module(f"{_COMPILER}.eval_frame").reset_code
-            for code in codes:
-                reset(code)
+        codes = [code for codes in (frames.input_codes, frames.output_codes) for seen in codes.seen if (code := seen())]
+        if not codes or (_is_running() and (_retire(codes) or not wait)):
+            return
+        # No reset of the whole: it also drops the user's callbacks, and what was learnt about changing shapes.
+        for code in codes:
+            compiler.reset_code(code)
+        _retired.clear()
+    except AttributeError:  # a release that is not known yet
+        compiler.reset()
     finally:
         lock.release()
 
 
 _retired: list[tuple[float, Any]] = []
 """What was compiled and is not to be entered any more, with the time when that was decided."""
-
 atexit.register(_retired.clear)  # later, the compiler's own way to clear up behind it is gone
 
 
@@ -270,6 +282,6 @@ def _retire(codes: Iterable[CodeType]) -> bool:
                 substitute.id_matched_objs = {"": weakref.ref(receive)}  # no case for the limit on recompilations
                 _retired.append((now, (manager, manager.root, entry.code, getattr(entry, "backend", None))))
                 state.invalidate(entry, substitute)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, TypeError):
         return False
     return True

@@ -104,6 +104,7 @@ class GetLocal:
 
         return decorate
 
+    @compiled.no_graph
     def activate(self, keep: Keep = "numpy", limit: int | None = None, max_bytes: int | None = None) -> Activation:
         """Capture from every decorated function, whether defined before or after, until `deactivate()`.
 
@@ -192,6 +193,7 @@ class GetLocal:
     def __repr__(self) -> str:
         return f"<get_local: {'active' if self._active else 'not active'}, {len(self._store.cache)} keys>"
 
+    @compiled.no_graph
     def _decorate(self, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None) -> None:
         with compiled.at_rest() if self._active else nullcontext(), patches.switching:
             channels = self._decorated.get(function, [])
@@ -281,6 +283,7 @@ class GetLocal:
         for variable in variables:
             store.open(origin.key(variable))
 
+    @compiled.no_graph
     def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: int | None) -> None:
         if active:
             compiled.prepare()
