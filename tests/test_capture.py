@@ -107,6 +107,14 @@ class TestTargets:
             one.score(1), other.score(2)
         assert {"Base.score": [1]} == found
 
+    @pytest.mark.parametrize("wrap", [functools.partial, lambda f: functools.wraps(f)(lambda x: f(x))])
+    def test_a_bound_method_behind_a_wrapper_means_that_object(self, wrap):
+        one, other = Base(), Base()
+        wrapped = wrap(one.score)
+        with capture(wrapped, "x") as found:
+            wrapped(1), other.score(2)
+        assert {"Base.score": [1]} == found
+
     def test_a_bound_method_of_an_object_without_weak_references(self):
         class Slim:
             __slots__ = ()

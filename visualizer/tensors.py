@@ -115,6 +115,9 @@ def why_unreal(value: Any) -> str | None:
     if kind != "tensor":
         return None
     torch = sys.modules["torch"]
+    make_fx = getattr(sys.modules.get("torch.fx.experimental.proxy_tensor"), "get_proxy_mode", None)
+    if make_fx is not None and make_fx() is not None:
+        return "was traced by make_fx, whose graph a copy of it would be left in"
     if torch._C._get_tracing_state() is not None:
         return "passed through torch.jit.trace, which runs the code more than once to compare"
     if value.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -160,11 +160,22 @@ def _function_site(target: Any, names: tuple[str, ...]) -> Site:
             f"{_short(target)} has no Python code to capture from"
         )
     function = function_with(target, names)
-    owners = None
-    if isinstance(target, types.MethodType) and not isinstance(target.__self__, type) and _owner(function):
+    owners, owner = None, _bound_to(target)
+    if owner is not None and not isinstance(owner, type) and _owner(function):
         owners = Owners()
-        owners.add(target.__self__, "")
+        owners.add(owner, "")
     return Site(function, names, function.__qualname__, owners)
+
+
+def _bound_to(target: Any) -> Any:
+    """The object whose method it is, behind a partial or a wrapper such as torch.compile's too; None for functions."""
+    seen: set[int] = set()
+    while target is not None and id(target) not in seen:
+        seen.add(id(target))
+        if isinstance(target, types.MethodType):
+            return target.__self__
+        target = target.func if isinstance(target, functools.partial) else getattr(target, "__wrapped__", None)
+    return None
 
 
 def _class_sites(cls: type, names: tuple[str, ...]) -> list[Site]:
