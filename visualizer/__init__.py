@@ -9,6 +9,12 @@ class Attention(nn.Module):
 get_local.activate()
 model(images)
 get_local.cache["Attention.forward"]         # one array per call
+
+from visualizer import capture               # code that is not yours, by module path
+
+with capture(model, "attn") as found:
+    model(images)
+found["blocks.3.attn"]                       # [array]
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain, count
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -71,10 +71,6 @@ class Owners:
             )
         return path
 
-    def paths(self) -> Iterable[str]:
-        """The paths, in the order in which they were added."""
-        return list(self._paths.values())
-
 
 class _InstancesOf(Owners):
     """All instances of a class that inherits the function which is captured from."""
@@ -85,9 +81,6 @@ class _InstancesOf(Owners):
 
     def path_of(self, owner: Any) -> str | None:
         return "" if isinstance(owner, self._class) else None
-
-    def paths(self) -> Iterable[str]:
-        return [""]
 
 
 def sites_of(target: Any, names: tuple[str, ...]) -> tuple[list[Site], list[tuple[str, str]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import ItemsView, Iterator, Sequence
+from collections.abc import ItemsView, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -273,7 +273,7 @@ def _kind(value: Any) -> tuple[str, str]:
     return "", type(value).__name__
 
 
-def _few(names: Sequence[str] | dict[str, None]) -> str:
+def _few(names: dict[str, None]) -> str:
     first = list(names)[:2]
     return " or ".join(first) if len(names) <= 2 else f"{first[0]} and {len(names) - 1} others"
 
