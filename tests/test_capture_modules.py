@@ -56,6 +56,25 @@ PATHS = [f"blocks.{i}.attn" for i in range(3)]
 
 
 class TestPaths:
+    def test_modules_of_a_list_that_run_one_function_share_its_hook(self, x):
+        """Not one each, all of which every call would pass: on twelve layers that made a hundred milliseconds."""
+        layers = [Attention() for _ in range(4)]
+        size = []
+        for targets in (layers[:1], layers):
+            with capture(targets, "attn") as found:
+                size.append(len(Attention.forward.__code__.co_code))
+                for layer in targets:
+                    layer(x)
+            assert {key: len(values) for key, values in found.items()} == {str(i): 1 for i in range(len(targets))}
+        assert size[0] == size[1]
+
+    def test_a_module_listed_twice_is_recorded_under_both_keys(self, x):
+        model = Model(1)
+        with capture([model, model.blocks[0].attn], "attn") as found:
+            model(x)
+        assert {key: len(values) for key, values in found.items()} == {"0.blocks.0.attn": 1, "1": 1}
+        assert np.array_equal(found["1"][0], found["0.blocks.0.attn"][0])
+
     def test_each_layer_under_its_path(self, x):
         model, code = Model(), Attention.forward.__code__
         expected = model(x)

@@ -114,8 +114,6 @@ def place_of(function: FunctionType) -> str:
     return f"{function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
 
 
-
-
 def _renew_lock() -> None:
     """In a forked child: a lock that another thread held is held for ever there, for that thread is not."""
     global switching

@@ -44,10 +44,8 @@ class Owners:
         self._has_told = False
 
     def add(self, owner: Any, path: str) -> None:
-        """Mean this object's calls too; one that is known keeps the path it has."""
+        """Mean this object's calls too."""
         number = id(owner)
-        if number in self._paths:
-            return
         paths, alive = self._paths, self._alive
 
         def forget(_: Any) -> None:
@@ -59,6 +57,10 @@ class Owners:
             alive[number] = weakref.ref(owner, forget)
         except TypeError:  # it has slots and none for weak references
             alive[number] = owner
+
+    def has(self, owner: Any) -> bool:
+        """Whether the object has a path already."""
+        return id(owner) in self._paths
 
     def path_of(self, owner: Any) -> str | None:
         """The path of the object, or None where its calls are not meant."""
@@ -94,9 +96,10 @@ def sites_of(target: Any, names: tuple[str, ...]) -> tuple[list[Site], list[tupl
     sites: list[Site] = []
     keys: list[tuple[str, str]] = []
     named: dict[Any, str] = {}
+    modules: dict[Any, Site] = {}
     for item, prefix in _flattened(target, ""):
         if _is_module(item):
-            sites += _module_sites(item, names, prefix, keys)
+            _add_module(item, names, prefix, modules, keys)
             continue
         for site in _class_sites(item, names) if isinstance(item, type) else [_function_site(item, names)]:
             function, base = site.function, site.base
@@ -109,7 +112,7 @@ def sites_of(target: Any, names: tuple[str, ...]) -> tuple[list[Site], list[tupl
             named[identity] = base = next(key for key in candidates if key not in named.values())
             sites.append(site._replace(base=base))
             keys += [(base, name) for name in site.names]
-    return sites, keys
+    return [*modules.values(), *sites], keys
 
 
 def _flattened(target: Any, prefix: str) -> Iterator[tuple[Any, str]]:
@@ -194,9 +197,14 @@ def _class_sites(cls: type, names: tuple[str, ...]) -> list[Site]:
     ]
 
 
-def _module_sites(module: Any, names: tuple[str, ...], prefix: str, keys: list[tuple[str, str]]) -> list[Site]:
-    """For every submodule the functions of its class that have the locals: its `forward` before any other."""
-    sites: dict[Any, Site] = {}
+def _add_module(
+    module: Any, names: tuple[str, ...], prefix: str, sites: dict[Any, Site], keys: list[tuple[str, str]]
+) -> None:
+    """Add every submodule to the sites of the functions of its class that have the locals: `forward` before any other.
+
+    One site serves all modules that run a function: each site is a hook call in it. A module that is in a list of
+    targets twice has two keys, and so needs a second one.
+    """
     kinds: dict[type, dict[str, list[FunctionType]]] = {}
     found: set[str] = set()
     for path, submodule in _named_modules(module):
@@ -217,15 +225,17 @@ def _module_sites(module: Any, names: tuple[str, ...], prefix: str, keys: list[t
                 found.add(name)
                 wanted.setdefault((function, "" if len(having) == 1 else method), []).append(name)
         for (function, base), having_names in wanted.items():
-            way = (function, base, tuple(having_names))
-            site = sites.setdefault(way, Site(function, tuple(having_names), base, Owners()))
-            assert site.owners is not None
-            site.owners.add(submodule, path)
+            for again in count():
+                way = (function, base, tuple(having_names), again)
+                owners = sites.setdefault(way, Site(function, tuple(having_names), base, Owners())).owners
+                assert owners is not None
+                if not owners.has(submodule):
+                    owners.add(submodule, path)
+                    break
             keys += [(beginning(base, path), name) for name in having_names]
     for name in names:
         if name not in found:
             raise UnknownLocalError(_nothing_has(name, _nowhere_in(module), kinds))
-    return list(sites.values())
 
 
 def _having(methods: dict[str, list[FunctionType]], name: str) -> dict[str, FunctionType]:
@@ -407,7 +417,9 @@ def _unknown(target: Any, function: FunctionType, names: tuple[str, ...]) -> str
     if close:
         message += f"; did you mean {' and '.join(map(repr, close))}?"
     elif any(name in code.co_names for name in missing):
-        message += "; the name is a global or an attribute there: assign it to a local first"
+        message += "; the name is a global or an attribute there: assign it to a local first."
+    else:
+        message += "."
     message += f" It has: {', '.join(known)}." if known else " It has no locals at all."
     if isinstance(target, type):
         methods = [
