@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -781,3 +782,26 @@ def test_fake_tensors_pass_through(gl, is_active):
         assert (2, 5, 8) == decorated(mode.from_tensor(images())).shape
     assert is_active == ("fake tensor" in "".join(str(warning.message) for warning in caught))
     assert [[]] == list(gl.cache.values())
+
+
+def test_what_was_captured_goes_at_once_where_something_was_compiled():
+    """The look at who is running compiled code held the frames that it looked at, until the collector came."""
+
+    class Value:
+        pass
+
+    def forward():
+        attn = Value()
+        return None
+
+    torch.compile(Attention(), backend="eager")(torch.ones(1, 5, 8))
+    gc.collect()
+    gc.disable()
+    try:
+        with capture(forward, "attn", keep="graph") as found:
+            forward()
+        seen = weakref.ref(next(iter(found.values()))[0])
+        del found
+        assert seen() is None
+    finally:
+        gc.enable()

@@ -1,4 +1,4 @@
-"""The READMEs keep their word: their Python runs, and what they point to is there."""
+"""The READMEs and the pages of docs keep their word: their Python runs, and what they point to is there."""
 
 import re
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README_zh.md")
+PAGES = (*READMES, "docs/fused-attention.md", "docs/how-it-works.md")
 
 
 def python_blocks(text: str) -> str:
@@ -22,22 +23,22 @@ def python_blocks(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", PAGES[:3])
 def test_python_blocks_run_in_order(name: str, tmp_path: Path) -> None:
     code = python_blocks((ROOT / name).read_text(encoding="utf-8"))
     assert code.strip(), "no python block found"
-    script = tmp_path / f"{name}.py"
+    script = tmp_path / f"{Path(name).name}.py"
     script.write_text(code, encoding="utf-8")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", PAGES)
 def test_links_and_pictures_inside_the_repository_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)#\s]+)|(?:src|href)=\"([^\"#]+)", text)
     local = {target for pair in targets for target in pair if target and "://" not in target}
-    assert [target for target in sorted(local) if not (ROOT / target).exists()] == []
+    assert [target for target in sorted(local) if not (ROOT / name).parent.joinpath(target).exists()] == []
 
 
 def test_python_blocks_are_found_at_their_lines() -> None:

@@ -15,6 +15,12 @@ from visualizer import capture               # code that is not yours, by module
 with capture(model, "attn") as found:
     model(images)
 found["blocks.3.attn"]                       # [array]
+
+from visualizer import attention             # the weights of fused kernels too
+
+with attention(model) as maps:
+    model(images)
+maps["blocks.3.attn"].dense()                # (batch, heads, queries, keys)
 """
 
 from __future__ import annotations
@@ -34,12 +40,15 @@ from .errors import (
 from .instrument import capture, get_local
 
 if TYPE_CHECKING:
-    from . import models, plot
-    from .store.files import load
+    from . import analysis, models, plot
+    from .intercept import attention
+    from .loading import load
+    from .maps import AttentionMap
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionMap",
     "FileFormatError",
     "RewriteError",
     "UnknownKeyError",
@@ -47,6 +56,8 @@ __all__ = [
     "UnsupportedPythonError",
     "VisualizerError",
     "VisualizerWarning",
+    "analysis",
+    "attention",
     "capture",
     "get_local",
     "load",
@@ -54,17 +65,18 @@ __all__ = [
     "plot",
 ]
 
-_LAZY = ("load", "models", "plot")
+_LAZY = {"AttentionMap": ".maps", "attention": ".intercept", "load": ".loading"}
+_ROOMS = ("analysis", "models", "plot")
 
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: they bring in torch and matplotlib, which capturing does not need.
-    if name == "load":
-        return import_module(".store.files", __name__).load
     if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    if name in _ROOMS:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_ROOMS})

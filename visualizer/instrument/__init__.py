@@ -1,6 +1,18 @@
 """What is instrumented now, for whom, and the way back: `get_local` and `capture`."""
 
+from .arguments import check_count
 from .capturing import Captured, capture
+from .compiled import Uncompiled
 from .decorator import Activation, GetLocal, get_local
+from .targets import named_modules
 
-__all__ = ["Activation", "Captured", "GetLocal", "capture", "get_local"]
+__all__ = [
+    "Activation",
+    "Captured",
+    "GetLocal",
+    "Uncompiled",
+    "capture",
+    "check_count",
+    "get_local",
+    "named_modules",
+]

@@ -21,7 +21,7 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from threading import RLock
 from types import CodeType, FrameType, ModuleType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ..store import Channel, listener, receive
 
@@ -74,6 +74,7 @@ class _Finder:
                 if _Finder in sys.meta_path:
                     sys.meta_path.remove(_Finder)
                 _teach()
+                Uncompiled.begin()
 
         loader.exec_module = load
         return spec
@@ -103,6 +104,36 @@ def _spare() -> None:
             with suppress(ImportError, AttributeError):
                 for room in ("errors", "instrument", "store", "tensors"):
                     import_module(f"{_COMPILER}.{rules}").add(f"{__name__.partition('.')[0]}.{room}")
+
+
+class Uncompiled:
+    """Has compiled functions run as they are written, in all threads, from its creation to its `end`."""
+
+    _active: ClassVar[set[Uncompiled]] = set()
+    _stance: ClassVar[Any] = None
+
+    def __init__(self) -> None:
+        self._active.add(self)
+        if _COMPILER in sys.modules:
+            self.begin()
+        else:  # it takes a second to load, and nothing is compiled without it
+            prepare()
+
+    @classmethod
+    def begin(cls) -> None:
+        """Switch compiled code off, where anybody wants that."""
+        torch = sys.modules["torch"]
+        if cls._active and cls._stance is None and hasattr(torch.compiler, "set_stance"):
+            with suppress(RuntimeError):  # called from what is just being compiled
+                cls._stance = torch.compiler.set_stance("force_eager")
+
+    def end(self) -> None:
+        """Have compiled functions run as before, when nobody else wants them not to."""
+        self._active.discard(self)
+        if not self._active:
+            stance, Uncompiled._stance = self._stance, None
+            if stance is not None:
+                stance.__exit__(None, None, None)
 
 
 class _Unfit(Exception):
@@ -253,13 +284,18 @@ atexit.register(_retired.clear)  # later, the compiler's own way to clear up beh
 def _is_running() -> bool:
     """Whether a thread, this one included, is inside of compiled code, or just compiling."""
     inside = vars(sys.modules[f"{_COMPILER}.eval_frame"])
-    for frame in sys._current_frames().values():
-        step: FrameType | None = frame
-        while step is not None:
-            if step.f_globals is inside:
-                return True
-            step = step.f_back
-    return False
+    step: FrameType | None = None
+    frames = list(sys._current_frames().values())
+    try:
+        while frames:
+            step = frames.pop()
+            while step is not None:
+                if step.f_globals is inside:
+                    return True
+                step = step.f_back
+        return False
+    finally:  # this function's own frame is among them: to hold it would hold all that its callers have
+        del step, frames
 
 
 def _retire(codes: Iterable[CodeType]) -> bool:

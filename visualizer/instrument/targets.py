@@ -207,7 +207,7 @@ def _add_module(
     """
     kinds: dict[type, dict[str, list[FunctionType]]] = {}
     found: set[str] = set()
-    for path, submodule in _named_modules(module):
+    for path, submodule in named_modules(module):
         path = f"{prefix}{path}".rstrip(".")
         kind = type(submodule)
         if kind not in kinds:
@@ -309,7 +309,7 @@ _WRAPPERS = {
 }
 
 
-def _named_modules(module: Any) -> Iterator[tuple[str, Any]]:
+def named_modules(module: Any) -> Iterator[tuple[str, Any]]:
     """`module.named_modules()`, with the paths that they have in the plain model: without those of wrappers."""
     plain = {"": ""}
     for path, submodule in module.named_modules():

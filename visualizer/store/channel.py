@@ -248,9 +248,8 @@ class Channel:
         causes = (
             "The function deletes it before it returns: capture it with at='assign'."
             if deleted
-            else "The usual causes: a fused attention kernel that never makes the weights (build the model with "
-            'timm.layers.set_fused_attn(False), attn_implementation="eager" in transformers, or call '
-            "torch.backends.mha.set_fastpath_enabled(False) for nn.MultiheadAttention), or a flag of the model that "
-            "guards those lines."
+            else "The usual causes: a fused attention kernel that never makes the weights (visualizer.attention(model) "
+            "has them all the same; or build the model with timm.layers.set_fused_attn(False), or "
+            'attn_implementation="eager" in transformers), or a flag of the model that guards those lines.'
         )
         warn(f"{name!r} {what} when {self.place()} returned; {where}. {causes}")

@@ -121,37 +121,7 @@ def write(path: str | PathLike[str], keys: Sequence[str], records: Sequence[Reco
 
 
 def load(path: str | PathLike[str]) -> Cache:
-    """What `Cache.save` wrote: a cache of the same keys, values and records. The model need not be there.
-
-    >>> import os, tempfile
-    >>> import numpy as np
-    >>> from visualizer import capture
-    >>> def attend(x):
-    ...     attn = np.full((2, 5, 5), x)
-    ...     return "done"
-    >>> with capture(attend, "attn") as found:
-    ...     _ = attend(0.2)
-    >>> path = os.path.join(tempfile.mkdtemp(), "maps.safetensors")
-    >>> found.save(path, about={"tokens": ["it", "works"]})
-    >>> again = load(path)
-    >>> again["attend"][0].shape, again.records[0].variable, again.about
-    ((2, 5, 5), 'attn', {'tokens': ['it', 'works']})
-
-    Args:
-        path: the file. All of it is read into memory; nothing in it is run.
-
-    Returns:
-        A cache of its own. Arrays come back as arrays and tensors as tensors, of their shape and dtype; tensors are on
-        the CPU and have no graph. Numbers (numpy's too), strings, bytes, None, lists, tuples, sets and dicts have their
-        types; those of a subclass (a model's output, a named tuple, an enum) come back plain. What was one object in
-        several places is one again.
-
-    Raises:
-        FileFormatError: the file is damaged, cut off, written by a newer version, or none that `Cache.save` wrote; the
-            message says which. Each byte is checked: what is returned is what was saved.
-        ModuleNotFoundError: the file has tensors, and torch is not installed.
-        OSError: the file cannot be opened: it is missing, a folder, or not yours to read.
-    """
+    """What `write` wrote: a cache of the same keys, values and records; see `visualizer.load`."""
     name = os.fspath(path)
     with open(path, "rb") as file:
         try:

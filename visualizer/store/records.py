@@ -221,24 +221,10 @@ class Cache(dict[str, list[Any]]):
         return dict, (dict(self),)
 
     def __repr__(self) -> str:
-        head, rows = self._table()
-        if len(rows) == 1:
-            return f"<{head}>"
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([f"<{head}", *(f"  {line.rstrip()}" for line in lines)]) + ">"
+        return as_text(*self._table())
 
     def _repr_html_(self) -> str:
-        import html
-
-        head, [names, *rows] = self._table()
-        cell = '<{0} style="text-align:left">{1}</{0}>'.format
-        body = "".join(f"<tr>{''.join(cell('td', html.escape(text)) for text in row)}</tr>" for row in rows)
-        header = "".join(cell("th", name) for name in names)
-        return (
-            f'<table><caption style="text-align:left;white-space:nowrap">{html.escape(head)}</caption>'
-            f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
-        )
+        return as_html(*self._table())
 
     def _table(self) -> tuple[str, list[tuple[str, ...]]]:
         """A line about the whole, and the rows of the table, its header first."""
@@ -255,12 +241,9 @@ class Cache(dict[str, list[Any]]):
             count = f"{called}" if called == len(values) else f"{called} ({len(values)} values)"
             kinds = [_kind(value) for value in values]
             shapes, dtypes = (_few(dict.fromkeys(column)) for column in zip(*kinds, strict=True)) if kinds else ("", "")
-            rows.append((key or "''", count, shapes, dtypes, _human(size)))
-        if len(rows) > _ROWS + 1:
-            left = len(rows) - 1 - _ROWS
-            rows[_ROWS + 1 :] = [(f"... {left} more", "", "", "", "")]
+            rows.append((key or "''", count, shapes, dtypes, human(size)))
         keys = f"{len(self)} key{'' if len(self) == 1 else 's'}"
-        head = f"{self._title}: {keys}, {values_in_all} value{'' if values_in_all == 1 else 's'}, {_human(total)}"
+        head = f"{self._title}: {keys}, {values_in_all} value{'' if values_in_all == 1 else 's'}, {human(total)}"
         return head, rows
 
 
@@ -278,7 +261,38 @@ def _few(names: dict[str, None]) -> str:
     return " or ".join(first) if len(names) <= 2 else f"{first[0]} and {len(names) - 1} others"
 
 
-def _human(size: int) -> str:
+def as_text(head: str, rows: list[tuple[str, ...]]) -> str:
+    """A table in plain text, as a repr: a line about the whole, then the rows, of which the first names the columns."""
+    if len(rows) == 1:
+        return f"<{head}>"
+    rows = _few_rows(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([f"<{head}", *(f"  {line.rstrip()}" for line in lines)]) + ">"
+
+
+def as_html(head: str, rows: list[tuple[str, ...]]) -> str:
+    """The same as HTML, for notebooks."""
+    import html
+
+    names, *rest = _few_rows(rows)
+    cell = '<{0} style="text-align:left">{1}</{0}>'.format
+    body = "".join(f"<tr>{''.join(cell('td', html.escape(text)) for text in row)}</tr>" for row in rest)
+    header = "".join(cell("th", name) for name in names)
+    return (
+        f'<table><caption style="text-align:left;white-space:nowrap">{html.escape(head)}</caption>'
+        f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def _few_rows(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    left = len(rows) - 1 - _ROWS
+    if left < 1:
+        return rows
+    return [*rows[: _ROWS + 1], (f"... {left} more", *[""] * (len(rows[0]) - 1))]
+
+
+def human(size: int) -> str:
     """Bytes as people write them: 999 B, 55.5 kB, 1.42 GB."""
     amount, unit = float(size), "B"
     for bigger in ("kB", "MB", "GB", "TB"):

@@ -1,0 +1,622 @@
+"""attention(): what it sees of a model's calls, what it keeps, and what it leaves as it was."""
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.attention.bias
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention as by_another_name
+
+from visualizer import AttentionMap, UnknownKeyError, VisualizerWarning, attention, load
+
+
+class Heads(nn.Module):
+    """Attention of several heads; how it is computed is what the subclasses differ in."""
+
+    def __init__(self, heads=2, width=8):
+        super().__init__()
+        self.qkv, self.heads, self.last = nn.Linear(width, 3 * width), heads, None
+
+    def forward(self, x, **options):
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.attend(q, k, v, **options).transpose(1, 2).reshape(batch, tokens, width)
+
+
+class Fused(Heads):
+    def attend(self, q, k, v, **options):
+        self.last = q, k, v
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+class Open(Heads):
+    """The same, and it keeps its weights for the tests to read."""
+
+    def attend(self, q, k, v, dropout_p=0.0):
+        self.weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        return F.dropout(self.weights, dropout_p) @ v
+
+
+class LinearAttention(Heads):
+    def attend(self, q, k, v):
+        q, k = q.softmax(-1), k.softmax(-2)
+        return q @ (k.mT @ v)
+
+
+class Block(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(8), kind()
+
+    def forward(self, x):
+        return x + self.attn(self.norm(x))
+
+
+def model_of(kind=Fused, depth=3):
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(kind) for _ in range(depth)))
+
+
+def pair(depth=3):
+    """The same weights, fused and open."""
+    fused, opened = model_of(Fused, depth), model_of(Open, depth)
+    opened.load_state_dict(fused.state_dict())
+    return fused, opened
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+
+
+def largest_error(maps, opened):
+    return max((one.dense() - block.attn.weights).abs().max().item() for one, block in zip(maps, opened, strict=True))
+
+
+class TestSeen:
+    def test_fused_calls_equal_the_open_computation(self, x):
+        fused, opened = pair()
+        before = fused(x)
+        with attention(fused) as maps:
+            after = fused(x)
+        opened(x)
+        assert torch.equal(before, after)
+        assert maps.paths == ("0.attn", "1.attn", "2.attn")
+        assert [one.kind for one in maps] == ["self"] * 3
+        assert not any(one.is_dense for one in maps)
+        assert largest_error(maps, opened) < 1e-6
+
+    def test_an_open_softmax_is_kept_as_it_was_before_dropout(self, x):
+        opened = model_of(Open)
+        for block in opened:
+            block.attn.forward = lambda x, attn=block.attn: Heads.forward(attn, x, dropout_p=0.5)
+        with attention(opened) as maps:
+            opened(x)
+        assert all(one.is_dense for one in maps)
+        assert largest_error(maps, opened) == 0
+
+    @pytest.mark.parametrize("name", ["torch.matmul", "@", "bmm", "einsum"])
+    @pytest.mark.parametrize("softmax", ["method", "torch", "functional", "module"])
+    def test_ways_to_write_it(self, x, name, softmax):
+        class Written(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.softmax = nn.Softmax(dim=-1)
+
+            def forward(self, x):
+                scores = x @ x.mT
+                made = {
+                    "method": lambda: scores.softmax(-1),
+                    "torch": lambda: torch.softmax(scores, dim=2),
+                    "functional": lambda: F.softmax(scores, -1, dtype=torch.float64).to(x.dtype),
+                    "module": lambda: self.softmax(scores),
+                }[softmax]()
+                self.weights = made.clone()
+                made = made.masked_fill(made < 0, 0).contiguous()
+                return {
+                    "torch.matmul": lambda: torch.matmul(made, x),
+                    "@": lambda: made @ x,
+                    "bmm": lambda: torch.bmm(made, x),
+                    "einsum": lambda: torch.einsum("bij,bjd->bid", made, x),
+                }[name]()
+
+        model = Written()
+        with attention(model) as maps:
+            model(x)
+        assert (maps[""].dense()[:, 0] - model.weights).abs().max() < 1e-6
+        assert maps[0].shape == (2, 1, 5, 5)
+
+    def test_weights_changed_in_place_are_kept_as_they_were(self, x):
+        class Changes(nn.Module):
+            def forward(self, x):
+                attn = (x @ x.mT).softmax(-1)
+                self.weights = attn.clone()
+                attn = F.dropout(attn, 0.5, True, True)
+                attn *= 3
+                return attn @ x
+
+        model = Changes()
+        with attention(model) as maps:
+            model(x)
+        assert torch.equal(maps[0].dense()[:, 0], model.weights)
+
+    def test_a_softmax_without_a_product_is_no_attention(self, x):
+        class Classifier(nn.Module):
+            def forward(self, x):
+                return (x @ x.mT).softmax(-1)
+
+        model = nn.Sequential(Block(Fused), Classifier())
+        with attention(model) as maps:
+            model(x)
+        assert maps.paths == ("0.attn",)
+
+    def test_another_name_of_the_function(self, x):
+        class Named(Heads):
+            def attend(self, q, k, v):
+                return by_another_name(q, k, v)
+
+        model = model_of(Named)
+        with attention(model) as maps:
+            model(x)
+        assert len(maps) == 3
+
+    @pytest.mark.parametrize("shape", [(5, 4), (3, 5, 4), (2, 3, 4, 5, 4)])
+    def test_other_numbers_of_axes(self, shape):
+        class Plain(nn.Module):
+            def forward(self, q):
+                return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+        q, mask = torch.randn(shape), torch.randn(5, 5)
+        model = Plain()
+        with attention(model) as maps:
+            model(q)
+        eye = torch.eye(5).expand(*shape[:-1], 5)
+        expected = F.scaled_dot_product_attention(q, q, eye, attn_mask=mask)
+        assert (maps[0].dense().reshape(expected.shape) - expected).abs().max() < 1e-6
+
+    def test_arguments_of_the_fused_function(self, x):
+        lower = torch.nn.attention.bias.causal_lower_right(5, 5)
+        for options in (
+            {"is_causal": True},
+            {"attn_mask": torch.rand(5, 5) > 0.4},
+            {"attn_mask": torch.randn(2, 1, 5, 5), "scale": 0.3},
+            {"attn_mask": lower},
+            {"dropout_p": 0.5},
+        ):
+            model = Fused()
+            with attention(model) as maps:
+                model(x, **options)
+            q, k, _ = model.last
+            options.pop("dropout_p", None)
+            expected = F.scaled_dot_product_attention(q, k, torch.eye(5).expand(2, 2, 5, 5), **options)
+            assert (maps[0].dense() - expected).abs().max() < 1e-6
+
+    @pytest.mark.parametrize("need_weights", [True, False])
+    @pytest.mark.parametrize("average", [True, False])
+    def test_multihead_attention(self, x, need_weights, average):
+        model = nn.MultiheadAttention(8, 2, batch_first=True)
+        options = {"need_weights": need_weights, "average_attn_weights": average}
+        before, weights = model(x, x, x, **options)
+        with attention(model) as maps:
+            after, same = model(x, x, x, **options)
+        assert torch.equal(before, after)
+        assert same is None if weights is None else torch.equal(weights, same)
+        expected = model(x, x, x, average_attn_weights=False)[1]
+        assert (maps[0].dense() - expected).abs().max() < 1e-6
+
+    def test_dropout_in_multihead_attention_comes_after_the_map(self, x):
+        model = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+        with attention(model) as maps:
+            model(x, x, x)
+        model.eval()
+        expected = model(x, x, x, average_attn_weights=False)[1]
+        assert (maps[0].dense() - expected).abs().max() < 1e-6
+
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # of torch's native path
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_an_encoder_where_torch_would_take_its_native_path(self, x, padded):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2).eval()
+        mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
+        with torch.no_grad():
+            before = model(x, src_key_padding_mask=mask)
+            with attention(model) as maps:
+                after = model(x, src_key_padding_mask=mask)
+        seen = ~mask if padded else torch.ones(2, 5, dtype=torch.bool)
+        assert (before[seen] - after[seen]).abs().max() < 1e-5
+        assert maps.paths == ("layers.0.self_attn", "layers.1.self_attn")
+        first = model.layers[0].self_attn(x, x, x, key_padding_mask=mask, average_attn_weights=False)[1]
+        assert (maps[0].dense() - first)[seen.unsqueeze(1).expand(2, 2, 5)].abs().max() < 1e-6
+
+    def test_a_decoder_tells_self_from_cross(self, x):
+        layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+        model = nn.TransformerDecoder(layer, 2).eval()
+        with attention(model) as maps:
+            model(x, torch.randn(2, 7, 8), tgt_mask=nn.Transformer.generate_square_subsequent_mask(5))
+        assert [one.kind for one in maps] == ["self", "cross"] * 2
+        assert [one.shape for one in maps] == [(2, 2, 5, 5), (2, 2, 5, 7)] * 2
+        assert maps[0].dense().triu(1).abs().max() == 0
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, within its compiler
+    @pytest.mark.parametrize("is_first", [True, False], ids=["compiled before", "compiled inside"])
+    @pytest.mark.parametrize("backend", ["eager", "inductor"])
+    def test_a_compiled_model(self, x, backend, is_first):
+        fused, opened = pair(2)
+        compiled = torch.compile(fused, backend=backend, fullgraph=True)
+        with torch.no_grad():
+            if is_first:
+                before = compiled(x)
+            with attention(compiled) as maps:
+                inside = compiled(x)
+            opened(x)
+            assert largest_error(maps, opened) < 1e-6
+            assert maps.paths == ("0.attn", "1.attn")
+            after = compiled(x)
+            assert (inside - after).abs().max() < 1e-6
+            assert not is_first or torch.equal(before, after)
+        assert len(maps) == 2
+
+    def test_overlapping_recordings_leave_compiling_as_it_was(self, x):
+        fused = model_of()
+        counted = []
+
+        def backend(graph, inputs):
+            counted.append(1)
+            return graph
+
+        compiled = torch.compile(fused, backend=backend)
+        one, other = attention(fused).start(), attention(fused).start()
+        one.stop()
+        compiled(x)
+        assert counted == []
+        other.stop()
+        compiled(x)
+        assert counted == [1]
+
+    @pytest.mark.parametrize("kind", [Fused, Open])
+    def test_mixed_precision(self, x, kind):
+        model = model_of(kind)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), attention(model) as maps:
+            model(x)
+        if kind is Fused:
+            q, k, _ = model[0].attn.last
+            assert q.dtype == torch.bfloat16
+            expected = (q.float() @ k.float().mT / 2).softmax(-1)
+            assert (maps[0].dense() - expected).abs().max() < 1e-6
+        else:
+            assert torch.equal(maps[0].dense(), model[0].attn.weights.float())
+        assert maps[0].dtype == torch.float32
+
+    def test_float64_gives_float64(self, x):
+        fused, opened = pair()
+        with attention(fused.double()) as maps:
+            fused(x.double())
+        opened.double()(x.double())
+        assert maps[0].dense().dtype == torch.float64
+        assert largest_error(maps, opened) < 1e-14
+
+    def test_other_threads(self, x):
+        model = model_of()
+        with attention(model) as maps:
+            threads = [threading.Thread(target=model, args=(x,)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert [len(maps.calls(path)) for path in maps.paths] == [4, 4, 4]
+
+    def test_submodules_called_on_their_own(self, x):
+        model = model_of()
+        with attention(model) as maps:
+            model[1](x)
+            Fused()(x)
+        assert maps.paths == ("1.attn",)
+
+    def test_an_exported_program(self, x):
+        fused, opened = pair()
+        exported = torch.export.export(fused, (x,)).module()
+        with attention(exported) as maps:
+            exported(x)
+        opened(x)
+        assert largest_error(maps, opened) < 1e-6
+
+    def test_what_checkpointing_computes_again_is_recorded_once(self, x):
+        class Checkpointed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.block = Block(Fused)
+
+            def forward(self, x):
+                return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False)
+
+        model = Checkpointed()
+        with attention(model) as maps:
+            model(x.requires_grad_()).sum().backward()
+        assert maps.paths == ("block.attn",)
+        assert len(maps) == 1
+
+
+class TestTold:
+    def test_linear_attention_has_no_map(self, x):
+        model = nn.Sequential(Block(Fused), Block(LinearAttention), Block(LinearAttention))
+        with pytest.warns(VisualizerWarning, match=r"LinearAttention \('1.attn' and 1 more\) ran, but no softmax"):
+            with attention(model) as maps:
+                model(x)
+        assert maps.paths == ("0.attn",)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_scripted_modules(self, x):
+        class Scripted(nn.Module):
+            def forward(self, x):
+                return F.scaled_dot_product_attention(x, x, x)
+
+        model = nn.Sequential(Block(Fused), torch.jit.script(Scripted()))
+        with pytest.warns(VisualizerWarning, match="'1' is scripted"), attention(model) as maps:
+            model(x)
+        assert maps.paths == ("0.attn",)
+
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, about the fused kernel
+    def test_transforms_of_functions(self, x):
+        model = Fused()
+        with pytest.warns(VisualizerWarning, match=r"the attention of '' was inside a transform of torch\.func"):
+            with attention(model) as maps:
+                torch.vmap(model)(x.unsqueeze(0))
+        assert len(maps) == 0
+
+    def test_a_layer_that_is_not_there(self, x):
+        model = model_of()
+        with pytest.warns(VisualizerWarning, match=r"no attention was seen in 'blocks\.\*'.*'0\.attn'"):
+            with attention(model, layers=["0.attn", "blocks.*"]):
+                model(x)
+
+    def test_a_model_without_attention(self, x):
+        model = nn.Linear(8, 8)
+        with pytest.warns(VisualizerWarning, match="Linear ran without any attention that can be seen"):
+            with attention(model):
+                model(x)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"model": "vit"}, TypeError, "takes an nn.Module, not str"),
+            ({"keep": "numpy"}, TypeError, "keep is a function of an AttentionMap"),
+            ({"layers": [1.5]}, TypeError, "layers are numbers or module paths, not 1.5"),
+            ({"max_bytes": 0}, ValueError, "max_bytes must be at least 1"),
+        ],
+    )
+    def test_arguments(self, arguments, error, message):
+        with pytest.raises(error, match=message):
+            attention(**({"model": model_of()} | arguments))
+
+
+class TestKept:
+    @pytest.mark.parametrize(
+        ("layers", "paths"),
+        [
+            (0, ["0.attn"]),
+            (-1, ["2.attn"]),
+            ([0, -1], ["0.attn", "2.attn"]),
+            ("*.attn", ["0.attn", "1.attn", "2.attn"]),
+            (["1.attn"], ["1.attn"]),
+        ],
+    )
+    def test_layers(self, x, layers, paths):
+        model = model_of()
+        with attention(model, layers=layers) as maps:
+            model(x)
+            model(x)
+        assert sorted(maps.paths) == paths
+        assert all(len(maps.calls(path)) == 2 for path in paths)
+
+    def test_what_a_function_makes_of_each_map(self, x):
+        fused, opened = pair()
+        with attention(fused, keep=lambda a: a.rows([0, -1])) as maps:
+            fused(x)
+        opened(x)
+        assert [one.shape for one in maps] == [(2, 2, 2, 5)] * 3
+        assert (maps["1.attn"] - opened[1].attn.weights[:, :, [0, -1]]).abs().max() < 1e-6
+
+    def test_an_error_of_the_function_names_the_module_and_leaves_the_model_in_order(self, x):
+        model = model_of()
+        with attention(model, keep=lambda a: 1 / 0) as maps:
+            with pytest.raises(ZeroDivisionError) as caught:
+                model(x)
+        assert "while keeping the attention of '0.attn'" in caught.value.__notes__[0]
+        assert not maps.is_running
+        model(x)
+
+    def test_a_budget(self, x):
+        model = model_of()
+        each = 2 * 2 * 2 * 5 * 4 * 4  # query and key
+        with pytest.warns(VisualizerWarning, match=r"more than 1,300 bytes on cpu \(max_bytes\): that of '2.attn'"):
+            with attention(model, max_bytes=1300) as maps:
+                model(x)
+                model(x)
+        assert len(maps) == 2
+        assert 2 * each <= 1300 < 3 * each
+        maps.clear()
+        with maps:
+            model[0](x)
+        assert len(maps) == 1
+
+    def test_a_map_does_not_change_with_the_model(self, x):
+        class Overwrites(Heads):
+            def attend(self, q, k, v):
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+                q.zero_(), k.zero_(), mask.zero_()
+                return out
+
+        mask = torch.randn(5, 5)
+        model, same = Overwrites(), Fused()
+        same.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            with attention(same) as expected:
+                same(x, attn_mask=mask)
+            with attention(model) as maps:
+                model(x)
+        assert torch.equal(maps[0].dense(), expected[0].dense())
+
+    def test_layers_that_share_a_mask_share_its_copy(self, x):
+        class Masked(Heads):
+            def attend(self, q, k, v):
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+        mask = torch.zeros(2, 1, 1, 5).expand(2, 2, 5, 5)
+        model = model_of(Masked)
+        with attention(model) as maps:
+            model(x)
+        masks = {id(one._source._mask) for one in maps}
+        assert len(masks) == 1
+        assert maps[0]._source._mask.shape == (2, 1, 1, 5)
+
+    def test_maps_made_in_inference_mode_work_outside_of_it(self, x):
+        model = model_of()
+        with torch.inference_mode(), attention(model) as maps:
+            model(x)
+        weight = torch.ones(5, requires_grad=True)
+        (maps[0].dense() * weight).sum().backward()
+        assert weight.grad is not None
+
+    def test_a_file(self, x, tmp_path):
+        model = model_of()
+        with attention(model) as maps:
+            model(x)
+            model[1](x)
+        maps.save(tmp_path / "maps.safetensors", about={"tokens": list("abcde")})
+        again = load(tmp_path / "maps.safetensors")
+        assert again.about == {"tokens": list("abcde")}
+        assert [one.path for one in again] == [one.path for one in maps]
+        assert all(torch.equal(one.dense(), other.dense()) for one, other in zip(again, maps, strict=True))
+        assert repr(again).splitlines()[1:] == repr(maps).splitlines()[1:]
+        with pytest.raises(RuntimeError, match="the maps are from a file"):
+            again.start()
+
+    def test_a_file_of_what_a_function_made(self, x, tmp_path):
+        model = model_of()
+        with attention(model, keep=lambda a: a.rows(0)) as maps:
+            model(x)
+        maps.save(tmp_path / "rows.safetensors")
+        again = load(tmp_path / "rows.safetensors")
+        assert all(torch.equal(one, other) for one, other in zip(again, maps, strict=True))
+
+
+class TestGradients:
+    def test_equal_the_open_models(self, x):
+        fused, opened = pair()
+        with attention(fused, gradients=True) as maps:
+            fused(x).square().sum().backward()
+        y = opened(x)
+        for block in opened:
+            block.attn.weights.retain_grad()
+        y.square().sum().backward()
+        for one, block in zip(maps, opened, strict=True):
+            assert (one.grad_dense() - block.attn.weights.grad).abs().max() < 1e-5
+            assert torch.equal(one.grad_rows([1]), one.grad_dense()[:, :, [1]])
+
+    def test_of_an_open_softmax(self, x):
+        opened = model_of(Open)
+        with attention(opened, gradients=True) as maps:
+            y = opened(x)
+            for block in opened:
+                block.attn.weights.retain_grad()
+            y.square().sum().backward()
+        assert all(torch.equal(one.grad_dense(), b.attn.weights.grad) for one, b in zip(maps, opened, strict=True))
+
+    def test_what_is_missing_is_said(self, x):
+        model = model_of()
+        with attention(model) as maps:
+            model(x)
+        with pytest.raises(RuntimeError, match=r"attention\(model, gradients=True\)"):
+            maps[0].grad_dense()
+        with attention(model, gradients=True) as maps:
+            model(x)
+        with pytest.raises(RuntimeError, match="no backward pass has come through"):
+            maps[0].grad_dense()
+        dropping = Fused()
+        with attention(dropping, gradients=True) as maps:
+            dropping(x, dropout_p=0.5).sum().backward()
+        with pytest.raises(RuntimeError, match="there was dropout"):
+            maps[0].grad_dense()
+
+
+class TestLeftAsItWas:
+    def test_hooks_and_modes_are_gone(self, x):
+        model = model_of()
+        with attention(model):
+            model(x)
+        assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+        assert torch.overrides._get_current_function_mode() is None
+
+    def test_after_an_error_in_the_model(self, x):
+        class Fails(nn.Module):
+            def forward(self, x):
+                raise ValueError("no")
+
+        model = nn.Sequential(Block(Fused), Fails())
+        with attention(model) as maps:
+            with pytest.raises(ValueError, match="no"):
+                model(x)
+            assert torch.overrides._get_current_function_mode() is None
+            model[0](x)
+        assert len(maps.calls("0.attn")) == 2
+
+    def test_two_at_once(self, x):
+        fused, opened = pair()
+        with attention(fused) as one:
+            with attention(fused, layers=0) as other:
+                fused(x)
+            fused(x)
+        opened(x)
+        assert [len(one), len(other)] == [6, 1]
+        assert largest_error(one[:3], opened) < 1e-6
+
+    def test_a_model_is_not_kept_alive(self, x):
+        model = model_of()
+        with attention(model) as maps:
+            model(x)
+        alive = weakref.ref(model)
+        gc.disable()
+        try:
+            del model
+            assert alive() is None
+        finally:
+            gc.enable()
+        assert len(maps) == 3
+
+    def test_a_model_copied_meanwhile_records_nothing_of_its_own(self, x):
+        model = model_of()
+        with attention(model):
+            twin = copy.deepcopy(model)
+        assert torch.equal(twin(x), model(x))
+
+
+class TestReading:
+    def test_keys(self, x):
+        model = model_of()
+        with attention(model) as maps:
+            model(x)
+            assert maps["1.attn"] is maps[1]
+            assert "1.attn" in maps and maps[1] in maps
+            assert [one.path for one in maps] == ["0.attn", "1.attn", "2.attn"]
+            model(x)
+        with pytest.raises(UnknownKeyError, match=r"'1.attn' attended 2 times: maps.calls\('1.attn'\)"):
+            maps["1.attn"]
+        with pytest.raises(UnknownKeyError, match=r"no attention of '1\.atn' was recorded; did you mean '1.attn'"):
+            maps["1.atn"]
+        with pytest.raises(IndexError, match="there is no map 6: 6 were recorded"):
+            maps[6]
+        assert maps[-1] is maps.calls("2.attn")[1]
+        assert len(maps[:3]) == 3
+
+    def test_tables(self, x):
+        model = model_of()
+        with attention(model) as maps:
+            model(x)
+        assert "attention of Sequential: 3 maps of 3 modules, 1.92 kB" in repr(maps)
+        assert "<td" in maps._repr_html_()
+        assert isinstance(maps[0], AttentionMap)

@@ -1,0 +1,320 @@
+"""`attention(model)`: every attention call of a model as it runs, however it is computed."""
+
+from __future__ import annotations
+
+import fnmatch
+import threading
+import weakref
+from _thread import get_ident
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UnknownKeyError, warn
+from ..instrument import check_count
+from ..maps import AttentionMap
+from ..store import Record, as_html, as_text, human, write
+from ..tensors import bytes_by_device, keeper, memory_of
+from .watching import Growing, Watch
+
+
+def attention(
+    model: nn.Module,
+    *,
+    layers: int | str | Sequence[int | str] | None = None,
+    keep: Callable[[AttentionMap], Any] | None = None,
+    gradients: bool = False,
+    max_bytes: int | None = None,
+) -> Maps:
+    """The attention weights of a model as it runs, whether its kernels make them or not.
+
+    >>> import torch
+    >>> from visualizer import attention
+    >>> layer = torch.nn.TransformerEncoderLayer(16, nhead=2, batch_first=True)
+    >>> model = torch.nn.TransformerEncoder(layer, num_layers=2).eval()
+    >>> with attention(model) as maps:
+    ...     y = model(torch.randn(1, 5, 16))
+    >>> maps
+    <attention of TransformerEncoder: 2 maps of 2 modules, 1.28 kB
+      module              calls  shape (batch, heads, queries, keys)  kind  kept as
+      layers.0.self_attn  1      (1, 2, 5, 5)                         self  query and key, float32
+      layers.1.self_attn  1      (1, 2, 5, 5)                         self  query and key, float32>
+    >>> maps["layers.1.self_attn"].dense().shape
+    torch.Size([1, 2, 5, 5])
+
+    Seen are `F.scaled_dot_product_attention` under any name, `flex_attention`, `nn.MultiheadAttention` and what is
+    made of it, and a softmax over the last axis between two matrix products. The weights are those before dropout.
+    The model's output stays what it was; where torch's own fast path for encoders had to be left (under `no_grad`), to
+    rounding. A module that is called attention and ran without a map (linear attention, another library's kernel) is
+    warned about.
+
+    Args:
+        model: whose modules' calls are recorded, in whichever thread they are made.
+        layers: which modules, if not all: a number, counted in the order of their first calls (-1 is the last), a path
+            or a pattern of paths such as "encoder.*", or several of these.
+        keep: None keeps maps. A function of an `AttentionMap` is called at once, and what it returns is kept instead:
+            `lambda a: a.rows(0)`, `visualizer.analysis.entropy`. Tensors in it are copied, detached.
+        gradients: also keep what `AttentionMap.grad_rows` needs: the value, and after a backward pass the gradient of
+            the output.
+        max_bytes: how many bytes to keep on each device; None: a quarter of its memory. Past it nothing more is
+            recorded, and one warning says so.
+
+    Returns:
+        The maps, recorded inside its `with` block, or from its `start()` to its `stop()`: `maps[0]` is the first
+        call's, `maps["blocks.3.attn"]` that module's. They lie on the device of the model, in its type.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind.
+
+    Modules that `torch.compile` has compiled run uncompiled while maps are recorded (torch 2.6 or newer): nothing is
+    compiled anew. Scripted modules run without Python and are warned about.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attention takes an nn.Module, not {type(model).__name__}")
+    if keep is not None and not callable(keep):
+        raise TypeError(
+            f"keep is a function of an AttentionMap, such as lambda a: a.rows(0), or None to keep maps; not {keep!r}"
+        )
+    check_count("max_bytes", max_bytes)
+    chosen = None if layers is None else [layers] if isinstance(layers, (int, str)) else list(layers)
+    for layer in chosen or ():
+        if isinstance(layer, bool) or not isinstance(layer, (int, str)):
+            raise TypeError(f"layers are numbers or module paths, not {layer!r}")
+    return Maps(model, chosen, keep, gradients, max_bytes)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One recorded call: its map, or what was kept of it."""
+
+    path: str
+    value: Any
+    thread: int
+    sizes: dict[str, int]
+
+
+class Maps(Sequence[Any]):
+    """The attention maps of a model's calls, in call order, or what was kept of each; made by `attention`."""
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        layers: list[int | str] | None,
+        keep: Callable[[AttentionMap], Any] | None,
+        gradients: bool,
+        max_bytes: int | None,
+    ) -> None:
+        self._model = (lambda: None) if model is None else weakref.ref(model)
+        self._title = "attention" if model is None else f"attention of {type(model).__qualname__}"
+        self.about: dict[str, Any] = {}
+        """What `save` was given beside the maps; {} unless this was read from a file."""
+        self._layers, self._keep, self._gradients = layers, keep, gradients
+        self._max_bytes = max_bytes
+        self._entries: list[_Entry] = []
+        self._paths: dict[str, int] = {}
+        self._bytes: dict[str, int] = {}
+        self._budgets: dict[str, int] = {}
+        self._is_full = False
+        self._lock = threading.Lock()
+        self._watch: Watch | None = None
+
+    def start(self) -> Maps:
+        """Record from now on; for notebooks, where a `with` would have to hold all cells. It returns itself."""
+        if self._watch is None:
+            model = self._model()
+            if model is None:
+                raise RuntimeError("there is nothing to record: the model is gone, or the maps are from a file")
+            self._watch = Watch(self, model)
+        return self
+
+    def stop(self) -> None:
+        """Record no more; what was recorded stays."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.end()
+
+    def __enter__(self) -> Maps:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether calls are recorded now."""
+        return self._watch is not None
+
+    def clear(self) -> None:
+        """Start over without maps."""
+        with self._lock:
+            self._entries, self._paths, self._bytes, self._is_full = [], {}, {}, False
+            if self._watch is not None:
+                self._watch.growing.clear()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the modules that have maps, in the order of their first calls."""
+        return tuple(dict.fromkeys(entry.path for entry in self._entries))
+
+    def calls(self, path: str) -> list[Any]:
+        """The maps of all calls of a module, such as those of a generation, one for each step."""
+        found = [entry.value for entry in self._entries if entry.path == path]
+        if not found:
+            import difflib
+
+            paths = self.paths
+            close = difflib.get_close_matches(str(path), paths, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            few = ", ".join(map(repr, paths[:12])) + (f" and {len(paths) - 12} more" if len(paths) > 12 else "")
+            raise UnknownKeyError(f"no attention of {path!r} was recorded{hint} Modules with maps: {few or 'none yet'}")
+        return found
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            if isinstance(key, slice):
+                return [entry.value for entry in self._entries[key]]
+            try:
+                return self._entries[key].value
+            except IndexError:
+                raise IndexError(f"there is no map {key}: {len(self)} were recorded") from None
+        found = self.calls(key)
+        if len(found) > 1:
+            raise UnknownKeyError(
+                f"{key!r} attended {len(found)} times: maps.calls({key!r}) has all of them, in order; with one pass "
+                "of the model inside the `with`, or clear() before it, each module has one"
+            )
+        return found[0]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([entry.value for entry in self._entries])
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.paths if isinstance(item, str) else any(entry.value is item for entry in self._entries)
+
+    def save(self, path: str | PathLike[str], about: dict[str, Any] | None = None) -> None:
+        """Write the maps to a `.safetensors` file, which `visualizer.load` reads without the model.
+
+        Fused maps are written as query and key, those of `flex_attention` with functions as weights. For the arguments
+        and errors see `capture`'s `save`. Gradients are not written.
+        """
+        records, shared = [], dict[int, Tensor]()
+        for number, entry in enumerate(self._entries):
+            is_map = isinstance(entry.value, AttentionMap)
+            value = entry.value._packed(shared) if is_map else entry.value
+            variable = _MAP if is_map else _KEPT
+            records.append(Record(entry.path, variable, value, number, None, entry.thread, entry.path))
+        write(path, list(self.paths), records, {} if about is None else about)
+
+    def __repr__(self) -> str:
+        return as_text(*self._table())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self._table())
+
+    def _table(self) -> tuple[str, list[tuple[str, ...]]]:
+        rows: list[tuple[str, ...]] = [
+            ("module", "calls", "shape (batch, heads, queries, keys)", "kind", "kept as"),
+        ]
+        total = sum(size for entry in self._entries for size in entry.sizes.values())
+        for path in self.paths:
+            found = self.calls(path)
+            first = found[0]
+            if isinstance(first, AttentionMap):
+                dtype = str(first._source.dtype).removeprefix("torch.")
+                shapes = list(dict.fromkeys(str(item.shape) for item in found))
+                more = f" and {len(shapes) - 1} others" if len(shapes) > 1 else ""
+                kept = f"{'weights' if first.is_dense else 'query and key'}, {dtype}"
+                rows.append((path or "''", str(len(found)), shapes[0] + more, first.kind or "", kept))
+            else:
+                shape = str(tuple(first.shape)) if isinstance(first, Tensor) else ""
+                rows.append((path or "''", str(len(found)), shape, "", f"{type(first).__name__} by keep"))
+        maps, modules = len(self), len(rows) - 1
+        head = (
+            f"{self._title}: {maps} map{'' if maps == 1 else 's'} of {modules} module{'' if modules == 1 else 's'}, "
+            f"{human(total)}"
+        )
+        return head, rows
+
+    def _wants(self, path: str) -> bool:
+        """Whether a module's calls are to be kept, as far as is known before later ones have been called."""
+        number = self._paths.setdefault(path, len(self._paths))
+        if self._is_full:
+            return False
+        if self._layers is None:
+            return True
+        return any(
+            fnmatch.fnmatchcase(path, layer) if isinstance(layer, str) else number - layer in (0, len(self._paths))
+            for layer in self._layers
+        )
+
+    def _take(self, path: str, make: Callable[[Growing | None], tuple[AttentionMap, dict[str, int]]]) -> None:
+        """File a call's map; `make` copies what it needs, given the keys of the module's last call, and weighs it."""
+        with self._lock:
+            if not self._wants(path):
+                return
+            watch = self._watch
+            if watch is None:
+                return
+            if self._keep is not None:
+                made, sizes = make(None)
+                try:
+                    value = keeper(self._keep)(made)
+                except Exception as error:
+                    error.add_note(f"while keeping the attention of {path!r} with keep={self._keep!r}")
+                    raise
+                sizes = bytes_by_device(value)
+            else:
+                value, sizes = make(watch.growing)
+            self._entries.append(_Entry(path, value, get_ident(), sizes))
+            for device, size in sizes.items():
+                self._bytes[device] = self._bytes.get(device, 0) + size
+            if self._layers is not None:
+                self._drop_passed()
+            over = next((device for device in sizes if self._bytes[device] > self._budget(device)), None)
+            if over is None:
+                return
+            self._discount(self._entries.pop())
+            self._is_full = True
+        budget = "max_bytes" if self._max_bytes is not None else "a quarter of its memory"
+        warn(
+            f"attention maps would take more than {self._budget(over):,} bytes on {over} ({budget}): that of {path!r} "
+            "and all that follow are not recorded, until clear(). Keep less (layers=, keep=), or allow more "
+            "(max_bytes=)."
+        )
+
+    def _drop_passed(self) -> None:
+        """Drop the maps of modules that were among the last ones when they ran and are not any more."""
+        for entry in [entry for entry in self._entries if not self._wants(entry.path)]:
+            self._entries.remove(entry)
+            self._discount(entry)
+
+    def _discount(self, entry: _Entry) -> None:
+        for device, size in entry.sizes.items():
+            self._bytes[device] -= size
+
+    def _budget(self, device: str) -> int:
+        if device not in self._budgets:
+            self._budgets[device] = memory_of(device) // 4 if self._max_bytes is None else self._max_bytes
+        return self._budgets[device]
+
+
+_MAP, _KEPT = "attention map", "attention kept"
+
+
+def restored(records: Sequence[Record], about: dict[str, Any]) -> Maps:
+    """The maps that a file's records are."""
+    maps = Maps(None, None, None, False, None)
+    maps.about = about
+    for record in sorted(records, key=lambda record: record.call):
+        value = AttentionMap._unpacked(record.value) if record.variable == _MAP else record.value
+        sizes = {} if record.variable == _MAP else bytes_by_device(value)
+        if isinstance(value, AttentionMap):
+            sizes = {str(value.device): value.nbytes}
+        maps._entries.append(_Entry(record.key, value, record.thread, sizes))
+    return maps
