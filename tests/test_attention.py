@@ -131,6 +131,23 @@ class TestSeen:
         assert (maps[""].dense()[:, 0] - model.weights).abs().max() < 1e-6
         assert maps[0].shape == (2, 1, 5, 5)
 
+    def test_a_sink_behind_the_keys_is_no_key(self, x):
+        """As in gpt-oss: a learnt score that takes part of the softmax, and is cut off before the product."""
+
+        class Sink(nn.Module):
+            def forward(self, x):
+                scores = torch.cat([x @ x.mT, torch.ones(2, 5, 1)], -1)
+                self.weights = F.softmax(scores - scores.max(-1, keepdim=True).values, dim=-1)
+                self.weights.retain_grad()
+                return F.dropout(self.weights[..., :-1], 0.5) @ x
+
+        model = Sink()
+        with attention(model, gradients=True) as maps:
+            model(x.requires_grad_()).sum().backward()
+        assert maps[0].shape == (2, 1, 5, 5)
+        assert torch.equal(maps[0].dense()[:, 0], model.weights[..., :-1])
+        assert torch.equal(maps[0].grad_dense()[:, 0], model.weights.grad[..., :-1])
+
     def test_weights_changed_in_place_are_kept_as_they_were(self, x):
         class Changes(nn.Module):
             def forward(self, x):
@@ -564,6 +581,12 @@ class TestLeftAsItWas:
             assert torch.overrides._get_current_function_mode() is None
             model[0](x)
         assert len(maps.calls("0.attn")) == 2
+
+    def test_what_is_dropped_stops(self, x):
+        model = model_of()
+        maps = attention(model).start()
+        del maps
+        assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
 
     def test_two_at_once(self, x):
         fused, opened = pair()

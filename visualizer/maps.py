@@ -499,7 +499,7 @@ class _Gradient:
             raise RuntimeError("the gradient is not known yet: no backward pass has come through this attention call")
         incoming = self._incoming.reshape(*self._shape[:3], -1)[:, :, queries].to(dtype)
         if self._values is None:
-            return incoming
+            return incoming[..., : self._shape[3]]  # without a sink behind the keys
         values = self._values.to(dtype)
         batch, heads, count, width = incoming.shape
         grouped = incoming.reshape(batch, values.shape[1], heads // values.shape[1] * count, width)

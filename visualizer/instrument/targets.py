@@ -311,11 +311,12 @@ _WRAPPERS = {
 
 def named_modules(module: Any) -> Iterator[tuple[str, Any]]:
     """`module.named_modules()`, with the paths that they have in the plain model: without those of wrappers."""
-    plain = {"": ""}
+    plain, modules = {"": ""}, {"": module}
     for path, submodule in module.named_modules():
+        modules[path] = submodule
         parent, _, name = path.rpartition(".")
         if path:
-            holder = module.get_submodule(parent)
+            holder = modules[parent]
             is_wrapped = name == _WRAPPERS.get(type(holder).__name__) and type(holder).__module__.startswith("torch.")
             above = plain[parent]
             plain[path] = above if is_wrapped else f"{above}.{name}" if above else name

@@ -128,19 +128,28 @@ class Maps(Sequence[Any]):
             if model is None:
                 raise RuntimeError("there is nothing to record: the model is gone, or the maps are from a file")
             self._watch = Watch(self, model)
+            self._abandon = weakref.finalize(self, self._watch.end)
+            self._abandon.atexit = False
         return self
 
     def stop(self) -> None:
         """Record no more; what was recorded stays."""
+        self._stop()
+
+    def _stop(self, is_told: bool = True) -> None:
         watch, self._watch = self._watch, None
         if watch is not None:
+            self._abandon.detach()
+            missing = watch.missing() if is_told else []
             watch.end()
+            for text in missing:
+                warn(text)
 
     def __enter__(self) -> Maps:
         return self.start()
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    def __exit__(self, error: object, *_: object) -> None:
+        self._stop(is_told=error is None)
 
     @property
     def is_running(self) -> bool:

@@ -47,11 +47,20 @@ class _Softmax:
         self._reference = weakref.ref(weights)
         self._weights: Tensor | None = None
         self.copy: Tensor | None = None
+        self.keys = weights.shape[-1]
+        """How many of its last axis are keys: an "attention sink" may come behind them, and is cut off later."""
         self.is_known = False
 
     def hold(self) -> None:
         """Keep them, now that another tensor stands for them."""
         self._weights = self._reference()
+
+    def note_slice(self, whole: Any, part: Any) -> None:
+        """Note that only the first keys of what stands for the weights go on."""
+        if not isinstance(whole, Tensor) or not isinstance(part, Tensor) or part.shape[:-1] != whole.shape[:-1]:
+            return
+        if whole.shape[-1] == self.keys > part.shape[-1] and part.data_ptr() == whole.data_ptr():
+            self.keys = part.shape[-1]
 
     def save(self) -> None:
         """Copy them, now that they may be changed."""
@@ -106,6 +115,8 @@ class Watch:
             if isinstance(module, torch.jit.ScriptModule):
                 scripted.append(path)
                 continue
+            if path and _cannot_attend(module):
+                continue
             begin = self._beginning_of(path, weakref.ref(module))
             self._handles += [
                 module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
@@ -119,28 +130,30 @@ class Watch:
             )
 
     def end(self) -> None:
-        """Take the hooks away, and say what was not seen."""
+        """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
         self._uncompiled.end()
+
+    def missing(self) -> list[str]:
+        """What ran without being seen, and what was asked for and did not come, in words."""
         missing: dict[str, list[str]] = {}
         for path, name in self._seen.ran.items():
             near = any(_is_within(path, other) or _is_within(other, path) for other in self._seen.with_maps)
             inner = any(_is_within(other, path) for other in self._seen.ran if other != path)
             if not near and not inner:
                 missing.setdefault(name, []).append(path)
-        for text in self._unseen():
-            warn(text)
+        texts = list(self._unseen())
         for name, paths in missing.items():
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            warn(
-                f"{name} ({paths[0]!r}{more}) ran, but no softmax of it went into a matrix product: it has no map "
-                "here. Linear attention has none at all; a kernel of another library is not seen: switch it off "
+            texts.append(
+                f"{name} ({paths[0]!r}{more}) ran, but no softmax of it stands between two matrix products: it has no "
+                "map here. Linear attention has none at all; a kernel of another library is not seen: switch it off "
                 '(attn_implementation="sdpa" in transformers).'
             )
+        return texts
 
     def _unseen(self) -> Iterator[str]:
-        """What was asked for and did not come, in words."""
         maps = self._maps()
         if maps is None or not self._has_run:
             return
@@ -225,6 +238,7 @@ class Watch:
             elif found is not None and (role == "carries" or (role == "mixes" and mixes_heads(args, output))):
                 if softmax is not None and output is not softmax.weights:
                     softmax.hold()
+                    softmax.note_slice(args[0], output)
                 self._follow(output, found)
         return output
 
@@ -255,9 +269,9 @@ class Watch:
         heads = self._heads_of(weights)
 
         def make(growing: Growing | None) -> tuple[AttentionMap, dict[str, int]]:
-            values = softmax.copy
-            if values is None:
-                values = weights.detach() if growing is None else _copied(weights)
+            values = (weights if softmax.copy is None else softmax.copy).detach()[..., : softmax.keys]
+            if softmax.copy is None and growing is not None:
+                values = _copied(values)
             values = four_axes(values, heads)
             made = AttentionMap._of(_Weights(values), path, self._kind_of(values.shape[2], values.shape[3]))
             made._gradient = self._gradient_of(weights, made.shape, None)
@@ -461,6 +475,12 @@ class _Mode(TorchFunctionMode):
         if watch is None:
             return func(*args, **(kwargs or {}))
         return watch.see(func, args, kwargs or {})
+
+
+def _cannot_attend(module: nn.Module) -> bool:
+    """Whether it is one of torch's own layers without parts, such as nn.Linear: no hook need tell when those run."""
+    own = type(module).__module__.startswith("torch.nn.modules.")
+    return own and not module._modules and not isinstance(module, nn.MultiheadAttention)
 
 
 @lru_cache(maxsize=4096)

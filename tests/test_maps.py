@@ -1,0 +1,637 @@
+"""Attention maps: dense ones and those of query and key answer alike, and as an explicit softmax in float64 does."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from visualizer import AttentionMap
+from visualizer import maps as room
+from visualizer.maps import _Factors, _Gradient, _Keys, maps_of
+
+B, H, Q, K, D = 2, 4, 7, 9, 8
+
+
+def factors(batch=B, heads=H, queries=Q, keys=K, width=D, key_heads=None, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, heads, queries, width, generator=generator, dtype=torch.float64)
+    key = torch.randn(batch, key_heads or heads, keys, width, generator=generator, dtype=torch.float64)
+    return query.to(dtype), key.to(dtype)
+
+
+def reference(query, key, scale=None, mask=None, is_causal=False):
+    """The weights by the book, in float64: a softmax over what may be seen, zeros where that is nothing."""
+    query, key = query.double().numpy(), key.double().numpy()
+    key = np.repeat(key, query.shape[1] // key.shape[1], axis=1)
+    scores = np.einsum("bhqd,bhkd->bhqk", query, key) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        queries, keys = scores.shape[2:]
+        scores = np.where(np.arange(keys) <= np.arange(queries)[:, None], scores, -np.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = np.where(mask.numpy(), scores, -np.inf)
+    elif mask is not None:
+        scores = scores + mask.double().numpy()
+    largest = scores.max(-1, keepdims=True)
+    raised = np.exp(scores - np.where(np.isinf(largest), 0, largest))
+    sums = raised.sum(-1, keepdims=True)
+    return raised / np.where(sums == 0, 1, sums)
+
+
+def sdpa(query, key, **options):
+    """The weights as torch's fused attention has them: what it makes of the identity as values."""
+    heads, keys = query.shape[1], key.shape[2]
+    key = key.repeat_interleave(heads // key.shape[1], 1)
+    values = torch.eye(keys, dtype=query.dtype).expand(len(query), heads, keys, keys)
+    return F.scaled_dot_product_attention(query, key, values, **options)
+
+
+def close(expected, actual, tolerance=1e-6):
+    assert tuple(expected.shape) == tuple(actual.shape)
+    np.testing.assert_allclose(np.asarray(expected, np.float64), np.asarray(actual, np.float64), rtol=0, atol=tolerance)
+
+
+@pytest.fixture(params=["dense", "dense array", "factored", "factored, grouped and masked"])
+def case(request):
+    """A map and what its weights are, in float64."""
+    if request.param == "factored, grouped and masked":
+        query, key = factors(key_heads=2)
+        mask = torch.rand(B, 1, Q, K, generator=torch.Generator().manual_seed(1)) < 0.7
+        return AttentionMap.from_query_key(query, key, mask=mask), reference(query, key, mask=mask)
+    query, key = factors()
+    weights = reference(query, key)
+    if request.param == "factored":
+        return AttentionMap.from_query_key(query, key), weights
+    single = weights.astype(np.float32)
+    return AttentionMap(single if request.param == "dense array" else torch.from_numpy(single)), weights
+
+
+class TestBoth:
+    def test_shape_type_and_place(self, case):
+        attention, _ = case
+        assert (B, H, Q, K) == attention.shape
+        assert torch.float32 == attention.dtype
+        assert torch.device("cpu") == attention.device
+        assert ("", None) == (attention.path, attention.kind)
+
+    @pytest.mark.parametrize(
+        ("queries", "index"),
+        [
+            (3, [3]),
+            (-1, [-1]),
+            ([0, -2, 0], [0, -2, 0]),
+            ((4,), [4]),
+            ([], []),
+            (slice(2, 5), slice(2, 5)),
+            (slice(-2, None), slice(-2, None)),
+            (slice(None, 100, 3), slice(None, None, 3)),
+            (slice(None, None, -2), slice(None, None, -2)),
+            (slice(3, 3), slice(3, 3)),
+            (torch.tensor(2), [2]),
+            (torch.tensor([1, 5]), [1, 5]),
+            (torch.tensor([1, 0], dtype=torch.uint8), [1, 0]),
+            (torch.tensor([1, -1], dtype=torch.int32), [1, -1]),
+            (np.array([6, 0]), [6, 0]),
+            (np.int64(2), [2]),
+            (range(2), [0, 1]),
+            (torch.arange(Q) % 2 == 0, slice(0, None, 2)),
+            ([True] + [False] * (Q - 1), [0]),
+        ],
+        ids=repr,
+    )
+    def test_rows(self, case, queries, index):
+        attention, weights = case
+        close(weights[:, :, np.array(index, int) if isinstance(index, list) else index], attention.rows(queries))
+
+    @pytest.mark.parametrize(
+        ("queries", "error", "said"),
+        [
+            (Q, IndexError, f"there is no query {Q}: the map has {Q} queries"),
+            ([0, -Q - 1], IndexError, f"there is no query {-Q - 1}: "),
+            ([0.0], TypeError, "a query is an integer, not torch.float32"),
+            ([True, False], TypeError, "a query is an integer, not torch.bool"),
+        ],
+    )
+    def test_rows_that_are_not_there(self, case, queries, error, said):
+        with pytest.raises(error) as caught:
+            case[0].rows(queries)
+        assert said in str(caught.value)
+
+    def test_columns(self, case):
+        attention, weights = case
+        for keys in (K - 1, [0, -1], slice(None, None, 2), slice(None, None, -3), torch.arange(K) > 3):
+            index = keys.numpy() if isinstance(keys, torch.Tensor) else [keys] if isinstance(keys, int) else keys
+            close(weights[..., index], attention.columns(keys))
+        with pytest.raises(IndexError, match=f"there is no key {K}: the map has {K} keys"):
+            attention.columns(K)
+
+    def test_all_of_it(self, case):
+        attention, weights = case
+        close(weights, attention.dense())
+        assert torch.float32 == attention.dense().dtype
+        for array in (attention.numpy(), np.asarray(attention)):
+            assert isinstance(array, np.ndarray)
+            close(weights, array)
+        assert np.float64 == np.asarray(attention, np.float64).dtype
+
+    @pytest.mark.parametrize("max_bytes", [1, B * H * K * 4 * 3, 2**30])
+    def test_chunks_are_all_rows_and_no_larger_than_asked(self, case, max_bytes):
+        attention, weights = case
+        chunks = list(attention.chunks(max_bytes))
+        close(weights, torch.cat([rows for _, rows in chunks], 2))
+        assert list(range(Q)) == [query for queries, _ in chunks for query in range(Q)[queries]]
+        for queries, rows in chunks:
+            assert rows.shape[2] == queries.stop - queries.start
+            assert rows.nbytes <= max_bytes or rows.shape[2] == 1
+        assert {1: Q, B * H * K * 4 * 3: 3, 2**30: 1}[max_bytes] == len(chunks)
+
+    def test_reduce(self, case):
+        attention, weights = case
+        for size in (1, 1000, 2**30):
+            close(weights.max(-1), attention.reduce(lambda rows: rows.amax(-1), size))
+            close(weights[..., :2], attention.reduce(lambda rows: rows[..., :2], size))
+
+    @pytest.mark.parametrize("max_bytes", [1, B * H * K * 4 * 2, 2**30])
+    @pytest.mark.parametrize("sparse", [False, True])
+    def test_row_product(self, case, sparse, max_bytes, monkeypatch):
+        attention, weights = case
+        at_once = AttentionMap._rows_at_once
+        monkeypatch.setattr(AttentionMap, "_rows_at_once", lambda self, _: at_once(self, max_bytes))
+        generator = torch.Generator().manual_seed(2)
+        for shape in ((B, Q), (1, Q), (B, H, 3, Q), (B, 1, 2, Q), (1, H, 1, Q)):
+            r = torch.randn(shape, generator=generator, dtype=torch.float64)
+            if sparse:
+                r[..., [0, 2, 3]] = 0
+            whole = r[:, None, None] if r.ndim == 2 else r
+            expected = np.matmul(whole.numpy(), weights)
+            product = attention.row_product(r)
+            assert torch.float32 == product.dtype
+            close(expected[:, :, 0] if r.ndim == 2 else expected, product)
+
+    def test_row_product_computes_only_what_has_a_share(self, case, monkeypatch):
+        attention, _ = case
+        computed = []
+        rows = type(attention._source).rows
+        monkeypatch.setattr(
+            type(attention._source), "rows", lambda self, which: computed.append(which) or rows(self, which)
+        )
+        r = torch.zeros(B, Q)
+        assert 0 == attention.row_product(r).abs().max()
+        assert 0 == sum(map(len, computed))
+        computed.clear()
+        r[0, 1], r[1, 4] = 0.5, 0.5
+        attention.row_product(r)
+        assert [[1, 4]] == [which.tolist() for which in computed]
+
+    @pytest.mark.parametrize("shape", [(B, Q + 1), (B + 1, Q), (B, 3, 1, Q), (B, H, Q), (Q,), (B, H, 1, 1, Q)])
+    def test_row_product_of_a_wrong_shape(self, case, shape):
+        with pytest.raises(ValueError) as caught:
+            case[0].row_product(torch.zeros(shape))
+        for part in ("(batch, heads, any, queries)", f"({B}, {Q})", str(shape)):
+            assert part in str(caught.value)
+
+    def test_topk(self, case):
+        attention, weights = case
+        values, keys = attention.topk(3)
+        close(np.sort(weights)[..., ::-1][..., :3], values)
+        close(np.take_along_axis(weights, keys.numpy(), -1), values)
+        assert (B, H, Q, K) == tuple(attention.topk(K)[1].shape)
+        for k in (0, K + 1):
+            with pytest.raises(ValueError, match=f"topk takes 1 to {K} keys, not {k}"):
+                attention.topk(k)
+
+    def test_to_another_device(self, case):
+        attention, weights = case
+        attention.path, attention.kind = "blocks.0", "self"
+        moved = attention.to("meta")
+        assert "meta" == moved.device.type == moved.rows(slice(1)).device.type
+        again = attention.to("cpu")
+        assert ("blocks.0", "self", attention.shape) == (again.path, again.kind, again.shape)
+        close(weights, again.dense())
+
+    def test_it_says_what_it_is(self, case):
+        attention, _ = case
+        how = "dense" if attention.is_dense else "from query and key"
+        assert f"<AttentionMap ({B}, {H}, {Q}, {K}), {how}, float32, cpu>" == repr(attention)
+        attention.path, attention.kind = "blocks.0", "cross"
+        assert f"<AttentionMap of 'blocks.0' ({B}, {H}, {Q}, {K}), cross, {how}, float32, cpu>" == repr(attention)
+
+    def test_its_bytes(self, case):
+        attention, _ = case
+        held = attention._tensors()
+        assert sum(tensor.nbytes for tensor in held) == attention.nbytes > 0
+
+    def test_to_a_file_and_back(self, case):
+        attention, weights = case
+        attention.path, attention.kind = "blocks.0", "self"
+        again = AttentionMap._unpacked(attention._packed({}))
+        assert (attention.path, attention.kind, attention.is_dense) == (again.path, again.kind, again.is_dense)
+        close(weights, again.dense())
+
+    def test_no_gradients_were_recorded(self, case):
+        for ask in (lambda: case[0].grad_rows(0), case[0].grad_dense):
+            with pytest.raises(
+                RuntimeError, match=r"no gradients were recorded: use attention\(model, gradients=True\)"
+            ):
+                ask()
+
+
+class TestDense:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool])
+    def test_types(self, dtype):
+        weights = torch.eye(3, dtype=torch.float32).to(dtype).expand(1, 2, 3, 3)
+        attention = AttentionMap(weights)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert wide == attention.dtype == attention.rows(0).dtype == attention.dense().dtype
+        close(weights.double(), attention.dense())
+        assert str(dtype).removeprefix("torch.") in repr(attention)
+
+    def test_it_is_detached(self):
+        attention = AttentionMap(torch.eye(3).expand(1, 1, 3, 3).clone().requires_grad_())
+        assert not attention.rows(0).requires_grad
+        assert isinstance(attention.numpy(), np.ndarray)
+
+    @pytest.mark.parametrize("view", [lambda a: a[..., ::-1], lambda a: np.broadcast_to(a[:1], a.shape)])
+    def test_arrays_that_torch_cannot_take(self, view):
+        array = view(np.random.default_rng(0).random((2, 1, 3, 3)))
+        close(array, AttentionMap(array).dense(), 0)
+
+    def test_errors(self):
+        with pytest.raises(TypeError, match="made of a tensor or an array, not of list"):
+            AttentionMap([[1.0]])
+        with pytest.raises(ValueError, match=r"\(batch, heads, queries, keys\), and these have \(2, 3\)"):
+            AttentionMap(torch.zeros(2, 3))
+
+
+def smallest(dtype):
+    """What models write for "nothing here" where they avoid infinity."""
+    return torch.finfo(dtype).min
+
+
+MASKS = {
+    "bool": lambda g, dtype: torch.rand(B, H, Q, K, generator=g) < 0.6,
+    "bool, for all heads": lambda g, dtype: torch.rand(B, 1, Q, K, generator=g) < 0.6,
+    "bool, two axes": lambda g, dtype: torch.rand(Q, K, generator=g) < 0.6,
+    "bool, three axes": lambda g, dtype: torch.rand(H, Q, K, generator=g) < 0.6,
+    "padding": lambda g, dtype: (torch.arange(K) < torch.tensor([[5], [K]]))[:, None, None],
+    "padding of everything": lambda g, dtype: (torch.arange(K) < torch.tensor([[0], [3]]))[:, None, None],
+    "one query sees nothing": lambda g, dtype: (torch.arange(Q) != 2)[:, None].expand(Q, K),
+    "numbers": lambda g, dtype: torch.randn(B, H, Q, K, generator=g).to(dtype),
+    "numbers, two axes": lambda g, dtype: torch.randn(Q, K, generator=g).to(dtype),
+    "numbers, one for each key": lambda g, dtype: torch.randn(1, H, 1, K, generator=g).to(dtype),
+    "infinity": lambda g, dtype: torch.where(torch.rand(Q, K, generator=g) < 0.5, -math.inf, 0.0).to(dtype),
+    "nothing but infinity": lambda g, dtype: torch.full((B, 1, Q, K), -math.inf, dtype=dtype),
+    "smallest number": lambda g, dtype: (torch.rand(B, 1, Q, K, generator=g) < 0.5).to(dtype) * smallest(dtype),
+    "nothing but the smallest number": lambda g, dtype: torch.full((B, 1, 1, K), smallest(dtype), dtype=dtype),
+}
+OPTIONS = {
+    "plain": lambda g, dtype: {},
+    "scale": lambda g, dtype: {"scale": 0.7},
+    "scale 0": lambda g, dtype: {"scale": 0.0},
+    "causal": lambda g, dtype: {"is_causal": True},
+    **{name: lambda g, dtype, make=make: {"mask": make(g, dtype)} for name, make in MASKS.items()},
+}
+
+
+class TestFactored:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("name", OPTIONS)
+    @pytest.mark.parametrize("key_heads", [H, 2, 1], ids=["", "grouped", "multi-query"])
+    def test_as_an_explicit_softmax(self, name, key_heads, dtype):
+        """Computed from the same rounded inputs, in at least float32."""
+        query, key = factors(key_heads=key_heads, dtype=dtype)
+        options = OPTIONS[name](torch.Generator().manual_seed(3), dtype)
+        attention = AttentionMap.from_query_key(query, key, **options)
+        wide, tolerance = (torch.float64, 1e-12) if dtype == torch.float64 else (torch.float32, 1e-6)
+        if dtype == torch.float16 and name == "nothing but the smallest number":
+            tolerance = 2e-3  # beside -65504, float32 has steps of 2 ** -8 left for the scores
+        expected = reference(query, key, **options)
+        close(expected, attention.dense(), tolerance)
+        close(expected[:, :, [4, 0]], attention.rows([4, 0]), tolerance)
+        assert wide == attention.dtype == attention.dense().dtype
+
+    @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (4, 9), (9, 4), (1, 6), (6, 1)])
+    @pytest.mark.parametrize("key_heads", [H, 2, 1])
+    def test_causal_as_torch_has_it(self, queries, keys, key_heads):
+        """From the upper left corner, however many keys there are."""
+        query, key = factors(queries=queries, keys=keys, key_heads=key_heads)
+        attention = AttentionMap.from_query_key(query, key, is_causal=True)
+        close(sdpa(query, key, is_causal=True), attention.dense())
+        close(reference(query, key, is_causal=True), attention.dense())
+        close(sdpa(query, key, is_causal=True)[:, :, [-1, 0]], attention.rows([-1, 0]))
+
+    @pytest.mark.parametrize("causal", [-2, 0, 3])
+    def test_causal_from_another_corner(self, causal):
+        """As with a cache of keys; with a negative number the first queries see nothing."""
+        query, key = factors()
+        seen = torch.arange(K) <= torch.arange(Q)[:, None] + causal
+        attention = AttentionMap._of(_Factors(query, _Keys(key), K, None, None, causal), "", None)
+        close(reference(query, key, mask=seen), attention.dense())
+
+    @pytest.mark.parametrize("name", MASKS)
+    def test_masks_as_torch_has_them(self, name):
+        query, key = factors(key_heads=2)
+        mask = MASKS[name](torch.Generator().manual_seed(4), query.dtype)
+        close(sdpa(query, key, attn_mask=mask), AttentionMap.from_query_key(query, key, mask=mask).dense())
+
+    def test_rows_of_nothing_are_zeros(self):
+        query, key = factors()
+        attention = AttentionMap.from_query_key(query, key, mask=torch.zeros(Q, K, dtype=torch.bool))
+        assert 0 == attention.dense().abs().max()
+
+    @given(
+        batch=st.integers(1, 2), key_heads=st.integers(1, 3), group=st.integers(1, 3), queries=st.integers(1, 6),
+        keys=st.integers(1, 6), width=st.integers(1, 5), causal=st.booleans(), masked=st.booleans(),
+        scale=st.none() | st.floats(-3, 3), size=st.integers(1, 500), seed=st.integers(0, 99),
+    )  # fmt: skip
+    @settings(max_examples=60, deadline=None)
+    def test_any_shape(self, batch, key_heads, group, queries, keys, width, causal, masked, scale, size, seed):
+        query, key = factors(batch, key_heads * group, queries, keys, width, key_heads, seed=seed)
+        mask = torch.rand(queries, keys, generator=torch.Generator().manual_seed(seed)) < 0.5 if masked else None
+        options = {"scale": scale, "mask": mask, "is_causal": causal}
+        attention = AttentionMap.from_query_key(query, key, **options)
+        expected = reference(query, key, **options)
+        close(expected, attention.dense(), 2e-6)
+        close(expected, torch.cat([rows for _, rows in attention.chunks(size)], 2), 2e-6)
+        close(expected.mean(2), attention.row_product(torch.full((batch, queries), 1 / queries)), 2e-6)
+
+    def test_views_and_expanded_tensors(self):
+        """As timm's, of one qkv buffer; and a query that all images share."""
+        packed = torch.randn(B, K, 3, H, D, generator=torch.Generator().manual_seed(5))
+        query, key, _ = packed.permute(2, 0, 3, 1, 4)
+        close(reference(query, key), AttentionMap.from_query_key(query, key).dense())
+        shared = query[:1].expand(B, H, K, D)
+        close(reference(shared, key), AttentionMap.from_query_key(shared, key).dense())
+
+    def test_nothing_holds_a_graph(self):
+        query, key = (tensor.requires_grad_() for tensor in factors())
+        mask = torch.randn(H, Q, K, requires_grad=True)
+        attention = AttentionMap.from_query_key(query, key, mask=mask)
+        for found in (attention.dense(), attention.row_product(torch.ones(B, Q, requires_grad=True))):
+            assert not found.requires_grad
+        assert not any(tensor.requires_grad for tensor in attention._tensors())
+
+    @pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
+    def test_made_and_read_under_the_modes_of_a_forward_pass(self, mode):
+        with mode():
+            query, key = factors()
+            attention = AttentionMap.from_query_key(query, key, is_causal=True)
+            inside = attention.dense(), attention.row_product(torch.full((B, Q), 1 / Q))
+        expected = reference(query, key, is_causal=True)
+        for weights, means in (inside, (attention.dense(), attention.row_product(torch.full((B, Q), 1 / Q)))):
+            close(expected, weights)
+            close(expected.mean(2), means)
+
+    def test_the_memory_of_some_rows(self):
+        """The largest tensor that anything makes is no larger than a chunk."""
+        query, key = factors(1, 2, 600, 600)
+        attention = AttentionMap.from_query_key(query, key, is_causal=True)
+        sizes = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                sizes.extend(one.nbytes for one in tree_leaves(result) if hasattr(one, "nbytes"))
+                return result
+
+        with Watch():
+            attention.reduce(lambda rows: rows.amax(-1), 2**16)
+        assert 2**16 >= max(sizes)
+        assert 2**15 < max(sizes)
+
+    def test_errors(self):
+        query, key = factors()
+        for name, arguments in (("query", (query[0], key)), ("key", (query, key[0]))):
+            with pytest.raises(
+                ValueError, match=rf"{name} has the shape \(batch, heads, tokens, width\), this one \(4"
+            ):
+                AttentionMap.from_query_key(*arguments)
+        for other in (key[:, :3], key[..., :4], key[:1]):
+            with pytest.raises(ValueError, match="do not fit"):
+                AttentionMap.from_query_key(query, other)
+        for shape, said in (
+            ((1, 1, 1, Q, K), "a mask broadcasts to"),
+            ((Q, K - 1), r"does not fit a map of \(2, 4, 7"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                AttentionMap.from_query_key(query, key, mask=torch.ones(shape, dtype=torch.bool))
+
+
+def distance(score, batch, head, query, key):
+    return score - (query - key).abs() * 0.1 * (head + 1) + batch
+
+
+def capped(score, batch, head, query, key):
+    return 2 * torch.tanh(score / 2)
+
+
+def hiding(score, batch, head, query, key):
+    return torch.where(key < query, score, -math.inf)  # the first query sees nothing
+
+
+def causal(batch, head, query, key):
+    return key <= query
+
+
+def every_third(batch, head, query, key):
+    return ((query + head + batch) % 3 != 0) & (key >= 0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+class TestFlex:
+    @pytest.mark.parametrize("score_mod", [None, distance, capped, hiding])
+    @pytest.mark.parametrize("mask_mod", [None, causal, every_third])
+    def test_as_flex_attention_has_it(self, score_mod, mask_mod):
+        flex = pytest.importorskip("torch.nn.attention.flex_attention")  # since torch 2.5
+        query, key = factors(queries=K, key_heads=2)
+        values = torch.eye(K).expand(B, 2, K, K)
+        block = None if mask_mod is None else flex.create_block_mask(mask_mod, B, H, K, K, device="cpu")
+        expected = flex.flex_attention(query, key, values, score_mod, block, scale=0.4, enable_gqa=True)
+        factored = _Factors(query, _Keys(key), K, 0.4, None, None, score_mod, mask_mod)
+        attention = AttentionMap._of(factored, "blocks.0", "self")
+        close(expected, attention.dense())
+        close(expected[:, :, [5, 1]], attention.rows([5, 1]))
+        close(expected.sum(2), attention.row_product(torch.ones(B, K)), 1e-5)
+
+    def test_the_functions_may_hold_parameters(self):
+        bias = torch.randn(H, requires_grad=True)
+        factored = _Factors(*self.parts(), None, None, None, lambda score, batch, head, query, key: score * bias[head])
+        assert not factored.rows(slice(None)).requires_grad
+
+    def test_it_is_written_dense_and_stays_where_it_is(self):
+        attention = AttentionMap._of(_Factors(*self.parts(), None, None, None, distance), "blocks.0", "self")
+        again = AttentionMap._unpacked(attention._packed({}))
+        assert again.is_dense
+        close(attention.dense(), again.dense(), 0)
+        close(attention.dense(), attention.to("cpu").dense(), 0)
+        with pytest.raises(ValueError, match="a score_mod or block_mask cannot move"):
+            attention.to("meta")
+
+    def parts(self):
+        query, key = factors()
+        return query, _Keys(key), K
+
+
+class TestKeys:
+    """The keys of a cache that grows, as generation has them."""
+
+    def test_a_growing_cache_shares_a_buffer_and_older_maps_keep_their_answers(self):
+        query, key = factors(queries=1, keys=60)
+        given = key[:, :, :5].clone()
+        keys = _Keys(given)
+        taken, found = 0, []
+        for length in (5, 6, 7, 7, 20, 60):
+            now = key[:, :, :length]
+            assert keys.begins(now)
+            taken += keys.grow(now)
+            found.append((length, AttentionMap._of(_Factors(query, keys, length, None, None, None), "", None)))
+        for length, attention in found:
+            close(reference(query, key[:, :, :length]), attention.dense())
+        assert taken == keys.buffer.nbytes - given.nbytes
+        assert keys.buffer.nbytes < 2 * key.nbytes
+        torch.testing.assert_close(given, key[:, :, :5], rtol=0, atol=0)
+
+    def test_what_it_was_given_is_never_written_to(self):
+        _, key = factors(keys=8)
+        buffer = key.clone()
+        keys = _Keys(buffer[:, :, :4])
+        keys.grow(torch.cat([key[:, :, :4], key[:, :, :2]], 2))
+        torch.testing.assert_close(buffer, key, rtol=0, atol=0)
+
+    def test_a_file_has_the_keys_once(self):
+        query, key = factors(queries=1)
+        keys, shared = _Keys(key[:, :, :5]), {}
+        first = AttentionMap._of(_Factors(query, keys, 5, None, None, None), "", None)
+        keys.grow(key)
+        second = AttentionMap._of(_Factors(query, keys, K, None, None, None), "", None)
+        packed = [attention._packed(shared) for attention in (first, second)]
+        assert packed[0]["key"] is packed[1]["key"]
+        for attention, again in zip((first, second), map(AttentionMap._unpacked, packed), strict=True):
+            close(attention.dense(), again.dense(), 0)
+
+    def test_few_bytes_are_copied(self):
+        """The buffer grows by half, so a token at a time costs its own bytes, not those of all before it."""
+        _, key = factors(keys=300)
+        keys, times = _Keys(key[:, :, :1].clone()), 0
+        for length in range(2, 301):
+            times += keys.grow(key[:, :, :length]) > 0
+        assert times < 15
+        torch.testing.assert_close(keys.first(300), key, rtol=0, atol=0)
+
+    def test_what_does_not_go_on_from_it(self):
+        _, key = factors()
+        keys = _Keys(key)
+        changed = key.clone()
+        changed[0, 0, 0, 0] += 1
+        for other in (changed, key[:, :, :-1], key[:1], key[:, :2], key[..., :4], key.double(), key.to("meta")):
+            assert not keys.begins(other)
+        assert keys.begins(key)
+
+
+class TestGradient:
+    @pytest.mark.parametrize("key_heads", [H, 2, 1], ids=["", "grouped", "multi-query"])
+    @pytest.mark.parametrize("passes", [1, 2])
+    def test_as_autograd_has_it(self, key_heads, passes):
+        query, key = factors(key_heads=key_heads)
+        value = factors(queries=1, width=5, key_heads=key_heads, seed=1)[1]
+        weights = (query @ key.repeat_interleave(H // key_heads, 1).mT / D**0.5).softmax(-1).requires_grad_()
+        output = weights @ value.repeat_interleave(H // key_heads, 1)
+        output.retain_grad()
+        attention = AttentionMap.from_query_key(query, key)
+        attention._gradient = _Gradient(attention.shape, value)
+        with pytest.raises(RuntimeError, match="no backward pass has come through"):
+            attention.grad_rows(0)
+        for number in range(passes):
+            output.grad = None
+            (output**2).sum().mul(number + 1).backward(retain_graph=True)
+            attention._gradient.take(output.grad)
+        close(weights.grad, attention.grad_dense(), 1e-5 * weights.grad.abs().max().item())
+        close(weights.grad[:, :, [-1, 2]], attention.grad_rows([-1, 2]), 1e-5 * weights.grad.abs().max().item())
+        assert (B, H, 0, K) == tuple(attention.grad_rows([]).shape)
+        assert attention.nbytes == query.nbytes + key.nbytes + value.nbytes + output.nbytes
+
+    def test_of_weights_that_are_there(self):
+        weights = torch.rand(B, H, Q, K).requires_grad_()
+        attention = AttentionMap(weights)
+        attention._gradient = _Gradient(attention.shape, None)
+        (weights**3).sum().backward()
+        attention._gradient.take(weights.grad)
+        kept = weights.grad.clone()
+        weights.grad.zero_()
+        close(kept, attention.grad_dense(), 0)
+        close(kept[:, :, [1]], attention.to("cpu").grad_rows(1), 0)
+
+    def test_half_types_become_float32(self):
+        value, incoming = torch.randn(B, H, K, 5).bfloat16(), torch.randn(B, H, Q, 5).bfloat16()
+        gradient = _Gradient((B, H, Q, K), value)
+        gradient.take(incoming)
+        close(incoming.double() @ value.double().mT, gradient.rows(slice(None), torch.float32), 1e-5)
+
+    def test_it_says_why_there_is_none(self):
+        attention = AttentionMap.from_query_key(*factors())
+        attention._gradient = _Gradient(attention.shape, None, "dropout was on")
+        with pytest.raises(RuntimeError, match="dropout was on"):
+            attention.grad_dense()
+
+
+class TestMapsOf:
+    """What counts as attention: (the maps, was it one alone, was it made of arrays)."""
+
+    def test_one(self):
+        weights = torch.rand(1, 2, 3, 3)
+        attention = AttentionMap(weights)
+        assert ([attention], True, False) == maps_of(attention)
+        for one, is_array in ((weights, False), (weights.numpy(), True)):
+            [found], *rest = maps_of(one)
+            assert [True, is_array] == rest
+            close(weights, found.dense())
+
+    @pytest.mark.parametrize(
+        ("make", "is_array"),
+        [
+            (lambda w: w, False),
+            (lambda w: w.numpy(), True),
+            (list, False),
+            (lambda w: tuple(w.numpy()), True),
+            (lambda w: [AttentionMap(w[0]), w[1].numpy(), w[2]], False),
+            (lambda w: (AttentionMap(one) for one in w), False),
+            (lambda w: {"a": [w[0]], "b": [w[1]], "c": [w[2]]}, False),
+            (lambda w: {"a": w[0].numpy(), "b": w[1].numpy(), "c": w[2].numpy()}, True),
+            (lambda w: {"forward": list(w.numpy()), "never ran": []}, True),
+        ],
+        ids=["tensor", "array", "list", "tuple", "mixed", "generator", "found", "dict of maps", "cache"],
+    )
+    def test_several(self, make, is_array):
+        weights = torch.rand(3, 1, 2, 4, 4)
+        found, is_one, arrays = maps_of(make(weights))
+        assert (False, is_array) == (is_one, arrays)
+        close(weights, torch.stack([attention.dense() for attention in found]))
+
+    @pytest.mark.parametrize(
+        ("given", "error", "said"),
+        [
+            (torch.zeros(2, 3, 3), ValueError, ["(batch, heads, queries, keys)", "layers before", "(2, 3, 3)"]),
+            (np.zeros((1, 1, 1, 1, 2, 2)), ValueError, ["(1, 1, 1, 1, 2, 2)"]),
+            ([], ValueError, ["the list is empty"]),
+            ({}, ValueError, ["the list is empty"]),
+            ([torch.zeros(1, 1, 1, 2, 2)], ValueError, ["a list of lists of maps"]),
+            ({"a": [1, 2], "b": [1]}, ValueError, ["'a' (2 values)", "each key must have one map", "values[-1]"]),
+            (None, TypeError, ["not of NoneType"]),
+            ("attn", TypeError, ["not of str"]),
+            ([None], TypeError, ["not of NoneType"]),
+        ],
+    )
+    def test_errors(self, given, error, said):
+        with pytest.raises(error) as caught:
+            maps_of(given)
+        for part in said:
+            assert part in str(caught.value)
+
+
+def test_a_chunk_fits_a_cache():
+    assert 2**20 <= room.CHUNK <= 2**25
