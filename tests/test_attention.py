@@ -278,6 +278,13 @@ class TestSeen:
             assert not is_first or torch.equal(before, after)
         assert len(maps) == 2
 
+    def test_a_compiled_model_where_torch_is_too_old(self, x, monkeypatch):
+        model = nn.Sequential(torch.compile(model_of(), backend="eager"))
+        monkeypatch.delattr(torch.compiler, "set_stance")
+        with pytest.raises(RuntimeError, match=r"'0' is compiled, and torch before 2\.6"):
+            attention(model).start()
+        assert not model[0]._forward_hooks
+
     def test_overlapping_recordings_leave_compiling_as_it_was(self, x):
         fused = model_of()
         counted = []
@@ -437,6 +444,12 @@ class TestKept:
         opened(x)
         assert [one.shape for one in maps] == [(2, 2, 2, 5)] * 3
         assert (maps["1.attn"] - opened[1].attn.weights[:, :, [0, -1]]).abs().max() < 1e-6
+
+    def test_a_function_may_run_the_model(self, x):
+        model = model_of()
+        with attention(model, layers=0, keep=lambda a: model(x).sum()) as maps:
+            y = model(x)
+        assert torch.equal(maps[0], y.sum())
 
     def test_an_error_of_the_function_names_the_module_and_leaves_the_model_in_order(self, x):
         model = model_of()

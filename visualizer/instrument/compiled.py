@@ -119,13 +119,17 @@ class Uncompiled:
         else:  # it takes a second to load, and nothing is compiled without it
             prepare()
 
+    @staticmethod
+    def is_possible() -> bool:
+        """Whether this release of torch has a way to do so."""
+        return hasattr(sys.modules["torch"].compiler, "set_stance")
+
     @classmethod
     def begin(cls) -> None:
         """Switch compiled code off, where anybody wants that."""
-        torch = sys.modules["torch"]
-        if cls._active and cls._stance is None and hasattr(torch.compiler, "set_stance"):
+        if cls._active and cls._stance is None and cls.is_possible():
             with suppress(RuntimeError):  # called from what is just being compiled
-                cls._stance = torch.compiler.set_stance("force_eager")
+                cls._stance = sys.modules["torch"].compiler.set_stance("force_eager")
 
     def end(self) -> None:
         """Have compiled functions run as before, when nobody else wants them not to."""

@@ -68,6 +68,7 @@ def attention(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind.
+        RuntimeError: on starting: the model is compiled, and torch is older than 2.6.
 
     Modules that `torch.compile` has compiled run uncompiled while maps are recorded (torch 2.6 or newer): nothing is
     compiled anew. Scripted modules run without Python and are warned about.
@@ -118,7 +119,7 @@ class Maps(Sequence[Any]):
         self._bytes: dict[str, int] = {}
         self._budgets: dict[str, int] = {}
         self._is_full = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a `keep` may run the model
         self._watch: Watch | None = None
 
     def start(self) -> Maps:

@@ -100,6 +100,13 @@ class Watch:
     """The hooks and the mode by which a model's calls are seen, until `end`."""
 
     def __init__(self, maps: Maps, model: nn.Module) -> None:
+        modules = list(named_modules(model))
+        compiled = [path for path, module in modules if _is_compiled(module)]
+        if compiled and not Uncompiled.is_possible():
+            raise RuntimeError(
+                f"{repr(compiled[0]) if compiled[0] else 'the model'} is compiled, and torch before 2.6 cannot run it "
+                "uncompiled meanwhile: record the model as it was before torch.compile"
+            )
         self._maps = weakref.ref(maps)
         self._state = _State()
         self._mode = _Mode(self)
@@ -111,7 +118,7 @@ class Watch:
         self._uncompiled = Uncompiled()
         self._handles: list[Any] = []
         scripted = []
-        for path, module in named_modules(model):
+        for path, module in modules:
             if isinstance(module, torch.jit.ScriptModule):
                 scripted.append(path)
                 continue
@@ -475,6 +482,11 @@ class _Mode(TorchFunctionMode):
         if watch is None:
             return func(*args, **(kwargs or {}))
         return watch.see(func, args, kwargs or {})
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether its calls run what torch.compile made of it."""
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _cannot_attend(module: nn.Module) -> bool:
