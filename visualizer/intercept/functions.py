@@ -35,6 +35,10 @@ _ROLES: dict[str, Role] = {
 }
 
 
+BEGINNINGS = frozenset({"sdpa", "flex", "heads", "product"})
+"""What is attention, or the beginning of it; the other roles mean something only after a product."""
+
+
 @lru_cache(maxsize=4096)
 def role_of(func: Any) -> Role | None:
     """What a function, a method or an operator is to attention; None for most."""
@@ -82,9 +86,13 @@ def four_axes(tensor: Tensor, heads: int | None) -> Tensor:
     return tensor.unsqueeze(0).unsqueeze(0) if tensor.ndim == 2 else tensor.unsqueeze(1)
 
 
+_may_be_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+"""The quick answer, which is nearly always no."""
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The type that autocast gives a fused kernel's arguments, which are seen before that."""
-    if tensor.dtype == torch.float64:
+    if tensor.dtype == torch.float64 or not _may_be_autocast():
         return None
     kind = tensor.device.type
     with suppress(TypeError, AttributeError, RuntimeError):  # other devices; torch before 2.4 has other functions

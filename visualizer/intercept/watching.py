@@ -23,7 +23,17 @@ from ..errors import warn
 from ..instrument import Uncompiled, named_modules
 from ..maps import AttentionMap, _Factors, _Gradient, _Keys, _Weights
 from ..tensors import bytes_by_device, why_unreal
-from .functions import MADE_UP, autocast_dtype, four_axes, is_in_place, mixes_heads, role_of, seen_through, with_buffers
+from .functions import (
+    BEGINNINGS,
+    MADE_UP,
+    autocast_dtype,
+    four_axes,
+    is_in_place,
+    mixes_heads,
+    role_of,
+    seen_through,
+    with_buffers,
+)
 
 if TYPE_CHECKING:
     from .recorded import Maps
@@ -209,11 +219,14 @@ class Watch:
             state.followed.clear()
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
+    @property
+    def follows(self) -> bool:
+        """Whether this thread has tensors that may be scores or weights."""
+        return bool(self._state.followed)
+
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions for a module, and record what it is of attention."""
         state, role = self._state, role_of(func)
-        if role is None and not state.followed:
-            return func(*args, **kwargs)
         if role == "sdpa":
             output = func(*args, **kwargs)
             self._record_fused(output, *args, **kwargs)
@@ -478,10 +491,11 @@ class _Mode(TorchFunctionMode):
         self._watch = weakref.ref(watch)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         watch = self._watch()
-        if watch is None:
-            return func(*args, **(kwargs or {}))
-        return watch.see(func, args, kwargs or {})
+        if watch is None or (not watch.follows and role_of(func) not in BEGINNINGS):  # the usual case: only a look
+            return func(*args, **kwargs)
+        return watch.see(func, args, kwargs)
 
 
 def _is_compiled(module: nn.Module) -> bool:
