@@ -238,7 +238,7 @@ def _pictures(
 
     def alone(draw: Callable[[Any], Any], width: float = 6, height: float = 5) -> Callable[[], Figure]:
         def figure() -> Figure:
-            figure = Figure(figsize=(width, height), layout="constrained")
+            figure = Figure(figsize=(width, height), layout="compressed")
             draw(figure.add_subplot())
             return figure
 
