@@ -233,7 +233,8 @@ class TestDistance:
         [
             (16, None, None, (4, 4, 0)),
             (17, None, None, (4, 4, 1)),
-            (21, None, None, (4, 4, 5)),
+            (21, None, 5, (4, 4, 5)),
+            (2, None, None, (1, 1, 1)),
             (17, None, 8, (3, 3, 8)),
             (12, (3, 4), None, (3, 4, 0)),
             (15, (2, 6), None, (2, 6, 3)),
@@ -267,7 +268,10 @@ class TestDistance:
         [
             ((5, 9), {}, ["not of 5 queries to 9 keys"]),
             ((15, 15), {"prefix_tokens": 2}, ["15 tokens: less 2 prefix tokens", "grid=(rows, columns)"]),
-            ((48, 48), {}, ["48 tokens: less 0 to 8 prefix tokens"]),
+            ((48, 48), {}, ["48 tokens: less 0 or 1 prefix tokens", "prefix_tokens= of a square with registers"]),
+            ((295, 295), {}, ["295 tokens"]),  # 14 x 21 patches and a class token, or 17 x 17 behind six
+            ((5, 5), {"patch_size": 0}, ["patch_size=0 is one number above 0"]),
+            ((5, 5), {"patch_size": (16, 16)}, ["patch_size=(16, 16) is one number"]),
             ((5, 5), {"prefix_tokens": -4}, ["less -4"]),
             ((5, 5), {"grid": (2, 3)}, ["grid=(2, 3) makes 6 patches, which does not fit 5 tokens"]),
             ((7, 7), {"grid": (2, 3), "prefix_tokens": 0}, ["does not fit 7 tokens behind 0 prefix tokens"]),

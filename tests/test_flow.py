@@ -114,7 +114,7 @@ class TestAttentionFlow:
         assert isinstance(found, np.ndarray)
         close(expected, found, 5 * L * 5 / 2**20)
         close(expected[:, [4, 0]], attention_flow(torch.from_numpy(weights), 1, keys=[4, 0], **options), 1e-4)
-        close(expected[:, 3], attention_flow(list(weights), 1 - 5, keys=3, **options), 1e-4)
+        close(expected[:, 3], attention_flow(list(weights), np.int64(1 - 5), keys=3, **options), 1e-4)
 
     @given(st.integers(1, 4), st.integers(2, 5), st.integers(0, 10**6), st.floats(0, 1), st.sampled_from([0.3, 2, 8]))
     @settings(max_examples=25, deadline=None)
@@ -164,7 +164,8 @@ class TestAttentionFlow:
             ({"keys": [0, 7]}, IndexError, "there is no key 7"),
             ({"heads": "sum"}, ValueError, "heads='sum'"),
             ({"residual": -1}, ValueError, "residual=-1"),
-            ({"query": "cat"}, TypeError, "integer"),
+            ({"query": "cat"}, TypeError, "query='cat': an attention flow is that of one token, by its number"),
+            ({"query": None}, TypeError, "query=None"),
         ):
             with pytest.raises(error, match=said):
                 attention_flow(weights, **options)
@@ -314,6 +315,18 @@ class TestWithGradients:
         order = np.random.default_rng(1).permutation(N)
         again = method(*[weights[..., order, :][..., order]], gradients=grads[..., order, :][..., order])
         close(method(weights, gradients=grads)[:, order][..., order], again, 1e-12)
+
+    def test_gradients_of_a_query_that_saw_nothing(self, name):
+        """They are NaN after an open softmax; they stay where they are, and out of the other image of the batch."""
+        method, _ = METHODS[name]
+        weights, grads = random_weights(L, 2, H, N, N), random_gradients(L, 2, H, N, N)
+        weights[:, 1, ..., :2] = 0
+        weights[:, 1] /= weights[:, 1].sum(-1, keepdims=True)
+        weights[:, 1, :, :2] = 0
+        expected = method(weights, -1, gradients=grads)
+        weights[:, 1, :, :2] = grads[:, 1, :, :2] = np.nan
+        close(expected, method(weights, -1, gradients=grads), 1e-12)
+        assert np.isfinite(method(weights, gradients=grads)[0]).all()
 
     def test_errors(self, name):
         method, _ = METHODS[name]

@@ -115,6 +115,8 @@ class TestBoth:
             ([0, -Q - 1], IndexError, f"there is no query {-Q - 1}: "),
             ([0.0], TypeError, "a query is an integer, not torch.float32"),
             ([True, False], TypeError, "a query is an integer, not torch.bool"),
+            (None, TypeError, "a query is told by its number, not by None"),
+            ("cat", TypeError, "a query is told by its number, not by 'cat'"),
         ],
     )
     def test_rows_that_are_not_there(self, case, queries, error, said):

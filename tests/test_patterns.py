@@ -198,6 +198,28 @@ class TestSpecial:
         found = head_patterns(weights, attention_mask=[0, 0, 1, 1, 1, 1])
         np.testing.assert_allclose(weights[0, 0, :, 2:, 2].mean(-1), found.scores["special"][0], atol=1e-12)
 
+    def test_a_first_query_that_sees_nothing_makes_no_causal_model(self):
+        """Zeros stand at a masked query in both kinds of model."""
+        weights = random_weights(1, 1, 2, 6, 6)
+        weights[..., 0, :] = 0
+        assert np.isnan(head_patterns(weights).scores["special"]).all()
+
+
+@pytest.mark.parametrize("masked", [0.0, np.nan], ids=["zeros", "NaN"])
+def test_texts_padded_on_the_left(masked):
+    """Beside a text without padding, the rows of padding hold zeros in a fused kernel, and NaN in an open softmax."""
+    weights = random_weights(1, 2, 3, 8, 8, causal=True)
+    weights[:, 1, :, :, :3] = 0
+    weights[:, 1] /= weights[:, 1].sum(-1, keepdims=True).clip(1e-9)
+    weights[:, 1, :, :3] = masked
+    found = head_patterns(weights, attention_mask=[[1] * 8, [0] * 3 + [1] * 5], window=1)
+    real = [weights[0, 0], weights[0, 1, :, 3:, 3:]]
+    previous = sum(text[:, range(1, text.shape[1]), range(text.shape[1] - 1)].sum(-1) for text in real) / (7 + 4)
+    first = sum(text[:, :, 0].sum(-1) for text in real) / (8 + 5)
+    np.testing.assert_allclose(previous, found.scores["previous"][0], atol=1e-12)
+    np.testing.assert_allclose(first, found.scores["special"][0], atol=1e-12)
+    assert np.isfinite(found.scores["broad"]).all()
+
 
 class TestResult:
     def test_evidence(self):
@@ -209,6 +231,13 @@ class TestResult:
         assert found.evidence(0, 1).startswith("tokens nearby: 0.")
         assert found.evidence(0, 2).startswith("mixed: no pattern has it; the nearest is ")
         assert "broad: 1.00 of the largest entropy" == found.evidence(0, -1)
+
+    def test_evidence_of_one_token(self):
+        """It has no neighbours, so no share of theirs is the largest."""
+        expected = (
+            "mixed: no pattern has it; the nearest is the token itself: 0.00 of its attention (1.00 if it were even)"
+        )
+        assert expected == head_patterns(np.zeros((1, 1, 1, 1, 1))).evidence(0, 0)
 
     def test_its_table(self):
         weights = np.stack([mixed(IDEAL["previous"][0]), np.full((N, N), 1 / N)])
@@ -225,8 +254,8 @@ class TestResult:
     @pytest.mark.parametrize(
         ("shape", "options", "said"),
         [
-            ([(1, 2, 5, 6)], {}, ["layer 0 (1, 2, 5, 6)"]),
-            ([(1, 2, 5, 5), (1, 3, 5, 5)], {}, ["layer 0 is (1, 2, 5, 5)", "layer 1 (1, 3, 5, 5)"]),
+            ([(1, 2, 5, 5), (1, 2, 5, 6)], {}, ["layer 1 has 5 queries and 6 keys"]),
+            ([(1, 2, 5, 5), (1, 3, 5, 5)], {}, ["layer 1 has the shape (1, 3, 5, 5), and layer 0 has (1, 2, 5, 5)"]),
             ([(2, 2, 3, 3)], {"tokens": ["a", "b"]}, ["a list of 3 texts, or 2 such lists", "[2] in 2 lists"]),
             ([(2, 2, 3, 3)], {"ids": [1, 2]}, ["ids has the shape (2, 3) or (3,), not (2,)"]),
             ([(2, 2, 3, 3)], {"attention_mask": [[1, 1, 1], [0, 0, 0]]}, ["leaves a text without a token"]),
@@ -242,7 +271,7 @@ class TestResult:
             assert part in str(caught.value)
 
     def test_windows_are_no_row_of_tokens(self):
-        with pytest.raises(ValueError, match="window"):
+        with pytest.raises(ValueError, match=r"layer 0 is attention of another kind \(window\)"):
             head_patterns(AttentionMap(torch.full((4, 1, 4, 4), 0.25), kind="window"))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visualizer import AttentionMap, attention, models
-from visualizer.analysis import TopKey, mass_mask, received, sink, top_keys
+from visualizer.analysis import TopKey, confidence, mass_mask, received, rollout, sink, top_keys
 
 
 def random_weights(*shape, seed=0):
@@ -38,8 +38,50 @@ class TestSink:
         torch.testing.assert_close(received(weights), expected, rtol=0, atol=1e-12)
 
     def test_there_is_no_such_key(self):
-        with pytest.raises(IndexError, match="there is no key 7: the map has 7 keys"):
-            sink(random_weights(1, 1, 5, 7), 7)
+        for key in (7, -8):
+            with pytest.raises(IndexError, match=f"there is no key {key}: the map has 7 keys"):
+                sink(random_weights(1, 1, 5, 7), key)
+        with pytest.raises(TypeError, match="integer"):
+            sink(random_weights(1, 1, 5, 7), "first")
+
+
+@pytest.mark.parametrize("masked", [0.0, np.nan], ids=["zeros", "NaN"])
+class TestQueriesThatAttendToNothing:
+    """What fused kernels give for them is zeros, and what an open softmax over nothing gives is NaN."""
+
+    def weights(self, masked):
+        weights = random_weights(2, 3, 4, 6, 6)
+        whole = weights.copy()
+        weights[:, 0, :, :2] = masked
+        weights[:, 1, :, :] = masked
+        return whole, weights
+
+    def test_they_do_not_count(self, masked):
+        whole, weights = self.weights(masked)
+        for analysis, by_hand in (
+            (received, lambda rows: rows.mean(-2)),
+            (sink, lambda rows: rows[..., 0].mean(-1)),
+            (confidence, lambda rows: rows.max(-1).mean(-1)),
+        ):
+            found = analysis(weights)
+            np.testing.assert_allclose(by_hand(whole[:, 0, :, 2:]), found[:, 0], atol=1e-12)
+            np.testing.assert_array_equal(np.zeros_like(found[:, 1]), found[:, 1])
+            np.testing.assert_allclose(by_hand(whole[:, 2]), found[:, 2], atol=1e-12)
+
+    def test_they_receive_no_more_than_others_give_them(self, masked):
+        """A rollout through them: only their residual connection carries anything."""
+        _, weights = self.weights(masked)
+        zeros = np.nan_to_num(weights)
+        np.testing.assert_allclose(rollout(zeros, -1), rollout(weights, -1), atol=1e-12)
+        assert np.isfinite(rollout(weights)).all()
+        assert [one.key for one in top_keys(zeros, -1)[0]] == [one.key for one in top_keys(weights, -1)[0]]
+
+
+@pytest.mark.parametrize("analysis", [received, sink, confidence, rollout, top_keys])
+def test_scores_are_no_weights(analysis):
+    query = {"query": 0} if analysis is top_keys else {}
+    with pytest.raises(ValueError, match=r"layer 1 holds -0\.5, and weights of attention are not negative: are these"):
+        analysis([np.full((1, 1, 2, 2), 0.5), np.array([[[[0.5, 0.5], [1.5, -0.5]]]])], **query)
 
 
 def fewest(weights, share):
@@ -138,6 +180,8 @@ class TestTopKeys:
             (0, {"heads": 4}, IndexError, "there is no head 4: layer 0 has 4 of them"),
             (0, {"heads": "sum"}, ValueError, "heads='sum'"),
             (0, {"k": 0}, ValueError, "k=0"),
+            (0, {"k": 2.5}, ValueError, "k=2.5"),
+            (None, {}, TypeError, "integer"),
         ],
     )
     def test_errors(self, query, options, error, said):

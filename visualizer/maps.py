@@ -289,6 +289,8 @@ class AttentionMap:
             if chosen.step is None or chosen.step > 0:
                 return chosen
             chosen = list(range(*chosen.indices(count)))
+        if chosen is None or isinstance(chosen, str):
+            raise TypeError(f"a {what} is told by its number, not by {chosen!r}")
         index = torch.as_tensor(chosen, device=self.device).reshape(-1)
         if index.dtype == torch.bool and len(index) == count:
             index = index.nonzero().flatten()

@@ -9,8 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..maps import AttentionMap, exactly, maps_of
-from .reading import Fusion, Rows, check_heads, check_residual, check_tokens, fused, given, name, with_gradients
+from ..maps import AttentionMap, exactly
+from .reading import (
+    Fusion,
+    Rows,
+    check_heads,
+    check_residual,
+    check_tokens,
+    fused,
+    given,
+    layers_of,
+    name,
+    with_gradients,
+)
 
 _DIGIT = 11  # bits that a pass of the search for a threshold finds: three passes for float32
 _UNIT = 2**20  # a capacity of 1 in the whole numbers that a maximum flow is computed in
@@ -43,8 +54,9 @@ def rollout(
     each map once and the memory of some rows. The whole takes two N x N matrices an image, as any product does.
 
     Args:
-        attention: the layers, from the first to the last, all of one number of images and tokens.
-        query: a token, several, or None for all; -1 is the last.
+        attention: the layers, from the first to the last, all of one number of images and tokens. A tensor with four
+            axes is one layer, (batch, heads, queries, keys); layers have an axis before these.
+        query: a token's number, several, or None for all; -1 is the last.
         heads: how the heads of a layer become one map.
         residual: the share of the residual connection, from 0 to 1.
         discard: the share of each fused map that is dropped, from 0 up to, not including, 1: of the N x N entries of an
@@ -60,7 +72,7 @@ def rollout(
             and pooled tokens, whose layers do not share their tokens; or an option is out of its range.
         IndexError: there is no such query.
     """
-    maps, _, arrays = maps_of(attention)
+    maps, _, arrays = layers_of(attention)
     check_heads(heads)
     check_residual(residual)
     if not 0 <= discard < 1:
@@ -115,13 +127,16 @@ def attention_flow(
         from scipy.sparse.csgraph import maximum_flow
     except ImportError as error:
         raise ImportError("attention_flow needs scipy, which computes maximum flows: pip install scipy") from error
-    maps, _, arrays = maps_of(attention)
+    maps, _, arrays = layers_of(attention)
     check_heads(heads)
     check_residual(residual)
     check_tokens(maps, "an attention flow")
     last, depth = maps[-1], len(maps)
     batch, _, tokens, _ = last.shape
-    source = int(_indices(last, operator.index(query), "query")[0])
+    try:
+        source = int(_indices(last, operator.index(query), "query")[0])
+    except TypeError:
+        raise TypeError(f"query={query!r}: an attention flow is that of one token, by its number") from None
     sinks = _indices(last, slice(None) if keys is None else keys, "key").tolist()
     flows = torch.zeros(batch, len(sinks), dtype=last.dtype)
     for image in range(batch):
@@ -405,7 +420,10 @@ def _times(layer: AttentionMap, flow: Tensor, rows: Rows, in_parts: bool = False
         if not len(some):
             continue
         chosen = part if in_parts or len(some) == part.stop - part.start else some.to(layer.device)
-        product += flow[..., chosen] @ rows(chosen).to(flow.dtype)
+        made, shares = rows(chosen).to(flow.dtype), flow[..., chosen]
+        if len(flow) > 1:  # a row that another image needs may be NaN here, by the gradient of a masked query: 0 x NaN
+            made = made.masked_fill(~shares.any(1)[..., None], 0)
+        product += shares @ made
     return product
 
 

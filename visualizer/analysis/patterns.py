@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..maps import AttentionMap, exactly, maps_of
+from ..maps import AttentionMap, exactly
 from ..store import as_html, as_text
-from .reading import each, name
+from .reading import each, layers_of, name
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -61,10 +61,9 @@ class HeadPatterns:
         """
         label = str(self.labels[layer, head])
         if label == "mixed":
-            best = max(
-                (pattern for pattern in self.scores if pattern != "broad"),
-                key=lambda pattern: _gain(self.scores[pattern], self.uniform[pattern])[layer, head],
-            )
+            told = [pattern for pattern in self.scores if pattern != "broad"]
+            told = [pattern for pattern in told if not np.isnan(self.scores[pattern][layer, head])]
+            best = max(told, key=lambda pattern: _gain(self.scores[pattern], self.uniform[pattern])[layer, head])
             return f"mixed: no pattern has it; the nearest is {self._share(best, layer, head)}"
         if label == "broad":
             return f"broad: {self.scores['broad'][layer, head]:.2f} of the largest entropy"
@@ -149,14 +148,19 @@ def head_patterns(
         ValueError: a layer's queries are not its keys, layers differ in their heads or tokens, or what is said of the
             tokens does not fit them.
     """
-    maps, _, _ = maps_of(attention)
+    maps, _, _ = layers_of(attention)
     for number, layer in enumerate(maps):
-        if layer.shape != maps[0].shape or layer.shape[2] != layer.shape[3] or layer.kind in ("cross", "window"):
-            kind = f" ({layer.kind})" if layer.kind in ("cross", "window") else ""
+        why = None
+        if layer.kind in ("cross", "window"):
+            why = f"is attention of another kind ({layer.kind})"
+        elif layer.shape[2] != layer.shape[3]:
+            why = f"has {layer.shape[2]} queries and {layer.shape[3]} keys"
+        elif layer.shape != maps[0].shape:
+            why = f"has the shape {layer.shape}, and {name(0, maps[0])} has {maps[0].shape}"
+        if why is not None:
             raise ValueError(
-                "patterns are those of layers of one shape, with the keys that are the queries, in a row of tokens; "
-                f"{name(0, maps[0])} is {maps[0].shape} and {name(number, layer)} {layer.shape}{kind}. Leave such "
-                "layers out"
+                "patterns are those of layers of one shape, whose queries are the keys, in a row of tokens, and "
+                f"{name(number, layer)} {why}. Leave such layers out"
             )
     if window < 0:
         raise ValueError(f"window={window!r}: pass how many tokens, 0 or more")
@@ -222,12 +226,14 @@ def _is_causal(maps: list[AttentionMap], real: Tensor) -> bool:
     firsts = real.int().argmax(1).tolist()  # behind padding on the left
     if real.shape[1] == 1:
         return False
+    is_told = False
     for layer in maps:
         for text, first in enumerate(firsts):
             row = layer.rows([first])[text, :, 0]
             if bool((row[:, :first] > 0).any()) or bool((row[:, first + 1 :] > 0).any()):
                 return False
-    return True
+            is_told |= bool((row[:, first] > 0).any())  # a row of zeros is a masked query's, and tells nothing
+    return is_told
 
 
 def _scores(layer: AttentionMap, texts: _Texts) -> Tensor:

@@ -15,12 +15,36 @@ from ..maps import AttentionMap, maps_of
 Fusion: TypeAlias = Literal["mean", "max", "min"]
 Rows: TypeAlias = Callable[[slice | Tensor], Tensor]
 
-_PREFIXES = range(9)  # a class token, one of distillation, or up to eight registers: what a grid is guessed behind
+_PREFIXES = (0, 1)  # what a grid is guessed behind: with more to choose from, many grids that are no square become one
+
+
+def layers_of(attention: Any) -> tuple[list[AttentionMap], bool, bool]:
+    """As `maps_of`, of weights alone: what an open softmax over nothing leaves, NaN, is zeros as in a fused kernel.
+
+    Raises ValueError for negative numbers.
+    """
+    maps, is_one, arrays = maps_of(attention)
+    checked = []
+    for number, layer in enumerate(maps):
+        if layer.is_dense:
+            weights = layer._source.rows(slice(None))
+            least = weights.amin() if weights.numel() else weights.new_zeros(())
+            if bool(least.isnan()):
+                clean = AttentionMap(weights.nan_to_num(0), path=layer.path, kind=layer.kind)
+                clean._gradient = layer._gradient
+                layer, least = clean, clean._source.rows(slice(None)).amin()
+            if bool(least < 0):
+                raise ValueError(
+                    f"{name(number, layer)} holds {least.item():.3g}, and weights of attention are not negative: are "
+                    "these scores before the softmax?"
+                )
+        checked.append(layer)
+    return checked, is_one, arrays
 
 
 def each(attention: Any, analyse: Callable[[AttentionMap], Tensor]) -> Any:
     """What a function makes of each map, on each other where there are several layers."""
-    maps, is_one, arrays = maps_of(attention)
+    maps, is_one, arrays = layers_of(attention)
     found = [analyse(layer) for layer in maps]
     if is_one:
         return given(found[0], arrays)
@@ -100,7 +124,7 @@ def with_gradients(attention: Any, gradients: Any) -> tuple[list[AttentionMap], 
         handed = [attention]
     else:
         attention = handed = list(attention)  # it is read twice
-    maps, _, arrays = maps_of(attention)
+    maps, _, arrays = layers_of(attention)
     if gradients is None:
         return maps, _own_gradients(maps, handed), arrays
     found, _, are_arrays = maps_of(gradients)
@@ -178,8 +202,8 @@ def patches(tokens: int, grid: tuple[int, int] | None, prefix_tokens: int | None
         side = math.isqrt(max(0, tokens - prefix))
         if prefix >= 0 and side > 0 and side * side == tokens - prefix:
             return side, side, prefix
-    less = f"{_PREFIXES[0]} to {_PREFIXES[-1]}" if prefix_tokens is None else f"{prefix_tokens!r}"
+    less = "0 or 1" if prefix_tokens is None else f"{prefix_tokens!r}"
     raise ValueError(
         f"cannot tell the patch grid of {tokens} tokens: less {less} prefix tokens they are no square. Pass "
-        "grid=(rows, columns)"
+        "grid=(rows, columns), or prefix_tokens= of a square with registers"
     )

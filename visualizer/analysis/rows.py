@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..maps import AttentionMap, exactly, maps_of
-from .reading import Fusion, as_tensor, check_heads, each, fused, given, name, patches
+from ..maps import AttentionMap, exactly
+from .reading import Fusion, as_tensor, check_heads, each, fused, given, layers_of, name, patches
 
 _ROUNDING = 1e-12
 
@@ -42,7 +42,8 @@ def received(attention: Any) -> Any:
     >>> received(torch.tensor([[1.0, 0.0], [0.5, 0.5]]).expand(1, 1, 2, 2))
     tensor([[[0.7500, 0.2500]]])
 
-    A first token that gets far more than 1/keys is an attention sink; `sink` has its share alone.
+    A first token that gets far more than 1/keys is an attention sink; `sink` has its share alone. Queries that attend
+    to nothing, because all keys are masked, do not count.
 
     Returns:
         (batch, heads, keys); with the layers first where there are several.
@@ -51,11 +52,14 @@ def received(attention: Any) -> Any:
         ValueError: the layers differ in shape.
     """
 
-    def columns(layer: AttentionMap) -> Tensor:
-        batch, _, queries, _ = layer.shape
-        return layer.row_product(torch.full((batch, queries), 1 / queries, dtype=layer.dtype, device=layer.device))
+    return each(attention, _received)
 
-    return each(attention, columns)
+
+def _received(layer: AttentionMap) -> Tensor:
+    batch, _, queries, _ = layer.shape
+    columns = layer.row_product(torch.ones(batch, queries, dtype=layer.dtype, device=layer.device))
+    total = columns.sum(-1, keepdim=True)  # as many as there are queries that attend to something
+    return columns / total.masked_fill_(total == 0, 1)
 
 
 def sink(attention: Any, key: int = 0) -> Any:
@@ -80,7 +84,14 @@ def sink(attention: Any, key: int = 0) -> Any:
         ValueError: the layers differ in shape.
         IndexError: there is no such key.
     """
-    return each(attention, lambda layer: layer.columns([key])[..., 0].mean(-1))
+
+    def share(layer: AttentionMap) -> Tensor:
+        keys = layer.shape[3]
+        if not -keys <= operator.index(key) < keys:
+            raise IndexError(f"there is no key {key}: the map has {keys} keys")
+        return _received(layer)[..., key]
+
+    return each(attention, share)
 
 
 def confidence(attention: Any) -> Any:
@@ -91,13 +102,21 @@ def confidence(attention: Any) -> Any:
     >>> confidence(torch.tensor([[1.0, 0.0], [0.5, 0.5]]).expand(1, 1, 2, 2))
     tensor([[0.7500]])
 
+    Voita et al. 2019 (https://arxiv.org/abs/1905.09418). Queries that attend to nothing, because all keys are masked,
+    do not count.
+
     Returns:
         (batch, heads); with the layers first where there are several.
 
     Raises:
         ValueError: the layers differ in shape.
     """
-    return each(attention, lambda layer: layer.reduce(lambda rows: rows.amax(-1)).mean(-1))
+
+    def surest(layer: AttentionMap) -> Tensor:
+        largest = layer.reduce(lambda rows: rows.amax(-1))
+        return largest.sum(-1) / (largest > 0).sum(-1).clamp(min=1)
+
+    return each(attention, surest)
 
 
 def cls_attention(attention: Any, query: int = 0, *, prefix_tokens: int = 1) -> Any:
@@ -157,8 +176,8 @@ def attention_distance(
         attention: one map of self-attention over patches, or layers of one shape.
         grid: (rows, columns) of patches; None: the square that `prefix_tokens` leave.
         patch_size: the side of a patch, in the unit that the distance is to have: pixels; 1 gives patches.
-        prefix_tokens: how many tokens come before the patches; None: what the grid leaves over, or the fewest up to 8
-            that leave a square. They are left out, as queries and as keys.
+        prefix_tokens: how many tokens come before the patches; None: what the grid leaves over, or none or one where
+            that leaves a square. They are left out, as queries and as keys.
         renormalise: whether a row's weights are scaled to sum to one over the patches; a row that gives them nothing
             then stays out of the mean (and a head where all are so has NaN). Else what goes to the tokens before them
             counts as distance 0.
@@ -169,6 +188,9 @@ def attention_distance(
     Raises:
         ValueError: queries and keys are not the same tokens, the grid does not fit them, or the layers differ in shape.
     """
+
+    if not isinstance(patch_size, (int, float)) or patch_size <= 0:
+        raise ValueError(f"patch_size={patch_size!r} is one number above 0: the side of a square patch")
 
     def mean_distance(layer: AttentionMap) -> Tensor:
         batch, heads, queries, keys = layer.shape
@@ -281,10 +303,10 @@ def top_keys(
         ValueError: there is not one token for each key, or none of the text, or more than one.
         IndexError: there is no such query, head or batch.
     """
-    maps, _, _ = maps_of(attention)
+    maps, _, _ = layers_of(attention)
     if isinstance(heads, str):
         check_heads(heads)
-    if k < 1:
+    if not isinstance(k, int) or k < 1:
         raise ValueError(f"k={k!r}: pass how many keys, 1 or more")
     found = []
     for number, layer in enumerate(maps):

@@ -71,7 +71,7 @@ def spike_scores(query: Any, key: Any, scale: float = 0.125) -> Any:
 
     Args:
         query, key: spikes, 0 and 1, of the shape (time, batch, heads, tokens, channels).
-        scale: what the model multiplies by; 0.125 in Spikformer and in the Spike-driven Transformers.
+        scale: what the model multiplies by; 0.125 in Spikformer and in Meta-SpikeFormer.
 
     Returns:
         (batch, heads, queries, keys), from 0 to scale * channels; float64 for float64 and else float32, on the
