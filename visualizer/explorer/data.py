@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -110,7 +110,8 @@ def read_maps(maps: Any) -> list[AttentionMap]:
         if layer.shape != layers[0].shape:
             raise ValueError(
                 f"a page shows layers of one shape, (batch, heads, queries, keys): layer 0 has {layers[0].shape}, "
-                f"layer {number} has {layer.shape}. Make a page of each kind, and add them: explore(these) + explore(those)"
+                f"layer {number} has {layer.shape}. Make a page of each kind, and add them: explore(some) "
+                "+ explore(others)"
             )
     return layers
 
@@ -145,7 +146,9 @@ def code_maps(
         )
     blank = doubtful = 0
     for number, layer in enumerate(layers):
-        done = [np.zeros(example.codes.shape[1:], np.float32) for example in examples] if factor > 1 else []
+        done: list[Array] = (
+            [np.zeros(example.codes.shape[1:], np.float32) for example in examples] if factor > 1 else []
+        )
         for part, rows in layer.chunks():
             for at, image in enumerate(images):
                 weights = rows[image].cpu().numpy().astype(np.float32)  # (heads, some queries, keys)
@@ -245,20 +248,22 @@ def _code(example: Example, layer: int, part: slice, weights: Array) -> None:
 def pack(example: Example, budget: int) -> tuple[bytes, list[str]]:
     """The example's numbers in gzip, at most `budget` bytes long, and what had to be left out for that, in words.
 
-    In this order: the exact weights, float32; their keys, uint16; the codes. Of the first two, all first bytes come
-    first, then all second ones: gzip finds more in common so.
+    In this order: the exact weights, float32; their keys, uint16; the codes, NOTHING for the exact weights. Of the
+    first two, all first bytes come first, then all second ones: gzip finds more in common so.
     """
     exact = _planes(example.top.astype("<f4")) + _planes(example.top_keys.astype("<u2"))
     keys = example.codes.shape[3]
-    left = budget - len(_gzip(exact))
-    flat = example.codes.reshape(-1, keys)
+    codes, top_keys = example.codes.reshape(-1, keys), example.top_keys.reshape(-1, example.top_keys.shape[3])
+    left = budget - len(_gzip([exact]))
     # A sample tells how many keys of each row fit; what is cut off becomes runs of one byte.
-    sample = flat[:: max(1, flat.size // 4_000_000)]
+    every, at_once = max(1, codes.size // 4_000_000), max(1, 4_000_000 // keys)
+    sample, sample_keys = codes[::every], top_keys[::every]
     kept = keys
     while True:
-        size = len(_gzip(_cut(sample, kept).tobytes())) * len(flat) / len(sample)
+        size = len(_gzip([_carried(sample, sample_keys, kept)])) * len(codes) / len(sample)
         if size <= left * (1 if kept == keys else 0.97) or kept <= TOP:
-            packed = _gzip(exact + b"".join(_cut(layer.reshape(-1, keys), kept).tobytes() for layer in example.codes))
+            parts = (slice(start, start + at_once) for start in range(0, len(codes), at_once))
+            packed = _gzip([exact, *(_carried(codes[part], top_keys[part], kept) for part in parts)])
             if len(packed) <= budget:
                 break
             if kept <= TOP:
@@ -278,10 +283,17 @@ def pack(example: Example, budget: int) -> tuple[bytes, list[str]]:
     ]
 
 
+def _carried(codes: npt.NDArray[np.uint8], top_keys: npt.NDArray[np.uint16], kept: int) -> bytes:
+    """Rows of codes as they are sent: nothing for what is cut off, nor for what is known exactly."""
+    sent = _cut(codes, kept)
+    np.put_along_axis(sent, top_keys.astype(np.intp), NOTHING, 1)
+    return sent.tobytes()
+
+
 def _cut(codes: npt.NDArray[np.uint8], kept: int) -> npt.NDArray[np.uint8]:
-    """The codes of the largest weights of each row, and of those that tie with the last of them."""
+    """The codes of the largest weights of each row, and of those that tie with the last of them; a copy."""
     if kept >= codes.shape[1]:
-        return codes
+        return codes.copy()
     last = np.partition(codes, kept - 1, axis=1)[:, kept - 1 : kept]
     return np.where(codes <= last, codes, np.uint8(NOTHING))
 
@@ -290,9 +302,9 @@ def _planes(array: npt.NDArray[Any]) -> bytes:
     return array.reshape(-1, 1).view(np.uint8).T.tobytes()
 
 
-def _gzip(data: bytes) -> bytes:
+def _gzip(parts: Iterable[bytes]) -> bytes:
     engine = zlib.compressobj(6, zlib.DEFLATED, 31)  # 31: with the header of gzip, and no time of day in it
-    return engine.compress(data) + engine.flush()
+    return b"".join([*(engine.compress(part) for part in parts), engine.flush()])
 
 
 SPECIAL = r"\[[A-Z]+\d*\]|<[^<>\s]{1,40}>|<\|.{1,40}\|>"

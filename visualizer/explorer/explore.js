@@ -80,10 +80,7 @@
     addRow(out, row, share) {
       const { codes, keys, count } = this, start = row * keys, first = row * count, most = this.values[first] * share;
       for (let key = 0; key < keys; key++) out[key] += most * table[codes[start + key]];
-      for (let i = first; i < first + count; i++) {
-        const key = this.places[i];
-        out[key] += share * this.values[i] - most * table[codes[start + key]];
-      }
+      for (let i = first; i < first + count; i++) out[this.places[i]] += share * this.values[i];
     }
 
     add(out, layer, head, side, token, share, hidden) {
@@ -261,7 +258,11 @@
 
   const bytesOfHex = (text) => Uint8ClampedArray.from(text.match(/../g), (pair) => parseInt(pair, 16));
   const viridis = bytesOfHex(page.viridis), inferno = bytesOfHex(page.inferno);
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const theme = {}; // the style sheet's colours, read anew with each layout: asking for them while drawing is slow
+  function readTheme() {
+    const style = getComputedStyle(document.documentElement);
+    for (const name of ["ground", "panel", "ink", "soft", "accent", "mark"]) theme[name] = style.getPropertyValue(`--${name}`).trim();
+  }
   const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Noto Sans CJK SC", sans-serif';
 
   function element(tag, className, text) {
@@ -362,6 +363,7 @@
       const room = this.element.clientWidth, high = Math.max(240, window.innerHeight * 0.62);
       this.width = Math.min(room, 640, (high * this.columns) / this.rows);
       this.height = (this.width * this.rows) / this.columns;
+      this.legend.layout();
       this.grey = null;
       if (this.picture) {
         const ratio = window.devicePixelRatio || 1;
@@ -382,7 +384,7 @@
       const context = sheet(this.canvas, this.width, this.height);
       if (this.grey) context.drawImage(this.grey, 0, 0, this.width, this.height);
       else {
-        context.fillStyle = colour("--panel");
+        context.fillStyle = theme.panel;
         context.fillRect(0, 0, this.width, this.height);
       }
       const colours = this.grey ? inferno : viridis, top = weights ? topOf(weights, this.first) : 1;
@@ -425,7 +427,7 @@
       context.font = `12px ${FONT}`;
       this.swatches.forEach(({ button, swatch, value }, token) => {
         if (!value.hidden) context.drawImage(swatch, x, top, 12, 12);
-        context.fillStyle = colour("--ink");
+        context.fillStyle = theme.ink;
         context.fillText(`${this.about.labels[token]}  ${value.textContent}`, x + 18, top + 10, width - 18);
         top += 18;
       });
@@ -454,7 +456,9 @@
       listen(this, this.words, tokenUnder);
     }
 
-    layout() {}
+    layout() {
+      this.legend.layout();
+    }
 
     paint(weights, chosen) {
       const top = weights ? topOf(weights, 0) : 1;
@@ -507,7 +511,7 @@
         context.fillRect(left, top, wide, 22);
         if (this.chosen.includes(token)) {
           context.lineWidth = 2;
-          context.strokeStyle = colour("--ink");
+          context.strokeStyle = theme.ink;
           context.strokeRect(left + 1, top + 1, wide - 2, 20);
         }
         context.fillStyle = style.color;
@@ -523,18 +527,19 @@
     host.append(element("span", "", "0"), bar, most);
     const show = (top) => {
       host.hidden = top === null;
-      if (top === null) return;
-      most.textContent = top.toPrecision(3);
+      if (top !== null) most.textContent = top.toPrecision(3);
+    };
+    const layout = () => {
       const context = sheet(bar, 120, 8);
       for (let x = 0; x < 120; x++) {
         const index = 3 * Math.round((255 * x) / 119);
         context.fillStyle = colours
           ? `rgb(${colours[index]} ${colours[index + 1]} ${colours[index + 2]})`
-          : `color-mix(in srgb, ${colour("--mark")} ${Math.round((100 * x) / 119)}%, ${colour("--panel")})`;
+          : `color-mix(in srgb, ${theme.mark} ${Math.round((100 * x) / 119)}%, ${theme.panel})`;
         context.fillRect(x, 0, 1.5, 8);
       }
     };
-    return { element: host, show };
+    return { element: host, show, layout };
   }
 
   // The token's row, or column, in every head: a cell each, the mean in the last column.
@@ -581,7 +586,7 @@
     const context = sheet(mosaic.canvas, Math.min(room, x(maps.heads) + wide + 2), y(maps.layers - 1) + high + 2);
     context.imageSmoothingEnabled = mosaic.bins > wide * 2;
     context.font = `11px ${FONT}`;
-    context.fillStyle = colour("--soft");
+    context.fillStyle = theme.soft;
     context.textBaseline = "middle";
     const every = (step) => Math.max(1, Math.ceil(step));
     context.textAlign = "center";
@@ -595,15 +600,15 @@
         context.drawImage(mosaic.atlas.canvas, head * bins, layer * lines, bins, lines, x(head), y(layer), wide, high);
       }
     }
-    context.strokeStyle = colour("--accent");
+    context.strokeStyle = theme.accent;
     context.lineWidth = 2.5;
     const marked = typeof now.head === "number" ? now.head : maps.heads; // a rollout is of the means up to its layer
     for (let layer = now.head === "rollout" ? 0 : now.layer; layer <= now.layer; layer++) {
       context.strokeRect(x(marked) - 1, y(layer) - 1, wide + 2, high + 2);
     }
-    const what = now.side === QUERIES ? "attends to" : "gets from";
-    mosaic.canvas.setAttribute("aria-label", `What ${names(now)} ${what} in ${maps.layers} layers and ${maps.heads} heads; choose one by the lists above`);
-    $("mosaic-caption").textContent = `What ${names(now)} ${what}; each cell from 0 to its largest weight.`;
+    const what = sentence(now).join("");
+    mosaic.canvas.setAttribute("aria-label", `${what}, in ${maps.layers} layers and ${maps.heads} heads; choose one by the lists above`);
+    $("mosaic-caption").textContent = `${what}; each cell from 0 to its largest weight.`;
   }
 
   // The whole map of the chosen head, the root of its weights in colours.
@@ -646,7 +651,7 @@
     context.drawImage(matrix.pixels.canvas, left, above, wide, high);
     if (isLabelled) {
       context.font = LABEL_FONT;
-      context.fillStyle = colour("--ink");
+      context.fillStyle = theme.ink;
       context.textBaseline = "middle";
       context.textAlign = "right";
       for (let query = 0; query < queries; query += Math.ceil(12 / down)) {
@@ -696,6 +701,11 @@
     return now.tokens.length > 3 ? `${few} + ${now.tokens.length - 3} more` : few;
   };
 
+  const sentence = (now) => {
+    const isOne = now.tokens.length === 1, isQuery = now.side === QUERIES;
+    return [isQuery ? "What " : "Who attends to ", names(now), (isQuery ? (isOne ? " attends to" : " attend to") : "") + (isOne ? "" : ", in the mean")];
+  };
+
   function largest(weights) {
     const order = [];
     for (let token = 0; token < weights.length; token++) {
@@ -728,22 +738,21 @@
       bar.style.width = `${(100 * weights[token]) / Math.max(weights[order[0]], 1e-9)}%`;
       name.textContent = label(opposite, token);
       value.textContent = number(weights[token], isExact);
-      value.title = isExact ? String(weights[token]) : "within 1.5 %";
+      value.title = isExact ? String(weights[token]) : "within about 1.5 %";
     });
   }
 
   function drawReadout(now, weights) {
-    const isOne = now.tokens.length === 1, isQuery = now.side === QUERIES;
-    const before = isQuery ? "What " : "Who attends to ", behind = (isQuery ? (isOne ? " attends to" : " attend to") : "") + (isOne ? "" : ", in the mean");
+    const [before, who, behind] = sentence(now);
     const facts = [headName(now) + (example.layers[now.layer] && now.head !== "rollout" ? ` (${example.layers[now.layer]})` : "")];
     let sum = 0, entropy = 0;
     for (const weight of weights) {
       sum += weight;
       if (weight > 0) entropy -= weight * Math.log(weight);
     }
-    if (isQuery) facts.push(`entropy ${entropy.toFixed(2)} of at most ${Math.log(weights.length).toFixed(2)} nats`);
+    if (now.side === QUERIES) facts.push(`entropy ${entropy.toFixed(2)} of at most ${Math.log(weights.length).toFixed(2)} nats`);
     else facts.push(`${((100 * sum) / weights.length).toPrecision(3)} % of all attention`);
-    $("readout").replaceChildren(before, element("b", "", names(now)), behind, element("span", "", ` · ${facts.join(" · ")}`));
+    $("readout").replaceChildren(before, element("b", "", who), behind, element("span", "", ` · ${facts.join(" · ")}`));
   }
 
   function draw() {
@@ -766,6 +775,7 @@
   }
 
   function lay() {
+    readTheme();
     for (const panel of panels) panel.layout();
     mosaic.key = "";
     draw();
@@ -937,9 +947,9 @@
     canvas.height = height * scale;
     const context = canvas.getContext("2d");
     context.scale(scale, scale);
-    context.fillStyle = colour("--ground");
+    context.fillStyle = theme.ground;
     context.fillRect(0, 0, width, height);
-    context.fillStyle = colour("--ink");
+    context.fillStyle = theme.ink;
     context.font = `600 14px ${FONT}`;
     context.fillText($("readout").textContent, 24, 34, width - 48);
     drawSides(context);

@@ -74,8 +74,8 @@ def explore(
         query_tokens, key_tokens: the words of one side alone, in cross-attention; `image` is then the other side.
         grid: (rows, columns) of patches; None: the square that the tokens make, with or without a class token.
         prefix_tokens: how many tokens come before the patches, or their names.
-        batch: which images or texts of the batch, one or several; None: all. Several take a list of words or
-            pictures for each.
+        batch: which images or texts of the batch, one or several; None: all. Words and pictures are then lists, one
+            entry for each of the whole batch.
         title: what the example is called where a page has several.
 
     Returns:
@@ -98,7 +98,7 @@ def explore(
     if image is not None and any(layer.kind == "window" for layer in layers):
         raise ValueError("these layers attend within windows, which are parts of the picture: pass no image")
     given = {"tokens": tokens, "query_tokens": query_tokens, "key_tokens": key_tokens, "image": image}
-    each = {name: _for_each(name, value, len(images)) for name, value in given.items()}
+    each = {name: _for_each(name, value, images, size) for name, value in given.items()}
     sides = [
         _sides(queries, keys, *(each[name][at] for name in given), grid=grid, prefix_tokens=prefix_tokens)
         for at in range(len(images))
@@ -164,17 +164,15 @@ def _images(batch: int | Sequence[int] | None, size: int) -> list[int]:
     return [number % size for number in chosen]
 
 
-def _for_each(name: str, value: Any, count: int) -> list[Any]:
-    """What belongs to each example: the value of one, or the list of several."""
+def _for_each(name: str, value: Any, images: Sequence[int], size: int) -> list[Any]:
+    """What belongs to each of the chosen images: out of a list for the whole batch, or the value of the only one."""
     if value is None:
-        return [None] * count
-    is_list = isinstance(value, (list, tuple))
-    if is_list and len(value) == count and not isinstance(value[0], (str, int, float)):
-        return list(value)
-    if count > 1:
+        return [None] * len(images)
+    if isinstance(value, (list, tuple)) and len(value) == size and not isinstance(value[0], (str, int, float)):
+        return [value[number] for number in images]
+    if len(images) > 1:
         raise ValueError(
-            f"{name}= is a list of {count}, one for each of the {count} images or texts of the batch; or choose one by "
-            "batch=0"
+            f"{name}= is a list of {size}, one for each image or text of the batch; or choose one of them by batch=0"
         )
     return [value]
 
@@ -320,7 +318,7 @@ def _still(example: Example) -> str:
         cells = weights[..., len(key_side.labels) :].reshape(layers, heads, *key_side.grid)
         what = f"what {key_side.labels[0] if key_side.labels else 'the first patch'} attends to"
     else:
-        down, across = (np.linspace(0, count, min(count, 48) + 1).astype(int)[:-1] for count in (queries, keys))
+        down, across = (np.linspace(0, count, min(count, 32) + 1).astype(int)[:-1] for count in (queries, keys))
         least = np.minimum.reduceat(np.minimum.reduceat(example.codes, down, axis=2), across, axis=3)
         cells = np.exp(-STEP * least.astype(np.float32))
         what = "queries down and keys across"
@@ -333,7 +331,7 @@ def _still(example: Example) -> str:
     high, wide = framed.shape[2:4]
     sheet = framed.swapaxes(1, 2).reshape(layers * high, heads * wide, 3)
     file = io.BytesIO()
-    Image.fromarray(sheet).quantize(256).save(file, "PNG", optimize=True)
+    Image.fromarray(sheet).quantize(64).save(file, "PNG", optimize=True)
     text = f"Attention of {layers} layers, down, and {heads} heads, across: {what}. Open the page where scripts run."
     return (
         f'<img alt="{html.escape(text)}" title="{html.escape(text)}" '
