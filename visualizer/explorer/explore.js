@@ -258,6 +258,7 @@
 
   const bytesOfHex = (text) => Uint8ClampedArray.from(text.match(/../g), (pair) => parseInt(pair, 16));
   const viridis = bytesOfHex(page.viridis), inferno = bytesOfHex(page.inferno);
+  let zoom = 0; // pixels of a canvas for one of the style sheet's, where it is not the screen's number
   const theme = {}; // the style sheet's colours, read anew with each layout: asking for them while drawing is slow
   function readTheme() {
     const style = getComputedStyle(document.documentElement);
@@ -287,7 +288,7 @@
 
   // The context of a canvas of that size in CSS pixels, as sharp as the screen.
   function sheet(canvas, width, height) {
-    const ratio = window.devicePixelRatio || 1, wide = Math.round(width * ratio), high = Math.round(height * ratio);
+    const ratio = zoom || window.devicePixelRatio || 1, wide = Math.round(width * ratio), high = Math.round(height * ratio);
     if (canvas.width !== wide || canvas.height !== high) {
       canvas.width = wide;
       canvas.height = high;
@@ -366,7 +367,7 @@
       this.legend.layout();
       this.grey = null;
       if (this.picture) {
-        const ratio = window.devicePixelRatio || 1;
+        const ratio = zoom || window.devicePixelRatio || 1;
         const canvas = new OffscreenCanvas(Math.round(this.width * ratio), Math.round(this.height * ratio));
         const context = canvas.getContext("2d");
         context.drawImage(this.picture, 0, 0, canvas.width, canvas.height);
@@ -555,7 +556,7 @@
     Object.assign(mosaic, { x, y, wide, high });
     if (mosaic.key !== key) {
       mosaic.key = key;
-      const bins = about.grid ? about.grid[1] : Math.min(count, Math.ceil(wide * (window.devicePixelRatio || 1)));
+      const bins = about.grid ? about.grid[1] : Math.min(count, Math.ceil(wide * (zoom || window.devicePixelRatio || 1)));
       const lines = about.grid ? about.grid[0] : 1;
       const size = `${bins} ${lines} ${columns} ${maps.layers}`;
       if (mosaic.size !== size) [mosaic.size, mosaic.atlas] = [size, pixels(bins * columns, lines * maps.layers)];
@@ -935,8 +936,9 @@
 
   $("png").addEventListener("click", () => {
     hover = {};
-    draw();
-    const scale = 2, gap = 28, wide = Math.max(320, panels[0].width || 420);
+    const scale = (zoom = 2 * Math.ceil(window.devicePixelRatio || 1));
+    lay();
+    const gap = 28, wide = Math.max(320, panels[0].width || 420);
     const mosaicSize = [parseFloat(mosaic.canvas.style.width), parseFloat(mosaic.canvas.style.height)];
     const matrixSize = matrix.canvas.hidden ? [0, 0] : [parseFloat(matrix.canvas.style.width), parseFloat(matrix.canvas.style.height)];
     const measure = new OffscreenCanvas(1, 1).getContext("2d"), drawSides = (context) => panels.reduce((y, panel) => panel.picturePart(context, 24, y, wide) + 20, 60);
@@ -956,6 +958,8 @@
     context.drawImage(mosaic.canvas, 24 + wide + gap, 60, ...mosaicSize);
     if (matrixSize[0]) context.drawImage(matrix.canvas, 24 + wide + gap + mosaicSize[0] + gap, 60, ...matrixSize);
     canvas.toBlob((blob) => download(blob, `attention-layer${state.layer}-head${state.head}.png`));
+    zoom = 0;
+    lay();
   });
 
   // A token that begins like a formula would run as one in a spreadsheet.

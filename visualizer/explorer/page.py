@@ -312,17 +312,18 @@ def _colours(name: str) -> str:
 def _still(example: Example) -> str:
     """A picture of all heads for where no script runs: an img tag."""
     layers, heads, queries, keys = example.codes.shape
-    weights = np.exp(-STEP * example.codes[:, :, 0].astype(np.float32))  # of the first query, by the row's largest
+    table = np.exp(-STEP * np.arange(256, dtype=np.float32))
+    table[NOTHING] = 0
     key_side = example.sides[1]
     if key_side.grid:
+        weights = table[example.codes[:, :, 0]] * example.top[:, :, 0, :1]
         cells = weights[..., len(key_side.labels) :].reshape(layers, heads, *key_side.grid)
+        cells = cells / np.maximum(cells.max((2, 3), keepdims=True), 4 / keys)
         what = f"what {key_side.labels[0] if key_side.labels else 'the first patch'} attends to"
     else:
         down, across = (np.linspace(0, count, min(count, 32) + 1).astype(int)[:-1] for count in (queries, keys))
-        least = np.minimum.reduceat(np.minimum.reduceat(example.codes, down, axis=2), across, axis=3)
-        cells = np.exp(-STEP * least.astype(np.float32))
+        cells = table[np.minimum.reduceat(np.minimum.reduceat(example.codes, down, axis=2), across, axis=3)]
         what = "queries down and keys across"
-    cells = cells / np.maximum(cells.max((2, 3), keepdims=True), 1e-9)
     colours = mpl.colormaps["viridis"](cells, bytes=True)[..., :3]  # (layers, heads, rows, columns, 3)
     rows, columns = cells.shape[2:]
     scale = max(1, math.ceil(48 / max(rows, columns)))
