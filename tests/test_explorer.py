@@ -397,9 +397,10 @@ class TestNumbers:
         row /= row.sum()
         assert [WORDS[key] for key in np.argsort(-row)[:5]] == [name for name, _ in tab.top()]
         np.testing.assert_allclose(np.sort(row)[:1:-1], [float(value[2:]) for _, value in tab.top()], rtol=0.06)
-        assert ["0", "0"] == [
-            tab.word(token).evaluate("one => getComputedStyle(one).getPropertyValue('--w')") for token in (0, 6)
+        ground = [
+            tab.word(key).evaluate("one => getComputedStyle(one).backgroundColor") for key in (0, 6, row.argmax())
         ]
+        assert ground[0] == ground[1] != ground[2]
 
     def test_entropy_of_the_row(self, open_page):
         maps = random_maps(1, 1, 2, 7, 7)
@@ -505,6 +506,23 @@ class TestPointerAndKeys:
         tab.page.mouse.click(frame["x"] + 24 + 4.7 * cell[0], place[1])
         assert "mean" == tab.state()["head"]
 
+    def test_whole_maps_of_all_heads(self, open_page):
+        maps = np.stack([np.eye(8), np.eye(8)[::-1]])
+        tab = open_page(explore(maps))
+        frame = tab.page.locator("#mosaic").bounding_box()
+        side = 52  # of a cell, two pixels from the next
+
+        def is_bright(head, row, column):
+            x = frame["x"] + 24 + head * (side + 2) + (column + 0.5) * side / 8
+            return colour_at(tab, x, frame["y"] + 20 + (row + 0.5) * side / 8)[0] > 200
+
+        tab.keys("h")
+        assert [True, False, False, True] == [is_bright(head, 2, key) for head in (0, 1) for key in (2, 5)]
+        tab.keys("s", "ArrowRight")
+        assert [False, True] == [is_bright(1, 6, key) for key in (6, 1)]
+        tab.keys("h")
+        assert not tab.state()["whole"]
+
     def test_the_matrix_tells_each_weight(self, open_page):
         maps = random_maps(1, 1, 1, 7, 7)
         tab = open_page(explore(maps, WORDS))
@@ -534,7 +552,7 @@ class TestPointerAndKeys:
 
     def test_the_address_holds_the_place(self, open_page):
         tab = open_page(explore(random_maps(3, 1, 4, 7, 7), WORDS))
-        tab.keys("[", ".", "w", "s", "ArrowRight")
+        tab.keys("[", ".", "w", "s", "h", "ArrowRight")
         before = tab.state()
         tab.page.reload()
         tab.page.wait_for_selector("#app:not([hidden])")

@@ -131,6 +131,19 @@
       return flow;
     }
 
+    // All rows of a head or of the mean, those of hidden queries zero.
+    map(layer, head, hidden) {
+      const all = new Float32Array(this.queries * this.keys);
+      const heads = head === "mean" ? Array.from({ length: this.heads }, (_, each) => each) : [head];
+      for (let query = 0; query < this.queries; query++) {
+        if (hidden && this.special[QUERIES].includes(query)) continue;
+        const out = all.subarray(query * this.keys, (query + 1) * this.keys);
+        for (const each of heads) this.add(out, layer, each, QUERIES, query, 1 / heads.length, hidden);
+        if (hidden) for (const key of this.special[KEYS]) out[key] = 0;
+      }
+      return all;
+    }
+
     // What queries attend to, or who attends to keys: the mean over the tokens, one weight for each token opposite.
     weights(layer, head, side, tokens, hidden) {
       const opposite = 1 - side, isOut = (at, token) => hidden && this.special[at].includes(token);
@@ -156,7 +169,7 @@
 
   // ---- What is chosen, and what is pointed at -----------------------------------------------------------------------
 
-  const state = { example: 0, layer: 0, head: 0, side: QUERIES, tokens: [0], hidden: false };
+  const state = { example: 0, layer: 0, head: 0, side: QUERIES, tokens: [0], hidden: false, whole: false };
   let hover = {}; // {side, tokens} or {layer, head}, shown instead while the pointer is there
   let example, maps, panels;
   let isAdding = false, before = 0;
@@ -237,7 +250,7 @@
   function remember() {
     const words = new URLSearchParams({ example: state.example, layer: state.layer, head: state.head });
     words.set(state.side === QUERIES ? "query" : "key", state.tokens.join(" "));
-    if (state.hidden) words.set("hidden", 1);
+    for (const name of ["hidden", "whole"]) if (state[name]) words.set(name, 1);
     try { history.replaceState(null, "", `#${words}`); } catch { /* a frame without an address */ }
   }
 
@@ -251,6 +264,7 @@
     state.side = words.has("key") ? KEYS : QUERIES;
     const tokens = (words.get(state.side === KEYS ? "key" : "query") || "0").split(" ").map(Number);
     state.tokens = [...new Set(tokens)].filter((token) => Number.isInteger(token) && token >= 0 && token < (state.side === KEYS ? keys : queries));
+    state.whole = words.has("whole");
     state.hidden = words.has("hidden") && one.sides.some((side) => side.special.length);
   }
 
@@ -259,10 +273,13 @@
   const bytesOfHex = (text) => Uint8ClampedArray.from(text.match(/../g), (pair) => parseInt(pair, 16));
   const viridis = bytesOfHex(page.viridis), inferno = bytesOfHex(page.inferno);
   let zoom = 0; // pixels of a canvas for one of the style sheet's, where it is not the screen's number
+  const SHADES = 20; // of a word's ground
   const theme = {}; // the style sheet's colours, read anew with each layout: asking for them while drawing is slow
   function readTheme() {
     const style = getComputedStyle(document.documentElement);
-    for (const name of ["ground", "panel", "ink", "soft", "accent", "mark"]) theme[name] = style.getPropertyValue(`--${name}`).trim();
+    for (const name of ["ground", "panel", "ink", "soft", "accent", "mark", "on-mark"]) theme[name] = style.getPropertyValue(`--${name}`).trim();
+    const [from, to] = [theme.panel, theme.mark].map((text) => bytesOfHex(text.slice(1)));
+    theme.shades = Array.from({ length: SHADES + 1 }, (_, shade) => `rgb(${[0, 1, 2].map((i) => Math.round(from[i] + ((to[i] - from[i]) * shade) / SHADES)).join(" ")})`);
   }
   const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Noto Sans CJK SC", sans-serif';
 
@@ -459,16 +476,17 @@
 
     layout() {
       this.legend.layout();
+      this.shades.fill(255);
     }
 
     paint(weights, chosen) {
       const top = weights ? topOf(weights, 0) : 1;
       this.spans.forEach((span, token) => {
-        const shade = weights ? Math.round((20 * weights[token]) / top) : 0;
+        const shade = weights ? Math.round((SHADES * weights[token]) / top) : 0;
         if (shade === this.shades[token]) return;
         this.shades[token] = shade;
-        span.style.setProperty("--w", shade);
-        span.classList.toggle("strong", shade > 11);
+        span.style.backgroundColor = theme.shades[shade];
+        span.style.color = shade > 11 ? theme["on-mark"] : "";
       });
       for (const token of this.chosen) this.spans[token].classList.remove("chosen");
       for (const token of chosen) this.spans[token].classList.add("chosen");
@@ -534,55 +552,66 @@
       const context = sheet(bar, 120, 8);
       for (let x = 0; x < 120; x++) {
         const index = 3 * Math.round((255 * x) / 119);
-        context.fillStyle = colours
-          ? `rgb(${colours[index]} ${colours[index + 1]} ${colours[index + 2]})`
-          : `color-mix(in srgb, ${theme.mark} ${Math.round((100 * x) / 119)}%, ${theme.panel})`;
+        context.fillStyle = colours ? `rgb(${colours[index]} ${colours[index + 1]} ${colours[index + 2]})` : theme.shades[Math.round((SHADES * x) / 119)];
         context.fillRect(x, 0, 1.5, 8);
       }
     };
     return { element: host, show, layout };
   }
 
-  // The token's row, or column, in every head: a cell each, the mean in the last column.
+  // Every head in a cell, their mean in the last column: the chosen tokens' row (or column), or the whole map.
   const mosaic = { canvas: $("mosaic"), key: "" };
 
+  // Weights as the pixels of a cell: of several that share one, the largest.
+  function shrink(weights, rows, columns, lines, bins, out) {
+    if (rows === lines && columns === bins) return out.set(weights);
+    out.fill(0);
+    for (let row = 0, i = 0; row < rows; row++) {
+      const line = Math.floor((row * lines) / rows) * bins;
+      for (let column = 0; column < columns; column++, i++) {
+        const at = line + Math.floor((column * bins) / columns);
+        if (weights[i] > out[at]) out[at] = weights[i];
+      }
+    }
+  }
+
   function drawMosaic(now) {
-    const opposite = 1 - now.side, about = example.sides[opposite], count = maps.sizes[opposite], first = about.grid ? about.labels.length : 0;
-    const room = $("heads").clientWidth, columns = maps.heads + 1, left = 24, top = 20, gap = 2, between = 6;
-    const wide = Math.max(4, Math.min(about.grid ? 52 : 90, (room - left - between) / columns - gap));
-    const high = about.grid ? Math.max(4, Math.min(60, (wide * about.grid[0]) / about.grid[1])) : Math.max(12, Math.min(26, 520 / maps.layers));
+    const opposite = 1 - now.side, about = example.sides[opposite], count = maps.sizes[opposite];
+    const first = about.grid && !state.whole ? about.labels.length : 0;
+    const { room } = mosaic, columns = maps.heads + 1, left = 24, top = 20, gap = 2, between = 6;
+    const [down, across] = state.whole ? maps.sizes : about.grid || [0, count];
+    const wide = Math.max(4, Math.min(down ? 52 : 90, (room - left - between) / columns - gap));
+    const high = down ? Math.max(4, Math.min(60, (wide * down) / across)) : Math.max(12, Math.min(26, 520 / maps.layers));
     const x = (head) => left + head * (wide + gap) + (head === maps.heads ? between : 0), y = (layer) => top + layer * (high + gap);
-    const key = JSON.stringify([state.example, now.side, now.tokens, now.hidden, room]);
     Object.assign(mosaic, { x, y, wide, high });
+    const key = JSON.stringify([state.example, state.whole || [now.side, now.tokens], now.hidden, room, zoom]);
     if (mosaic.key !== key) {
       mosaic.key = key;
-      const bins = about.grid ? about.grid[1] : Math.min(count, Math.ceil(wide * (zoom || window.devicePixelRatio || 1)));
-      const lines = about.grid ? about.grid[0] : 1;
+      const most = (size) => Math.ceil(size * (zoom || window.devicePixelRatio || 1));
+      const isPicture = down && !state.whole;
+      const bins = isPicture ? across : Math.min(across, most(wide)), lines = isPicture ? down : Math.min(down || 1, most(high));
       const size = `${bins} ${lines} ${columns} ${maps.layers}`;
       if (mosaic.size !== size) [mosaic.size, mosaic.atlas] = [size, pixels(bins * columns, lines * maps.layers)];
-      const { image, context } = mosaic.atlas, data = image.data, pitch = bins * columns;
-      const most = new Float32Array(bins * lines);
+      Object.assign(mosaic, { bins, lines });
+      const { image, context } = mosaic.atlas, cell = new Float32Array(bins * lines);
       for (let layer = 0; layer < maps.layers; layer++) {
-        const mean = new Float32Array(count);
+        const mean = new Float32Array(state.whole ? maps.queries * maps.keys : count);
         for (let head = 0; head < columns; head++) {
-          const weights = head === maps.heads ? mean : maps.weights(layer, head, now.side, now.tokens, now.hidden);
-          if (head < maps.heads) for (let i = 0; i < count; i++) mean[i] += weights[i] / maps.heads;
-          const largest = topOf(weights, first);
-          most.fill(0);
-          if (about.grid) most.set(weights.subarray(first));
-          else for (let i = 0; i < count; i++) {
-            const bin = Math.floor((i * bins) / count);
-            if (weights[i] > most[bin]) most[bin] = weights[i];
+          let weights = mean;
+          if (head < maps.heads) {
+            weights = state.whole ? maps.map(layer, head, now.hidden) : maps.weights(layer, head, now.side, now.tokens, now.hidden);
+            for (let i = 0; i < mean.length; i++) mean[i] += weights[i] / maps.heads;
           }
-          for (let i = 0; i < most.length; i++) {
-            const at = (layer * lines + Math.floor(i / bins)) * pitch + head * bins + (i % bins);
-            paintPixel(data, 4 * at, viridis, most[i] / largest, 255);
+          shrink(weights.subarray(first), down || 1, across, lines, bins, cell);
+          const largest = state.whole ? cell.reduce((a, b) => Math.max(a, b), 1e-9) : topOf(weights, first);
+          for (let i = 0; i < cell.length; i++) {
+            const at = (layer * lines + Math.floor(i / bins)) * bins * columns + head * bins + (i % bins);
+            const share = cell[i] / largest;
+            paintPixel(image.data, 4 * at, viridis, state.whole ? Math.sqrt(share) : share, 255);
           }
         }
       }
       context.putImageData(image, 0, 0);
-      mosaic.bins = bins;
-      mosaic.lines = lines;
     }
     const context = sheet(mosaic.canvas, Math.min(room, x(maps.heads) + wide + 2), y(maps.layers - 1) + high + 2);
     context.imageSmoothingEnabled = mosaic.bins > wide * 2;
@@ -607,9 +636,9 @@
     for (let layer = now.head === "rollout" ? 0 : now.layer; layer <= now.layer; layer++) {
       context.strokeRect(x(marked) - 1, y(layer) - 1, wide + 2, high + 2);
     }
-    const what = sentence(now).join("");
+    const what = state.whole ? "Whole maps, queries down and keys across" : sentence(now).join("");
     mosaic.canvas.setAttribute("aria-label", `${what}, in ${maps.layers} layers and ${maps.heads} heads; choose one by the lists above`);
-    $("mosaic-caption").textContent = `${what}; each cell from 0 to its largest weight.`;
+    $("mosaic-caption").textContent = `${what}; ${state.whole ? "the root of the weights, " : ""}each cell from 0 to its largest.`;
   }
 
   // The whole map of the chosen head, the root of its weights in colours.
@@ -623,7 +652,7 @@
       $("matrix-caption").textContent = "A rollout is computed for the chosen tokens only.";
       return;
     }
-    const room = Math.min($("numbers").clientWidth, 560), isLabelled = Math.max(queries, keys) <= 32 && example.sides.every((side) => !side.grid);
+    const { room } = matrix, isLabelled = Math.max(queries, keys) <= 32 && example.sides.every((side) => !side.grid);
     const left = isLabelled ? widest(QUERIES, room / 4) : 0, above = isLabelled ? widest(KEYS, room / 4) : 0;
     // Square cells, unless they would leave a strip.
     const side = Math.min((room - left) / keys, (window.innerHeight * 0.6) / queries);
@@ -634,14 +663,7 @@
     if (matrix.key !== key) {
       matrix.key = key;
       if (!matrix.pixels || matrix.pixels.canvas.width !== keys || matrix.pixels.canvas.height !== queries) matrix.pixels = pixels(keys, queries);
-      const all = new Float32Array(queries * keys);
-      let top = 1e-9;
-      for (let query = 0; query < queries; query++) {
-        if (now.hidden && maps.special[QUERIES].includes(query)) continue;
-        const row = maps.weights(now.layer, now.head, QUERIES, [query], now.hidden);
-        all.set(row, query * keys);
-        for (let i = 0; i < keys; i++) if (row[i] > top) top = row[i];
-      }
+      const all = maps.map(now.layer, now.head, now.hidden), top = all.reduce((a, b) => Math.max(a, b), 1e-9);
       const data = matrix.pixels.image.data;
       for (let i = 0; i < all.length; i++) paintPixel(data, 4 * i, viridis, Math.sqrt(all[i] / top), 255);
       matrix.pixels.context.putImageData(matrix.pixels.image, 0, 0);
@@ -758,27 +780,31 @@
 
   function draw() {
     const now = current(), weights = maps.weights(now.layer, now.head, now.side, now.tokens, now.hidden);
+    // Canvases first: choosing a font on one would have the browser style the changed words before all are changed.
+    drawMosaic(now);
+    drawMatrix(now);
     drawReadout(now, weights);
     if (example.same) panels[0].paint(weights, now.tokens);
     else {
       panelOf(now.side).paint(null, now.tokens);
       panelOf(1 - now.side).paint(weights, []);
     }
-    drawMosaic(now);
     drawTop(now, weights);
-    drawMatrix(now);
     $("example").value = state.example;
     $("layer").value = now.layer;
     $("head").value = now.head;
     $("view").setAttribute("aria-pressed", state.side === KEYS);
     $("add").setAttribute("aria-pressed", isAdding);
     $("hide").setAttribute("aria-pressed", state.hidden);
+    $("whole").setAttribute("aria-pressed", state.whole);
   }
 
   function lay() {
     readTheme();
     for (const panel of panels) panel.layout();
-    mosaic.key = "";
+    // Asked for here, as that would lay out the words anew while they are painted.
+    mosaic.room = $("heads").clientWidth;
+    matrix.room = Math.min($("numbers").clientWidth, 560);
     draw();
   }
 
@@ -860,6 +886,7 @@
     },
     add: () => { isAdding = !isAdding; draw(); },
     hide: () => { if (!$("hide").hidden) choose({ hidden: !state.hidden }); },
+    whole: () => choose({ whole: !state.whole }),
     help: () => $("help-text").showModal(),
     arrow: (key, isAdded) => {
       const from = state.tokens[state.tokens.length - 1], to = panelOf(state.side).step(from, key);
@@ -882,7 +909,7 @@
     },
   };
 
-  for (const [id, action] of [["view", actions.view], ["add", actions.add], ["hide", actions.hide], ["help", actions.help]]) $(id).addEventListener("click", () => action());
+  for (const [id, action] of [["view", actions.view], ["add", actions.add], ["hide", actions.hide], ["whole", actions.whole], ["help", actions.help]]) $(id).addEventListener("click", () => action());
   $("layer").addEventListener("change", (event) => choose({ layer: Number(event.target.value) }));
   $("head").addEventListener("change", ({ target: { value } }) => choose({ head: value === "mean" || value === "rollout" ? value : Number(value) }));
   $("example").addEventListener("change", async (event) => {
@@ -911,6 +938,7 @@
       w: actions.view,
       a: actions.add,
       s: actions.hide,
+      h: actions.whole,
       "/": () => $("search").focus(),
       "?": actions.help,
       Escape: actions.last,
