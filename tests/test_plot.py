@@ -9,46 +9,9 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from plots import frames, hot, maps_of, no_figure_left, pixel  # noqa: F401
 
 from visualizer import VisualizerWarning, plot
-
-
-@pytest.fixture(autouse=True)
-def no_figure_left():
-    yield
-    plt.close("all")
-
-
-def maps_of(*shape, seed=0):
-    """Random attention: rows over the last axis sum to one."""
-    logits = np.random.default_rng(seed).normal(size=shape) * 2
-    return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-
-
-def hot(row, column, grid=(4, 4), prefix=1):
-    """Maps (1, 1, N, N) whose every query attends to one patch only."""
-    count = prefix + grid[0] * grid[1]
-    maps = np.zeros((1, 1, count, count))
-    maps[..., prefix + row * grid[1] + column] = 1
-    return maps
-
-
-def frames(ax):
-    return [patch for patch in ax.patches if isinstance(patch, Rectangle)]
-
-
-def pixel(ax, x, y):
-    """The colour that lies on top at a place of the picture, from the layers that were drawn."""
-    colour = np.zeros(3)
-    for image in ax.images:
-        left, right, bottom, top = image.get_extent()
-        data = image.to_rgba(image.get_array()) if image.get_array().ndim == 2 else np.asarray(image.get_array())
-        rows, columns = data.shape[:2]
-        layer = data[int((y - top) / (bottom - top) * rows), int((x - left) / (right - left) * columns)]
-        alpha = layer[3] if layer.shape[0] == 4 else 1.0
-        colour = (1 - alpha) * colour + alpha * layer[:3]
-    return colour
 
 
 class TestHead:

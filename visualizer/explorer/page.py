@@ -27,7 +27,7 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
-from ..plot.reading import read_grid, read_image
+from ..plot.places import read_grid, read_image
 from .data import NOTHING, SPECIAL, STEP, Example, Side, code_maps, pack, read_maps, shown
 
 MAX_BYTES = 30_000_000
@@ -202,7 +202,7 @@ def _sides(
         return Side(labels, [at for at, token in enumerate(given) if re.fullmatch(SPECIAL, str(token))])
 
     def patches(size: int) -> Side:
-        found = read_grid(size, grid=grid, image_size=None, patch_size=None, prefix_tokens=prefix_tokens, picture=None)
+        found = read_grid(size, grid=grid, prefix_tokens=prefix_tokens)
         prefix = [shown(name) for name in found.prefix]
         picture = None if image is None else _jpeg(image)
         return Side(prefix, list(range(len(prefix))), (found.rows, found.columns), picture)

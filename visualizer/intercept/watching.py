@@ -511,7 +511,8 @@ def _cannot_attend(module: nn.Module) -> bool:
 
 @lru_cache(maxsize=4096)
 def _is_attention(name: str) -> bool:
-    return re.search("attention|attn", name.rpartition(".")[2], re.IGNORECASE) is not None
+    own = name.rpartition(".")[2]  # LxmertAttentionOutput and its kind project what another module attended to
+    return re.search("attention|attn", own, re.IGNORECASE) is not None and not own.endswith("Output")
 
 
 def _is_within(path: str, other: str) -> bool:

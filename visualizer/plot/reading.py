@@ -1,15 +1,15 @@
-"""What a user hands to a plot, read into plain numpy: the chosen map, the patch grid, the picture.
+"""What a user hands to a plot, read into plain numpy: the maps of the chosen layers, heads and queries.
 
 An axis is picked by an index or by a named reduction, never dropped because its length happens to be one: a batch
-of one image and a model of one head would otherwise be taken for each other. Only the layer asked for is converted,
-so a list of large maps costs one of them. torch is recognised by what its tensors can do and never imported.
+of one image and a model of one head would otherwise be taken for each other. Only the layers asked for are converted,
+and of an `AttentionMap` only the rows that are drawn are computed. torch is recognised by what its tensors can do and
+never imported.
 """
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -21,7 +21,6 @@ from ..errors import warn
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
 Reduction: TypeAlias = Literal["mean", "max", "min"]
 Choice: TypeAlias = int | Reduction
-Size: TypeAlias = int | tuple[int, int]
 
 _SHAPES = "(queries, keys), (heads, queries, keys), (batch, heads, queries, keys)"
 
@@ -39,8 +38,10 @@ class Selection:
     """Such as "layer 11, mean of 6 heads"; empty where there was nothing to choose from."""
 
 
-def select(maps: Any, *, layer: Choice | None, batch: Choice, head: Choice | None) -> Selection:
-    """One layer's weights of one image, for one head; `select_all` takes every head.
+def select(
+    maps: Any, *, layer: Choice | None, batch: Choice, head: Choice | None, query: int | None = None
+) -> Selection:
+    """One layer's weights of one image, for one head; `select_all` takes every head. Of one query only, if told so.
 
     >>> select(np.full((1, 6, 2, 2), 0.5), layer=None, batch=0, head=-1).label
     'head 5'
@@ -49,7 +50,11 @@ def select(maps: Any, *, layer: Choice | None, batch: Choice, head: Choice | Non
     one out of range, TypeError for one that is neither an index nor a reduction. Warns of rows that do not sum to
     one and of NaN.
     """
-    return _select(maps, layer, batch, head, all_heads=False)
+    layers = read_layers(maps)
+    at = _position("layer", layer, len(layers), layers)
+    weights = _selected(layers, layer, at, batch, head, all_heads=False, query=query)[0]
+    words = [_words("layer", layer, at, len(layers)), head_words(layers[at or 0], head)]
+    return Selection(weights, ", ".join(word for word in words if word))
 
 
 def select_all(maps: Any, *, layer: Choice | None, batch: Choice) -> Selection:
@@ -58,58 +63,113 @@ def select_all(maps: Any, *, layer: Choice | None, batch: Choice) -> Selection:
     >>> select_all([np.full((1, 6, 2, 2), 0.5)] * 12, layer=-1, batch=0).label
     'layer 11'
     """
-    return _select(maps, layer, batch, None, all_heads=True)
-
-
-def _select(maps: Any, layer: Choice | None, batch: Choice, head: Choice | None, all_heads: bool) -> Selection:
-    layers = _layers(maps)
+    layers = read_layers(maps)
     at = _position("layer", layer, len(layers), layers)
-    reduced, problems, heads = [], set[str](), 1
-    for number in range(len(layers)) if at is None else [at]:
-        weights = layers[number][(None,) * (4 - len(layers[number].shape))]  # (batch, heads, queries, keys)
-        image = _position("batch", batch, weights.shape[0], layers)
-        weights = _numpy(weights if image is None else weights[image : image + 1])
-        heads = weights.shape[1]
-        if not all_heads:
-            which = _position("head", head, heads, layers)
-            weights = weights if which is None else weights[:, which : which + 1]
-        problems |= _problems(weights)
-        # Heads before layers, as rollout has it; max and mean do not commute.
-        if not all_heads:
-            weights = _reduce(weights, head if which is None else None, axis=1)  # one head or the reduction
-        reduced.append(_reduce(weights, batch if image is None else None, axis=0)[0])  # (heads, queries, keys)
-    if len({weights.shape for weights in reduced}) > 1:
-        shapes = ", ".join(str(weights.shape) for weights in reduced)
-        raise ValueError(f"layer={layer!r} needs layers of one shape, got (heads, queries, keys) {shapes}")
-    weights = _reduce(np.stack(reduced), layer if at is None else None, axis=0)[0]
-    for problem in sorted(problems):
-        warn(problem)
-    words = [_words("layer", layer, at, len(layers))]
+    weights = _selected(layers, layer, at, batch, None, all_heads=True, query=None)
+    return Selection(weights, _words("layer", layer, at, len(layers)))
+
+
+def select_layers(maps: Any, *, batch: Choice, head: Choice | None, query: int | None) -> Iterator[Array]:
+    """Each layer's weights of one image, one layer at a time: (heads, queries, keys), one head where it is chosen.
+
+    >>> [weights.shape for weights in select_layers([np.full((1, 6, 2, 2), 0.5)] * 2, batch=0, head=None, query=0)]
+    [(6, 1, 2), (6, 1, 2)]
+
+    Raises as `select` does, and warns behind the last.
+    """
+    layers, doubts = read_layers(maps), _Doubts()
+    for one in layers:
+        yield _image(one, layers, batch, head, head is None, query, doubts)
+    doubts.warn()
+
+
+def token_axes(maps: Any, layer: Choice | None) -> tuple[int, int]:
+    """(queries, keys) of the chosen layer, or of all that are reduced; no weight is computed."""
+    layers = read_layers(maps)
+    at = _position("layer", layer, len(layers), layers)
+    if at is None:
+        same_shape(layers, f"layer={layer!r}")
+    queries, keys = layers[at or 0].shape[-2:]
+    return int(queries), int(keys)
+
+
+def head_words(layer: Any, head: Choice | None) -> str:
+    """Such as "head 3" or "mean of 6 heads"; empty where a layer has one head."""
+    heads = _axes_of(layer)[1]
+    return _words("head", head, _position("head", head, heads, [layer]), heads)
+
+
+def same_shape(layers: Sequence[Any], what: str) -> None:
+    """Raise ValueError unless the layers agree in all axes but the batch."""
+    shapes = [_axes_of(one)[1:] for one in layers]
+    if len(set(shapes)) > 1:
+        listing = ", ".join(map(str, shapes))
+        raise ValueError(f"{what} needs layers of one shape, got (heads, queries, keys) {listing}")
+
+
+def _selected(
+    layers: list[Any],
+    layer: Choice | None,
+    at: int | None,
+    batch: Choice,
+    head: Choice | None,
+    all_heads: bool,
+    query: int | None,
+) -> Array:
+    """(heads, queries, keys) of one layer, or of all layers reduced."""
+    if at is None:
+        same_shape(layers, f"layer={layer!r}")
+    doubts = _Doubts()
+    chosen = layers if at is None else [layers[at]]
+    reduced = [_image(one, layers, batch, head, all_heads, query, doubts) for one in chosen]
+    doubts.warn()
+    whole: Array = _reduce(np.stack(reduced), layer if at is None else None, axis=0)[0]
+    return whole
+
+
+def _image(
+    one: Any, layers: list[Any], batch: Choice, head: Choice | None, all_heads: bool, query: int | None, doubts: _Doubts
+) -> Array:
+    """One layer's (heads, queries, keys) of one image, or of all reduced."""
+    images, heads, _, _ = _axes_of(one)
+    image = _position("batch", batch, images, layers)
+    which = None if all_heads else _position("head", head, heads, layers)
+    if hasattr(one, "rows") and hasattr(one, "dense"):  # an AttentionMap
+        weights = one.dense() if query is None else one.rows(query)
+    else:
+        weights = one[(None,) * (4 - len(one.shape))]
+        weights = weights if query is None else weights[:, :, query : query + 1]
+    weights = as_numbers(weights if image is None else weights[image : image + 1])
+    weights = weights if which is None else weights[:, which : which + 1]
+    doubts.look(weights)
+    # Heads before layers, as rollout has it; max and mean do not commute.
     if not all_heads:
-        words.append(_words("head", head, which, heads))
-        weights = weights[0]
-    return Selection(weights, ", ".join(word for word in words if word))
+        weights = _reduce(weights, head if which is None else None, axis=1)  # one head or the reduction
+    chosen: Array = _reduce(weights, batch if image is None else None, axis=0)[0]
+    return chosen
 
 
-def _layers(maps: Any) -> list[Any]:
-    """One unconverted tensor or array per layer, each of two to four axes."""
+def read_layers(maps: Any) -> list[Any]:
+    """One unconverted tensor, array or AttentionMap per layer, each of two to four axes."""
     if isinstance(maps, Mapping):
         maps = _of_mapping(maps)
+    if isinstance(maps, Sequence) and not isinstance(maps, (list, tuple, str)):
+        maps = list(maps)  # what attention(model) found
     if maps is None or (isinstance(maps, (list, tuple)) and (not maps or any(one is None for one in maps))):
         what = "None" if maps is None else f"a {type(maps).__name__} " + ("of None" if maps else "without entries")
         raise ValueError(
             f"there are no attention maps here: got {what}. A transformers model with "
             'attn_implementation="sdpa" (the default) or another fused kernel does not return weights: load it with '
-            'attn_implementation="eager" and call it with output_attentions=True. For captured maps: capture has '
-            "to be active while the model runs"
+            'attn_implementation="eager" and call it with output_attentions=True, or record them with '
+            "visualizer.attention(model). For captured maps: capture has to be active while the model runs"
         )
     if isinstance(maps, (list, tuple)):
-        if any(isinstance(one, (list, tuple)) and any(_is_array(inner) for inner in one) for one in maps):
+        if any(isinstance(one, (list, tuple)) and any(is_array(inner) for inner in one) for one in maps):
             raise ValueError(
                 f"maps is a {type(maps).__name__} of {len(maps)} lists of arrays: choose one of them. "
                 "generate() returns one tuple of layers per step, maps[step] is what a plot takes"
             )
-        if all(_is_array(one) and len(one.shape) >= 2 for one in maps):
+        if all(is_array(one) and len(one.shape) >= 2 for one in maps):
             layers = list(maps)
             for number, one in enumerate(layers):
                 if len(one.shape) > 4 or 0 in one.shape:
@@ -118,8 +178,8 @@ def _layers(maps: Any) -> list[Any]:
                         + _SHAPES
                     )
             return layers
-    if not _is_array(maps):
-        maps = _numpy(maps)  # nested lists of numbers
+    if not is_array(maps):
+        maps = as_numbers(maps)  # nested lists of numbers
     shape = tuple(maps.shape)
     if not 2 <= len(shape) <= 5 or 0 in shape:
         raise ValueError(
@@ -134,7 +194,7 @@ def _of_mapping(maps: Mapping[Any, Any]) -> Any:
     if len(values) == 1:
         return values[0]
     singles = [value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value for value in values]
-    if not all(_is_array(one) for one in singles):
+    if not all(is_array(one) for one in singles):
         counts = ", ".join(
             f"{key!r}: {len(value) if isinstance(value, (list, tuple)) else type(value).__name__}"
             for key, value in list(maps.items())[:6]
@@ -143,12 +203,17 @@ def _of_mapping(maps: Mapping[Any, Any]) -> Any:
     return singles
 
 
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "__getitem__")
+def is_array(value: Any) -> bool:
+    """Whether it is an array, a tensor or an AttentionMap."""
+    return hasattr(value, "shape") and (hasattr(value, "__getitem__") or hasattr(value, "__array__"))
 
 
-def _numpy(value: Any) -> Array:
-    """The value as floats of at least 32 bits."""
+def as_numbers(value: Any, name: str = "maps") -> Array:
+    """The value as floats of at least 32 bits; raises ValueError or TypeError where it holds no numbers.
+
+    >>> as_numbers([[1, 2]]).dtype
+    dtype('float32')
+    """
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if value.is_floating_point() and value.element_size() < 4:
@@ -158,8 +223,15 @@ def _numpy(value: Any) -> Array:
         if array.dtype.kind in "biufV" and array.dtype.names is None:  # V: bfloat16 as jax and ml_dtypes have it
             return array.astype(np.result_type(array.dtype, np.float32) if array.dtype.kind == "f" else np.float32)
     except ValueError as error:
-        raise ValueError(f"maps is a ragged {type(value).__name__}, not an array: {error}") from error
-    raise TypeError(f"expected numbers, got {type(value).__name__} of {array.dtype}")
+        raise ValueError(f"{name} is a ragged {type(value).__name__}, not an array: {error}") from error
+    raise TypeError(f"{name}: expected numbers, got {type(value).__name__} of {array.dtype}")
+
+
+def _axes_of(one: Any) -> tuple[int, int, int, int]:
+    """(batch, heads, queries, keys) of a layer, ones for the axes that it does not have."""
+    shape = [int(size) for size in one.shape]
+    batch, heads, queries, keys = [1] * (4 - len(shape)) + shape
+    return batch, heads, queries, keys
 
 
 def _position(name: str, choice: Choice | None, size: int, layers: list[Any]) -> int | None:
@@ -190,32 +262,44 @@ def _position(name: str, choice: Choice | None, size: int, layers: list[Any]) ->
     return index % size
 
 
-def _problems(weights: Array) -> set[str]:
-    """What makes these (batch, heads, queries, keys) doubtful as attention weights, in words."""
-    if np.isinf(weights).any():
-        raise ValueError(
-            "maps holds infinite values, which no colour scale can show: these look like masked logits, take their "
-            "softmax over the keys first"
-        )
-    found = set()
-    missing = np.isnan(weights).any(-1)
-    if missing.all():
-        raise ValueError("every row of the chosen map holds NaN: there is nothing to draw")
-    if missing.any():
-        found.add(
-            f"{int(missing.sum())} of {missing.size} rows hold NaN and are left blank (a fully masked row gives NaN "
-            "in a softmax)"
-        )
-    sums = weights.sum(-1, dtype=np.float64)
-    # A fully masked row is all zeros in torch's fused attention: rightly so, and no reason to warn.
-    odd = ~missing & (np.abs(sums - 1) > _ROW_SUM_TOLERANCE) & weights.any(-1)
-    if odd.any():
-        found.add(
-            f"{int(odd.sum())} of {odd.size} rows do not sum to 1 (sums from {sums[odd].min():.3g} to "
-            f"{sums[odd].max():.3g}): are these logits before the softmax, or weights after dropout? "
-            "They are drawn as they are"
-        )
-    return found
+class _Doubts:
+    """What makes weights doubtful as attention, counted over all that are looked at."""
+
+    def __init__(self) -> None:
+        self._rows = self._missing = self._odd = 0
+        self._low, self._high = np.inf, -np.inf
+
+    def look(self, weights: Array) -> None:
+        """Count the doubtful rows of (batch, heads, queries, keys); raises ValueError where nothing can be drawn."""
+        if np.isinf(weights).any():
+            raise ValueError(
+                "maps holds infinite values, which no colour scale can show: these look like masked logits, take "
+                "their softmax over the keys first"
+            )
+        missing = np.isnan(weights).any(-1)
+        if missing.all():
+            raise ValueError("every row of the chosen map holds NaN: there is nothing to draw")
+        sums = weights.sum(-1, dtype=np.float64)
+        # A fully masked row is all zeros in torch's fused attention: rightly so, and no reason to warn.
+        odd = ~missing & (np.abs(sums - 1) > _ROW_SUM_TOLERANCE) & weights.any(-1)
+        self._rows += missing.size
+        self._missing += int(missing.sum())
+        self._odd += int(odd.sum())
+        if odd.any():
+            self._low, self._high = min(self._low, sums[odd].min()), max(self._high, sums[odd].max())
+
+    def warn(self) -> None:
+        """Say what was found."""
+        if self._missing:
+            warn(
+                f"{self._missing} of {self._rows} rows hold NaN and are left blank (a fully masked row gives NaN in a "
+                "softmax)"
+            )
+        if self._odd:
+            warn(
+                f"{self._odd} of {self._rows} rows do not sum to 1 (sums from {self._low:.3g} to {self._high:.3g}): "
+                "are these logits before the softmax, or weights after dropout? They are drawn as they are"
+            )
 
 
 def _reduce(weights: Array, reduction: Choice | None, axis: int) -> Array:
@@ -229,161 +313,3 @@ def _words(name: str, choice: Choice | None, position: int | None, size: int) ->
     if size == 1:
         return ""
     return f"{choice} of {size} {name}s" if position is None else f"{name} {position}"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How the keys lie on a picture: named prefix tokens first, then the patches row by row."""
-
-    rows: int
-    columns: int
-    prefix: tuple[str, ...]
-
-    def token(self, query: int | tuple[int, int], queries: int, keys: int) -> int:
-        """The token of a patch (row, column), or of an index among all tokens; from the front."""
-        if isinstance(query, str) or not isinstance(query, Sequence):
-            try:
-                index = operator.index(query)
-            except TypeError:
-                raise TypeError(f"query={query!r}: pass a patch (row, column) or a token's index") from None
-            if not -queries <= index < queries:
-                raise IndexError(
-                    f"query={index} is out of range: {queries} queries, the first {len(self.prefix)} of them prefix "
-                    f"tokens; pass 0 to {queries - 1}, or a patch (row, column)"
-                )
-            return index % queries
-        if len(query) != 2:
-            raise ValueError(f"query={query!r} has {len(query)} numbers: pass a patch (row, column) or a token's index")
-        if queries != keys:
-            raise ValueError(
-                f"query={query!r} names a patch, but these are {queries} queries over {keys} keys (cross-attention?), "
-                "so queries are no patches: pass the query's index"
-            )
-        row, column = (operator.index(place) for place in query)
-        if not (-self.rows <= row < self.rows and -self.columns <= column < self.columns):
-            raise IndexError(
-                f"query={query!r} is out of range: the grid has {self.rows} rows and {self.columns} columns of "
-                f"patches, counted from 0; query is (row, column)"
-            )
-        return len(self.prefix) + (row % self.rows) * self.columns + column % self.columns
-
-
-def read_grid(
-    keys: int,
-    *,
-    grid: tuple[int, int] | None,
-    image_size: Size | None,
-    patch_size: Size | None,
-    prefix_tokens: int | Sequence[str] | None,
-    picture: tuple[int, int] | None,
-) -> Grid:
-    """The patch grid of that many keys, as told or, where only one is possible, worked out.
-
-    >>> read_grid(197, grid=None, image_size=None, patch_size=None, prefix_tokens=None, picture=None)
-    Grid(rows=14, columns=14, prefix=('CLS',))
-
-    Without prefix_tokens, what the grid leaves over are prefix tokens; without a grid either, the keys, or the keys
-    but one, must be a square. patch_size without image_size takes the picture's own (height, width).
-    Raises ValueError when the numbers do not fit, with all of them.
-    """
-    names = None
-    if isinstance(prefix_tokens, str):
-        names = [prefix_tokens]
-    elif isinstance(prefix_tokens, Sequence):
-        names = [str(name) for name in prefix_tokens]
-    count = len(names) if names is not None else None if prefix_tokens is None else operator.index(prefix_tokens)  # type: ignore[arg-type]
-    if count is not None and not 0 <= count < keys:
-        raise ValueError(f"prefix_tokens={prefix_tokens!r} does not leave a patch among {keys} keys")
-    given = f"{keys} keys" + ("" if count is None else f", {count} of them prefix tokens")
-    if grid is not None:
-        rows, columns = _pair("grid", grid)
-        how = f"grid={grid}"
-    elif patch_size is not None:
-        if image_size is None and picture is None:
-            raise ValueError(f"patch_size={patch_size} alone gives no grid: pass image_size= too, or an image")
-        high, wide = _pair("image_size", image_size) if image_size is not None else picture  # type: ignore[misc]
-        patch_high, patch_wide = _pair("patch_size", patch_size)
-        how = f"an image of {high} x {wide} pixels in patches of {patch_high} x {patch_wide}"
-        if high % patch_high or wide % patch_wide:
-            raise ValueError(f"{how} does not come out even: image_size= is the size the model saw")
-        rows, columns = high // patch_high, wide // patch_wide
-    elif image_size is not None:
-        raise ValueError(f"image_size={image_size} alone gives no grid: pass patch_size= too")
-    else:
-        rows = columns = _square_side(keys, count, given)
-        how = f"a square grid of side {rows}"
-    left = keys - rows * columns
-    if left < 0 or (count is not None and left != count):
-        raise ValueError(
-            f"{how} makes {rows} x {columns} = {rows * columns} patches, which does not fit {given}: "
-            f"grid=(rows, columns) and prefix_tokens= must add up to {keys}"
-        )
-    return Grid(rows, columns, tuple(names if names is not None else _names(left)))
-
-
-def _square_side(keys: int, count: int | None, given: str) -> int:
-    for prefix in (0, 1) if count is None else (count,):
-        side = math.isqrt(max(0, keys - prefix))
-        if side > 0 and side * side == keys - prefix:
-            return side
-    tried = f"neither {keys} nor {keys - 1} is" if count is None else f"{keys - count} is not"
-    raise ValueError(
-        f"cannot tell the patch grid of {given}: {tried} a square number. Pass grid=(rows, columns), or image_size= "
-        "and patch_size= in pixels; prefix_tokens= says how many tokens come before the patches"
-    )
-
-
-def _names(count: int) -> list[str]:
-    """Names for a bare count: the first is nearly always the class token, the others differ by model."""
-    return ["CLS", *(f"token {number}" for number in range(1, count))][:count]
-
-
-def _pair(name: str, size: Size) -> tuple[int, int]:
-    pair = (size, size) if not isinstance(size, Sequence) else tuple(size)
-    try:
-        high, wide = (operator.index(side) for side in pair)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={size!r}: pass (height, width) as two whole numbers") from None
-    if high < 1 or wide < 1:
-        raise ValueError(f"{name}={size!r}: both must be at least 1")
-    return high, wide
-
-
-def read_image(image: Any) -> Array:
-    """The picture as (height, width, 3) floats from 0 to 1, from an array, a tensor or a PIL image.
-
-    >>> read_image(np.full((2, 3), 255, np.uint8)).shape
-    (2, 3, 3)
-
-    Takes (height, width), (height, width, channels) and, as torch has it, (channels, height, width); 1, 3 or 4
-    channels, integers to 255 or floats to 1. What is transparent becomes white. Raises ValueError for anything else.
-    """
-    if hasattr(image, "convert"):
-        image = image.convert("RGBA")  # a palette's indices are not colours
-    if not _is_array(image) and not hasattr(image, "__array__") and not hasattr(image, "__array_interface__"):
-        raise TypeError(f"image is a {type(image).__name__}: pass an array, a tensor or an opened PIL image")
-    whole = not hasattr(image, "detach") and np.asarray(image).dtype.kind in "iu"
-    if hasattr(image, "detach"):
-        whole = not image.is_floating_point()
-    pixels = _numpy(image)
-    shape = pixels.shape
-    if pixels.ndim == 2:
-        pixels = pixels[:, :, None]
-    if pixels.ndim == 3 and shape[-1] not in (1, 3, 4) and shape[0] in (1, 3, 4):
-        pixels = np.moveaxis(pixels, 0, -1)
-    if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or 0 in shape:
-        raise ValueError(
-            f"image has shape {shape}; expected one picture: (height, width), (height, width, 3) or (3, height, width)"
-            + ("; pass image[0] for the first of a batch" if len(shape) == 4 else "")
-        )
-    low, high = float(pixels.min()), float(pixels.max())
-    top = 255 if whole else 1
-    if not (-0.01 * top <= low and high <= 1.01 * top):  # NaN fails, a resize's overshoot passes
-        raise ValueError(
-            f"image has values from {low:.3g} to {high:.3g}; expected integers from 0 to 255 or floats from 0 to 1. "
-            "Undo the model's normalisation first (image * std + mean), or divide by 255"
-        )
-    pixels = np.clip(pixels / top, 0, 1)
-    if pixels.shape[-1] == 4:
-        pixels = pixels[:, :, :3] * pixels[:, :, 3:] + 1 - pixels[:, :, 3:]
-    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))

@@ -1,0 +1,154 @@
+"""Sinks, best keys, and the patches that hold most of a row, against counting by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from visualizer import AttentionMap, attention, models
+from visualizer.analysis import TopKey, mass_mask, received, sink, top_keys
+
+
+def random_weights(*shape, seed=0):
+    raised = np.exp(np.random.default_rng(seed).normal(size=shape) * 1.5)
+    return raised / raised.sum(-1, keepdims=True)
+
+
+class TestSink:
+    @pytest.mark.parametrize("key", [0, 3, -1])
+    def test_it_is_the_mean_of_a_column(self, key):
+        weights = random_weights(3, 2, 4, 5, 7)
+        found = sink(weights, key)
+        assert isinstance(found, np.ndarray)
+        np.testing.assert_allclose(weights[..., key].mean(-1), found, atol=1e-12)
+        np.testing.assert_allclose(weights[1, ..., key].mean(-1), sink(torch.from_numpy(weights[1]), key), atol=1e-12)
+
+    def test_of_a_causal_map(self):
+        """Of even attention the first token gets the mean of 1, 1/2, 1/3 and so on."""
+        alike = torch.zeros(1, 2, 6, 4)
+        found = sink(AttentionMap.from_query_key(alike, alike, is_causal=True))
+        np.testing.assert_allclose(np.full((1, 2), np.mean(1 / np.arange(1, 7))), found, atol=1e-6)
+
+    def test_all_sinks_together_are_what_is_received(self):
+        weights = torch.from_numpy(random_weights(2, 2, 3, 5, 5))
+        expected = torch.stack([sink(weights, key) for key in range(5)], -1)
+        torch.testing.assert_close(received(weights), expected, rtol=0, atol=1e-12)
+
+    def test_there_is_no_such_key(self):
+        with pytest.raises(IndexError, match="there is no key 7: the map has 7 keys"):
+            sink(random_weights(1, 1, 5, 7), 7)
+
+
+def fewest(weights, share):
+    """How many patches it takes at least, from all subsets of them; weights are whole numbers."""
+    for count in range(len(weights) + 1):
+        if any(sum(some) * 100 >= share * sum(weights) for some in itertools.combinations(weights, count)):
+            return count
+
+
+class TestMassMask:
+    @given(st.lists(st.integers(0, 9), min_size=1, max_size=9), st.integers(1, 100))
+    @settings(max_examples=200, deadline=None)
+    def test_no_fewer_patches_hold_the_share(self, weights, share):
+        found = mass_mask(np.array(weights), share / 100)
+        assert fewest(weights, share) == found.sum()
+        assert np.array(weights)[found].sum() * 100 >= share * sum(weights)
+        if found.any() and not found.all():
+            assert np.array(weights)[found].min() >= np.array(weights)[~found].max()
+
+    def test_of_many_rows(self):
+        weights = random_weights(2, 3, 20)
+        found = mass_mask(torch.from_numpy(weights))
+        assert (torch.bool, (2, 3, 20)) == (found.dtype, tuple(found.shape))
+        for row, mask in zip(weights.reshape(-1, 20), found.reshape(-1, 20).numpy(), strict=True):
+            ordered = np.sort(row)[::-1]
+            count = next(count for count in range(21) if ordered[:count].sum() >= 0.6)
+            np.testing.assert_array_equal(row >= ordered[count - 1], mask)
+            np.testing.assert_array_equal(mask, mass_mask(row * 7))
+
+    def test_of_patches_that_are_alike_the_first_are_taken(self):
+        for dtype in (np.float32, np.float64):
+            np.testing.assert_array_equal(np.arange(10) < 6, mass_mask(np.full(10, 0.1, dtype), 0.6))
+            np.testing.assert_array_equal(np.arange(5000) < 3000, mass_mask(np.full(5000, 0.1, dtype), 0.6))
+        np.testing.assert_array_equal([False, True, True, False, False], mass_mask([1, 4, 3, 3, 1], 0.5))
+
+    def test_ends(self):
+        np.testing.assert_array_equal([True, False, True], mass_mask([0.1, 0, 1e-9], 1.0))
+        np.testing.assert_array_equal([False, True, False], mass_mask([0.2, 0.5, 0.3], 1e-9))
+        assert not mass_mask(torch.zeros(2, 4)).any()
+        np.testing.assert_array_equal([[True, False], [False, False]], mass_mask([[1.0, 0.0], [0.0, 0.0]]))
+
+    @pytest.mark.parametrize(
+        ("weights", "share", "said"),
+        [
+            ([0.5, 0.5], 0, "share=0 is a share from above 0 to 1"),
+            ([0.5, 0.5], 60, "share=60"),
+            ([0.5, -0.5], 0.6, "hold a negative number"),
+            ([0.5, np.nan], 0.6, "NaN"),
+            ([0.5, np.inf], 0.6, "infinity"),
+            (0.5, 0.6, "have no axis"),
+        ],
+    )
+    def test_errors(self, weights, share, said):
+        with pytest.raises(ValueError, match=said):
+            mass_mask(np.array(weights), share)
+
+
+TOKENS = ["the", "cat", "sat", "on", "the", "mat"]
+
+
+class TestTopKeys:
+    @pytest.mark.parametrize("heads", ["mean", "max", "min", 0, -1])
+    def test_they_are_the_largest_in_order(self, heads):
+        weights = random_weights(3, 2, 4, 6, 6)
+        found = top_keys(weights, "cat", TOKENS, k=4, heads=heads, batch=1)
+        assert 3 == len(found)
+        for layer, best in zip(weights, found, strict=True):
+            row = layer[1, heads, 1] if isinstance(heads, int) else getattr(np, heads)(layer[1], axis=0)[1]
+            order = np.argsort(-row)[:4]
+            assert [TopKey(TOKENS[key], key=key, weight=pytest.approx(row[key])) for key in order] == best
+            assert all(isinstance(one.weight, float) and isinstance(one.key, int) for one in best)
+
+    def test_of_one_map_without_tokens(self):
+        weights = random_weights(1, 2, 4, 6)
+        [best] = top_keys(torch.from_numpy(weights), -1, k=10)
+        assert 6 == len(best)
+        assert [str(one.key) for one in best] == [one.token for one in best]
+        assert sorted(weights[0, :, -1].mean(0), reverse=True) == pytest.approx([one.weight for one in best])
+
+    def test_only_the_row_is_computed(self, monkeypatch):
+        counts = []
+        rows = AttentionMap.rows
+        monkeypatch.setattr(AttentionMap, "rows", lambda self, which: counts.append(rows(self, which)) or counts[-1])
+        top_keys([AttentionMap.from_query_key(*torch.randn(2, 1, 4, 6, 8))] * 2, 3)
+        assert [(1, 4, 1, 6)] * 2 == [tuple(found.shape) for found in counts]
+
+    @pytest.mark.parametrize(
+        ("query", "options", "error", "said"),
+        [
+            ("dog", {"tokens": TOKENS}, ValueError, "there is no token 'dog' among 'the', 'cat', 'sat'"),
+            ("the", {"tokens": TOKENS}, ValueError, "is there 2 times, as numbers [0, 4]"),
+            ("cat", {}, ValueError, "pass the tokens of the 6 queries, or a number"),
+            (0, {"tokens": TOKENS[1:]}, ValueError, "there are 5 tokens for the 6 keys of layer 0"),
+            (6, {}, IndexError, "there is no query 6"),
+            (0, {"batch": 1}, IndexError, "there is no batch 1: layer 0 has 1 of them"),
+            (0, {"heads": 4}, IndexError, "there is no head 4: layer 0 has 4 of them"),
+            (0, {"heads": "sum"}, ValueError, "heads='sum'"),
+            (0, {"k": 0}, ValueError, "k=0"),
+        ],
+    )
+    def test_errors(self, query, options, error, said):
+        with pytest.raises(error) as caught:
+            top_keys(random_weights(2, 1, 4, 6, 6), query, **options)
+        assert said in str(caught.value)
+
+    def test_it_finds_the_cat(self):
+        model, tokenizer = models.minilm()
+        batch = tokenizer("The cat sat on the mat because it was tired.", return_tensors="pt")
+        with attention(model) as maps, torch.inference_mode():
+            model(**batch)
+        best = top_keys(maps, "it", tokenizer.convert_ids_to_tokens(batch["input_ids"][0]), heads=1)[3][0]
+        assert ("cat", 2, pytest.approx(0.49, abs=0.01)) == (best.token, best.key, best.weight)

@@ -1,0 +1,90 @@
+"""What the trained weights before the first layer show: filters and positions of a vision transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..maps import exactly
+from .reading import as_tensor, given, patches
+
+
+@exactly
+def position_similarity(
+    positions: Any, grid: tuple[int, int] | None = None, *, prefix_tokens: int | None = None
+) -> Any:
+    """How alike the position embeddings of patches are: the cosine similarity of each with all others, as grids.
+
+    >>> import torch
+    >>> from visualizer.analysis import position_similarity
+    >>> similarity = position_similarity(torch.randn(1, 197, 384))
+    >>> similarity.shape
+    torch.Size([14, 14, 14, 14])
+    >>> round(similarity[3, 5, 3, 5].item(), 4)  # a position with itself
+    1.0
+
+    Dosovitskiy et al. 2021, fig. 7 centre (https://arxiv.org/abs/2010.11929).
+
+    Args:
+        positions: (tokens, width) or (1, tokens, width), such as a model's `pos_embed`.
+        grid: (rows, columns) of patches; None: the square that `prefix_tokens` leave.
+        prefix_tokens: how many tokens come before the patches and are left out; None: what the grid leaves over, or
+            the fewest up to 8 that leave a square.
+
+    Returns:
+        (rows, columns, rows, columns), -1 to 1; [i, j] is how alike the patch (i, j) is to each. 0 for an embedding
+        of zeros. Detached, float64 for float64 and else float32.
+
+    Raises:
+        ValueError: the shape is another, or the grid does not fit it.
+    """
+    table, is_array = as_tensor(positions)
+    if table.ndim == 3 and len(table) == 1:
+        table = table[0]
+    if table.ndim != 2 or 0 in table.shape:
+        raise ValueError(f"positions are (tokens, width) or (1, tokens, width), these are {tuple(table.shape)}")
+    rows, columns, prefix = patches(len(table), grid, prefix_tokens)
+    table = table[prefix:].to(torch.float64 if table.dtype == torch.float64 else torch.float32)
+    unit = torch.nn.functional.normalize(table, dim=-1)
+    return given((unit @ unit.mT).view(rows, columns, rows, columns), is_array)
+
+
+@exactly
+def filter_components(weight: Any, count: int = 28) -> Any:
+    """What a patch embedding looks for: the principal components of its filters, as small pictures.
+
+    >>> import torch
+    >>> from visualizer.analysis import filter_components
+    >>> embedding = torch.nn.Conv2d(3, 384, kernel_size=16, stride=16)
+    >>> filter_components(embedding.weight).shape
+    torch.Size([28, 3, 16, 16])
+
+    Dosovitskiy et al. 2021, fig. 7 left (https://arxiv.org/abs/2010.11929): the eigenvectors of the covariance of the
+    filters, each filter flattened to channels * height * width numbers and their mean taken off.
+
+    Args:
+        weight: (filters, channels, height, width), the weight of the convolution that makes patches into tokens.
+        count: how many components.
+
+    Returns:
+        (count, channels, height, width), those of the largest variance first. Each has length 1, and the sign with
+        which its largest entry is positive. Detached, float64 for float64 and else float32.
+
+    Raises:
+        ValueError: the shape is another, or there are not as many components: one fewer than filters, and no more than
+            numbers in one.
+    """
+    filters, is_array = as_tensor(weight)
+    if filters.ndim != 4 or 0 in filters.shape:
+        raise ValueError(
+            f"weight is that of a convolution, (filters, channels, height, width), this one {tuple(filters.shape)}"
+        )
+    most = min(len(filters) - 1, filters[0].numel())  # the mean takes one
+    if not 1 <= count <= most:
+        raise ValueError(f"count={count!r}: filters of the shape {tuple(filters.shape)} have 1 to {most} components")
+    flat = filters.flatten(1).double()
+    components = torch.linalg.svd(flat - flat.mean(0), full_matrices=False).Vh[:count]
+    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+    components = (components * largest.sign()).view(count, *filters.shape[1:])
+    return given(components.to(torch.float64 if filters.dtype == torch.float64 else torch.float32), is_array)

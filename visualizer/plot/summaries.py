@@ -1,0 +1,350 @@
+"""What was measured of a model, as pictures: `distance`, `filters`, `positions`, `spikes`, `patterns`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .canvas import axes_of, colour_bar, label_ticks, mosaic, panel_size, panels, scale_of
+from .places import read_grid
+from .reading import Array, as_numbers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart with any colour vision (https://jfly.uni-koeln.de/color/). Labels of
+# analysis.head_patterns have one each, the same in every picture; others take what is left.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+_KNOWN = ("previous", "next", "self", "local", "special", "induction", "broad")
+_NONE = ("mixed", "other", "none", "")
+_GREY = "#D0D0D0"
+
+
+def distance(
+    distances: Any,
+    *,
+    unit: str = "pixels",
+    ax: Axes | None = None,
+    title: str | None = None,
+) -> Axes:
+    """How far each head looks, layer by layer: a dot per head, as in fig. 7 right of the ViT paper.
+
+    >>> ax = distance(np.arange(24.0).reshape(4, 6))
+    >>> len(ax.collections[0].get_offsets()), ax.get_ylabel()
+    (24, 'mean attention distance (pixels)')
+
+    Args:
+        distances: what `analysis.attention_distance` gives, (layers, heads) or (layers, batch, heads), of which the
+            mean over the images is drawn; or a list with one of (heads,) or (batch, heads) per layer, whose numbers of
+            heads may differ. Heads without a distance (NaN) have no dot.
+        unit: of the distances: pixels, where `attention_distance` was told the `patch_size`, else "patches".
+
+    Raises:
+        ValueError: another shape, or distances below zero.
+    """
+    if len(getattr(distances, "shape", (0, 0))) not in (2, 3):
+        raise ValueError(
+            f"distances has shape {tuple(distances.shape)}; expected (layers, heads) or (layers, batch, heads): give "
+            "analysis.attention_distance all layers, and they come first"
+        )
+    layers = [as_numbers(one, "distances") for one in distances]
+    if not layers or any(one.ndim not in (1, 2) or not one.size for one in layers):
+        shapes = ", ".join(str(one.shape) for one in layers) or "none"
+        raise ValueError(
+            f"distances has layers of shape {shapes}; expected (heads,) or (batch, heads) for each, as "
+            "analysis.attention_distance(maps) gives them"
+        )
+    dots = [_mean_of_images(one) for one in layers]
+    y = np.concatenate(dots)
+    x = np.repeat(np.arange(len(dots)), [len(one) for one in dots])
+    known = np.isfinite(y)
+    if not known.any() or y[known].min() < 0:
+        raise ValueError("distances are numbers from 0, and these are " + ("below" if known.any() else "all NaN"))
+    ax = axes_of(ax, (6, 4))
+    ax.scatter(x[known], y[known], s=18, color=_COLOURS[0], alpha=0.8, linewidths=0)
+    step = max(1, math.ceil(len(dots) / 16))
+    ax.set_xticks(range(0, len(dots), step))
+    ax.set_xlim(-0.5, len(dots) - 0.5)
+    ax.set_ylim(0, 1.05 * float(y[known].max()) or 1)
+    ax.set_xlabel("network depth (layer)")
+    ax.set_ylabel(f"mean attention distance ({unit})", parse_math=False)
+    if title is not None:
+        ax.set_title(title, parse_math=False)
+    return ax
+
+
+def _mean_of_images(one: Array) -> Array:
+    """(heads,) of (heads,) or (batch, heads); the mean of those that have a value."""
+    if one.ndim == 1:
+        return one
+    known = np.isfinite(one)
+    count = known.sum(0)
+    total = np.where(known, one, 0).sum(0)
+    return np.asarray(np.where(count > 0, total / np.maximum(count, 1), np.nan))
+
+
+def filters(components: Any, *, columns: int = 7, ax: Axes | None = None, title: str | None = None) -> Axes:
+    """Patch-embedding filters, or their principal components, as tiles in colour: fig. 7 left of the ViT paper.
+
+    >>> ax = filters(np.random.default_rng(0).normal(size=(28, 3, 14, 14)))
+    >>> ax.get_title()
+    '28 filters, each from its lowest value to its highest'
+
+    Args:
+        components: what `analysis.filter_components` gives, (count, channels, height, width), of one channel (grey) or
+            three (red, green, blue). Each is scaled to 0..1 by its own lowest and highest value, so that tiles cannot
+            be compared in strength.
+        columns: how many tiles stand side by side.
+
+    Raises:
+        ValueError: another shape, or values that are no numbers.
+    """
+    values = as_numbers(components, "components")
+    if values.ndim != 4 or values.shape[1] not in (1, 3) or 0 in values.shape:
+        raise ValueError(f"components has shape {values.shape}; expected (count, 1 or 3 channels, height, width)")
+    if not np.isfinite(values).all():
+        raise ValueError("components holds NaN or infinite values")
+    if columns < 1:
+        raise ValueError(f"columns={columns}: pass at least 1")
+    count, _, high, wide = values.shape
+    low = values.min((1, 2, 3), keepdims=True)
+    span = values.max((1, 2, 3), keepdims=True) - low
+    tiles = np.where(span > 0, (values - low) / np.where(span > 0, span, 1), 0.5)  # a flat filter is grey
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    cells = np.ones((rows * columns, high, wide, 3))
+    cells[:count] = np.moveaxis(tiles, 1, -1)  # one channel is broadcast to three
+    ax = axes_of(ax, (0.9 * columns + 0.3, 0.9 * rows * high / wide + 0.6))
+    mosaic(ax, cells.reshape(rows, columns, high, wide, 3), ([], []))
+    text = f"{count} filters, each from its lowest value to its highest"
+    ax.set_title(text if title is None else title, parse_math=False)
+    return ax
+
+
+def positions(
+    similarity: Any,
+    *,
+    every: int = 1,
+    ax: Axes | None = None,
+    cmap: str | Colormap = "viridis",
+    vmin: float | None = -1,
+    vmax: float | None = 1,
+    cbar: bool = True,
+    title: str | None = None,
+) -> Axes:
+    """How alike position embeddings are, as a grid of grids: fig. 7 centre of the ViT paper.
+
+    >>> ax = positions(np.random.default_rng(0).uniform(-1, 1, (4, 4, 4, 4)))
+    >>> ax.get_xlabel(), ax.get_ylabel()
+    ('input patch column', 'input patch row')
+
+    The tile at (row, column) has the similarity of that patch's embedding with those of all patches.
+
+    Args:
+        similarity: what `analysis.position_similarity` gives, cosine similarities (rows, columns, rows, columns); or a
+            part of its first two axes, whose tiles then have no numbers.
+        every: 5 shows the tile of every fifth patch of a large grid, from the third on; each still has all patches.
+        vmin, vmax: the ends of the colour scale: all that a cosine can be; None: the lowest and the highest value.
+
+    Raises:
+        ValueError: another shape, or no tile left.
+    """
+    values = as_numbers(similarity, "similarity")
+    if values.ndim != 4 or 0 in values.shape or any(np.greater(values.shape[:2], values.shape[2:])):
+        raise ValueError(
+            f"similarity has shape {values.shape}; expected (rows, columns, rows, columns), as "
+            "analysis.position_similarity gives it"
+        )
+    is_whole = values.shape[:2] == values.shape[2:]
+    if not 1 <= every <= min(values.shape[:2]):
+        raise ValueError(f"every={every}: pass 1 to {min(values.shape[:2])}, the side of the grid")
+    chosen = [range(count)[every // 2 :: every] for count in values.shape[:2]]
+    values = values[np.ix_(*chosen)]
+    rows, columns = values.shape[:2]
+    low = float(np.nanmin(values)) if vmin is None else vmin
+    top = float(np.nanmax(values)) if vmax is None else vmax
+    side = min(9.0, max(4.0, 0.4 * max(rows, columns)))
+    ax = axes_of(ax, (side * min(1, columns / rows) + 1.2, side * min(1, rows / columns) + 0.4))
+    if cbar:
+        colour_bar(ax.figure, scale_of(cmap, low, top), ax, bool(np.nanmax(values) > top + 1e-5), "cosine similarity")
+    ax.set_xlabel("input patch column")
+    ax.set_ylabel("input patch row")
+    if title is not None:
+        ax.set_title(title, parse_math=False)
+    mosaic(ax, values, (chosen[0], chosen[1]) if is_whole else ([], []), cmap=cmap, vmin=low, vmax=top)
+    return ax
+
+
+def spikes(
+    rates: Any,
+    *,
+    grid: tuple[int, int] | None = None,
+    columns: int | None = None,
+    cmap: str | Colormap = "inferno",
+    vmax: float | None = None,
+    cbar: bool = True,
+    title: str | None = None,
+) -> Figure:
+    """Firing rates of patches, a map per block, with each map's mean.
+
+    >>> figure = spikes({"before": np.full((8, 64), 0.5), "after": np.full((8, 64), 0.1)})
+    >>> [ax.get_title() for ax in figure.axes[7:9]]
+    ['block 7\\nmean 0.50', 'mean 0.10']
+
+    All maps have one colour scale from 0, so that before and after can be compared.
+
+    Args:
+        rates: what `analysis.spike_rate` gives for each block, 0 to 1: (blocks, tokens) or (blocks, rows, columns), or
+            a list with one of (tokens,) or (rows, columns) per block; or a dict of name -> these, one row of maps each.
+        grid: (rows, columns) of patches; None: the square that the tokens form.
+        columns: how many maps stand side by side; None: all of a dict's, else up to eight.
+        vmax: None: the highest rate.
+
+    Raises:
+        ValueError: another shape, tokens that form no grid, or values that are no rates.
+    """
+    series = dict(rates) if isinstance(rates, Mapping) else {"": rates}
+    drawn = {str(name): _blocks(name, values, grid) for name, values in series.items()}
+    counts = {name: len(blocks) for name, blocks in drawn.items()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"rates has not one number of blocks under all names: {counts}")
+    if len(drawn) > 1 and columns is not None:
+        raise ValueError(f"columns={columns}: each of {', '.join(drawn)} has a row of its own")
+    count = next(iter(counts.values()))
+    cells = [block for blocks in drawn.values() for block in blocks]
+    high, wide = cells[0].shape
+    side = 1.5 if len(cells) > 4 else 2.2
+    wanted = count if len(drawn) > 1 else 8
+    size = panel_size(high, wide, side)
+    figure, axes, across = panels(
+        len(cells), count if len(drawn) > 1 else columns, wanted, (max(1.0, size[0]), size[1] + 0.3)
+    )
+    highest = max(float(block.max()) for block in cells)
+    top = vmax if vmax is not None else highest or 1.0
+    for number, (ax, block) in enumerate(zip(axes, cells, strict=True)):
+        image = ax.imshow(block, cmap=cmap, vmin=0, vmax=top, interpolation="nearest", origin="upper")
+        ax.set(xticks=[], yticks=[])
+        name = f"block {number}\n" if number < count else ""
+        ax.set_title(f"{name}mean {block.mean():.2f}", fontsize=9)
+        if len(drawn) > 1 and number % across == 0:
+            ax.set_ylabel(list(drawn)[number // across], parse_math=False)
+    if cbar:
+        colour_bar(figure, image, axes, highest > top, "firing rate")
+    if title is not None:
+        figure.suptitle(title, parse_math=False)
+    return figure
+
+
+def _blocks(name: Any, values: Any, grid: tuple[int, int] | None) -> list[Array]:
+    """Each block's firing rates, (rows, columns)."""
+    what = f"rates[{name!r}]" if name else "rates"
+    blocks = []
+    for number, one in enumerate(values):
+        block = as_numbers(one, what)
+        if block.ndim == 1 and block.size:
+            shape = read_grid(block.size, grid=grid, prefix_tokens=0)
+            block = block.reshape(shape.rows, shape.columns)
+        if block.ndim != 2 or not block.size or (grid is not None and block.shape != tuple(grid)):
+            raise ValueError(
+                f"{what} has shape {block.shape} for block {number}"
+                + ("" if grid is None else f" and grid={grid}")
+                + "; expected one picture's (tokens,) or (rows, columns) per block"
+            )
+        if not (block.min() >= 0 and block.max() <= 1.000001):  # false for NaN
+            raise ValueError(
+                f"{what} has values from {block.min():.3g} to {block.max():.3g} for block {number}; firing rates are "
+                "from 0 to 1: pass what analysis.spike_rate makes of the spikes"
+            )
+        blocks.append(block)
+    if not blocks:
+        raise ValueError(f"{what} has no blocks")
+    return blocks
+
+
+def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) -> Axes:
+    """What each head does, as a map of layers x heads: a colour per pattern, its name in the cell and in the legend.
+
+    >>> ax = patterns([["previous", "broad"], ["special", "induction"]])
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['previous (1)', 'special (1)', 'induction (1)', 'broad (1)']
+
+    Args:
+        found: what `analysis.head_patterns` gives, or the labels alone, (layers, heads) of text.
+
+    Raises:
+        ValueError: labels that are no table of text, or more than eight different ones.
+    """
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Patch
+
+    labels = np.asarray(getattr(found, "labels", found))
+    if labels.ndim != 2 or not labels.size or labels.dtype.kind not in "UO":
+        raise ValueError(
+            f"labels have shape {labels.shape} and type {labels.dtype}; expected (layers, heads) of text, as "
+            "analysis.head_patterns gives them"
+        )
+    labels = labels.astype(str)
+    colours = _colours_of(sorted(set(labels.ravel().tolist())))
+    count, heads = labels.shape
+    wide = min(0.9, max(0.3, 12 / heads))
+    high = min(0.42, max(0.2, 11 / count))
+    ax = axes_of(ax, (wide * heads + 2.6, high * count + 0.9))
+    ax.imshow(
+        np.array([[to_rgb(colours[label]) for label in row] for row in labels]),
+        aspect="auto",
+        interpolation="nearest",
+        origin="upper",
+    )
+    ax.set_xticks(np.arange(heads + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(count + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color="white", linewidth=1.5)
+    ax.tick_params(which="both", length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel("head")
+    ax.set_ylabel("layer")
+    entries = [
+        Patch(color=colour, label=f"{label or 'none'} ({int((labels == label).sum())})")
+        for label, colour in colours.items()
+    ]
+    ax.legend(handles=entries, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0)
+    if title is not None:
+        ax.set_title(title, parse_math=False)
+    label_ticks(ax, [str(number) for number in range(count)], [str(number) for number in range(heads)], rotation=0)
+    _write_in_cells(ax, labels, colours)
+    return ax
+
+
+def _colours_of(labels: Sequence[str]) -> dict[str, str]:
+    """A colour for each label that there is, those of `head_patterns` first."""
+    colours = {label: colour for label, colour in zip(_KNOWN, _COLOURS, strict=False) if label in labels}
+    others = [label for label in labels if label not in _KNOWN and label not in _NONE]
+    left = [colour for colour in reversed(_COLOURS) if colour not in colours.values()]
+    if len(others) > len(left):
+        raise ValueError(
+            f"{len(labels)} different labels are more than can be told apart by colour: {', '.join(labels)}"
+        )
+    colours |= dict(zip(others, left, strict=False))
+    return colours | {label: _GREY for label in labels if label in _NONE}
+
+
+def _write_in_cells(ax: Axes, labels: Any, colours: Mapping[str, str]) -> None:
+    """Each cell's label, where the longest of them can be read in a cell."""
+    from matplotlib.colors import to_rgb
+
+    box = ax.get_window_extent()
+    points = 72 / ax.figure.dpi
+    count, heads = labels.shape
+    longest = max(map(len, labels.ravel().tolist()))
+    size = min(9.0, 0.7 * box.height * points / count, 0.9 * box.width * points / heads / (0.62 * max(1, longest)))
+    if size < 4.5:
+        return
+    for row, column in np.ndindex(count, heads):
+        red, green, blue = to_rgb(colours[labels[row, column]])
+        is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        text = ax.text(column, row, labels[row, column], ha="center", va="center", fontsize=size, parse_math=False)
+        text.set_color("white" if is_dark else "black")
