@@ -538,8 +538,8 @@ class TestPointerAndKeys:
         tab.page.select_option("#layer", "1")
         tab.page.select_option("#head", "mean")
         assert (1, "mean") == (tab.state()["layer"], tab.state()["head"])
-        tab.page.focus("body")
-        tab.keys("/")
+        tab.keys("m", "/")
+        assert 0 == tab.state()["head"], "keys work while a list has the focus"
         tab.page.keyboard.type("t")
         assert [1, 2, 3, 5] == tab.page.evaluate(
             "[...document.querySelectorAll('.found')].map(one => +one.dataset.token)"
@@ -673,6 +673,8 @@ class TestSafety:
         tab.frames()
         assert tab.page.evaluate("typeof window.hacked") == "undefined"
         assert HOSTILE[1] in tab.text(".prefix")
+        alone = open_page(one_grid(HOSTILE[0]))
+        assert (HOSTILE[0], HOSTILE[0]) == (alone.text("h1"), alone.page.title())
 
     def test_the_policy_lets_nothing_out(self, open_page):
         listener = socket.create_server(("127.0.0.1", 0))
@@ -773,7 +775,9 @@ class TestLook:
         tab.page.focus("#layer")
         tab.page.evaluate("document.activeElement.blur()")
         tab.keys("ArrowRight")
-        assert "What the attends to" in tab.page.evaluate("document.getElementById('said').textContent"), "read aloud"
+        said = tab.page.evaluate("document.getElementById('said').textContent")
+        assert "What the attends to" in said, "screen readers read it"
+        assert "Most: " + "".join(tab.top()[0]) in said
 
 
 def milliseconds_to_first_picture(chromium, file):

@@ -124,8 +124,10 @@ def code_maps(
     Raises ValueError for weights that are below zero or infinite. Warns of NaN and of rows that do not sum to one.
     """
     _, heads, queries, keys = layers[0].shape
-    factor = 1
-    while len(layers) * heads * -(-queries // factor) * -(-keys // factor) > MAX_CODES:
+    factor, most_keys = 1, np.iinfo(np.uint16).max
+    while (
+        len(layers) * heads * -(-queries // factor) * -(-keys // factor) > MAX_CODES or -(-keys // factor) > most_keys
+    ):
         factor += 1
     pooled = [_pooled(pair, factor) for pair in sides]
     examples = []

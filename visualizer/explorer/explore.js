@@ -175,12 +175,13 @@
   let isAdding = false, before = 0;
   const current = () => ({ ...state, ...hover });
 
-  function choose(change, isSilent) {
+  function choose(change) {
     Object.assign(state, change);
     hover = {};
     draw();
     remember();
-    if (!isSilent) $("said").textContent = $("readout").textContent;
+    const [best] = $("top").children;
+    $("said").textContent = $("readout").textContent + (best.hidden ? "" : `. Most: ${best.textContent}`);
   }
 
   function pin(side, token, isAdded) {
@@ -239,6 +240,7 @@
     if (example.multiplies) heads.push(option("rollout", "rollout"));
     $("head").replaceChildren(...heads);
     $("example").replaceChildren(...page.examples.map((one, i) => option(i, one.title || `example ${i + 1}`)));
+    if (page.examples.length === 1 && example.title) $("title").textContent = document.title = example.title;
     $("example-label").hidden = page.examples.length === 1;
     $("hide").hidden = !example.sides.some((side) => side.special.length);
     $("search").hidden = example.sides.every((side) => side.grid);
@@ -925,8 +927,9 @@
   });
 
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || $("help-text").open || event.target.closest("input, select")) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || $("help-text").open || event.target.closest("input")) return;
     const { key } = event;
+    if (key.startsWith("Arrow") && event.target.closest("select")) return;
     const action = {
       "[": () => actions.layer(-1),
       "]": () => actions.layer(1),

@@ -76,7 +76,7 @@ def explore(
         prefix_tokens: how many tokens come before the patches, or their names.
         batch: which images or texts of the batch, one or several; None: all. Words and pictures are then lists, one
             entry for each of the whole batch.
-        title: what the example is called where a page has several.
+        title: what stands at the top, and what the example is called where a page has several.
 
     Returns:
         An `Explorer`. The maps are read at once, to one byte a weight.
