@@ -41,6 +41,7 @@ from .instrument import capture, get_local
 
 if TYPE_CHECKING:
     from . import analysis, models, plot
+    from .explorer import explore
     from .intercept import attention
     from .loading import load
     from .maps import AttentionMap
@@ -59,13 +60,14 @@ __all__ = [
     "analysis",
     "attention",
     "capture",
+    "explore",
     "get_local",
     "load",
     "models",
     "plot",
 ]
 
-_LAZY = {"AttentionMap": ".maps", "attention": ".intercept", "load": ".loading"}
+_LAZY = {"AttentionMap": ".maps", "attention": ".intercept", "explore": ".explorer", "load": ".loading"}
 _ROOMS = ("analysis", "models", "plot")
 
 

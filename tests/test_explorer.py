@@ -1,0 +1,820 @@
+"""The page in a real browser: its numbers beside the arrays, what pointer and keys do, what hostile text does not."""
+
+import csv
+import gzip
+import io
+import json
+import re
+import shutil
+import socket
+from base64 import b64decode
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from visualizer import AttentionMap, VisualizerWarning, analysis, attention, capture, explore, load
+from visualizer.explorer import data, page
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-first-run",
+]  # fmt: skip
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine's path")
+WORDS = ["[CLS]", "the", "cat", "sat", "on", "it", "[SEP]"]
+
+
+def hot(key, queries=17, keys=17):
+    """Every query attends to one key."""
+    maps = np.zeros((1, 1, 1, queries, keys), np.float32)
+    maps[..., key] = 1
+    return maps
+
+
+def random_maps(*shape, spread=2.0, seed=0):
+    logits = np.random.default_rng(seed).normal(size=shape, scale=spread).astype(np.float32)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+class Blocks(HTMLParser):
+    """The script blocks of a page by their id, and all start tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.blocks, self.tags, self._open = {}, [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._open = dict(attrs).get("id", "code") if tag == "script" else None
+
+    def handle_data(self, text):
+        if self._open:
+            self.blocks[self._open] = self.blocks.get(self._open, "") + text
+
+    def handle_endtag(self, tag):
+        self._open = None
+
+
+def described(explorer):
+    return json.loads(Blocks(explorer.html).blocks["page"])
+
+
+def decoded(explorer, number=0):
+    """The weights that a page carries, read as its description says: those of the codes, with the exact ones put in."""
+    blocks = Blocks(explorer.html).blocks
+    about = json.loads(blocks["page"])
+    example = about["examples"][number]
+    layers, heads, queries, keys = example["shape"]
+    rows, top = layers * heads * queries, example["top"]
+    raw = gzip.decompress(b64decode(blocks[f"weights{number}"]))
+    values = np.frombuffer(raw[: rows * top * 4], np.uint8).reshape(4, -1).T.copy().view("<f4").reshape(rows, top)
+    places = np.frombuffer(raw[rows * top * 4 : rows * top * 6], np.uint8).reshape(2, -1).T.copy().view("<u2")
+    codes = np.frombuffer(raw[rows * top * 6 :], np.uint8).reshape(rows, keys)
+    weights = np.where(codes == about["nothing"], 0, values[:, :1] * np.exp(-about["step"] * codes.astype(float)))
+    np.put_along_axis(weights, places.reshape(rows, top).astype(int), values, -1)
+    return weights.reshape(layers, heads, queries, keys)
+
+
+class TestInput:
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            pytest.param(lambda m: m, id="array"),
+            pytest.param(lambda m: torch.tensor(m), id="tensor"),
+            pytest.param(lambda m: tuple(torch.tensor(m)), id="transformers' tuple"),
+            pytest.param(lambda m: [AttentionMap(one) for one in m], id="maps"),
+            pytest.param(lambda m: {"a": [m[0]], "b": [m[1]]}, id="a cache"),
+            pytest.param(lambda m: m.astype(np.float64), id="float64"),
+        ],
+    )
+    def test_all_kinds_of_input_make_the_same_page(self, wrap):
+        maps = random_maps(2, 1, 3, 7, 7)
+        assert explore(maps, WORDS).html == explore(wrap(maps), WORDS).html
+
+    @pytest.mark.parametrize("shape", [(7, 7), (3, 7, 7), (1, 3, 7, 7)])
+    def test_axes_that_are_not_there_count_one(self, shape):
+        maps = random_maps(*shape)
+        np.testing.assert_allclose(maps.reshape(1, -1, 7, 7), decoded(explore(maps)), rtol=0.02, atol=1e-3)
+
+    def test_what_attention_and_capture_find_and_files(self, tmp_path):
+        class Layer(torch.nn.Module):
+            def forward(self, x):
+                attn = (x @ x.mT).softmax(-1)
+                return torch.nn.functional.scaled_dot_product_attention(x, x, x), attn
+
+        x = torch.randn(1, 2, 7, 4, generator=torch.Generator().manual_seed(0))
+        model = Layer()
+        with attention(model) as maps, capture(model, "attn") as found:
+            model(x)
+        maps.save(tmp_path / "maps.safetensors")
+        fused = (x @ x.mT / 2).softmax(-1).numpy()
+        np.testing.assert_allclose(fused, decoded(explore(maps)), rtol=0.02, atol=1e-3)
+        np.testing.assert_allclose(fused, decoded(explore(load(tmp_path / "maps.safetensors"))), rtol=0.02, atol=1e-3)
+        np.testing.assert_allclose((x @ x.mT).softmax(-1).numpy(), decoded(explore(found)), rtol=0.02, atol=1e-3)
+
+    @pytest.mark.parametrize(
+        ("maps", "options", "words"),
+        [
+            pytest.param(None, {}, ["no attention maps", "eager", "visualizer.attention"], id="None"),
+            pytest.param((None, None), {}, ["output_attentions"], id="tuple of None"),
+            pytest.param([], {}, ["no attention maps"], id="empty"),
+            pytest.param([hot(0, 4, 4)[0], hot(0, 3, 3)[0]], {}, ["layer 1", "(1, 1, 3, 3)", "add them"], id="shapes"),
+            pytest.param(np.eye(7), {"tokens": WORDS[:5]}, ["5 words", "7 queries", "padding"], id="words"),
+            pytest.param(np.eye(7), {"tokens": WORDS, "image": np.zeros((2, 2))}, ["tokens=", "image="], id="both"),
+            pytest.param(np.eye(7)[:3], {"tokens": WORDS[:3]}, ["3 queries over 7 keys", "query_tokens="], id="cross"),
+            pytest.param(np.eye(7), {"image": np.zeros((2, 2))}, ["grid"], id="no grid"),
+            pytest.param(random_maps(2, 1, 5, 5), {"tokens": WORDS[:5]}, ["list of 2", "batch=0"], id="batch"),
+            pytest.param(np.eye(4) * -1, {}, ["layer 0", "-1", "softmax"], id="logits"),
+            pytest.param(np.full((4, 4), np.inf), {}, ["infinite"], id="infinite"),
+            pytest.param(np.zeros((1, 1, 0, 4)), {}, ["empty"], id="empty map"),
+        ],
+    )  # fmt: skip
+    def test_what_does_not_fit_is_refused_with_the_reason(self, maps, options, words):
+        with pytest.raises(ValueError) as error:
+            explore(maps, **options)
+        for word in words:
+            assert word in str(error.value)
+
+    def test_an_image_that_is_not_in_the_batch_is_an_index_error(self):
+        with pytest.raises(IndexError, match=r"batch=2: there are 2 images"):
+            explore(random_maps(2, 1, 4, 4), batch=2)
+
+    def test_windows_take_no_picture(self):
+        window = AttentionMap(torch.eye(4)[None, None], kind="window")
+        with pytest.raises(ValueError, match="windows"):
+            explore(window, image=np.zeros((4, 4, 3)))
+
+    def test_rows_that_are_no_attention_are_told(self):
+        maps = np.eye(4, dtype=np.float32)
+        maps[1] = np.nan
+        maps[2] *= 3
+        with pytest.warns(VisualizerWarning) as told:
+            explorer = explore(maps)
+        assert ["1 of 4 rows hold NaN", "1 of 4 rows do not sum to 1"] == [
+            re.match(r"(\d of 4 rows (hold NaN|do not sum to 1))", str(one.message))[1] for one in told
+        ]
+        expected = np.diag([1.0, 0, 3, 1])
+        np.testing.assert_array_equal(expected, decoded(explorer)[0, 0])
+
+    def test_examples_of_a_batch_and_of_several_pages(self):
+        maps = random_maps(2, 3, 1, 7, 7)
+        words = [[f"{word}{text}" for word in WORDS] for text in range(3)]
+        both = explore(maps, words, batch=[2, 0], title="text") + explore(maps[:, :1], grid=(2, 3), title="picture")
+        assert ["text 2", "text 0", "picture"] == [one["title"] for one in described(both)["examples"]]
+        assert "cat2" == described(both)["examples"][0]["sides"][0]["labels"][2]
+        assert [2, 3] == described(both)["examples"][2]["sides"][1]["grid"]
+        np.testing.assert_allclose(maps[:, 2], decoded(both, 0), rtol=0.02, atol=1e-3)
+        np.testing.assert_allclose(maps[:, 0], decoded(both, 1), rtol=0.02, atol=1e-3)
+        assert "<Explorer: 3 examples, the first of 2 layers x 1 heads, 7 queries x 7 keys>" == repr(both)
+
+
+class TestSize:
+    def test_too_many_weights_are_cut_to_the_largest_and_the_page_says_so(self, monkeypatch):
+        maps = random_maps(2, 1, 4, 120, 120)
+        whole = len(explore(maps).html)
+        monkeypatch.setattr(page, "MAX_BYTES", whole - 30_000)
+        explorer = explore(maps)
+        assert whole - 30_000 >= len(explorer.html)
+        [note] = described(explorer)["examples"][0]["notes"]
+        kept, share = re.search(r"the (\d+) largest of 120 weights are here, ([\d.]+) % of", note).groups()
+        kept = int(kept)
+        order = np.sort(maps[:, 0], -1)[..., ::-1]
+        assert abs(100 * order[..., :kept].sum(-1).mean() - float(share)) < 0.5
+        weights, is_large = decoded(explorer), maps[:, 0] >= order[..., kept - 1 : kept]
+        np.testing.assert_allclose(maps[:, 0][is_large], weights[is_large], rtol=0.016, atol=5e-4)
+        assert (weights > 0).sum(-1).max() < kept + 20, "only those that tie with the last come along"
+
+    def test_what_fits_in_no_way_is_refused(self, monkeypatch):
+        monkeypatch.setattr(page, "MAX_BYTES", 60_000)
+        with pytest.raises(ValueError, match=r"choose some images with batch="):
+            _ = explore(random_maps(8, 1, 4, 60, 60)).html
+
+    def test_larger_maps_of_patches_are_pooled_in_blocks(self, monkeypatch):
+        maps = random_maps(1, 1, 2, 1 + 20, 1 + 20).astype(np.float64)
+        monkeypatch.setattr(data, "MAX_CODES", 2 * 11 * 11)
+        explorer = explore(maps, grid=(4, 5))
+        # 4 x 5 patches in blocks of 2 x 2, those at the right edge of 2 x 1; the class token alone
+        block = [0] + [1 + row // 2 * 3 + column // 2 for row in range(4) for column in range(5)]
+        expected = np.zeros((2, 7, 7))
+        for query in range(21):
+            for key in range(21):
+                expected[:, block[query], block[key]] += maps[0, 0, :, query, key] / block.count(block[query])
+        np.testing.assert_allclose(expected[None], decoded(explorer), rtol=0.016)
+        [note] = described(explorer)["examples"][0]["notes"]
+        assert "2 x 2 neighbouring patches are shown as one" in note
+        assert [2, 3] == described(explorer)["examples"][0]["sides"][0]["grid"]
+
+    def test_longer_texts_are_pooled_by_neighbours(self, monkeypatch):
+        monkeypatch.setattr(data, "MAX_CODES", 2 * 4 * 4)
+        explorer = explore(random_maps(2, 7, 7), WORDS)
+        assert ["[CLS] … the", "cat … sat", "on … it", "[SEP]"] == described(explorer)["examples"][0]["sides"][0][
+            "labels"
+        ]
+
+
+HOSTILE = [
+    "</script><script>window.hacked = 1</script>",
+    "<img src=x onerror='window.hacked = 2'>",
+    "\"><svg onload=window.hacked=3>",
+    "<!--<script>",
+    "right\u202eto left\u2066",
+    "nul\0tab\tline\nfeed\u2028",
+    "\ud800",
+    "",
+    "   ",
+    "=HYPERLINK(\"http://example.invalid\")",
+    "Zo\u0301e 猫 \u05d7\u05ea\u05d5\u05dc",
+    "x" * 10_000,
+]  # fmt: skip
+
+
+class TestHostileText:
+    def test_no_tag_of_it_is_in_the_page(self):
+        count = len(HOSTILE)
+        clean = explore(random_maps(count, count), ["x"] * count, title="x")
+        hostile = explore(random_maps(count, count), HOSTILE, title=HOSTILE[0])
+        both = [[tag for tag, _ in Blocks(one.html).tags] for one in (clean, hostile)]
+        assert both[0] == both[1]
+        assert both[0] == [tag for tag, _ in Blocks(one_grid(HOSTILE[1]).html).tags]
+
+    def test_labels_are_visible_and_short(self):
+        labels = described(explore(random_maps(12, 12), HOSTILE))["examples"][0]["sides"][0]["labels"]
+        assert "right‹202E›to left‹2066›" == labels[4]
+        assert "nul␀tab␉line␊feed‹2028›" == labels[5]
+        assert ["‹D800›", "‹empty›", "␣␣␣"] == labels[6:9]
+        assert "x" * 200 + "… (10000 characters)" == labels[11]
+        assert HOSTILE[10] == labels[10]
+
+
+def one_grid(name):
+    return explore(random_maps(5, 5), grid=(2, 2), prefix_tokens=[name], title=name)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """An open page, by what a user sees and does."""
+
+    def __init__(self, browser, file, fragment="", **options):
+        self.context = browser.new_context(viewport={"width": 1400, "height": 900}, **options)
+        self.page = self.context.new_page()
+        self.requests, self.errors = [], []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        self.file = file.as_uri() + fragment
+        self.page.goto(self.file)
+        self.page.wait_for_selector("#app:not([hidden])")
+
+    def frames(self):
+        """Wait until what was asked for is drawn."""
+        self.page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def text(self, selector):
+        self.frames()
+        return self.page.inner_text(selector)
+
+    def top(self):
+        """The list of the largest weights: (name, value as it is written)."""
+        self.frames()
+        return [tuple(item.inner_text().split("\n")) for item in self.page.query_selector_all("#top li:not([hidden])")]
+
+    def word(self, token):
+        return self.page.locator(f".words > span[data-token='{token}']").first
+
+    def keys(self, *keys):
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def weights(self, *call):
+        return np.array(self.page.evaluate(f"Array.from(explorer.weights({', '.join(map(str, call))}))"))
+
+    def state(self):
+        return self.page.evaluate("({...explorer.state})")
+
+    def patch(self, row, column, grid):
+        """The place of a patch on the screen."""
+        frame = self.page.locator("canvas.patches").bounding_box()
+        x = frame["x"] + (column + 0.5) / grid[1] * frame["width"]
+        return x, frame["y"] + (row + 0.5) / grid[0] * frame["height"]
+
+
+@pytest.fixture
+def open_page(chromium, tmp_path):
+    tabs = []
+
+    def opened(explorer, fragment="", **options):
+        file = explorer.save(tmp_path / f"page{len(tabs)}.html")
+        tabs.append(Tab(chromium, file, fragment, **options))
+        return tabs[-1]
+
+    yield opened
+    for tab in tabs:
+        tab.context.close()
+    for tab in tabs:
+        assert [] == tab.errors
+        own = ("blob:", "data:", tab.file.partition("#")[0])
+        assert [] == [url for url in tab.requests if not url.startswith(own)]
+
+
+def written(weight):
+    """A weight with four digits, as the page writes exact ones."""
+    return f"{weight:#.4g}"
+
+
+@needs_browser
+class TestNumbers:
+    @pytest.mark.parametrize("spread", [0.3, 1.0, 2.0])
+    def test_weights_on_the_page_are_those_of_the_arrays(self, open_page, spread):
+        maps = random_maps(2, 1, 3, 80, 80, spread=spread)
+        tab = open_page(explore(maps))
+        shown = np.array(
+            [[[tab.weights(layer, head, query) for query in range(80)] for head in range(3)] for layer in range(2)]
+        )
+        true = maps[:, 0].astype(float)
+        error = np.abs(shown - true) / true
+        assert np.median(error) < 0.01
+        assert error[true > true.max(-1, keepdims=True) / 2000].max() < 0.0152
+        np.testing.assert_array_equal(true.argmax(-1), shown.argmax(-1))
+        order = np.argsort(-true, -1)[..., :6]
+        np.testing.assert_array_equal(np.take_along_axis(true, order, -1), np.take_along_axis(shown, order, -1))
+        column = np.array([tab.weights(1, 2, key, 1) for key in range(80)]).T
+        np.testing.assert_allclose(shown[1, 2], column, rtol=1e-6)
+
+    def test_top_keys_have_the_exact_values(self, open_page):
+        maps = random_maps(2, 1, 3, 7, 7)
+        tab = open_page(explore(maps, WORDS), "#layer=1&head=2&query=5")
+        row = maps[1, 0, 2, 5]
+        assert [(WORDS[key], written(row[key])) for key in np.argsort(-row)[:6]] == tab.top()
+
+    def test_the_mean_of_the_heads(self, open_page):
+        maps = random_maps(2, 1, 3, 7, 7)
+        tab = open_page(explore(maps, WORDS), "#layer=1&head=mean&query=5")
+        mean = maps[1, 0, :, 5].mean(0)
+        order = np.argsort(-mean)[:6]
+        assert [WORDS[key] for key in order] == [name for name, _ in tab.top()]
+        values = [float(value.removeprefix("≈ ")) for _, value in tab.top()]
+        np.testing.assert_allclose(mean[order], values, rtol=0.06)  # two digits are written
+
+    def test_who_attends_here_is_the_column(self, open_page):
+        maps = random_maps(2, 1, 3, 7, 7)
+        tab = open_page(explore(maps, WORDS), "#layer=0&head=1&query=2")
+        tab.keys("w")
+        column = maps[0, 0, 1, :, 2]
+        assert [WORDS[query] for query in np.argsort(-column)[:6]] == [name for name, _ in tab.top()]
+        assert "Who attends to cat" in tab.text("#readout")
+        assert "Top queries" == tab.text("#top-title")
+
+    @pytest.mark.parametrize("side", ["query", "key"])
+    def test_the_rollout_is_that_of_the_analysis(self, open_page, side):
+        maps = random_maps(4, 1, 3, 7, 7, spread=1)
+        tab = open_page(explore(maps, WORDS), f"#layer=2&head=rollout&{side}=4")
+        whole = analysis.rollout(maps[:3])[0]
+        flow = whole[4] if side == "query" else whole[:, 4]
+        order = np.argsort(-flow)[:6]
+        assert WORDS[order[0]] == tab.top()[0][0]
+        np.testing.assert_allclose(flow[order], [float(value[2:]) for _, value in tab.top()], rtol=0.06)
+
+    def test_hidden_special_tokens_leave_rows_that_sum_to_one(self, open_page):
+        maps = random_maps(1, 1, 2, 7, 7, spread=1)
+        tab = open_page(explore(maps, WORDS), "#query=2&head=1")
+        tab.keys("s")
+        row = maps[0, 0, 1, 2].copy()
+        row[[0, 6]] = 0
+        row /= row.sum()
+        assert [WORDS[key] for key in np.argsort(-row)[:5]] == [name for name, _ in tab.top()]
+        np.testing.assert_allclose(np.sort(row)[:1:-1], [float(value[2:]) for _, value in tab.top()], rtol=0.06)
+        ground = [
+            tab.word(key).evaluate("one => getComputedStyle(one).backgroundColor") for key in (0, 6, row.argmax())
+        ]
+        assert ground[0] == ground[1] != ground[2]
+
+    def test_entropy_of_the_row(self, open_page):
+        maps = random_maps(1, 1, 2, 7, 7)
+        tab = open_page(explore(maps, WORDS), "#query=3&head=1")
+        row = maps[0, 0, 1, 3].astype(float)
+        found = float(re.search(r"entropy ([\d.]+) of at most 1.95 nats", tab.text("#readout"))[1])
+        assert abs(-(row * np.log(row)).sum() - found) < 0.011
+
+    def test_a_fully_masked_row_has_no_top_keys(self, open_page):
+        maps = np.tril(np.ones((5, 5)), -1)
+        maps[1:] /= maps[1:].sum(-1, keepdims=True)
+        tab = open_page(explore(maps))
+        assert [] == tab.top()
+        tab.keys("ArrowRight")
+        assert [("0", "1.000")] == tab.top()
+
+
+@needs_browser
+class TestPointerAndKeys:
+    def test_pointing_previews_and_clicking_keeps(self, open_page):
+        tab = open_page(explore(random_maps(2, 1, 3, 7, 7), WORDS))
+        tab.word(2).hover()
+        assert "What cat attends to" in tab.text("#readout")
+        tab.page.mouse.move(5, 5)
+        assert "What [CLS] attends to" in tab.text("#readout")
+        tab.word(2).click()
+        tab.page.mouse.move(5, 5)
+        assert "What cat attends to" in tab.text("#readout")
+        assert [2] == tab.state()["tokens"]
+
+    def test_tokens_add_up_to_their_mean(self, open_page):
+        maps = random_maps(1, 1, 3, 7, 7)
+        tab = open_page(explore(maps, WORDS), "#head=1&query=1")
+        tab.word(5).click(modifiers=["Shift"])
+        tab.page.mouse.move(5, 5)
+        mean = maps[0, 0, 1, [1, 5]].mean(0)
+        assert [WORDS[key] for key in np.argsort(-mean)[:6]] == [name for name, _ in tab.top()]
+        assert "What the + it attend to, in the mean" in tab.text("#readout")
+        tab.word(1).click(modifiers=["Shift"])
+        assert [5] == tab.state()["tokens"]
+        tab.keys("a")
+        tab.word(3).click()
+        assert [5, 3] == tab.state()["tokens"]
+        tab.keys("Escape")
+        assert [3] == tab.state()["tokens"]
+
+    def test_keys_do_what_the_help_says(self, open_page):
+        tab = open_page(explore(random_maps(3, 1, 4, 7, 7), WORDS))
+        start = tab.state()
+        assert (2, 0, [0]) == (start["layer"], start["head"], start["tokens"])
+        for keys, name, expected in [
+            (["ArrowRight", "ArrowRight"], "tokens", [2]),
+            (["ArrowLeft"], "tokens", [1]),
+            (["["], "layer", 1),
+            (["[", "["], "layer", 0),
+            (["]"], "layer", 1),
+            (["."], "head", 1),
+            (["m"], "head", "mean"),
+            (["m"], "head", 1),
+            (["r"], "head", "rollout"),
+            ([","], "head", "mean"),
+            ([","], "head", 3),
+            (["w"], "side", 1),
+            (["w"], "side", 0),
+            (["s"], "hidden", True),
+            (["c"], "tokens", [0]),
+        ]:
+            tab.keys(*keys)
+            assert expected == tab.state()[name], keys
+        tab.keys("?")
+        assert tab.page.locator("#help-text").is_visible()
+        tab.keys("]")
+        assert 1 == tab.state()["layer"], "the help is open"
+        tab.keys("Escape")
+        assert not tab.page.locator("#help-text").is_visible()
+
+    def test_up_and_down_go_to_the_line_above_and_below(self, open_page):
+        picture = open_page(explore(random_maps(1, 1, 1, 17, 17), grid=(4, 4)), "#query=6")
+        picture.keys("ArrowDown")
+        assert [10] == picture.state()["tokens"]
+        picture.keys("ArrowUp", "ArrowUp", "ArrowUp")
+        assert [2] == picture.state()["tokens"], "the first row is the last"
+        words = [f"word{number}" for number in range(60)]
+        text = open_page(explore(random_maps(60, 60), words), "#query=30")
+        text.keys("ArrowDown")
+        [below] = text.state()["tokens"]
+        here, there = text.word(30).bounding_box(), text.word(below).bounding_box()
+        assert here["y"] + here["height"] <= there["y"] <= here["y"] + 2 * here["height"]
+        assert abs(here["x"] - there["x"]) < here["width"]
+
+    def test_a_cell_of_the_mosaic_shows_and_chooses_its_head(self, open_page):
+        tab = open_page(explore(random_maps(3, 1, 4, 7, 7), WORDS))
+        frame = tab.page.locator("#mosaic").bounding_box()
+        # Labels take 24 pixels on the left and 20 above; the last of five columns is the mean.
+        cell = (frame["width"] - 24 - 8) / 5, (frame["height"] - 22) / 3
+        place = frame["x"] + 24 + 2.5 * cell[0], frame["y"] + 20 + 1.5 * cell[1]
+        tab.page.mouse.move(*place)
+        assert "layer 1, head 2" in tab.text("#readout")
+        tab.page.mouse.move(5, 5)
+        assert "layer 2, head 0" in tab.text("#readout")
+        tab.page.mouse.click(*place)
+        assert (1, 2) == (tab.state()["layer"], tab.state()["head"])
+        tab.page.mouse.click(frame["x"] + 24 + 4.7 * cell[0], place[1])
+        assert "mean" == tab.state()["head"]
+
+    def test_whole_maps_of_all_heads(self, open_page):
+        maps = np.stack([np.eye(8), np.eye(8)[::-1]])
+        tab = open_page(explore(maps))
+        frame = tab.page.locator("#mosaic").bounding_box()
+        side = 52  # of a cell, two pixels from the next
+
+        def is_bright(head, row, column):
+            x = frame["x"] + 24 + head * (side + 2) + (column + 0.5) * side / 8
+            return colour_at(tab, x, frame["y"] + 20 + (row + 0.5) * side / 8)[0] > 200
+
+        tab.keys("h")
+        assert [True, False, False, True] == [is_bright(head, 2, key) for head in (0, 1) for key in (2, 5)]
+        tab.keys("s", "ArrowRight")
+        assert [False, True] == [is_bright(1, 6, key) for key in (6, 1)]
+        tab.keys("h")
+        assert not tab.state()["whole"]
+
+    def test_the_matrix_tells_each_weight(self, open_page):
+        maps = random_maps(1, 1, 1, 7, 7)
+        tab = open_page(explore(maps, WORDS))
+        frame = tab.page.locator("#matrix").bounding_box()
+        side = 0.3 * frame["width"] / 7
+        tab.page.mouse.move(frame["x"] + frame["width"] - side, frame["y"] + frame["height"] - side)
+        caption = tab.text("#matrix-caption")
+        assert caption.startswith("[SEP] → [SEP]: ")
+        assert abs(float(caption.split(": ")[1].removeprefix("≈ ")) / maps[0, 0, 0, 6, 6] - 1) < 0.06
+
+    def test_lists_and_search_choose(self, open_page):
+        tab = open_page(explore(random_maps(3, 1, 4, 7, 7), WORDS))
+        tab.page.select_option("#layer", "1")
+        tab.page.select_option("#head", "mean")
+        assert (1, "mean") == (tab.state()["layer"], tab.state()["head"])
+        tab.keys("m", "/")
+        assert 0 == tab.state()["head"], "keys work while a list has the focus"
+        tab.page.keyboard.type("t")
+        assert [1, 2, 3, 5] == tab.page.evaluate(
+            "[...document.querySelectorAll('.found')].map(one => +one.dataset.token)"
+        )
+        tab.keys("Enter", "Enter")
+        assert [2] == tab.state()["tokens"]
+        name = tab.top()[0][0]
+        tab.page.click("#top li:first-child button")
+        assert [WORDS.index(name)] == tab.state()["tokens"]
+
+    def test_the_address_holds_the_place(self, open_page):
+        tab = open_page(explore(random_maps(3, 1, 4, 7, 7), WORDS))
+        tab.keys("[", ".", "w", "s", "h", "ArrowRight")
+        before = tab.state()
+        tab.page.reload()
+        tab.page.wait_for_selector("#app:not([hidden])")
+        assert before == tab.state()
+        nonsense = open_page(explore(random_maps(3, 1, 4, 7, 7), WORDS), "#layer=99&head=x&query=-1 3 900&example=7")
+        assert (2, 0, [3]) == tuple(nonsense.state()[name] for name in ("layer", "head", "tokens"))
+
+    def test_several_examples(self, open_page):
+        text = explore(random_maps(3, 1, 4, 7, 7), WORDS, title="a text")
+        tab = open_page(text + explore(random_maps(2, 1, 2, 17, 17, seed=1), grid=(4, 4), title="<b>picture</b>"))
+        assert ["a text", "<b>picture</b>"] == tab.page.locator("#example option").all_inner_texts()
+        tab.keys("]", ".", ".", ".")
+        tab.page.select_option("#example", "1")
+        tab.page.wait_for_selector("canvas.patches")
+        assert "What CLS attends to · layer 1, head 1" in tab.text("#readout")
+        maps = random_maps(2, 1, 2, 17, 17, seed=1)
+        np.testing.assert_allclose(maps[1, 0, 1, 0], tab.weights(1, 1, 0), rtol=0.016, atol=1e-4)
+
+
+def colour_at(tab, x, y):
+    tab.frames()
+    picture = tab.page.screenshot(clip={"x": round(x), "y": round(y), "width": 1, "height": 1})
+    return Image.open(io.BytesIO(picture)).convert("RGB").getpixel((0, 0))
+
+
+@needs_browser
+class TestPicture:
+    def test_the_patch_that_is_attended_to_is_bright(self, open_page):
+        tab = open_page(explore(hot(1 + 2 * 4 + 3), image=np.zeros((40, 40, 3), np.uint8)))
+        assert min(colour_at(tab, *tab.patch(2, 3, (4, 4)))[:2]) > 200  # inferno ends in pale yellow
+        assert max(colour_at(tab, *tab.patch(2, 2, (4, 4)))) < 40
+        assert [("patch (2, 3)", "1.000")] == tab.top()
+        assert "CLS" in tab.text(".prefix")
+
+    def test_pointing_at_a_patch_asks_for_it(self, open_page):
+        maps = random_maps(2, 1, 2, 17, 17)
+        tab = open_page(explore(maps, image=np.zeros((40, 40, 3), np.uint8)))
+        tab.page.mouse.move(*tab.patch(1, 2, (4, 4)))
+        assert "What patch (1, 2) attends to" in tab.text("#readout")
+        row = maps[1, 0, 0, 1 + 4 + 2]
+        names = ["CLS", *(f"patch ({at // 4}, {at % 4})" for at in range(16))]
+        assert [(names[key], written(row[key])) for key in np.argsort(-row)[:6]] == tab.top()
+        tab.page.mouse.click(*tab.patch(1, 2, (4, 4)))
+        assert [7] == tab.state()["tokens"]
+        tab.page.click(".prefix button")
+        assert [0] == tab.state()["tokens"]
+
+    def test_wide_grids_and_named_prefixes(self, open_page):
+        tab = open_page(explore(random_maps(1, 2, 8, 8), grid=(2, 3), prefix_tokens=["CLS", "REG"]), "#query=7")
+        assert "What patch (1, 2) attends to" in tab.text("#readout")
+        frame = tab.page.locator("canvas.patches").bounding_box()
+        assert abs(frame["width"] / frame["height"] - 1.5) < 0.02
+        assert ["CLS", "REG"] == [text.split("\n")[0] for text in tab.page.locator(".prefix button").all_inner_texts()]
+
+    def test_words_that_attend_to_a_picture_and_back(self, open_page):
+        maps = random_maps(2, 1, 3, 4, 16, spread=1)
+        words = ["a", "red", "fox", "."]
+        tab = open_page(explore(maps, query_tokens=words, image=np.zeros((40, 40, 3), np.uint8)))
+        tab.word(2).hover()
+        row = maps[1, 0, 0, 2]
+        best = int(row.argmax())
+        assert (f"patch ({best // 4}, {best % 4})", written(row[best])) == tab.top()[0]
+        tab.page.mouse.move(*tab.patch(3, 1, (4, 4)))
+        assert "Who attends to patch (3, 1)" in tab.text("#readout")
+        column = maps[1, 0, 0, :, 13]
+        assert [words[query] for query in np.argsort(-column)] == [name for name, _ in tab.top()]
+
+    def test_a_picture_that_attends_to_words(self, open_page):
+        maps = random_maps(2, 1, 3, 16, 4)
+        words = ["a", "red", "fox", "."]
+        tab = open_page(explore(maps, key_tokens=words, image=np.zeros((40, 40, 3), np.uint8)))
+        tab.page.mouse.move(*tab.patch(3, 1, (4, 4)))
+        row = maps[1, 0, 0, 13]
+        assert [words[key] for key in np.argsort(-row)] == [name for name, _ in tab.top()]
+
+
+@needs_browser
+class TestFiles:
+    def test_csv_has_the_weights_in_every_head(self, open_page, tmp_path):
+        maps = random_maps(2, 1, 3, 12, 12)
+        tab = open_page(explore(maps, HOSTILE), "#query=3")
+        with tab.page.expect_download() as download:
+            tab.page.click("#csv")
+        download.value.save_as(tmp_path / "a.csv")
+        with open(tmp_path / "a.csv", encoding="utf-8", newline="") as file:
+            names, *rows = csv.reader(file)
+        assert ["index", "key", "layer 0 head 0", "layer 0 head 1"] == names[:4]
+        np.testing.assert_allclose(
+            maps[:, 0, :, 3].reshape(6, 12).T, np.array(rows)[:, 2:].astype(float), rtol=0.016, atol=5e-4
+        )
+        assert HOSTILE[1] == rows[1][1]
+        assert rows[9][1].startswith("'="), "no spreadsheet takes it for a formula"
+
+    @pytest.mark.parametrize("kind", ["words", "patches", "cross"])
+    def test_png_has_the_panels(self, open_page, tmp_path, kind):
+        options = {"words": {"tokens": WORDS}, "patches": {"grid": (2, 3)}, "cross": {"query_tokens": WORDS}}[kind]
+        tab = open_page(explore(random_maps(2, 1, 3, 7, 7), **options))
+        with tab.page.expect_download() as download:
+            tab.page.click("#png")
+        download.value.save_as(tmp_path / "a.png")
+        picture = Image.open(tmp_path / "a.png").convert("RGB")
+        assert picture.width > 1500
+        colours = len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0))
+        assert colours > 50
+
+
+@needs_browser
+class TestSafety:
+    def test_hostile_tokens_and_names_are_text(self, open_page):
+        explorer = explore(random_maps(2, 1, 2, 12, 12), HOSTILE, title=HOSTILE[0])
+        tab = open_page(explorer + one_grid(HOSTILE[1]))
+        for token in range(12):
+            tab.word(token).hover()
+        assert tab.page.locator(".words > span").first.inner_text() == HOSTILE[0]
+        tab.keys("w", "m", "r", "s", "]")
+        tab.page.select_option("#example", "1")
+        tab.page.wait_for_selector("canvas.patches")
+        tab.frames()
+        assert tab.page.evaluate("typeof window.hacked") == "undefined"
+        assert HOSTILE[1] in tab.text(".prefix")
+        alone = open_page(one_grid(HOSTILE[0]))
+        assert (HOSTILE[0], HOSTILE[0]) == (alone.text("h1"), alone.page.title())
+
+    def test_the_policy_lets_nothing_out(self, open_page):
+        listener = socket.create_server(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/picture.png"
+        tab = open_page(explore(np.eye(3)))
+        blocked = tab.page.evaluate(
+            """async (address) => {
+                const made = document.createElement("script");
+                made.textContent = "window.hacked = 1";
+                document.body.append(made);
+                let reached = 0;
+                await fetch(address).then(() => reached++, () => 0);
+                const image = new Image();
+                image.src = address;
+                await image.decode().then(() => reached++, () => 0);
+                return [typeof window.hacked, reached];
+            }""",
+            address,
+        )
+        assert ["undefined", 0] == blocked
+        assert all("Content Security Policy" in error for error in tab.errors)
+        assert len(tab.errors) >= 3
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError), listener:
+            listener.accept()
+        tab.errors.clear()
+        tab.requests.clear()
+
+    def test_in_a_notebooks_frame(self, chromium, tmp_path):
+        explorer = explore(random_maps(2, 1, 3, 7, 7), WORDS)
+        file = tmp_path / "notebook.html"
+        file.write_text(f"<!DOCTYPE html><body>{explorer._repr_html_()}</body>", encoding="utf-8")
+        context = chromium.new_context(viewport={"width": 1200, "height": 900})
+        tab = context.new_page()
+        errors = []
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.goto(file.as_uri())
+        frame = tab.frame_locator("iframe")
+        frame.locator("#app:not([hidden])").wait_for()
+        frame.locator(".words > span[data-token='2']").click()
+        assert "What cat attends to" in frame.locator("#readout").inner_text()
+        assert "allow-scripts allow-downloads" == tab.locator("iframe").get_attribute("sandbox")
+        assert [] == errors
+        context.close()
+
+    @pytest.mark.parametrize("where", ["page", "notebook", "notebook without frames"])
+    def test_without_scripts_a_picture_shows(self, chromium, tmp_path, where):
+        explorer = explore(random_maps(2, 1, 3, 7, 7), WORDS)
+        text = explorer.html if where == "page" else f"<!DOCTYPE html><body>{explorer._repr_html_()}</body>"
+        if where == "notebook without frames":
+            text = re.sub(r"<iframe.*</iframe>", "", text, flags=re.DOTALL)
+        text = text.replace("allow-scripts allow-downloads", "")  # a frame of another process has its own switch
+        file = tmp_path / "still.html"
+        file.write_text(text, encoding="utf-8")
+        context = chromium.new_context(java_script_enabled=False, viewport={"width": 1200, "height": 900})
+        tab = context.new_page()
+        tab.goto(file.as_uri())
+        home = tab.frames[-1] if where == "notebook" else tab
+        picture = home.locator("img").first
+        picture.wait_for(state="attached")
+        tab.wait_for_timeout(500)  # where no script runs, nothing else says that it is drawn
+        assert picture.bounding_box()["width"] > 100
+        assert "2 layers" in picture.get_attribute("alt")
+        context.close()
+
+
+@needs_browser
+class TestLook:
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_light_and_dark_by_preference(self, open_page, scheme):
+        tab = open_page(explore(random_maps(1, 1, 2, 7, 7), WORDS), color_scheme=scheme)
+        assert (min(colour_at(tab, 3, 3)) > 240) == (scheme == "light")
+
+    @pytest.mark.parametrize("width", [390, 768, 1400])
+    def test_nothing_is_wider_than_the_screen(self, open_page, width):
+        tab = open_page(explore(random_maps(12, 1, 12, 17, 17), grid=(4, 4)) + explore(random_maps(12, 12), HOSTILE))
+        for example in "01":
+            tab.page.set_viewport_size({"width": width, "height": 844})
+            tab.page.select_option("#example", example)
+            tab.frames()
+            tab.page.wait_for_timeout(100)
+            assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+
+    def test_every_control_has_a_name_and_takes_the_keyboard(self, open_page):
+        tab = open_page(explore(random_maps(1, 1, 2, 7, 7), WORDS))
+        unnamed = tab.page.evaluate(
+            """[...document.querySelectorAll("button, select, input, canvas[role]")]
+                .filter(one => one.checkVisibility())
+                .filter(one => !(one.textContent.trim() || one.labels?.length || one.ariaLabel))
+                .map(one => one.outerHTML)"""
+        )
+        assert [] == unnamed
+        reached = []
+        for _ in range(8):
+            tab.keys("Tab")
+            reached.append(tab.page.evaluate("document.activeElement.id"))
+        assert ["layer", "head", "view", "add", "hide", "search", "png", "csv"] == reached
+        tab.page.focus("#layer")
+        tab.page.evaluate("document.activeElement.blur()")
+        tab.keys("ArrowRight")
+        said = tab.page.evaluate("document.getElementById('said').textContent")
+        assert "What the attends to" in said, "screen readers read it"
+        assert "Most: " + "".join(tab.top()[0]) in said
+
+
+def milliseconds_to_first_picture(chromium, file):
+    tab = Tab(chromium, file)
+    taken = tab.page.evaluate("performance.getEntriesByName('attention drawn')[0].startTime")
+    tab.context.close()
+    return taken
+
+
+HOVER = """async (tokens) => {
+    const spans = [...document.querySelectorAll(".words > span")], times = [];
+    const frame = () => new Promise(done => requestAnimationFrame(done));
+    for (let i = 0; i < tokens; i++) {
+        let start = 0;
+        await frame();
+        requestAnimationFrame(() => { start = performance.now(); });  // before the page's own, which the event asks for
+        spans[(i * 37) % spans.length].dispatchEvent(new PointerEvent("pointermove", { bubbles: true }));
+        await frame();
+        document.body.getBoundingClientRect();  // layout is part of it
+        times.push(performance.now() - start);
+    }
+    times.sort((a, b) => a - b);
+    return times[Math.floor(0.95 * times.length)];
+}"""
+
+
+@needs_browser
+@pytest.mark.parametrize(("tokens", "megabytes", "seconds"), [(197, 8, 1), (512, 30, 2)])
+def test_budgets(chromium, tmp_path, tokens, megabytes, seconds):
+    """12 layers of 12 heads. The best of some rounds counts: other work on the machine is not the page's."""
+    maps = random_maps(12, 1, 12, tokens, tokens)
+    file = explore(maps, [f"word{number}" for number in range(tokens)]).save(tmp_path / "large.html")
+    assert file.stat().st_size <= megabytes * 1e6
+    first = min(milliseconds_to_first_picture(chromium, file) for _ in range(4))
+    assert first <= 1000 * seconds
+    tab = Tab(chromium, file)
+    hover = min(tab.page.evaluate(HOVER, 60) for _ in range(4))
+    tab.context.close()
+    print(f"{tokens} tokens: {file.stat().st_size / 1e6:.1f} MB, first picture {first:.0f} ms, hover {hover:.1f} ms")
+    assert 0 < hover <= 16
