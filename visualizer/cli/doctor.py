@@ -120,10 +120,11 @@ def _examined(name: str) -> dict[str, Any]:
         advice.append(f'capture(model, "{usable}"){when} has {len(locals_found[usable])} keys, {first!r} to {last!r}')
     if fused:
         advice.append(f"as it is, {fused[0]}, so {'the local holds no weights' if usable else 'there is no local'}")
-    advice.append(
-        "attention(model), or visualizer run --attention, has the weights"
-        + (" without any change" if fused or usable is None else " as well")
-    )
+    if classes:
+        change = " without any change" if fused or usable is None else " as well"
+        advice.append(f"attention(model), or visualizer run --attention, has the weights{change}")
+    else:
+        advice.append("no class in it is named after attention, or has a local such as attn: it seems to have none")
     return {
         "model": f"{type(model).__qualname__} ({source})",
         "fused": bool(fused),
@@ -150,7 +151,7 @@ def _built(name: str) -> tuple[Any, str]:
                 return timm.create_model(name.removeprefix("timm/"), pretrained=False), "timm, without weights"
     try:
         transformers = _imported("transformers")
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = _configuration(transformers, name)
         with torch.device("meta"):
             return transformers.AutoModel.from_config(config), "transformers, without weights"
     except ImportError as error:
@@ -162,6 +163,21 @@ def _built(name: str) -> tuple[Any, str]:
         if close:
             why = f"did you mean {' or '.join(close)}?"
     raise Mistake(f"there is no model {name!r}: {why}")
+
+
+def _configuration(transformers: Any, name: str) -> Any:
+    """A folder's or the cache's, else the hub's, if that answers at once: transformers itself would try for long."""
+    try:
+        return transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        if os.path.isdir(name):
+            raise
+    from ..models import names
+
+    why_not = names._why_not_the_hub(name)
+    if why_not is not None:
+        raise OSError(f"neither a model of timm nor a folder, and {why_not}")
+    return transformers.AutoConfig.from_pretrained(name)
 
 
 def _imported(name: str) -> Any:

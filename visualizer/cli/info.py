@@ -29,7 +29,7 @@ def add_to(commands: Commands) -> None:
 def _info(options: argparse.Namespace) -> None:
     found = read(options.file)
     if options.json:
-        print(json.dumps(_content(found), indent=2))
+        print(json.dumps(_content(found), indent=2, default=_about, skipkeys=True))
         return
     table = repr(found)[1:-1]  # without the brackets of a repr, and what a session in Python would call it
     print(f"{options.file}: {table.removeprefix(f'load({options.file!r}): ')}")
@@ -41,7 +41,7 @@ def _content(found: Found) -> dict[str, Any]:
     return {
         "kind": "captured values" if isinstance(found, Cache) else "attention maps",
         "keys": [{"key": key, "values": [_value(value) for value in values_of(found, key)]} for key in keys_of(found)],
-        "about": {str(name): _about(value) for name, value in found.about.items()},
+        "about": found.about,
     }
 
 

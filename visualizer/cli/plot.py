@@ -55,7 +55,12 @@ def add_to(commands: Commands) -> None:
 
 
 def _choice(text: str) -> int | str:
-    return text if text in ("mean", "max", "min") else int(text)
+    if text in ("mean", "max", "min"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, and not mean, max or min") from None
 
 
 def _query(text: str) -> int | tuple[int, ...] | str:
@@ -68,12 +73,15 @@ def _query(text: str) -> int | tuple[int, ...] | str:
 
 def _grid(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d+x\d+", text):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 14x14, ROWSxCOLUMNS")
     return tuple(map(int, text.split("x")))
 
 
 def _plot(options: argparse.Namespace) -> None:
-    path = Path(options.out or f"{options.kind}.png")
+    path = Path(options.out or options.kind)
+    if path.is_dir():
+        raise Mistake(f"cannot write {options.out}: it is a folder")
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
     found = read(options.file)
     maps, words, image = choose(found, options), tokens_of(found, options), picture_of(options.image)
     given = {name: getattr(options, name) for name in _OPTIONS if getattr(options, name) is not None} | (

@@ -19,8 +19,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ..errors import UnknownLocalError, VisualizerError, VisualizerWarning
-from ..instrument import Captured, get_local
+from ..instrument import Captured, Uncompiled, get_local
 from ..instrument.compiled import no_graph
+from ..instrument.targets import WRAPPERS
 from ..store import Cache, Record, human, load, write
 from ..tensors import bytes_by_device
 from .outcome import Mistake
@@ -134,9 +135,11 @@ class Models:
     as the call is looked up: nothing of ours stands between the caller and the module.
     """
 
-    def __init__(self, make: Callable[[Any], Any], nothing: str) -> None:
+    def __init__(self, make: Callable[[Any], Any], nothing: str, *, uncompiled: bool = False) -> None:
         self.trouble: Exception | None = None
         self._make, self._nothing = make, nothing
+        self._has_to_run_uncompiled = uncompiled
+        self._uncompiled: Uncompiled | None = None
         self._lock = threading.RLock()
         self._known: dict[int, weakref.ref[Any]] = {}
         self._without: dict[frozenset[type], str] = {}
@@ -145,6 +148,8 @@ class Models:
 
     def start(self) -> None:
         """Wait for torch."""
+        if self._has_to_run_uncompiled:  # from the start: a model may be met as it is being compiled
+            self._uncompiled = Uncompiled()
         after_import("torch.nn.modules.module", self._begin)
 
     def watch(self, name: str, value: Any) -> None:
@@ -155,9 +160,13 @@ class Models:
         self._call = _Call(self._class.__call__, self._known, self._meet)
         self._class.__call__ = self._call
 
+    @no_graph
     def _meet(self, module: Any) -> None:
         with self._lock:
-            if id(module) in self._known:
+            while type(module).__name__ in WRAPPERS and type(module).__module__.startswith("torch."):
+                self._know(id(module), module)  # what torch.compile and the like put around a model
+                module = getattr(module, WRAPPERS[type(module).__name__])
+            if id(module) in self._known or getattr(module, "_is_replica", False):
                 return
             parts = {id(part): part for part in module.modules()}
             for number, part in parts.items():
@@ -187,6 +196,8 @@ class Models:
         if self._call is not None and vars(self._class).get("__call__") is self._call:
             self._class.__call__ = self._call.original
         with self._lock:
+            if self._uncompiled is not None:
+                self._uncompiled.end()
             for _, _, found in self._models:
                 with warnings.catch_warnings():
                     if not len(found):  # a loss, say: no news that it has no attention

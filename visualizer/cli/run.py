@@ -70,7 +70,7 @@ def _recording(options: argparse.Namespace, program: Program) -> Recording:
     if options.attention:
         if names or options.target or options.limit:
             raise Mistake("--attention finds the weights by itself: it takes no --var, --target and --limit")
-        return Models(_attention(options.max_bytes), "no attention was seen in it")
+        return Models(_attention(options.max_bytes), "no attention was seen in it", uncompiled=True)
     opcodes.require_supported()
     for name in names:
         if not name.isidentifier():

@@ -66,14 +66,14 @@ class Program:
             sys.argv[0] = spec.origin or self._name
         else:
             sys.argv = [self._name, *self._arguments]
+            path = os.path.abspath(self._name)
             if not self._is_folder:
-                path = os.path.abspath(self._name)
                 _put_first(os.path.dirname(os.path.realpath(path)))
                 namespace["__file__"], namespace["__cached__"] = path, None
                 namespace["__loader__"] = SourceFileLoader("__main__", path)
                 return compile(self._source, path, "exec", dont_inherit=True)
-            sys.path.insert(0, self._name)
-            found = PathFinder.find_spec("__main__", [self._name])
+            sys.path[: not sys.flags.safe_path] = [path]
+            found = PathFinder.find_spec("__main__", [path])
             if found is None:
                 raise Mistake(f"there is no __main__.py in {self._name}")
             spec = found
@@ -118,8 +118,7 @@ class _Watched(UserDict[str, Any]):
 
 
 def _put_first(folder: str) -> None:
-    """The program's folder in the place of ours, unless Python was told to put none there (-P)."""
-    if not sys.flags.safe_path:
+    if not sys.flags.safe_path:  # python -P puts none there
         sys.path[:1] = [folder]
 
 
