@@ -69,7 +69,12 @@ print(sys.argv, __name__, __file__, __spec__, __package__, __doc__, sys.path[0],
 print(sorted(vars().keys() - {"__get_local__"}), sys.modules["__main__"].__dict__ is globals(), locals() is globals())
 print(type(__loader__).__name__, __loader__.name, __loader__.path, __cached__, "__annotations__" in vars())
 """,
-    "its parser's error": "import argparse as a\np = a.ArgumentParser()\np.add_argument('--n', type=int)\np.parse_args()",
+    "its parser's error": """
+from argparse import ArgumentParser
+parser = ArgumentParser()
+parser.add_argument("--n", type=int)
+parser.parse_args()
+""",
     "an exception": "def inner():\n    raise ValueError('seven')\ninner()",
     "a chain of exceptions": "try:\n    1 / 0\nexcept ZeroDivisionError as error:\n    raise KeyError('x') from error",
     "exit 3": "import sys; print('before'); sys.exit(3)",

@@ -11,6 +11,7 @@ argument, a file that cannot be read, or a missing package, said in one line; `r
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell(f"{error}{advice}")
         return 2
     except BrokenPipeError:  # whoever read the results has seen enough
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         return 1
     except KeyboardInterrupt:
         tell("interrupted")

@@ -139,4 +139,5 @@ def _measured(kind: str, maps: list[Any], words: list[str] | None, grid: Any = N
 
 def _as_options(message: str) -> str:
     """A message about arguments in Python, in those of the command."""
+    message = re.sub(r"Pass grid=\(rows, columns\).*", "Pass --grid ROWSxCOLUMNS", message)
     return re.sub(r"\b(layer|head|batch|query|grid|image|tokens|title)=", r"--\1 ", message)

@@ -162,10 +162,12 @@ class Models:
 
     @no_graph
     def _meet(self, module: Any) -> None:
+        while type(module).__name__ in WRAPPERS and type(module).__module__.startswith("torch."):
+            self._know(id(module), module)  # what torch.compile and the like put around a model
+            module = getattr(module, WRAPPERS[type(module).__name__])
+        if type(module).__module__.startswith("torch._"):
+            return  # of the compiler, which must not wait here: to start, a capture waits for the compiler
         with self._lock:
-            while type(module).__name__ in WRAPPERS and type(module).__module__.startswith("torch."):
-                self._know(id(module), module)  # what torch.compile and the like put around a model
-                module = getattr(module, WRAPPERS[type(module).__name__])
             if id(module) in self._known or getattr(module, "_is_replica", False):
                 return
             parts = {id(part): part for part in module.modules()}
@@ -183,7 +185,7 @@ class Models:
             except UnknownLocalError as error:
                 self._without[kinds] = first_sentences(error)
                 return
-            except (VisualizerError, RuntimeError) as error:
+            except Exception as error:  # said at the end: the script must not fail for us
                 self.trouble = self.trouble or error
                 return
             self._models.append((weakref.ref(module), type(module).__qualname__, found))

@@ -124,6 +124,8 @@ def _put_first(folder: str) -> None:
 
 def _spec_of(name: str) -> ModuleSpec:
     """What `python -m name` runs."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise Mistake(f"{name!r} is no module; with a file, leave out the -m")
     try:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
@@ -133,8 +135,6 @@ def _spec_of(name: str) -> ModuleSpec:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # what the package itself imports
-        spec = None
-    except ValueError:  # what find_spec says of "" and ".x"
         spec = None
     if spec is None:
         raise Mistake(f"there is no module {name!r}; with a file, leave out the -m")
