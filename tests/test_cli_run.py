@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -487,3 +488,15 @@ def test_a_timm_vit_is_captured_without_a_change_to_its_script(tmp_path):
     for key in found:
         assert np.array_equal(found[key][0], values[key][0])
         assert np.allclose(found[key][0], maps[key].numpy(), atol=1e-6)
+
+
+def test_the_documentations_examples_print_what_it_says(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "command-line.md").read_text(encoding="utf-8")
+    (tmp_path / "look.py").write_text(text.split("```python\n")[1].split("```")[0])
+    examples = [block.split("```")[0] for block in text.split("```console\n$ visualizer ")[1:]]
+    examples = [example for example in examples if not example.startswith("doctor")]  # which lists timm's locals
+    assert 5 == len(examples)
+    for example in examples:
+        command, wanted = example.split("\n", 1)
+        done = start("-m", "visualizer", *shlex.split(command), folder=tmp_path, env=os.environ)
+        assert wanted == done.stdout + done.stderr

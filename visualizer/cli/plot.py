@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .outcome import Mistake, save, told_plainly, write
-from .saved import add_choice, choose, picture_of, read, tokens_of
+from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
 
 if TYPE_CHECKING:
     from .outcome import Commands
@@ -48,7 +48,7 @@ def add_to(commands: Commands) -> None:
     plot.add_argument(
         "--query", type=_query, metavar="WHICH", help="a patch as ROW,COLUMN, a token's number, or a word"
     )
-    plot.add_argument("--grid", type=_grid, metavar="ROWSxCOLUMNS", help="of patches, where they are no square")
+    plot.add_argument("--grid", type=grid_of, metavar="ROWSxCOLUMNS", help="of patches, where they are no square")
     plot.add_argument("--title", help="above the picture")
     plot.add_argument("-o", "--out", metavar="FILE", help="the picture: .png, .svg, .pdf; default: KIND.png")
     plot.set_defaults(run=_plot)
@@ -69,12 +69,6 @@ def _query(text: str) -> int | tuple[int, ...] | str:
     if re.fullmatch(r"\d+,\d+", text):
         return tuple(map(int, text.split(",")))
     return text
-
-
-def _grid(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+x\d+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 14x14, ROWSxCOLUMNS")
-    return tuple(map(int, text.split("x")))
 
 
 def _plot(options: argparse.Namespace) -> None:
@@ -101,7 +95,7 @@ def _plot(options: argparse.Namespace) -> None:
             figure = getattr(drawn, "figure", drawn)
             write(path, functools.partial(save, figure))
     except (ValueError, TypeError, LookupError) as error:
-        raise Mistake(_as_options(str(error))) from error
+        raise Mistake(as_options(str(error))) from error
     print(path)
 
 
@@ -135,9 +129,3 @@ def _measured(kind: str, maps: list[Any], words: list[str] | None, grid: Any = N
     ax = plot.distance(analysis.entropy(maps).mean(-1), title=title)  # dots of heads by layers, of another measure
     ax.set_ylabel("mean entropy (nats)")
     return ax
-
-
-def _as_options(message: str) -> str:
-    """A message about arguments in Python, in those of the command."""
-    message = re.sub(r"Pass grid=\(rows, columns\).*", "Pass --grid ROWSxCOLUMNS", message)
-    return re.sub(r"\b(layer|head|batch|query|grid|image|tokens|title)=", r"--\1 ", message)

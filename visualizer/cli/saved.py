@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -113,6 +114,19 @@ def picture_of(path: str | None) -> Any:
         raise Mistake(f"cannot read {path} as a picture: {error}") from error
 
 
+def grid_of(text: str) -> tuple[int, ...]:
+    """(rows, columns), from "14x14"."""
+    if not re.fullmatch(r"\d+x\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 14x14, ROWSxCOLUMNS")
+    return tuple(map(int, text.split("x")))
+
+
 def few(names: Sequence[str]) -> str:
     """The first names of many."""
     return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def as_options(message: str) -> str:
+    """A message about arguments in Python, in those of the command."""
+    message = re.sub(r"Pass grid=\(rows, columns\).*", "Pass --grid ROWSxCOLUMNS", message)
+    return re.sub(r"\b(layer|head|batch|query|grid|image|tokens|title)=", r"--\1 ", message)
