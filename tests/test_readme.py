@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README_zh.md")
-PAGES = (*READMES, "docs/fused-attention.md", "docs/how-it-works.md")
+RUN = (*READMES, "docs/fused-attention.md", "docs/gallery.md")
+PAGES = (*RUN, "docs/how-it-works.md")
 
 
 def python_blocks(text: str) -> str:
@@ -23,7 +24,7 @@ def python_blocks(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("name", PAGES[:3])
+@pytest.mark.parametrize("name", RUN)
 def test_python_blocks_run_in_order(name: str, tmp_path: Path) -> None:
     code = python_blocks((ROOT / name).read_text(encoding="utf-8"))
     assert code.strip(), "no python block found"
@@ -57,3 +58,12 @@ def test_both_languages_have_the_same_python() -> None:
                 node.values = []
     english, chinese = map(ast.dump, trees)
     assert english == chinese
+
+
+def test_the_gallery_shows_every_plot_with_its_own_picture() -> None:
+    from visualizer import plot
+
+    page = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```python\n(?:(?!```).)*?\bplot\.(\w+)\((?:(?!```).)*?```\s*!\[[^]]+\]\(([^)]+)\)", page, re.S)
+    assert set(plot.__all__) == {name for name, _ in shown}
+    assert len(shown) == len({picture for _, picture in shown})

@@ -132,17 +132,14 @@ def _vision_attention(images: Any) -> Any:
 def _text_attention(text: str) -> tuple[Any, list[str]]:
     """The attention of every layer, a list of (1, 12, tokens, tokens), and the tokens."""
     import torch
-    from transformers.utils import logging
 
     from .. import models
     from ..instrument import get_local
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the demo has its own, for terminals only
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     model, tokenizer = models.minilm()
     from transformers.models.bert import modeling_bert
 
-    batch = tokenizer(text, return_tensors="pt")
+    batch = tokenizer(text, return_tensors="pt", verbose=False)  # a text that is too long is told below
     most = model.config.max_position_embeddings
     if batch["input_ids"].shape[1] > most:
         raise Mistake(f"the text has {batch['input_ids'].shape[1]} tokens; the text model takes {most} at most")

@@ -55,7 +55,10 @@ def distance(
     layers = [as_numbers(one, "distances") for one in distances]
     if not layers or any(one.ndim not in (1, 2) or not one.size for one in layers):
         shapes = ", ".join(str(one.shape) for one in layers) or "none"
-        raise ValueError(f"distances has layers of shape {shapes}; expected (heads,) or (batch, heads) for each")
+        raise ValueError(
+            f"distances has layers of shape {shapes}; expected (heads,) or (batch, heads) for each, as "
+            "analysis.attention_distance(maps) gives them"
+        )
     dots = [_mean_of_images(one) for one in layers]
     y = np.concatenate(dots)
     x = np.repeat(np.arange(len(dots)), [len(one) for one in dots])

@@ -1,0 +1,27 @@
+"""Make the pictures of gallery.md: its Python runs from top to bottom, and a picture is what the block before drew."""
+
+import re
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+
+PAGE = Path(__file__).with_name("gallery.md")
+
+
+def main() -> None:
+    """Run the page and save its pictures."""
+    mpl.use("Agg")
+    names: dict[str, object] = {}
+    for code, picture in re.findall(r"```python\n(.*?)```|!\[.*?\]\((.*?)\)", PAGE.read_text(encoding="utf-8"), re.S):
+        if code:
+            exec(code, names)
+        else:
+            figure = plt.gcf()
+            figure.savefig(PAGE.parent / picture, dpi=80, bbox_inches="tight")
+            plt.close(figure)
+            print(picture)
+
+
+if __name__ == "__main__":
+    main()
