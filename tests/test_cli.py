@@ -94,14 +94,14 @@ def test_characters_that_no_font_has_are_one_line(tmp_path, capsys):
 
     figure = Figure()
     figure.text(0.5, 0.5, "\U00012000\U00012001 cuneiform \U00012000")
-    cli._save(figure, tmp_path / "x.png")
+    cli.outcome.save(figure, tmp_path / "x.png")
     said = capsys.readouterr().err
     assert "\U00012000\U00012001: no installed font" in said
     assert 1 == said.count("\n")
 
 
 def test_progress_is_for_terminals(monkeypatch, capsys):
-    say = cli._progress(2)
+    say = cli.demo._progress(2)
     say("reading")
     assert "" == capsys.readouterr().err
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -158,7 +158,7 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch, tmp_path, capsys)
 
 
 def test_an_error_of_our_own_is_no_wrong_argument(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_read", lambda image: 1 / 0)
+    monkeypatch.setattr(cli.demo, "_read", lambda image: 1 / 0)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ZeroDivisionError):
         cli.main(["demo"])

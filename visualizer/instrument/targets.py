@@ -299,14 +299,14 @@ def owner_of(site: Site) -> str | None:
     return None if site.owners is None else _owner(site.function)
 
 
-# The attributes by which torch's wrappers hold the model that they wrap.
-_WRAPPERS = {
+WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
     "DistributedDataParallel": "module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
 }
+"""The attributes by which torch's wrappers, by the names of their classes, hold the model that they wrap."""
 
 
 def named_modules(module: Any) -> Iterator[tuple[str, Any]]:
@@ -317,7 +317,7 @@ def named_modules(module: Any) -> Iterator[tuple[str, Any]]:
         parent, _, name = path.rpartition(".")
         if path:
             holder = modules[parent]
-            is_wrapped = name == _WRAPPERS.get(type(holder).__name__) and type(holder).__module__.startswith("torch.")
+            is_wrapped = name == WRAPPERS.get(type(holder).__name__) and type(holder).__module__.startswith("torch.")
             above = plain[parent]
             plain[path] = above if is_wrapped else f"{above}.{name}" if above else name
         yield plain[path], submodule

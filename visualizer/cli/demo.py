@@ -1,32 +1,26 @@
-"""The command `visualizer`: attention of real models on real input, without writing code.
-
-Results go to stdout, progress (on a terminal only) and errors to stderr. Exit status: 0 done, 2 a wrong argument or a
-missing package, said in one line.
-"""
+"""`visualizer demo`: attention of real models on real input, drawn."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import re
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from .outcome import Mistake, save, writable, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .outcome import Commands
+
 TEXT = "The cat sat on the mat because it was tired."
 TEXT_LAYER, TEXT_HEAD = 3, 1  # where "it" finds the cat
 IMAGE_SIZE, PATCH, LAYERS = 448, 14, 12  # of the vision model; known before it is loaded, so that errors come at once
-
-
-class _Mistake(Exception):
-    """What the user asked for cannot be done; the message is the one line to say so."""
 
 
 @dataclass
@@ -42,38 +36,8 @@ class _Picture:
     draw: Callable[[], Figure]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status.
-
-    >>> main(["demo", "--layer", "99"])
-    2
-    """
-    try:
-        options = _parser().parse_args(arguments)
-        options.run(options)
-    except _Mistake as mistake:
-        print(f"visualizer: {mistake}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        if error.name is None or error.name.partition(".")[0] == "visualizer":
-            raise
-        advice = "" if "pip install" in str(error) else ': pip install "get-local[demo]"'
-        print(f"visualizer: {error}{advice}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("visualizer: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _Mistake(f"{message} (see {self.prog} --help)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="visualizer", description="See inside models while they run.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def add_to(commands: Commands) -> None:
+    """Add the command to the parser's."""
     demo = commands.add_parser(
         "demo",
         help="draw what a vision transformer and a small BERT attend to",
@@ -88,21 +52,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--layer", type=int, default=LAYERS - 1, help=f"of the vision model, 0 to {LAYERS - 1}")
     demo.add_argument("--out", metavar="DIR", default="visualizer-demo", help="where the pictures go")
     demo.set_defaults(run=_demo)
-    return parser
 
 
 def _demo(options: argparse.Namespace) -> None:
     if not 0 <= options.layer < LAYERS:
-        raise _Mistake(f"there is no layer {options.layer}: the vision model has layers 0 to {LAYERS - 1}")
+        raise Mistake(f"there is no layer {options.layer}: the vision model has layers 0 to {LAYERS - 1}")
     if not options.text.strip():
-        raise _Mistake("the text is empty: --text takes a sentence")
+        raise Mistake("the text is empty: --text takes a sentence")
     if any("\ud800" <= character <= "\udfff" for character in options.text):  # bytes that were no text
-        raise _Mistake("the text is not valid Unicode")
+        raise Mistake("the text is not valid Unicode")
     say = _progress(5)
 
     say("reading the picture")
     images, pixels, name = _read(options.image)
-    folder = _writable(options.out)
+    folder = writable(options.out)
     say("running the vision model")
     vision = _vision_attention(images)
     say("running the text model")
@@ -110,10 +73,10 @@ def _demo(options: argparse.Namespace) -> None:
     say("drawing")
     pictures = _pictures(vision, pixels, name, text, tokens, options)
     for picture in pictures:
-        _write(folder, picture.file, functools.partial(_save, picture.draw()))
+        write(folder / picture.file, functools.partial(save, picture.draw()))
     say("writing the index")
     index = _index(pictures, name, options)
-    _write(folder, "index.md", lambda path: path.write_text(index, encoding="utf-8"))
+    write(folder / "index.md", lambda path: path.write_text(index, encoding="utf-8"))
     print(folder / "index.md")
 
 
@@ -130,59 +93,25 @@ def _progress(steps: int) -> Callable[[str], None]:
     return say
 
 
-def _writable(name: str) -> Path:
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise _Mistake(f"cannot write to {name}: {error.strerror or error}") from error
-    return folder
-
-
-def _write(folder: Path, name: str, write: Callable[[Path], Any]) -> None:
-    try:
-        write(folder / name)
-    except OSError as error:
-        raise _Mistake(f"cannot write {folder / name}: {error.strerror or error}") from error
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Save a picture; characters that no font has are said in one line, not in one warning each."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        figure.savefig(path, dpi=150)
-    glyphs: dict[str, None] = {}
-    for warning in caught:
-        missing = re.match(r"Glyph (\d+) .* missing from", str(warning.message))
-        if missing:
-            glyphs[chr(int(missing[1]))] = None
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    if glyphs:
-        print(f"visualizer: {path.name} has boxes for {''.join(glyphs)}: no installed font has them", file=sys.stderr)
-
-
 def _read(image: str | None) -> tuple[Any, Any, str]:
     """The vision model's input, the pixels that it sees, and what the picture is called."""
     from PIL import Image
 
-    from . import models
+    from .. import models
 
     if image == "":
-        raise _Mistake("the picture has no name: --image takes a file")
+        raise Mistake("the picture has no name: --image takes a file")
     path = models.photo("coffee") if image is None else Path(image)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PIL thinks of a picture that it can read all the same
             images, pixels = models.prepare(path, size=IMAGE_SIZE, patch=PATCH)
     except FileNotFoundError as error:
-        raise _Mistake(f"there is no picture {path}") from error
+        raise Mistake(f"there is no picture {path}") from error
     except Image.DecompressionBombError as error:
-        raise _Mistake(f"{path} is too large: {error}") from error
+        raise Mistake(f"{path} is too large: {error}") from error
     except (OSError, ValueError, TypeError, SyntaxError) as error:  # SyntaxError: what PIL raises for a broken PNG
-        raise _Mistake(f"cannot read {path} as a picture: {error}") from error
+        raise Mistake(f"cannot read {path} as a picture: {error}") from error
     return images, pixels, path.name
 
 
@@ -190,8 +119,8 @@ def _vision_attention(images: Any) -> Any:
     """The attention of every layer, a list of (1, 6, 1025, 1025): the class token, then 32 x 32 patches."""
     import torch
 
-    from . import models
-    from .instrument import get_local
+    from .. import models
+    from ..instrument import get_local
 
     model = models.dinov2_small()
     get_local.clear()
@@ -204,8 +133,8 @@ def _text_attention(text: str) -> tuple[Any, list[str]]:
     """The attention of every layer, a list of (1, 12, tokens, tokens), and the tokens."""
     import torch
 
-    from . import models
-    from .instrument import get_local
+    from .. import models
+    from ..instrument import get_local
 
     model, tokenizer = models.minilm()
     from transformers.models.bert import modeling_bert
@@ -213,7 +142,7 @@ def _text_attention(text: str) -> tuple[Any, list[str]]:
     batch = tokenizer(text, return_tensors="pt", verbose=False)  # a text that is too long is told below
     most = model.config.max_position_embeddings
     if batch["input_ids"].shape[1] > most:
-        raise _Mistake(f"the text has {batch['input_ids'].shape[1]} tokens; the text model takes {most} at most")
+        raise Mistake(f"the text has {batch['input_ids'].shape[1]} tokens; the text model takes {most} at most")
     get_local("attn_weights")(modeling_bert.eager_attention_forward)
     get_local.clear()
     with get_local.activate(), torch.inference_mode():
@@ -227,7 +156,7 @@ def _pictures(
 ) -> list[_Picture]:
     from matplotlib.figure import Figure
 
-    from . import plot
+    from .. import plot
 
     layer, vit = options.layer, "DINOv2-type ViT-S/14"
     side = IMAGE_SIZE // PATCH

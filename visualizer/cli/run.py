@@ -1,0 +1,136 @@
+"""`visualizer run`: a user's own script, unchanged, with capture on."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import opcodes
+from ..instrument import capture
+from .outcome import Mistake, tell, told_plainly
+from .recording import Decorated, Models, Recording, Target, brought_something, save, summary
+from .script import Program, show_own_frames_only
+
+if TYPE_CHECKING:
+    from .outcome import Commands
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command to the parser's."""
+    run = commands.add_parser(
+        "run",
+        help="run a script and save what its models attend to, or any local variables",
+        usage="visualizer run [options] script.py [arguments]\n       visualizer run [options] -m module [arguments]",
+        description="Runs a script as Python does, unchanged, and saves locals of its functions in a file, also when "
+        "it ends by an error. Without an option these are those of the functions that it has decorated by get_local.",
+    )
+    run.add_argument(
+        "--var", action="append", metavar="NAME", help="a local of the modules of every model that runs; several times"
+    )
+    run.add_argument("--target", metavar="MODULE:FUNCTION", help="where the --var is, instead: pkg.mod:Class.forward")
+    run.add_argument("--attention", action="store_true", help="the attention of every model, fused or not")
+    run.add_argument("--limit", type=int, metavar="N", help="only the N most recent calls of each function or module")
+    run.add_argument(
+        "--max-bytes", type=int, metavar="N", help="stop recording there; default: a quarter of the memory"
+    )
+    run.add_argument("-o", "--out", metavar="FILE", default="captured.safetensors", help="default: %(default)s")
+    run.add_argument("-q", "--quiet", action="store_true", help="do not say what was saved")
+    run.add_argument("-m", dest="is_module", action="store_true", help="what follows is a module, as for python -m")
+    run.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    run.set_defaults(run=_prepared)
+
+
+def _prepared(options: argparse.Namespace) -> Callable[[], int]:
+    """What runs the script, after everything that can be known to be wrong before."""
+    if not options.program:
+        raise Mistake("there is no script to run (see visualizer run --help)")
+    for name in ("limit", "max_bytes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise Mistake(f"--{name.replace('_', '-')} is a number from 1 on, not {value}")
+    out = Path(options.out).absolute()
+    try:
+        if out.is_dir():
+            raise Mistake(f"cannot write {options.out}: it is a folder")
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except (OSError, ValueError) as error:
+        raise Mistake(f"cannot write {options.out}: {getattr(error, 'strerror', None) or error}") from error
+    name, *arguments = options.program
+    program = Program(name, arguments, options.is_module)
+    recording = _recording(options, program)
+    return lambda: _run(program, recording, out, options)
+
+
+def _recording(options: argparse.Namespace, program: Program) -> Recording:
+    names, limits = options.var or [], {"limit": options.limit, "max_bytes": options.max_bytes}
+    if options.attention:
+        if names or options.target or options.limit:
+            raise Mistake("--attention finds the weights by itself: it takes no --var, --target and --limit")
+        return Models(_attention(options.max_bytes), "no attention was seen in it", uncompiled=True)
+    opcodes.require_supported()
+    for name in names:
+        if not name.isidentifier():
+            raise Mistake(f"--var takes the name of a local variable, not {name!r}")
+    if options.target:
+        if not names:
+            raise Mistake(f"--target {options.target} needs --var NAME: which local of it")
+        return Target(options.target, program.names, lambda target: capture(target, *names, **limits))
+    if names:
+        nothing = "had nothing in the local; where attention is fused, --attention has the weights all the same"
+        return Models(lambda model: capture(model, *names, **limits), nothing)
+    return Decorated(**limits)
+
+
+def _attention(max_bytes: int | None) -> Callable[[Any], Any]:
+    def make(model: Any) -> Any:
+        from ..intercept import attention  # torch is there already: the script has brought it in
+
+        return attention(model, max_bytes=max_bytes)
+
+    return make
+
+
+def _run(program: Program, recording: Recording, out: Path, options: argparse.Namespace) -> int:
+    try:
+        recording.start()
+        program.run(recording.watch if isinstance(recording, Target) and recording.is_own else None)
+    except Mistake as mistake:  # there is no such module
+        with told_plainly():
+            recording.stop()
+        tell(mistake)
+        return mistake.status
+    except SystemExit as end:
+        status = _finish(recording, out, options)
+        if status == 2 or (status and end.code in (None, 0)):
+            return status
+        raise
+    except BaseException:
+        _finish(recording, out, options)
+        show_own_frames_only()
+        raise
+    return _finish(recording, out, options)
+
+
+def _finish(recording: Recording, out: Path, options: argparse.Namespace) -> int:
+    """Save what was found; the status where the script itself ended well."""
+    with told_plainly():
+        parts = [part for part in recording.stop() if brought_something(part[1])]
+    trouble = recording.trouble
+    if trouble is not None:
+        tell(trouble if isinstance(trouble, Mistake) else f"not everything was captured: {trouble}")
+    elif not parts:
+        tell(f"nothing was captured: {recording.why_nothing()}")
+    status = trouble.status if isinstance(trouble, Mistake) else 1 if trouble is not None or not parts else 0
+    if parts:
+        try:
+            save(parts, out)
+        except (OSError, TypeError, ValueError) as error:
+            tell(f"cannot save what was captured in {options.out}: {getattr(error, 'strerror', None) or error}")
+            return 1
+        if not options.quiet:
+            tell(f"{summary(parts)}, in {options.out}")
+    return status

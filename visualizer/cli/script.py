@@ -1,0 +1,141 @@
+"""A user's program, run as Python itself runs it: the same `__main__`, arguments, path and tracebacks."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import zipfile
+from collections import UserDict
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import CodeType, ModuleType, TracebackType
+from typing import Any
+
+from .outcome import Mistake
+
+Watch = Callable[[str, Any], None]
+
+
+class Program:
+    """What `python script.py ...`, `python folder ...` or `python -m module ...` names.
+
+    Raises Mistake where there is no such script; that there is no such module shows only when it is run.
+    """
+
+    def __init__(self, name: str, arguments: list[str], is_module: bool) -> None:
+        self._name, self._arguments, self._is_module = name, arguments, is_module
+        self._is_folder = not is_module and (os.path.isdir(name) or zipfile.is_zipfile(name))
+        self._source = b""
+        if not is_module and not self._is_folder:
+            try:
+                with open(name, "rb") as file:
+                    self._source = file.read()
+            except (OSError, ValueError) as error:
+                raise Mistake(f"cannot read the script {name}: {getattr(error, 'strerror', None) or error}") from error
+
+    @property
+    def names(self) -> set[str]:
+        """By what module names a user may mean it."""
+        stem = os.path.splitext(os.path.basename(self._name))[0]
+        return {"__main__", self._name if self._is_module else stem}
+
+    def run(self, watch: Watch | None = None) -> None:
+        """Run it; `watch` is told each name that its own module defines, with the value.
+
+        Raises whatever the program raises, and Mistake where there is no such module.
+        """
+        main = ModuleType("__main__")
+        global _before
+        _before = sys.modules["__main__"]
+        sys.modules["__main__"] = main
+        namespace = vars(main)
+        namespace["__builtins__"] = sys.modules["builtins"]
+        if sys.version_info < (3, 14):
+            namespace["__annotations__"] = {}
+        code = self._begin(namespace)
+        exec(code, namespace, None if watch is None else _Watched(namespace, watch))
+
+    def _begin(self, namespace: dict[str, Any]) -> CodeType:
+        """Set what the program sees of where it is, and have its code."""
+        if self._is_module:
+            sys.argv = ["-m", *self._arguments]
+            _put_first(os.getcwd())
+            spec = _spec_of(self._name)
+            sys.argv[0] = spec.origin or self._name
+        else:
+            sys.argv = [self._name, *self._arguments]
+            path = os.path.abspath(self._name)
+            if not self._is_folder:
+                _put_first(os.path.dirname(os.path.realpath(path)))
+                namespace["__file__"], namespace["__cached__"] = path, None
+                namespace["__loader__"] = SourceFileLoader("__main__", path)
+                return compile(self._source, path, "exec", dont_inherit=True)
+            sys.path[: not sys.flags.safe_path] = [path]
+            found = PathFinder.find_spec("__main__", [path])
+            if found is None:
+                raise Mistake(f"there is no __main__.py in {self._name}")
+            spec = found
+        code: CodeType | None = getattr(spec.loader, "get_code", lambda _: None)(spec.name)
+        if code is None:
+            raise Mistake(f"{self._name} cannot be run: it is not written in Python")
+        namespace["__spec__"], namespace["__loader__"], namespace["__package__"] = spec, spec.loader, spec.parent
+        namespace["__file__"], namespace["__cached__"] = spec.origin, spec.cached
+        return code
+
+
+_before: ModuleType | None = None
+"""The module that was `__main__` before: kept, for its functions are still running."""
+
+
+def show_own_frames_only() -> None:
+    """Have an uncaught exception of the program shown from the program's own first frame on."""
+    hook = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> Any:
+        own = traceback
+        while own is not None and own.tb_frame.f_code is not Program.run.__code__:
+            own = own.tb_next
+        if own is not None:
+            traceback = own.tb_next
+            while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
+                traceback = traceback.tb_next
+        return hook(kind, error.with_traceback(traceback), traceback)
+
+    sys.excepthook = show
+
+
+class _Watched(UserDict[str, Any]):
+    """The namespace of a module, as the mapping that its top level writes to."""
+
+    def __init__(self, namespace: dict[str, Any], watch: Watch) -> None:
+        self.data, self._watch = namespace, watch
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.data[name] = value
+        self._watch(name, value)
+
+
+def _put_first(folder: str) -> None:
+    if not sys.flags.safe_path:  # python -P puts none there
+        sys.path[:1] = [folder]
+
+
+def _spec_of(name: str) -> ModuleSpec:
+    """What `python -m name` runs."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise Mistake(f"{name!r} is no module; with a file, leave out the -m")
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+            if spec is None:
+                raise Mistake(f"{name} is a package without a __main__ module, which cannot be run")
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # what the package itself imports
+        spec = None
+    if spec is None:
+        raise Mistake(f"there is no module {name!r}; with a file, leave out the -m")
+    return spec
