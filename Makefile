@@ -25,6 +25,7 @@ notebooks:  ## run every notebook from top to bottom
 pictures:  ## make the pictures in assets/ anew
 	$(PYTHON) -m visualizer demo --out assets
 	$(PYTHON) docs/gallery.py
+	$(PYTHON) docs/explorer.py
 
 bench:  ## what capturing costs
 	set -e; for file in benchmarks/*.py; do $(PYTHON) $$file; done

@@ -10,6 +10,7 @@ import shutil
 import socket
 from base64 import b64decode
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -567,12 +568,21 @@ class TestPointerAndKeys:
         text = explore(random_maps(3, 1, 4, 7, 7), WORDS, title="a text")
         tab = open_page(text + explore(random_maps(2, 1, 2, 17, 17, seed=1), grid=(4, 4), title="<b>picture</b>"))
         assert ["a text", "<b>picture</b>"] == tab.page.locator("#example option").all_inner_texts()
-        tab.keys("]", ".", ".", ".")
+        tab.keys("]", ".", ".", ".", "ArrowRight")
         tab.page.select_option("#example", "1")
         tab.page.wait_for_selector("canvas.patches")
         assert "What CLS attends to · layer 1, head 1" in tab.text("#readout")
         maps = random_maps(2, 1, 2, 17, 17, seed=1)
         np.testing.assert_allclose(maps[1, 0, 1, 0], tab.weights(1, 1, 0), rtol=0.016, atol=1e-4)
+
+    def test_the_place_is_kept_between_runs_of_one_text(self, open_page):
+        one, two = (explore(random_maps(3, 1, 4, 7, 7, seed=seed), WORDS) for seed in (0, 1))
+        tab = open_page(one + two, "#layer=1&head=2&query=3")
+        tab.page.select_option("#example", "1")
+        assert "What sat attends to · layer 1, head 2" in tab.text("#readout")
+        np.testing.assert_allclose(
+            random_maps(3, 1, 4, 7, 7, seed=1)[1, 0, 2, 3], tab.weights(1, 2, 3), rtol=0.016, atol=1e-4
+        )
 
 
 def colour_at(tab, x, y):
@@ -781,6 +791,27 @@ class TestLook:
         said = tab.page.evaluate("document.getElementById('said').textContent")
         assert "What the attends to" in said, "screen readers read it"
         assert "Most: " + "".join(tab.top()[0]) in said
+
+
+@needs_browser
+class TestLiveExample:
+    """assets/explorer.html, which docs/explorer.md shows."""
+
+    PAGE = Path(__file__).parent.parent / "assets" / "explorer.html"
+
+    def test_it_is_a_page_of_today(self):
+        text = self.PAGE.read_text(encoding="utf-8")
+        for name in ("explore.js", "explore.css"):
+            assert (Path(page.__file__).parent / name).read_text(encoding="utf-8") in text, "make pictures"
+
+    def test_it_shows_a_sentence_and_a_photograph(self, chromium):
+        tab = Tab(chromium, self.PAGE, "#layer=3&head=1&query=8")
+        assert ("cat", pytest.approx(0.49, abs=0.01)) == (tab.top()[0][0], float(tab.top()[0][1]))
+        tab.page.select_option("#example", "1")
+        tab.frames()
+        assert "What CLS attends to" in tab.page.inner_text("#readout")
+        tab.context.close()
+        assert [] == tab.errors
 
 
 def milliseconds_to_first_picture(chromium, file):

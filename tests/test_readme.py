@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README_zh.md")
 RUN = (*READMES, "docs/fused-attention.md", "docs/gallery.md", "docs/explorer.md")
-PAGES = (*RUN, "docs/how-it-works.md")
+PAGES = (*RUN, "docs/command-line.md", "docs/how-it-works.md")
 
 
 def python_blocks(text: str) -> str:

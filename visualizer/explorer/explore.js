@@ -210,13 +210,14 @@
 
   async function open(number) {
     const next = await Maps.load(number);
+    const isOfOthers = example !== undefined && maps.sizes[state.side] !== next.sizes[state.side];
     maps = next;
     example = page.examples[number];
     state.example = number;
     state.layer = Math.min(state.layer, maps.layers - 1);
     if (typeof state.head === "number") state.head = Math.min(state.head, maps.heads - 1);
     if (state.head === "rollout" && !example.multiplies) state.head = "mean";
-    state.tokens = state.tokens.filter((token) => token < maps.sizes[state.side]);
+    state.tokens = isOfOthers ? [0] : state.tokens.filter((token) => token < maps.sizes[state.side]);
     if (!state.tokens.length) state.tokens = [0];
     const pictures = await Promise.all(example.sides.map((side) => pictureOf(side.picture)));
     panels = (example.same ? [KEYS] : [QUERIES, KEYS]).map((side) => {
