@@ -52,12 +52,14 @@ def received(attention: Any) -> Any:
         ValueError: the layers differ in shape.
     """
 
-    return each(attention, _received)
+    return each(attention, received_of)
 
 
-def _received(layer: AttentionMap) -> Tensor:
+def received_of(layer: AttentionMap, counts: Tensor | None = None) -> Tensor:
+    """What keys receive, (batch, heads, keys), from the queries that count, (batch, queries); None: from all."""
     batch, _, queries, _ = layer.shape
-    columns = layer.row_product(torch.ones(batch, queries, dtype=layer.dtype, device=layer.device))
+    counts = torch.ones(batch, queries) if counts is None else counts
+    columns = layer.row_product(counts.to(layer.device, layer.dtype))
     total = columns.sum(-1, keepdim=True)  # as many as there are queries that attend to something
     return columns / total.masked_fill_(total == 0, 1)
 
@@ -89,7 +91,7 @@ def sink(attention: Any, key: int = 0) -> Any:
         keys = layer.shape[3]
         if not -keys <= operator.index(key) < keys:
             raise IndexError(f"there is no key {key}: the map has {keys} keys")
-        return _received(layer)[..., key]
+        return received_of(layer)[..., key]
 
     return each(attention, share)
 
