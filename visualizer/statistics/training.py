@@ -163,7 +163,7 @@ def lightning_callback(*statistics: Statistic, every: int = 50, prefix: str = "a
 def _lightning_bases() -> list[Any]:
     """What a callback is: Lightning is installed under two names, whose classes do not know each other."""
     names = ("lightning.pytorch", "pytorch_lightning")
-    used = [sys.modules[name] for name in names if name in sys.modules]
+    used = [sys.modules[name] for name in names if sys.modules.get(name)]
     for name in () if used else names:
         with suppress(ImportError):
             used.append(importlib.import_module(name))
