@@ -82,7 +82,7 @@ class Monitor:
             if torch._C._current_graph_task_id() != -1:  # in the backward pass
                 return None
             texts = Texts(_told("attention_mask", layer, maps), _told("input_ids", layer, maps))
-            return layer.path, layer.shape[0], [statistic.reduced(layer, texts) for statistic in self._statistics]
+            return layer.path, layer.shape[0], measured(layer, texts, self._statistics)
 
         with attention(self.model, keep=reduced, max_bytes=2**62) as maps:
             yield values
@@ -151,8 +151,9 @@ def lightning_callback(*statistics: Statistic, every: int = 50, prefix: str = "a
             for logger in trainer.loggers if values else ():
                 logger.log_metrics(values, step=self._step)
 
-        def on_train_epoch_end(self, *_: Any) -> None:  # a batch may be skipped after its start, and has no end
+        def on_train_epoch_end(self, *_: Any) -> None:  # the last batch may have been skipped, and has no end then
             self._open.close()
+            self._step = -1
 
         def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
             self._open.__exit__(type(exception), exception, exception.__traceback__)
@@ -209,14 +210,14 @@ def trainer_callback(trainer: Any, *statistics: Statistic, every: int = 50, pref
             own, run = vars(trainer).get("training_step"), trainer.training_step
 
             @functools.wraps(run)
-            def measured(*args: Any, **kwargs: Any) -> Any:
+            def once(*args: Any, **kwargs: Any) -> Any:
                 del trainer.training_step
                 if own is not None:
                     trainer.training_step = own
                 with self.monitor(step) as self._values:
                     return run(*args, **kwargs)
 
-            trainer.training_step = measured
+            trainer.training_step = once
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             values, self._values = self._values, {}
