@@ -1,6 +1,6 @@
 """What statistics over a data set cost: beside the bare forward pass, beside keeping the maps, and by two processes.
 
-    python benchmarks/statistics.py
+    python benchmarks/data_set.py
 
 timm's vit_small_patch16_224 (12 layers, 6 heads, 197 tokens, random weights, fused attention), 8 images a batch.
 
@@ -101,9 +101,8 @@ def share(rank, ranks, folder):
 
 def in_fresh_processes(*calls):
     """What each of some processes that run at once prints."""
-    started = [
-        subprocess.Popen([sys.executable, __file__, *map(str, call)], stdout=subprocess.PIPE, text=True) for call in calls
-    ]
+    commands = [[sys.executable, __file__, *map(str, call)] for call in calls]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
     return [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
 
 
