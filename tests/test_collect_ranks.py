@@ -250,7 +250,7 @@ class TestCheckpoints:
 
     def test_are_of_as_many_processes(self, tmp_path):
         values(2, fresh, tmp_path)
-        with pytest.raises(ValueError, match="with a number of processes.* 2, where this one has 1: choose a new"):
+        with pytest.raises(ValueError, match=r"with a number of processes.* 2, where this one has 1: choose a new"):
             alone(texts(9), checkpoint=tmp_path)
 
     def test_one_that_is_missing_is_told(self, tmp_path):
@@ -271,7 +271,7 @@ class TestCheckpoints:
     def test_processes_of_torchrun_that_do_not_know_each_other(self, monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
         monkeypatch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(RuntimeError, match="started 2 processes.*init_process_group"):
+        with pytest.raises(RuntimeError, match=r"started 2 processes.*init_process_group"):
             alone(texts(1))
 
 
