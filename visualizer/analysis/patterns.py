@@ -287,7 +287,7 @@ def score_sums(layer: AttentionMap, texts: Texts) -> tuple[Tensor, Tensor]:
         for place, pattern in enumerate(SCORES):
             if pattern == "broad":
                 has_key = visible > 1
-                values = torch.special.entr(both).sum(-1) / visible.clamp(min=2).log()[:, None]
+                values = torch.special.entr(both).sum(-1) / visible.clamp(min=2).to(rows.dtype).log()[:, None]
             elif pattern in where:
                 which, has_key = where[pattern]
                 values = (both * (which if which.ndim == 2 else which[:, None])).sum(-1)  # (batch, heads + 1, queries)

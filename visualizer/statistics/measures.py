@@ -22,6 +22,8 @@ from ..analysis.reading import Fusion, check_heads, fused, layers_of
 from ..maps import AttentionMap, exactly
 from .moments import Moments, as_large, merged, nothing, state_of
 
+_SMALL = 2**26  # bytes of a map that several statistics read at once
+
 
 @dataclass
 class Texts:
@@ -120,6 +122,19 @@ class Statistic(Metric):
         return Moments.of(self.moments)
 
 
+def measured(layer: AttentionMap, texts: Texts, statistics: Sequence[Statistic]) -> list[Tensor]:
+    """What each statistic's `reduced` makes of a call, whose weights are computed once where they take little memory.
+
+    Raises:
+        ValueError: these are no weights, a statistic cannot read them, or its `of` gave another shape.
+    """
+    if layer.is_dense:
+        [layer], _, _ = layers_of(layer)
+    elif len(statistics) > 1 and math.prod(layer.shape) * layer.dtype.itemsize <= _SMALL:
+        layer = AttentionMap(layer.rows(slice(None)), path=layer.path, kind=layer.kind)
+    return [statistic.reduced(layer, texts) for statistic in statistics]
+
+
 def gathered(state: Tensor, group: Any = None) -> list[Tensor]:
     """Each process's state, all of one shape: one that had no samples has none."""
     return as_large(gather_all_tensors(state, group))
@@ -151,7 +166,7 @@ class Entropy(Statistic):
 
     def of(self, layer: AttentionMap, texts: Texts) -> Tensor:
         """(batch, heads), in nats."""
-        return _mean(rows.entropy(layer), texts.real(layer.shape[2]))
+        return _mean(rows.entropy_of(layer), texts.real(layer.shape[2]))
 
 
 class Distance(Statistic):
@@ -178,18 +193,12 @@ class Distance(Statistic):
         **kwargs: Any,
     ) -> None:
         super().__init__(name=name, **kwargs)
+        rows.check_patch_size(patch_size)
         self.grid, self.patch_size, self.prefix_tokens, self.renormalise = grid, patch_size, prefix_tokens, renormalise
 
     def of(self, layer: AttentionMap, texts: Texts) -> Tensor:
         """(batch, heads), in the unit of `patch_size`."""
-        found: Tensor = rows.attention_distance(
-            layer,
-            self.grid,
-            patch_size=self.patch_size,
-            prefix_tokens=self.prefix_tokens,
-            renormalise=self.renormalise,
-        )
-        return found
+        return rows.distance_of(layer, self.grid, self.patch_size, self.prefix_tokens, self.renormalise)
 
 
 class Confidence(Statistic):
@@ -321,6 +330,8 @@ class Patterns(Statistic):
     ) -> None:
         super().__init__(name=name, **kwargs)
         self.special_ids = None if special_ids is None else [int(number) for number in special_ids]
+        if window < 0:
+            raise ValueError(f"window={window!r}: pass how many tokens, 0 or more")
         self.window = window
 
     def of(self, layer: AttentionMap, texts: Texts) -> Tensor:
