@@ -58,16 +58,20 @@ def load(path: str | PathLike[str]) -> Cache | Maps | Collected:
         if not names:
             raise FileNotFoundError(f"no file is like {name!r}")
     caches = [load_cache(name) for name in names]
-    kinds = [_kind(cache.records) for cache in caches]
-    if len({*kinds}) > 1:
-        told = ", ".join(f"{name} has {kind}" for name, kind in zip(names, kinds, strict=True))
+    kinds = {name: _kind(cache.records) for name, cache in zip(names, caches, strict=True) if cache.records}
+    if len({*kinds.values()}) > 1:
+        told = ", ".join(f"{name} has {kind}" for name, kind in kinds.items())
         raise ValueError(f"files of one pattern are of one kind, and {told}")
-    if kinds[0] == "statistics":
+    kind = next(iter(kinds.values()), "values")
+    if kind == "statistics":
         from .statistics.collecting import merge, restored  # needs torchmetrics
 
-        return merge([restored(cache.records, cache.about) for cache in caches])
+        parts = [restored(cache.records, cache.about) for cache in caches if cache.records]
+        whole = merge(parts)
+        whole.about = _agreed([part.about for part in parts])
+        return whole
     cache = caches[0] if len(caches) == 1 else _together(name, caches)
-    if kinds[0] == "values":
+    if kind == "values":
         return cache
     from .intercept import restored as restored_maps  # needs torch
 
@@ -81,8 +85,8 @@ def _by_numbers(name: str) -> list[tuple[str, int]]:
 
 def _kind(records: Sequence[Record]) -> str:
     # No variable has a space in its name.
-    first = next((record.variable.partition(" ") for record in records), ("", "", ""))
-    return {"attention": "maps", "statistics": "statistics"}.get(first[0], "values") if first[1] else "values"
+    word, space, _ = records[0].variable.partition(" ")
+    return {"attention": "maps", "statistics": "statistics"}.get(word, "values") if space else "values"
 
 
 def _together(name: str, caches: Sequence[Cache]) -> Cache:
@@ -91,13 +95,26 @@ def _together(name: str, caches: Sequence[Cache]) -> Cache:
     for cache in caches:
         calls = 1 + max((record.call for record in records), default=-1)
         records += [replace(record, call=calls + record.call) for record in cache.records]
-    first, *others = (cache.about for cache in caches)
-    about = {key: value for key, value in first.items() if all(_is_same(value, other.get(key)) for other in others)}
-    return restored_cache(name, keys, records, about)
+    return restored_cache(name, keys, records, _agreed([cache.about for cache in caches]))
+
+
+def _agreed(abouts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is the same in all."""
+    first, *others = abouts
+    return {
+        key: value
+        for key, value in first.items()
+        if all(key in other and _is_same(value, other[key]) for other in others)
+    }
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    try:
-        return bool(one == other)
-    except (ValueError, RuntimeError):  # arrays, which compare number by number
+    if type(one) is not type(other):
         return False
+    if hasattr(one, "shape"):  # an array or a tensor
+        return bool(one.shape == other.shape and (one == other).all())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_is_same(value, other[key]) for key, value in one.items())
+    return bool(one == other)
