@@ -136,7 +136,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 def run(count, task, *args, seconds=60.0, is_joined=True):
     """What `count` processes make of `task(rank, *args)`, by their ranks; gloo joins them."""
-    _CONTEXT.set_forkserver_preload(["ranks"])
+    _CONTEXT.set_forkserver_preload(["ranks", "accelerate", "torch.distributed.fsdp"])
     with TemporaryDirectory() as folder:
         processes = [
             _CONTEXT.Process(target=_child, args=(rank, count, is_joined, folder, task, args)) for rank in range(count)

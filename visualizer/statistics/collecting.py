@@ -28,6 +28,8 @@ from .moments import Moments, as_large, merged
 _VARIABLE = "statistics moments"  # in a file's records; no local variable is called so
 _FEW, _MANY = 3, 100  # failures in a row, before a batch has worked and after: then it is not the data that is wrong
 
+_NUMBERS = count()  # of the calls, in which processes meet
+
 _T = TypeVar("_T")
 
 
@@ -459,10 +461,14 @@ class _Ranks:
                     "torch.distributed.init_process_group() before collect"
                 )
         if self.count > 1:
-            # Its own group, on the CPU: it knows who is missing, and its time is ours.
-            self._group = distributed.new_group(backend="gloo", timeout=self._timeout)
             store = distributed.distributed_c10d._get_default_store()
-            self._store = distributed.distributed_c10d.PrefixStore(f"visualizer {self._group.group_name}", store)
+            self._store = distributed.distributed_c10d.PrefixStore(f"visualizer {next(_NUMBERS)}", store)
+            self._tell(f"{self._times} {self.rank}")
+            try:
+                # Its own group, on the CPU: it knows who is missing, and its time is ours.
+                self._group = distributed.new_group(backend="gloo", timeout=self._timeout)
+            except RuntimeError as error:
+                raise self._incomplete(error) from error
 
     def share(self, batches: Iterable[Any], is_share: bool | None) -> _Share:
         """This process's batches."""
@@ -523,11 +529,7 @@ class _Ranks:
             distributed.all_gather_object(others, (own, why), self._group)
         except RuntimeError as error:
             self._tell("trouble")
-            raise trouble or RuntimeError(
-                f"rank {self.rank} of {self.count} is here, and {self._missing()} did not come within "
-                f"{self._timeout.total_seconds():g} s, or died. What each had written to checkpoint= is there, and "
-                f"load() merges it. ({error})"
-            ) from error
+            raise trouble or self._incomplete(error) from error
         if trouble is not None:
             raise trouble
         failed = [f"rank {rank} failed, with {why}" for rank, (_, why) in enumerate(others) if why is not None]
@@ -539,12 +541,17 @@ class _Ranks:
         with contextlib.suppress(RuntimeError):  # the process that has the store is gone
             self._store.set(what, "")
 
-    def _missing(self) -> str:
+    def _incomplete(self, error: RuntimeError) -> RuntimeError:
+        """Says who is missing."""
         try:
             missing = [rank for rank in range(self.count) if not self._store.check([f"{self._times} {rank}"])]
         except RuntimeError:
-            return "the one that the others are known by (rank 0)"
-        return f"rank {_numbers(missing)}" if missing else "another"
+            missing = [0]  # with it went the store
+        return RuntimeError(
+            f"rank {self.rank} of {self.count} is here, and rank {_numbers(missing) or '?'} did not come within "
+            f"{self._timeout.total_seconds():g} s, or died. What each had written to checkpoint= is there, and load() "
+            f"merges it. ({str(error).partition(chr(10))[0]})"
+        )
 
     def merge(self, found: Collected) -> None:
         """Make what was found that of all processes, in each."""
