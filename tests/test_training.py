@@ -32,7 +32,7 @@ class Block(nn.Module):
 
     def __init__(self, reentrant=None, dropout=0.5):
         super().__init__()
-        self.to_qkv, self.mlp = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.to_qkv, self.out, self.mlp = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 16)
         self.reentrant, self.dropout = reentrant, dropout
 
     def forward(self, x):
@@ -43,7 +43,8 @@ class Block(nn.Module):
     def mix(self, x):
         q, k, v = self.to_qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 def make_model(**options):
@@ -257,8 +258,6 @@ def test_a_compiled_model_has_the_same_numbers_and_is_compiled_once(is_given_com
         return graph.forward
 
     model = make_model(dropout=0.0)
-    expected = train(make_model(dropout=0.0), 1, Monitor(model, *everything()))
-    assert {} == expected  # it is another model that runs
     bare = make_model(dropout=0.0)
     expected = train(bare, 5, Monitor(bare, *everything(), every=2))
     compiled = torch.compile(model, backend=backend)

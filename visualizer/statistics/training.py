@@ -78,16 +78,14 @@ class Monitor:
             yield values
             return
 
-        def reduced(layer: AttentionMap) -> tuple[str, int, list[Tensor]] | None:
-            if torch._C._current_graph_task_id() != -1:  # in the backward pass
-                return None
+        def reduced(layer: AttentionMap) -> tuple[str, int, list[Tensor]]:
             texts = Texts(_told("attention_mask", layer, maps), _told("input_ids", layer, maps))
             return layer.path, layer.shape[0], measured(layer, texts, self._statistics)
 
         with attention(self.model, keep=reduced, max_bytes=2**62) as maps:
             yield values
         calls: dict[str, list[tuple[int, list[Tensor]]]] = {}
-        for path, size, states in filter(None, maps):
+        for path, size, states in maps:
             calls.setdefault(path, []).append((size, states))
         if not calls:
             return
