@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import weakref
 from collections import namedtuple
 
 import numpy as np
@@ -78,23 +79,52 @@ class TestBatches:
         self.check(collect(Looking(), batches, Entropy(), call=lambda model, batch: model(batch.image["raw"])))
 
     def test_of_what_moves_itself(self):
-        """As the batches of transformers' tokenizers do; "meta" stands for a GPU."""
+        """As the batches of transformers' tokenizers do, which have their type still when the model is called."""
 
         class Batch(dict):
             def to(self, device):
-                return Batch({key: value.to(device) for key, value in self.items()})
-
-        seen = []
+                places.append(device)
+                return Batch(self, is_moved=True)
 
         def call(model, batch):
-            seen.append((type(batch), batch["x"].device))
-            raise ArithmeticError
+            assert isinstance(batch, Batch) and batch["is_moved"]
+            model(batch["x"])
 
+        places = []
+        self.check(collect(Looking(), [Batch(x=batch) for batch in self.DATA], Entropy(), call=call))
+        assert 4 * [torch.device("cpu")] == places
+
+    def test_on_the_models_device(self):
+        """Of parameters on the meta device nothing is known: accelerate keeps those elsewhere."""
         model = Looking()
-        model.register_parameter("place", nn.Parameter(torch.zeros(1)))
-        with pytest.warns(VisualizerWarning), pytest.raises(ArithmeticError):
-            collect(model, [Batch(x=batch) for batch in self.DATA], Entropy(), call=call)
-        assert {(Batch, torch.device("cpu"))} == {*seen}
+        model.place = nn.Parameter(torch.zeros(1, device="meta"))
+        self.check(collect(model, self.DATA, Entropy()))
+        assert "place" == next(iter(model._parameters))
+
+    def test_in_mixed_precision(self):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = collect(Looking(), self.DATA, Entropy(), MeanMap())
+        exact = collect(Looking(), self.DATA, Entropy(), MeanMap())
+        for name, moments in found.items():
+            np.testing.assert_allclose(moments.mean, exact[name].mean, atol=0.03)
+            assert not np.array_equal(moments.mean, exact[name].mean)
+
+    def test_of_a_compiled_model(self):
+        compiled = torch.compile(Looking(), backend="eager")
+        found = collect(compiled, self.DATA, Entropy())
+        self.check(found)
+        assert ("layers.0", "layers.1") == found.paths
+
+    def test_no_map_outlives_its_call(self):
+        class Watching(Entropy):
+            def of(self, layer, texts):
+                assert not any(known() for known in seen)
+                seen.append(weakref.ref(layer))
+                return super().of(layer, texts)
+
+        seen = []
+        collect(Looking(), self.DATA, Watching())
+        assert 8 == len(seen)
 
     def test_the_model_and_the_statistics_stay_as_they_are(self):
         model, statistic = Looking(), Entropy()
