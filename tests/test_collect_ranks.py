@@ -205,17 +205,17 @@ class TestAProcessThatFails:
 
     @pytest.mark.parametrize("bad", [0, 1])
     def test_that_dies_is_named_by_the_others(self, bad, tmp_path):
-        ended = run(3, one_dies, bad, 5.0, tmp_path / "run")
+        ended = run(3, one_dies, bad, 20.0, tmp_path / "run")
         assert 7 == ended[bad].code
         for rank in {0, 1, 2} - {bad}:
             message = str(ended[rank].error)
             assert isinstance(ended[rank].error, RuntimeError), message
-            assert f"rank {bad} did not come within 5 s, or died" in message
+            assert f"rank {bad} did not come within 20 s, or died" in message
             assert "checkpoint" in message
             assert ended[rank].seconds < 30
 
     def test_that_is_interrupted_ends_the_others(self):
-        ended = run(2, one_fails, 1, 2, "interrupted", 5.0)
+        ended = run(2, one_fails, 1, 2, "interrupted", 20.0)
         assert isinstance(ended[1].error, KeyboardInterrupt)
         assert "rank 1 did not come" in str(ended[0].error)
         assert ended[0].seconds < 30
@@ -289,7 +289,7 @@ class Trained(Looking):
 
 def wrapped(rank, count):
     model = nn.parallel.DistributedDataParallel(Trained())
-    share = texts(count)[2:] if rank else texts(count)[:2]
+    share = texts(count) if rank else []
     found = facts(collect(model, share, *all_statistics(), is_share=True, timeout=20))
     assert model.require_forward_param_sync and model.training
     return found
@@ -354,7 +354,7 @@ def one_shard_fails(rank, version):
 
 class TestModels:
     def test_distributed_data_parallel(self):
-        """The second process has three forward passes, the first, from which buffers would be sent, only two."""
+        """The first process, from which the second would wait for the buffers, has no forward pass at all."""
         expected = collect(Trained(), texts(5), *all_statistics())
         assert ("layers.0", "layers.1") == expected.paths
         for found in values(2, wrapped, 5):

@@ -237,7 +237,7 @@ def _about(batch: Any, name: str) -> Tensor | None:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model as it is to be without training, and then again as it was."""
     training = [module for module in model.modules() if module.training]
-    # Before each forward pass these send their buffers around, and wait for processes that have no more batches.
+    # Their first forward pass sends buffers around, and would wait for a process that has no batch.
     wrappers = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
     sending = [wrapper for wrapper in wrappers if wrapper.require_forward_param_sync]
     model.eval()
