@@ -5,7 +5,8 @@
 timm's vit_small_patch16_224 (12 layers, 6 heads, 197 tokens, random weights), forward, backward and a step of AdamW on
 8 images; `Monitor` with Entropy and Sink. One process; in each round a bare step, one within the `with` of a step that
 is not measured and one of a step that is, in an order that changes. The ratios are of steps of the same round, whose
-median stands for all: others use the machine. "a step, on average" is one measured and 49 others.
+median stands for all: others use the machine. In a step that is not measured nothing runs but the `with` itself, which
+is timed alone as well: how far such steps are from bare ones is the noise of the others' ratios too.
 """
 
 from __future__ import annotations
