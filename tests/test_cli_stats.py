@@ -221,7 +221,7 @@ def test_wrong_use_is_one_line_and_status_2(arguments, said, folder, capsys):
 
 @pytest.mark.parametrize(
     ("model", "said"),
-    [("torch.nn.Flatten()", "no attention was seen in 3 batches"), ("torch.nn.Linear(2, 2)", "mat1 and mat2 shapes")],
+    [("torch.nn.Flatten()", "no attention was seen in"), ("torch.nn.Linear(2, 2)", "mat1 and mat2 shapes")],
 )
 def test_a_model_that_does_not_work_is_status_1(model, said, folder, capsys):
     builder = f"import torch\nfrom visualizer import models\ndef build(): return {model}, lambda path: "
