@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..errors import FileFormatError, warn
-from ..instrument.targets import named_modules
+from ..instrument import named_modules
 from ..intercept import attention
 from ..store import Record, as_html, as_text, load, write
 from .measures import Statistic, Texts, gathered, measured
