@@ -495,7 +495,7 @@ def test_the_documentations_examples_print_what_it_says(tmp_path):
     (tmp_path / "look.py").write_text(text.split("```python\n")[1].split("```")[0])
     examples = [block.split("```")[0] for block in text.split("```console\n$ visualizer ")[1:]]
     examples = [example for example in examples if not example.startswith("doctor")]  # which lists timm's locals
-    assert 6 == len(examples)
+    assert 9 == len(examples)
     for example in examples:
         command, wanted = example.split("\n", 1)
         done = start("-m", "visualizer", *shlex.split(command), folder=tmp_path, env=os.environ)

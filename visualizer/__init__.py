@@ -40,7 +40,7 @@ from .errors import (
 from .instrument import capture, get_local
 
 if TYPE_CHECKING:
-    from . import analysis, models, plot
+    from . import analysis, models, plot, statistics
     from .explorer import explore
     from .intercept import attention
     from .loading import load
@@ -65,10 +65,11 @@ __all__ = [
     "load",
     "models",
     "plot",
+    "statistics",
 ]
 
 _LAZY = {"AttentionMap": ".maps", "attention": ".intercept", "explore": ".explorer", "load": ".loading"}
-_ROOMS = ("analysis", "models", "plot")
+_ROOMS = ("analysis", "models", "plot", "statistics")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .store import Cache
+from .store import Cache, Record, restored_cache
 from .store import load as load_cache
 
 if TYPE_CHECKING:
     from .intercept import Maps
+    from .statistics import Collected
 
 
-def load(path: str | PathLike[str]) -> Cache | Maps:
-    """What was saved, without the model: a cache of captured values, or attention maps.
+def load(path: str | PathLike[str]) -> Cache | Maps | Collected:
+    """What was saved, without the model: a cache of captured values, attention maps, or statistics.
 
     >>> import os, tempfile, torch
     >>> from visualizer import attention, load
@@ -27,7 +33,9 @@ def load(path: str | PathLike[str]) -> Cache | Maps:
     (<AttentionMap (1, 2, 5, 5), self, dense, float32, cpu>, 'a')
 
     Args:
-        path: the file. All of it is read into memory; nothing in it is run.
+        path: the file. All of it is read into memory; nothing in it is run. Or a pattern, as "run/rank-*.safetensors":
+            files of one kind become one, in the order of their names with numbers by their size. Statistics are merged,
+            values and maps come one file after the other, and of `about` there is what all files agree on.
 
     Returns:
         A cache or maps of their own. Arrays come back as arrays and tensors as tensors, of their shape and dtype;
@@ -39,12 +47,74 @@ def load(path: str | PathLike[str]) -> Cache | Maps:
         FileFormatError: the file is damaged, cut off, written by a newer version, or none that a `save` of ours wrote;
             the message says which. Each byte is checked: what is returned is what was saved.
         ModuleNotFoundError: the file has tensors, and torch is not installed.
-        OSError: the file cannot be opened: it is missing, a folder, or not yours to read.
+        OSError: the file cannot be opened: it is missing, a folder, or not yours to read; or no file is like the
+            pattern.
+        ValueError: the files of a pattern are of several kinds, or their statistics do not belong together.
     """
-    cache = load_cache(path)
-    records = cache.records
-    if not any(record.variable.startswith("attention ") for record in records):  # as no variable is called
-        return cache
-    from .intercept import restored  # needs torch
+    name = os.fspath(path)
+    names = [name]
+    if not os.path.lexists(name) and glob.has_magic(name):
+        names = sorted(glob.glob(name), key=_by_numbers)
+        if not names:
+            raise FileNotFoundError(f"no file is like {name!r}")
+    caches = [load_cache(name) for name in names]
+    kinds = {name: _kind(cache.records) for name, cache in zip(names, caches, strict=True) if cache.records}
+    if len({*kinds.values()}) > 1:
+        told = ", ".join(f"{name} has {kind}" for name, kind in kinds.items())
+        raise ValueError(f"files of one pattern are of one kind, and {told}")
+    kind = next(iter(kinds.values()), "values")
+    if kind == "statistics":
+        from .statistics.collecting import merge, restored  # needs torchmetrics
 
-    return restored(records, cache.about)
+        parts = [restored(cache.records, cache.about) for cache in caches if cache.records]
+        whole = merge(parts)
+        whole.about = _agreed([part.about for part in parts])
+        return whole
+    cache = caches[0] if len(caches) == 1 else _together(name, caches)
+    if kind == "values":
+        return cache
+    from .intercept import restored as restored_maps  # needs torch
+
+    return restored_maps(cache.records, cache.about)
+
+
+def _by_numbers(name: str) -> list[tuple[str, int]]:
+    """rank-2 before rank-10."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
+
+
+def _kind(records: Sequence[Record]) -> str:
+    # No variable has a space in its name.
+    word, space, _ = records[0].variable.partition(" ")
+    return {"attention": "maps", "statistics": "statistics"}.get(word, "values") if space else "values"
+
+
+def _together(name: str, caches: Sequence[Cache]) -> Cache:
+    """One cache of the values of all."""
+    keys, records = list(dict.fromkeys(key for cache in caches for key in cache)), list[Record]()
+    for cache in caches:
+        calls = 1 + max((record.call for record in records), default=-1)
+        records += [replace(record, call=calls + record.call) for record in cache.records]
+    return restored_cache(name, keys, records, _agreed([cache.about for cache in caches]))
+
+
+def _agreed(abouts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is the same in all."""
+    first, *others = abouts
+    return {
+        key: value
+        for key, value in first.items()
+        if all(key in other and _is_same(value, other[key]) for other in others)
+    }
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if hasattr(one, "shape"):  # an array or a tensor
+        return bool(one.shape == other.shape and (one == other).all())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_is_same(value, other[key]) for key, value in one.items())
+    return bool(one == other)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 CHUNK = 2**23
 """Bytes of the rows that are computed at a time, where nothing else is said: what stays in a processor's cache."""
+_SMALL = 2**20  # of weights that are there already: what is made of them stays in the innermost cache
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -159,7 +160,7 @@ class AttentionMap:
 
     def dense(self) -> Tensor:
         """All weights, (batch, heads, queries, keys): for N tokens N x N numbers a head."""
-        if isinstance(self._source, _Weights):
+        if self.is_dense or self._rows_at_once(CHUNK) >= self.shape[2]:
             return self._source.rows(slice(None))
         whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for queries, rows in self.chunks():
@@ -282,6 +283,8 @@ class AttentionMap:
 
     def _parts(self, max_bytes: int = CHUNK) -> Iterator[slice]:
         """All queries, as many at a time as have rows of at most `max_bytes`."""
+        if self.is_dense and self.device.type == "cpu":
+            max_bytes = min(max_bytes, _SMALL)
         return _slices(self.shape[2], self._rows_at_once(max_bytes))
 
     def _chosen(self, chosen: int | slice | Sequence[int] | Tensor, count: int, what: str) -> slice | Tensor:
@@ -437,10 +440,9 @@ class _Factors:
             else:
                 scores += bias
             may_be_empty = True
-        if not may_be_empty:
-            return scores.softmax(-1)
-        empty = scores.amax(-1, keepdim=True) == -math.inf
-        return scores.softmax(-1).masked_fill_(empty, 0)
+        empty = scores.amax(-1, keepdim=True) == -math.inf if may_be_empty else None
+        torch.softmax(scores, -1, out=scores)  # in place: new memory costs more than the softmax
+        return scores if empty is None else scores.masked_fill_(empty, 0)
 
     def _modified(self, scores: Tensor, queries: slice | Tensor) -> Tensor:
         """The scores after flex_attention's functions, which are written for single numbers."""

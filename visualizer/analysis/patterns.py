@@ -173,30 +173,30 @@ def head_patterns(
     )
     if not bool(real.any(1).all()):
         raise ValueError("attention_mask leaves a text without a token: it is 0 everywhere")
-    marked, is_causal = _special(special, names, batch, count), _is_causal(maps, real)
-    if is_causal:
+    marked, causal = _special(special, names, batch, count), is_causal(maps, real)
+    if causal:
         marked = torch.zeros_like(real) if marked is None else marked
         marked[torch.arange(batch), real.int().argmax(1)] = True
-    texts = _Texts(
+    texts = Texts(
         repeats=_numbers("ids", ids, batch, count) if ids is not None else _as_numbers(names),
         special=marked,
         real=real,
-        is_causal=is_causal,
+        is_causal=causal,
         window=window,
     )
     # (layers, 2, patterns, heads): the score, and that of even attention
-    found = each(maps, lambda layer: _scores(layer, texts).double().cpu())
+    found = each(maps, lambda layer: _means(*score_sums(layer, texts)).cpu())
     scores, uniform = (
-        {pattern: found[:, kind, place].numpy() for place, pattern in enumerate(_SCORES)} for kind in (0, 1)
+        {pattern: found[:, kind, place].numpy() for place, pattern in enumerate(SCORES)} for kind in (0, 1)
     )
     return HeadPatterns(_labels(scores, uniform), scores, uniform)
 
 
-_SCORES = ("previous", "next", "self", "local", "special", "broad", "induction")
+SCORES = ("previous", "next", "self", "local", "special", "broad", "induction")
 
 
 @dataclass
-class _Texts:
+class Texts:
     """What is known of the tokens, on the CPU, each (batch, tokens)."""
 
     repeats: Tensor | None
@@ -221,7 +221,7 @@ def _gain(score: Floats, even: Floats) -> Floats:
     return np.where(way > 1e-6, (score - even) / np.maximum(way, 1e-6), 0)  # NaN compares as False
 
 
-def _is_causal(maps: list[AttentionMap], real: Tensor) -> bool:
+def is_causal(maps: list[AttentionMap], real: Tensor) -> bool:
     """Whether the first token of each text sees only itself: in a map that is not causal no softmax hides all keys."""
     firsts = real.int().argmax(1).tolist()  # behind padding on the left
     if real.shape[1] == 1:
@@ -236,14 +236,30 @@ def _is_causal(maps: list[AttentionMap], real: Tensor) -> bool:
     return is_told
 
 
-def _scores(layer: AttentionMap, texts: _Texts) -> Tensor:
-    """(2, patterns, heads): each score in the mean over queries, and that of a head that attends evenly."""
-    _, heads, count, _ = layer.shape
+def _means(sums: Tensor, counts: Tensor) -> Tensor:
+    """(2, patterns, heads): each score in the mean over the queries of all texts, and that of even attention."""
+    total, counted = sums.sum(2), counts.sum(1)
+    return torch.where(has_evidence(counted)[:, None], total / counted[:, None], math.nan)
+
+
+def has_evidence(counts: Tensor) -> Tensor:
+    """Of which patterns, (patterns, ...), enough queries have a say."""
+    least = torch.ones(len(SCORES), *[1] * (counts.ndim - 1), device=counts.device)
+    least[SCORES.index("induction")] = _REPEATS
+    return counts >= least
+
+
+def score_sums(layer: AttentionMap, texts: Texts) -> tuple[Tensor, Tensor]:
+    """The scores added up over each text's queries, and how many these are.
+
+    Both float64: (2, patterns, batch, heads), of the heads and of one that attends evenly; and (patterns, batch).
+    """
+    batch, heads, count, _ = layer.shape
     device = layer.device
     real = texts.real.to(device)
     special, repeats = (None if known is None else known.to(device) for known in (texts.special, texts.repeats))
-    total = torch.zeros(2, len(_SCORES), heads, dtype=torch.float64, device=device)
-    counted = torch.zeros(len(_SCORES), 1, dtype=torch.float64, device=device)
+    total = torch.zeros(2, len(SCORES), batch, heads, dtype=torch.float64, device=device)
+    counted = torch.zeros(len(SCORES), batch, dtype=torch.float64, device=device)
     keys = torch.arange(count, device=device)
     for part, rows in layer.chunks():
         queries = keys[part, None]
@@ -268,22 +284,21 @@ def _scores(layer: AttentionMap, texts: _Texts) -> Tensor:
             targets[..., 1:] = (repeats[:, part, None] == repeats[:, None, :-1]) & real[:, None, :-1]
             targets &= keys < queries
             where["induction"] = targets, targets.any(-1)
-        for place, pattern in enumerate(_SCORES):
+        for place, pattern in enumerate(SCORES):
             if pattern == "broad":
                 has_key = visible > 1
-                values = torch.special.entr(both).sum(-1) / visible.clamp(min=2).log()[:, None]
+                values = torch.special.entr(both).sum(-1) / visible.clamp(min=2).to(rows.dtype).log()[:, None]
             elif pattern in where:
                 which, has_key = where[pattern]
                 values = (both * (which if which.ndim == 2 else which[:, None])).sum(-1)  # (batch, heads + 1, queries)
             else:
                 continue
             counts = real[:, part] & has_key
-            sums = (values * counts[:, None]).sum((0, 2), dtype=torch.float64)
-            total[0, place] += sums[:-1]
-            total[1, place] += sums[-1]
-            counted[place] += counts.sum()
-    counted[_SCORES.index("induction")] *= counted[_SCORES.index("induction")] >= _REPEATS
-    return torch.where(counted > 0, total / counted, math.nan)
+            sums = (values * counts[:, None]).sum(2, dtype=torch.float64)
+            total[0, place] += sums[:, :-1]
+            total[1, place] += sums[:, -1:]
+            counted[place] += counts.sum(1)
+    return total, counted
 
 
 def _names(tokens: Any, batch: int, count: int) -> list[list[str]] | None:

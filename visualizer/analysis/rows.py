@@ -31,7 +31,17 @@ def entropy(attention: Any) -> Any:
     Raises:
         ValueError: the layers differ in shape.
     """
-    return each(attention, lambda layer: layer.reduce(lambda rows: torch.special.entr(rows).sum(-1)))
+    return each(attention, entropy_of)
+
+
+def entropy_of(layer: AttentionMap) -> Tensor:
+    """The entropy of each row, (batch, heads, queries)."""
+    return layer.reduce(_entropies)
+
+
+def _entropies(weights: Tensor) -> Tensor:
+    # entr takes three times as long. Below the least normal number a weight's own share is nothing too.
+    return 0 - weights.clamp(min=torch.finfo(weights.dtype).tiny).log_().mul_(weights).sum(-1)
 
 
 def received(attention: Any) -> Any:
@@ -52,12 +62,14 @@ def received(attention: Any) -> Any:
         ValueError: the layers differ in shape.
     """
 
-    return each(attention, _received)
+    return each(attention, received_of)
 
 
-def _received(layer: AttentionMap) -> Tensor:
+def received_of(layer: AttentionMap, counts: Tensor | None = None) -> Tensor:
+    """What keys receive, (batch, heads, keys), from the queries that count, (batch, queries); None: from all."""
     batch, _, queries, _ = layer.shape
-    columns = layer.row_product(torch.ones(batch, queries, dtype=layer.dtype, device=layer.device))
+    counts = torch.ones(batch, queries) if counts is None else counts
+    columns = layer.row_product(counts.to(layer.device, layer.dtype))
     total = columns.sum(-1, keepdim=True)  # as many as there are queries that attend to something
     return columns / total.masked_fill_(total == 0, 1)
 
@@ -89,7 +101,7 @@ def sink(attention: Any, key: int = 0) -> Any:
         keys = layer.shape[3]
         if not -keys <= operator.index(key) < keys:
             raise IndexError(f"there is no key {key}: the map has {keys} keys")
-        return _received(layer)[..., key]
+        return received_of(layer)[..., key]
 
     return each(attention, share)
 
@@ -189,33 +201,41 @@ def attention_distance(
         ValueError: queries and keys are not the same tokens, the grid does not fit them, or the layers differ in shape.
     """
 
+    check_patch_size(patch_size)
+    return each(attention, lambda layer: distance_of(layer, grid, patch_size, prefix_tokens, renormalise))
+
+
+def check_patch_size(patch_size: float) -> None:
+    """Raise ValueError unless this is the side of a patch."""
     if not isinstance(patch_size, (int, float)) or patch_size <= 0:
         raise ValueError(f"patch_size={patch_size!r} is one number above 0: the side of a square patch")
 
-    def mean_distance(layer: AttentionMap) -> Tensor:
-        batch, heads, queries, keys = layer.shape
-        if queries != keys:
-            raise ValueError(f"distances are those within one grid of patches, not of {queries} queries to {keys} keys")
-        rows, columns, prefix = patches(keys, grid, prefix_tokens)
-        row = torch.arange(rows, device=layer.device, dtype=layer.dtype).repeat_interleave(columns)
-        column = torch.arange(columns, device=layer.device, dtype=layer.dtype).repeat(rows)
-        total = torch.zeros(batch, heads, dtype=layer.dtype, device=layer.device)
-        counted = torch.zeros_like(total)
-        for part, weights in layer.chunks():
-            own = slice(max(part.start - prefix, 0), max(part.stop - prefix, 0))  # as patches
-            weights = weights[:, :, max(prefix - part.start, 0) :, prefix:]
-            apart = torch.hypot(row[own, None] - row, column[own, None] - column)  # (some queries, patches)
-            distances = (weights * apart).sum(-1)
-            if renormalise:
-                mass = weights.sum(-1)
-                distances = torch.where(mass > 0, distances / mass, 0)
-                counted += (mass > 0).sum(-1)
-            else:
-                counted += distances.shape[-1]
-            total += distances.sum(-1)
-        return patch_size * total / counted
 
-    return each(attention, mean_distance)
+def distance_of(
+    layer: AttentionMap, grid: tuple[int, int] | None, patch_size: float, prefix_tokens: int | None, renormalise: bool
+) -> Tensor:
+    """The mean distance of one layer's heads, (batch, heads); see `attention_distance`."""
+    batch, heads, queries, keys = layer.shape
+    if queries != keys:
+        raise ValueError(f"distances are those within one grid of patches, not of {queries} queries to {keys} keys")
+    rows, columns, prefix = patches(keys, grid, prefix_tokens)
+    row = torch.arange(rows, device=layer.device, dtype=layer.dtype).repeat_interleave(columns)
+    column = torch.arange(columns, device=layer.device, dtype=layer.dtype).repeat(rows)
+    total = torch.zeros(batch, heads, dtype=layer.dtype, device=layer.device)
+    counted = torch.zeros_like(total)
+    for part, weights in layer.chunks():
+        own = slice(max(part.start - prefix, 0), max(part.stop - prefix, 0))  # as patches
+        weights = weights[:, :, max(prefix - part.start, 0) :, prefix:]
+        apart = torch.hypot(row[own, None] - row, column[own, None] - column)  # (some queries, patches)
+        distances = (weights * apart).sum(-1)
+        if renormalise:
+            mass = weights.sum(-1)
+            distances = torch.where(mass > 0, distances / mass, 0)
+            counted += (mass > 0).sum(-1)
+        else:
+            counted += distances.shape[-1]
+        total += distances.sum(-1)
+    return patch_size * total / counted
 
 
 @exactly

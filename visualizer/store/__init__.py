@@ -1,7 +1,7 @@
 """Where captured values are kept, and how they are read: records, the cache, limits, the byte budget, and files."""
 
 from .channel import Channel, listener, receive
-from .files import load, write
+from .files import load, restored_cache, write
 from .records import Cache, Record, as_html, as_text, human
 from .store import Store
 
@@ -16,5 +16,6 @@ __all__ = [
     "listener",
     "load",
     "receive",
+    "restored_cache",
     "write",
 ]

@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BufferedReader
 from os import PathLike
 from typing import Any, NamedTuple
@@ -175,6 +175,11 @@ def _read(file: BufferedReader, name: str) -> Cache:
             raise ValueError(f"a record of {key!r}, which is no key")
         where = _checked(call, int), _checked(line, int, type(None)), _checked(thread, int)
         records.append(Record(key, _checked(variable, str), value_of(slot), *where, _checked(module, str, type(None))))
+    return restored_cache(name, keys, records, about)
+
+
+def restored_cache(name: str, keys: Iterable[str], records: Iterable[Record], about: dict[str, Any]) -> Cache:
+    """A cache of what a file had, or several of one pattern."""
     store = Store(state=f"read from {name}")
     cache = Cache(store, title=f"load({name!r})")
     store.restore(keys, records, about)

@@ -1,0 +1,248 @@
+"""`visualizer stats`: statistics of a model's attention over a folder of pictures or a file of texts."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .outcome import Fruitless, Mistake, tell, told_plainly, write
+
+if TYPE_CHECKING:
+    from ..statistics import Statistic
+    from .outcome import Commands
+
+_OF_IMAGES = ("distance", "entropy", "confidence", "prefix_mass", "received")
+_OF_TEXTS = ("entropy", "confidence", "sink", "received", "patterns")
+_MEASURES = tuple(dict.fromkeys((*_OF_IMAGES, *_OF_TEXTS, "mean_map")))
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command to the parser's."""
+    stats = commands.add_parser(
+        "stats",
+        help="statistics of a model's attention over a folder of pictures or a file of texts",
+        description="Runs a model over pictures or texts and saves the moments, over all of them, of what each head "
+        "does; visualizer plot draws them. Under torchrun each process takes its share, and the first one writes.",
+    )
+    stats.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="of visualizer.models, of the Hugging Face hub (texts), of timm (pictures), a folder, or "
+        "package.module:function, which gives a model and what makes its input of a picture's path or of texts",
+    )
+    data = stats.add_mutually_exclusive_group(required=True)
+    data.add_argument("--images", metavar="DIR", help="a folder, with those in it")
+    data.add_argument("--texts", metavar="FILE", help="one text a line, UTF-8")
+    stats.add_argument("-o", "--out", metavar="FILE", default="stats.safetensors", help="default: %(default)s")
+    stats.add_argument(
+        "--measure",
+        nargs="+",
+        choices=_MEASURES,
+        metavar="NAME",
+        help=f"{', '.join(_MEASURES)}; default: {', '.join(_OF_IMAGES)} of pictures, {', '.join(_OF_TEXTS)} of texts",
+    )
+    stats.add_argument("--batch-size", type=_count, default=8, metavar="N", help="default: %(default)s")
+    stats.add_argument("--size", type=_count, default=224, metavar="PIXELS", help="of pictures; default: %(default)s")
+    stats.add_argument("--length", type=_count, default=128, metavar="N", help="tokens of a text; default: %(default)s")
+    stats.add_argument("--limit", type=_count, metavar="N", help="only the first N pictures or texts")
+    stats.add_argument("--device", metavar="NAME", help="cpu, cuda, mps; default: cuda where there is one")
+    stats.add_argument("--checkpoint", metavar="DIR", help="where a run that was stopped goes on from")
+    stats.add_argument("-q", "--quiet", action="store_true", help="no progress bar, nothing about what failed")
+    stats.set_defaults(run=_stats)
+
+
+def _count(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+
+
+def _stats(options: argparse.Namespace) -> None:
+    out = Path(options.out)
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        why = "it is a folder" if out.is_dir() else "there is no such folder"
+        raise Mistake(f"cannot write {options.out}: {why}")
+    items: list[Any] = _pictures(options.images) if options.images else _lines(options.texts)
+    items = items[: options.limit]
+    import torch
+
+    from ..statistics import collect
+
+    with _processes() as rank:
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda" and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        model, prepare = _model(options)
+        try:
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise Mistake(f"--device {device}: {error}") from error
+        batches = [items[start : start + options.batch_size] for start in range(0, len(items), options.batch_size)]
+        if options.images:
+            arguments: dict[str, Any] = {"call": lambda model, paths: model(_read(paths, prepare).to(device))}
+        else:
+            arguments, batches = {}, _Tokenized(batches, prepare, options.length)  # type: ignore[assignment]
+        statistics = _statistics(options, prepare)
+        try:
+            with told_plainly(options.quiet):
+                found = collect(
+                    model,
+                    batches,
+                    *statistics,
+                    checkpoint=options.checkpoint,
+                    progress=not options.quiet,
+                    **arguments,
+                )
+        except (ValueError, RuntimeError, OSError) as error:
+            raise Fruitless(error) from error
+        if rank == 0:
+            about = {"model": options.model, "data": options.images or options.texts}
+            write(out, lambda path: found.save(path, about))
+            print(out)
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[int]:
+    """Join the processes that torchrun has started, if it has; this one's rank."""
+    import torch.distributed as distributed
+
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not distributed.is_available():
+        yield 0
+        return
+    distributed.init_process_group("gloo")  # only moments are sent
+    try:
+        yield distributed.get_rank()
+    finally:
+        distributed.destroy_process_group()
+
+
+def _pictures(folder: str) -> list[Path]:
+    from PIL import Image
+
+    if not os.path.isdir(folder):
+        raise Mistake(f"there is no folder {folder}")
+    known = Image.registered_extensions()
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in known and path.is_file())
+    if not found:
+        raise Mistake(f"there is no picture in {folder}")
+    return found
+
+
+def _lines(file: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise Mistake(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise Mistake(f"there is no text in {file}")
+    return lines
+
+
+def _model(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
+    """The model, and what makes its input: of a picture's path, or a tokenizer."""
+    from .. import models
+
+    name = options.model
+    if ":" in name and not os.path.exists(name):
+        return _called(name)
+    try:
+        if options.texts or name in models.MODELS:
+            model, prepare = models.load(name)
+            if prepare is models.prepare:
+                if options.texts:
+                    raise Mistake(f"{name} sees pictures: pass --images")
+                return model, lambda path: models.prepare(path, size=options.size)[0]
+            if options.images:
+                raise Mistake(f"{name} reads texts: pass --texts")
+            return model, prepare
+        timm: Any = importlib.import_module("timm")
+        if not timm.is_model(name):
+            raise Mistake(f"there is no model {name!r} in timm, and pictures go to one of timm, or to dinov2-small")
+        model = timm.create_model(name, pretrained=True).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        return model, lambda path: transform(_opened(path))[None]
+    except Mistake:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Mistake(f"cannot load {name}: {error}") from error
+
+
+def _called(name: str) -> tuple[Any, Callable[..., Any]]:
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise Mistake(f"{name!r} leads nowhere: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise Mistake(f"{name}() gives a model and what makes its input, not a {type(made).__name__}")
+    return made
+
+
+def _opened(path: Path) -> Any:
+    from PIL import Image
+
+    with Image.open(path) as file:
+        return file.convert("RGB")
+
+
+def _read(paths: list[Path], prepare: Callable[[Path], Any]) -> Any:
+    """The pictures of a batch that can be read."""
+    import torch
+
+    found = []
+    for path in paths:
+        try:
+            found.append(prepare(path))
+        except (OSError, ValueError, SyntaxError) as error:
+            tell(f"{path} does not count: {error}")
+    if not found:
+        raise ValueError("no picture of this batch can be read")
+    return torch.cat(found)
+
+
+class _Tokenized:
+    """Batches of texts, as a tokenizer makes them."""
+
+    def __init__(self, batches: list[list[str]], tokenizer: Any, length: int) -> None:
+        self._batches, self._tokenizer, self._length = batches, tokenizer, length
+        if getattr(tokenizer, "pad_token", "") is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for texts in self._batches:
+            made = self._tokenizer(
+                texts, return_tensors="pt", padding=True, truncation=True, max_length=self._length, verbose=False
+            )
+            yield dict(made)
+
+
+def _statistics(options: argparse.Namespace, prepare: Any) -> list[Statistic]:
+    from .. import statistics
+
+    made: dict[str, Callable[[], Statistic]] = {
+        "distance": statistics.Distance,
+        "entropy": statistics.Entropy,
+        "confidence": statistics.Confidence,
+        "prefix_mass": statistics.PrefixMass,
+        "received": statistics.Received,
+        "sink": statistics.Sink,
+        "mean_map": statistics.MeanMap,
+        "patterns": lambda: statistics.Patterns(getattr(prepare, "all_special_ids", None)),
+    }
+    names = options.measure or (_OF_IMAGES if options.images else _OF_TEXTS)
+    return [made[name]() for name in dict.fromkeys(names)]
