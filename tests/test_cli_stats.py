@@ -160,7 +160,7 @@ def drawn(monkeypatch):
         ("distance", "mean attention distance (patches)"),
         ("entropy", "mean entropy (nats)"),
         ("confidence", "mean of the largest weight"),
-        ("prefix-mass", "attention to the first 1 token(s)"),
+        ("prefix-mass", "attention to prefix tokens (1)"),
         ("sink", "attention to token 0"),
     ],
 )
@@ -169,7 +169,7 @@ def test_one_number_a_head_is_a_dot(kind, label, folder, drawn, capsys):
     assert 0 == cli.main(["plot", "stats.safetensors", "--kind", kind])
     assert f"{kind}.png" in capsys.readouterr().out
     [ax] = drawn[0].axes
-    assert (label, "5 images or texts") == (ax.get_ylabel(), ax.get_title())
+    assert (label, "mean of 5 samples") == (ax.get_ylabel(), ax.get_title())
     means = load("stats.safetensors")[kind.replace("-", "_")].mean
     np.testing.assert_allclose(means.reshape(-1), ax.collections[0].get_offsets()[:, 1])
 

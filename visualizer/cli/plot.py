@@ -163,7 +163,7 @@ def _of_statistics(kind: str, found: Collected, given: dict[str, Any]) -> tuple[
 
         return functools.partial(plot.heads, moments.mean[:, None], **{"layer": -1, **given}), {"layer", "title"}
     draw = {1: _positions, 0: _depths}[moments.mean.ndim - 2] if name != "patterns" else _scores
-    title = given.get("title", f"{found.samples} images or texts")
+    title = given.get("title", f"mean of {found.samples:,} samples")
     settings: dict[str, Any] = found._settings[name]
     return functools.partial(draw, name, moments, settings, title), {"title"}
 
@@ -177,7 +177,7 @@ def _depths(name: str, moments: Moments, settings: dict[str, Any], title: str) -
         "entropy": "mean entropy (nats)",
         "confidence": "mean of the largest weight",
         "sink": f"attention to token {settings.get('key')}",
-        "prefix_mass": f"attention to the first {settings.get('prefix_tokens')} token(s)",
+        "prefix_mass": f"attention to prefix tokens ({settings.get('prefix_tokens')})",
     }
     if name in labels:
         ax.set_ylabel(labels[name])
