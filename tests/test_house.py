@@ -105,7 +105,7 @@ def test_drawing_loads_matplotlib_and_models_load_torch() -> None:
 
 
 def test_import_costs_at_most_fifty_milliseconds_beside_numpy_and_bytecode() -> None:
-    """Measured within one process, after numpy and bytecode, as the processor's time: what others do is not its cost."""
+    """Within one process, after numpy and bytecode, by the processor's time: what others do is not its cost."""
     code = (
         "import numpy, bytecode; from time import process_time as now; start = now(); import visualizer;"
         "print(now() - start)"
