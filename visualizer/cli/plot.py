@@ -206,14 +206,13 @@ def _scores(name: str, moments: Moments, settings: dict[str, Any], title: str) -
     from ..statistics import Patterns
 
     layers, heads = moments.mean.shape[:2]
-    figure, panels = plt.subplots(
-        1, len(Patterns.NAMES), figsize=(1 + 1.6 * len(Patterns.NAMES), 1 + 1.3 * layers / heads), layout="compressed"
-    )
-    for ax, pattern, scores in zip(panels, Patterns.NAMES, moments.mean.transpose(2, 0, 1), strict=True):
+    figure, panels = plt.subplots(2, 4, figsize=(10, 1.6 + 4 * layers / heads), layout="compressed")
+    for ax, pattern, scores in zip(panels.flat, Patterns.NAMES, moments.mean.transpose(2, 0, 1), strict=False):
         drawn = ax.imshow(scores, vmin=0, vmax=1, cmap="viridis", interpolation="none")
         ax.set_title(pattern)
         ax.set_xlabel("head")
-    panels[0].set_ylabel("layer")
+        ax.set_ylabel("layer")
+    panels.flat[-1].set_axis_off()  # there are seven
     figure.colorbar(drawn, ax=panels, label="score")
     figure.suptitle(title, parse_math=False)
     return figure
