@@ -211,6 +211,7 @@ def check_patch_size(patch_size: float) -> None:
         raise ValueError(f"patch_size={patch_size!r} is one number above 0: the side of a square patch")
 
 
+@exactly
 def distance_of(
     layer: AttentionMap, grid: tuple[int, int] | None, patch_size: float, prefix_tokens: int | None, renormalise: bool
 ) -> Tensor:
@@ -227,14 +228,15 @@ def distance_of(
         own = slice(max(part.start - prefix, 0), max(part.stop - prefix, 0))  # as patches
         weights = weights[:, :, max(prefix - part.start, 0) :, prefix:]
         apart = torch.hypot(row[own, None] - row, column[own, None] - column)  # (some queries, patches)
-        distances = (weights * apart).sum(-1)
+        # Both sums in one reading of the weights: of what they are a product with, queries are the batch.
+        factors = torch.stack([apart, torch.ones_like(apart)], -1)
+        distances, mass = torch.bmm(weights.flatten(0, 1).transpose(0, 1), factors).unbind(-1)
         if renormalise:
-            mass = weights.sum(-1)
             distances = torch.where(mass > 0, distances / mass, 0)
-            counted += (mass > 0).sum(-1)
+            counted += (mass > 0).sum(0).view(batch, heads)
         else:
-            counted += distances.shape[-1]
-        total += distances.sum(-1)
+            counted += len(distances)
+        total += distances.sum(0).view(batch, heads)
     return patch_size * total / counted
 
 
