@@ -5,14 +5,12 @@ Nothing is imported before the program does so: it may have to set up its enviro
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.machinery import ModuleSpec
 from itertools import chain, count
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from ..errors import UnknownLocalError, VisualizerError, VisualizerWarning
 from ..instrument import Captured, Uncompiled, get_local
 from ..instrument.compiled import no_graph
+from ..instrument.imports import after_import
 from ..instrument.targets import WRAPPERS
 from ..store import Cache, Record, human, load, write
 from ..tensors import bytes_by_device
@@ -236,43 +235,6 @@ def _is_plain(module: Any) -> bool:
     kind = type(module)
     is_own = kind.__module__.startswith("torch.nn.modules.") and kind.__name__ != "MultiheadAttention"
     return is_own and next(module.children(), None) is None
-
-
-def after_import(name: str, then: Callable[[ModuleType], None]) -> None:
-    """Call `then` with the module as soon as it has been imported, now if it has been; it is not imported for that."""
-    if name in sys.modules:
-        then(sys.modules[name])
-    else:
-        sys.meta_path.insert(0, _Finder(name, then))
-
-
-class _Finder:
-    """Waits for one import, and is gone."""
-
-    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
-        self._name, self._then = name, then
-
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec that the other finders have."""
-        if name != self._name:
-            return None
-        found = (finder.find_spec(name, path, target) for finder in list(sys.meta_path) if finder is not self)
-        spec = next((spec for spec in found if spec is not None), None)
-        loader: Any = None if spec is None else spec.loader
-        run = getattr(loader, "exec_module", None)
-        if run is None:
-            return spec
-
-        def load(module: ModuleType) -> None:
-            run(module)
-            if module.__name__ == name:
-                vars(loader).pop("exec_module", None)
-                if self in sys.meta_path:
-                    sys.meta_path.remove(self)
-                self._then(module)
-
-        loader.exec_module = load
-        return spec
 
 
 def first_sentences(error: Exception) -> str:

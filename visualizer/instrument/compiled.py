@@ -18,12 +18,12 @@ import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib import import_module
-from importlib.machinery import ModuleSpec
 from threading import RLock
 from types import CodeType, FrameType, ModuleType
 from typing import Any, ClassVar, TypeVar
 
 from ..store import Channel, listener, receive
+from .imports import after_import
 
 T = TypeVar("T")
 
@@ -45,39 +45,12 @@ no_graph(receive)  # should the compiler not understand the rest
 
 def prepare() -> None:
     """Have torch's compiler know the hook: now, or as soon as it is loaded. It is not loaded for that."""
-    if _COMPILER in sys.modules:
-        import_module(_COMPILER)  # waits where another thread is just loading it
-        _teach()
-    elif _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)
+    after_import(_COMPILER, _loaded)
 
 
-class _Finder:
-    """Waits for the compiler to be imported, has it taught as it has been loaded, and is gone."""
-
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec that the other finders have for the compiler."""
-        if name != _COMPILER:
-            return None
-        found = (finder.find_spec(name, path, target) for finder in list(sys.meta_path) if finder is not _Finder)
-        spec = next((spec for spec in found if spec is not None), None)
-        loader: Any = None if spec is None else spec.loader
-        run = getattr(loader, "exec_module", None)
-        if run is None:
-            return spec
-
-        def load(module: ModuleType) -> None:
-            run(module)
-            if module.__name__ == _COMPILER:
-                vars(loader).pop("exec_module", None)
-                if _Finder in sys.meta_path:
-                    sys.meta_path.remove(_Finder)
-                _teach()
-                Uncompiled.begin()
-
-        loader.exec_module = load
-        return spec
+def _loaded(_: ModuleType) -> None:
+    _teach()
+    Uncompiled.begin()
 
 
 def _teach() -> None:

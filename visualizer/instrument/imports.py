@@ -1,0 +1,47 @@
+"""Hearing of a module once it is imported, without importing it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+def after_import(name: str, then: Callable[[ModuleType], None]) -> None:
+    """Call `then` with the module as soon as it has been imported, now if it has been; it is not imported for that."""
+    if name in sys.modules:
+        then(import_module(name))  # waits where another thread is just loading it
+    elif not any(type(finder) is _Finder and (finder.name, finder.then) == (name, then) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(name, then))
+
+
+class _Finder:
+    """Waits for one import, and is gone."""
+
+    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
+        self.name, self.then = name, then
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec that the other finders have."""
+        if name != self.name:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in list(sys.meta_path) if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        loader: Any = None if spec is None else spec.loader
+        run = getattr(loader, "exec_module", None)
+        if run is None:
+            return spec
+
+        def load(module: ModuleType) -> None:
+            run(module)
+            if module.__name__ == name:
+                vars(loader).pop("exec_module", None)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                self.then(module)
+
+        loader.exec_module = load
+        return spec
