@@ -64,7 +64,7 @@ def load(path: str | PathLike[str]) -> Cache | Maps | Collected:
         raise ValueError(f"files of one pattern are of one kind, and {told}")
     kind = next(iter(kinds.values()), "values")
     if kind == "statistics":
-        from .statistics.collecting import merge, restored  # needs torchmetrics
+        from .statistics.collected import merge, restored  # needs torchmetrics
 
         parts = [restored(cache.records, cache.about) for cache in caches if cache.records]
         whole = merge(parts)

@@ -4,7 +4,8 @@
 as well.
 """
 
-from .collecting import Collected, collect
+from .collected import Collected
+from .collecting import collect
 from .measures import (
     Confidence,
     Distance,

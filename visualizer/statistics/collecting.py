@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
-import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
-from itertools import count, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
-from ..errors import FileFormatError, warn
+from ..errors import warn
 from ..instrument import named_modules
 from ..intercept import attention
-from ..store import Record, as_html, as_text, load, write
-from .measures import Statistic, Texts, gathered, measured
-from .moments import Moments, as_large, merged
+from .collected import Collected
+from .measures import Statistic, Texts, measured
+from .ranks import Batch, Ranks
 
-_VARIABLE = "statistics moments"  # in a file's records; no local variable is called so
 _FEW, _MANY = 3, 100  # failures in a row, before a batch has worked and after: then it is not the data that is wrong
-
-_NUMBERS = count()  # of the calls, in which processes meet
-
-_T = TypeVar("_T")
 
 
 def collect(
@@ -110,7 +100,7 @@ def collect(
         raise ValueError(f"two statistics have one name: {names}; give one of them another, by name=")
     if every < 1:
         raise ValueError(f"every={every!r}: pass how many batches, 1 or more")
-    ranks = _Ranks(timeout)
+    ranks = Ranks(timeout)
     file = None if checkpoint is None else Path(checkpoint) / f"rank-{ranks.rank}.safetensors"
     found = Collected(copy.deepcopy(statistics))
     found._is_complete = False
@@ -162,18 +152,9 @@ def _bar(size: int | None, done: int, is_shown: bool) -> Any:
     return tqdm(total=size, initial=done, unit="batch", disable=None if is_shown else True)  # None: without a terminal
 
 
-class _Batch(NamedTuple):
-    number: int
-    """Where it is in the data that the process was given."""
-    value: Any
-    error: Exception | None = None
-    """What the loader raised in its place."""
-    counts: bool = True
-
-
 def _run(
     model: nn.Module,
-    batches: Iterator[_Batch],
+    batches: Iterator[Batch],
     found: Collected,
     call: Callable[[nn.Module, Any], Any] | None,
     is_in_step: bool,
@@ -269,355 +250,3 @@ def _fingerprint(model: nn.Module) -> str:
             own = own.to_local() if hasattr(own, "to_local") else own
             told.append((path, name, tuple(own.shape), [] if own.is_meta else own.reshape(-1)[:4].cpu().tolist()))
     return f"{zlib.crc32(repr(told).encode()):08x}"
-
-
-class Collected(Mapping[str, Moments]):
-    """Statistics by their names, made by `collect` or read by `visualizer.load`: `found["entropy"].mean`."""
-
-    paths: tuple[str, ...]
-    """The modules that the layers are, in the order of their calls."""
-
-    def __init__(self, statistics: Sequence[Statistic]) -> None:
-        self._statistics = list(statistics)
-        self._settings = {statistic.name: statistic.settings for statistic in statistics}
-        for statistic in self._statistics:
-            statistic.reset()
-        self._states: dict[str, Tensor] = {}
-        self._is_complete = True
-        self._part: dict[str, Any] = {}
-        """Of a process's file: its "rank", of how many "ranks", and the fingerprint of its "model"."""
-        self.paths = ()
-        self.samples = 0
-        """How many images or texts were seen: the smallest batch of a layer, as windows are more, over all batches."""
-        self.batches = 0
-        """How many batches counted."""
-        self.failed: list[tuple[int, str]] = []
-        """The batches that failed, by their numbers in the data (or in their process's share of it), and why."""
-        self.about: dict[str, Any] = {}
-        """What `save` was given beside the statistics."""
-
-    def __getitem__(self, name: str) -> Moments:
-        if name not in self._settings:
-            raise KeyError(f"there is no statistic {name!r}; there are {', '.join(map(repr, self))}")
-        return Moments.of(self._state(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._settings)
-
-    def __len__(self) -> int:
-        return len(self._settings)
-
-    def save(self, path: str | PathLike[str], about: dict[str, Any] | None = None) -> None:
-        """Write the statistics to a `.safetensors` file, which `visualizer.load` reads and merges with others."""
-        self._save(path, about)
-
-    def __repr__(self) -> str:
-        return as_text(*self._table())
-
-    def _repr_html_(self) -> str:
-        return as_html(*self._table())
-
-    def _table(self) -> tuple[str, list[tuple[str, ...]]]:
-        rows: list[tuple[str, ...]] = [("statistic", "numbers", "samples")]
-        for name, moments in self.items():
-            axes = ("layers", "heads", "of each")
-            shape = moments.count.shape
-            numbers = ", ".join([f"{size} {axis}" for size, axis in zip(shape, axes, strict=False)])
-            numbers = numbers if len(shape) < 4 else f"{shape[0]} layers, {shape[1]} heads, {shape[2]} x {shape[3]}"
-            least, most = (int(f(moments.count)) if moments.count.size else 0 for f in (np.min, np.max))
-            rows.append((name, numbers, str(most) if least == most else f"{least} to {most}"))
-        more = f", {len(self.failed)} failed" if self.failed else ""
-        more += "" if self._is_complete else ", unfinished"
-        return f"statistics of {self.samples} images or texts in {self.batches} batches{more}", rows
-
-    def _state(self, name: str) -> Tensor:
-        if name in self._states:
-            return self._states[name]
-        return next(statistic.moments for statistic in self._statistics if statistic.name == name)
-
-    def _take(self, calls: list[tuple[str, int, list[Tensor]]]) -> None:
-        """Take in what was made of a batch's calls, all or nothing."""
-        paths = tuple(path for path, _, _ in calls)
-        if not paths:
-            raise ValueError("no attention was seen in this batch. Has the model any?")
-        if self.paths and paths != self.paths:
-            raise ValueError(
-                f"this batch had attention in {len(paths)} calls, {_few(paths)}, and those before in "
-                f"{len(self.paths)}, {_few(self.paths)}: statistics are those of the same layers"
-            )
-        before = [statistic.moments for statistic in self._statistics]
-        try:
-            for number, statistic in enumerate(self._statistics):
-                statistic.take([states[number] for _, _, states in calls])
-        except BaseException:
-            for statistic, moments in zip(self._statistics, before, strict=True):
-                statistic.moments = moments
-            raise
-        self.paths = paths
-        self.samples += min(size for _, size, _ in calls)  # windows are more than images
-        self.batches += 1
-
-    def _save(self, path: str | PathLike[str], about: dict[str, Any] | None = None) -> None:
-        records = [
-            Record(name, _VARIABLE, self._state(name).detach().cpu().numpy(), number, None, 0, None)
-            for number, name in enumerate(self)
-        ]
-        own = {
-            "part": self._part,
-            "paths": list(self.paths),
-            "samples": self.samples,
-            "batches": self.batches,
-            "failed": [list(one) for one in self.failed],
-            "settings": self._settings,
-            "is complete": self._is_complete,
-        }
-        write(path, list(self), records, {"statistics": own, "about": self.about if about is None else about})
-
-    def _resume(self, file: Path) -> None:
-        """Go on from what a run before wrote."""
-        try:
-            cache = load(file)
-        except FileFormatError as error:
-            raise FileFormatError(f"{error}; or remove it, and this process's share begins anew") from error
-        if not are_statistics(cache.records):
-            raise ValueError(f"{file} is no checkpoint of statistics: choose another folder")
-        before = restored(cache.records, cache.about)
-        for what, own, others in (
-            ("statistics", self._settings, before._settings),
-            (
-                "a number of processes, each of which goes on with its own share,",
-                self._part["ranks"],
-                before._part.get("ranks"),
-            ),
-            ("a model", self._part["model"], before._part.get("model")),
-        ):
-            if own != others:
-                raise ValueError(
-                    f"{file} is of another run, with {what} {others}, where this one has {own}: choose a new folder"
-                )
-        for statistic in self._statistics:
-            statistic.moments = before._states[statistic.name].to(statistic.moments.device)
-        self.paths, self.samples, self.batches = before.paths, before.samples, before.batches
-        self.failed, self._is_complete = before.failed, before._is_complete
-
-
-def restored(records: Sequence[Record], about: dict[str, Any]) -> Collected:
-    """The statistics that a file's records are."""
-    found, own = Collected([]), about["statistics"]
-    found._states = {record.key: torch.from_numpy(np.array(record.value)) for record in records}
-    found._settings, found._part, found.paths = own["settings"], own["part"], tuple(own["paths"])
-    found.samples, found.batches, found._is_complete = own["samples"], own["batches"], own["is complete"]
-    found.failed = [(number, why) for number, why in own["failed"]]
-    found.about = about["about"]
-    return found
-
-
-def are_statistics(records: Sequence[Record]) -> bool:
-    """Whether a file's records are those of statistics."""
-    return bool(records) and records[0].variable == _VARIABLE
-
-
-def merge(parts: Sequence[Collected]) -> Collected:
-    """All parts together; ValueError where they are of different statistics or models."""
-    first = next((part for part in parts if part.paths), parts[0])
-    whole = Collected([])
-    for part in parts:
-        if part._settings != first._settings or (part.paths and part.paths != first.paths):
-            raise ValueError("these are of different statistics or models, which cannot be merged")
-    ranks = {part._part.get("ranks", 1) for part in parts}
-    missing = {*range(max(ranks))} - {part._part.get("rank", 0) for part in parts}
-    if missing:
-        warn(f"of a run of {max(ranks)} processes the files of these are missing: {_numbers(missing)}")
-    whole._settings, whole.paths = first._settings, first.paths
-    for name in first:
-        whole._states[name] = merged(torch.stack(as_large([part._state(name) for part in parts])))
-    whole.samples, whole.batches = sum(part.samples for part in parts), sum(part.batches for part in parts)
-    whole.failed = [failure for part in parts for failure in part.failed]
-    whole.about = first.about
-    whole._is_complete = all(part._is_complete for part in parts)
-    return whole
-
-
-class _Stopped(Exception):
-    """Another process has failed, and waits for this one to tell it why."""
-
-
-class _Ranks:
-    """The processes that work together; one, where `torch.distributed` is not at work."""
-
-    def __init__(self, timeout: float) -> None:
-        self.rank, self.count = 0, 1
-        self._timeout = timedelta(seconds=timeout)
-        self._group: Any = None
-        self._times = 0
-        self._looked = time.monotonic()
-        if distributed.is_available() and distributed.is_initialized():
-            self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
-        elif distributed.is_available() and distributed.is_torchelastic_launched():
-            started = int(os.environ.get("WORLD_SIZE", 1))
-            if started > 1:
-                raise RuntimeError(
-                    f"torchrun has started {started} processes, which do not know each other: call "
-                    "torch.distributed.init_process_group() before collect"
-                )
-        if self.count > 1:
-            store = distributed.distributed_c10d._get_default_store()
-            self._store = distributed.distributed_c10d.PrefixStore(f"visualizer {next(_NUMBERS)}", store)
-            self._tell(f"{self._times} {self.rank}")
-            try:
-                # Its own group, on the CPU: it knows who is missing, and its time is ours.
-                self._group = distributed.new_group(backend="gloo", timeout=self._timeout)
-            except RuntimeError as error:
-                raise self._incomplete(error) from error
-
-    def share(self, batches: Iterable[Any], is_share: bool | None) -> _Share:
-        """This process's batches."""
-        if is_share is None:
-            is_share = _is_share(batches)
-        return _Share(batches, 0, 1) if is_share else _Share(batches, self.rank, self.count)
-
-    def in_step(self, share: _Share, done: int) -> Iterator[_Batch]:
-        """As many batches as the process with the most has: one that has fewer gets its last again, not to count."""
-        batches, spare = share.behind(max(done - 1, 0)), None
-        for step in count(0 if done else 1):
-            batch = next(batches, None)
-            if batch is not None and batch.error is None:
-                spare = batch._replace(counts=False)
-            if step == 0:  # the last of those that are done
-                continue
-            has = torch.tensor([batch is not None, spare is not None], dtype=torch.int64)
-            distributed.all_reduce(has, group=self._group)
-            if has[0] == 0:
-                return
-            if has[1] < self.count:
-                raise ValueError(
-                    f"{self.count - has[1]} of {self.count} processes have no batch, and a sharded model runs on all "
-                    "at once: give each at least one"
-                )
-            if batch is not None:
-                yield batch
-            if spare is not None and (batch is None or batch.error is not None):
-                yield spare
-
-    def look(self) -> None:
-        """Stop, if another process has failed."""
-        if self._group is not None and time.monotonic() > self._looked + 1:
-            self._looked = time.monotonic()
-            if self._store.check(["trouble"]):
-                raise _Stopped
-
-    def all(self, do: Callable[[], _T], is_in_step: bool = False) -> list[_T]:
-        """What each process makes of `do`; where one fails all do. None waits for one that is out of step."""
-        if self._group is None:
-            return [do()]
-        self._times += 1
-        own, trouble = None, None
-        try:
-            own = do()
-        except _Stopped:
-            pass
-        except BaseException as error:
-            self._tell("trouble")
-            if is_in_step or not isinstance(error, Exception):
-                raise
-            trouble = error
-        others: list[Any] = [None] * self.count
-        why = None if trouble is None else f"{type(trouble).__name__}: {trouble}"
-        try:
-            self._tell(f"{self._times} {self.rank}")
-            distributed.monitored_barrier(self._group, self._timeout, wait_all_ranks=True)
-            distributed.all_gather_object(others, (own, why), self._group)
-        except RuntimeError as error:
-            self._tell("trouble")
-            raise trouble or self._incomplete(error) from error
-        if trouble is not None:
-            raise trouble
-        failed = [f"rank {rank} failed, with {why}" for rank, (_, why) in enumerate(others) if why is not None]
-        if failed:
-            raise RuntimeError(f"there are no statistics of all processes: {'; '.join(failed)}")
-        return [made for made, _ in others]
-
-    def _tell(self, what: str) -> None:
-        with contextlib.suppress(RuntimeError):  # the process that has the store is gone
-            self._store.set(what, "")
-
-    def _incomplete(self, error: RuntimeError) -> RuntimeError:
-        """Says who is missing."""
-        try:
-            missing = [rank for rank in range(self.count) if not self._store.check([f"{self._times} {rank}"])]
-        except RuntimeError:
-            missing = [0]  # with it went the store
-        return RuntimeError(
-            f"rank {self.rank} of {self.count} is here, and rank {_numbers(missing) or '?'} did not come within "
-            f"{self._timeout.total_seconds():g} s, or died. What each had written to checkpoint= is there, and load() "
-            f"merges it. ({str(error).partition(chr(10))[0]})"
-        )
-
-    def merge(self, found: Collected) -> None:
-        """Make what was found that of all processes, in each."""
-        if self._group is None:
-            return
-        others = self.all(lambda: (found.paths, found.samples, found.batches, found.failed))
-        paths = {paths for paths, *_ in others if paths}
-        if len(paths) > 1:
-            raise ValueError(f"the processes saw attention in different modules: {', '.join(map(_few, sorted(paths)))}")
-        for statistic in found._statistics:
-            statistic.cpu()
-            statistic.sync(dist_sync_fn=gathered, process_group=self._group)
-        found.paths = paths.pop() if paths else ()
-        found.samples, found.batches = sum(one for _, one, *_ in others), sum(one for _, _, one, _ in others)
-        found.failed = sorted(failure for *_, failed in others for failure in failed)
-        found._part = {}
-
-    def close(self) -> None:
-        """Take the group away."""
-        if self._group is not None:
-            distributed.destroy_process_group(self._group)
-
-
-class _Share:
-    """A process's batches: every n-th from the r-th on."""
-
-    def __init__(self, batches: Iterable[Any], first: int, step: int) -> None:
-        self._batches, self._first, self._step = batches, first, step
-        self._length: int | None = None
-        self.size: int | None = None
-        """How many these are, where it is known."""
-        with contextlib.suppress(TypeError, NotImplementedError):  # a loader of an iterable data set has no length
-            self._length = len(batches)  # type: ignore[arg-type]
-            self.size = len(range(first, self._length, step))
-
-    def behind(self, done: int) -> Iterator[_Batch]:
-        """Each batch but the first."""
-        return islice(self._each(), self._first + done * self._step, None, self._step)
-
-    def _each(self) -> Iterator[_Batch]:
-        batches, error = iter(self._batches), None
-        for number in count():
-            try:
-                value = next(batches)
-            except StopIteration:
-                if error is not None and number != self._length:  # a generator, say: what it would have given is lost
-                    raise error from None
-                return
-            except Exception as raised:
-                error = raised
-                yield _Batch(number, None, error)
-            else:
-                error = None
-                yield _Batch(number, value)
-
-
-def _is_share(batches: Any) -> bool:
-    """Whether a loader gives each process a share of its own, as torch, timm and accelerate make them."""
-    samplers = [getattr(holder, "sampler", None) for holder in (batches, getattr(batches, "batch_sampler", None))]
-    is_split = any(hasattr(sampler, "num_replicas") for sampler in samplers)
-    return is_split or type(batches).__name__ in ("DataLoaderShard", "DataLoaderDispatcher")
-
-
-def _few(paths: Sequence[str]) -> str:
-    return ", ".join(map(repr, paths[:3])) + (" ..." if len(paths) > 3 else "")
-
-
-def _numbers(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(numbers)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..intercept import attention
 from ..maps import AttentionMap
-from .collecting import Collected
+from .collected import Collected
 from .measures import Statistic, Texts, measured
 from .moments import as_large, merged
 

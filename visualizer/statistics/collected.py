@@ -1,0 +1,191 @@
+"""`Collected`: statistics by their names, in memory and in files, and several of them made one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import FileFormatError, warn
+from ..store import Record, as_html, as_text, load, write
+from .measures import Statistic
+from .moments import Moments, as_large, merged
+
+_VARIABLE = "statistics moments"  # in a file's records; no local variable is called so
+
+
+class Collected(Mapping[str, Moments]):
+    """Statistics by their names, made by `collect` or read by `visualizer.load`: `found["entropy"].mean`."""
+
+    paths: tuple[str, ...]
+    """The modules that the layers are, in the order of their calls."""
+
+    def __init__(self, statistics: Sequence[Statistic]) -> None:
+        self._statistics = list(statistics)
+        self._settings = {statistic.name: statistic.settings for statistic in statistics}
+        for statistic in self._statistics:
+            statistic.reset()
+        self._states: dict[str, Tensor] = {}
+        self._is_complete = True
+        self._part: dict[str, Any] = {}
+        """Of a process's file: its "rank", of how many "ranks", and the fingerprint of its "model"."""
+        self.paths = ()
+        self.samples = 0
+        """How many images or texts were seen: the smallest batch of a layer, as windows are more, over all batches."""
+        self.batches = 0
+        """How many batches counted."""
+        self.failed: list[tuple[int, str]] = []
+        """The batches that failed, by their numbers in the data (or in their process's share of it), and why."""
+        self.about: dict[str, Any] = {}
+        """What `save` was given beside the statistics."""
+
+    def __getitem__(self, name: str) -> Moments:
+        if name not in self._settings:
+            raise KeyError(f"there is no statistic {name!r}; there are {', '.join(map(repr, self))}")
+        return Moments.of(self._state(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._settings)
+
+    def __len__(self) -> int:
+        return len(self._settings)
+
+    def save(self, path: str | PathLike[str], about: dict[str, Any] | None = None) -> None:
+        """Write the statistics to a `.safetensors` file, which `visualizer.load` reads and merges with others."""
+        self._save(path, about)
+
+    def __repr__(self) -> str:
+        return as_text(*self._table())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self._table())
+
+    def _table(self) -> tuple[str, list[tuple[str, ...]]]:
+        rows: list[tuple[str, ...]] = [("statistic", "numbers", "samples")]
+        for name, moments in self.items():
+            axes = ("layers", "heads", "of each")
+            shape = moments.count.shape
+            numbers = ", ".join([f"{size} {axis}" for size, axis in zip(shape, axes, strict=False)])
+            numbers = numbers if len(shape) < 4 else f"{shape[0]} layers, {shape[1]} heads, {shape[2]} x {shape[3]}"
+            least, most = (int(f(moments.count)) if moments.count.size else 0 for f in (np.min, np.max))
+            rows.append((name, numbers, str(most) if least == most else f"{least} to {most}"))
+        more = f", {len(self.failed)} failed" if self.failed else ""
+        more += "" if self._is_complete else ", unfinished"
+        return f"statistics of {self.samples} images or texts in {self.batches} batches{more}", rows
+
+    def _state(self, name: str) -> Tensor:
+        if name in self._states:
+            return self._states[name]
+        return next(statistic.moments for statistic in self._statistics if statistic.name == name)
+
+    def _take(self, calls: list[tuple[str, int, list[Tensor]]]) -> None:
+        """Take in what was made of a batch's calls, all or nothing."""
+        paths = tuple(path for path, _, _ in calls)
+        if not paths:
+            raise ValueError("no attention was seen in this batch. Has the model any?")
+        if self.paths and paths != self.paths:
+            raise ValueError(
+                f"this batch had attention in {len(paths)} calls, {few(paths)}, and those before in "
+                f"{len(self.paths)}, {few(self.paths)}: statistics are those of the same layers"
+            )
+        before = [statistic.moments for statistic in self._statistics]
+        try:
+            for number, statistic in enumerate(self._statistics):
+                statistic.take([states[number] for _, _, states in calls])
+        except BaseException:
+            for statistic, moments in zip(self._statistics, before, strict=True):
+                statistic.moments = moments
+            raise
+        self.paths = paths
+        self.samples += min(size for _, size, _ in calls)  # windows are more than images
+        self.batches += 1
+
+    def _save(self, path: str | PathLike[str], about: dict[str, Any] | None = None) -> None:
+        records = [
+            Record(name, _VARIABLE, self._state(name).detach().cpu().numpy(), number, None, 0, None)
+            for number, name in enumerate(self)
+        ]
+        own = {
+            "part": self._part,
+            "paths": list(self.paths),
+            "samples": self.samples,
+            "batches": self.batches,
+            "failed": [list(one) for one in self.failed],
+            "settings": self._settings,
+            "is complete": self._is_complete,
+        }
+        write(path, list(self), records, {"statistics": own, "about": self.about if about is None else about})
+
+    def _resume(self, file: Path) -> None:
+        """Go on from what a run before wrote."""
+        try:
+            cache = load(file)
+        except FileFormatError as error:
+            raise FileFormatError(f"{error}; or remove it, and this process's share begins anew") from error
+        if any(record.variable != _VARIABLE for record in cache.records) or not cache.records:
+            raise ValueError(f"{file} is no checkpoint of statistics: choose another folder")
+        before = restored(cache.records, cache.about)
+        for what, own, others in (
+            ("statistics", self._settings, before._settings),
+            (
+                "a number of processes, each of which goes on with its own share,",
+                self._part["ranks"],
+                before._part.get("ranks"),
+            ),
+            ("a model", self._part["model"], before._part.get("model")),
+        ):
+            if own != others:
+                raise ValueError(
+                    f"{file} is of another run, with {what} {others}, where this one has {own}: choose a new folder"
+                )
+        for statistic in self._statistics:
+            statistic.moments = before._states[statistic.name].to(statistic.moments.device)
+        self.paths, self.samples, self.batches = before.paths, before.samples, before.batches
+        self.failed, self._is_complete = before.failed, before._is_complete
+
+
+def restored(records: Sequence[Record], about: dict[str, Any]) -> Collected:
+    """The statistics that a file's records are."""
+    found, own = Collected([]), about["statistics"]
+    found._states = {record.key: torch.from_numpy(np.array(record.value)) for record in records}
+    found._settings, found._part, found.paths = own["settings"], own["part"], tuple(own["paths"])
+    found.samples, found.batches, found._is_complete = own["samples"], own["batches"], own["is complete"]
+    found.failed = [(number, why) for number, why in own["failed"]]
+    found.about = about["about"]
+    return found
+
+
+def merge(parts: Sequence[Collected]) -> Collected:
+    """All parts together; ValueError where they are of different statistics or models."""
+    first = next((part for part in parts if part.paths), parts[0])
+    whole = Collected([])
+    for part in parts:
+        if part._settings != first._settings or (part.paths and part.paths != first.paths):
+            raise ValueError("these are of different statistics or models, which cannot be merged")
+    ranks = {part._part.get("ranks", 1) for part in parts}
+    missing = {*range(max(ranks))} - {part._part.get("rank", 0) for part in parts}
+    if missing:
+        warn(f"of a run of {max(ranks)} processes the files of these are missing: {numbers(missing)}")
+    whole._settings, whole.paths = first._settings, first.paths
+    for name in first:
+        whole._states[name] = merged(torch.stack(as_large([part._state(name) for part in parts])))
+    whole.samples, whole.batches = sum(part.samples for part in parts), sum(part.batches for part in parts)
+    whole.failed = [failure for part in parts for failure in part.failed]
+    whole.about = first.about
+    whole._is_complete = all(part._is_complete for part in parts)
+    return whole
+
+
+def few(paths: Sequence[str]) -> str:
+    """The first paths of many, for a message."""
+    return ", ".join(map(repr, paths[:3])) + (" ..." if len(paths) > 3 else "")
+
+
+def numbers(numbers: Iterable[int]) -> str:
+    """Numbers in their order, for a message."""
+    return ", ".join(map(str, sorted(numbers)))
