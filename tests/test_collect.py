@@ -149,6 +149,11 @@ class TestBatches:
         np.testing.assert_allclose(found["entropy"].mean, [first, first, first, second], atol=1e-6)
 
     def test_what_was_asked_for_wrongly(self):
+        for what, wrong in (("the class Entropy", Entropy), ("'entropy'", "entropy")):
+            with pytest.raises(TypeError, match=rf"such as Entropy\(\).*, not {what}"):
+                collect(Looking(), self.DATA, wrong)
+        with pytest.raises(TypeError, match=r"those of an nn\.Module, not of a builtin"):
+            collect(abs, self.DATA, Entropy())
         with pytest.raises(ValueError, match="pass the statistics"):
             collect(Looking(), self.DATA)
         with pytest.raises(ValueError, match=r"two statistics have one name.*name="):

@@ -401,8 +401,8 @@ def test_part_of_a_model_may_be_measured_under_another_prefix():
 @pytest.mark.parametrize(
     ("statistics", "options", "message"),
     [
-        ((), {}, r"different names, such as Entropy\(\) and Sink\(\), not \[\]"),
-        ((Entropy(), Entropy()), {}, r"not \['entropy', 'entropy'\]"),
+        ((), {}, "pass the statistics to collect"),
+        ((Entropy(), Entropy()), {}, r"one name: \['entropy', 'entropy'\]"),
         ((Received(),), {}, "received has many numbers a head"),
         ((Patterns(),), {}, "patterns has many numbers a head"),
         ((MeanMap(),), {}, "mean_map has many numbers a head"),

@@ -17,7 +17,7 @@ from ..errors import warn
 from ..instrument import named_modules
 from ..intercept import attention
 from .collected import Collected
-from .measures import Statistic, Texts, measured
+from .measures import Statistic, Texts, check_statistics, measured
 from .ranks import Batch, Ranks
 
 _FEW, _MANY = 3, 100  # failures in a row, before a batch has worked and after: then it is not the data that is wrong
@@ -84,6 +84,7 @@ def collect(
         The statistics by their names, over all processes, in each of them.
 
     Raises:
+        TypeError: it is no model, or what is no statistic was passed for one.
         ValueError: there is no statistic, two have one name, there is no batch or no attention, or a checkpoint is of
             other statistics, another model, or another number of processes.
         FileFormatError: the checkpoint is damaged.
@@ -93,11 +94,7 @@ def collect(
             or where the loader has no more behind it. Any other batch that fails is warned about and counted in
             `failed`, and the rest goes on.
     """
-    names = [statistic.name for statistic in statistics]
-    if not statistics:
-        raise ValueError("pass the statistics to collect, such as visualizer.statistics.Entropy()")
-    if len({*names}) < len(names):
-        raise ValueError(f"two statistics have one name: {names}; give one of them another, by name=")
+    check_statistics(model, statistics)
     if every < 1:
         raise ValueError(f"every={every!r}: pass how many batches, 1 or more")
     ranks = Ranks(timeout)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from torchmetrics import Metric
@@ -133,6 +133,21 @@ def measured(layer: AttentionMap, texts: Texts, statistics: Sequence[Statistic])
     elif len(statistics) > 1 and math.prod(layer.shape) * layer.dtype.itemsize <= _SMALL:
         layer = AttentionMap(layer.rows(slice(None)), path=layer.path, kind=layer.kind)
     return [statistic.reduced(layer, texts) for statistic in statistics]
+
+
+def check_statistics(model: Any, statistics: Sequence[Any]) -> None:
+    """Raise TypeError or ValueError unless these are a model, and statistics with a name each."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"statistics are those of an nn.Module, not of a {type(model).__name__}")
+    if not statistics:
+        raise ValueError("pass the statistics to collect, such as visualizer.statistics.Entropy()")
+    for statistic in statistics:
+        if not isinstance(statistic, Statistic):
+            what = f"the class {statistic.__name__}" if isinstance(statistic, type) else f"{statistic!r}"
+            raise TypeError(f"pass statistics, such as Entropy() and Sink(key=0), not {what}")
+    names = [statistic.name for statistic in statistics]
+    if len({*names}) < len(names):
+        raise ValueError(f"two statistics have one name: {names}; give one of them another, by name=")
 
 
 def gathered(state: Tensor, group: Any = None) -> list[Tensor]:

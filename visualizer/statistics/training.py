@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..intercept import attention
 from ..maps import AttentionMap
 from .collected import Collected
-from .measures import Statistic, Texts, measured
+from .measures import Statistic, Texts, check_statistics, measured
 from .moments import as_large, merged
 
 
@@ -51,6 +51,7 @@ class Monitor:
         prefix: what the names begin with.
 
     Raises:
+        TypeError: it is no model, or what is no statistic was passed for one.
         ValueError: there is no statistic, two have one name, or one has more than a number a head.
     """
 
@@ -60,9 +61,7 @@ class Monitor:
     """All that is known of the last step that was measured: `monitor.last["entropy"].minimum`."""
 
     def __init__(self, model: nn.Module, *statistics: Statistic, every: int = 50, prefix: str = "attention/") -> None:
-        names = [statistic.name for statistic in statistics]
-        if not names or len({*names}) < len(names):
-            raise ValueError(f"pass statistics of different names, such as Entropy() and Sink(), not {names}")
+        check_statistics(model, statistics)
         for statistic in statistics:
             if statistic.axes:
                 raise ValueError(f"{statistic.name} has many numbers a head, and what is logged is one: see Sink")
