@@ -168,6 +168,13 @@ def one_dies(rank, bad, timeout, folder):
     return facts(collect(model, texts(9), Entropy(), timeout=timeout, checkpoint=folder, every=1))
 
 
+def one_dies_and_one_is_slow(rank, timeout):
+    model = Failing(2, "dies") if rank == 0 else Looking()
+    if rank == 1:
+        model.register_forward_hook(lambda *_: time.sleep(2))
+    return facts(collect(model, texts(9), Entropy(), timeout=timeout))
+
+
 def one_stays_away(rank, timeout):
     if rank == 1:
         time.sleep(3 * timeout)
@@ -213,6 +220,12 @@ class TestAProcessThatFails:
             assert f"rank {bad} did not come within 20 s, or died" in message
             assert "checkpoint" in message
             assert ended[rank].seconds < 30
+
+    def test_that_dies_is_told_from_one_that_is_slow(self):
+        ended = run(3, one_dies_and_one_is_slow, 20.0)
+        for one in ended[1:]:
+            assert "rank 0 did not come within 20 s, or died" in str(one.error)
+            assert one.seconds < 30
 
     def test_that_is_interrupted_ends_the_others(self):
         ended = run(2, one_fails, 1, 2, "interrupted", 20.0)

@@ -57,7 +57,7 @@ class Ranks:
         if self.count > 1:
             store = distributed.distributed_c10d._get_default_store()
             self._store = distributed.distributed_c10d.PrefixStore(f"visualizer {next(_NUMBERS)}", store)
-            self._tell(f"{self._times} {self.rank}")
+            self._come()
             try:
                 # Its own group, on the CPU: it knows who is missing, and its time is ours.
                 self._group = distributed.new_group(backend="gloo", timeout=self._timeout)
@@ -118,7 +118,7 @@ class Ranks:
         others: list[Any] = [None] * self.count
         why = None if trouble is None else f"{type(trouble).__name__}: {trouble}"
         try:
-            self._tell(f"{self._times} {self.rank}")
+            self._come()
             distributed.monitored_barrier(self._group, self._timeout, wait_all_ranks=True)
             distributed.all_gather_object(others, (own, why), self._group)
         except RuntimeError as error:
@@ -131,6 +131,11 @@ class Ranks:
             raise RuntimeError(f"there are no statistics of all processes: {'; '.join(failed)}")
         return [made for made, _ in others]
 
+    def _come(self) -> None:
+        """Say that this process is where all meet."""
+        self._patience = time.monotonic() + self._timeout.total_seconds()
+        self._tell(f"{self._times} {self.rank}")
+
     def _tell(self, what: str) -> None:
         with contextlib.suppress(RuntimeError):  # the process that has the store is gone
             self._store.set(what, "")
@@ -138,7 +143,9 @@ class Ranks:
     def _incomplete(self, error: RuntimeError) -> RuntimeError:
         """Says who is missing."""
         try:
-            missing = [rank for rank in range(self.count) if not self._store.check([f"{self._times} {rank}"])]
+            # Rank 0's death is felt at once, and some of the others are at work yet.
+            while len(missing := self._missing()) > 1 and time.monotonic() < self._patience:
+                time.sleep(0.1)
         except RuntimeError:
             missing = [0]  # with it went the store
         return RuntimeError(
@@ -146,6 +153,9 @@ class Ranks:
             f"{self._timeout.total_seconds():g} s, or died. What each had written to checkpoint= is there, and load() "
             f"merges it. ({str(error).partition(chr(10))[0]})"
         )
+
+    def _missing(self) -> list[int]:
+        return [rank for rank in range(self.count) if not self._store.check([f"{self._times} {rank}"])]
 
     def merge(self, found: Collected) -> None:
         """Make what was found that of all processes, in each."""
