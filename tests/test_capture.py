@@ -214,7 +214,7 @@ class TestMistakes:
 
     def test_a_missing_key_says_what_there_is(self):
         with capture(attend, "attn") as found:
-            with pytest.raises(UnknownKeyError, match=r"did you mean 'attend'\. The keys are: 'attend'; .*is running"):
+            with pytest.raises(UnknownKeyError, match=r"did you mean 'attend'\? The keys are: 'attend'; .*is running"):
                 found["atend"]
         with pytest.raises(KeyError, match="not running"):
             found["Attention.forward"]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable
 
 
 class VisualizerError(Exception):
@@ -55,3 +56,16 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, VisualizerWarning, stacklevel=level)
+
+
+def did_you_mean(known: Iterable[str], *names: str) -> str:
+    """The end of a sentence about names that are not known: known ones like them, or nothing.
+
+    >>> did_you_mean(["attn", "query"], "atn"), did_you_mean(["attn"], "x")
+    ("; did you mean 'attn'?", '')
+    """
+    from difflib import get_close_matches  # which takes its time to load, and most programs make no such error
+
+    known = list(known)
+    close = [match for name in names for match in get_close_matches(name, known, n=1)]
+    return f"; did you mean {' and '.join(map(repr, close))}?" if close else ""

@@ -10,8 +10,9 @@ from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from .store import Cache, Record, restored_cache
-from .store import load as load_cache
+from .store import Cache, Record
+from .store.files import load as load_cache
+from .store.files import restored_cache
 
 if TYPE_CHECKING:
     from .intercept import Maps

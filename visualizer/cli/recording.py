@@ -21,7 +21,8 @@ from ..instrument import Captured, Uncompiled, get_local
 from ..instrument.compiled import no_graph
 from ..instrument.imports import after_import
 from ..instrument.targets import WRAPPERS
-from ..store import Cache, Record, human, load, write
+from ..store import Cache, Record, human
+from ..store.files import load, write
 from ..tensors import bytes_by_device
 from .outcome import Mistake
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -14,7 +13,7 @@ from itertools import chain, count
 from types import FunctionType
 from typing import Any, NamedTuple
 
-from ..errors import UnknownLocalError, warn
+from ..errors import UnknownLocalError, did_you_mean, warn
 from ..rewrite import local_names
 from .patches import place_of
 
@@ -138,8 +137,7 @@ def _imported(text: str) -> Any:
             # Not getattr, which would bind a class method, or run a property.
             found = inspect.getattr_static(found, part) if isinstance(found, type) else getattr(found, part)
         except AttributeError:
-            close = difflib.get_close_matches(part, dir(found), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(dir(found), part)
             raise AttributeError(f"{text!r} leads nowhere: there is no {part!r}{hint}") from None
     return found
 
@@ -341,11 +339,10 @@ def _nothing_has(name: str, beginning: str, kinds: dict[type, dict[str, list[Fun
         if known:
             lines[f"{kind.__qualname__}.{method}"] = known
     everywhere = list(dict.fromkeys(local for known in lines.values() for local in known))
-    close = difflib.get_close_matches(name, everywhere, n=1)
     listing = [f"\n  {where}: {', '.join(known)}" for where, known in lines.items()]
     if len(listing) > _LISTED:
         listing[_LISTED:] = [f"\n  and {len(listing) - _LISTED} more functions"]
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    hint = did_you_mean(everywhere, name) or "."
     return f"{beginning} a local {name!r}{hint}" + (f" The locals that exist:{''.join(listing)}" if listing else "")
 
 
@@ -414,9 +411,9 @@ def _unknown(target: Any, function: FunctionType, names: tuple[str, ...]) -> str
     known = local_names(code)
     missing = [name for name in names if name not in known]
     message = f"{place_of(function)} has no local {' and no local '.join(map(repr, missing))}"
-    close = [match for name in missing for match in difflib.get_close_matches(name, known, n=1)]
-    if close:
-        message += f"; did you mean {' and '.join(map(repr, close))}?"
+    hint = did_you_mean(known, *missing)
+    if hint:
+        message += hint
     elif any(name in code.co_names for name in missing):
         message += "; the name is a global or an attribute there: assign it to a local first."
     else:

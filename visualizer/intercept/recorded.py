@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import UnknownKeyError, warn
+from ..errors import UnknownKeyError, did_you_mean, warn
 from ..instrument import check_count
 from ..maps import AttentionMap
-from ..store import Record, as_html, as_text, human, write
+from ..store import Record, as_html, as_text, human
+from ..store.files import write
 from ..tensors import bytes_by_device, keeper, memory_of
 from .watching import Growing, Watch
 
@@ -173,11 +174,8 @@ class Maps(Sequence[Any]):
         """The maps of all calls of a module, such as those of a generation, one for each step."""
         found = [entry.value for entry in self._entries if entry.path == path]
         if not found:
-            import difflib
-
             paths = self.paths
-            close = difflib.get_close_matches(str(path), paths, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
+            hint = did_you_mean(paths, str(path)) or "."
             few = ", ".join(map(repr, paths[:12])) + (f" and {len(paths) - 12} more" if len(paths) > 12 else "")
             raise UnknownKeyError(f"no attention of {path!r} was recorded{hint} Modules with maps: {few or 'none yet'}")
         return found

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import FileFormatError, warn
-from ..store import Record, as_html, as_text, load, write
+from ..store import Record, as_html, as_text
+from ..store.files import load, write
 from .measures import Statistic
 from .moments import Moments, as_large, merged
 

@@ -1,7 +1,9 @@
-"""Where captured values are kept, and how they are read: records, the cache, limits, the byte budget, and files."""
+"""Where captured values are kept, and how they are read: records, the cache, limits and the byte budget.
+
+`files`, which writes and reads them, is loaded by whoever saves or loads: most programs do neither.
+"""
 
 from .channel import Channel, listener, receive
-from .files import load, restored_cache, write
 from .records import Cache, Record, as_html, as_text, human
 from .store import Store
 
@@ -14,8 +16,5 @@ __all__ = [
     "as_text",
     "human",
     "listener",
-    "load",
     "receive",
-    "restored_cache",
-    "write",
 ]

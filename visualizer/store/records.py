@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnknownKeyError
+from ..errors import UnknownKeyError, did_you_mean
 from ..tensors import bytes_by_device, is_array, is_tensor
 
 if TYPE_CHECKING:
@@ -166,15 +166,12 @@ class Cache(dict[str, list[Any]]):
         return super().__getitem__(key)
 
     def __missing__(self, key: str) -> list[Any]:
-        import difflib
-
         keys = list(self)
         named = ", ".join(map(repr, keys[:_NAMED])) or "none yet"
         if len(keys) > _NAMED:
             named += f" and {len(keys) - _NAMED} more"
-        close = difflib.get_close_matches(str(key), keys, n=1)
-        hint = f"; did you mean {close[0]!r}" if close else ""
-        raise UnknownKeyError(f"nothing was captured under {key!r}{hint}. The keys are: {named}; {self._store.state}")
+        hint = did_you_mean(keys, str(key)) or "."
+        raise UnknownKeyError(f"nothing was captured under {key!r}{hint} The keys are: {named}; {self._store.state}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The list under a key, or the default."""
