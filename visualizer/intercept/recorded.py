@@ -315,6 +315,11 @@ class Maps(Sequence[Any]):
 _MAP, _KEPT = "attention map", "attention kept"
 
 
+def given(maps: Maps, name: str) -> list[Any]:
+    """What the modules' calls under way were given by that keyword, the innermost first: for a `keep` to ask."""
+    return [] if maps._watch is None else maps._watch.given(name)
+
+
 def restored(records: Sequence[Record], about: dict[str, Any]) -> Maps:
     """The maps that a file's records are."""
     maps = Maps(None, None, None, False, None)

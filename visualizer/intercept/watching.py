@@ -220,6 +220,10 @@ class Watch:
             state.followed.clear()
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
+    def given(self, name: str) -> list[Any]:
+        """What the calls under way in this thread were given by that keyword, the innermost call first."""
+        return [call.kwargs[name] for call in reversed(self._state.calls) if name in call.kwargs]
+
     @property
     def follows(self) -> bool:
         """Whether this thread has tensors that may be scores or weights."""

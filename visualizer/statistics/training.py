@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..intercept import attention
+from ..intercept import Maps, attention, given
 from ..maps import AttentionMap
 from .collected import Collected
 from .measures import Statistic, Texts, check_statistics, measured
@@ -96,10 +96,9 @@ class Monitor:
                     values[f"{self._prefix}{name}/{path}"] = float(np.nanmean(heads))
 
 
-def _told(name: str, layer: AttentionMap, maps: Any) -> Tensor | None:
+def _told(name: str, layer: AttentionMap, maps: Maps) -> Tensor | None:
     """What the model's calls that a layer is called in were told of its texts, (batch, tokens): the innermost knows."""
-    for call in reversed(maps._watch._state.calls):
-        known = call.kwargs.get(name)
+    for known in given(maps, name):
         if isinstance(known, Tensor) and known.ndim == 2 and len(known) == layer.shape[0]:
             return known.detach()
     return None
