@@ -7,6 +7,7 @@ collects its share of some batches.
 import multiprocessing
 import os
 import pickle
+import socket
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -134,12 +135,19 @@ class Ended:
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def run(count, task, *args, seconds=60.0, is_joined=True):
-    """What `count` processes make of `task(rank, *args)`, by their ranks; gloo joins them."""
+def run(count, task, *args, seconds=60.0, has_server=False):
+    """What `count` processes make of `task(rank, *args)`, by their ranks; gloo joins them.
+
+    With `has_server` the first of them holds their store, as without torchrun; else it is a file.
+    """
     _CONTEXT.set_forkserver_preload(["ranks", "accelerate", "torch.distributed.fsdp"])
     with TemporaryDirectory() as folder:
+        store = f"file://{folder}/store"
+        if has_server:
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                store = f"tcp://127.0.0.1:{server.getsockname()[1]}"
         processes = [
-            _CONTEXT.Process(target=_child, args=(rank, count, is_joined, folder, task, args)) for rank in range(count)
+            _CONTEXT.Process(target=_child, args=(rank, count, store, folder, task, args)) for rank in range(count)
         ]
         for process in processes:
             process.start()
@@ -166,11 +174,10 @@ def values(*args, **kwargs):
     return [ended.value for ended in found]
 
 
-def _child(rank, count, is_joined, folder, task, args):
+def _child(rank, count, store, folder, task, args):
     os.environ.pop("TORCHELASTIC_RUN_ID", None)
     torch.set_num_threads(1)
-    if is_joined:
-        distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=count)
+    distributed.init_process_group("gloo", store, rank=rank, world_size=count)
     start, ended = time.monotonic(), Ended()
     try:
         ended.value = task(rank, *args)
@@ -183,7 +190,7 @@ def _child(rank, count, is_joined, folder, task, args):
     ended.seconds = time.monotonic() - start
     Path(folder, f"{rank}.pickle.new").write_bytes(pickle.dumps(ended))
     os.replace(Path(folder, f"{rank}.pickle.new"), Path(folder, f"{rank}.pickle"))
-    if is_joined and ended.error is None:
+    if ended.error is None:
         distributed.destroy_process_group()
 
 

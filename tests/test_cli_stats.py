@@ -86,6 +86,26 @@ def test_limit_and_checkpoint(folder, capsys):
     assert 3 == load("stats.safetensors").samples == load("run/rank-*.safetensors").samples
 
 
+def test_a_checkpoint_of_other_pictures(folder, capsys):
+    assert 0 == cli.main([*IMAGES, "--limit", "3", "--checkpoint", "run"])
+    for other in (["--limit", "4"], ["--limit", "3", "--batch-size", "1"], ["--limit", "3", "--size", "64"]):
+        assert 1 == cli.main([*IMAGES, *other, "--checkpoint", "run"])
+        assert "is of another run, with data" in capsys.readouterr().err
+
+
+def test_quiet(folder, capsys):
+    (folder / "photos" / "b.jpg").write_bytes(b"no jpeg")
+    assert 0 == cli.main([*IMAGES, "--measure", "distance", "-q"])
+    assert "" == capsys.readouterr().err
+
+
+def test_a_world_without_a_rank_is_one_process(folder, capsys, monkeypatch):
+    """As some schedulers leave it to programs that they start alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert 0 == cli.main([*IMAGES, "--measure", "distance"])
+
+
 def test_of_texts(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     texts = ["The cat sat on the mat because it was tired.", "", "  A shorter text.  ", "One more, of several words."]

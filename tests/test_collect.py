@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 import weakref
 from collections import namedtuple
 
@@ -364,6 +365,10 @@ def stopping(data, after):
     raise KeyboardInterrupt
 
 
+def in_turn(rank, folder):
+    return facts(collect(Looking(), pictures(4), Entropy(), checkpoint=folder))
+
+
 def killed(rank, folder, how, when):
     """A run of ten batches, that ends in the middle of it."""
     if how == "in writing":
@@ -396,7 +401,7 @@ class TestCheckpoints:
     @pytest.mark.parametrize("how, when, done", [("SIGKILL", 7, 6), ("SIGINT", 5, 4), ("in writing", 4, 4)])
     def test_a_run_that_is_killed_goes_on(self, how, when, done, tmp_path):
         """Killed for real, once in the middle of a writing; the numbers are those of a run that was not."""
-        [ended] = run(1, killed, tmp_path, how, when, is_joined=False)
+        [ended] = run(1, killed, tmp_path, how, when)
         if how == "SIGINT":
             assert isinstance(ended.error, KeyboardInterrupt)
         else:
@@ -418,10 +423,39 @@ class TestCheckpoints:
     def test_failures_are_not_forgotten(self, tmp_path):
         with pytest.warns(VisualizerWarning), pytest.raises(KeyboardInterrupt):
             collect(Failing(1), stopping(pictures(6), 5), Entropy(), checkpoint=tmp_path, every=2)
-        model = Failing(1)
+        model = Failing(0)
         found = quietly(model, pictures(6), Entropy(), checkpoint=tmp_path)
-        assert ([1, 5], 2) == ([number for number, _ in found.failed], model.calls)
+        assert ([1, 5], 1) == ([number for number, _ in found.failed], model.calls)
         check_entropy(found, pictures(6)[[0, 2, 3, 4]])
+
+    def test_is_written_where_the_batch_whose_turn_it_is_fails(self, tmp_path):
+        with pytest.warns(VisualizerWarning), pytest.raises(KeyboardInterrupt):
+            collect(Failing(1, 3, 5, 7), stopping(pictures(9), 8), Entropy(), checkpoint=tmp_path, every=2)
+        assert 4 == load(tmp_path / "rank-0.safetensors").batches
+
+    @pytest.mark.parametrize("data", [[], pictures(2)])
+    def test_nothing_that_worked_is_tried_again(self, data, tmp_path):
+        with pytest.raises(ValueError, match="no batch gave statistics"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", VisualizerWarning)
+            collect(Failing(0, 1), data, Entropy(), checkpoint=tmp_path)
+        found = collect(Looking(), pictures(4), Entropy(), checkpoint=tmp_path)
+        assert 4 == found.batches
+
+    def test_is_of_the_same_data(self, tmp_path):
+        collect(Looking(), pictures(3), Entropy(), checkpoint=tmp_path)
+        with pytest.raises(ValueError, match=r"with data, by their number .* 3, where this one has 9: choose a new"):
+            collect(Looking(), pictures(9), Entropy(), checkpoint=tmp_path)
+        assert 3 == collect(Looking(), iter(pictures(9)), Entropy(), checkpoint=tmp_path).batches  # who knows how many
+
+    def test_is_found_again_after_a_change_of_folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+        def call(model, batch):
+            os.chdir("/")
+            model(batch)
+
+        collect(Looking(), pictures(3), Entropy(), call=call, checkpoint="run", every=1)
+        assert 3 == load(tmp_path / "run" / "rank-0.safetensors").batches
 
     def test_every_so_many_batches(self, tmp_path):
         seen = []
@@ -546,6 +580,37 @@ class TestMergingFiles:
             with pytest.raises(ValueError, match="different statistics or models, which cannot be merged"):
                 load(tmp_path / f"[0{number}].safetensors")
 
+    def test_files_of_other_weights(self, tmp_path):
+        for number, scale in enumerate((0.5, 0.6)):
+            collect(Looking(scale, 2.0), pictures(1), Sink()).save(tmp_path / f"{number}.safetensors")
+        with pytest.raises(ValueError, match="models with different weights"):
+            load(tmp_path / "*.safetensors")
+
+    def of_run(self, folder, count=2):
+        """What so many processes leave, and what they found together."""
+        parts = run(count, in_turn, folder)
+        assert [None] * count == [one.error for one in parts]
+
+    def test_a_run_of_several_that_lacks_one(self, tmp_path):
+        for number in range(2):
+            self.of_run(tmp_path / f"run-{number}")
+        assert 24 == load(tmp_path / "run-*" / "rank-*.safetensors").samples
+        (tmp_path / "run-1" / "rank-1.safetensors").unlink()
+        with pytest.warns(VisualizerWarning, match="of a run of 2 processes the files of these are missing: 1"):
+            load(tmp_path / "run-*" / "rank-*.safetensors")
+
+    def test_parts_beside_the_whole(self, tmp_path):
+        self.of_run(tmp_path)
+        load(tmp_path / "rank-*.safetensors").save(tmp_path / "whole.safetensors")
+        with pytest.raises(ValueError, match="all would count twice"):
+            load(tmp_path / "*.safetensors")
+
+    def test_of_another_rank(self, tmp_path):
+        self.of_run(tmp_path)
+        (tmp_path / "rank-1.safetensors").write_bytes((tmp_path / "rank-0.safetensors").read_bytes())
+        ended = run(2, in_turn, tmp_path)
+        assert "with a rank 0, where this one has 1" in str(ended[1].error)
+
     def test_parts_are_the_whole(self, tmp_path):
         data = pictures(5)
         for number, part in enumerate((data[:1], data[1:], data[:0])):
@@ -554,6 +619,29 @@ class TestMergingFiles:
         merged = load(tmp_path / "*.safetensors")
         assert difference(collect(Looking(), data, Entropy(), MeanMap()), merged) < ALIKE
         check_entropy(merged, data)
+
+
+class TestEncoderAndDecoder:
+    def test_each_has_padding_of_its_own(self):
+        """The decoder has as many tokens as the encoder, and none of them is padding."""
+        from transformers import T5Config, T5Model
+
+        torch.manual_seed(0)
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+        model = T5Model(T5Config(**sizes, vocab_size=50, decoder_start_token_id=0)).eval()
+        entropies = []
+        for length in (7, 8, 9):
+            ids = torch.arange(2 * length).reshape(2, length) % 50
+            mask = (torch.arange(length) < 4).long().expand(2, length)
+            batch = {"input_ids": ids % 4 + 1, "attention_mask": mask, "decoder_input_ids": torch.arange(16).view(2, 8)}
+            batch["input_ids"][:, 4:] = 0
+            found = collect(model, [batch], Entropy())
+            entropies.append(found["entropy"].mean[found.paths.index("decoder.block.0.layer.0.SelfAttention")])
+            batch["decoder_attention_mask"] = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+            padded = collect(model, [batch], Entropy())
+            assert (padded["entropy"].mean[1] != entropies[-1]).all()
+        np.testing.assert_allclose(entropies[0], entropies[1], atol=1e-6)
+        np.testing.assert_allclose(entropies[0], entropies[2], atol=1e-6)
 
 
 class TestModelsOfAccelerate:

@@ -292,6 +292,59 @@ def test_queries_that_attend_to_nothing_are_zeros_or_nan():
         torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
+def test_images_that_are_nan_are_no_samples():
+    """As of a model that overflows: neither zeros, nor what looks like an entropy that has collapsed."""
+    batch = Batch(4, 9, 0)
+    mask = (torch.arange(9) < torch.tensor([[9], [6], [9], [8]])).long()
+    for statistic in (Entropy(), Confidence(), Received(), Sink(), PrefixMass(1), MeanMap()):
+        for bad in ([1], [0, 1, 2, 3]):
+            good = [image for image in range(4) if image not in bad]
+            broken = torch.from_numpy(batch.weights[0].copy())
+            broken[bad] = torch.nan
+            [state] = measured(AttentionMap(broken), Texts(mask), [statistic])
+            expected = 0
+            if good:
+                [expected] = measured(AttentionMap(broken[good]), Texts(mask[good]), [statistic])
+                torch.testing.assert_close(expected, state, rtol=0, atol=0)
+            else:
+                assert 0 == state[0].max()
+
+
+def test_a_text_without_tokens_has_no_prefix():
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
+    statistic = PrefixMass(1)
+    statistic.update(torch.full((1, 2, 1, 4, 4), 1 / 4), mask)
+    assert ([[1]], [[0.25]]) == (statistic.compute().count.tolist(), statistic.compute().mean.tolist())
+
+
+def test_confidence_is_that_of_queries_that_see_anything():
+    weights = torch.zeros(1, 1, 1, 4, 4)
+    weights[..., :2, :] = 1 / 4
+    statistic = Confidence()
+    statistic.update(weights)
+    assert [[0.25]] == statistic.compute().mean.tolist()
+    assert 0.25 == visualizer.analysis.confidence(weights[0]).item()
+
+
+def test_infinity_is_a_number():
+    state = state_of(torch.tensor([[1.0], [torch.inf]]))
+    assert (2, torch.inf, torch.inf) == (state[0].item(), state[1].item(), state[4].item())
+
+
+def test_no_samples_are_none():
+    torch.testing.assert_close(nothing((2, 3)), state_of(torch.zeros(0, 2, 3)))
+
+
+def test_an_argument_that_is_not_kept_is_refused():
+    class Above(Statistic):
+        def __init__(self, least, **kwargs):
+            super().__init__(**kwargs)
+            self.bound = least
+
+    with pytest.raises(TypeError, match=r"Above does not keep its argument 'least' as self\.least"):
+        collect(torch.nn.Identity(), [], Above(0.5))
+
+
 class TestAsMetrics:
     """What torchmetrics promises of a metric."""
 

@@ -79,9 +79,12 @@ def told_plainly(quiet: bool = False) -> Iterator[None]:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", VisualizerWarning)
-        yield
+        try:
+            yield
+        finally:
+            for warning in caught:
+                if issubclass(warning.category, VisualizerWarning) and not quiet:
+                    tell(warning.message)
     for warning in caught:
         if not issubclass(warning.category, VisualizerWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        elif not quiet:
-            tell(warning.message)

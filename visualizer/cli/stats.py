@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,11 +86,13 @@ def _stats(options: argparse.Namespace) -> None:
             model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise Mistake(f"--device {device}: {error}") from error
-        batches = [items[start : start + options.batch_size] for start in range(0, len(items), options.batch_size)]
         if options.images:
-            arguments: dict[str, Any] = {"call": lambda model, paths: model(_read(paths, prepare).to(device))}
+            batches = _Batches(items, options.batch_size, f"{options.size}")
+            arguments: dict[str, Any] = {
+                "call": lambda model, paths: model(_read(paths, prepare, options.quiet).to(device))
+            }
         else:
-            arguments, batches = {}, _Tokenized(batches, prepare, options.length)  # type: ignore[assignment]
+            arguments, batches = {}, _Tokenized(items, options.batch_size, prepare, options.length)
         statistics = _statistics(options, prepare)
         try:
             with told_plainly(options.quiet):
@@ -114,7 +117,8 @@ def _processes() -> Iterator[int]:
     """Join the processes that torchrun has started, if it has; this one's rank."""
     import torch.distributed as distributed
 
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not distributed.is_available():
+    is_one = int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ
+    if is_one or not distributed.is_available():
         yield 0
         return
     distributed.init_process_group("gloo")  # only moments are sent
@@ -197,7 +201,7 @@ def _opened(path: Path) -> Any:
         return file.convert("RGB")
 
 
-def _read(paths: list[Path], prepare: Callable[[Path], Any]) -> Any:
+def _read(paths: list[Path], prepare: Callable[[Path], Any], quiet: bool) -> Any:
     """The pictures of a batch that can be read."""
     import torch
 
@@ -206,25 +210,40 @@ def _read(paths: list[Path], prepare: Callable[[Path], Any]) -> Any:
         try:
             found.append(prepare(path))
         except (OSError, ValueError, SyntaxError) as error:
-            tell(f"{path} does not count: {error}")
+            if not quiet:
+                tell(f"{path} does not count: {error}")
     if not found:
         raise ValueError("no picture of this batch can be read")
     return torch.cat(found)
 
 
-class _Tokenized:
+class _Batches:
+    """Pictures or texts, so many at once."""
+
+    def __init__(self, items: list[Any], size: int, settings: str) -> None:
+        self._items, self._size = items, size
+        # A checkpoint goes on with the very same.
+        self.fingerprint = f"{zlib.crc32(repr([str(item) for item in items]).encode()):08x} by {size}, {settings}"
+
+    def __len__(self) -> int:
+        return -(-len(self._items) // self._size)
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, len(self._items), self._size):
+            yield self._items[start : start + self._size]
+
+
+class _Tokenized(_Batches):
     """Batches of texts, as a tokenizer makes them."""
 
-    def __init__(self, batches: list[list[str]], tokenizer: Any, length: int) -> None:
-        self._batches, self._tokenizer, self._length = batches, tokenizer, length
+    def __init__(self, items: list[Any], size: int, tokenizer: Any, length: int) -> None:
+        super().__init__(items, size, f"{length}")
+        self._tokenizer, self._length = tokenizer, length
         if getattr(tokenizer, "pad_token", "") is None:
             tokenizer.pad_token = tokenizer.eos_token
 
-    def __len__(self) -> int:
-        return len(self._batches)
-
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for texts in self._batches:
+        for texts in super().__iter__():
             made = self._tokenizer(
                 texts, return_tensors="pt", padding=True, truncation=True, max_length=self._length, verbose=False
             )

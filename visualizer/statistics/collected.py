@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -34,7 +35,8 @@ class Collected(Mapping[str, Moments]):
         self._states: dict[str, Tensor] = {}
         self._is_complete = True
         self._part: dict[str, Any] = {}
-        """Of a process's file: its "rank", of how many "ranks", and the fingerprint of its "model"."""
+        """Of a process's file: its "rank", of how many "ranks", and what tells its "model" and its "data" apart, and
+        whether it saw a shard of the model alone. What several found together has no "rank"."""
         self.paths = ()
         self.samples = 0
         """How many images or texts were seen: the smallest batch of a layer, as windows are more, over all batches."""
@@ -131,16 +133,16 @@ class Collected(Mapping[str, Moments]):
         if any(record.variable != _VARIABLE for record in cache.records) or not cache.records:
             raise ValueError(f"{file} is no checkpoint of statistics: choose another folder")
         before = restored(cache.records, cache.about)
-        for what, own, others in (
-            ("statistics", self._settings, before._settings),
-            (
-                "a number of processes, each of which goes on with its own share,",
-                self._part["ranks"],
-                before._part.get("ranks"),
-            ),
-            ("a model", self._part["model"], before._part.get("model")),
+        differences: list[tuple[str, Any, Any]] = [("statistics", self._settings, before._settings)]
+        for key, what in (
+            ("ranks", "a number of processes, each of which goes on with its own share,"),
+            ("rank", "a rank"),
+            ("model", "a model"),
+            ("data", "data, by their number of batches or fingerprint,"),
         ):
-            if own != others:
+            differences.append((what, self._part[key], before._part.get(key)))
+        for what, own, others in differences:
+            if own != others and not (what.startswith("data") and None in (own, others)):  # of an unknown length
                 raise ValueError(
                     f"{file} is of another run, with {what} {others}, where this one has {own}: choose a new folder"
                 )
@@ -168,11 +170,21 @@ def merge(parts: Sequence[Collected]) -> Collected:
     for part in parts:
         if part._settings != first._settings or (part.paths and part.paths != first.paths):
             raise ValueError("these are of different statistics or models, which cannot be merged")
-    ranks = {part._part.get("ranks", 1) for part in parts}
-    missing = {*range(max(ranks))} - {part._part.get("rank", 0) for part in parts}
-    if missing:
-        warn(f"of a run of {max(ranks)} processes the files of these are missing: {numbers(missing)}")
+    models = {part._part.get("model") for part in parts if not part._part.get("sharded")} - {None}
+    if len(models) > 1:
+        raise ValueError("these are of models with different weights, which cannot be merged")
+    for ranks in {part._part.get("ranks", 1) for part in parts}:
+        of_run = [part._part for part in parts if part._part.get("ranks", 1) == ranks]
+        times = Counter(part["rank"] for part in of_run if "rank" in part)
+        if times and ranks > 1 and len(of_run) > times.total():
+            raise ValueError(
+                f"here are files of {ranks} processes, and one of what so many found together: all would count twice"
+            )
+        missing = [rank for rank in range(ranks) if times and times[rank] < max(times.values())]
+        if missing:
+            warn(f"of a run of {ranks} processes the files of these are missing: {numbers(missing)}")
     whole._settings, whole.paths = first._settings, first.paths
+    whole._part = {key: value for key, value in first._part.items() if key != "rank"}
     for name in first:
         whole._states[name] = merged(torch.stack(as_large([part._state(name) for part in parts])))
     whole.samples, whole.batches = sum(part.samples for part in parts), sum(part.batches for part in parts)

@@ -17,8 +17,9 @@ from ..errors import warn
 from ..instrument import named_modules
 from ..intercept import attention
 from .collected import Collected
-from .measures import Statistic, Texts, check_statistics, measured
+from .measures import Statistic, Texts, check_statistics, measured, texts_of
 from .ranks import Batch, Ranks
+from .signs import Stopped
 
 _FEW, _MANY = 3, 100  # failures in a row, before a batch has worked and after: then it is not the data that is wrong
 
@@ -56,7 +57,8 @@ def collect(
 
     **Many processes.** Under `torchrun` or `accelerate launch`, with `torch.distributed` initialised, each process runs
     its share of the batches, and all return the statistics of all. A process that fails ends the others behind the
-    batch they are at, one that dies ends them as they come to the end, `timeout` seconds later at most.
+    batch they are at. As they come to the end they wait for those that get on, however long, and give up one that has
+    died (half a minute without a sign of life) or hangs (`timeout` seconds without a batch), by its rank.
     `DistributedDataParallel` leaves out what only training needs, so shares may be of any size. A model sharded by FSDP
     (1 or 2; tested on CPUs) runs on all processes at once: one that has fewer batches runs its last one again, which
     does not count, and a batch that fails in the model ends the run. Models that accelerate spread over devices
@@ -72,12 +74,12 @@ def collect(
         call: how the model is called, if not so: `lambda model, batch: model.encode(batch["image"])`.
         checkpoint: a folder. Every so many batches what is known is written there, as rank-0.safetensors, in one step;
             a run that is started again goes on behind it, and skips the batches that are done: they must come in the
-            same order. What is finished there is returned at once.
+            same order and be as many. What is finished there is returned at once.
         every: how many batches lie between two writings.
         is_share: whether `batches` is this process's share already; None: rank r of n loads all and runs every n-th
             from the r-th on, unless the loader has a `DistributedSampler` or is one of accelerate's. (These load only
             what they run, but repeat samples to make shares even, which count twice.)
-        timeout: how many seconds a process waits for the others, before it says which are missing.
+        timeout: how many seconds a process may take for one batch, or to begin, before the others give it up.
         progress: whether a bar is shown, on terminals only.
 
     Returns:
@@ -85,10 +87,11 @@ def collect(
 
     Raises:
         TypeError: it is no model, or what is no statistic was passed for one.
-        ValueError: there is no statistic, two have one name, there is no batch or no attention, or a checkpoint is of
-            other statistics, another model, or another number of processes.
+        ValueError: there is no statistic, two have one name, there is no batch or no attention, a checkpoint is of
+            other statistics, another model, other data or another number of processes, or the processes have different
+            statistics or models.
         FileFormatError: the checkpoint is damaged.
-        RuntimeError: another process failed, or did not come in time; or `torchrun` has started several, and
+        RuntimeError: another process failed, died, hangs or never began; or `torchrun` has started several, and
             `torch.distributed` is not initialised.
         Exception: what the model or the loader raised, where the first three batches fail, or later a hundred in a row,
             or where the loader has no more behind it. Any other batch that fails is warned about and counted in
@@ -97,47 +100,66 @@ def collect(
     check_statistics(model, statistics)
     if every < 1:
         raise ValueError(f"every={every!r}: pass how many batches, 1 or more")
-    ranks = Ranks(timeout)
-    file = None if checkpoint is None else Path(checkpoint) / f"rank-{ranks.rank}.safetensors"
     found = Collected(copy.deepcopy(statistics))
     found._is_complete = False
-    found._part = {"rank": ranks.rank, "ranks": ranks.count, "model": _fingerprint(model)}
-    is_in_step = _is_sharded(model) and ranks.count > 1
+    is_sharded, seen = _is_sharded(model), _fingerprint(model)
+    ranks = Ranks(timeout)
+    is_in_step = is_sharded and ranks.count > 1
+    file = None if checkpoint is None else Path(checkpoint).absolute() / f"rank-{ranks.rank}.safetensors"
+    found._part = {"rank": ranks.rank, "ranks": ranks.count, "model": seen, "data": _size(batches)}
+    found._part["sharded"] = is_in_step
 
-    def begin() -> bool:
+    def begin() -> tuple[bool, Any, Any]:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists():
                 found._resume(file)
             if not found._is_complete:
                 found._save(file)  # that this cannot be done is better known now than after hours
-        return found._is_complete
+        return found._is_complete, list(found._settings.items()), None if is_sharded else seen
 
     def run() -> None:
-        done = found.batches + len(found.failed)
+        done = written = found.batches + len(found.failed)
         share = ranks.share(batches, is_share)
         some = ranks.in_step(share, done) if is_in_step else share.behind(done)
         with _bar(share.size, done, progress and not ranks.rank) as bar:
 
             def after(is_good: bool) -> None:
+                nonlocal written
                 bar.update()
-                ranks.look()
+                now = found.batches + len(found.failed)
                 # Not among failures: a run that they end, as when a GPU hangs, is to go on behind what was good.
-                if file is not None and is_good and (found.batches + len(found.failed)) % every == 0:
+                if file is not None and is_good and now >= written + every:
                     found._save(file)
+                    written = now
 
-            _run(model, some, found, call, is_in_step, after)
+            try:
+                _run(model, some, found, call, is_in_step, after)
+            except Stopped:
+                if file is not None:
+                    found._save(file)
+                raise
         found._is_complete = True
         if file is not None:
             found._save(file)
 
     try:
-        if not all(ranks.all(begin)):
+        are_complete, *told = zip(*ranks.all(begin), strict=True)
+        for what, each in zip(("statistics", "models"), told, strict=True):
+            other = next((rank for rank, one in enumerate(each) if one != each[0]), None)
+            if other is not None:
+                raise ValueError(
+                    f"the processes have different {what}, rank 0 {each[0]} and rank {other} {each[other]}: "
+                    "pass the same to collect in each"
+                )
+        if not all(are_complete):
             ranks.all(run, is_in_step)
         ranks.merge(found)
     finally:
         ranks.close()
     if not found.paths:
+        if file is not None:
+            file.unlink(missing_ok=True)  # it says that all is done, and is to be tried again
         why = f"{len(found.failed)} failed, with {found.failed[0][1]}" if found.failed else "there were none"
         raise ValueError(f"no batch gave statistics: {why}")
     return found
@@ -163,7 +185,7 @@ def _run(
     texts, row = Texts(), 0
 
     def reduced(layer: Any) -> tuple[str, int, list[Tensor]]:
-        return layer.path, layer.shape[0], measured(layer, texts, found._statistics)
+        return layer.path, layer.shape[0], measured(layer, texts_of(layer, maps, texts), found._statistics)
 
     with _evaluating(model), torch.no_grad(), attention(model, keep=reduced, max_bytes=2**62) as maps:
         for number, value, trouble, counts in batches:
@@ -228,6 +250,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
         for wrapper in sending:
             wrapper.require_forward_param_sync = True
+
+
+def _size(batches: Any) -> Any:
+    """What tells data from other data: a fingerprint that says so, or how many batches there are."""
+    try:
+        return getattr(batches, "fingerprint", None) or len(batches)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _is_sharded(model: nn.Module) -> bool:

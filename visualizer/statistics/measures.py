@@ -19,6 +19,7 @@ except ImportError as error:
 
 from ..analysis import patterns, rows
 from ..analysis.reading import Fusion, check_heads, fused, layers_of
+from ..intercept import Maps, given
 from ..maps import AttentionMap, exactly
 from .moments import Moments, as_large, merged, nothing, state_of
 
@@ -85,7 +86,13 @@ class Statistic(Metric):
     def settings(self) -> dict[str, Any]:
         """What was asked for: files of other settings are not merged."""
         names = [name for name in inspect.signature(type(self).__init__).parameters if name not in ("self", "kwargs")]
-        return {"statistic": type(self).__name__} | {name: vars(self).get(name) for name in names if name != "name"}
+        forgotten = [name for name in names if name not in vars(self)]
+        if forgotten:
+            raise TypeError(
+                f"{type(self).__name__} does not keep its argument {forgotten[0]!r} as self.{forgotten[0]}, by which "
+                "statistics of other settings are told apart"
+            )
+        return {"statistic": type(self).__name__} | {name: vars(self)[name] for name in names if name != "name"}
 
     def update(self, attention: Any, attention_mask: Any = None, ids: Any = None) -> None:
         """Take the maps of one more batch in: whatever `visualizer.analysis` takes.
@@ -129,10 +136,45 @@ def measured(layer: AttentionMap, texts: Texts, statistics: Sequence[Statistic])
         ValueError: these are no weights, a statistic cannot read them, or its `of` gave another shape.
     """
     if layer.is_dense:
-        [layer], _, _ = layers_of(layer)
+        [clean], _, _ = layers_of(layer)
+        if clean is not layer:
+            has_none = layer.rows(slice(None)).isnan().flatten(1).all(1)
+            if has_none.all():
+                return [nothing(tuple(statistic.reduced(clean, texts).shape[1:])) for statistic in statistics]
+            clean, texts = _of_images(clean, texts, ~has_none)
+        layer = clean
     elif len(statistics) > 1 and math.prod(layer.shape) * layer.dtype.itemsize <= _SMALL:
         layer = AttentionMap(layer.rows(slice(None)), path=layer.path, kind=layer.kind)
     return [statistic.reduced(layer, texts) for statistic in statistics]
+
+
+def _of_images(layer: AttentionMap, texts: Texts, chosen: Tensor) -> tuple[AttentionMap, Texts]:
+    """A batch without the images or texts that have no number at all, as where a model overflows."""
+    if chosen.all():
+        return layer, texts
+    of_each = [
+        known[chosen.to(known.device)] if known is not None and len(known) == len(chosen) else known
+        for known in (texts.mask, texts.ids)
+    ]
+    return AttentionMap(layer.rows(slice(None))[chosen], path=layer.path, kind=layer.kind), Texts(*of_each)
+
+
+def texts_of(layer: AttentionMap, maps: Maps, batch: Texts) -> Texts:
+    """What is known of the tokens of a call that is being recorded: by its modules, else by the batch.
+
+    The innermost module knows best: of an encoder and a decoder each has padding of its own, or is told of none.
+    """
+    names = {"attention_mask": batch.mask, "input_ids": batch.ids}
+    return Texts(*[_told(given(maps, name), layer.shape[0], known) for name, known in names.items()])
+
+
+def _told(told: Sequence[Any], batch: int, known: Tensor | None) -> Tensor | None:
+    for one in told:
+        if one is None:
+            return None
+        if isinstance(one, Tensor) and one.ndim == 2 and len(one) == batch:
+            return one.detach()
+    return known
 
 
 def check_statistics(model: Any, statistics: Sequence[Any]) -> None:
@@ -229,7 +271,11 @@ class Confidence(Statistic):
 
     def of(self, layer: AttentionMap, texts: Texts) -> Tensor:
         """(batch, heads)."""
-        return _mean(layer.reduce(lambda some: some.amax(-1)), texts.real(layer.shape[2]))
+        largest, real = layer.reduce(lambda some: some.amax(-1)), texts.real(layer.shape[2])
+        counts = largest > 0  # a query that may see nothing is sure of nothing
+        if real is not None:
+            counts &= real.to(counts.device)[:, None]
+        return (largest * counts).sum(-1) / counts.sum(-1)
 
 
 class Received(Statistic):
@@ -316,7 +362,8 @@ class PrefixMass(Statistic):
 
     def of(self, layer: AttentionMap, texts: Texts) -> Tensor:
         """(batch, heads), from 0 to 1."""
-        return _received(layer, texts)[..., : self.prefix_tokens].nansum(-1)
+        found = _received(layer, texts)
+        return found[..., : self.prefix_tokens].nansum(-1).masked_fill(found.isnan().all(-1), math.nan)
 
 
 class Patterns(Statistic):

@@ -28,8 +28,10 @@ def state_of(values: Tensor) -> Tensor:
     values = values.double()
     is_one = ~values.isnan()
     count = is_one.sum(0).double()
-    mean = values.nan_to_num(0).sum(0) / count.clamp(min=1)
-    squares = (values - mean).square().nan_to_num(0).sum(0)
+    if not len(values):
+        return nothing(tuple(values.shape[1:])).to(values.device)
+    mean = torch.where(is_one, values, 0).sum(0) / count.clamp(min=1)
+    squares = torch.where(is_one, values - mean, 0).square().sum(0)
     least = values.masked_fill(~is_one, torch.inf).amin(0)
     most = values.masked_fill(~is_one, -torch.inf).amax(0)
     return torch.stack([count, mean, squares, least, most])

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from itertools import count, islice
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import distributed
 
-from .collected import Collected, few, numbers
+from .collected import Collected, few
 from .measures import gathered
+from .signs import Failed, Lost, Signs, Stopped
 
-_NUMBERS = count()  # of the calls, in which processes meet
+_numbers: WeakKeyDictionary[Any, count[int]] = WeakKeyDictionary()
+"""The calls of `collect` so far, by the group of all processes: in each its processes meet."""
 
 _T = TypeVar("_T")
 
@@ -32,10 +34,6 @@ class Batch(NamedTuple):
     counts: bool = True
 
 
-class Stopped(Exception):
-    """Another process has failed, and waits for this one to tell it why."""
-
-
 class Ranks:
     """The processes that work together; one, where `torch.distributed` is not at work."""
 
@@ -43,8 +41,7 @@ class Ranks:
         self.rank, self.count = 0, 1
         self._timeout = timedelta(seconds=timeout)
         self._group: Any = None
-        self._times = 0
-        self._looked = time.monotonic()
+        self._signs: Signs | None = None
         if distributed.is_available() and distributed.is_initialized():
             self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
         elif distributed.is_available() and distributed.is_torchelastic_launched():
@@ -55,26 +52,34 @@ class Ranks:
                     "torch.distributed.init_process_group() before collect"
                 )
         if self.count > 1:
-            store = distributed.distributed_c10d._get_default_store()
-            self._store = distributed.distributed_c10d.PrefixStore(f"visualizer {next(_NUMBERS)}", store)
-            self._come()
+            inside = distributed.distributed_c10d
+            number = next(_numbers.setdefault(inside._get_default_group(), count()))
+            store = inside.PrefixStore(f"visualizer {number}", inside._get_default_store())
+            self._signs = Signs(store, self.rank, self.count, timeout)
             try:
-                # Its own group, on the CPU: it knows who is missing, and its time is ours.
+                self._signs.meet()
+                # Its own group, on the CPU.
                 self._group = distributed.new_group(backend="gloo", timeout=self._timeout)
-            except RuntimeError as error:
-                raise self._incomplete(error) from error
+            except BaseException as error:
+                self._give_up(error)
+                self.close()
+                raise
 
     def share(self, batches: Iterable[Any], is_share: bool | None) -> Share:
         """This process's batches."""
         if is_share is None:
             is_share = _is_share(batches)
-        return Share(batches, 0, 1) if is_share else Share(batches, self.rank, self.count)
+        first, each = (0, 1) if is_share else (self.rank, self.count)
+        return Share(batches, first, each, None if self._signs is None else self._signs.step)
 
     def in_step(self, share: Share, done: int) -> Iterator[Batch]:
         """As many batches as the process with the most has: one that has fewer gets its last again, not to count."""
         batches, spare = share.behind(max(done - 1, 0)), None
         for step in count(0 if done else 1):
             batch = next(batches, None)
+            while step and spare is None and batch is not None and batch.error is not None:
+                yield batch  # it needs no model, and the model needs one that can be loaded
+                batch = next(batches, None)
             if batch is not None and batch.error is None:
                 spare = batch._replace(counts=False)
             if step == 0:  # the last of those that are done
@@ -93,97 +98,76 @@ class Ranks:
             if spare is not None and (batch is None or batch.error is not None):
                 yield spare
 
-    def look(self) -> None:
-        """Stop, if another process has failed."""
-        if self._group is not None and time.monotonic() > self._looked + 1:
-            self._looked = time.monotonic()
-            if self._store.check(["trouble"]):
-                raise Stopped
-
     def all(self, do: Callable[[], _T], is_in_step: bool = False) -> list[_T]:
-        """What each process makes of `do`; where one fails all do. None waits for one that is out of step."""
-        if self._group is None:
+        """What each process makes of `do`; where one fails all do.
+
+        Args:
+            is_in_step: the processes need each other for it: where one fails, the others fail in the middle.
+        """
+        if self._signs is None:
             return [do()]
-        self._times += 1
-        own, trouble = None, None
-        try:
-            own = do()
-        except Stopped:
-            pass
-        except BaseException as error:
-            self._tell("trouble")
-            if is_in_step or not isinstance(error, Exception):
-                raise
-            trouble = error
+        own: Any = None
         others: list[Any] = [None] * self.count
-        why = None if trouble is None else f"{type(trouble).__name__}: {trouble}"
         try:
-            self._come()
-            distributed.monitored_barrier(self._group, self._timeout, wait_all_ranks=True)
-            distributed.all_gather_object(others, (own, why), self._group)
-        except RuntimeError as error:
-            self._tell("trouble")
-            raise trouble or self._incomplete(error) from error
-        if trouble is not None:
-            raise trouble
-        failed = [f"rank {rank} failed, with {why}" for rank, (_, why) in enumerate(others) if why is not None]
-        if failed:
-            raise RuntimeError(f"there are no statistics of all processes: {'; '.join(failed)}")
-        return [made for made, _ in others]
+            try:
+                with contextlib.suppress(Stopped):
+                    own = do()
+                self._signs.meet()
+                is_in_step = True
+                distributed.all_gather_object(others, own, self._group)
+            except RuntimeError as error:
+                if is_in_step and _is_of_others(error):
+                    self._signs.meet()  # finds out who it is
+                raise
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        return others
 
-    def _come(self) -> None:
-        """Say that this process is where all meet."""
-        self._patience = time.monotonic() + self._timeout.total_seconds()
-        self._tell(f"{self._times} {self.rank}")
-
-    def _tell(self, what: str) -> None:
-        with contextlib.suppress(RuntimeError):  # the process that has the store is gone
-            self._store.set(what, "")
-
-    def _incomplete(self, error: RuntimeError) -> RuntimeError:
-        """Says who is missing."""
-        try:
-            # Rank 0's death is felt at once, and some of the others are at work yet.
-            while len(missing := self._missing()) > 1 and time.monotonic() < self._patience:
-                time.sleep(0.1)
-        except RuntimeError:
-            missing = [0]  # with it went the store
-        return RuntimeError(
-            f"rank {self.rank} of {self.count} is here, and rank {numbers(missing) or '?'} did not come within "
-            f"{self._timeout.total_seconds():g} s, or died. What each had written to checkpoint= is there, and load() "
-            f"merges it. ({str(error).partition(chr(10))[0]})"
-        )
-
-    def _missing(self) -> list[int]:
-        return [rank for rank in range(self.count) if not self._store.check([f"{self._times} {rank}"])]
+    def _give_up(self, error: BaseException) -> None:
+        """Tell the others of an error, and let them hear of it."""
+        if self._signs is None:
+            return
+        if not isinstance(error, Failed):
+            self._signs.tell(error)
+        if self.rank == 0:  # with it goes the store, usually, and nobody hears anything any more
+            self._signs.linger(10 if isinstance(error, Exception) and type(error) is not Lost else 2)
 
     def merge(self, found: Collected) -> None:
         """Make what was found that of all processes, in each."""
-        if self._group is None:
+        if self._signs is None:
             return
         others = self.all(lambda: (found.paths, found.samples, found.batches, found.failed))
         paths = {paths for paths, *_ in others if paths}
         if len(paths) > 1:
             raise ValueError(f"the processes saw attention in different modules: {', '.join(map(few, sorted(paths)))}")
-        for statistic in found._statistics:
-            statistic.cpu()
-            statistic.sync(dist_sync_fn=gathered, process_group=self._group)
+
+        def sync() -> None:
+            for statistic in found._statistics:
+                statistic.cpu()
+                statistic.sync(dist_sync_fn=gathered, process_group=self._group)
+
+        self.all(sync, is_in_step=True)
         found.paths = paths.pop() if paths else ()
         found.samples, found.batches = sum(one for _, one, *_ in others), sum(one for _, _, one, _ in others)
         found.failed = sorted(failure for *_, failed in others for failure in failed)
-        found._part = {}
+        del found._part["rank"]
 
     def close(self) -> None:
-        """Take the group away."""
+        """Take the group away, and give no sign any more."""
         if self._group is not None:
             distributed.destroy_process_group(self._group)
+        if self._signs is not None:
+            self._signs.close()
 
 
 class Share:
     """A process's batches: every n-th from the r-th on."""
 
-    def __init__(self, batches: Iterable[Any], first: int, step: int) -> None:
+    def __init__(self, batches: Iterable[Any], first: int, step: int, told: Callable[[], None] | None = None) -> None:
         self._batches, self._first, self._step = batches, first, step
+        self._told = told
+        """What hears of each batch, those too that are skipped."""
         self._length: int | None = None
         self.size: int | None = None
         """How many these are, where it is known."""
@@ -198,6 +182,8 @@ class Share:
     def _each(self) -> Iterator[Batch]:
         batches, error = iter(self._batches), None
         for number in count():
+            if self._told is not None:
+                self._told()
             try:
                 value = next(batches)
             except StopIteration:
@@ -212,8 +198,16 @@ class Share:
                 yield Batch(number, value)
 
 
+def _is_of_others(error: RuntimeError) -> bool:
+    """Whether it only says that another process is gone, or late."""
+    kinds = getattr(distributed, "DistError", ())
+    return isinstance(error, kinds) or any(name in str(error) for name in ("gloo", "NCCL"))
+
+
 def _is_share(batches: Any) -> bool:
     """Whether a loader gives each process a share of its own, as torch, timm and accelerate make them."""
+    while hasattr(batches, "iterable"):  # a bar of tqdm's
+        batches = batches.iterable
     samplers = [getattr(holder, "sampler", None) for holder in (batches, getattr(batches, "batch_sampler", None))]
-    is_split = any(hasattr(sampler, "num_replicas") for sampler in samplers)
+    is_split = any(getattr(sampler, "num_replicas", 1) > 1 for sampler in samplers)
     return is_split or type(batches).__name__ in ("DataLoaderShard", "DataLoaderDispatcher")

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..intercept import Maps, attention, given
+from ..intercept import attention
 from ..maps import AttentionMap
 from .collected import Collected
-from .measures import Statistic, Texts, check_statistics, measured
+from .measures import Statistic, Texts, check_statistics, measured, texts_of
 from .moments import as_large, merged
 
 
@@ -78,8 +78,7 @@ class Monitor:
             return
 
         def reduced(layer: AttentionMap) -> tuple[str, int, list[Tensor]]:
-            texts = Texts(_told("attention_mask", layer, maps), _told("input_ids", layer, maps))
-            return layer.path, layer.shape[0], measured(layer, texts, self._statistics)
+            return layer.path, layer.shape[0], measured(layer, texts_of(layer, maps, Texts()), self._statistics)
 
         with attention(self.model, keep=reduced, max_bytes=2**62) as maps:
             yield values
@@ -94,14 +93,6 @@ class Monitor:
             for path, heads in zip(found.paths, moments.mean, strict=True):
                 if not np.isnan(heads).all():
                     values[f"{self._prefix}{name}/{path}"] = float(np.nanmean(heads))
-
-
-def _told(name: str, layer: AttentionMap, maps: Maps) -> Tensor | None:
-    """What the model's calls that a layer is called in were told of its texts, (batch, tokens): the innermost knows."""
-    for known in given(maps, name):
-        if isinstance(known, Tensor) and known.ndim == 2 and len(known) == layer.shape[0]:
-            return known.detach()
-    return None
 
 
 def _together(calls: list[tuple[int, list[Tensor]]]) -> tuple[int, list[Tensor]]:
