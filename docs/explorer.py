@@ -22,7 +22,7 @@ SIZE = {"width": 1400, "height": 860}
 
 def main() -> None:
     """Run both models and save the page and the picture."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent / "assets")
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent / "assets").absolute()
     model = dinov2_small()
     images, pixels = prepare(photo("coffee"), size=224)
     with attention(model) as seen, torch.inference_mode():

@@ -407,6 +407,7 @@ class TestMemory:
             assert resident() - before < 20 * 2**20
         assert sum(value.nbytes for value in found[""]) <= 10**6
 
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # where there is one core
     def test_workers_of_a_data_loader_do_not_grow_the_cache(self, x):
         model = Split().eval()
         with torch.no_grad(), capture(model, "attn") as found:

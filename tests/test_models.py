@@ -499,6 +499,7 @@ def test_a_hub_name_comes_out_of_its_package_where_there_is_no_network(no_networ
 def test_a_hub_that_never_answers_is_waited_for_some_seconds(empty_cache, monkeypatch):
     """It takes the connection and is silent, as behind a firewall; transformers alone would wait for minutes."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
+    pytest.importorskip("transformers.models.auto.modeling_auto")  # to load it takes seconds, which are not the hub's
     with socket.create_server(("127.0.0.1", 0)) as silent:
         api = huggingface_hub.HfApi(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(huggingface_hub, "model_info", api.model_info)

@@ -208,8 +208,12 @@
     if (!waiting) waiting = requestAnimationFrame(() => { waiting = 0; draw(); });
   }
 
-  async function open(number) {
-    const next = await Maps.load(number);
+  let asked = 0;
+  async function open(number) { // false where another example was asked for meanwhile
+    const own = ++asked, next = await Maps.load(number);
+    const pictures = await Promise.all(page.examples[number].sides.map((side) => pictureOf(side.picture)));
+    if (own !== asked) return false;
+    // From here on without a pause: what is drawn is all of one example.
     const isOfOthers = example !== undefined && maps.sizes[state.side] !== next.sizes[state.side];
     maps = next;
     example = page.examples[number];
@@ -219,13 +223,13 @@
     if (state.head === "rollout" && !example.multiplies) state.head = "mean";
     state.tokens = isOfOthers ? [0] : state.tokens.filter((token) => token < maps.sizes[state.side]);
     if (!state.tokens.length) state.tokens = [0];
-    const pictures = await Promise.all(example.sides.map((side) => pictureOf(side.picture)));
     panels = (example.same ? [KEYS] : [QUERIES, KEYS]).map((side) => {
       const title = example.same ? (example.sides[side].grid ? "Picture" : "Text") : side === QUERIES ? "Queries" : "Keys";
       return new (example.sides[side].grid ? Patches : Words)(side, title, example.sides[side], pictures[side]);
     });
     $("sides").replaceChildren(...panels.map((panel) => panel.element));
     fillControls();
+    return true;
   }
 
   async function pictureOf(number) {
@@ -916,7 +920,7 @@
   $("layer").addEventListener("change", (event) => choose({ layer: Number(event.target.value) }));
   $("head").addEventListener("change", ({ target: { value } }) => choose({ head: value === "mean" || value === "rollout" ? value : Number(value) }));
   $("example").addEventListener("change", async (event) => {
-    await open(Number(event.target.value));
+    if (!(await open(Number(event.target.value)))) return;
     matrix.key = "";
     lay();
     choose({ hidden: state.hidden && !$("hide").hidden });
