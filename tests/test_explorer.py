@@ -588,14 +588,21 @@ class TestPointerAndKeys:
 
     def test_of_two_that_are_chosen_in_a_row_the_last_one_shows(self, open_page):
         """The first takes longer: it has a picture to decode."""
-        text, photo = explore(random_maps(3, 1, 4, 7, 7), WORDS), np.zeros((1600, 1600, 3), np.uint8)
-        tab = open_page(text + explore(random_maps(2, 1, 2, 257, 257), image=photo) + text)
+        text, photo = explore(random_maps(3, 1, 4, 7, 7), WORDS), np.zeros((40, 40, 3), np.uint8)
+        tab = open_page(text + explore(random_maps(2, 1, 2, 17, 17), image=photo) + text)
         tab.page.evaluate(
-            """[1, 2].forEach((number) => {
+            """() => {
+                const decode = window.createImageBitmap;
+                window.createImageBitmap = async (blob) => {
+                    await new Promise(done => setTimeout(done, 200));
+                    return decode(blob);
+                };
                 const select = document.getElementById("example");
-                select.value = number;
-                select.dispatchEvent(new Event("change"));
-            })"""
+                for (const number of [1, 2]) {
+                    select.value = number;
+                    select.dispatchEvent(new Event("change"));
+                }
+            }"""
         )
         tab.wait_for_example(2)
         tab.page.wait_for_timeout(500)
