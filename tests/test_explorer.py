@@ -587,15 +587,16 @@ class TestPointerAndKeys:
         np.testing.assert_allclose(maps[1, 0, 1, 0], tab.weights(1, 1, 0), rtol=0.016, atol=1e-4)
 
     def test_of_two_that_are_chosen_in_a_row_the_last_one_shows(self, open_page):
-        """The first takes longer: it has a picture to decode."""
+        """The first takes longer: as if it had many weights to unpack."""
         text, photo = explore(random_maps(3, 1, 4, 7, 7), WORDS), np.zeros((40, 40, 3), np.uint8)
         tab = open_page(text + explore(random_maps(2, 1, 2, 17, 17), image=photo) + text)
         tab.page.evaluate(
             """() => {
-                const decode = window.createImageBitmap;
-                window.createImageBitmap = async (blob) => {
+                const unpack = Response.prototype.arrayBuffer;
+                Response.prototype.arrayBuffer = async function () {
+                    Response.prototype.arrayBuffer = unpack;
                     await new Promise(done => setTimeout(done, 200));
-                    return decode(blob);
+                    return unpack.call(this);
                 };
                 const select = document.getElementById("example");
                 for (const number of [1, 2]) {
