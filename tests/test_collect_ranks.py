@@ -148,7 +148,7 @@ class Failing(Looking):
                 os._exit(7)
             if self.how == "interrupted":
                 os.kill(os.getpid(), signal.SIGINT)
-            raise ArithmeticError("no more of it")
+            raise ArithmeticError("no more of it" + 5000 * "\ud800\0 \n" * (self.how == "at length"))
         return super().forward(x, **kwargs)
 
 
@@ -328,6 +328,11 @@ class TestAProcessThatFails:
         ended = run(2, one_fails_merging, 20.0)
         assert isinstance(ended[1].error, MemoryError)
         assert "rank 1 failed, with MemoryError: no more of it" in str(ended[0].error)
+
+    def test_whose_reason_no_file_would_take(self):
+        ended = run(2, one_fails, 1, 2, "at length", 20.0)
+        assert "rank 1 failed, with ArithmeticError: no more of it\\ud800" in str(ended[0].error)
+        assert len(str(ended[0].error)) < 3000
 
     def test_that_is_interrupted_ends_the_others(self):
         ended = run(2, one_fails, 1, 2, "interrupted", 20.0)

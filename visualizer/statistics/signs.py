@@ -74,7 +74,8 @@ class Signs:
 
     def tell(self, error: BaseException) -> None:
         """Tell the others why this process fails: now, for it may end at once."""
-        self._trouble = str(error) if isinstance(error, Lost) else f"{type(error).__name__}: {error}"
+        why = str(error) if isinstance(error, Lost) else f"{type(error).__name__}: {error}"
+        self._trouble = why.encode(errors="backslashreplace")[:2000].decode(errors="ignore")  # what any store takes
         end = time.monotonic() + 5
         while self._said != self._trouble and not self._is_gone and time.monotonic() < end:
             self._wake.set()
@@ -183,7 +184,7 @@ class Signs:
                 if self._wake.wait(pause):
                     self._wake.clear()
                     pause = 0.02
-        except RuntimeError:
+        except Exception:  # what a store raises whose process is gone differs from one kind of store to the next
             self._is_gone = True
 
     def _read(self) -> None:
