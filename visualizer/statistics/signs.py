@@ -48,11 +48,13 @@ class Signs:
 
     def __init__(self, store: Any, rank: int, count: int, timeout: float) -> None:
         self._store, self._rank, self._count, self._timeout = store, rank, count, timeout
-        # Each asks for all the others' signs.
+        # Each asks for the signs of all others, who may be many: then less often.
         self._pause = max(1.0, count**2 / _MESSAGES)
         self._patience = max(min(timeout, _QUIET), 5 * self._pause)
         self._steps, self._meetings, self._trouble = 0, 0, ""
         self._seen: dict[int, _Sign] = {}
+        self._met = 0
+        """The last meeting to which all have come."""
         self._rounds = 0
         """How often the store has answered."""
         self._said = ""
@@ -123,10 +125,12 @@ class Signs:
                 known[rank] = new
             absent = [rank for rank in others if known[rank].meetings < meeting]
             if patience is None:
-                self._complain(known, absent, quiet, idle, unanswered)
-            elif waited > patience or self._is_gone or all(known[rank].trouble for rank in absent):
-                absent = []
-            if not absent:
+                is_over = self._met == meeting
+                if not is_over:
+                    self._complain(known, absent, quiet, idle, unanswered)
+            else:
+                is_over = waited > patience or self._is_gone or all(known[rank].trouble for rank in absent)
+            if is_over:
                 self._is_waiting = False
                 return
             time.sleep(0.01)
@@ -162,20 +166,25 @@ class Signs:
             )
 
     def _talk(self) -> None:
-        beat, pause = 0, self._pause
+        beat, come, read, pause = 0, 0, 0.0, self._pause
         try:
             while True:
                 beat, is_last = beat + 1, self._is_over
-                trouble = self._trouble
-                meetings = _LEFT if is_last else self._meetings
-                self._store.set(str(self._rank), f"{beat} {self._steps} {meetings} {trouble}")
+                is_waiting = self._is_waiting  # before its meeting is looked up: so it is this meeting
+                trouble, meeting = self._trouble, self._meetings
+                self._store.set(str(self._rank), f"{beat} {self._steps} {_LEFT if is_last else meeting} {trouble}")
                 if trouble:
                     self._store.set("trouble", "")
                 self._said = trouble
                 is_trouble = bool(self._store.check(["trouble"]))
-                if self._is_waiting or is_trouble:
+                if is_trouble or (is_waiting and time.monotonic() >= read + self._pause):
                     self._read()
+                    read = time.monotonic()
                 self._is_trouble = is_trouble
+                if is_waiting:
+                    if self._store.add(f"at meeting {meeting}", int(come < meeting)) == self._count:
+                        self._met = meeting
+                    come = meeting
                 self._rounds += 1
                 if is_last:
                     return
