@@ -93,6 +93,13 @@ def test_a_checkpoint_of_other_pictures(folder, capsys):
         assert "is of another run, with data" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_pictures_that_were_made_anew(folder, capsys):
+    assert 0 == cli.main([*IMAGES, "--checkpoint", "run"])
+    Image.new("RGB", (50, 40)).save(folder / "photos" / "a.png")
+    assert 1 == cli.main([*IMAGES, "--checkpoint", "run"])
+    assert "is of another run, with data" in capsys.readouterr().err
+
+
 def test_quiet(folder, capsys):
     (folder / "photos" / "b.jpg").write_bytes(b"no jpeg")
     assert 0 == cli.main([*IMAGES, "--measure", "distance", "-q"])

@@ -1,6 +1,7 @@
 """Statistics over a data set: what goes wrong is told, and a run that was killed goes on as if it had not been."""
 
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from visualizer import FileFormatError, VisualizerWarning, attention, load
-from visualizer.statistics import Confidence, Entropy, MeanMap, Sink, Statistic, collect
+from visualizer.statistics import Confidence, Entropy, MeanMap, Received, Sink, Statistic, collect
 
 ALIKE = 1e-12
 SCALES = 0.5, 2.0  # of the layers of Looking()
@@ -398,7 +399,7 @@ class TestCheckpoints:
     def straight(self, **kwargs):
         return collect(Looking(), texts(10), *all_statistics(), **kwargs)
 
-    @pytest.mark.parametrize("how, when, done", [("SIGKILL", 7, 6), ("SIGINT", 5, 4), ("in writing", 4, 4)])
+    @pytest.mark.parametrize("how, when, done", [("SIGKILL", 7, 6), ("SIGINT", 5, 5), ("in writing", 4, 4)])
     def test_a_run_that_is_killed_goes_on(self, how, when, done, tmp_path):
         """Killed for real, once in the middle of a writing; the numbers are those of a run that was not."""
         [ended] = run(1, killed, tmp_path, how, when)
@@ -417,7 +418,7 @@ class TestCheckpoints:
             collect(Looking(), stopping(texts(10), 7), *all_statistics(), checkpoint=tmp_path, every=3)
         model = Failing()
         found = collect(model, texts(10), *all_statistics(), checkpoint=tmp_path)
-        assert 4 == model.calls
+        assert 3 == model.calls  # an interrupted run is written with all that it has done
         assert difference(self.straight(), found) < ALIKE
 
     def test_failures_are_not_forgotten(self, tmp_path):
@@ -602,8 +603,19 @@ class TestMergingFiles:
     def test_parts_beside_the_whole(self, tmp_path):
         self.of_run(tmp_path)
         load(tmp_path / "rank-*.safetensors").save(tmp_path / "whole.safetensors")
-        with pytest.raises(ValueError, match="all would count twice"):
+        with pytest.raises(ValueError, match="the same run is in several of these"):
             load(tmp_path / "*.safetensors")
+
+    def test_a_copy_of_one(self, tmp_path):
+        collect(Looking(), pictures(2), Sink(), checkpoint=tmp_path / "one")
+        shutil.copytree(tmp_path / "one", tmp_path / "two")
+        with pytest.raises(ValueError, match="the same run is in several of these"):
+            load(tmp_path / "*" / "rank-*.safetensors")
+
+    def test_the_whole_of_one_run_and_parts_of_another(self, tmp_path):
+        self.of_run(tmp_path)
+        collect(Looking(), pictures(3), Entropy()).save(tmp_path / "whole.safetensors")
+        assert 21 == load(tmp_path / "*.safetensors").samples
 
     def test_of_another_rank(self, tmp_path):
         self.of_run(tmp_path)
@@ -640,8 +652,40 @@ class TestEncoderAndDecoder:
             batch["decoder_attention_mask"] = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
             padded = collect(model, [batch], Entropy())
             assert (padded["entropy"].mean[1] != entropies[-1]).all()
+        assert (2, 2) == tuple(padded["entropy"].count[1])
         np.testing.assert_allclose(entropies[0], entropies[1], atol=1e-6)
         np.testing.assert_allclose(entropies[0], entropies[2], atol=1e-6)
+
+
+    def test_what_a_decoder_attends_to_is_padded_as_in_the_encoder(self):
+        from transformers import BartConfig, BartModel
+
+        torch.manual_seed(0)
+        sizes = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+        model = BartModel(BartConfig(**sizes, d_model=8, encoder_layers=1, decoder_layers=1, vocab_size=30)).eval()
+        found = []
+        for length in (6, 7):  # of the decoder: as many as the encoder has, and one more
+            mask, own = torch.ones(2, 6, dtype=torch.long), torch.ones(2, length, dtype=torch.long)
+            mask[1, 4:], own[0, 2:], own[1, 6:] = 0, 0, 0
+            ids, decoder_ids = torch.arange(12).view(2, 6) + 3, torch.arange(2 * length).view(2, length) + 3
+            decoder_ids[:, 6:] = 1
+            batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_ids}
+            received = collect(model, [{**batch, "decoder_attention_mask": own}], Received())
+            found.append(received["received"].count[received.paths.index("decoder.layers.0.encoder_attn"), 0])
+        assert [2, 2, 2, 2, 1, 1] == found[0][:6].tolist() == found[1][:6].tolist()
+
+    def test_a_mask_that_is_added_says_nothing_of_padding(self):
+        """What a module of the model's own makes of the mask of the texts, and passes on by that name."""
+
+        class Adding(Looking):
+            def forward(self, x, attention_mask=None, **kwargs):
+                return self.inner(x, attention_mask=(1.0 - attention_mask) * -1e9)
+
+        model = Adding()
+        model.inner = Looking()
+        [batch] = texts(1)
+        expected, found = (collect(one, [batch], Entropy())["entropy"].mean for one in (Looking(), model))
+        np.testing.assert_allclose(expected, found, atol=1e-9)
 
 
 class TestModelsOfAccelerate:

@@ -283,7 +283,7 @@ class TestAProcessThatFails:
     def test_that_dies_is_told_from_one_that_is_slow(self):
         ended = run(3, one_dies_and_one_is_slow, 5.0)
         for one in ended[1:]:
-            assert "but rank 0 died: there has been no sign of it for 5 s" in str(one.error)
+            assert "but rank 0 died, or gives no sign of life for 5 s" in str(one.error)
             assert one.seconds < 30
 
     def test_that_hangs_is_told_from_one_that_is_slow(self):
@@ -341,8 +341,8 @@ class TestAProcessThatFails:
         assert ended[0].seconds < 30
 
     def test_that_never_collects(self):
-        ended = run(2, one_stays_away, 1.0)
-        assert "rank 0 of 2 is here, but rank 1 did not come within 1 s" in str(ended[0].error)
+        ended = run(2, one_stays_away, 5.0)
+        assert "rank 0 of 2 is here, but rank 1 did not come within 5 s" in str(ended[0].error)
 
     def test_a_damaged_checkpoint_of_one(self, tmp_path):
         values(2, fresh, tmp_path)

@@ -326,6 +326,24 @@ def test_confidence_is_that_of_queries_that_see_anything():
     assert 0.25 == visualizer.analysis.confidence(weights[0]).item()
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_mean_map_of_texts_is_that_of_each(side):
+    weights = torch.rand(2, 1, 5, 5).softmax(-1)
+    short = weights[1, :, :3, :3] / weights[1, :, :3, :3].sum(-1, keepdim=True)
+    padded = torch.full((1, 5, 5), 1 / 5)
+    place = slice(0, 3) if side == "right" else slice(2, 5)
+    padded[:, place] = 0
+    padded[:, place, place] = short
+    mask = torch.zeros(2, 5)
+    mask[0], mask[1, place] = 1, 1
+    one, both = MeanMap(), MeanMap()
+    one.update(weights[None, :1])
+    one.update(short[None, None])
+    both.update(torch.stack([weights[0], padded])[None], mask)
+    for field in ("count", "mean", "minimum"):
+        np.testing.assert_allclose(getattr(one.compute(), field), getattr(both.compute(), field), atol=1e-6)
+
+
 def test_infinity_is_a_number():
     state = state_of(torch.tensor([[1.0], [torch.inf]]))
     assert (2, torch.inf, torch.inf) == (state[0].item(), state[1].item(), state[4].item())

@@ -36,7 +36,7 @@ def add_to(commands: Commands) -> None:
         required=True,
         metavar="NAME",
         help="of visualizer.models, of the Hugging Face hub (texts), of timm (pictures), a folder, or "
-        "package.module:function, which gives a model and what makes its input of a picture's path or of texts",
+        "package.module:function, which gives a model and what makes its input of a picture's path, or a tokenizer",
     )
     data = stats.add_mutually_exclusive_group(required=True)
     data.add_argument("--images", metavar="DIR", help="a folder, with those in it")
@@ -75,7 +75,10 @@ def _stats(options: argparse.Namespace) -> None:
     items = items[: options.limit]
     import torch
 
-    from ..statistics import collect
+    try:
+        from ..statistics import collect
+    except ImportError as error:
+        raise Mistake(error) from error
 
     with _processes() as rank:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -168,7 +171,10 @@ def _model(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
             if options.images:
                 raise Mistake(f"{name} reads texts: pass --texts")
             return model, prepare
-        timm: Any = importlib.import_module("timm")
+        try:
+            timm: Any = importlib.import_module("timm")
+        except ImportError as error:
+            raise Mistake(f"{name} is to be a model of timm, which is not there: pip install timm") from error
         if not timm.is_model(name):
             raise Mistake(f"there is no model {name!r} in timm, and pictures go to one of timm, or to dinov2-small")
         model = timm.create_model(name, pretrained=True).eval()
@@ -217,13 +223,18 @@ def _read(paths: list[Path], prepare: Callable[[Path], Any], quiet: bool) -> Any
     return torch.cat(found)
 
 
+def _told(item: Any) -> Any:
+    """A text, or a picture by its name and size: not by its time, which a copy has anew."""
+    return (str(item), item.stat().st_size) if isinstance(item, Path) else item
+
+
 class _Batches:
     """Pictures or texts, so many at once."""
 
     def __init__(self, items: list[Any], size: int, settings: str) -> None:
         self._items, self._size = items, size
         # A checkpoint goes on with the very same.
-        self.fingerprint = f"{zlib.crc32(repr([str(item) for item in items]).encode()):08x} by {size}, {settings}"
+        self.fingerprint = f"{zlib.crc32(repr([_told(item) for item in items]).encode()):08x} by {size}, {settings}"
 
     def __len__(self) -> int:
         return -(-len(self._items) // self._size)

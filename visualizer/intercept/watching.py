@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 Growing = dict[str, _Keys]
 
+_PICTURES = {"pixel_values", "input_features"}
+
 
 class _Call(NamedTuple):
     """A module's call under way."""
@@ -222,7 +224,13 @@ class Watch:
 
     def given(self, name: str) -> list[Any]:
         """What the calls under way in this thread were given by that keyword, the innermost call first."""
-        return [call.kwargs[name] for call in reversed(self._state.calls) if name in call.kwargs]
+        found = []
+        for call in reversed(self._state.calls):
+            if name in call.kwargs:
+                found.append(call.kwargs[name])
+            elif _PICTURES & call.kwargs.keys():  # what is told beyond is of texts that go with them
+                return [*found, None]
+        return found
 
     @property
     def follows(self) -> bool:

@@ -34,9 +34,12 @@ class Collected(Mapping[str, Moments]):
             statistic.reset()
         self._states: dict[str, Tensor] = {}
         self._is_complete = True
+        self._is_whole = True
+        """Whether no batch is just being taken in."""
         self._part: dict[str, Any] = {}
         """Of a process's file: its "rank", of how many "ranks", and what tells its "model" and its "data" apart, and
-        whether it saw a shard of the model alone. What several found together has no "rank"."""
+        whether it saw a shard of the model alone; and of which "runs" it is, so that none counts twice. What several
+        found together has no "rank"."""
         self.paths = ()
         self.samples = 0
         """How many images or texts were seen: the smallest batch of a layer, as windows are more, over all batches."""
@@ -97,16 +100,19 @@ class Collected(Mapping[str, Moments]):
                 f"{len(self.paths)}, {few(self.paths)}: statistics are those of the same layers"
             )
         before = [statistic.moments for statistic in self._statistics]
+        self._is_whole = False
         try:
             for number, statistic in enumerate(self._statistics):
                 statistic.take([states[number] for _, _, states in calls])
         except BaseException:
             for statistic, moments in zip(self._statistics, before, strict=True):
                 statistic.moments = moments
+            self._is_whole = True
             raise
         self.paths = paths
         self.samples += min(size for _, size, _ in calls)  # windows are more than images
         self.batches += 1
+        self._is_whole = True
 
     def _save(self, path: str | PathLike[str], about: dict[str, Any] | None = None) -> None:
         records = [
@@ -150,6 +156,7 @@ class Collected(Mapping[str, Moments]):
             statistic.moments = before._states[statistic.name].to(statistic.moments.device)
         self.paths, self.samples, self.batches = before.paths, before.samples, before.batches
         self.failed, self._is_complete = before.failed, before._is_complete
+        self._part["runs"] = before._part.get("runs", self._part["runs"])
 
 
 def restored(records: Sequence[Record], about: dict[str, Any]) -> Collected:
@@ -173,18 +180,22 @@ def merge(parts: Sequence[Collected]) -> Collected:
     models = {part._part.get("model") for part in parts if not part._part.get("sharded")} - {None}
     if len(models) > 1:
         raise ValueError("these are of models with different weights, which cannot be merged")
-    for ranks in {part._part.get("ranks", 1) for part in parts}:
-        of_run = [part._part for part in parts if part._part.get("ranks", 1) == ranks]
-        times = Counter(part["rank"] for part in of_run if "rank" in part)
-        if times and ranks > 1 and len(of_run) > times.total():
-            raise ValueError(
-                f"here are files of {ranks} processes, and one of what so many found together: all would count twice"
-            )
-        missing = [rank for rank in range(ranks) if times and times[rank] < max(times.values())]
+    runs = [run for part in parts for run in part._part.get("runs", ())]
+    if len({*runs}) < len(runs):
+        raise ValueError("the same run is in several of these: they are copies, or parts beside their whole")
+    found_by: dict[tuple[Any, ...], Counter[int]] = {}
+    for part in parts:
+        if "rank" in part._part:
+            ranks, data = part._part["ranks"], part._part["data"]
+            found_by.setdefault((ranks, data), Counter())[part._part["rank"]] += 1
+    for (ranks, _), times in found_by.items():
+        missing = [rank for rank in range(ranks) if times[rank] < max(times.values())]
         if missing:
             warn(f"of a run of {ranks} processes the files of these are missing: {numbers(missing)}")
     whole._settings, whole.paths = first._settings, first.paths
-    whole._part = {key: value for key, value in first._part.items() if key != "rank"}
+    whole._part = {**first._part, "runs": runs}
+    if len(parts) > 1:
+        whole._part.pop("rank", None)
     for name in first:
         whole._states[name] = merged(torch.stack(as_large([part._state(name) for part in parts])))
     whole.samples, whole.batches = sum(part.samples for part in parts), sum(part.batches for part in parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
@@ -58,7 +59,7 @@ def collect(
     **Many processes.** Under `torchrun` or `accelerate launch`, with `torch.distributed` initialised, each process runs
     its share of the batches, and all return the statistics of all. A process that fails ends the others behind the
     batch they are at. As they come to the end they wait for those that get on, however long, and give up one that has
-    died (half a minute without a sign of life) or hangs (`timeout` seconds without a batch), by its rank.
+    died (a minute without a sign of life) or hangs (`timeout` seconds without a batch), by its rank.
     `DistributedDataParallel` leaves out what only training needs, so shares may be of any size. A model sharded by FSDP
     (1 or 2; tested on CPUs) runs on all processes at once: one that has fewer batches runs its last one again, which
     does not count, and a batch that fails in the model ends the run. Models that accelerate spread over devices
@@ -86,7 +87,7 @@ def collect(
         The statistics by their names, over all processes, in each of them.
 
     Raises:
-        TypeError: it is no model, or what is no statistic was passed for one.
+        TypeError: it is no model, what is no statistic was passed for one, or one batch for an iterable of them.
         ValueError: there is no statistic, two have one name, there is no batch or no attention, a checkpoint is of
             other statistics, another model, other data or another number of processes, or the processes have different
             statistics or models.
@@ -100,14 +101,17 @@ def collect(
     check_statistics(model, statistics)
     if every < 1:
         raise ValueError(f"every={every!r}: pass how many batches, 1 or more")
+    if isinstance(batches, (Mapping, str)):
+        raise TypeError("batches is one batch, or a text: pass an iterable of batches, if it be a list of one")
     found = Collected(copy.deepcopy(statistics))
     found._is_complete = False
     is_sharded, seen = _is_sharded(model), _fingerprint(model)
+    folder, data = None if checkpoint is None else Path(checkpoint).absolute(), _size(batches)
     ranks = Ranks(timeout)
     is_in_step = is_sharded and ranks.count > 1
-    file = None if checkpoint is None else Path(checkpoint).absolute() / f"rank-{ranks.rank}.safetensors"
-    found._part = {"rank": ranks.rank, "ranks": ranks.count, "model": seen, "data": _size(batches)}
-    found._part["sharded"] = is_in_step
+    file = None if folder is None else folder / f"rank-{ranks.rank}.safetensors"
+    found._part = {"rank": ranks.rank, "ranks": ranks.count, "model": seen, "data": data, "sharded": is_in_step}
+    found._part["runs"] = [os.urandom(8).hex()]
 
     def begin() -> tuple[bool, Any, Any]:
         if file is not None:
@@ -135,8 +139,8 @@ def collect(
 
             try:
                 _run(model, some, found, call, is_in_step, after)
-            except Stopped:
-                if file is not None:
+            except (Stopped, KeyboardInterrupt):
+                if file is not None and found._is_whole:
                     found._save(file)
                 raise
         found._is_complete = True
@@ -256,7 +260,7 @@ def _size(batches: Any) -> Any:
     """What tells data from other data: a fingerprint that says so, or how many batches there are."""
     try:
         return getattr(batches, "fingerprint", None) or len(batches)
-    except (TypeError, NotImplementedError):
+    except Exception:  # as of many a loader of an iterable data set
         return None
 
 
@@ -274,6 +278,8 @@ def _fingerprint(model: nn.Module) -> str:
             if isinstance(tensor, nn.parameter.UninitializedParameter):
                 continue
             own = tensor.detach()
-            own = own.to_local() if hasattr(own, "to_local") else own
-            told.append((path, name, tuple(own.shape), [] if own.is_meta else own.reshape(-1)[:4].cpu().tolist()))
+            own, first = own.to_local() if hasattr(own, "to_local") else own, []
+            with contextlib.suppress(RuntimeError, NotImplementedError):  # meta, sparse, and types without numbers
+                first = own.reshape(-1)[:4].cpu().tolist()
+            told.append((path, name, tuple(own.shape), first))
     return f"{zlib.crc32(repr(told).encode()):08x}"

@@ -33,10 +33,20 @@ class Texts:
     mask: Tensor | None = None
     """0 for padding."""
     ids: Tensor | None = None
+    of_keys: Tensor | None = None
+    """The mask of those that are attended to, where they are others, as a decoder attends to its encoder."""
 
-    def real(self, tokens: int) -> Tensor | None:
-        """Which of that many tokens are no padding, as a bool; None where none is known to be."""
-        return self.mask != 0 if self.mask is not None and self.mask.shape[-1] == tokens else None
+    def queries(self, layer: AttentionMap) -> Tensor | None:
+        """Which queries are no padding, as a bool; None where none is known to be."""
+        return _real(self.mask, layer.shape[2])
+
+    def keys(self, layer: AttentionMap) -> Tensor | None:
+        """Which keys are no padding."""
+        return _real(self.of_keys if layer.kind == "cross" else self.mask, layer.shape[3])
+
+
+def _real(mask: Tensor | None, tokens: int) -> Tensor | None:
+    return mask != 0 if mask is not None and mask.shape[-1] == tokens else None
 
 
 class Statistic(Metric):
@@ -85,8 +95,9 @@ class Statistic(Metric):
     @property
     def settings(self) -> dict[str, Any]:
         """What was asked for: files of other settings are not merged."""
-        names = [name for name in inspect.signature(type(self).__init__).parameters if name not in ("self", "kwargs")]
-        forgotten = [name for name in names if name not in vars(self)]
+        parameters = [*inspect.signature(type(self).__init__).parameters.values()][1:]
+        names = [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+        forgotten = [name for name in names if name != "name" and name not in vars(self)]
         if forgotten:
             raise TypeError(
                 f"{type(self).__name__} does not keep its argument {forgotten[0]!r} as self.{forgotten[0]}, by which "
@@ -154,7 +165,7 @@ def _of_images(layer: AttentionMap, texts: Texts, chosen: Tensor) -> tuple[Atten
         return layer, texts
     of_each = [
         known[chosen.to(known.device)] if known is not None and len(known) == len(chosen) else known
-        for known in (texts.mask, texts.ids)
+        for known in (texts.mask, texts.ids, texts.of_keys)
     ]
     return AttentionMap(layer.rows(slice(None))[chosen], path=layer.path, kind=layer.kind), Texts(*of_each)
 
@@ -164,16 +175,19 @@ def texts_of(layer: AttentionMap, maps: Maps, batch: Texts) -> Texts:
 
     The innermost module knows best: of an encoder and a decoder each has padding of its own, or is told of none.
     """
-    names = {"attention_mask": batch.mask, "input_ids": batch.ids}
-    return Texts(*[_told(given(maps, name), layer.shape[0], known) for name, known in names.items()])
+    names = {"attention_mask": batch.mask, "input_ids": batch.ids, "encoder_attention_mask": None}
+    return Texts(*[_told(given(maps, name), layer.shape[0], name, known) for name, known in names.items()])
 
 
-def _told(told: Sequence[Any], batch: int, known: Tensor | None) -> Tensor | None:
+def _told(told: Sequence[Any], batch: int, name: str, known: Tensor | None) -> Tensor | None:
     for one in told:
         if one is None:
             return None
         if isinstance(one, Tensor) and one.ndim == 2 and len(one) == batch:
-            return one.detach()
+            one = one.detach()
+            if name == "input_ids" or one.dtype == torch.bool or bool(((one == 0) | (one == 1)).all()):
+                # Else it is added to scores. One of as many tokens as texts may be of tokens by tokens.
+                return known if known is not None and known.shape == one.shape and batch == one.shape[1] else one
     return known
 
 
@@ -223,7 +237,7 @@ class Entropy(Statistic):
 
     def of(self, layer: AttentionMap, texts: Texts) -> Tensor:
         """(batch, heads), in nats."""
-        return _mean(rows.entropy_of(layer), texts.real(layer.shape[2]))
+        return _mean(rows.entropy_of(layer), texts.queries(layer))
 
 
 class Distance(Statistic):
@@ -271,7 +285,7 @@ class Confidence(Statistic):
 
     def of(self, layer: AttentionMap, texts: Texts) -> Tensor:
         """(batch, heads)."""
-        largest, real = layer.reduce(lambda some: some.amax(-1)), texts.real(layer.shape[2])
+        largest, real = layer.reduce(lambda some: some.amax(-1)), texts.queries(layer)
         counts = largest > 0  # a query that may see nothing is sure of nothing
         if real is not None:
             counts &= real.to(counts.device)[:, None]
@@ -300,17 +314,20 @@ class Received(Statistic):
 
 
 def _received(layer: AttentionMap, texts: Texts) -> Tensor:
-    batch, heads, queries, keys = layer.shape
-    found = rows.received_of(layer, texts.real(queries))
-    real = texts.real(keys)
+    return _aligned(rows.received_of(layer, texts.queries(layer)), texts.keys(layer), -1)
+
+
+def _aligned(found: Tensor, real: Tensor | None, axis: int) -> Tensor:
+    """Numbers of tokens in an order in which each text's first one that is no padding is the first; NaN for padding."""
     if real is None:
         return found
-    real = real.to(found.device)
+    tokens, real = real.shape[1], real.to(found.device)
     first = real.int().argmax(1, keepdim=True)
-    places = (torch.arange(keys, device=found.device) + first) % keys  # the first token that is no padding comes first
-    real = real.gather(1, places)
-    found = found.gather(2, places[:, None].expand(batch, heads, keys))
-    return found.masked_fill(~real[:, None], math.nan)
+    places = (torch.arange(tokens, device=found.device) + first) % tokens
+    shape = [len(real), *[1] * (found.ndim - 1)]
+    shape[axis] = tokens
+    found = found.gather(axis, places.view(shape).expand(found.shape))
+    return found.masked_fill(~real.gather(1, places).view(shape), math.nan)
 
 
 class Sink(Statistic):
@@ -401,7 +418,7 @@ class Patterns(Statistic):
         batch, _, queries, keys = layer.shape
         if queries != keys:
             raise ValueError(f"patterns are those of tokens among themselves, not of {queries} queries to {keys} keys")
-        real, ids = texts.real(keys), texts.ids
+        real, ids = texts.keys(layer), texts.ids
         real = torch.ones(batch, keys, dtype=torch.bool) if real is None else real.cpu()
         ids = None if ids is None else ids.cpu()
         special = None
@@ -418,7 +435,7 @@ class Patterns(Statistic):
 
 
 class MeanMap(Statistic):
-    """The mean map over all images of one size, (layers, heads, queries, keys).
+    """The mean map over all images of one size, or over texts, (layers, heads, queries, keys).
 
     >>> import torch
     >>> from visualizer.statistics import MeanMap
@@ -428,7 +445,8 @@ class MeanMap(Statistic):
     array([[0.75, 0.25],
            [0.25, 0.75]])
 
-    It holds five numbers of eight bytes for each weight of a map: 224 MB for 12 layers of 12 heads of 197 tokens.
+    A token of a text is counted from the first that is no padding, and has as many samples as texts reach so far. It
+    holds five numbers of eight bytes for each weight of a map: 224 MB for 12 layers of 12 heads of 197 tokens.
 
     Args:
         heads: how the heads of a layer become one map, "mean", "max" or "min"; None: each by itself.
@@ -445,4 +463,5 @@ class MeanMap(Statistic):
     def of(self, layer: AttentionMap, texts: Texts) -> Tensor:
         """(batch, heads, queries, keys); one head where they are made one."""
         found = layer.dense()
-        return found if self.heads is None else fused(found, self.heads)[:, None]
+        found = found if self.heads is None else fused(found, self.heads)[:, None]
+        return _aligned(_aligned(found, texts.queries(layer), -2), texts.keys(layer), -1)

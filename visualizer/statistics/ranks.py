@@ -17,8 +17,10 @@ from .collected import Collected, few
 from .measures import gathered
 from .signs import Failed, Lost, Signs, Stopped
 
-_numbers: WeakKeyDictionary[Any, count[int]] = WeakKeyDictionary()
-"""The calls of `collect` so far, by the group of all processes: in each its processes meet."""
+_number = count()
+_worlds: WeakKeyDictionary[Any, tuple[int, count[int]]] = WeakKeyDictionary()
+"""The groups of all processes that there have been, numbered, and of each its calls of `collect`: a store of theirs may
+outlive a group, with what was said there."""
 
 _T = TypeVar("_T")
 
@@ -53,8 +55,8 @@ class Ranks:
                 )
         if self.count > 1:
             inside = distributed.distributed_c10d
-            number = next(_numbers.setdefault(inside._get_default_group(), count()))
-            store = inside.PrefixStore(f"visualizer {number}", inside._get_default_store())
+            world, calls = _worlds.setdefault(inside._get_default_group(), (next(_number), count()))
+            store = inside.PrefixStore(f"visualizer {world} {next(calls)}", _own(inside._get_default_store()))
             self._signs = Signs(store, self.rank, self.count, timeout)
             try:
                 self._signs.meet()
@@ -117,7 +119,7 @@ class Ranks:
                 distributed.all_gather_object(others, own, self._group)
             except RuntimeError as error:
                 if is_in_step and _is_of_others(error):
-                    self._signs.meet()  # finds out who it is
+                    self._signs.meet(is_brief=True)  # finds out who it is
                 raise
         except BaseException as error:
             self._give_up(error)
@@ -137,7 +139,7 @@ class Ranks:
         """Make what was found that of all processes, in each."""
         if self._signs is None:
             return
-        others = self.all(lambda: (found.paths, found.samples, found.batches, found.failed))
+        others = self.all(lambda: (found.paths, found.samples, found.batches, found.failed, found._part["runs"]))
         paths = {paths for paths, *_ in others if paths}
         if len(paths) > 1:
             raise ValueError(f"the processes saw attention in different modules: {', '.join(map(few, sorted(paths)))}")
@@ -149,16 +151,20 @@ class Ranks:
 
         self.all(sync, is_in_step=True)
         found.paths = paths.pop() if paths else ()
-        found.samples, found.batches = sum(one for _, one, *_ in others), sum(one for _, _, one, _ in others)
-        found.failed = sorted(failure for *_, failed in others for failure in failed)
+        found.samples, found.batches = sum(one for _, one, *_ in others), sum(one for _, _, one, *_ in others)
+        found.failed = sorted(failure for *_, failed, _ in others for failure in failed)
+        found._part["runs"] = [run for *_, runs in others for run in runs]
         del found._part["rank"]
 
     def close(self) -> None:
         """Take the group away, and give no sign any more."""
-        if self._group is not None:
-            distributed.destroy_process_group(self._group)
-        if self._signs is not None:
-            self._signs.close()
+        group, self._group = self._group, None  # whoever holds an error holds this, and would hold the connections
+        try:
+            if group is not None:
+                distributed.destroy_process_group(group)
+        finally:
+            if self._signs is not None:
+                self._signs.close()
 
 
 class Share:
@@ -196,6 +202,14 @@ class Share:
             else:
                 error = None
                 yield Batch(number, value)
+
+
+def _own(store: Any) -> Any:
+    """The store by a connection of its own, where it has one: another thread may wait on the first for long."""
+    try:
+        return store.clone()
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return store
 
 
 def _is_of_others(error: RuntimeError) -> bool:

@@ -5,13 +5,14 @@ A thread of its own does all the talking: where the process that holds the store
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-_QUIET = 30.0
-"""Seconds without a sign after which a process is given up. It gives one each second whatever it is busy with."""
+_QUIET = 60.0
+"""Seconds without a sign after which a process is given up. It gives one each second, whatever Python runs there."""
 _LEFT = 2**31
 """The meetings of a process that comes to no more."""
 _MESSAGES = 5000  # a second, that the store is asked to serve in all
@@ -47,9 +48,10 @@ class Signs:
     """
 
     def __init__(self, store: Any, rank: int, count: int, timeout: float) -> None:
-        self._store, self._rank, self._count, self._timeout = store, rank, count, timeout
+        self._store, self._rank, self._count = store, rank, count
         # Each asks for the signs of all others, who may be many: then less often.
         self._pause = max(1.0, count**2 / _MESSAGES)
+        self._timeout = max(timeout, 5 * self._pause)
         self._patience = max(min(timeout, _QUIET), 5 * self._pause)
         self._steps, self._meetings, self._trouble = 0, 0, ""
         self._seen: dict[int, _Sign] = {}
@@ -76,26 +78,32 @@ class Signs:
 
     def tell(self, error: BaseException) -> None:
         """Tell the others why this process fails: now, for it may end at once."""
-        why = str(error) if isinstance(error, Lost) else f"{type(error).__name__}: {error}"
+        try:
+            why = str(error) if isinstance(error, Lost) else f"{type(error).__name__}: {error}"
+        except Exception:  # of an exception of somebody's own
+            why = type(error).__name__
         self._trouble = why.encode(errors="backslashreplace")[:2000].decode(errors="ignore")  # what any store takes
         end = time.monotonic() + 5
         while self._said != self._trouble and not self._is_gone and time.monotonic() < end:
             self._wake.set()
             time.sleep(0.01)
 
-    def meet(self) -> None:
+    def meet(self, is_brief: bool = False) -> None:
         """Wait until all have come here, as long as each of the others lives and gets on.
+
+        Args:
+            is_brief: wait no longer than it takes to find out who died.
 
         Raises:
             Lost: a process died, hangs, or did not come.
             Failed: it told why.
         """
         self._meetings += 1
-        self._wait(self._meetings)
+        self._wait(self._meetings, 2 * self._patience if is_brief else math.inf)
 
     def linger(self, seconds: float) -> None:
         """Wait until the others have failed or left too, no longer than that: what they hear is in a store."""
-        self._wait(_LEFT, seconds)
+        self._wait(_LEFT, seconds, is_told=False)
 
     def close(self) -> None:
         """Give no sign any more."""
@@ -103,7 +111,7 @@ class Signs:
         self._wake.set()
         self._thread.join(5)  # it may hang with the store
 
-    def _wait(self, meeting: int, patience: float | None = None) -> None:
+    def _wait(self, meeting: int, seconds: float, is_told: bool = True) -> None:
         self._is_waiting = True
         self._wake.set()
         others = [rank for rank in range(self._count) if rank != self._rank]
@@ -124,12 +132,11 @@ class Signs:
                 idle[rank] = idle[rank] + passed if new[1:3] == old[1:3] else 0.0
                 known[rank] = new
             absent = [rank for rank in others if known[rank].meetings < meeting]
-            if patience is None:
-                is_over = self._met == meeting
-                if not is_over:
-                    self._complain(known, absent, quiet, idle, unanswered)
-            else:
-                is_over = waited > patience or self._is_gone or all(known[rank].trouble for rank in absent)
+            is_over = waited > seconds or self._met == meeting
+            if not is_told:
+                is_over = is_over or self._is_gone or all(known[rank].trouble for rank in absent)
+            elif not is_over:
+                self._complain(known, absent, quiet, idle, unanswered)
             if is_over:
                 self._is_waiting = False
                 return
@@ -157,7 +164,7 @@ class Signs:
             about.append("rank 0 died or hangs: torch.distributed's store, which it usually holds, gives no answer")
         elif never or dead or stuck:
             about += [f"{_ranks(never)} did not come within {self._timeout:g} s"] if never else []
-            about += [f"{_ranks(dead)} died: there has been no sign of it for {self._patience:g} s"] if dead else []
+            about += [f"{_ranks(dead)} died, or gives no sign of life for {self._patience:g} s"] if dead else []
             about += [f"{_ranks(stuck)} hangs: it did no batch within {self._timeout:g} s"] if stuck else []
         if about:
             raise Lost(
@@ -182,7 +189,7 @@ class Signs:
                     read = time.monotonic()
                 self._is_trouble = is_trouble
                 if is_waiting:
-                    if self._store.add(f"at meeting {meeting}", int(come < meeting)) == self._count:
+                    if self._store.add(f"at meeting {meeting}", int(come < meeting)) >= self._count:
                         self._met = meeting
                     come = meeting
                 self._rounds += 1
