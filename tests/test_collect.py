@@ -633,6 +633,12 @@ class TestMergingFiles:
         check_entropy(merged, data)
 
 
+@pytest.mark.parametrize("one", [texts(1)[0], "a text"])
+def test_one_batch_is_no_iterable_of_batches(one):
+    with pytest.raises(TypeError, match=r"one batch: pass an iterable of such, as \[batch\]"):
+        collect(Looking(), one, Entropy())
+
+
 class TestEncoderAndDecoder:
     def test_each_has_padding_of_its_own(self):
         """The decoder has as many tokens as the encoder, and none of them is padding."""

@@ -102,7 +102,7 @@ def collect(
     if every < 1:
         raise ValueError(f"every={every!r}: pass how many batches, 1 or more")
     if isinstance(batches, (Mapping, str)):
-        raise TypeError("batches is one batch, or a text: pass an iterable of batches, if it be a list of one")
+        raise TypeError(f"batches is a {type(batches).__name__}, one batch: pass an iterable of such, as [batch]")
     found = Collected(copy.deepcopy(statistics))
     found._is_complete = False
     is_sharded, seen = _is_sharded(model), _fingerprint(model)
