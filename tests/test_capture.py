@@ -550,6 +550,82 @@ class TestThreads:
     def test_for_a_minute(self):
         assert self.hammer(60) > 10_000
 
+    def late(self, work, within, act):
+        """Have a thread call `work`, and `act` while it is held up in what `within` is given."""
+        arrived, go_on = threading.Event(), threading.Event()
+
+        def wait(*args):
+            if threading.current_thread() is thread and not arrived.is_set():
+                arrived.set()
+                assert go_on.wait(60)
+            return threading.get_ident() if not args else args[0]
+
+        within(wait)
+        thread = threading.Thread(target=work, args=("late",))
+        thread.start()
+        try:
+            assert arrived.wait(60)
+            act()
+        finally:
+            go_on.set()
+            thread.join()
+
+    @pytest.mark.parametrize("way", ["graph", "callable", "assign"])
+    def test_what_was_on_its_way_in_another_thread_does_not_come_after_the_end(self, way, monkeypatch):
+        def work(x):
+            attn = x
+            return attn
+
+        waits = []
+        keep = "graph" if way == "graph" else lambda value: waits[0](value) if waits else value
+        at = "assign" if way == "assign" else "return"
+        found = capture(work, "attn", at=at, keep=keep)
+
+        def within(wait):
+            if way == "graph":
+                monkeypatch.setattr("visualizer.store.channel.get_ident", wait)
+            else:
+                waits.append(wait)
+
+        def end():
+            found.stop()
+            assert ["before"] == [*itertools.chain(*found.values())]
+
+        found.start()
+        work("before")
+        self.late(work, within, end)
+        assert ["before"] == [*itertools.chain(*found.values())]
+        with found:
+            assert ["before"] == [*itertools.chain(*found.values())]
+            work("again")
+        assert ["before", "again"] == [*itertools.chain(*found.values())]
+
+    @pytest.mark.parametrize("keep", ["graph", "callable"])
+    def test_nor_after_get_local_is_deactivated(self, keep, gl, monkeypatch):
+        waits = []
+        keep = "graph" if keep == "graph" else lambda value: waits[0](value) if waits else value
+
+        @gl("attn", keep=keep)
+        def work(x):
+            attn = x
+            return attn
+
+        def within(wait):
+            if keep == "graph":
+                monkeypatch.setattr("visualizer.store.channel.get_ident", wait)
+            else:
+                waits.append(wait)
+
+        gl.activate()
+        work("before")
+        self.late(work, within, gl.deactivate)
+        assert [["before"]] == [*gl.cache.values()]
+        with gl.activate():
+            work("again")
+        assert [["before", "again"]] == [*gl.cache.values()]
+        gl.clear()
+        assert [[]] == [*gl.cache.values()]
+
     def test_tasks(self):
         async def forward(x):
             attn = x

@@ -1051,6 +1051,75 @@ class TestKeepAndLimits:
         forward(1000)
         assert 1 == len(gl.cache[key])
 
+    def test_what_several_functions_have_not_had_filed_yet_shares_the_budget(self, gl):
+        class Value:
+            def __sizeof__(self):
+                return 1000
+
+        @gl("value", keep="graph")
+        def one(value):
+            return None
+
+        @gl("value", keep="graph")
+        def two(value):
+            return None
+
+        @gl("value", keep="graph")
+        def three(value):
+            return None
+
+        gl.activate(max_bytes=10_500)
+        alive = weakref.WeakSet()
+        with pytest.warns(VisualizerWarning, match="10,500 bytes"):
+            for _ in range(10):
+                for function in (one, two, three):
+                    alive.add(value := Value())
+                    function(value)
+                    del value
+                    assert len(alive) <= 11
+        assert 10 == sum(map(len, gl.cache.values())) == len(alive)
+
+    @pytest.mark.parametrize("number", [10**6, 0.5], ids=str)
+    def test_numbers_count_too_if_nobody_reads_them(self, gl, number):
+        forward = make(gl, "x", keep="graph")
+        gl.activate(max_bytes=200_000)
+        with pytest.warns(VisualizerWarning, match="200,000 bytes"):
+            for _ in range(20_000):
+                forward(number)
+        assert 200_000 // sys.getsizeof(number) == len(gl.cache["forward"])
+
+    @pytest.mark.parametrize("keep", ["numpy", "tensor", "graph"])
+    def test_a_value_whose_own_code_fails_is_kept_and_the_function_goes_on(self, gl, keep):
+        class Lazy:
+            @property
+            def __class__(self):
+                raise RuntimeError("evaluated")
+
+            def __sizeof__(self):
+                raise RuntimeError("measured")
+
+        class Unhashable(type):
+            __hash__ = None
+
+            def __eq__(self, other):
+                raise RuntimeError("compared")
+
+        class Odd(metaclass=Unhashable):
+            pass
+
+        class Thing:
+            pass
+
+        @gl("value", keep=keep)
+        def forward(value):
+            return "done"
+
+        values = [Lazy(), Odd(), weakref.proxy(Thing())]
+        with gl.activate():
+            assert ["done"] * 3 == [forward(value) for value in values]
+        [kept] = gl.cache.values()
+        assert list(map(id, values)) == list(map(id, kept))
+
     def test_a_limit_makes_room_within_the_budget(self, gl):
         @gl("data")
         def forward(size):

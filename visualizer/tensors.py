@@ -258,9 +258,9 @@ def bytes_by_device(value: Any) -> dict[str, int]:
     if kind == "array":  # the usual cases
         return {"cpu": value.nbytes}
     if kind == "tensor" and value.layout is sys.modules["torch"].strided:
-        return {_name_of(value.device): value.nelement() * value.element_size()}
+        return {"cpu" if value.is_cpu else _name_of(value.device): value.nbytes}
     if kind == "other":
-        return {"cpu": sys.getsizeof(value)}
+        return {"cpu": _size_of(value)}
     counts: dict[str, int] = defaultdict(int)
     seen: set[int] = set()
     values = [value]
@@ -273,11 +273,18 @@ def bytes_by_device(value: Any) -> dict[str, int]:
         elif _is_container(item):
             if id(item) not in seen:
                 seen.add(id(item))
-                counts["cpu"] += sys.getsizeof(item)
+                counts["cpu"] += _size_of(item)
                 values.extend(item.values() if isinstance(item, dict) else item)
         else:
-            counts["cpu"] += sys.getsizeof(item)
+            counts["cpu"] += _size_of(item)
     return dict(counts)
+
+
+def _size_of(value: Any) -> int:
+    try:
+        return sys.getsizeof(value)
+    except Exception:  # its __sizeof__ is code that anybody may have written
+        return object.__sizeof__(value)
 
 
 @lru_cache(maxsize=256)

@@ -23,8 +23,8 @@ from .store import Store, Waiting
 
 _listening: dict[str, Channel] = {}
 
-_SMALL = frozenset({int, float, bool, complex})  # too small to be weighed one by one
-_SMALL_BATCH = 4096
+_BATCH = 4096
+"""How many numbers pend before they are weighed: one by one they would take longer to weigh than to keep."""
 
 
 def receive(key: str, value: Any) -> None:
@@ -42,8 +42,12 @@ def receive(key: str, value: Any) -> None:
             channel.take(value)
         else:
             pending.append((value, get_ident()))
-            if value.__class__ not in _SMALL or not len(pending) % _SMALL_BATCH:
-                channel.weigh(value)
+            kind = type(value)  # compared by identity, for a class may have an __eq__ or __hash__ of its own
+            if kind is not int and kind is not float:
+                channel.store.hold(bytes_by_device(value))
+            elif len(pending) > channel.many:
+                channel.many += _BATCH
+                channel.store.hold({"cpu": _BATCH * 32})
     except RecursionError:  # what a call needs below the limit shall not be what the function fails for
         missed = channel.store.missed
         missed[channel] = missed.get(channel, 0) + 1
@@ -87,6 +91,8 @@ class Channel:
         """The code that was last rewritten with this channel as the last, for which sites, and the result."""
         self.pending: deque[tuple[Any, int]] | None = None
         """Values with their threads that are not filed yet; None where each value has work to be done at once."""
+        self.many = _BATCH
+        """How many values may pend until numbers among them are weighed."""
         self.take: Callable[[Any], None] = _ignore
         """Convert and file what the rewritten code brings."""
         self._keep: Keep = "numpy"
@@ -95,7 +101,6 @@ class Channel:
         self._frames: dict[int, tuple[int, str | None]] = {}
         self._warned: set[str] = set()
         self._has_told = False
-        self._held: dict[str, int] = {}
 
     @property
     def mode(self) -> Keep:
@@ -109,30 +114,25 @@ class Channel:
         self._frames.clear()  # of calls that went on, or ended, unseen
         self.take = self._assignments() if self.at == "assign" else self._returns()
         self.adjust()
+        self.store.switch(self, True)
         _listening[self.site] = self
 
     def disconnect(self) -> None:
         """Ignore what the rewritten code brings, calls that are under way included."""
-        _listening.pop(self.site, None)
+        if _listening.pop(self.site, None) is None:
+            return
         self.take = _ignore  # which holds on to the channel, and so to the store and its values
+        self.store.switch(self, False)
+        self._queue, self.pending = deque(), None  # a thread that still holds the old one fills it for nobody
 
     def adjust(self) -> None:
         """Let values pend only where each needs no work of its own."""
         plain = self._keep == "graph" and self.at == "return" and len(self.names) == 1 and self.owner is None
         self.pending = self._queue if plain and self.store.limit is None and not self.store.is_full else None
 
-    def weigh(self, value: Any) -> None:
-        """Count what is pending, by its newest value, and have it filed before it can outgrow the budget."""
-        sizes = {"cpu": _SMALL_BATCH * 32} if value.__class__ in _SMALL else bytes_by_device(value)
-        for device, size in sizes.items():
-            self._held[device] = held = self._held.get(device, 0) + size
-            if held > self.store.room(device):
-                self.store.sort_in()  # exact, and empties what is held
-                return
-
     def flush(self, waiting: Waiting) -> None:
         """Move what is pending to what waits to be filed."""
-        self._held = {}
+        self.many = _BATCH
         for _ in range(len(self._queue)):  # what other threads add meanwhile is for the next time
             value, thread = self._queue.popleft()
             waiting.append((self, (value,), -1, None, thread, None, (), 0))

@@ -39,7 +39,8 @@ class Source(Protocol):
 
 Waiting = deque[tuple[Source, Any, int, int | None, int, str | None, Sequence[Any], int]]
 """(source, value, call, line, thread, module, copies under way, their bytes) of what has arrived and is not filed yet.
-`call` is -1 where calls are counted as they are filed."""
+`call` is -1 where calls are counted as they are filed. A bool for a value says from where on the source is recorded, or
+no longer: a call of another thread that had found its channel before may bring its value at any time after."""
 
 
 class Store:
@@ -63,8 +64,11 @@ class Store:
         self._waiting: Waiting = deque()
         self.missed: dict[Source, int] = {}
         """How many calls came too close to the recursion limit to be recorded, by source; told when somebody reads."""
+        self._left: dict[str, int] = {}
+        """How many bytes may still pend, by device, as of the last time that all was filed."""
         self._under_way = 0
         self._sources: list[Source] = []
+        self._recorded: set[Source] = set()
         self._failure: BaseException | None = None
         self._records: dict[str, deque[tuple[Record, dict[str, int]]]] = {}
         self._bytes: dict[str, int] = {}
@@ -88,9 +92,14 @@ class Store:
     def remove(self, source: Source) -> None:
         """Let a source go that nothing will come from any more."""
         with self._lock:
-            source.flush(self._waiting)
             if source in self._sources:
                 self._sources.remove(source)
+
+    def switch(self, source: Source, on: bool) -> None:
+        """File what a source brings from now on, or nothing but what it has brought by now."""
+        with self._lock:
+            source.flush(self._waiting)
+            self._waiting.append((source, on, -1, None, 0, None, (), 0))
 
     def open(self, key: str) -> None:
         """Give a key its empty list, unless it has one."""
@@ -203,13 +212,17 @@ class Store:
         """How many bytes may still be filed for a device."""
         return self._budget(device) - self._bytes.get(device, 0)
 
-    def sort_in(self) -> None:
-        """File what is pending, unless another thread is doing it."""
-        if self._lock.acquire(blocking=False):
-            try:
-                self._sort_in(wait=False)
-            finally:
-                self._lock.release()
+    def hold(self, sizes: dict[str, int]) -> None:
+        """Count what pends in one of the sources, and file all that does before it can outgrow the budget."""
+        for device, size in sizes.items():
+            left = self._left.get(device)
+            self._left[device] = left = (self.room(device) if left is None else left) - size
+            if left < 0 and self._lock.acquire(blocking=False):  # else another thread is filing just now
+                try:
+                    self._sort_in(wait=False)
+                finally:
+                    self._lock.release()
+                return
 
     def restore(self, keys: Iterable[str], records: Iterable[Record], about: dict[str, Any]) -> None:
         """Take in what a file had."""
@@ -221,6 +234,7 @@ class Store:
             self.cache[record.key].append(record.value)
 
     def _sort_in(self, wait: bool = True) -> None:
+        self._left = {}
         self._file_waiting(wait)
         for source in self._sources:
             source.flush(self._waiting)
@@ -246,11 +260,14 @@ class Store:
                     self._waiting.appendleft(arrived)  # what came later waits too: the order is that of the calls
                     return
                 self._under_way = max(0, self._under_way - size)
-            if call < 0:
-                call = next(source.calls)
-            for variable, item in source.name_values(value):
-                if not self.is_full:
-                    self._file(Record(source.key_of(variable, module), variable, item, call, line, thread, module))
+            if isinstance(value, bool):
+                (self._recorded.add if value else self._recorded.discard)(source)
+            elif source in self._recorded:
+                if call < 0:
+                    call = next(source.calls)
+                for variable, item in source.name_values(value):
+                    if not self.is_full:
+                        self._file(Record(source.key_of(variable, module), variable, item, call, line, thread, module))
 
     def _file(self, record: Record) -> None:
         cache = self._cache()
