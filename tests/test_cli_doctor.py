@@ -174,3 +174,13 @@ def test_a_wrong_name_is_one_line_and_status_2(name, said, examined, capsys, mon
     assert "" == printed.out
     assert said in printed.err
     assert 1 == printed.err.count("\n")
+
+
+def test_a_name_that_may_be_one_of_timms_where_timm_is_not_there(examined, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert 2 == cli.main(["doctor", "vit_tiny_patch16_224"])
+    printed = capsys.readouterr().err
+    assert "there is no model 'vit_tiny_patch16_224': neither" in printed
+    assert "nor could its name be looked up among those of timm: timm cannot be imported" in printed
+    assert 1 == printed.count("\n")

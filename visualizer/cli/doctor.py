@@ -159,10 +159,12 @@ def _built(name: str) -> tuple[Any, str]:
         why = f"{error}"
     except (OSError, ValueError, KeyError) as error:
         why = str(error).partition("\n")[0]
-    with contextlib.suppress(ImportError):
+    try:
         close = difflib.get_close_matches(name, [*models.MODELS, *_imported("timm").list_models()], n=2)
         if close:
             why = f"did you mean {' or '.join(close)}?"
+    except ImportError as error:
+        why = f"{why}; nor could its name be looked up among those of timm: {error}"
     raise Mistake(f"there is no model {name!r}: {why}")
 
 

@@ -45,6 +45,7 @@ def add_to(commands: Commands) -> None:
     stats.add_argument(
         "--measure",
         nargs="+",
+        type=lambda name: name.replace("-", "_"),  # as plot --kind has them
         choices=_MEASURES,
         metavar="NAME",
         help=f"{', '.join(_MEASURES)}; default: {', '.join(_OF_IMAGES)} of pictures, {', '.join(_OF_TEXTS)} of texts",
