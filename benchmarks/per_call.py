@@ -3,7 +3,8 @@
     python benchmarks/per_call.py
 
 All variants run in one process, in turn, round after round; the figures are medians over the rounds, in nanoseconds a
-call, and their distance from the bare function. The function does next to nothing, so that what is seen is the cost.
+call, and their distance from the bare function. The function does next to nothing, so that what is seen is the cost;
+the value is a number where no other is named.
 """
 
 from __future__ import annotations
@@ -137,9 +138,9 @@ def plain_module() -> Callable:
     return Module()
 
 
-def variants() -> dict[str, tuple[Callable, Callable[[], object]]]:
-    """Name -> the function to call, and what empties what it has filled."""
-    found = {"bare": (bare, lambda: None), "hand-written append": (append, handmade.clear)}
+def variants() -> dict[str, tuple]:
+    """Name -> the function to call, what empties what it has filled, and the value, if that is no number."""
+    found: dict[str, tuple] = {"bare": (bare, lambda: None), "hand-written append": (append, handmade.clear)}
     off = get_local("attn")(decorated())
     found["get_local, never activated"] = off, lambda: None
     was_on = GetLocal()
@@ -160,6 +161,10 @@ def variants() -> dict[str, tuple[Callable, Callable[[], object]]]:
         function = monitored()
         found["sys.monitoring"] = function, function.clear
     if torch is not None:
+        own = GetLocal()
+        function = own("attn")(decorated())
+        own.activate(keep="graph")
+        found['get_local, on, keep="graph", a tensor'] = function, own.clear, torch.zeros(3, 4)
         found["nn.Module, bare"] = plain_module(), lambda: None
         function = hooked()
         found["nn.Module, forward hook"] = function, function.clear
@@ -171,15 +176,12 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in candidates}
     gc.disable()
     for _ in range(ROUNDS):
-        for name, (function, clear) in candidates.items():
-            times[name].append(timeit.timeit(lambda f=function: f(1), number=CALLS) / CALLS * 1e9)
+        for name, (function, clear, *others) in candidates.items():
+            value = others[0] if others else 1
+            times[name].append(timeit.timeit(lambda f=function, v=value: f(v), number=CALLS) / CALLS * 1e9)
             clear()
     loop = statistics.median(timeit.timeit(lambda: None, number=CALLS) / CALLS * 1e9 for _ in range(ROUNDS))
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    print(f"CPython {platform.python_version()}, bytecode {version('bytecode')}, {cpu}, {sys.platform}")
+    print(machine())
     print(
         f"medians of {ROUNDS} alternating rounds of {CALLS} calls; the timing loop itself, {loop:.0f} ns, taken off\n"
     )
@@ -188,6 +190,15 @@ def main() -> None:
     for name, median in medians.items():
         above = median - medians["bare"], median - medians["hand-written append"]
         print(f"{name:42}{median:10.1f}{above[0]:12.1f}{above[1]:14.1f}")
+
+
+def machine() -> str:
+    """The interpreter, the versions and the processor, in a line."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    return f"CPython {platform.python_version()}, bytecode {version('bytecode')}, {cpu}, {sys.platform}"
 
 
 def _lines(path: str) -> list[str]:

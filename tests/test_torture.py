@@ -197,6 +197,52 @@ class TestTheCollector:
         assert [[number // 2] for number in range(500)] == [value for value in values if value != [-1]]
         assert 500 == values.count([-1])
 
+    @pytest.mark.parametrize("dropped", ["capture", "function"])
+    def test_what_ends_while_values_are_filed_and_another_thread_switches(self, dropped):
+        """Each would wait for what the other one holds, if a finalizer waited for its turn to switch."""
+        code = f"""
+            import faulthandler, threading, time
+            from visualizer import capture
+            from visualizer.instrument import GetLocal
+
+            faulthandler.dump_traceback_later(60, exit=True)
+
+            def halve(n):
+                attn = n
+                return None
+
+            def make(bound):
+                def other(n):
+                    attn = n
+                    return bound
+                return gl("attn", keep=lambda value: bound)(other)
+
+            def double(n):
+                attn = n
+                return None
+
+            gl = GetLocal()
+            gl.activate()
+            code = halve.__code__, double.__code__
+            last = [capture(double, "attn").start() if {dropped!r} == "capture" else make(1)]
+
+            class Value:
+                def __del__(self):  # the store's lock is held
+                    thread.start()
+                    time.sleep(0.3)  # the other thread holds the one for switching, and waits for the store's
+                    last.clear()
+
+            found = capture(halve, "attn", limit=1).start()
+            thread = threading.Thread(target=found.stop)
+            halve(Value())
+            halve(1)
+            thread.join()
+            assert [1] == found["halve"]
+            assert (halve.__code__, double.__code__) == code
+            print(len(gl._store._sources))
+        """
+        assert "0" == run(code)
+
 
 class TestTheEnd:
     @pytest.mark.parametrize("off", ["", "get_local.deactivate()"])

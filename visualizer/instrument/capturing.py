@@ -199,7 +199,11 @@ def _withdraw(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Sto
 @compiled.no_graph
 def _abandon(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Store) -> None:
     """Stop a capture that was dropped."""
-    was_running = any(listener(channel.site) is channel for _, channel in pairs)
-    _withdraw(pairs, store)
-    if was_running:
-        compiled.forget(wait=False)  # whoever compiles now may be waiting for what this thread holds
+
+    def stop() -> None:
+        was_running = any(listener(channel.site) is channel for _, channel in pairs)
+        _withdraw(pairs, store)
+        if was_running:
+            compiled.forget(wait=False)  # whoever compiles now may be waiting for what this thread holds
+
+    patches.finally_do(stop)

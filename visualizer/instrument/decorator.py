@@ -341,7 +341,10 @@ def _identity(keep: Any) -> Any:
     return keep.__code__ if _is_shared(keep) else id(keep)
 
 
+@compiled.no_graph
 def _retire(channel: Channel) -> None:
-    with patches.switching:
+    def end() -> None:
         channel.disconnect()
         channel.store.remove(channel)
+
+    patches.finally_do(end)

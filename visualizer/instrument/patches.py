@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from itertools import count
 from types import CodeType, FunctionType
 
@@ -29,8 +30,41 @@ class _Patch:
 _patches: weakref.WeakKeyDictionary[FunctionType, _Patch] = weakref.WeakKeyDictionary()
 _numbers = count(1)
 
-switching = threading.RLock()
-"""Held by whoever changes what is captured; to be looked up here each time, for a forked child gets a new one."""
+_lock = threading.RLock()
+_put_off: deque[Callable[[], None]] = deque()
+
+
+class _Switching:
+    """Held by whoever changes what is captured."""
+
+    def __enter__(self) -> None:
+        _lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        _lock.release()
+        _catch_up()
+
+
+switching = _Switching()
+
+
+def finally_do(action: Callable[[], None]) -> None:
+    """Change what is captured, for a finalizer: at once, or as soon as who is switching now has ended.
+
+    A finalizer runs in the middle of anything. Were it to wait here while its thread is filing values, whoever switches
+    now and waits for that would wait for ever.
+    """
+    _put_off.append(action)
+    _catch_up()
+
+
+def _catch_up() -> None:
+    while _put_off and _lock.acquire(blocking=False):
+        try:
+            while _put_off:
+                _put_off.popleft()()
+        finally:
+            _lock.release()
 
 
 def new_site(function: FunctionType) -> str:
@@ -116,8 +150,8 @@ def place_of(function: FunctionType) -> str:
 
 def _renew_lock() -> None:
     """In a forked child: a lock that another thread held is held for ever there, for that thread is not."""
-    global switching
-    switching = threading.RLock()
+    global _lock
+    _lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
