@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 import weakref
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -382,6 +383,48 @@ def make_attend(number):
     return attend
 
 
+class TestTheUsersHand:
+    """The cache is a dict of lists, and whoever has it may change it: all ways of reading follow."""
+
+    @pytest.mark.parametrize("keep", ["numpy", "graph"])
+    @pytest.mark.parametrize("other", [tuple, deque])
+    def test_a_list_that_was_made_something_else_is_gone_on_with(self, keep, other):
+        with capture(attend, "attn", keep=keep) as found:
+            attend(1), attend(2)
+            found["attend"] = other(found["attend"])
+            assert isinstance(found["attend"], other)
+            assert 9 == attend(3)
+            assert [4, 6, 8] == found["attend"] == [record.value for record in found.records]
+            found["attend"] = None
+            assert 9 == attend(3)
+            assert [None, 8] == found["attend"]
+
+    def test_equal_values_keep_their_own_records(self):
+        with capture(attend, "attn") as found:
+            for x in (1, 1, 1, 2):
+                attend(x)
+            del found["attend"][1]
+            assert [0, 1, 3] == [record.call for record in found.records]
+
+    def test_what_waits_belongs_under_the_key_that_is_changed(self):
+        with capture(attend, "attn", keep="graph") as found:
+            attend(1)
+            del found["attend"]
+            assert {} == dict(found)
+            attend(2)
+            assert [6] == found["attend"]
+            attend(3)
+            found["attend"] = []
+            attend(4)
+            assert {"attend": [10]} == dict(found)
+            attend(5)
+            assert ("attend", [10, 12]) == found.popitem()
+            attend(6)
+            found |= {"attend": [0]}
+            assert [0] == found.setdefault("attend", [1]) == found["attend"]
+            assert [1] == found.setdefault("other", [1])
+
+
 class TestStack:
     @pytest.fixture(autouse=True)
     def numpy(self):
@@ -459,6 +502,72 @@ class TestMemory:
             assert seen() is None
         finally:
             gc.enable()
+
+    @pytest.mark.parametrize("keep", ["numpy", "graph", "callable"])
+    @pytest.mark.parametrize("reads", ["before the end", "after it", "never"])
+    def test_however_it_was_read(self, keep, reads):
+        class Value:
+            pass
+
+        def forward():
+            attn = Value()
+            return None
+
+        gc.collect()
+        gc.disable()
+        try:
+            with capture(forward, "attn", keep=(lambda value: value) if keep == "callable" else keep) as found:
+                forward()
+                if reads == "before the end":
+                    assert 1 == len(next(iter(found.values())))
+                alive = [weakref.ref(one) for one in gc.get_objects() if isinstance(one, Value)]
+            if reads == "after it":
+                assert 1 == len(next(iter(found.values())))
+            assert [True] == [one() is not None for one in alive]
+            del found
+            assert [False] == [one() is not None for one in alive]
+        finally:
+            gc.enable()
+
+    def test_one_whose_keep_refers_back_to_it(self):
+        class Probe:
+            def __init__(self):
+                self.found = capture(attend, "attn", keep=self.reduce)
+
+            def reduce(self, value):
+                return self, value
+
+        probe = Probe()
+        with probe.found:
+            attend(1)
+        gone = weakref.ref(probe)
+        del probe
+        gc.collect()
+        assert gone() is None
+
+    def test_what_is_taken_out_of_the_cache_goes(self):
+        class Value:
+            pass
+
+        def forward(value):
+            return None
+
+        def taken_out(take):
+            with capture(forward, "value") as found:
+                alive = weakref.WeakSet([value := Value()])
+                forward(value)
+                del value
+                [key] = found
+                take(found, key)
+                gc.collect()
+                return len(alive), found.records
+
+        assert (0, []) == taken_out(lambda found, key: found.pop(key) and None)
+        assert (0, []) == taken_out(lambda found, key: found.popitem() and None)
+        assert (0, []) == taken_out(lambda found, key: found.__delitem__(key))
+        assert (0, []) == taken_out(lambda found, key: found.__setitem__(key, []))
+        assert (0, []) == taken_out(lambda found, key: found.update({key: []}))
+        assert (0, []) == taken_out(lambda found, key: found[key].clear() or found.fetch())
 
     def test_one_that_is_dropped_while_it_runs_ends(self):
         code = attend.__code__
@@ -625,6 +734,86 @@ class TestThreads:
         assert [["before", "again"]] == [*gl.cache.values()]
         gl.clear()
         assert [[]] == [*gl.cache.values()]
+
+    @pytest.mark.parametrize("keep", ["numpy", "graph"])
+    def test_none_among_the_values(self, keep):
+        """None has work of its own with keep="graph", which plain values of other threads may not suffer from."""
+
+        def work(n):
+            attn = None if n % 2 else n
+            return None
+
+        def call():
+            for n in range(20_000):
+                work(n)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            with capture(work, "attn", keep=keep) as found:
+                threads = [threading.Thread(target=call) for _ in range(4)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        [values] = found.values()
+        assert 40_000 == values.count(None)
+        assert sorted([*range(0, 20_000, 2)] * 4) == sorted(value for value in values if value is not None)
+
+    def test_what_ended_before_the_end_is_recorded_whatever_other_threads_do(self):
+        def work(n):
+            attn = None if n < 0 else n
+            return None
+
+        def disturb():
+            while not done.is_set():
+                work(-1)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for _ in range(200):
+                done = threading.Event()
+                other = threading.Thread(target=disturb)
+                with capture(work, "attn", keep="graph") as found:
+                    other.start()
+                    mine = threading.Thread(target=lambda: [work(n) for n in range(20)])
+                    mine.start()
+                    mine.join()
+                done.set()
+                other.join()
+                [values] = found.values()
+                assert [*range(20)] == [value for value in values if value is not None]
+        finally:
+            sys.setswitchinterval(interval)
+
+    def test_calls_are_numbered_from_0_by_whoever_clears(self):
+        def work(n):
+            attn = n
+            return None
+
+        done = threading.Event()
+
+        def call():
+            while not done.is_set():
+                work(1)
+
+        thread = threading.Thread(target=call)
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with capture(work, "attn") as found:
+                thread.start()
+                for _ in range(300):
+                    found.clear()
+                    calls = [record.call for record in found.records]
+                    assert calls == list(range(len(calls)))
+        finally:
+            done.set()
+            thread.join()
+            sys.setswitchinterval(interval)
 
     def test_tasks(self):
         async def forward(x):

@@ -373,6 +373,94 @@ class TestKeep:
             np.testing.assert_array_equal(np.asarray(made.resolve_conj() if kind == "complex" else made), kept)
 
 
+class TestWhatKeepRuns:
+    """A function passed for `keep` runs in the middle of the model's forward pass, and leaves no trace there."""
+
+    @pytest.mark.parametrize("keep", ["numpy", "tensor", "graph", lambda a: -(a * a.log()).sum(-1)])
+    @pytest.mark.parametrize("goes_back_inside", [True, False])
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_under_gradient_checkpointing(self, x, keep, goes_back_inside, use_reentrant):
+        class Layer(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.proj = nn.Linear(8, 8)
+
+            def forward(self, x):
+                attn = self.proj(x).softmax(-1)
+                return attn * x
+
+        layer = Layer()
+        x.requires_grad_()
+        (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+
+        def run():
+            return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant).square().sum()
+
+        with capture(layer, "attn", keep=keep) as found:
+            loss = run()
+            if goes_back_inside:
+                loss.backward()
+        if not goes_back_inside:
+            loss.backward()
+        torch.testing.assert_close(expected, x.grad)
+        assert 1 + (goes_back_inside and use_reentrant) == len(found[""])  # where it computes anew, so does the hook
+
+    def test_what_it_calls_is_no_call_of_the_model(self):
+        class Norm(nn.Module):
+            def forward(self, hidden):
+                hidden = hidden / hidden.norm()
+                return hidden
+
+        class Layers(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second, self.norm = Split(), Split(), Norm()
+
+            def forward(self, x):
+                hidden = self.second(self.first(x))
+                return self.norm(hidden)
+
+        model = Layers()
+        with capture([model], "hidden", keep=lambda hidden: model.norm(hidden)) as found:
+            model(torch.ones(1, 5, 8))
+        assert {"0": 1, "0.norm": 1} == {key: len(values) for key, values in found.items()}
+        assert 1 == pytest.approx(float(found["0"][0].norm()), abs=1e-6)
+
+    def test_a_tensor_class_whose_own_operations_are_captured(self):
+        class Lens(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, function, types, args=(), kwargs=None):
+                result = super().__torch_function__(function, types, args, kwargs or {})
+                return result
+
+        with capture(Lens.__torch_function__, "result", keep="tensor") as found:
+            both = torch.ones(2).as_subclass(Lens) + 1
+        assert [2, 2] == both.tolist()
+        assert [2, 2] == next(iter(found.values()))[0].tolist()
+
+    @pytest.mark.parametrize("keep", ["numpy", "tensor", lambda a: a * 2])
+    def test_inside_the_transforms_of_torch_func(self, keep):
+        class Layer(nn.Module):
+            def forward(self, x):
+                attn = x.softmax(-1)
+                return attn * x
+
+        layer, x = Layer(), torch.randn(2, 4)
+        weights = x.softmax(-1) * (2 if callable(keep) else 1)
+        for transform in (torch.func.grad, torch.func.jacrev, lambda f: lambda x: torch.func.vjp(f, x)[0]):
+            expected = transform(lambda x: layer(x).sum())(x)
+            with capture(layer, "attn", keep=keep) as found:
+                torch.testing.assert_close(expected, transform(lambda x: layer(x).sum())(x))
+            assert 1 == len(found[""])
+            torch.testing.assert_close(weights, torch.as_tensor(found[""][0]))
+        batch = torch.randn(3, 2, 4)
+        expected = torch.func.vmap(layer)(batch)
+        with capture(layer, "attn", keep=keep) as found:
+            with pytest.warns(VisualizerWarning, match=r"'attn' of .*Layer.forward .* vmap.* not recorded"):
+                torch.testing.assert_close(expected, torch.func.vmap(layer)(batch))
+        assert [] == found[""]
+
+
 class TestMemory:
     def test_the_model_is_not_kept(self, x):
         gc.collect()

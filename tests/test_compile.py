@@ -1,5 +1,7 @@
 """Captured functions under torch.compile, and under torch's other ways to turn code into graphs."""
 
+import contextlib
+import functools
 import gc
 import os
 import shutil
@@ -620,22 +622,25 @@ def test_a_function_that_ends_the_graph_itself():
     ("around", "reason"),
     [
         (lambda inner, x: checkpoint(inner, x, use_reentrant=False), "takes functions"),
-        (lambda inner, x: torch.func.vmap(inner)(x), "torch.func"),
+        (lambda inner, x: torch.func.vmap(inner)(x), "vmap"),
         (lambda inner, x: torch.func.grad(lambda x: inner(x).sum())(x), "torch.func"),
     ],
     ids=["checkpoint", "vmap", "grad"],
 )
 def test_inside_operations_that_take_functions(around, reason):
     x = images()
-    with capture(softmax_twice, "attn", keep="tensor") as plain:
+    is_batch = reason == "vmap"
+    told = functools.partial(pytest.warns, VisualizerWarning, match="vmap") if is_batch else contextlib.nullcontext
+    with capture(softmax_twice, "attn", keep="tensor") as plain, told():
         expected = around(softmax_twice, x)
     with capture(softmax_twice, "attn", keep="tensor") as found:
-        with pytest.raises(Unsupported, match=reason):
+        with pytest.raises(Unsupported, match="torch.func" if is_batch else reason):
             torch.compile(lambda x: around(softmax_twice, x), backend="eager", fullgraph=True)(x)
-        torch.testing.assert_close(
-            expected, torch.compile(lambda x: around(softmax_twice, x), backend="eager")(x), rtol=1e-4, atol=1e-6
-        )
+        with told():
+            result = torch.compile(lambda x: around(softmax_twice, x), backend="eager")(x)
+        torch.testing.assert_close(expected, result, rtol=1e-4, atol=1e-6)
     assert [value.shape for value in values(plain)] == [value.shape for value in values(found)]
+    assert is_batch == (not values(found))
 
 
 def test_inside_cond_the_refusal_says_which_function_it_is():

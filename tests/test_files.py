@@ -114,6 +114,55 @@ def refusal(path):
     return message
 
 
+def attend(x):
+    attn = 2 * x
+    return attn
+
+
+@pytest.mark.parametrize("keep", ["numpy", "graph"])
+def test_files_and_records_have_what_the_users_lists_have(keep, path, tmp_path):
+    with visualizer.capture(attend, "attn", keep=keep) as found:
+        for x in range(4):
+            attend(x)
+        del found["attend"][0]
+        found["attend"][0] = "mine"
+        found["attend"].insert(1, "added")
+        found["other"] = [0.5, 0.25]
+        attend(4)
+    assert ["mine", "added", 4, 6, 8] == found["attend"]
+    seen = [(record.key, record.value, record.call) for record in found.records]
+    of_attend = [("attend", *each) for each in [("mine", -1), ("added", -1), (4, 2), (6, 3), (8, 4)]]
+    assert [*of_attend, ("other", 0.5, -1), ("other", 0.25, -1)] == seen
+    found.save(path, {"tokens": ["a"]})
+    again = load(path)
+    assert dict(found) == dict(again)
+    assert seen == [(record.key, record.value, record.call) for record in again.records]
+    again.save(tmp_path / "again.safetensors")
+    assert {"tokens": ["a"]} == load(tmp_path / "again.safetensors").about
+
+
+def test_an_array_in_a_lists_place(path):
+    with visualizer.capture(attend, "attn") as found:
+        attend(np.ones(3)), attend(np.ones(3))
+        found["attend"] = np.stack(found["attend"])
+        assert (2, 3) == found["attend"].shape
+        attend(np.zeros(3))
+    assert [[2, 2, 2], [2, 2, 2], [0, 0, 0]] == [value.tolist() for value in found["attend"]]
+    found.save(path)
+    assert (3, 3) == load(path).stack().shape
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_shown_and_not_stacked():
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    with visualizer.capture(attend, "attn", keep="tensor") as found:
+        attend(nested)
+    assert "nested" in repr(found)
+    assert "Tensor" in repr(found.records[0])
+    with pytest.raises(ValueError, match="'attend\\[0\\]' has no one shape: it is a nested tensor"):
+        found.stack()
+
+
 class TestRecords:
     def test_keys_records_and_about_are_those_that_were_written(self, path):
         records = [

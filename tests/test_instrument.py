@@ -1,6 +1,7 @@
 """get_local as its users know it, on plain Python: what tensors add is in test_tensors.py and test_modules.py."""
 
 import asyncio
+import contextlib
 import copy
 import functools
 import gc
@@ -1079,6 +1080,31 @@ class TestKeepAndLimits:
                     assert len(alive) <= 11
         assert 10 == sum(map(len, gl.cache.values())) == len(alive)
 
+    @pytest.mark.parametrize("first", ["graph", "numpy"])
+    def test_whatever_is_kept_of_values_they_share_the_budget_in_the_order_of_the_calls(self, gl, first):
+        class Value:
+            def __sizeof__(self):
+                return 1000
+
+        @gl("value", keep=first)
+        def one(value):
+            return None
+
+        @gl("value", keep="numpy" if first == "graph" else "graph")
+        def two(value):
+            return None
+
+        gl.activate(max_bytes=10_500)
+        alive = weakref.WeakSet()
+        with pytest.warns(VisualizerWarning, match="10,500 bytes"):
+            for _ in range(10):
+                for function in (one, two):
+                    alive.add(value := Value())
+                    function(value)
+                    del value
+                    assert len(alive) <= 11
+            assert [5, 5] == [len(values) for values in gl.cache.values()]
+
     @pytest.mark.parametrize("number", [10**6, 0.5], ids=str)
     def test_numbers_count_too_if_nobody_reads_them(self, gl, number):
         forward = make(gl, "x", keep="graph")
@@ -1119,6 +1145,102 @@ class TestKeepAndLimits:
             assert ["done"] * 3 == [forward(value) for value in values]
         [kept] = gl.cache.values()
         assert list(map(id, values)) == list(map(id, kept))
+
+    @pytest.mark.parametrize("keep", ["numpy", "graph"])
+    def test_where_warnings_are_errors_all_is_done_before_they_are_raised(self, gl, keep):
+        forward = make(gl, "x", keep=keep)
+        before = forward.__code__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            gl.activate(max_bytes=100)
+            with contextlib.suppress(VisualizerWarning):
+                for x in range(10):
+                    forward(x)
+            with contextlib.suppress(VisualizerWarning):
+                gl.clear()
+            assert [] == gl.cache["forward"]
+            for x in range(3):
+                forward(x)
+            with contextlib.suppress(VisualizerWarning):
+                gl.activate(keep=keep, limit=2)
+            for x in range(3):
+                forward(x)
+            assert [1, 2] == gl.cache["forward"]
+            with contextlib.suppress(VisualizerWarning):
+                gl.deactivate()
+        assert forward.__code__ is before
+
+    def test_a_warning_is_given_when_nobody_is_waited_for(self, gl, monkeypatch):
+        """What shows it may wait for another thread: a handler of logging, whose lock one has that prints the cache."""
+        forward = make(gl, "x")
+        seen = []
+
+        def show(*_, **__):
+            reader = threading.Thread(target=lambda: seen.append(len(gl.cache["forward"])))
+            reader.start()
+            reader.join(60)
+
+        monkeypatch.setattr(warnings, "warn", show)
+        gl.activate(max_bytes=100)
+        for x in range(10):
+            forward(x)
+        assert [3] == seen
+
+    def test_the_most_recent_calls_are_those_that_began_last(self, gl):
+        """However they are counted: a definition run again, as in a notebook, counts from 0, and so does clear()."""
+
+        def define(keep):
+            @gl("a", at="assign", keep=keep)
+            def cell(x):
+                a = x
+                a = -x
+
+            return cell
+
+        gl.activate(limit=2)
+        cell = define("numpy")
+        for x in range(10):
+            cell(x)
+        [values] = gl.cache.values()
+        assert [8, -8, 9, -9] == values
+        cell = define(lambda value: value)
+        for x in range(100, 105):
+            cell(x)
+        assert [103, -103, 104, -104] == next(iter(gl.cache.values()))
+
+    def test_a_call_under_way_is_numbered_anew_when_the_cache_is_cleared(self, gl):
+        @gl("a", at="assign")
+        def forward(values):
+            for value in values:
+                a = value
+                yield
+
+        gl.activate(limit=2)
+        for _ in range(20):
+            list(forward([0]))
+        under_way = forward([1, 2, 3])
+        next(under_way)
+        gl.clear()
+        list(forward([10]))
+        next(under_way)
+        list(forward([20]))
+        [key] = gl.cache
+        assert [10, 20] == gl.cache[key]  # the one under way began before either
+        assert [0, 2] == [record.call for record in gl.records]
+        list(forward([30])), list(forward([40]))
+        assert [30, 40] == gl.cache[key]
+
+    def test_switching_on_again_in_the_middle_of_a_call_does_not_split_it(self, gl):
+        @gl("a", at="assign")
+        def forward():
+            a = 1
+            gl.activate()
+            a = 2
+            return a
+
+        gl.activate()
+        forward()
+        assert [(1, 0), (2, 0)] == [(record.value, record.call) for record in gl.records]
 
     def test_a_limit_makes_room_within_the_budget(self, gl):
         @gl("data")

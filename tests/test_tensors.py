@@ -1,6 +1,7 @@
 """What is kept of each kind of value, what it weighs, and how much memory there is."""
 
 import collections
+import gc
 import sys
 import weakref
 
@@ -194,6 +195,47 @@ class TestContainers:
         assert to_numpy([thing])[0] is thing
 
 
+class TestArraysOfObjects:
+    """As numpy makes them of maps of several sizes."""
+
+    def test_their_items_are_snapshots_too(self):
+        array = np.empty((2, 2), object)
+        array[0, 0], array[0, 1], array[1, 0], array[1, 1] = np.ones(3), [np.ones(2)], torch.ones(2), "text"
+        kept = to_numpy(array)
+        array[0, 0][:] = array[0, 1][0][:] = 7
+        array[1, 0][:] = 7
+        assert [1, 1, 1] == kept[0, 0].tolist()
+        assert [1, 1] == kept[0, 1][0].tolist() == kept[1, 0].tolist()
+        assert isinstance(kept[1, 0], np.ndarray)
+        assert "text" == kept[1, 1]
+
+    def test_their_items_are_weighed(self):
+        array = np.empty(2, object)
+        array[0] = np.ones(1000)
+        assert 8000 < bytes_by_device(array)["cpu"] < 8200
+        array[1] = array
+        assert 8000 < bytes_by_device(array)["cpu"] < 8200
+
+
+@pytest.mark.parametrize("fails", ["__torch_function__", "__len__"])
+def test_a_class_whose_own_code_fails_has_some_size(fails):
+    if fails == "__len__":
+        value = type("Odd", (list,), {"__iter__": lambda self: 1 / 0, "__len__": lambda self: 1 / 0})()
+    else:
+        odd = type("Odd", (torch.Tensor,), {"__torch_function__": classmethod(lambda *args, **options: 1 / 0)})
+        value = torch.Tensor._make_subclass(odd, torch.ones(2))
+    assert bytes_by_device(value)["cpu"] > 0
+
+
+def test_classes_that_come_and_go_are_not_held():
+    kind = type("Own", (), {})
+    to_numpy([kind(), kind()])
+    gone = weakref.ref(kind)
+    del kind
+    gc.collect()
+    assert gone() is None
+
+
 class TestCallables:
     def test_only_the_result_is_kept_and_it_is_a_snapshot(self):
         tensor = torch.arange(4.0).reshape(2, 2)
@@ -264,9 +306,10 @@ class TestMemory:
         assert expected == tensors._container_limits()
 
 
-def test_values_whose_class_cannot_be_hashed():
+@pytest.mark.parametrize("own", [None, lambda self: 1 / 0])
+def test_values_whose_class_cannot_be_hashed(own):
     class Meta(type):
-        __hash__ = None
+        __hash__ = own
 
     class Odd(metaclass=Meta):
         pass

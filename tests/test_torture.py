@@ -173,6 +173,41 @@ class TestSignals:
         assert int(run(code, clean=False)) > 20
 
 
+    @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")
+    @pytest.mark.parametrize("keep", ["numpy", "graph"])
+    @pytest.mark.parametrize("limit", [None, 5])
+    def test_a_handler_that_calls_and_reads_anywhere(self, keep, limit):
+        code = f"""
+            import signal, time
+            from visualizer import capture
+
+            def halve(n):
+                attn = n // 2
+                return attn
+
+            def tick(number, frame):
+                halve(-2)
+                found["halve"]
+
+            with capture(halve, "attn", keep={keep!r}, limit={limit}) as found:
+                signal.signal(signal.SIGALRM, tick)
+                signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+                end, calls = time.monotonic() + 0.5, 0
+                while time.monotonic() < end:
+                    for _ in range(100):
+                        halve(2 * calls)
+                        calls += 1
+                    assert all(record.call >= 0 for record in found.records)
+                    if not calls % 2000:
+                        mine = [value for value in found["halve"] if value != -1]
+                        assert mine == list(range(calls - len(mine), calls)), mine
+                        found.clear()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            print(calls)
+        """
+        assert int(run(code)) > 100
+
+
 class TestTheCollector:
     def test_finalizers_that_run_captured_code_anywhere(self, gl):
         class Ends:
@@ -196,6 +231,37 @@ class TestTheCollector:
             gc.set_threshold(*before)
         assert [[number // 2] for number in range(500)] == [value for value in values if value != [-1]]
         assert 500 == values.count([-1])
+
+    def test_a_capture_that_is_collected_while_another_one_begins(self):
+        class Probe:
+            def __init__(self, function):
+                self.found = capture(function, "attn").start()
+                self.itself = self
+
+        def make(n):
+            def function(n):
+                attn = other = n
+                return attn, other
+
+            function.__code__ = function.__code__.replace(co_name=f"function{n}")
+            return function
+
+        before = gc.get_threshold()
+        gc.set_threshold(300, 2, 2)
+        try:
+            for n in range(150):
+                function = make(n)
+                code = function.__code__
+                Probe(function)
+                filling = [[] for _ in range(7 * n)]  # so that the collector comes at another place each time
+                with capture(function, "other") as found:
+                    function(1)
+                assert [1] == next(iter(found.values()))
+                del filling
+                gc.collect()
+                assert function.__code__ is code
+        finally:
+            gc.set_threshold(*before)
 
     @pytest.mark.parametrize("dropped", ["capture", "function"])
     def test_what_ends_while_values_are_filed_and_another_thread_switches(self, dropped):

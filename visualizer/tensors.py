@@ -58,7 +58,7 @@ def keeper(keep: Keep) -> Callable[..., Any]:
     if keep == "tensor":
         return lambda value, copies=None: _snapshot(value, _to_tensor)
     reduce: Callable[[Any], Any] = keep
-    return lambda value, copies=None: None if value is None else _snapshot(reduce(value), _to_tensor)
+    return lambda value, copies=None: None if value is None else _snapshot(_aside(reduce, value), _to_tensor)
 
 
 _Kind = Literal["tensor", "fake tensor", "array", "proxy", "container", "other"]
@@ -70,13 +70,25 @@ def _kind(value: Any) -> _Kind:
     """What a value is to us, by its type: its __class__ may be code that runs, as of a lazy object or a dead proxy."""
     cls: Any = type(value)
     try:
+        return _kinds[cls]
+    except Exception:  # it is not there, or has a metaclass without a hash, or with one of its own that fails
         return _kind_of(cls)
-    except TypeError:  # a metaclass without a hash
-        return _kind_of.__wrapped__(cls)
 
 
-@lru_cache(maxsize=4096)
+_LASTING = ("builtins", "torch", "numpy", "collections")
+_kinds: dict[type, _Kind] = {}
+"""Of classes that do not come and go, as those of a notebook do."""
+
+
 def _kind_of(cls: type) -> _Kind:
+    kind = _classified(cls)
+    module = cls.__module__
+    if isinstance(module, str) and module.partition(".")[0] in _LASTING:
+        _kinds[cls] = kind
+    return kind
+
+
+def _classified(cls: type) -> _Kind:
     """What values of a class are to us; the library that a class comes from is loaded, there is none to import."""
 
     def comes_from(module: str, name: str) -> bool:
@@ -101,12 +113,45 @@ def is_array(value: Any) -> bool:
     return _kind(value) == "array"
 
 
+def runs_foreign_code(keep: Keep, value: Any) -> bool:
+    """Whether to convert a value runs code that is neither ours nor torch's, and so may call the captured function.
+
+    >>> runs_foreign_code(lambda value: value, 1), runs_foreign_code("numpy", 1)
+    (True, False)
+    """
+    return callable(keep) or (keep != "graph" and _is_of_own_class(value))
+
+
+def _is_of_own_class(value: Any) -> bool:
+    """Whether it is a tensor of a class that is not torch's, whose every attribute may be somebody's code."""
+    return _kind(value) == "tensor" and type(value) not in _kinds
+
+
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """The shape of an array or tensor; None of a nested tensor, and of anything else.
+
+    >>> shape_of([1, 2]) is None
+    True
+    """
+    try:
+        return tuple(value.shape) if is_tensor(value) or is_array(value) else None
+    except RuntimeError:  # there is no one shape
+        return None
+
+
 def why_unreal(value: Any) -> str | None:
     """Why a value stands for numbers without being those of a real call, or None; it completes "the value ...".
 
     >>> why_unreal([1.0]) is None
     True
     """
+    if _is_of_own_class(value):
+        with sys.modules["torch"]._C.DisableTorchFunctionSubclass():
+            return _why_unreal(value)
+    return _why_unreal(value)
+
+
+def _why_unreal(value: Any) -> str | None:
     kind = _kind(value)
     if kind == "proxy":
         return "was a symbol of torch.fx"
@@ -120,13 +165,43 @@ def why_unreal(value: Any) -> str | None:
         return "was traced by make_fx, whose graph a copy of it would be left in"
     if torch._C._get_tracing_state() is not None:
         return "passed through torch.jit.trace, which runs the code more than once to compare"
+    if _below(value, torch)[1]:
+        return "was inside a transform of torch.func, vmap, which computes all of a batch in one call"
     if value.is_cuda and torch.cuda.is_current_stream_capturing():
         return "was only being captured into a CUDA graph, which does not run Python again"
     return None
 
 
+def _below(tensor: Any, torch: Any) -> tuple[Any, bool]:
+    """What the transforms of torch.func (grad, jvp) have wrapped, and whether one of them is vmap."""
+    functorch, is_batch = getattr(torch._C, "_functorch", None), False
+    while functorch is not None and functorch.is_functorch_wrapped_tensor(tensor):
+        is_batch = is_batch or functorch.is_batchedtensor(tensor)
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor, is_batch
+
+
 def _itself(value: Any, copies: Any = None) -> Any:
     return value
+
+
+def _aside(reduce: Callable[[Any], Any], value: Any) -> Any:
+    """What a function makes of a value, hidden from those who watch what the model saves for its backward pass.
+
+    torch.utils.checkpoint counts it, and ends the backward pass with an error where a layer saved more one time.
+    """
+    autograd = getattr(getattr(sys.modules.get("torch"), "autograd", None), "graph", None)
+    if autograd is None:
+        return reduce(value)
+    hidden = autograd.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+    try:
+        hidden.__enter__()
+    except RuntimeError:  # in a transform of torch.func, where there are no such hooks
+        return reduce(value)
+    try:
+        return reduce(value)
+    finally:
+        hidden.__exit__(None, None, None)
 
 
 def _to_tensor(tensor: Any) -> Any:
@@ -151,6 +226,11 @@ def _to_numpy(tensor: Any, copies: list[Any] | None) -> Any:
             f"a tensor {problem} and cannot be kept as a numpy array; use "
             "keep='tensor', or a callable that makes a dense tensor of it, such as keep=lambda t: t.to_dense()"
         )
+    below, is_batch = _below(tensor, torch)
+    if below is not tensor and not is_batch:
+        # The transform would wrap a copy of it again.
+        with sys.modules["torch._functorch.pyfunctorch"].temporarily_clear_interpreter_stack():
+            return _to_numpy(below, copies)
     name = str(tensor.dtype)
     has_no_numpy_type = name == "torch.bfloat16" or name.startswith("torch.float8")
     dtype = torch.float32 if has_no_numpy_type else torch.complex64 if name == "torch.complex32" else tensor.dtype
@@ -188,10 +268,21 @@ def _snapshot(value: Any, convert: Callable[[Any], Any]) -> Any:
     if kind in ("tensor", "fake tensor"):
         return convert(value)
     if kind == "array":
-        return value.copy()
+        return _copy_array(value, convert)
     if kind == "container":
         return _copy_container(value, convert, {})
     return value
+
+
+def _copy_array(array: Any, convert: Callable[[Any], Any]) -> Any:
+    """A copy of an array; one of objects, as of maps of several sizes, has copies of these."""
+    copied = array.copy()
+    if array.dtype == object:
+        items = copied.reshape(-1)
+        for place, item in enumerate(items):
+            if item is not array:
+                items[place] = _snapshot(item, convert)
+    return copied
 
 
 def _copy_container(value: Any, convert: Callable[[Any], Any], copies: dict[int, Any]) -> Any:
@@ -254,13 +345,26 @@ def bytes_by_device(value: Any) -> dict[str, int]:
 
     Tensors and arrays count their elements, containers what they hold, anything else its own size.
     """
-    kind = _kind(value)
-    if kind == "array":  # the usual cases
-        return {"cpu": value.nbytes}
-    if kind == "tensor" and value.layout is sys.modules["torch"].strided:
-        return {"cpu" if value.is_cpu else _name_of(value.device): value.nbytes}
-    if kind == "other":
-        return {"cpu": _size_of(value)}
+    try:
+        kind = _kind(value)
+        if kind == "other":  # the usual cases
+            return {"cpu": _size_of(value)}
+        if kind == "array" and not value.dtype.hasobject:
+            return {"cpu": value.nbytes}
+        if kind != "tensor":
+            return _sum_by_device(value)
+        torch = sys.modules["torch"]
+        if type(value) not in _kinds:
+            with torch._C.DisableTorchFunctionSubclass():
+                return _sum_by_device(value)
+        if value.layout is torch.strided:
+            return {"cpu" if value.is_cpu else _name_of(value.device): value.nbytes}
+        return _sum_by_device(value)
+    except Exception:  # of a class, of lists say, whose own code fails
+        return {"cpu": object.__sizeof__(value)}
+
+
+def _sum_by_device(value: Any) -> dict[str, int]:
     counts: dict[str, int] = defaultdict(int)
     seen: set[int] = set()
     values = [value]
@@ -270,6 +374,9 @@ def bytes_by_device(value: Any) -> dict[str, int]:
             counts[_name_of(item.device)] += sum(part.nelement() * part.element_size() for part in _parts(item))
         elif is_array(item):
             counts["cpu"] += item.nbytes
+            if item.dtype == object and id(item) not in seen:
+                seen.add(id(item))
+                values.extend(item.flat)
         elif _is_container(item):
             if id(item) not in seen:
                 seen.add(id(item))

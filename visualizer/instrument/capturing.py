@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from itertools import count
 from types import FunctionType
 from typing import Any
 
@@ -104,7 +103,9 @@ class Captured(Cache):
         self._limits = limit, max_bytes
         self._pairs: list[tuple[weakref.ref[FunctionType], Channel]] = []
         self._is_running = False
-        weakref.finalize(self, _abandon, self._pairs, store)
+        # It may not hold a channel: its `keep` may well hold this very object, which then would never be dropped.
+        self._weak_pairs: list[tuple[weakref.ref[FunctionType], weakref.ref[Channel]]] = []
+        weakref.finalize(self, _abandon, self._weak_pairs, weakref.ref(store))
 
     @compiled.no_graph
     def start(self) -> Captured:
@@ -150,9 +151,7 @@ class Captured(Cache):
 
     def clear(self) -> None:
         """Start over with empty lists under the same keys, and with calls counted from 0; lists that you hold stay."""
-        super().clear()
-        for _, channel in self._pairs:
-            channel.calls = count()
+        self._store.clear([channel for _, channel in self._pairs])
 
     @property
     def is_running(self) -> bool:
@@ -176,6 +175,7 @@ class Captured(Cache):
         channel = Channel(self._store, number, site.names, at, keep, key, owner_of(site), path_of)
         channel.code = site.function.__code__
         self._pairs.append((weakref.ref(site.function), channel))
+        self._weak_pairs.append((weakref.ref(site.function), weakref.ref(channel)))
 
 
 _OFF = "capture is not running: make the calls inside `with capture(...) as found:`"
@@ -197,12 +197,19 @@ def _withdraw(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Sto
 
 
 @compiled.no_graph
-def _abandon(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Store) -> None:
+def _abandon(
+    weak_pairs: list[tuple[weakref.ref[FunctionType], weakref.ref[Channel]]], weak_store: weakref.ref[Store]
+) -> None:
     """Stop a capture that was dropped."""
 
     def stop() -> None:
+        store = weak_store()
+        if store is None:
+            return
+        pairs = [(function, channel) for function, weak in weak_pairs if (channel := weak()) is not None]
         was_running = any(listener(channel.site) is channel for _, channel in pairs)
         _withdraw(pairs, store)
+        store.abandon()
         if was_running:
             compiled.forget(wait=False)  # whoever compiles now may be waiting for what this thread holds
 

@@ -37,10 +37,15 @@ _put_off: deque[Callable[[], None]] = deque()
 class _Switching:
     """Held by whoever changes what is captured."""
 
+    depth = 0
+    """How often the thread that holds it has entered it."""
+
     def __enter__(self) -> None:
         _lock.acquire()
+        self.depth += 1
 
     def __exit__(self, *_: object) -> None:
+        self.depth -= 1
         _lock.release()
         _catch_up()
 
@@ -51,8 +56,8 @@ switching = _Switching()
 def finally_do(action: Callable[[], None]) -> None:
     """Change what is captured, for a finalizer: at once, or as soon as who is switching now has ended.
 
-    A finalizer runs in the middle of anything. Were it to wait here while its thread is filing values, whoever switches
-    now and waits for that would wait for ever.
+    A finalizer runs in the middle of anything: of this thread's switching too, which it would undo half of. And were it
+    to wait here while its thread is filing values, whoever switches now and waits for that would wait for ever.
     """
     _put_off.append(action)
     _catch_up()
@@ -60,11 +65,14 @@ def finally_do(action: Callable[[], None]) -> None:
 
 def _catch_up() -> None:
     while _put_off and _lock.acquire(blocking=False):
+        is_free = not switching.depth
         try:
-            while _put_off:
+            if is_free:
                 _put_off.popleft()()
         finally:
             _lock.release()
+        if not is_free:  # this thread is switching, further up
+            return
 
 
 def new_site(function: FunctionType) -> str:
@@ -151,7 +159,10 @@ def place_of(function: FunctionType) -> str:
 def _renew_lock() -> None:
     """In a forked child: a lock that another thread held is held for ever there, for that thread is not."""
     global _lock
-    _lock = threading.RLock()
+    if _lock.acquire(blocking=False):  # nobody's, or this thread's own
+        _lock.release()
+    else:
+        _lock, switching.depth = threading.RLock(), 0
 
 
 if hasattr(os, "register_at_fork"):

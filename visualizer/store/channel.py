@@ -2,15 +2,14 @@
 
 Rewritten code calls `receive(key, value)`. The key names a `Channel`: one function's variables on their way into one
 `Store`, which keeps them in lists by key within its limits. A channel that converts what it keeps files each value at
-once. One that keeps the very object (`keep="graph"`) only appends it to its own pending list, which costs little more
-than a hand-written append and is atomic without a lock; it is filed when somebody reads, or when it has grown heavy.
+once. One that keeps the very object (`keep="graph"`) only appends it to what has arrived at the store, which is atomic
+without a lock; it is filed when somebody reads, or when what waits there has grown heavy.
 """
 
 from __future__ import annotations
 
 import sys
 from _thread import get_ident
-from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
 from types import CodeType
@@ -18,13 +17,13 @@ from typing import Any
 
 from ..errors import warn
 from ..rewrite import At, assigned_lines, deletes
-from ..tensors import Keep, bytes_by_device, is_array, is_tensor, keeper, why_unreal
-from .store import Store, Waiting
+from ..tensors import Keep, bytes_by_device, is_array, is_tensor, keeper, runs_foreign_code, why_unreal
+from .store import BATCH, Arrived, Call, Store
 
 _listening: dict[str, Channel] = {}
 
-_BATCH = 4096
-"""How many numbers pend before they are weighed: one by one they would take longer to weigh than to keep."""
+_keeping: set[int] = set()
+"""The threads that run somebody's code to convert a value: what that calls is no call of the model."""
 
 
 def receive(key: str, value: Any) -> None:
@@ -36,18 +35,20 @@ def receive(key: str, value: Any) -> None:
         channel = _listening[key]
     except KeyError:
         return
-    pending = channel.pending
+    if _keeping and get_ident() in _keeping:
+        return
+    arrived = channel.arrived
     try:
-        if pending is None or value is None or value is receive:
+        if arrived is None or value is None or value is receive:
             channel.take(value)
         else:
-            pending.append((value, get_ident()))
+            arrived.append((channel, value, get_ident()))
             kind = type(value)  # compared by identity, for a class may have an __eq__ or __hash__ of its own
             if kind is not int and kind is not float:
                 channel.store.hold(bytes_by_device(value))
-            elif len(pending) > channel.many:
-                channel.many += _BATCH
-                channel.store.hold({"cpu": _BATCH * 32})
+            elif len(arrived) > channel.store.many:
+                channel.store.many += BATCH
+                channel.store.hold({"cpu": BATCH * 32})
     except RecursionError:  # what a call needs below the limit shall not be what the function fails for
         missed = channel.store.missed
         missed[channel] = missed.get(channel, 0) + 1
@@ -89,16 +90,13 @@ class Channel:
         """The code that is captured from, for messages."""
         self.made: tuple[CodeType, tuple[str, ...], CodeType] | None = None
         """The code that was last rewritten with this channel as the last, for which sites, and the result."""
-        self.pending: deque[tuple[Any, int]] | None = None
-        """Values with their threads that are not filed yet; None where each value has work to be done at once."""
-        self.many = _BATCH
-        """How many values may pend until numbers among them are weighed."""
+        self.arrived: Arrived | None = None
+        """Where values go just as they are; None where each has work to be done at once."""
         self.take: Callable[[Any], None] = _ignore
         """Convert and file what the rewritten code brings."""
         self._keep: Keep = "numpy"
         self._convert: Callable[[Any, list[Any]], Any] = lambda value, copies: value
-        self._queue: deque[tuple[Any, int]] = deque()
-        self._frames: dict[int, tuple[int, str | None]] = {}
+        self._frames: dict[int, tuple[Call, str | None]] = {}
         self._warned: set[str] = set()
         self._has_told = False
 
@@ -111,7 +109,8 @@ class Channel:
         """Receive what the rewritten code brings, from now on; `default` where the channel has no `keep` of its own."""
         self._keep = default if self.keep is None else self.keep
         self._convert = keeper(self._keep)
-        self._frames.clear()  # of calls that went on, or ended, unseen
+        if _listening.get(self.site) is not self:
+            self._frames.clear()  # of calls that went on, or ended, unseen
         self.take = self._assignments() if self.at == "assign" else self._returns()
         self.adjust()
         self.store.switch(self, True)
@@ -123,19 +122,12 @@ class Channel:
             return
         self.take = _ignore  # which holds on to the channel, and so to the store and its values
         self.store.switch(self, False)
-        self._queue, self.pending = deque(), None  # a thread that still holds the old one fills it for nobody
 
     def adjust(self) -> None:
-        """Let values pend only where each needs no work of its own."""
-        plain = self._keep == "graph" and self.at == "return" and len(self.names) == 1 and self.owner is None
-        self.pending = self._queue if plain and self.store.limit is None and not self.store.is_full else None
-
-    def flush(self, waiting: Waiting) -> None:
-        """Move what is pending to what waits to be filed."""
-        self.many = _BATCH
-        for _ in range(len(self._queue)):  # what other threads add meanwhile is for the next time
-            value, thread = self._queue.popleft()
-            waiting.append((self, (value,), -1, None, thread, None, (), 0))
+        """Let values wait as they are only where each needs no work of its own."""
+        is_plain = self._keep == "graph" and self.at == "return" and len(self.names) == 1 and self.owner is None
+        may_wait = is_plain and self.store.limit is None and not self.store.is_full
+        self.arrived = self.store.arrived if may_wait else None
 
     def name_values(self, value: Any) -> list[tuple[str, Any]]:
         """The variables with their values, of what was put: unbound ones have none."""
@@ -148,7 +140,7 @@ class Channel:
             return
         copies: list[Any] = []
         kept = [self._kept(name, value, copies, path) for name, value in zip(self.names, values, strict=True)]
-        self.store.put(self, kept, -1, None, path, copies)
+        self.store.put(self, kept, None, None, path, copies)
 
     def pass_over(self, name: str, reason: str) -> None:
         """Warn, once, that a value is not recorded because it has no numbers; the reason as `why_unreal` says it."""
@@ -186,7 +178,7 @@ class Channel:
                     path = path_of(event[0])
                     if path is None:
                         return
-                frames[frame] = next(self.calls), path
+                frames[frame] = Call(self), path
                 if len(frames) > 100_000:
                     for old in list(frames)[:50_000]:
                         frames.pop(old, None)
@@ -196,7 +188,7 @@ class Channel:
                     call, path = frames[frame]
                 elif path_of is None:
                     # Its beginning was not seen, so nothing tells this frame from a later one at the same address.
-                    call, path = next(self.calls), None
+                    call, path = Call(self), None
                 else:
                     return  # another object's call, or one that cannot be told from it
                 copies: list[Any] = []
@@ -216,12 +208,18 @@ class Channel:
         if self._keep != "graph" and (reason := why_unreal(value)) is not None:
             self.pass_over(name, reason)
             return receive
+        thread = get_ident() if runs_foreign_code(self._keep, value) else None
         try:
+            if thread is not None:
+                _keeping.add(thread)
             return self._convert(value, copies)
         except Exception as error:
             error.add_note(f"while keeping {name!r} of {self.place()} with keep={self._keep!r}")
             self.store.fail(error)
             raise
+        finally:
+            if thread is not None:
+                _keeping.discard(thread)
 
     def place(self) -> str:
         """The function, file and line, for messages."""

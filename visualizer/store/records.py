@@ -9,7 +9,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnknownKeyError, did_you_mean
-from ..tensors import bytes_by_device, is_array, is_tensor
+from ..tensors import bytes_by_device, is_array, is_tensor, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import ValuesView
@@ -39,7 +39,8 @@ class Record:
     """The path of the module that was called, where a module was captured from; "" for the module itself."""
 
     def __repr__(self) -> str:
-        shape = f" of shape {tuple(self.value.shape)}" if is_tensor(self.value) or is_array(self.value) else ""
+        has = shape_of(self.value)
+        shape = "" if has is None else f" of shape {has}"
         line = "" if self.line is None else f", line={self.line}"
         return f"<Record {self.key!r}: {self.variable}, call={self.call}{line}, {type(self.value).__name__}{shape}>"
 
@@ -140,7 +141,8 @@ class Cache(dict[str, list[Any]]):
         Args:
             path: the file. It is written beside it and then put in its place, so that a process that is killed leaves
                 the old file or none.
-            about: a dict of what else belongs to the maps: tokens, the picture, the grid of patches.
+            about: a dict of what else belongs to the maps: tokens, the picture, the grid of patches. None: what it had,
+                if it was read from a file.
 
         Raises:
             TypeError: a value is not made of arrays, dense tensors, numbers, strings, None, and lists, tuples, sets and
@@ -150,7 +152,7 @@ class Cache(dict[str, list[Any]]):
         """
         from .files import write
 
-        write(path, list(self), self.records, {} if about is None else about)
+        write(path, list(self), self.records, self.about if about is None else about)
 
     def fetch(self) -> None:
         """Wait for what is still on its way, into the lists that you hold too; every way of reading does so itself."""
@@ -192,10 +194,46 @@ class Cache(dict[str, list[Any]]):
         self._store.fetch()
         return super().items()
 
+    # What changes the cache fetches what belongs under the old keys, and then lets go of what nobody can read any more.
+
     def pop(self, *args: Any) -> Any:
         """Take a key and its list out."""
         self._store.fetch()
-        return super().pop(*args)
+        found = super().pop(*args)
+        self._store.fetch()
+        return found
+
+    def popitem(self) -> tuple[str, list[Any]]:
+        """Take the last key and its list out."""
+        self._store.fetch()
+        found = super().popitem()
+        self._store.fetch()
+        return found
+
+    def __delitem__(self, key: str) -> None:
+        self._store.fetch()
+        super().__delitem__(key)
+        self._store.fetch()
+
+    def __setitem__(self, key: str, values: list[Any]) -> None:
+        self._store.fetch()
+        super().__setitem__(key, values)
+        self._store.fetch()
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """The list under a key, or the default, which is put there."""
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Put lists under their keys."""
+        for key, values in dict(*args, **kwargs).items():
+            self[key] = values
+
+    def __ior__(self, other: Any) -> Cache:  # type: ignore[override, misc]
+        self.update(other)
+        return self
 
     def clear(self) -> None:
         """Start over with empty lists under the same keys; lists that you hold keep their values."""
@@ -247,7 +285,8 @@ class Cache(dict[str, list[Any]]):
 def _kind(value: Any) -> tuple[str, str]:
     """A value's shape and dtype, in words."""
     if is_tensor(value) or is_array(value):
-        return str(tuple(value.shape)), str(value.dtype).removeprefix("torch.")
+        shape = shape_of(value)
+        return "nested" if shape is None else str(shape), str(value.dtype).removeprefix("torch.")
     if isinstance(value, (list, tuple, dict, set, frozenset)):
         return f"{len(value)} items", type(value).__name__
     return "", type(value).__name__
@@ -300,6 +339,9 @@ def human(size: int) -> str:
 
 
 def _stacked(chosen: list[tuple[str, Any]]) -> Any:
+    nested = next((name for name, value in chosen if is_tensor(value) and shape_of(value) is None), None)
+    if nested is not None:
+        raise ValueError(f"{nested!r} has no one shape: it is a nested tensor")
     shapes = {name: getattr(value, "shape", None) for name, value in chosen}
     first, shape = next(iter(shapes.items()))
     for name, other in shapes.items():
