@@ -155,8 +155,12 @@ class Cache(dict[str, list[Any]]):
         write(path, list(self), self.records, self.about if about is None else about)
 
     def fetch(self) -> None:
-        """Wait for what is still on its way, into the lists that you hold too; every way of reading does so itself."""
+        """Wait for what is still on its way, into the lists that you hold too; every way of reading does so itself.
+
+        What you have taken out of the lists is forgotten here, or as the next value comes.
+        """
         self._store.fetch()
+        self._store.follow()
 
     @property
     def about(self) -> dict[str, Any]:
@@ -200,25 +204,25 @@ class Cache(dict[str, list[Any]]):
         """Take a key and its list out."""
         self._store.fetch()
         found = super().pop(*args)
-        self._store.fetch()
+        self._store.follow(args[0])
         return found
 
     def popitem(self) -> tuple[str, list[Any]]:
         """Take the last key and its list out."""
         self._store.fetch()
         found = super().popitem()
-        self._store.fetch()
+        self._store.follow(found[0])
         return found
 
     def __delitem__(self, key: str) -> None:
         self._store.fetch()
         super().__delitem__(key)
-        self._store.fetch()
+        self._store.follow(key)
 
     def __setitem__(self, key: str, values: list[Any]) -> None:
         self._store.fetch()
         super().__setitem__(key, values)
-        self._store.fetch()
+        self._store.follow(key)
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         """The list under a key, or the default, which is put there."""

@@ -183,9 +183,31 @@ class Store:
         """Every value with where it comes from, in the order of the keys, then of the calls."""
         self.fetch()
         with self._lock:
-            self._follow(by_identity=True)
+            self.follow()
             with self._at_work():
                 return [record for key in self.cache for record, *_ in self._records.get(key, ())]
+
+    def follow(self, *keys: str) -> None:
+        """Have the records follow what the user has made of the cache and its lists; of these keys, or of all."""
+        cache = self._cache()
+        with self._lock:
+            if cache is None or self._is_busy:
+                return
+            with self._at_work():
+                for key in keys or [*self._records, *(key for key in cache if key not in self._records)]:
+                    values, records = dict.get(cache, key), self._records.get(key)
+                    if (
+                        isinstance(values, list)
+                        and records is not None
+                        and len(records) == len(values)
+                        and all(record.value is value for (record, *_), value in zip(records, values, strict=False))
+                    ):
+                        continue
+                    if key in cache:
+                        self._follow_key(cache, key, keeps_kind=True)
+                    else:
+                        for _, sizes, _ in self._records.pop(key, ()):
+                            self._discount(sizes)
 
     def last(self, key: str) -> Any:
         """The newest value that is filed under a key, or None."""
@@ -218,7 +240,6 @@ class Store:
         """File everything that has arrived, and raise what a `keep` function raised meanwhile."""
         with self._lock:
             self._file_arrived()
-            self._follow()
             failure, self._failure = self._failure, None
             missed, self.missed = self.missed, {}
         self._tell()
@@ -347,24 +368,6 @@ class Store:
             self._discount(sizes)
             self._stop(key, is_over)
 
-    def _follow(self, by_identity: bool = False) -> None:
-        """Bring the records in line with what the user has made of the cache and its lists."""
-        cache = self._cache()
-        if cache is None or self._is_busy:
-            return
-        with self._at_work():
-            for key in [*self._records, *(key for key in cache if key not in self._records)]:
-                values, records = dict.get(cache, key), self._records.get(key)
-                if isinstance(values, list) and records is not None and len(records) == len(values):
-                    pairs = zip(records, values, strict=False) if by_identity else ()
-                    if all(record.value is value for (record, *_), value in pairs):
-                        continue
-                if key in cache:
-                    self._follow_key(cache, key, keeps_kind=True)
-                else:
-                    del self._records[key]
-                    self._recount()
-
     def _follow_key(self, cache: Cache, key: str, keeps_kind: bool = False) -> tuple[list[Any], deque[_Entry]]:
         """The list under a key, whatever the user has made of it, and the records of what is in it."""
         values = _listed(dict.get(cache, key, ()))
@@ -379,16 +382,11 @@ class Store:
         for value in values:
             same = known.get(id(value))
             records.append(same.popleft() if same else (Record(key, variable, value, -1, None, 0), {}, None))
+        for gone in known.values():
+            for _, sizes, _ in gone:
+                self._discount(sizes)
         self._records[key] = records
-        self._recount()
         return values, records
-
-    def _recount(self) -> None:
-        self._bytes = {}
-        for records in self._records.values():
-            for _, sizes, _ in records:
-                for device, size in sizes.items():
-                    self._bytes[device] = self._bytes.get(device, 0) + size
 
     def _trim(self, key: str, values: list[Any], records: deque[_Entry], limit: int) -> deque[_Entry]:
         """Drop the oldest calls beyond the limit. A call makes one value at its return, any number by assignments."""
