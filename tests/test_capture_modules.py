@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import types
+import unittest.mock
 import weakref
 from pathlib import Path
 
@@ -166,6 +167,20 @@ class TestPaths:
         with capture(model, "attn") as found:
             model(x)
         assert {"0": 1, "1": 1} == {key: len(values) for key, values in found.items()}
+
+    @pytest.mark.parametrize("attribute", [torch.classes, unittest.mock.call], ids=["raises", "answers"])
+    def test_a_class_attribute_that_answers_to_any_name_or_raises(self, x, attribute):
+        class Odd(Attention):
+            backend = attribute
+
+            def forward(self, x):
+                attn = x
+                return super().forward(x)
+
+        model = Odd()
+        with capture([model, Odd], "attn") as found:
+            model(x)
+        assert [1, 1] == [len(values) for values in found.values()]
 
     def test_every_assignment(self, x):
         model = Model()

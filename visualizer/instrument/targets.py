@@ -154,22 +154,16 @@ def _function_site(target: Any, names: tuple[str, ...]) -> Site:
             f"{_short(target)} has no Python code to capture from"
         )
     function = function_with(target, names)
-    owners, owner = None, _bound_to(target)
-    if owner is not None and not isinstance(owner, type) and _owner(function):
+    owners, method = None, _bound_method(target)
+    if method is not None and not isinstance(method.__self__, type) and _owner(function):
         owners = Owners()
-        owners.add(owner, "")
+        owners.add(method.__self__, "")
     return Site(function, names, function.__qualname__, owners)
 
 
-def _bound_to(target: Any) -> Any:
-    """The object whose method it is, behind a partial or a wrapper such as torch.compile's too; None for functions."""
-    seen: set[int] = set()
-    while target is not None and id(target) not in seen:
-        seen.add(id(target))
-        if isinstance(target, types.MethodType):
-            return target.__self__
-        target = target.func if isinstance(target, functools.partial) else getattr(target, "__wrapped__", None)
-    return None
+def _bound_method(target: Any) -> types.MethodType | None:
+    """The method of an object that it is, behind a partial or a wrapper such as torch.compile's too."""
+    return next((item for item in _layers(target) if isinstance(item, types.MethodType)), None)
 
 
 def _class_sites(cls: type, names: tuple[str, ...]) -> list[Site]:
@@ -364,26 +358,31 @@ def functions_behind(target: Any) -> Iterator[FunctionType]:
     """The Python functions that an object runs, from the outermost wrapper to the wrapped function."""
     if isinstance(target, type):
         if not _is_module_class(target):
-            return
+            return iter(())
         target = inspect.getattr_static(target, "forward")
-    seen: set[int] = set()
+    return (item for item in _layers(target) if type(item) is FunctionType)
+
+
+def _layers(target: Any) -> Iterator[Any]:
+    """An object and what it wraps, layer by layer, the outermost first."""
+    seen: dict[int, Any] = {}  # the objects too: another one that is made meanwhile must not get the number of one
     waiting = [target]
     while waiting:
         item = waiting.pop(0)
         if item is None or id(item) in seen:
             continue
-        seen.add(id(item))
-        if isinstance(item, FunctionType):
-            yield item
-        elif isinstance(item, property):
+        seen[id(item)] = item
+        yield item
+        if isinstance(item, property):
             waiting.extend([item.fdel, item.fset, item.fget])
-            continue
         elif isinstance(item, (staticmethod, classmethod, types.MethodType)):
             waiting.append(item.__func__)
-            continue
-        elif isinstance(item, (functools.partial, functools.partialmethod, functools.cached_property)):
-            waiting.append(item.func)
-        waiting.append(getattr(item, "__wrapped__", None))
+        else:
+            if isinstance(item, (functools.partial, functools.partialmethod, functools.cached_property)):
+                waiting.append(item.func)
+            # Only one that it really has: a `__getattr__` may answer to any name, or raise anything.
+            if inspect.getattr_static(item, "__wrapped__", None) is not None:
+                waiting.append(getattr(item, "__wrapped__", None))
 
 
 def _is_module_class(target: type) -> bool:
