@@ -49,6 +49,33 @@ class Derived(Base):
         return x
 
 
+class Loses:
+    """Its methods no longer have themselves when they return."""
+
+    def assigns(self, x):
+        attn = x
+        self = None
+        return x
+
+    def deletes(self, x):
+        attn = x
+        del self
+
+    def loops(self, x):
+        attn = x
+        for self in range(x):
+            pass
+
+    def shares(self, x):
+        def lose():
+            nonlocal self
+            self = None
+
+        attn = x
+        lose()
+        return x
+
+
 @pytest.fixture
 def gl():
     own = GetLocal()
@@ -126,6 +153,24 @@ class TestTargets:
         with capture(one.score, "x") as found:
             one.score(1), other.score(2)
         assert [[1]] == list(found.values())
+
+    def test_an_inherited_class_or_static_method(self):
+        """A static method's calls do not say for which class they are."""
+        with capture(Derived, "made", "scaled") as found:
+            Derived.build(1), Derived().build(2), Base.build(3), Derived.scale(4), Derived().scale(5)
+        assert {"Base.build:made": [("Derived", 1), ("Derived", 2)], "Base.scale:scaled": [40, 50]} == found
+
+    def test_a_wrapper_with_the_local_around_a_bound_method(self):
+        one = Base()
+
+        @functools.wraps(one.score)
+        def wrapper(x):
+            doubled = 2 * x
+            return one.score(doubled)
+
+        with capture(wrapper, "doubled") as found:
+            wrapper(1)
+        assert [[2]] == list(found.values())
 
     def test_a_dotted_name(self):
         code = textwrap.dedent.__code__
@@ -211,6 +256,37 @@ class TestMistakes:
         for part in parts:
             assert part in str(caught.value)
         assert attend.__code__ is code
+
+    @pytest.mark.parametrize("method", ["assigns", "deletes", "loops", "shares"])
+    def test_a_method_that_loses_its_self_does_not_say_whose_call_returns(self, method):
+        one, line = Loses(), getattr(Loses, method).__code__.co_firstlineno
+        with pytest.raises(TypeError) as caught:
+            capture(getattr(one, method), "attn")
+        for part in (f"Loses.{method} ({__file__}:{line})", "'self'", f"capture(Loses.{method}, 'attn')"):
+            assert part in str(caught.value)
+        with capture(getattr(one, method), "attn", at="assign") as found, capture(Loses, "attn") as both:
+            getattr(one, method)(1), getattr(Loses(), method)(2)
+        assert [1] == found[f"Loses.{method}"]
+        assert [1, 2] == both[f"Loses.{method}"]
+        with pytest.raises(TypeError, match="whose call"):
+            capture(type("LosesToo", (Loses,), {}), "attn")
+
+    def test_a_method_without_self_does_not_say_whose_call_it_is(self):
+        class Starred:
+            def score(*args):
+                attn = args[1:]
+                return attn
+
+        class Inherits(Starred):
+            pass
+
+        for target in (Starred().score, Inherits):
+            for at in ("return", "assign"):
+                with pytest.raises(TypeError, match=r"Starred.score \(.*no parameter.*capture\(.*Starred.score"):
+                    capture(target, "attn", at=at)
+        with capture(Starred, "attn") as found:
+            Starred().score(1)
+        assert [[(1,)]] == list(found.values())
 
     def test_a_missing_key_says_what_there_is(self):
         with capture(attend, "attn") as found:

@@ -202,6 +202,20 @@ class TestPaths:
         with pytest.raises(UnknownLocalError, match="'qkv'"):
             capture(Model(), "attn", "qkv")
 
+    def test_a_forward_that_loses_its_self_does_not_say_whose_call_returns(self, x):
+        class Loses(Attention):
+            def forward(self, x):
+                attn = x
+                del self
+                return attn
+
+        model = Model(1, Loses)
+        with pytest.raises(TypeError, match=r"Loses\.forward \(.*'self'.*capture\(.*Loses\.forward, 'attn'\)"):
+            capture(model, "attn")
+        with capture(model, "attn", at="assign") as found, capture(Loses.forward, "attn") as every:
+            model(x)
+        assert [1, 1] == [len(values) for values in (*found.values(), *every.values())]
+
     def test_what_the_model_raises_is_raised_and_nothing_stays(self, x):
         model, code = Model(), Attention.forward.__code__
         with pytest.raises(RuntimeError), capture(model, "attn") as found:

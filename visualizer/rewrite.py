@@ -94,6 +94,21 @@ def deletes(code: CodeType, name: str) -> bool:
     return any(instr.name in opcodes.DELETES and instr.location not in stored for instr in of_name)
 
 
+def rebinds(code: CodeType, name: str) -> bool:
+    """Whether a parameter may hold something else, or nothing, at a return than what was passed.
+
+    >>> def scale(self, x):
+    ...     self = None
+    ...     return x
+    >>> rebinds(scale.__code__, "self"), rebinds(scale.__code__, "x")
+    (True, False)
+    """
+    if assigned_lines(code, name) or deletes(code, name):
+        return True
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return any(name in function.co_freevars and rebinds(function, name) for function in inner)
+
+
 class Capture(NamedTuple):
     """What is to be brought to the hook."""
 

@@ -14,7 +14,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 from ..errors import UnknownLocalError, did_you_mean, warn
-from ..rewrite import local_names
+from ..rewrite import At, local_names, rebinds
 from .patches import place_of
 
 
@@ -74,17 +74,18 @@ class Owners:
 
 
 class _InstancesOf(Owners):
-    """All instances of a class that inherits the function which is captured from."""
+    """All instances of a class that inherits the function which is captured from, and the class, for class methods."""
 
     def __init__(self, cls: type) -> None:
         super().__init__()
         self._class = cls
 
     def path_of(self, owner: Any) -> str | None:
-        return "" if isinstance(owner, self._class) else None
+        of_the_class = isinstance(owner, self._class) or (isinstance(owner, type) and issubclass(owner, self._class))
+        return "" if of_the_class else None
 
 
-def sites_of(target: Any, names: tuple[str, ...]) -> tuple[list[Site], list[tuple[str, str]]]:
+def sites_of(target: Any, names: tuple[str, ...], at: At) -> tuple[list[Site], list[tuple[str, str]]]:
     """Where the locals are to be captured from, for all that `capture` takes; and each key's beginning with its local.
 
     Raises:
@@ -111,7 +112,27 @@ def sites_of(target: Any, names: tuple[str, ...]) -> tuple[list[Site], list[tupl
             named[identity] = base = next(key for key in candidates if key not in named.values())
             sites.append(site._replace(base=base))
             keys += [(base, name) for name in site.names]
-    return [*modules.values(), *sites], keys
+    sites = [*modules.values(), *sites]
+    for site in sites:
+        _check_owner(site, at)
+    return sites, keys
+
+
+def _check_owner(site: Site, at: At) -> None:
+    """TypeError where nothing in a function's calls says whose they are."""
+    if site.owners is None:
+        return
+    function, owner = site.function, _owner(site.function)
+    if owner is None:
+        reason = "has no parameter of its own for the object whose method is called"
+    elif at == "return" and rebinds(function.__code__, owner):
+        reason = f"binds its parameter {owner!r} anew or deletes it (at='assign' looks at it before)"
+    else:
+        return
+    raise TypeError(
+        f"{place_of(function)} {reason}, so nothing tells whose call returns. Capture from the function itself, "
+        f"which means all objects' calls: capture({function.__qualname__}, {', '.join(map(repr, site.names))})."
+    )
 
 
 def _flattened(target: Any, prefix: str) -> Iterator[tuple[Any, str]]:
@@ -155,7 +176,8 @@ def _function_site(target: Any, names: tuple[str, ...]) -> Site:
         )
     function = function_with(target, names)
     owners, method = None, _bound_method(target)
-    if method is not None and not isinstance(method.__self__, type) and _owner(function):
+    is_its_own = method is not None and function in functions_behind(method)  # and not a wrapper around it
+    if method is not None and is_its_own and not isinstance(method.__self__, type):
         owners = Owners()
         owners.add(method.__self__, "")
     return Site(function, names, function.__qualname__, owners)
@@ -177,13 +199,18 @@ def _class_sites(cls: type, names: tuple[str, ...]) -> list[Site]:
             raise UnknownLocalError(_nothing_has(name, f"no method of {cls.__qualname__} has", {cls: methods}))
         for function in having.values():
             wanted.setdefault(function, []).append(name)
-    own = {function for member in vars(cls).values() for function in functions_behind(member)}
+    everybodys = {
+        function
+        for name, member in members.items()
+        if name in vars(cls) or any(isinstance(layer, staticmethod) for layer in _layers(member))
+        for function in functions_behind(member)
+    }
     return [
         Site(
             function,
             tuple(having_names),
             function.__qualname__,
-            None if function in own or not _owner(function) else _InstancesOf(cls),
+            None if function in everybodys else _InstancesOf(cls),
         )
         for function, having_names in wanted.items()
     ]
