@@ -288,6 +288,65 @@ class TestMistakes:
             Starred().score(1)
         assert [[(1,)]] == list(found.values())
 
+    @pytest.mark.parametrize("name", ["x", "rest", "options"])
+    def test_a_parameter_that_is_never_assigned_has_nothing_for_assign(self, name):
+        def forward(x, *rest, by=2, **options):
+            by = x * by
+            return by
+
+        line = forward.__code__.co_firstlineno
+        for names in ([name], ["by", name]):
+            with pytest.raises(ValueError) as caught:
+                capture(forward, *names, at="assign")
+            for part in (f"forward ({__file__}:{line})", f"assigns to {name!r}: it is a parameter", "at='return'"):
+                assert part in str(caught.value)
+        with capture(forward, "by", at="assign") as found:
+            forward(3)
+        assert [[6]] == list(found.values())
+
+    def test_what_only_others_assign_has_nothing_for_assign(self):
+        total = 1
+
+        def forward(x):
+            def add():
+                nonlocal attn
+                attn = x
+
+            attn: int
+            add()
+            return attn + total
+
+        with pytest.raises(ValueError, match="'total': it is a variable of an outer function"):
+            capture(forward, "total", at="assign")
+        with pytest.raises(ValueError, match="'attn': only what is defined inside it"):
+            capture(forward, "attn", at="assign")
+        with capture(forward, "attn", "total") as found:
+            assert 2 == forward(1)
+        assert [[1], [1]] == list(found.values())
+
+    def test_for_assign_methods_and_wrappers_that_do_not_are_left_out(self):
+        class Scores:
+            def first(self, attn):
+                return attn
+
+            def second(self, x):
+                attn = x
+                return self.first(attn)
+
+        @functools.wraps(attend)
+        def wrapper(x):
+            x = 2 * x
+            return attend(x)
+
+        with capture(wrapper, "x", at="assign") as found:
+            assert 7 == wrapper(1)
+        assert {"attend": [2]} == found
+        with capture(Scores, "attn", at="assign") as found:
+            Scores().second(3)
+        assert [[3]] == list(found.values())
+        with pytest.raises(ValueError, match=r"Scores\.first .*'self': it is a parameter"):
+            capture(Scores, "attn", "self", at="assign")
+
     def test_a_missing_key_says_what_there_is(self):
         with capture(attend, "attn") as found:
             with pytest.raises(UnknownKeyError, match=r"did you mean 'attend'\? The keys are: 'attend'; .*is running"):

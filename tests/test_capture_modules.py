@@ -192,6 +192,14 @@ class TestPaths:
             (record.module, record.call) for record in found.records if record.key == "blocks.1.attn"
         ]
 
+    def test_every_assignment_where_there_is_one(self, x):
+        model = Model(1)
+        with capture(model, "x", at="assign") as found:
+            model(x)
+        assert {"": 1} == {key: len(values) for key, values in found.items()}
+        with pytest.raises(ValueError, match=r"LayerNorm\.forward .*'input': it is a parameter"):
+            capture(model, "input", at="assign")
+
     def test_nothing_has_it(self):
         with pytest.raises(UnknownLocalError) as caught:
             capture(Model(), "atn")

@@ -629,6 +629,16 @@ class TestBadInput:
         assert attention.__code__ is code
         assert gl.cache == {}
 
+    def test_a_parameter_that_is_never_assigned_has_nothing_for_assign(self, gl):
+        def forward(x, attn):
+            x = attn
+            return x
+
+        with pytest.raises(ValueError, match=r"forward \(.*'attn': it is a parameter.*at='return'"):
+            gl("attn", at="assign")(forward)
+        assert gl("x", at="assign")(forward) is forward
+        assert [forward.__qualname__] == list(gl.cache)
+
     def test_a_name_that_is_an_attribute_there(self, gl):
         def forward(self):
             self.attn_weights = 1

@@ -67,6 +67,7 @@ def capture(
 
     Raises:
         UnknownLocalError: nothing in the target has the local; the message lists, by class, the locals that exist.
+        ValueError: with at="assign", nothing in the target assigns to the local: it is a parameter, say.
         TypeError, ValueError: the target or an argument is of the wrong kind, or a method does not tell whose its calls
             are: it has no `self`, or binds it anew.
         ImportError, AttributeError: a dotted name leads nowhere.

@@ -90,7 +90,7 @@ class GetLocal:
         Raises:
             UnknownLocalError: the function has no such local; the message lists what it has.
             TypeError: no name, a name that is no string, or an object without Python code (a builtin).
-            ValueError: `at` or `keep` is not one of its choices.
+            ValueError: `at` or `keep` is not one of its choices, or at="assign" and the function never assigns to one.
             RewriteError: capture is active and the function cannot be rewritten with proof.
         """
         names = check_names("get_local", names, '@get_local("attn")')
@@ -99,7 +99,7 @@ class GetLocal:
             check_keep(keep)
 
         def decorate(target: T) -> T:
-            self._decorate(function_with(target, names), names, at, keep)
+            self._decorate(function_with(target, names, at), names, at, keep)
             return target
 
         return decorate

@@ -13,8 +13,9 @@ from itertools import chain, count
 from types import FunctionType
 from typing import Any, NamedTuple
 
-from ..errors import UnknownLocalError, did_you_mean, warn
-from ..rewrite import At, local_names, rebinds
+from .. import opcodes
+from ..errors import RewriteError, UnknownLocalError, did_you_mean, warn
+from ..rewrite import At, assigns, local_names, rebinds
 from .patches import place_of
 
 
@@ -90,6 +91,7 @@ def sites_of(target: Any, names: tuple[str, ...], at: At) -> tuple[list[Site], l
 
     Raises:
         UnknownLocalError: nothing in a target has one of the names.
+        ValueError: with at="assign", nothing in a target assigns to one of them.
         TypeError, ValueError, ImportError, AttributeError: a target is not of the kinds that can be captured from, or
             a dotted name leads nowhere.
     """
@@ -99,9 +101,9 @@ def sites_of(target: Any, names: tuple[str, ...], at: At) -> tuple[list[Site], l
     modules: dict[Any, Site] = {}
     for item, prefix in _flattened(target, ""):
         if _is_module(item):
-            _add_module(item, names, prefix, modules, keys)
+            _add_module(item, names, at, prefix, modules, keys)
             continue
-        for site in _class_sites(item, names) if isinstance(item, type) else [_function_site(item, names)]:
+        for site in _class_sites(item, names, at) if isinstance(item, type) else [_function_site(item, names, at)]:
             function, base = site.function, site.base
             identity = function, site.names, item if site.owners is not None else None
             if identity in named:  # the same function by two names
@@ -168,13 +170,13 @@ def _is_module(target: Any) -> bool:
     return torch is not None and isinstance(target, torch.nn.Module)
 
 
-def _function_site(target: Any, names: tuple[str, ...]) -> Site:
+def _function_site(target: Any, names: tuple[str, ...], at: At) -> Site:
     if not any(True for _ in functions_behind(target)):
         raise TypeError(
             "capture takes an nn.Module, a function, method or class, 'package.module:name', or a list of these; "
             f"{_short(target)} has no Python code to capture from"
         )
-    function = function_with(target, names)
+    function = function_with(target, names, at)
     owners, method = None, _bound_method(target)
     is_its_own = method is not None and function in functions_behind(method)  # and not a wrapper around it
     if method is not None and is_its_own and not isinstance(method.__self__, type):
@@ -188,15 +190,15 @@ def _bound_method(target: Any) -> types.MethodType | None:
     return next((item for item in _layers(target) if isinstance(item, types.MethodType)), None)
 
 
-def _class_sites(cls: type, names: tuple[str, ...]) -> list[Site]:
+def _class_sites(cls: type, names: tuple[str, ...], at: At) -> list[Site]:
     """The class's methods that have the locals: its `forward` before any other."""
     members = _members(cls, (object, *_base_of_modules()))
     methods = {name: list(functions_behind(member)) for name, member in members.items()}
     wanted: dict[FunctionType, list[str]] = {}
     for name in names:
-        having = _having(methods, name)
+        having = _having(methods, name, at)
         if not having:
-            raise UnknownLocalError(_nothing_has(name, f"no method of {cls.__qualname__} has", {cls: methods}))
+            raise _nothing_has(name, at, f"no method of {cls.__qualname__} has", {cls: methods})
         for function in having.values():
             wanted.setdefault(function, []).append(name)
     everybodys = {
@@ -217,7 +219,7 @@ def _class_sites(cls: type, names: tuple[str, ...]) -> list[Site]:
 
 
 def _add_module(
-    module: Any, names: tuple[str, ...], prefix: str, sites: dict[Any, Site], keys: list[tuple[str, str]]
+    module: Any, names: tuple[str, ...], at: At, prefix: str, sites: dict[Any, Site], keys: list[tuple[str, str]]
 ) -> None:
     """Add every submodule to the sites of the functions of its class that have the locals: `forward` before any other.
 
@@ -239,7 +241,7 @@ def _add_module(
             methods = {**methods, "forward": _patched_forward(submodule, methods)}
         wanted: dict[tuple[FunctionType, str], list[str]] = {}
         for name in names:
-            having = _having(methods, name)
+            having = _having(methods, name, at)
             for method, function in having.items():
                 found.add(name)
                 wanted.setdefault((function, "" if len(having) == 1 else method), []).append(name)
@@ -254,18 +256,44 @@ def _add_module(
             keys += [(beginning(base, path), name) for name in having_names]
     for name in names:
         if name not in found:
-            raise UnknownLocalError(_nothing_has(name, _nowhere_in(module), kinds))
+            raise _nothing_has(name, at, _nowhere_in(module), kinds)
 
 
-def _having(methods: dict[str, list[FunctionType]], name: str) -> dict[str, FunctionType]:
+def _having(methods: dict[str, list[FunctionType]], name: str, at: At) -> dict[str, FunctionType]:
     """The methods that have the local, each with the innermost function that has it; `forward` alone if it does."""
     having = {}
     for method, functions in methods.items():
         for function in reversed(functions):
-            if name in local_names(function.__code__):
+            if _brings(function, name, at):
                 having[method] = function
                 break
     return {"forward": having["forward"]} if "forward" in having else having
+
+
+def _brings(function: FunctionType, name: str, at: At) -> bool:
+    """Whether capturing the local from the function can bring anything."""
+    code = function.__code__
+    if name not in local_names(code) or at == "return":
+        return name in local_names(code)
+    try:
+        return opcodes.why_unsupported() is not None or assigns(code, name)
+    except RewriteError:
+        return True  # a refusal is for those who want it rewritten
+
+
+def _never_assigned(function: FunctionType, name: str) -> str:
+    code = function.__code__
+    stars = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    if name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + stars]:
+        what = "it is a parameter"
+    elif name in code.co_freevars:
+        what = "it is a variable of an outer function"
+    else:
+        what = "only what is defined inside it does, if anything"
+    return (
+        f"{place_of(function)} itself never assigns to {name!r}: {what}. "
+        "So at='assign' would record nothing; at='return' has its value."
+    )
 
 
 def _base_of_modules() -> tuple[type, ...]:
@@ -350,8 +378,14 @@ def _nowhere_in(module: Any) -> str:
     return f"no submodule of {type(module).__qualname__} ({count}, and the model itself) has"
 
 
-def _nothing_has(name: str, beginning: str, kinds: dict[type, dict[str, list[FunctionType]]]) -> str:
-    """The message for a local that is nowhere, with those that are, by class: its `forward` first, torch's own last."""
+def _nothing_has(
+    name: str, at: At, beginning: str, kinds: dict[type, dict[str, list[FunctionType]]]
+) -> ValueError | UnknownLocalError:
+    """The error for a local that is nowhere, with those that are, by class: its `forward` first, torch's own last."""
+    everything = (function for methods in kinds.values() for functions in methods.values() for function in functions)
+    having = next((function for function in everything if name in local_names(function.__code__)), None)
+    if having is not None and at == "assign":
+        return ValueError(_never_assigned(having, name))
     lines: dict[str, tuple[str, ...]] = {}
     pairs = [(kind, method, functions) for kind, methods in kinds.items() for method, functions in methods.items()]
     pairs.sort(key=lambda pair: (pair[1] != "forward", pair[0].__module__.startswith("torch.")))
@@ -364,20 +398,30 @@ def _nothing_has(name: str, beginning: str, kinds: dict[type, dict[str, list[Fun
     if len(listing) > _LISTED:
         listing[_LISTED:] = [f"\n  and {len(listing) - _LISTED} more functions"]
     hint = did_you_mean(everywhere, name) or "."
-    return f"{beginning} a local {name!r}{hint}" + (f" The locals that exist:{''.join(listing)}" if listing else "")
+    existing = f" The locals that exist:{''.join(listing)}" if listing else ""
+    return UnknownLocalError(f"{beginning} a local {name!r}{hint}{existing}")
 
 
 _LISTED = 60
 
 
-def function_with(target: Any, names: tuple[str, ...]) -> FunctionType:
-    """The Python function behind a decorated object that has all the names: the innermost such."""
+def function_with(target: Any, names: tuple[str, ...], at: At) -> FunctionType:
+    """The Python function behind a decorated object that has all the names: the innermost such.
+
+    Raises:
+        UnknownLocalError: none has them all.
+        ValueError: with at="assign", none assigns to them all.
+        TypeError: there is no Python code.
+    """
     functions = list(functions_behind(target))
     if not functions:
         raise TypeError(_no_code(target))
     for function in reversed(functions):
-        if set(names) <= set(local_names(function.__code__)):
+        if all(_brings(function, name, at) for name in names):
             return function
+    for function in reversed(functions):
+        if set(names) <= set(local_names(function.__code__)):
+            raise ValueError(_never_assigned(function, next(n for n in names if not _brings(function, n, at))))
     raise UnknownLocalError(_unknown(target, functions[-1], names))
 
 
