@@ -210,6 +210,52 @@ class TestPaths:
         with pytest.raises(UnknownLocalError, match="'qkv'"):
             capture(Model(), "attn", "qkv")
 
+    def test_what_has_it_where_a_models_call_is_not_followed_is_named(self, x):
+        class Base(nn.Module):
+            def forward(self, x):
+                attn = x
+                return attn
+
+        class OnlySuper(Base):
+            def forward(self, x):
+                return super().forward(x)
+
+        class WithoutForward(nn.Module):
+            def encode(self, x):
+                attn = x
+                return attn
+
+        class Helped(nn.Module):
+            @staticmethod
+            def helper(x):
+                attn = x
+                return attn
+
+            def forward(self, x):
+                return self.helper(x)
+
+        class Starred(nn.Module):
+            def forward(*args):
+                attn = args[1]
+                return attn
+
+        kinds = {OnlySuper: "forward", WithoutForward: "encode", Helped: "helper", Starred: "forward"}
+        for kind, method in kinds.items():
+            model, owner = nn.Sequential(kind(), kind()), Base if kind is OnlySuper else kind
+            name = f"{owner.__qualname__}.{method}"
+            with pytest.raises(UnknownLocalError) as caught:
+                capture(model, "attn")
+            assert f"has a local 'attn'. {name} has it: capture({name}, 'attn')." in str(caught.value)
+            with capture(getattr(owner, method), "attn") as found:
+                getattr(model[0], method)(x)
+            assert [1] == [len(values) for values in found.values()]
+        with pytest.raises(UnknownLocalError) as caught:
+            capture(nn.Sequential(WithoutForward(), Helped()), "attn")
+        assert f"{WithoutForward.__qualname__}.encode and {Helped.__qualname__}.helper have it" in str(caught.value)
+        with pytest.raises(UnknownLocalError, match="'attn'") as caught:
+            capture(nn.Sequential(Attention(), Helped()), "atn")
+        assert "has it" not in str(caught.value)
+
     def test_a_forward_that_loses_its_self_does_not_say_whose_call_returns(self, x):
         class Loses(Attention):
             def forward(self, x):

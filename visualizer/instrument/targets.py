@@ -8,7 +8,7 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, count
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -321,8 +321,13 @@ def _methods(cls: type) -> dict[str, Any]:
     return {
         name: member
         for name, member in _members(cls, mro[above:]).items()
-        if (name == "__call__" or not name.startswith("__")) and not isinstance(member, (staticmethod, classmethod))
+        if _is_called(name) and not isinstance(member, (staticmethod, classmethod))
     }
+
+
+def _is_called(attribute: str) -> bool:
+    """Whether a class's attribute may be run by calling its objects: `__init__` and its like are not."""
+    return attribute == "__call__" or not attribute.startswith("__")
 
 
 def _patched_forward(module: Any, methods: dict[str, list[FunctionType]]) -> list[FunctionType]:
@@ -399,7 +404,23 @@ def _nothing_has(
         listing[_LISTED:] = [f"\n  and {len(listing) - _LISTED} more functions"]
     hint = did_you_mean(everywhere, name) or "."
     existing = f" The locals that exist:{''.join(listing)}" if listing else ""
-    return UnknownLocalError(f"{beginning} a local {name!r}{hint}{existing}")
+    return UnknownLocalError(f"{beginning} a local {name!r}{hint}{_elsewhere(name, at, kinds)}{existing}")
+
+
+def _elsewhere(name: str, at: At, kinds: Iterable[type]) -> str:
+    """A sentence on what the classes define that has the local and is none of the methods that were looked at."""
+    found = dict.fromkeys(
+        f"{base.__qualname__}.{attribute}"
+        for kind in kinds
+        for base in kind.__mro__
+        if base not in (object, *_base_of_modules())
+        for attribute, member in vars(base).items()
+        if _is_called(attribute) and not isinstance(member, type)
+        if any(_brings(function, name, at) for function in functions_behind(member))
+    )
+    places = list(found)[:5]
+    ways = " or ".join(f"capture({place}, {name!r})" for place in places)
+    return f" {' and '.join(places)} {'has' if len(places) == 1 else 'have'} it: {ways}." if places else ""
 
 
 _LISTED = 60
