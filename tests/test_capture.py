@@ -128,6 +128,17 @@ class TestTargets:
             Base.build(1), Derived.build(2), Base.scale(3)
         assert {"Base.build:made": [("Base", 1), ("Derived", 2)], "Base.scale:scaled": [30]} == found
 
+    def test_the_default_of_a_method_by_type(self):
+        class Scores:
+            @functools.singledispatchmethod
+            def score(self, x):
+                attn = x
+                return attn
+
+        with capture(Scores, "attn") as found:
+            Scores().score(1)
+        assert [[1]] == list(found.values())
+
     def test_a_bound_method_means_that_object(self):
         one, other = Base(), Base()
         with capture(one.score, "x") as found:

@@ -531,6 +531,22 @@ class TestWhatCanBeDecorated:
         remembered(1), remembered(1), part()
         assert [[1], [4]] == list(gl.cache.values())
 
+    def test_the_default_of_a_method_by_type(self, gl):
+        class Scores:
+            @gl("attn")
+            @functools.singledispatchmethod
+            def score(self, x):
+                attn = x
+                return attn
+
+            @score.register
+            def _(self, x: str):
+                return x
+
+        gl.activate()
+        assert [1, "one"] == [Scores().score(1), Scores().score("one")]
+        assert [[1]] == list(gl.cache.values())
+
     def test_lambdas_generators_and_coroutines(self, gl):
         square = gl("x")(lambda x: x * x)
 

@@ -470,11 +470,19 @@ def _layers(target: Any) -> Iterator[Any]:
         elif isinstance(item, (staticmethod, classmethod, types.MethodType)):
             waiting.append(item.__func__)
         else:
-            if isinstance(item, (functools.partial, functools.partialmethod, functools.cached_property)):
+            if isinstance(item, _WITH_FUNC):
                 waiting.append(item.func)
             # Only one that it really has: a `__getattr__` may answer to any name, or raise anything.
             if inspect.getattr_static(item, "__wrapped__", None) is not None:
                 waiting.append(getattr(item, "__wrapped__", None))
+
+
+_WITH_FUNC = (
+    functools.partial,
+    functools.partialmethod,
+    functools.cached_property,
+    functools.singledispatchmethod,  # the default implementation
+)
 
 
 def _is_module_class(target: type) -> bool:
