@@ -662,6 +662,30 @@ class TestBadInput:
         with pytest.raises(UnknownLocalError, match="assign it to a local first"):
             gl("attn_weights")(forward)
 
+    def test_above_a_decorator_that_does_not_say_what_it_wraps(self, gl):
+        def logged(function):
+            later = []
+
+            def wrapper(*args):
+                later.append(unbound)
+                return function(*args)
+
+            return wrapper
+            unbound = 1
+
+        def forward(x):
+            attn = x
+            return attn
+
+        with pytest.raises(UnknownLocalError) as caught:
+            gl("attn")(logged(forward))
+        line = forward.__code__.co_firstlineno
+        for part in (f"forward ({__file__}:{line}), which it uses, has it", "@get_local beneath", "functools.wraps"):
+            assert part in str(caught.value)
+        with pytest.raises(UnknownLocalError) as caught:
+            gl("atn")(logged(forward))
+        assert "has it" not in str(caught.value)
+
     @pytest.mark.parametrize("thing", [len, "attn".upper, 3, None, int, dict, type("Plain", (), {})])
     def test_what_has_no_python_code(self, gl, thing):
         with pytest.raises(TypeError) as caught:

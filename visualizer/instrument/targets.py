@@ -437,6 +437,11 @@ def function_with(target: Any, names: tuple[str, ...], at: At) -> FunctionType:
     functions = list(functions_behind(target))
     if not functions:
         raise TypeError(_no_code(target))
+    if isinstance(target, type) and _definer_of_forward(target) in _base_of_modules():
+        raise TypeError(
+            f"get_local takes the forward of an nn.Module class, and {target.__qualname__} defines none."
+            f"{_own_methods(target, names)}"
+        )
     for function in reversed(functions):
         if all(_brings(function, name, at) for name in names):
             return function
@@ -500,6 +505,32 @@ def _no_code(target: Any) -> str:
     return f"get_local needs a function with Python code, and {_short(target)} is {kind}"
 
 
+def why_shared(target: Any, names: tuple[str, ...]) -> str | None:
+    """What to say of a decorated class whose forward is another's too; None where it is its own."""
+    if not isinstance(target, type) or "forward" in vars(target):
+        return None
+    own, base = target.__qualname__, _definer_of_forward(target).__qualname__
+    return (
+        f"{own} inherits its forward, so get_local takes {base}.forward, which all {base} objects run: they are all "
+        f"recorded. Decorate {base} to say so, or record {own} objects alone: capture({own}, "
+        f"{', '.join(map(repr, names))})."
+    )
+
+
+def _definer_of_forward(cls: type) -> type:
+    return next(base for base in cls.__mro__ if "forward" in vars(base))
+
+
+def _own_methods(cls: type, names: tuple[str, ...]) -> str:
+    """A sentence on the methods that a class itself defines that have the locals."""
+    methods = [
+        method.__qualname__
+        for method in vars(cls).values()
+        if isinstance(method, FunctionType) and set(names) <= set(local_names(method.__code__))
+    ]
+    return f" Decorate {' or '.join(methods)}, which has it." if methods else ""
+
+
 def _short(target: Any) -> str:
     text = repr(target)
     return text if len(text) <= 80 else f"an instance of {type(target).__qualname__}"
@@ -519,11 +550,21 @@ def _unknown(target: Any, function: FunctionType, names: tuple[str, ...]) -> str
         message += "."
     message += f" It has: {', '.join(known)}." if known else " It has no locals at all."
     if isinstance(target, type):
-        methods = [
-            method.__qualname__
-            for method in vars(target).values()
-            if isinstance(method, FunctionType) and set(names) <= set(local_names(method.__code__))
-        ]
-        if methods:
-            message += f" Decorate {' or '.join(methods)}, which has it."
+        message += _own_methods(target, names)
+    for inner in _enclosed(function):
+        if set(names) <= set(local_names(inner.__code__)):
+            message += (
+                f" {place_of(inner)}, which it uses, has it. If a decorator made {function.__qualname__} of that, "
+                "put @get_local beneath the decorator, or functools.wraps into it."
+            )
     return message
+
+
+def _enclosed(function: FunctionType) -> Iterator[FunctionType]:
+    """The functions among the variables of outer functions that a function uses."""
+    for cell in function.__closure__ or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+        yield from functions_behind(content)
