@@ -50,6 +50,33 @@ class Derived(Base):
         return x
 
 
+class Loses:
+    """Its methods no longer have themselves when they return."""
+
+    def assigns(self, x):
+        attn = x
+        self = None
+        return x
+
+    def deletes(self, x):
+        attn = x
+        del self
+
+    def loops(self, x):
+        attn = x
+        for self in range(x):
+            pass
+
+    def shares(self, x):
+        def lose():
+            nonlocal self
+            self = None
+
+        attn = x
+        lose()
+        return x
+
+
 @pytest.fixture
 def gl():
     own = GetLocal()
@@ -102,6 +129,17 @@ class TestTargets:
             Base.build(1), Derived.build(2), Base.scale(3)
         assert {"Base.build:made": [("Base", 1), ("Derived", 2)], "Base.scale:scaled": [30]} == found
 
+    def test_the_default_of_a_method_by_type(self):
+        class Scores:
+            @functools.singledispatchmethod
+            def score(self, x):
+                attn = x
+                return attn
+
+        with capture(Scores, "attn") as found:
+            Scores().score(1)
+        assert [[1]] == list(found.values())
+
     def test_a_bound_method_means_that_object(self):
         one, other = Base(), Base()
         with capture(one.score, "x") as found:
@@ -127,6 +165,24 @@ class TestTargets:
         with capture(one.score, "x") as found:
             one.score(1), other.score(2)
         assert [[1]] == list(found.values())
+
+    def test_an_inherited_class_or_static_method(self):
+        """A static method's calls do not say for which class they are."""
+        with capture(Derived, "made", "scaled") as found:
+            Derived.build(1), Derived().build(2), Base.build(3), Derived.scale(4), Derived().scale(5)
+        assert {"Base.build:made": [("Derived", 1), ("Derived", 2)], "Base.scale:scaled": [40, 50]} == found
+
+    def test_a_wrapper_with_the_local_around_a_bound_method(self):
+        one = Base()
+
+        @functools.wraps(one.score)
+        def wrapper(x):
+            doubled = 2 * x
+            return one.score(doubled)
+
+        with capture(wrapper, "doubled") as found:
+            wrapper(1)
+        assert [[2]] == list(found.values())
 
     def test_a_dotted_name(self):
         code = textwrap.dedent.__code__
@@ -212,6 +268,96 @@ class TestMistakes:
         for part in parts:
             assert part in str(caught.value)
         assert attend.__code__ is code
+
+    @pytest.mark.parametrize("method", ["assigns", "deletes", "loops", "shares"])
+    def test_a_method_that_loses_its_self_does_not_say_whose_call_returns(self, method):
+        one, line = Loses(), getattr(Loses, method).__code__.co_firstlineno
+        with pytest.raises(TypeError) as caught:
+            capture(getattr(one, method), "attn")
+        for part in (f"Loses.{method} ({__file__}:{line})", "'self'", f"capture(Loses.{method}, 'attn')"):
+            assert part in str(caught.value)
+        with capture(getattr(one, method), "attn", at="assign") as found, capture(Loses, "attn") as both:
+            getattr(one, method)(1), getattr(Loses(), method)(2)
+        assert [1] == found[f"Loses.{method}"]
+        assert [1, 2] == both[f"Loses.{method}"]
+        with pytest.raises(TypeError, match="whose call"):
+            capture(type("LosesToo", (Loses,), {}), "attn")
+
+    def test_a_method_without_self_does_not_say_whose_call_it_is(self):
+        class Starred:
+            def score(*args):
+                attn = args[1:]
+                return attn
+
+        class Inherits(Starred):
+            pass
+
+        for target in (Starred().score, Inherits):
+            for at in ("return", "assign"):
+                with pytest.raises(TypeError, match=r"Starred.score \(.*no parameter.*capture\(.*Starred.score"):
+                    capture(target, "attn", at=at)
+        with capture(Starred, "attn") as found:
+            Starred().score(1)
+        assert [[(1,)]] == list(found.values())
+
+    @pytest.mark.parametrize("name", ["x", "rest", "options"])
+    def test_a_parameter_that_is_never_assigned_has_nothing_for_assign(self, name):
+        def forward(x, *rest, by=2, **options):
+            by = x * by
+            return by
+
+        line = forward.__code__.co_firstlineno
+        for names in ([name], ["by", name]):
+            with pytest.raises(ValueError) as caught:
+                capture(forward, *names, at="assign")
+            for part in (f"forward ({__file__}:{line})", f"assigns to {name!r}: it is a parameter", "at='return'"):
+                assert part in str(caught.value)
+        with capture(forward, "by", at="assign") as found:
+            forward(3)
+        assert [[6]] == list(found.values())
+
+    def test_what_only_others_assign_has_nothing_for_assign(self):
+        total = 1
+
+        def forward(x):
+            def add():
+                nonlocal attn
+                attn = x
+
+            attn: int
+            add()
+            return attn + total
+
+        with pytest.raises(ValueError, match="'total': it is a variable of an outer function"):
+            capture(forward, "total", at="assign")
+        with pytest.raises(ValueError, match="'attn': only what is defined inside it"):
+            capture(forward, "attn", at="assign")
+        with capture(forward, "attn", "total") as found:
+            assert 2 == forward(1)
+        assert [[1], [1]] == list(found.values())
+
+    def test_for_assign_methods_and_wrappers_that_do_not_are_left_out(self):
+        class Scores:
+            def first(self, attn):
+                return attn
+
+            def second(self, x):
+                attn = x
+                return self.first(attn)
+
+        @functools.wraps(attend)
+        def wrapper(x):
+            x = 2 * x
+            return attend(x)
+
+        with capture(wrapper, "x", at="assign") as found:
+            assert 7 == wrapper(1)
+        assert {"attend": [2]} == found
+        with capture(Scores, "attn", at="assign") as found:
+            Scores().second(3)
+        assert [[3]] == list(found.values())
+        with pytest.raises(ValueError, match=r"Scores\.first .*'self': it is a parameter"):
+            capture(Scores, "attn", "self", at="assign")
 
     def test_a_missing_key_says_what_there_is(self):
         with capture(attend, "attn") as found:

@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import types
+import unittest.mock
 import weakref
 from pathlib import Path
 
@@ -167,6 +168,20 @@ class TestPaths:
             model(x)
         assert {"0": 1, "1": 1} == {key: len(values) for key, values in found.items()}
 
+    @pytest.mark.parametrize("attribute", [torch.classes, unittest.mock.call], ids=["raises", "answers"])
+    def test_a_class_attribute_that_answers_to_any_name_or_raises(self, x, attribute):
+        class Odd(Attention):
+            backend = attribute
+
+            def forward(self, x):
+                attn = x
+                return super().forward(x)
+
+        model = Odd()
+        with capture([model, Odd], "attn") as found:
+            model(x)
+        assert [1, 1] == [len(values) for values in found.values()]
+
     def test_every_assignment(self, x):
         model = Model()
         with capture(model, "attn", at="assign") as found:
@@ -177,6 +192,14 @@ class TestPaths:
             (record.module, record.call) for record in found.records if record.key == "blocks.1.attn"
         ]
 
+    def test_every_assignment_where_there_is_one(self, x):
+        model = Model(1)
+        with capture(model, "x", at="assign") as found:
+            model(x)
+        assert {"": 1} == {key: len(values) for key, values in found.items()}
+        with pytest.raises(ValueError, match=r"LayerNorm\.forward .*'input': it is a parameter"):
+            capture(model, "input", at="assign")
+
     def test_nothing_has_it(self):
         with pytest.raises(UnknownLocalError) as caught:
             capture(Model(), "atn")
@@ -186,6 +209,66 @@ class TestPaths:
         assert "  Linear.forward: input" in lines
         with pytest.raises(UnknownLocalError, match="'qkv'"):
             capture(Model(), "attn", "qkv")
+
+    def test_what_has_it_where_a_models_call_is_not_followed_is_named(self, x):
+        class Base(nn.Module):
+            def forward(self, x):
+                attn = x
+                return attn
+
+        class OnlySuper(Base):
+            def forward(self, x):
+                return super().forward(x)
+
+        class WithoutForward(nn.Module):
+            def encode(self, x):
+                attn = x
+                return attn
+
+        class Helped(nn.Module):
+            @staticmethod
+            def helper(x):
+                attn = x
+                return attn
+
+            def forward(self, x):
+                return self.helper(x)
+
+        class Starred(nn.Module):
+            def forward(*args):
+                attn = args[1]
+                return attn
+
+        kinds = {OnlySuper: "forward", WithoutForward: "encode", Helped: "helper", Starred: "forward"}
+        for kind, method in kinds.items():
+            model, owner = nn.Sequential(kind(), kind()), Base if kind is OnlySuper else kind
+            name = f"{owner.__qualname__}.{method}"
+            with pytest.raises(UnknownLocalError) as caught:
+                capture(model, "attn")
+            assert f"has a local 'attn'. {name} has it: capture({name}, 'attn')." in str(caught.value)
+            with capture(getattr(owner, method), "attn") as found:
+                getattr(model[0], method)(x)
+            assert [1] == [len(values) for values in found.values()]
+        with pytest.raises(UnknownLocalError) as caught:
+            capture(nn.Sequential(WithoutForward(), Helped()), "attn")
+        assert f"{WithoutForward.__qualname__}.encode and {Helped.__qualname__}.helper have it" in str(caught.value)
+        with pytest.raises(UnknownLocalError, match="'attn'") as caught:
+            capture(nn.Sequential(Attention(), Helped()), "atn")
+        assert "has it" not in str(caught.value)
+
+    def test_a_forward_that_loses_its_self_does_not_say_whose_call_returns(self, x):
+        class Loses(Attention):
+            def forward(self, x):
+                attn = x
+                del self
+                return attn
+
+        model = Model(1, Loses)
+        with pytest.raises(TypeError, match=r"Loses\.forward \(.*'self'.*capture\(.*Loses\.forward, 'attn'\)"):
+            capture(model, "attn")
+        with capture(model, "attn", at="assign") as found, capture(Loses.forward, "attn") as every:
+            model(x)
+        assert [1, 1] == [len(values) for values in (*found.values(), *every.values())]
 
     def test_what_the_model_raises_is_raised_and_nothing_stays(self, x):
         model, code = Model(), Attention.forward.__code__

@@ -532,6 +532,22 @@ class TestWhatCanBeDecorated:
         remembered(1), remembered(1), part()
         assert [[1], [4]] == list(gl.cache.values())
 
+    def test_the_default_of_a_method_by_type(self, gl):
+        class Scores:
+            @gl("attn")
+            @functools.singledispatchmethod
+            def score(self, x):
+                attn = x
+                return attn
+
+            @score.register
+            def _(self, x: str):
+                return x
+
+        gl.activate()
+        assert [1, "one"] == [Scores().score(1), Scores().score("one")]
+        assert [[1]] == list(gl.cache.values())
+
     def test_lambdas_generators_and_coroutines(self, gl):
         square = gl("x")(lambda x: x * x)
 
@@ -630,12 +646,46 @@ class TestBadInput:
         assert attention.__code__ is code
         assert gl.cache == {}
 
+    def test_a_parameter_that_is_never_assigned_has_nothing_for_assign(self, gl):
+        def forward(x, attn):
+            x = attn
+            return x
+
+        with pytest.raises(ValueError, match=r"forward \(.*'attn': it is a parameter.*at='return'"):
+            gl("attn", at="assign")(forward)
+        assert gl("x", at="assign")(forward) is forward
+        assert [forward.__qualname__] == list(gl.cache)
+
     def test_a_name_that_is_an_attribute_there(self, gl):
         def forward(self):
             self.attn_weights = 1
 
         with pytest.raises(UnknownLocalError, match="assign it to a local first"):
             gl("attn_weights")(forward)
+
+    def test_above_a_decorator_that_does_not_say_what_it_wraps(self, gl):
+        def logged(function):
+            later = []
+
+            def wrapper(*args):
+                later.append(unbound)
+                return function(*args)
+
+            return wrapper
+            unbound = 1
+
+        def forward(x):
+            attn = x
+            return attn
+
+        with pytest.raises(UnknownLocalError) as caught:
+            gl("attn")(logged(forward))
+        line = forward.__code__.co_firstlineno
+        for part in (f"forward ({__file__}:{line}), which it uses, has it", "@get_local beneath", "functools.wraps"):
+            assert part in str(caught.value)
+        with pytest.raises(UnknownLocalError) as caught:
+            gl("atn")(logged(forward))
+        assert "has it" not in str(caught.value)
 
     @pytest.mark.parametrize("thing", [len, "attn".upper, 3, None, int, dict, type("Plain", (), {})])
     def test_what_has_no_python_code(self, gl, thing):

@@ -90,6 +90,40 @@ def test_a_module_class_whose_local_is_in_another_method(gl):
         gl("attn")(Attention)
 
 
+def test_a_module_class_that_inherits_its_forward(gl):
+    """It is the base's, for all objects that run it."""
+
+    class Base(nn.Module):
+        def forward(self, x):
+            attn = x
+            return attn
+
+    class Derived(Base):
+        pass
+
+    with pytest.warns(VisualizerWarning) as caught:
+        assert gl("attn")(Derived) is Derived
+    base, derived = Base.__qualname__, Derived.__qualname__
+    for part in (f"{base}.forward, which all {base} objects run", f"capture({derived}, 'attn')"):
+        assert part in str(caught[0].message)
+    gl.activate()
+    Base()(torch.ones(1)), Derived()(torch.ones(1))
+    assert {f"{base}.forward": 2} == {key: len(values) for key, values in gl.cache.items()}
+
+
+def test_a_module_class_without_a_forward(gl):
+    class Encoder(nn.Module):
+        def encode(self, x):
+            attn = x
+            return attn
+
+    for name in ("attn", "input"):  # torch's own stand-in for a forward has an `input`
+        with pytest.raises(TypeError, match=r"Encoder defines none\."):
+            gl(name)(Encoder)
+    with pytest.raises(TypeError, match=r"Decorate .*Encoder\.encode, which has it\."):
+        gl("attn")(Encoder)
+
+
 def test_training_with_the_decorator_in_place(gl):
     """The gradients of a step are the same bits, captured or not, and `graph` can be back-propagated through."""
     attention = attention_class(gl, gl("attn", keep="graph"))

@@ -80,6 +80,18 @@ def assigned_lines(code: CodeType, name: str) -> tuple[int, ...]:
     return tuple(sorted(line for line in lines if line is not None))
 
 
+def assigns(code: CodeType, name: str) -> bool:
+    """Whether a function's code assigns to a name at all: what a parameter has from its caller does not count.
+
+    >>> def scale(x):
+    ...     attn = 2 * x
+    >>> assigns(scale.__code__, "attn"), assigns(scale.__code__, "x")
+    (True, False)
+    """
+    flow = _Flow(_disassemble(code), code)
+    return any(flow.assigns(instr, (name,)) for _, instr in flow.instructions())
+
+
 def deletes(code: CodeType, name: str) -> bool:
     """Whether a function's code has a `del` of the name; that of an `except ... as` does not count.
 
@@ -92,6 +104,21 @@ def deletes(code: CodeType, name: str) -> bool:
     of_name = [instr for instr in _instructions(_disassemble(code)) if _variable(instr) == name]
     stored = [instr.location for instr in of_name if instr.name in opcodes.STORES]
     return any(instr.name in opcodes.DELETES and instr.location not in stored for instr in of_name)
+
+
+def rebinds(code: CodeType, name: str) -> bool:
+    """Whether a parameter may hold something else, or nothing, at a return than what was passed.
+
+    >>> def scale(self, x):
+    ...     self = None
+    ...     return x
+    >>> rebinds(scale.__code__, "self"), rebinds(scale.__code__, "x")
+    (True, False)
+    """
+    if assigns(code, name) or deletes(code, name):
+        return True
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return any(name in function.co_freevars and rebinds(function, name) for function in inner)
 
 
 class Capture(NamedTuple):

@@ -66,9 +66,11 @@ def capture(
 
     Raises:
         UnknownLocalError: nothing in the target has the local; the message lists, by class, the locals that exist.
-        TypeError, ValueError: the target or an argument is of the wrong kind.
+        ValueError: with at="assign", nothing in the target assigns to the local: it is a parameter, say.
+        TypeError, ValueError: the target or an argument is of the wrong kind, or a method does not tell whose its calls
+            are: it has no `self`, or binds it anew.
         ImportError, AttributeError: a dotted name leads nowhere.
-        RewriteError: on starting: a function cannot be rewritten with proof. Then nothing has changed.
+        RewriteError: here or on starting: a function cannot be rewritten with proof. Then nothing has changed.
         UnsupportedPythonError: this interpreter's bytecode is not known.
 
     Any number of captures may overlap, on the same functions and with `get_local`, and end in any order: each has its
@@ -81,7 +83,7 @@ def capture(
     check_count("limit", limit)
     check_count("max_bytes", max_bytes)
     opcodes.require_supported()
-    sites, keys = sites_of(target, names)
+    sites, keys = sites_of(target, names, at)
     several = len(names) > 1
     found = Captured(f"captured {', '.join(names)}", limit, max_bytes)
     for site in sites:

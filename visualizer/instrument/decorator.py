@@ -16,7 +16,7 @@ from ..store import Cache, Channel, Record, Store
 from ..tensors import Keep, check_keep
 from . import compiled, patches
 from .arguments import check_at, check_count, check_names
-from .targets import function_with
+from .targets import function_with, why_shared
 
 T = TypeVar("T")
 
@@ -89,8 +89,9 @@ class GetLocal:
 
         Raises:
             UnknownLocalError: the function has no such local; the message lists what it has.
-            TypeError: no name, a name that is no string, or an object without Python code (a builtin).
-            ValueError: `at` or `keep` is not one of its choices.
+            TypeError: no name, a name that is no string, an object without Python code (a builtin), or an `nn.Module`
+                class without a `forward`.
+            ValueError: `at` or `keep` is not one of its choices, or at="assign" and the function never assigns to one.
             RewriteError: capture is active and the function cannot be rewritten with proof.
         """
         names = check_names("get_local", names, '@get_local("attn")')
@@ -99,7 +100,10 @@ class GetLocal:
             check_keep(keep)
 
         def decorate(target: T) -> T:
-            self._decorate(function_with(target, names), names, at, keep)
+            self._decorate(function_with(target, names, at), names, at, keep)
+            message = why_shared(target, names)
+            if message is not None:
+                warn(message)
             return target
 
         return decorate

@@ -8,13 +8,14 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, count
 from types import FunctionType
 from typing import Any, NamedTuple
 
-from ..errors import UnknownLocalError, did_you_mean, warn
-from ..rewrite import local_names
+from .. import opcodes
+from ..errors import RewriteError, UnknownLocalError, did_you_mean, warn
+from ..rewrite import At, assigns, local_names, rebinds
 from .patches import place_of
 
 
@@ -74,21 +75,23 @@ class Owners:
 
 
 class _InstancesOf(Owners):
-    """All instances of a class that inherits the function which is captured from."""
+    """All instances of a class that inherits the function which is captured from, and the class, for class methods."""
 
     def __init__(self, cls: type) -> None:
         super().__init__()
         self._class = cls
 
     def path_of(self, owner: Any) -> str | None:
-        return "" if isinstance(owner, self._class) else None
+        of_the_class = isinstance(owner, self._class) or (isinstance(owner, type) and issubclass(owner, self._class))
+        return "" if of_the_class else None
 
 
-def sites_of(target: Any, names: tuple[str, ...]) -> tuple[list[Site], list[tuple[str, str]]]:
+def sites_of(target: Any, names: tuple[str, ...], at: At) -> tuple[list[Site], list[tuple[str, str]]]:
     """Where the locals are to be captured from, for all that `capture` takes; and each key's beginning with its local.
 
     Raises:
         UnknownLocalError: nothing in a target has one of the names.
+        ValueError: with at="assign", nothing in a target assigns to one of them.
         TypeError, ValueError, ImportError, AttributeError: a target is not of the kinds that can be captured from, or
             a dotted name leads nowhere.
     """
@@ -98,9 +101,9 @@ def sites_of(target: Any, names: tuple[str, ...]) -> tuple[list[Site], list[tupl
     modules: dict[Any, Site] = {}
     for item, prefix in _flattened(target, ""):
         if _is_module(item):
-            _add_module(item, names, prefix, modules, keys)
+            _add_module(item, names, at, prefix, modules, keys)
             continue
-        for site in _class_sites(item, names) if isinstance(item, type) else [_function_site(item, names)]:
+        for site in _class_sites(item, names, at) if isinstance(item, type) else [_function_site(item, names, at)]:
             function, base = site.function, site.base
             identity = function, site.names, item if site.owners is not None else None
             if identity in named:  # the same function by two names
@@ -111,7 +114,27 @@ def sites_of(target: Any, names: tuple[str, ...]) -> tuple[list[Site], list[tupl
             named[identity] = base = next(key for key in candidates if key not in named.values())
             sites.append(site._replace(base=base))
             keys += [(base, name) for name in site.names]
-    return [*modules.values(), *sites], keys
+    sites = [*modules.values(), *sites]
+    for site in sites:
+        _check_owner(site, at)
+    return sites, keys
+
+
+def _check_owner(site: Site, at: At) -> None:
+    """TypeError where nothing in a function's calls says whose they are."""
+    if site.owners is None:
+        return
+    function, owner = site.function, _owner(site.function)
+    if owner is None:
+        reason = "has no parameter of its own for the object whose method is called"
+    elif at == "return" and rebinds(function.__code__, owner):
+        reason = f"binds its parameter {owner!r} anew or deletes it (at='assign' looks at it before)"
+    else:
+        return
+    raise TypeError(
+        f"{place_of(function)} {reason}, so nothing tells whose call returns. Capture from the function itself, "
+        f"which means all objects' calls: capture({function.__qualname__}, {', '.join(map(repr, site.names))})."
+    )
 
 
 def _flattened(target: Any, prefix: str) -> Iterator[tuple[Any, str]]:
@@ -147,56 +170,56 @@ def _is_module(target: Any) -> bool:
     return torch is not None and isinstance(target, torch.nn.Module)
 
 
-def _function_site(target: Any, names: tuple[str, ...]) -> Site:
+def _function_site(target: Any, names: tuple[str, ...], at: At) -> Site:
     if not any(True for _ in functions_behind(target)):
         raise TypeError(
             "capture takes an nn.Module, a function, method or class, 'package.module:name', or a list of these; "
             f"{_short(target)} has no Python code to capture from"
         )
-    function = function_with(target, names)
-    owners, owner = None, _bound_to(target)
-    if owner is not None and not isinstance(owner, type) and _owner(function):
+    function = function_with(target, names, at)
+    owners, method = None, _bound_method(target)
+    is_its_own = method is not None and function in functions_behind(method)  # and not a wrapper around it
+    if method is not None and is_its_own and not isinstance(method.__self__, type):
         owners = Owners()
-        owners.add(owner, "")
+        owners.add(method.__self__, "")
     return Site(function, names, function.__qualname__, owners)
 
 
-def _bound_to(target: Any) -> Any:
-    """The object whose method it is, behind a partial or a wrapper such as torch.compile's too; None for functions."""
-    seen: set[int] = set()
-    while target is not None and id(target) not in seen:
-        seen.add(id(target))
-        if isinstance(target, types.MethodType):
-            return target.__self__
-        target = target.func if isinstance(target, functools.partial) else getattr(target, "__wrapped__", None)
-    return None
+def _bound_method(target: Any) -> types.MethodType | None:
+    """The method of an object that it is, behind a partial or a wrapper such as torch.compile's too."""
+    return next((item for item in _layers(target) if isinstance(item, types.MethodType)), None)
 
 
-def _class_sites(cls: type, names: tuple[str, ...]) -> list[Site]:
+def _class_sites(cls: type, names: tuple[str, ...], at: At) -> list[Site]:
     """The class's methods that have the locals: its `forward` before any other."""
     members = _members(cls, (object, *_base_of_modules()))
     methods = {name: list(functions_behind(member)) for name, member in members.items()}
     wanted: dict[FunctionType, list[str]] = {}
     for name in names:
-        having = _having(methods, name)
+        having = _having(methods, name, at)
         if not having:
-            raise UnknownLocalError(_nothing_has(name, f"no method of {cls.__qualname__} has", {cls: methods}))
+            raise _nothing_has(name, at, f"no method of {cls.__qualname__} has", {cls: methods})
         for function in having.values():
             wanted.setdefault(function, []).append(name)
-    own = {function for member in vars(cls).values() for function in functions_behind(member)}
+    everybodys = {
+        function
+        for name, member in members.items()
+        if name in vars(cls) or any(isinstance(layer, staticmethod) for layer in _layers(member))
+        for function in functions_behind(member)
+    }
     return [
         Site(
             function,
             tuple(having_names),
             function.__qualname__,
-            None if function in own or not _owner(function) else _InstancesOf(cls),
+            None if function in everybodys else _InstancesOf(cls),
         )
         for function, having_names in wanted.items()
     ]
 
 
 def _add_module(
-    module: Any, names: tuple[str, ...], prefix: str, sites: dict[Any, Site], keys: list[tuple[str, str]]
+    module: Any, names: tuple[str, ...], at: At, prefix: str, sites: dict[Any, Site], keys: list[tuple[str, str]]
 ) -> None:
     """Add every submodule to the sites of the functions of its class that have the locals: `forward` before any other.
 
@@ -218,7 +241,7 @@ def _add_module(
             methods = {**methods, "forward": _patched_forward(submodule, methods)}
         wanted: dict[tuple[FunctionType, str], list[str]] = {}
         for name in names:
-            having = _having(methods, name)
+            having = _having(methods, name, at)
             for method, function in having.items():
                 found.add(name)
                 wanted.setdefault((function, "" if len(having) == 1 else method), []).append(name)
@@ -233,18 +256,44 @@ def _add_module(
             keys += [(beginning(base, path), name) for name in having_names]
     for name in names:
         if name not in found:
-            raise UnknownLocalError(_nothing_has(name, _nowhere_in(module), kinds))
+            raise _nothing_has(name, at, _nowhere_in(module), kinds)
 
 
-def _having(methods: dict[str, list[FunctionType]], name: str) -> dict[str, FunctionType]:
+def _having(methods: dict[str, list[FunctionType]], name: str, at: At) -> dict[str, FunctionType]:
     """The methods that have the local, each with the innermost function that has it; `forward` alone if it does."""
     having = {}
     for method, functions in methods.items():
         for function in reversed(functions):
-            if name in local_names(function.__code__):
+            if _brings(function, name, at):
                 having[method] = function
                 break
     return {"forward": having["forward"]} if "forward" in having else having
+
+
+def _brings(function: FunctionType, name: str, at: At) -> bool:
+    """Whether capturing the local from the function can bring anything."""
+    code = function.__code__
+    if name not in local_names(code) or at == "return":
+        return name in local_names(code)
+    try:
+        return opcodes.why_unsupported() is not None or assigns(code, name)
+    except RewriteError:
+        return True  # a refusal is for those who want it rewritten
+
+
+def _never_assigned(function: FunctionType, name: str) -> str:
+    code = function.__code__
+    stars = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    if name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + stars]:
+        what = "it is a parameter"
+    elif name in code.co_freevars:
+        what = "it is a variable of an outer function"
+    else:
+        what = "only what is defined inside it does, if anything"
+    return (
+        f"{place_of(function)} itself never assigns to {name!r}: {what}. "
+        "So at='assign' would record nothing; at='return' has its value."
+    )
 
 
 def _base_of_modules() -> tuple[type, ...]:
@@ -272,8 +321,13 @@ def _methods(cls: type) -> dict[str, Any]:
     return {
         name: member
         for name, member in _members(cls, mro[above:]).items()
-        if (name == "__call__" or not name.startswith("__")) and not isinstance(member, (staticmethod, classmethod))
+        if _is_called(name) and not isinstance(member, (staticmethod, classmethod))
     }
+
+
+def _is_called(attribute: str) -> bool:
+    """Whether a class's attribute may be run by calling its objects: `__init__` and its like are not."""
+    return attribute == "__call__" or not attribute.startswith("__")
 
 
 def _patched_forward(module: Any, methods: dict[str, list[FunctionType]]) -> list[FunctionType]:
@@ -329,8 +383,14 @@ def _nowhere_in(module: Any) -> str:
     return f"no submodule of {type(module).__qualname__} ({count}, and the model itself) has"
 
 
-def _nothing_has(name: str, beginning: str, kinds: dict[type, dict[str, list[FunctionType]]]) -> str:
-    """The message for a local that is nowhere, with those that are, by class: its `forward` first, torch's own last."""
+def _nothing_has(
+    name: str, at: At, beginning: str, kinds: dict[type, dict[str, list[FunctionType]]]
+) -> ValueError | UnknownLocalError:
+    """The error for a local that is nowhere, with those that are, by class: its `forward` first, torch's own last."""
+    everything = (function for methods in kinds.values() for functions in methods.values() for function in functions)
+    having = next((function for function in everything if name in local_names(function.__code__)), None)
+    if having is not None and at == "assign":
+        return ValueError(_never_assigned(having, name))
     lines: dict[str, tuple[str, ...]] = {}
     pairs = [(kind, method, functions) for kind, methods in kinds.items() for method, functions in methods.items()]
     pairs.sort(key=lambda pair: (pair[1] != "forward", pair[0].__module__.startswith("torch.")))
@@ -343,20 +403,51 @@ def _nothing_has(name: str, beginning: str, kinds: dict[type, dict[str, list[Fun
     if len(listing) > _LISTED:
         listing[_LISTED:] = [f"\n  and {len(listing) - _LISTED} more functions"]
     hint = did_you_mean(everywhere, name) or "."
-    return f"{beginning} a local {name!r}{hint}" + (f" The locals that exist:{''.join(listing)}" if listing else "")
+    existing = f" The locals that exist:{''.join(listing)}" if listing else ""
+    return UnknownLocalError(f"{beginning} a local {name!r}{hint}{_elsewhere(name, at, kinds)}{existing}")
+
+
+def _elsewhere(name: str, at: At, kinds: Iterable[type]) -> str:
+    """A sentence on what the classes define that has the local and is none of the methods that were looked at."""
+    found = dict.fromkeys(
+        f"{base.__qualname__}.{attribute}"
+        for kind in kinds
+        for base in kind.__mro__
+        if base not in (object, *_base_of_modules())
+        for attribute, member in vars(base).items()
+        if _is_called(attribute) and not isinstance(member, type)
+        if any(_brings(function, name, at) for function in functions_behind(member))
+    )
+    places = list(found)[:5]
+    ways = " or ".join(f"capture({place}, {name!r})" for place in places)
+    return f" {' and '.join(places)} {'has' if len(places) == 1 else 'have'} it: {ways}." if places else ""
 
 
 _LISTED = 60
 
 
-def function_with(target: Any, names: tuple[str, ...]) -> FunctionType:
-    """The Python function behind a decorated object that has all the names: the innermost such."""
+def function_with(target: Any, names: tuple[str, ...], at: At) -> FunctionType:
+    """The Python function behind a decorated object that has all the names: the innermost such.
+
+    Raises:
+        UnknownLocalError: none has them all.
+        ValueError: with at="assign", none assigns to them all.
+        TypeError: there is no Python code.
+    """
     functions = list(functions_behind(target))
     if not functions:
         raise TypeError(_no_code(target))
+    if isinstance(target, type) and _definer_of_forward(target) in _base_of_modules():
+        raise TypeError(
+            f"get_local takes the forward of an nn.Module class, and {target.__qualname__} defines none."
+            f"{_own_methods(target, names)}"
+        )
+    for function in reversed(functions):
+        if all(_brings(function, name, at) for name in names):
+            return function
     for function in reversed(functions):
         if set(names) <= set(local_names(function.__code__)):
-            return function
+            raise ValueError(_never_assigned(function, next(n for n in names if not _brings(function, n, at))))
     raise UnknownLocalError(_unknown(target, functions[-1], names))
 
 
@@ -364,26 +455,39 @@ def functions_behind(target: Any) -> Iterator[FunctionType]:
     """The Python functions that an object runs, from the outermost wrapper to the wrapped function."""
     if isinstance(target, type):
         if not _is_module_class(target):
-            return
+            return iter(())
         target = inspect.getattr_static(target, "forward")
-    seen: set[int] = set()
+    return (item for item in _layers(target) if type(item) is FunctionType)
+
+
+def _layers(target: Any) -> Iterator[Any]:
+    """An object and what it wraps, layer by layer, the outermost first."""
+    seen: dict[int, Any] = {}  # the objects too: another one that is made meanwhile must not get the number of one
     waiting = [target]
     while waiting:
         item = waiting.pop(0)
         if item is None or id(item) in seen:
             continue
-        seen.add(id(item))
-        if isinstance(item, FunctionType):
-            yield item
-        elif isinstance(item, property):
+        seen[id(item)] = item
+        yield item
+        if isinstance(item, property):
             waiting.extend([item.fdel, item.fset, item.fget])
-            continue
         elif isinstance(item, (staticmethod, classmethod, types.MethodType)):
             waiting.append(item.__func__)
-            continue
-        elif isinstance(item, (functools.partial, functools.partialmethod, functools.cached_property)):
-            waiting.append(item.func)
-        waiting.append(getattr(item, "__wrapped__", None))
+        else:
+            if isinstance(item, _WITH_FUNC):
+                waiting.append(item.func)
+            # Only one that it really has: a `__getattr__` may answer to any name, or raise anything.
+            if inspect.getattr_static(item, "__wrapped__", None) is not None:
+                waiting.append(getattr(item, "__wrapped__", None))
+
+
+_WITH_FUNC = (
+    functools.partial,
+    functools.partialmethod,
+    functools.cached_property,
+    functools.singledispatchmethod,  # the default implementation
+)
 
 
 def _is_module_class(target: type) -> bool:
@@ -399,6 +503,32 @@ def _no_code(target: Any) -> str:
         )
     kind = "a builtin or compiled function" if inspect.isroutine(target) else f"of type {type(target).__qualname__}"
     return f"get_local needs a function with Python code, and {_short(target)} is {kind}"
+
+
+def why_shared(target: Any, names: tuple[str, ...]) -> str | None:
+    """What to say of a decorated class whose forward is another's too; None where it is its own."""
+    if not isinstance(target, type) or "forward" in vars(target):
+        return None
+    own, base = target.__qualname__, _definer_of_forward(target).__qualname__
+    return (
+        f"{own} inherits its forward, so get_local takes {base}.forward, which all {base} objects run: they are all "
+        f"recorded. Decorate {base} to say so, or record {own} objects alone: capture({own}, "
+        f"{', '.join(map(repr, names))})."
+    )
+
+
+def _definer_of_forward(cls: type) -> type:
+    return next(base for base in cls.__mro__ if "forward" in vars(base))
+
+
+def _own_methods(cls: type, names: tuple[str, ...]) -> str:
+    """A sentence on the methods that a class itself defines that have the locals."""
+    methods = [
+        method.__qualname__
+        for method in vars(cls).values()
+        if isinstance(method, FunctionType) and set(names) <= set(local_names(method.__code__))
+    ]
+    return f" Decorate {' or '.join(methods)}, which has it." if methods else ""
 
 
 def _short(target: Any) -> str:
@@ -420,11 +550,21 @@ def _unknown(target: Any, function: FunctionType, names: tuple[str, ...]) -> str
         message += "."
     message += f" It has: {', '.join(known)}." if known else " It has no locals at all."
     if isinstance(target, type):
-        methods = [
-            method.__qualname__
-            for method in vars(target).values()
-            if isinstance(method, FunctionType) and set(names) <= set(local_names(method.__code__))
-        ]
-        if methods:
-            message += f" Decorate {' or '.join(methods)}, which has it."
+        message += _own_methods(target, names)
+    for inner in _enclosed(function):
+        if set(names) <= set(local_names(inner.__code__)):
+            message += (
+                f" {place_of(inner)}, which it uses, has it. If a decorator made {function.__qualname__} of that, "
+                "put @get_local beneath the decorator, or functools.wraps into it."
+            )
     return message
+
+
+def _enclosed(function: FunctionType) -> Iterator[FunctionType]:
+    """The functions among the variables of outer functions that a function uses."""
+    for cell in function.__closure__ or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+        yield from functions_behind(content)
