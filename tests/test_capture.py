@@ -886,7 +886,7 @@ class TestThreads:
         """None has work of its own with keep="graph", which plain values of other threads may not suffer from."""
 
         def work(n):
-            attn = None if n % 2 else n
+            item = None if n % 2 else n  # no name of a map, whose being None would be warned of
             return None
 
         def call():
@@ -896,7 +896,7 @@ class TestThreads:
         interval = sys.getswitchinterval()
         sys.setswitchinterval(1e-5)
         try:
-            with capture(work, "attn", keep=keep) as found:
+            with capture(work, "item", keep=keep) as found:
                 threads = [threading.Thread(target=call) for _ in range(4)]
                 for thread in threads:
                     thread.start()
@@ -910,7 +910,7 @@ class TestThreads:
 
     def test_what_ended_before_the_end_is_recorded_whatever_other_threads_do(self):
         def work(n):
-            attn = None if n < 0 else n
+            item = None if n < 0 else n
             return None
 
         def disturb():
@@ -923,7 +923,7 @@ class TestThreads:
             for _ in range(200):
                 done = threading.Event()
                 other = threading.Thread(target=disturb)
-                with capture(work, "attn", keep="graph") as found:
+                with capture(work, "item", keep="graph") as found:
                     other.start()
                     mine = threading.Thread(target=lambda: [work(n) for n in range(20)])
                     mine.start()
