@@ -119,8 +119,9 @@ class GetLocal:
             keep: what to store of a value, decided at the moment of capture.
                 "numpy": tensors as arrays on the CPU, bfloat16 and 8-bit floats as float32. "tensor": tensors detached
                 and copied, on their device. "graph": the object itself, for losses and gradients. A callable, such as
-                `lambda a: a.mean(1)`: a detached copy of what it returns, a tensor on its device. In all but "graph"
-                arrays are copied and containers followed; other objects are kept as they are.
+                `lambda a: a.mean(1)`: a detached copy of what it returns, a tensor on its device; what it calls is not
+                recorded. In all but "graph" arrays are copied and containers followed; other objects are kept as they
+                are.
             limit: how many of the most recent calls to keep per key; None: all.
             max_bytes: how many bytes of values to keep on each device; None: a quarter of its memory. Past it
                 nothing more is recorded, and one warning says so.
