@@ -691,6 +691,22 @@ class TestMemory:
         gc.collect()
         assert gone() is None
 
+    def test_one_that_goes_with_a_value_that_it_trims(self):
+        class Value:
+            def __del__(self):
+                works.clear()
+
+        def forward(x):
+            return "done"
+
+        code = forward.__code__
+        works = [capture(forward, "x", limit=1).start()]
+        forward(Value())
+        assert forward.__code__ is not code
+        assert "done" == forward(1)
+        assert forward.__code__ is code
+        assert "done" == forward(2)
+
     def test_what_is_taken_out_of_the_cache_goes(self):
         class Value:
             pass

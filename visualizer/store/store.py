@@ -47,7 +47,7 @@ class Call:
 
     def __init__(self, source: Source) -> None:
         self.calls, self.began = source.calls, next(self._begun)
-        self.number = next(source.calls)
+        self.number = next(self.calls)
 
 
 Arrived = deque[tuple[Any, ...]]
@@ -314,6 +314,8 @@ class Store:
         self._is_busy, left, self._left = True, self._left, {}
         try:
             for _ in range(len(self.arrived)):  # what other threads add meanwhile is for the next time
+                if not self.arrived:  # the cache has been dropped just now, by what ended with a value
+                    return
                 source, value, thread, *more = self.arrived[0]
                 known = more[0] if more else None
                 if known is True:
