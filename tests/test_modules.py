@@ -297,7 +297,7 @@ def test_small_tensors_first_do_not_let_large_ones_past_the_budget(gl, keep):
         forward(torch.ones(1))
         for _ in range(100):
             forward(torch.ones(2**18))  # a mebibyte
-        assert len(gl._store._sources[0]._queue) < 12, "what is only pending counts too"
+        assert len(gl._store.arrived) < 12, "what is not filed yet counts too"
         assert 10 == len(gl.cache[next(iter(gl.cache))])
 
 
