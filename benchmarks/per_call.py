@@ -148,11 +148,15 @@ def variants() -> dict[str, tuple]:
     with was_on.activate():
         function(1)
     found["get_local, activated once, off again"] = function, lambda: None
-    for keep in ("graph", "tensor", "numpy"):
+    values = [("graph", 1), ("tensor", 1), ("numpy", 1)]
+    if torch is not None:
+        values.insert(1, ("graph", torch.zeros(3, 4)))
+    for keep, value in values:
         own = GetLocal()
         function = own("attn")(decorated())
         own.activate(keep=keep)
-        found[f'get_local, on, keep="{keep}"'] = function, own.clear
+        what = "" if isinstance(value, int) else ", a tensor"
+        found[f'get_local, on, keep="{keep}"{what}'] = function, own.clear, value
     function = handed_up()
     found["the original Visualizer's way"] = function, function.clear
     function = profiled(decorated())
@@ -161,10 +165,6 @@ def variants() -> dict[str, tuple]:
         function = monitored()
         found["sys.monitoring"] = function, function.clear
     if torch is not None:
-        own = GetLocal()
-        function = own("attn")(decorated())
-        own.activate(keep="graph")
-        found['get_local, on, keep="graph", a tensor'] = function, own.clear, torch.zeros(3, 4)
         found["nn.Module, bare"] = plain_module(), lambda: None
         function = hooked()
         found["nn.Module, forward hook"] = function, function.clear
