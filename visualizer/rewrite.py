@@ -20,6 +20,7 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import chain, groupby
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -106,6 +107,7 @@ def deletes(code: CodeType, name: str) -> bool:
     return any(instr.name in opcodes.DELETES and instr.location not in stored for instr in of_name)
 
 
+@lru_cache(maxsize=256)  # capture() asks it of the same function each time, and taking code apart takes a millisecond
 def rebinds(code: CodeType, name: str) -> bool:
     """Whether a parameter may hold something else, or nothing, at a return than what was passed.
 
@@ -115,7 +117,10 @@ def rebinds(code: CodeType, name: str) -> bool:
     >>> rebinds(scale.__code__, "self"), rebinds(scale.__code__, "x")
     (True, False)
     """
-    if assigns(code, name) or deletes(code, name):
+    changing = {*opcodes.STORES, *opcodes.DELETES}
+    is_changed = any(_variable(i) == name and i.name in changing for i in _instructions(_disassemble(code)))
+    # Not so by a comprehension that borrows the name and puts its value back.
+    if is_changed and (assigns(code, name) or deletes(code, name)):
         return True
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return any(name in function.co_freevars and rebinds(function, name) for function in inner)
