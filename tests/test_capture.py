@@ -761,6 +761,11 @@ class TestMemory:
         assert [1] == found["Base.score"]
 
 
+def held_up(waits):
+    """A function for `keep` that waits where there is something to wait for."""
+    return lambda value: waits[0](value) if waits else value
+
+
 class TestThreads:
     def hammer(self, seconds):
         """Eight threads call, two switch captures on and off; one capture is on all the while."""
@@ -821,8 +826,8 @@ class TestThreads:
     def test_for_a_minute(self):
         assert self.hammer(60) > 10_000
 
-    def late(self, work, within, act):
-        """Have a thread call `work`, and `act` while it is held up in what `within` is given."""
+    def late(self, work, waits, monkeypatch, act):
+        """Have a thread call `work`, and `act` while it is held up: in `keep`, or without one before it appends."""
         arrived, go_on = threading.Event(), threading.Event()
 
         def wait(*args):
@@ -831,7 +836,10 @@ class TestThreads:
                 assert go_on.wait(60)
             return threading.get_ident() if not args else args[0]
 
-        within(wait)
+        if waits is None:
+            monkeypatch.setattr("visualizer.store.channel.get_ident", wait)
+        else:
+            waits.append(wait)
         thread = threading.Thread(target=work, args=("late",))
         thread.start()
         try:
@@ -847,16 +855,9 @@ class TestThreads:
             attn = x
             return attn
 
-        waits = []
-        keep = "graph" if way == "graph" else lambda value: waits[0](value) if waits else value
+        waits = None if way == "graph" else []
         at = "assign" if way == "assign" else "return"
-        found = capture(work, "attn", at=at, keep=keep)
-
-        def within(wait):
-            if way == "graph":
-                monkeypatch.setattr("visualizer.store.channel.get_ident", wait)
-            else:
-                waits.append(wait)
+        found = capture(work, "attn", at=at, keep="graph" if waits is None else held_up(waits))
 
         def end():
             found.stop()
@@ -864,7 +865,7 @@ class TestThreads:
 
         found.start()
         work("before")
-        self.late(work, within, end)
+        self.late(work, waits, monkeypatch, end)
         assert ["before"] == [*itertools.chain(*found.values())]
         with found:
             assert ["before"] == [*itertools.chain(*found.values())]
@@ -873,23 +874,16 @@ class TestThreads:
 
     @pytest.mark.parametrize("keep", ["graph", "callable"])
     def test_nor_after_get_local_is_deactivated(self, keep, gl, monkeypatch):
-        waits = []
-        keep = "graph" if keep == "graph" else lambda value: waits[0](value) if waits else value
+        waits = None if keep == "graph" else []
 
-        @gl("attn", keep=keep)
+        @gl("attn", keep="graph" if waits is None else held_up(waits))
         def work(x):
             attn = x
             return attn
 
-        def within(wait):
-            if keep == "graph":
-                monkeypatch.setattr("visualizer.store.channel.get_ident", wait)
-            else:
-                waits.append(wait)
-
         gl.activate()
         work("before")
-        self.late(work, within, gl.deactivate)
+        self.late(work, waits, monkeypatch, gl.deactivate)
         assert [["before"]] == [*gl.cache.values()]
         with gl.activate():
             work("again")

@@ -387,6 +387,44 @@ class TestProcesses:
         assert is_active == (method == "fork")
 
 
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+    def test_forked_while_another_thread_keeps_a_value(self):
+        """A thread of the child may well get that one's number, and is recorded all the same."""
+        code = """
+            import os, threading, warnings
+            from visualizer import capture
+
+            warnings.filterwarnings("ignore", "(?s).*multi-threaded")
+
+            def halve(n):
+                attn = n // 2
+                return attn
+
+            def keep(value):
+                if value == 1:
+                    inside.set()
+                    end.wait(60)
+                return value
+
+            inside, end = threading.Event(), threading.Event()
+            with capture(halve, "attn", keep=keep) as found:
+                other = threading.Thread(target=halve, args=(2,))
+                other.start()
+                inside.wait(60)
+                child = os.fork()
+                if child == 0:
+                    threads = [threading.Thread(target=halve, args=(4,)) for _ in range(5)]
+                    for thread in threads:
+                        thread.start()
+                        thread.join()
+                    os._exit(found["halve"].count(2))
+                end.set()
+                other.join()
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *found["halve"])
+        """
+        assert "5 1" == run(code)
+
+
 class TestOtherTools:
     def test_a_debugger_stops_at_the_same_lines(self, gl):
         class Stops(bdb.Bdb):

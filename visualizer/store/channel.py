@@ -8,6 +8,7 @@ without a lock; it is filed when somebody reads, or when what waits there has gr
 
 from __future__ import annotations
 
+import os
 import sys
 from _thread import get_ident
 from collections.abc import Callable, Sequence
@@ -56,6 +57,15 @@ def receive(key: str, value: Any) -> None:
 
 def _ignore(value: Any) -> None:
     pass
+
+
+def _forget_other_threads() -> None:
+    """In a forked child: new threads may get the numbers of those that are not there."""
+    _keeping.intersection_update({get_ident()})
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def listener(key: str) -> Channel | None:
