@@ -251,7 +251,7 @@ WRONG = [
     (["info", "missing"], "cannot read missing: No such file"),
     (["info", "."], "cannot read .: Is a directory"),
     (["info", "empty"], "'empty' is empty"),
-    (["info", "cut"], "'cut' has 1,980 bytes in place of 2,080"),
+    (["info", "cut"], "'cut' has 1,996 bytes in place of 2,096"),
     (["info", "flipped"], "damaged"),
     (["info", "photo.png"], "is not a safetensors file"),
     (["info", "foreign"], "not written by save()"),

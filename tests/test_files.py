@@ -24,9 +24,18 @@ safetensors = pytest.importorskip("safetensors", reason="judges whether the file
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 import visualizer  # noqa: E402
-from visualizer import FileFormatError, VisualizerError  # noqa: E402
-from visualizer.store.files import load, write  # noqa: E402
-from visualizer.store.records import Cache, Record  # noqa: E402
+from visualizer import (  # noqa: E402
+    FileFormatError,
+    VisualizerError,
+    load,
+)
+from visualizer.store import Cache, Record, Saved, files  # noqa: E402
+
+
+def write(path, keys, records, about):
+    files.write(path, Saved("values", tuple(keys), records, about))
+
+
 
 Pair = collections.namedtuple("Pair", "first second")
 
@@ -441,16 +450,16 @@ class TestArrays:
 
     def test_reading_what_has_no_tensor_needs_no_torch(self, path):
         write(path, ["a"], [record([np.ones(2), np.float32(1)], "a")], {})
-        code = "import sys; sys.modules['torch'] = None; from visualizer.store.files import load; load(sys.argv[1])"
+        code = "import sys; sys.modules['torch'] = None; from visualizer import load; load(sys.argv[1])"
         subprocess.run([sys.executable, "-c", code, str(path)], check=True)
 
     def test_what_has_no_array_needs_no_numpy(self, path):
         code = """
             import sys
             sys.modules["torch"] = sys.modules["numpy"] = None
-            from visualizer.store.files import load, write
-            from visualizer.store.records import Record
-            write(sys.argv[1], ["a"], [Record("a", "x", [1, {2.5}], 0, None, 1)], {})
+            from visualizer import load
+            from visualizer.store import Record, Saved, files
+            files.write(sys.argv[1], Saved("values", ("a",), [Record("a", "x", [1, {2.5}], 0, None, 1)], {}))
             assert {"a": [[1, {2.5}]]} == load(sys.argv[1])
         """
         subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(path)], check=True)
@@ -648,8 +657,7 @@ class TestTheFile:
         code = f"""
             import sys, time
             import numpy as np
-            from visualizer.store import files
-            from visualizer.store.records import Record
+            from visualizer.store import Record, Saved, files
 
             def stuck(*args):
                 if {step!r} != "zlib.crc32" or type(args[0]) is np.ndarray and args[0].sum():  # the second entry
@@ -659,7 +667,7 @@ class TestTheFile:
 
             files.{step} = stuck
             records = [Record("new", "x", np.full(100_000, value), 0, None, 1) for value in (0, 1)]
-            files.write(sys.argv[1], ["new"], records, {{}})
+            files.write(sys.argv[1], Saved("values", ("new",), records, {{}}))
         """
         command = [sys.executable, "-c", textwrap.dedent(code), str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -10,9 +10,9 @@ from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from .store import Cache, Record
-from .store.files import load as load_cache
-from .store.files import restored_cache
+from .store import Cache, Record, Saved
+from .store.files import read
+from .store.records import Kind
 
 if TYPE_CHECKING:
     from .intercept import Maps
@@ -58,25 +58,26 @@ def load(path: str | PathLike[str]) -> Cache | Maps | Collected:
         names = sorted(glob.glob(name), key=_by_numbers)
         if not names:
             raise FileNotFoundError(f"no file is like {name!r}")
-    caches = [load_cache(name) for name in names]
-    kinds = {name: _kind(cache.records) for name, cache in zip(names, caches, strict=True) if cache.records}
+    parts = {name: read(name) for name in names}
+    kinds = {name: saved.kind for name, saved in parts.items() if saved.records}
     if len({*kinds.values()}) > 1:
         told = ", ".join(f"{name} has {kind}" for name, kind in kinds.items())
         raise ValueError(f"files of one pattern are of one kind, and {told}")
-    kind = next(iter(kinds.values()), "values")
+    several = list(parts.values())
+    kind = next(iter(kinds.values()), several[0].kind)
     if kind == "statistics":
-        from .statistics.collected import merge, restored  # needs torchmetrics
+        from .statistics.collected import Collected, merge  # needs torchmetrics
 
-        parts = [restored(cache.records, cache.about) for cache in caches if cache.records]
-        whole = merge(parts)
-        whole.about = _agreed([part.about for part in parts])
+        statistics = [Collected.from_saved(saved) for saved in several if saved.records]
+        whole = merge(statistics)
+        whole.about = _agreed([part.about for part in statistics])
         return whole
-    cache = caches[0] if len(caches) == 1 else _together(name, caches)
+    saved = several[0] if len(several) == 1 else _together(several, kind)
     if kind == "values":
-        return cache
-    from .intercept import restored as restored_maps  # needs torch
+        return Cache.from_saved(saved, source=name)
+    from .intercept import Maps  # needs torch
 
-    return restored_maps(cache.records, cache.about)
+    return Maps.from_saved(saved)
 
 
 def _by_numbers(name: str) -> list[tuple[str, int]]:
@@ -84,19 +85,13 @@ def _by_numbers(name: str) -> list[tuple[str, int]]:
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
-def _kind(records: Sequence[Record]) -> str:
-    # No variable has a space in its name.
-    word, space, _ = records[0].variable.partition(" ")
-    return {"attention": "maps", "statistics": "statistics"}.get(word, "values") if space else "values"
-
-
-def _together(name: str, caches: Sequence[Cache]) -> Cache:
-    """One cache of the values of all."""
-    keys, records = list(dict.fromkeys(key for cache in caches for key in cache)), list[Record]()
-    for cache in caches:
+def _together(parts: Sequence[Saved], kind: Kind) -> Saved:
+    """What all files have, one behind the other."""
+    keys, records = list(dict.fromkeys(key for saved in parts for key in saved.keys)), list[Record]()
+    for saved in parts:
         calls = 1 + max((record.call for record in records), default=-1)
-        records += [replace(record, call=calls + record.call) for record in cache.records]
-    return restored_cache(name, keys, records, _agreed([cache.about for cache in caches]))
+        records += [replace(record, call=calls + record.call) for record in saved.records]
+    return Saved(kind, tuple(keys), records, _agreed([saved.about for saved in parts]))
 
 
 def _agreed(abouts: Sequence[dict[str, Any]]) -> dict[str, Any]:

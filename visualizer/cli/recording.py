@@ -5,7 +5,6 @@ Nothing is imported before the program does so: it may have to set up its enviro
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import warnings
 import weakref
@@ -21,8 +20,8 @@ from ..instrument import Captured, Uncompiled, get_local
 from ..instrument.compiled import no_graph
 from ..instrument.imports import after_import
 from ..instrument.targets import WRAPPERS
-from ..store import Cache, Record, human
-from ..store.files import load, write
+from ..store import Cache, Record, Saved, human
+from ..store.files import write
 from ..tensors import bytes_by_device
 from .outcome import Mistake
 
@@ -278,16 +277,9 @@ def save(parts: list[tuple[str, Found]], path: Path) -> None:
     for name, found in parts:
         beginning = next(one for one in chain([name], (f"{name}@{number}" for number in count(2))) if one not in taken)
         taken.add(beginning)
-        cache = found if isinstance(found, Cache) else _as_cache(found, path)
-        new = {key: f"{beginning}.{key}" if key and key[0] != ":" else beginning + key for key in cache}
+        saved = found.saved()
+        new = {key: f"{beginning}.{key}" if key and key[0] != ":" else beginning + key for key in saved.keys}
         keys += new.values()
-        first = len(records) if cache is not found else 0  # maps of all models are numbered in one row
-        records += [replace(record, key=new[record.key], call=first + record.call) for record in cache.records]
-    write(path, keys, records, {})
-
-
-def _as_cache(maps: Maps, path: Path) -> Cache:
-    """The records of maps, as a file has them."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        maps.save(Path(folder) / "part")
-        return load(Path(folder) / "part")
+        first = len(records) if saved.kind == "maps" else 0  # maps of all models are numbered in one row
+        records += [replace(record, key=new[record.key], call=first + record.call) for record in saved.records]
+    write(path, Saved(saved.kind, tuple(keys), records, {}))

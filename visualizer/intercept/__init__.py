@@ -4,6 +4,6 @@ While it records, hooks on the modules say which one is running, and a mode of t
 that modules make. A fused call is kept as its query and key. Compiled modules run uncompiled meanwhile.
 """
 
-from .recorded import Maps, attention, given, restored
+from .recorded import Maps, attention, given
 
-__all__ = ["Maps", "attention", "given", "restored"]
+__all__ = ["Maps", "attention", "given"]

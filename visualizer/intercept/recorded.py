@@ -7,8 +7,7 @@ import threading
 import weakref
 from _thread import get_ident
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from os import PathLike
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 from ..errors import UnknownKeyError, did_you_mean, warn
 from ..instrument import check_count
 from ..maps import AttentionMap
-from ..store import Record, as_html, as_text, human
-from ..store.files import write
+from ..store import Record, Recorded, Saved, human, stacked
 from ..tensors import bytes_by_device, keeper, memory_of
 from .watching import Growing, Watch
 
@@ -98,7 +96,7 @@ class _Entry:
     sizes: dict[str, int]
 
 
-class Maps(Sequence[Any]):
+class Maps(Recorded, Sequence[Any]):
     """The attention maps of a model's calls, in call order, or what was kept of each; made by `attention`."""
 
     def __init__(
@@ -111,8 +109,7 @@ class Maps(Sequence[Any]):
     ) -> None:
         self._model = (lambda: None) if model is None else weakref.ref(model)
         self._title = "attention" if model is None else f"attention of {type(model).__qualname__}"
-        self.about: dict[str, Any] = {}
-        """What `save` was given beside the maps; {} unless this was read from a file."""
+        self.about = {}
         self._layers, self._keep, self._gradients = layers, keep, gradients
         self._max_bytes = max_bytes
         self._entries: list[_Entry] = []
@@ -205,27 +202,57 @@ class Maps(Sequence[Any]):
     def __contains__(self, item: object) -> bool:
         return item in self.paths if isinstance(item, str) else any(entry.value is item for entry in self._entries)
 
-    def save(self, path: str | PathLike[str], about: dict[str, Any] | None = None) -> None:
-        """Write the maps to a `.safetensors` file, which `visualizer.load` reads without the model.
+    @property
+    def records(self) -> list[Record]:
+        """Every map, or what was kept of it, with its call, module and thread, in call order."""
+        return [
+            Record(entry.path, "attention", entry.value, number, None, entry.thread, entry.path)
+            for number, entry in enumerate(self._entries)
+        ]
 
-        Fused maps are written as query and key, those of `flex_attention` with functions as weights. For the arguments
-        and errors see `capture`'s `save`. Gradients are not written.
+    def stack(self, call: int | None = None) -> Any:
+        """One tensor of all maps, layers first: (modules, batch, heads, queries, keys), as far as shapes agree.
+
+        >>> import torch
+        >>> from visualizer import attention
+        >>> layer = torch.nn.TransformerEncoderLayer(16, nhead=2, batch_first=True)
+        >>> model = torch.nn.TransformerEncoder(layer, num_layers=2).eval()
+        >>> with attention(model) as maps:
+        ...     y = model(torch.randn(1, 5, 16))
+        >>> maps.stack().shape
+        torch.Size([2, 1, 2, 5, 5])
+
+        For the argument and the errors see `capture`'s `stack`. A fused map is computed in full.
         """
-        records, shared = [], dict[int, Tensor]()
-        for number, entry in enumerate(self._entries):
-            is_map = isinstance(entry.value, AttentionMap)
-            value = entry.value._packed(shared) if is_map else entry.value
-            variable = _MAP if is_map else _KEPT
-            records.append(Record(entry.path, variable, value, number, None, entry.thread, entry.path))
-        write(path, list(self.paths), records, {} if about is None else about)
+        return stacked({path: self.calls(path) for path in self.paths}, call, lambda item: item.dense())
 
-    def __repr__(self) -> str:
-        return as_text(*self._table())
+    def saved(self, about: dict[str, Any] | None = None) -> Saved:
+        """The maps as plain data: fused ones as query and key, those of flex_attention with functions as weights.
 
-    def _repr_html_(self) -> str:
-        return as_html(*self._table())
+        Gradients are left out.
+        """
+        shared = dict[int, Tensor]()
+        records = [
+            replace(record, variable=_MAP, value=record.value._packed(shared))
+            if isinstance(record.value, AttentionMap)
+            else replace(record, variable=_KEPT)
+            for record in self.records
+        ]
+        return Saved("maps", self.paths, records, self.about if about is None else about)
 
-    def _table(self) -> tuple[str, list[tuple[str, ...]]]:
+    @classmethod
+    def from_saved(cls, saved: Saved) -> Maps:
+        """The maps that these were."""
+        maps = Maps(None, None, None, False, None)
+        maps.about = saved.about
+        for record in sorted(saved.records, key=lambda record: record.call):
+            value = AttentionMap._unpacked(record.value) if record.variable == _MAP else record.value
+            sizes = {str(value.device): value.nbytes} if record.variable == _MAP else bytes_by_device(value)
+            maps._entries.append(_Entry(record.key, value, record.thread, sizes))
+        return maps
+
+    def table(self) -> tuple[str, list[tuple[str, ...]]]:
+        """A line about the whole, and a row for each module."""
         rows: list[tuple[str, ...]] = [
             ("module", "calls", "shape (batch, heads, queries, keys)", "kind", "kept as"),
         ]
@@ -318,16 +345,3 @@ _MAP, _KEPT = "attention map", "attention kept"
 def given(maps: Maps, name: str) -> list[Any]:
     """What the modules' calls under way were given by that keyword, the innermost first: for a `keep` to ask."""
     return [] if maps._watch is None else maps._watch.given(name)
-
-
-def restored(records: Sequence[Record], about: dict[str, Any]) -> Maps:
-    """The maps that a file's records are."""
-    maps = Maps(None, None, None, False, None)
-    maps.about = about
-    for record in sorted(records, key=lambda record: record.call):
-        value = AttentionMap._unpacked(record.value) if record.variable == _MAP else record.value
-        sizes = {} if record.variable == _MAP else bytes_by_device(value)
-        if isinstance(value, AttentionMap):
-            sizes = {str(value.device): value.nbytes}
-        maps._entries.append(_Entry(record.key, value, record.thread, sizes))
-    return maps

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,15 @@ import torch
 from torch import Tensor
 
 from ..errors import FileFormatError, warn
-from ..store import Record, as_html, as_text
-from ..store.files import load, write
+from ..store import Record, Recorded, Saved, stacked
+from ..store.files import read
 from .measures import Statistic
 from .moments import Moments, as_large, merged
 
 _VARIABLE = "statistics moments"  # in a file's records; no local variable is called so
 
 
-class Collected(Mapping[str, Moments]):
+class Collected(Recorded, Mapping[str, Moments]):
     """Statistics by their names, made by `collect` or read by `visualizer.load`: `found["entropy"].mean`."""
 
     paths: tuple[str, ...]
@@ -47,8 +46,7 @@ class Collected(Mapping[str, Moments]):
         """How many batches counted."""
         self.failed: list[tuple[int, str]] = []
         """The batches that failed, by their numbers in the data (or in their process's share of it), and why."""
-        self.about: dict[str, Any] = {}
-        """What `save` was given beside the statistics."""
+        self.about = {}
 
     def __getitem__(self, name: str) -> Moments:
         if name not in self._settings:
@@ -61,17 +59,19 @@ class Collected(Mapping[str, Moments]):
     def __len__(self) -> int:
         return len(self._settings)
 
-    def save(self, path: str | PathLike[str], about: dict[str, Any] | None = None) -> None:
-        """Write the statistics to a `.safetensors` file, which `visualizer.load` reads and merges with others."""
-        self._save(path, about)
+    @property
+    def records(self) -> list[Record]:
+        """Each statistic with its `Moments`."""
+        return [
+            Record(name, "statistic", moments, number, None, 0) for number, (name, moments) in enumerate(self.items())
+        ]
 
-    def __repr__(self) -> str:
-        return as_text(*self._table())
+    def stack(self, call: int | None = None) -> Any:
+        """The means of all statistics in one array, (statistics, layers, heads), where each is one number a head."""
+        return stacked({name: [moments.mean] for name, moments in self.items()}, call)
 
-    def _repr_html_(self) -> str:
-        return as_html(*self._table())
-
-    def _table(self) -> tuple[str, list[tuple[str, ...]]]:
+    def table(self) -> tuple[str, list[tuple[str, ...]]]:
+        """A line about the whole, and a row for each statistic."""
         rows: list[tuple[str, ...]] = [("statistic", "numbers", "samples")]
         for name, moments in self.items():
             axes = ("layers", "heads", "of each")
@@ -114,9 +114,10 @@ class Collected(Mapping[str, Moments]):
         self.batches += 1
         self._is_whole = True
 
-    def _save(self, path: str | PathLike[str], about: dict[str, Any] | None = None) -> None:
+    def saved(self, about: dict[str, Any] | None = None) -> Saved:
+        """The statistics as plain data."""
         records = [
-            Record(name, _VARIABLE, self._state(name).detach().cpu().numpy(), number, None, 0, None)
+            Record(name, _VARIABLE, self._state(name).detach().cpu().numpy(), number, None, 0)
             for number, name in enumerate(self)
         ]
         own = {
@@ -128,17 +129,29 @@ class Collected(Mapping[str, Moments]):
             "settings": self._settings,
             "is complete": self._is_complete,
         }
-        write(path, list(self), records, {"statistics": own, "about": self.about if about is None else about})
+        about = self.about if about is None else about
+        return Saved("statistics", tuple(self), records, {"statistics": own, "about": about})
+
+    @classmethod
+    def from_saved(cls, saved: Saved) -> Collected:
+        """The statistics that these were."""
+        found, own = Collected([]), saved.about["statistics"]
+        found._states = {record.key: torch.from_numpy(np.array(record.value)) for record in saved.records}
+        found._settings, found._part, found.paths = own["settings"], own["part"], tuple(own["paths"])
+        found.samples, found.batches, found._is_complete = own["samples"], own["batches"], own["is complete"]
+        found.failed = [(number, why) for number, why in own["failed"]]
+        found.about = saved.about["about"]
+        return found
 
     def _resume(self, file: Path) -> None:
         """Go on from what a run before wrote."""
         try:
-            cache = load(file)
+            saved = read(file)
         except FileFormatError as error:
             raise FileFormatError(f"{error}; or remove it, and this process's share begins anew") from error
-        if any(record.variable != _VARIABLE for record in cache.records) or not cache.records:
+        if saved.kind != "statistics":
             raise ValueError(f"{file} is no checkpoint of statistics: choose another folder")
-        before = restored(cache.records, cache.about)
+        before = Collected.from_saved(saved)
         differences: list[tuple[str, Any, Any]] = [("statistics", self._settings, before._settings)]
         for key, what in (
             ("ranks", "a number of processes, each of which goes on with its own share,"),
@@ -157,17 +170,6 @@ class Collected(Mapping[str, Moments]):
         self.paths, self.samples, self.batches = before.paths, before.samples, before.batches
         self.failed, self._is_complete = before.failed, before._is_complete
         self._part["runs"] = before._part.get("runs", self._part["runs"])
-
-
-def restored(records: Sequence[Record], about: dict[str, Any]) -> Collected:
-    """The statistics that a file's records are."""
-    found, own = Collected([]), about["statistics"]
-    found._states = {record.key: torch.from_numpy(np.array(record.value)) for record in records}
-    found._settings, found._part, found.paths = own["settings"], own["part"], tuple(own["paths"])
-    found.samples, found.batches, found._is_complete = own["samples"], own["batches"], own["is complete"]
-    found.failed = [(number, why) for number, why in own["failed"]]
-    found.about = about["about"]
-    return found
 
 
 def merge(parts: Sequence[Collected]) -> Collected:

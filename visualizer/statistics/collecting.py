@@ -119,7 +119,7 @@ def collect(
             if file.exists():
                 found._resume(file)
             if not found._is_complete:
-                found._save(file)  # that this cannot be done is better known now than after hours
+                found.save(file)  # that this cannot be done is better known now than after hours
         return found._is_complete, list(found._settings.items()), None if is_sharded else seen
 
     def run() -> None:
@@ -134,18 +134,18 @@ def collect(
                 now = found.batches + len(found.failed)
                 # Not among failures: a run that they end, as when a GPU hangs, is to go on behind what was good.
                 if file is not None and is_good and now >= written + every:
-                    found._save(file)
+                    found.save(file)
                     written = now
 
             try:
                 _run(model, some, found, call, is_in_step, after)
             except (Stopped, KeyboardInterrupt):
                 if file is not None and found._is_whole:
-                    found._save(file)
+                    found.save(file)
                 raise
         found._is_complete = True
         if file is not None:
-            found._save(file)
+            found.save(file)
 
     try:
         are_complete, *told = zip(*ranks.all(begin), strict=True)

@@ -14,15 +14,14 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BufferedReader
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from ..errors import FileFormatError
 from ..tensors import is_array, is_tensor
-from .records import Cache, Record
-from .store import Store
+from .records import Kind, Record, Saved
 
 _VERSION = 1
 _MAX_HEADER = 100_000_000  # bytes; the safetensors package opens no file that has more
@@ -59,7 +58,7 @@ _LEAVES: dict[str, tuple[type[Any], Callable[[Any], Any], Callable[[Any], Any]]]
 }
 
 _AGAIN = "copy it again from where it is whole, or save it anew"
-_OTHERS = "load() reads what a cache's save() wrote"
+_OTHERS = "load() reads what a save() of this package wrote"
 
 
 class _Entry(NamedTuple):
@@ -73,12 +72,13 @@ class _Entry(NamedTuple):
         return _DTYPES[self.library][self.dtype][1] * math.prod(self.shape)
 
 
-def write(path: str | PathLike[str], keys: Sequence[str], records: Sequence[Record], about: dict[str, Any]) -> None:
-    """Write a file that `load` reads; see `Cache.save`. Records of keys that are not among `keys` are left out."""
+def write(path: str | PathLike[str], saved: Saved) -> None:
+    """Write a file that `read` reads; see `Recorded.save`. Records of keys that are not among the keys are left out."""
+    about = saved.about
     if not issubclass(type(about), dict):
         raise TypeError(f"about must be a dict, such as {{'tokens': ['a', 'cat']}}, not {type(about).__name__}")
-    nodes, rows, counts = _Nodes(), [], dict.fromkeys(keys, 0)
-    for record in records:
+    nodes, rows, counts = _Nodes(), [], dict.fromkeys(saved.keys, 0)
+    for record in saved.records:
         key = record.key
         if key in counts:
             slot = nodes.add(record.value, f"{key}/{counts[key]}", f"{key!r}[{counts[key]}]")
@@ -87,7 +87,7 @@ def write(path: str | PathLike[str], keys: Sequence[str], records: Sequence[Reco
     slot = nodes.add(about, "about", "about")
     # Wide elements first: where the file is mapped into memory, each entry is then aligned.
     entries = sorted(nodes.arrays, key=lambda entry: -_DTYPES[entry.library][entry.dtype][1])
-    content = {"version": _VERSION, "entries": entries, "nodes": nodes.nodes, "keys": list(counts)}
+    content = {"version": _VERSION, "kind": saved.kind, "entries": entries, "nodes": nodes.nodes, "keys": list(counts)}
     text = _json({**content, "records": rows, "about": slot})
     checksums = [zlib.crc32(text.encode())] + [0] * len(entries)
     header = _header(text, checksums, entries)
@@ -119,8 +119,8 @@ def write(path: str | PathLike[str], keys: Sequence[str], records: Sequence[Reco
         raise
 
 
-def load(path: str | PathLike[str]) -> Cache:
-    """What `write` wrote: a cache of the same keys, values and records; see `visualizer.load`."""
+def read(path: str | PathLike[str]) -> Saved:
+    """What `write` wrote; see `visualizer.load`."""
     name = os.fspath(path)
     with open(path, "rb") as file:
         try:
@@ -135,7 +135,7 @@ def _refusal(name: str, what: str, remedy: str) -> FileFormatError:
     return FileFormatError(f"{name!r} {' '.join(what.split())}; {remedy}")
 
 
-def _read(file: BufferedReader, name: str) -> Cache:
+def _read(file: BufferedReader, name: str) -> Saved:
     size = os.fstat(file.fileno()).st_size
     if size == 0:
         raise _refusal(name, "is empty", _AGAIN)
@@ -175,15 +175,16 @@ def _read(file: BufferedReader, name: str) -> Cache:
             raise ValueError(f"a record of {key!r}, which is no key")
         where = _checked(call, int), _checked(line, int, type(None)), _checked(thread, int)
         records.append(Record(key, _checked(variable, str), value_of(slot), *where, _checked(module, str, type(None))))
-    return restored_cache(name, keys, records, about)
+    kind: Any = content.get("kind") or _kind_of(records)
+    if kind not in get_args(Kind):
+        raise ValueError(f"{kind!r} is no kind of results")
+    return Saved(kind, tuple(keys), records, about)
 
 
-def restored_cache(name: str, keys: Iterable[str], records: Iterable[Record], about: dict[str, Any]) -> Cache:
-    """A cache of what a file had, or several of one pattern."""
-    store = Store(state=f"read from {name}")
-    cache = Cache(store, title=f"load({name!r})")
-    store.restore(keys, records, about)
-    return cache
+def _kind_of(records: Sequence[Record]) -> str:
+    """What a file records that does not say so, as the first ones did not: no variable has a space in its name."""
+    word, space, _ = records[0].variable.partition(" ") if records else ("", "", "")
+    return {"attention": "maps", "statistics": "statistics"}.get(word, "values") if space else "values"
 
 
 def _checked(value: Any, *types: type) -> Any:

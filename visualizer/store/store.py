@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from ..errors import warn
 from ..tensors import bytes_by_device, is_array, is_tensor, memory_of
-from .records import Cache, Record
+from .records import Record
 
 BATCH = 4096
 """How many numbers may wait before they are weighed: one by one they would take longer to weigh than to keep."""
@@ -58,6 +58,9 @@ from here on the source is recorded, or no longer: a call of another thread that
 value at any time after.
 """
 
+_Lists = dict[str, list[Any]]
+"""A `Cache`, by which the values are read; only dict's own methods are called on it here."""
+
 _Entry = tuple[Record, dict[str, int], Call | None]
 """A record, the bytes it takes, and its call, where that may have several values."""
 
@@ -76,14 +79,13 @@ class Store:
         self.limit: int | None = None
         self.max_bytes: int | None = None
         self.is_full = False
-        self.about: dict[str, Any] = {}
         self.arrived: Arrived = deque()
         """Anybody may append to it without a lock."""
         self.many = BATCH
         """How many may wait until numbers among them are weighed."""
         self.missed: dict[Source, int] = {}
         """How many calls came too close to the recursion limit to be recorded, by source; told when somebody reads."""
-        self._cache: Callable[[], Cache | None] = lambda: None
+        self._cache: Callable[[], _Lists | None] = lambda: None
         self._lock = threading.RLock()
         _stores.add(self)
         self._is_busy = False
@@ -105,7 +107,7 @@ class Store:
         cache = self._cache()
         return {} if cache is None else cache
 
-    def fill(self, cache: Cache) -> None:
+    def fill(self, cache: _Lists) -> None:
         """File in this cache from now on."""
         self._cache = weakref.ref(cache)
 
@@ -276,9 +278,8 @@ class Store:
         """How many bytes may still be filed for a device."""
         return self._budget(device) - self._bytes.get(device, 0)
 
-    def restore(self, keys: Iterable[str], records: Iterable[Record], about: dict[str, Any]) -> None:
-        """Take in what a file had."""
-        self.about = about
+    def restore(self, keys: Iterable[str], records: Iterable[Record]) -> None:
+        """Take in what was recorded elsewhere."""
         for key in keys:
             self.open(key)
         for record in records:
@@ -370,7 +371,7 @@ class Store:
             self._discount(sizes)
             self._stop(key, is_over)
 
-    def _follow_key(self, cache: Cache, key: str, keeps_kind: bool = False) -> tuple[list[Any], deque[_Entry]]:
+    def _follow_key(self, cache: _Lists, key: str, keeps_kind: bool = False) -> tuple[list[Any], deque[_Entry]]:
         """The list under a key, whatever the user has made of it, and the records of what is in it."""
         values = _listed(dict.get(cache, key, ()))
         if not keeps_kind or key not in cache:

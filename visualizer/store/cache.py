@@ -1,0 +1,220 @@
+"""`Cache`: captured values by key, as their user reads and changes them."""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UnknownKeyError, did_you_mean
+from ..tensors import bytes_by_device, is_array, is_tensor, shape_of
+from .records import Record, Saved
+from .results import Recorded
+from .stacking import stacked
+from .store import Store
+from .tables import human
+
+if TYPE_CHECKING:
+    from collections.abc import ValuesView
+
+_NAMED = 12  # keys in an error message
+
+
+class Cache(Recorded, dict[str, list[Any]]):
+    """Captured values: a dict from key to the list of values, in call order.
+
+    Reading it first fetches what is still on its way, from a GPU too; a missing key's error says what there is. A list
+    that you hold grows with the calls; with keep="graph", and for values on a GPU, only when the cache is read.
+    Printed, it is a table of keys, calls, shapes, types and bytes.
+    """
+
+    def __init__(self, store: Store, title: str) -> None:
+        super().__init__()
+        self._store, self._title, self.about = store, title, {}
+        store.fill(self)
+
+    @property
+    def records(self) -> list[Record]:
+        """Every value with where it comes from, in the order of the keys, then of the calls.
+
+        >>> from visualizer import capture
+        >>> def attend(x):
+        ...     attn = 2 * x
+        ...     return "done"
+        >>> with capture(attend, "attn") as found:
+        ...     _ = attend(1), attend(2)
+        >>> [(record.key, record.variable, record.call, record.value) for record in found.records]
+        [('attend', 'attn', 0, 2), ('attend', 'attn', 1, 4)]
+        """
+        return self._store.records()
+
+    def stack(self, call: int | None = None) -> Any:
+        """One array of all maps, layers first: the keys' values on each other, in the order of the keys.
+
+        >>> import numpy as np
+        >>> from visualizer import capture
+        >>> def attend(x):
+        ...     attn = np.full((1, 2, 5, 5), x)
+        ...     return "done"
+        >>> with capture(attend, "attn") as found:
+        ...     _ = [attend(layer) for layer in range(12)]
+        >>> found.stack().shape
+        (12, 1, 2, 5, 5)
+
+        Args:
+            call: which value of each key, as an index of its list (-1: the newest). None: the only one that each has;
+                where there is one key, all of its values.
+
+        Returns:
+            Arrays give an array, tensors a tensor on their device (on the CPU where they live on several), of the
+            values' type; the keys come first, then the values' own axes.
+
+        Raises:
+            ValueError: nothing was captured, a key has no such value, or the shapes differ; the message says which.
+        """
+        self._store.fetch()
+        return stacked(self, call, state=self._store.state)
+
+    def saved(self, about: dict[str, Any] | None = None) -> Saved:
+        """The values and their records as plain data."""
+        return Saved("values", tuple(self), self.records, self.about if about is None else about)
+
+    @classmethod
+    def from_saved(cls, saved: Saved, source: str = "") -> Cache:
+        """A cache of its own, with the same values and records; `source` is the file that they were read from."""
+        store = Store(state=f"read from {source}" if source else "this is a copy of what was captured")
+        cache = Cache(store, f"load({source!r})" if source else "captured values")
+        store.restore(saved.keys, saved.records)
+        cache.about = saved.about
+        return cache
+
+    def fetch(self) -> None:
+        """Wait for what is still on its way, into the lists that you hold too; every way of reading does so itself.
+
+        What you have taken out of the lists is forgotten here, or as the next value comes.
+        """
+        self._store.fetch()
+        self._store.follow()
+
+    def __getitem__(self, key: str) -> list[Any]:
+        self._store.fetch()
+        return super().__getitem__(key)
+
+    def __missing__(self, key: str) -> list[Any]:
+        keys = list(self)
+        named = ", ".join(map(repr, keys[:_NAMED])) or "none yet"
+        if len(keys) > _NAMED:
+            named += f" and {len(keys) - _NAMED} more"
+        hint = did_you_mean(keys, str(key)) or "."
+        raise UnknownKeyError(f"nothing was captured under {key!r}{hint} The keys are: {named}; {self._store.state}")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The list under a key, or the default."""
+        self._store.fetch()
+        return super().get(key, default)
+
+    # Iterating in Python, not in C, makes dict(cache) and {**cache} read through __getitem__.
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+    def values(self) -> ValuesView[list[Any]]:  # type: ignore[override]
+        """The lists."""
+        self._store.fetch()
+        return super().values()
+
+    def items(self) -> ItemsView[str, list[Any]]:  # type: ignore[override]
+        """The keys with their lists."""
+        self._store.fetch()
+        return super().items()
+
+    # What changes the cache fetches what belongs under the old keys, and then lets go of what nobody can read any more.
+
+    def pop(self, *args: Any) -> Any:
+        """Take a key and its list out."""
+        self._store.fetch()
+        found = super().pop(*args)
+        self._store.follow(args[0])
+        return found
+
+    def popitem(self) -> tuple[str, list[Any]]:
+        """Take the last key and its list out."""
+        self._store.fetch()
+        found = super().popitem()
+        self._store.follow(found[0])
+        return found
+
+    def __delitem__(self, key: str) -> None:
+        self._store.fetch()
+        super().__delitem__(key)
+        self._store.follow(key)
+
+    def __setitem__(self, key: str, values: list[Any]) -> None:
+        self._store.fetch()
+        super().__setitem__(key, values)
+        self._store.follow(key)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """The list under a key, or the default, which is put there."""
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Put lists under their keys."""
+        for key, values in dict(*args, **kwargs).items():
+            self[key] = values
+
+    def __ior__(self, other: Any) -> Cache:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def clear(self) -> None:
+        """Start over with empty lists under the same keys; lists that you hold keep their values."""
+        self._store.clear()
+
+    def copy(self) -> dict[str, list[Any]]:
+        """A plain dict of the same lists."""
+        return dict(self)
+
+    def __eq__(self, other: object) -> bool:
+        self._store.fetch()
+        return super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None
+
+    def table(self) -> tuple[str, list[tuple[str, ...]]]:
+        """A line about the whole, and the rows of the table, its header first."""
+        self._store.fetch()
+        calls: dict[str, set[int]] = {}
+        for record in self._store.records():
+            calls.setdefault(record.key, set()).add(record.call)
+        rows: list[tuple[str, ...]] = [("key", "calls", "shape", "dtype", "bytes")]
+        total = values_in_all = 0
+        for key, values in list(super().items()):
+            size = sum(sum(bytes_by_device(value).values()) for value in values)
+            total, values_in_all = total + size, values_in_all + len(values)
+            called = len(calls.get(key, ())) or len(values)
+            count = f"{called}" if called == len(values) else f"{called} ({len(values)} values)"
+            kinds = [_kind(value) for value in values]
+            shapes, dtypes = (_few(dict.fromkeys(column)) for column in zip(*kinds, strict=True)) if kinds else ("", "")
+            rows.append((key or "''", count, shapes, dtypes, human(size)))
+        keys = f"{len(self)} key{'' if len(self) == 1 else 's'}"
+        head = f"{self._title}: {keys}, {values_in_all} value{'' if values_in_all == 1 else 's'}, {human(total)}"
+        return head, rows
+
+
+def _kind(value: Any) -> tuple[str, str]:
+    """A value's shape and dtype, in words."""
+    if is_tensor(value) or is_array(value):
+        shape = shape_of(value)
+        return "nested" if shape is None else str(shape), str(value.dtype).removeprefix("torch.")
+    if isinstance(value, (list, tuple, dict, set, frozenset)):
+        return f"{len(value)} items", type(value).__name__
+    return "", type(value).__name__
+
+
+def _few(names: dict[str, None]) -> str:
+    first = list(names)[:2]
+    return " or ".join(first) if len(names) <= 2 else f"{first[0]} and {len(names) - 1} others"
