@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from ..errors import UnknownLocalError, VisualizerError, VisualizerWarning
 from ..instrument import Captured, Uncompiled, get_local
 from ..instrument.imports import after_import
-from ..instrument.targets import WRAPPERS
+from ..instrument.module_paths import WRAPPERS
 from ..instrument.skipped import never_compiled
 from ..store import Cache, Record, Saved, human
 from ..store.files import write

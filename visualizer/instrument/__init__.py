@@ -4,7 +4,7 @@ from .arguments import check_count
 from .capturing import Captured, capture
 from .compiled import Uncompiled, compiler_trouble
 from .decorator import Activation, GetLocal, get_local
-from .targets import named_modules
+from .module_paths import named_modules
 
 __all__ = [
     "Activation",

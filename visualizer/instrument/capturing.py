@@ -13,7 +13,7 @@ from ..store import Cache, Channel, Store, listener
 from ..tensors import Keep, check_keep
 from . import compiled, patches
 from .arguments import check_at, check_count, check_names
-from .targets import Site, beginning, owner_of, sites_of
+from .sites import Site, beginning, sites_of
 from .skipped import never_compiled
 
 
@@ -175,7 +175,7 @@ class Captured(Cache):
 
         path_of = None if site.owners is None else site.owners.path_of
         number = patches.new_site(site.function)
-        channel = Channel(self._store, number, site.names, at, keep, key, owner_of(site), path_of)
+        channel = Channel(self._store, number, site.names, at, keep, key, site.owner, path_of)
         channel.code = site.function.__code__
         self._pairs.append((weakref.ref(site.function), channel))
         self._weak_pairs.append((weakref.ref(site.function), weakref.ref(channel)))

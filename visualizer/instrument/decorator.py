@@ -16,7 +16,8 @@ from ..store import Cache, Channel, Record, Store
 from ..tensors import Keep, check_keep
 from . import compiled, patches
 from .arguments import check_at, check_count, check_names
-from .targets import function_with, why_shared
+from .explanations import why_shared
+from .sites import function_with
 from .skipped import never_compiled
 
 T = TypeVar("T")
