@@ -330,7 +330,7 @@ class TestMistakes:
 
         with pytest.raises(ValueError, match="'total': it is a variable of an outer function"):
             capture(forward, "total", at="assign")
-        with pytest.raises(ValueError, match="'attn': only what is defined inside it"):
+        with pytest.raises(ValueError, match="'attn': only a function inside it may do so"):
             capture(forward, "attn", at="assign")
         with capture(forward, "attn", "total") as found:
             assert 2 == forward(1)

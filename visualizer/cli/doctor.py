@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .. import opcodes
 from ..errors import UnknownLocalError
 from ..instrument import capture
-from ..instrument.targets import functions_behind
+from ..instrument.unwrapping import functions_behind
 from ..rewrite import local_names
 from ..store import human
 from ..tensors import memory_of

@@ -1,4 +1,4 @@
-"""What is wrong with an argument, said before anything changes."""
+"""Checks of arguments, made before anything changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..rewrite import At
 
 
 def check_names(caller: str, names: tuple[Any, ...], hint: str) -> tuple[str, ...]:
-    """The names without repetitions; TypeError unless there is one and all are strings."""
+    """The names without repetitions; TypeError where there is none, or one is no string."""
     if not names:
         raise TypeError(f"{caller} needs the name of a local variable: {hint}")
     for name in names:
@@ -19,7 +19,7 @@ def check_names(caller: str, names: tuple[Any, ...], hint: str) -> tuple[str, ..
 
 
 def check_at(at: Any) -> None:
-    """ValueError unless it says where to capture."""
+    """ValueError unless it is one of the places to capture at."""
     if at not in get_args(At):
         raise ValueError(f"at must be one of {', '.join(map(repr, get_args(At)))}, not {at!r}")
 

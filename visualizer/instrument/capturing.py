@@ -13,10 +13,11 @@ from ..store import Cache, Channel, Store, listener
 from ..tensors import Keep, check_keep
 from . import compiled, patches
 from .arguments import check_at, check_count, check_names
-from .targets import Site, beginning, owner_of, sites_of
+from .sites import Site, beginning, sites_of
+from .skipped import never_compiled
 
 
-@compiled.no_graph
+@never_compiled
 def capture(
     target: Any,
     *names: str,
@@ -109,7 +110,7 @@ class Captured(Cache):
         self._weak_pairs: list[tuple[weakref.ref[FunctionType], weakref.ref[Channel]]] = []
         weakref.finalize(self, _abandon, self._weak_pairs, weakref.ref(store))
 
-    @compiled.no_graph
+    @never_compiled
     def start(self) -> Captured:
         """Record from now on; for notebooks, where a `with` would have to hold all cells. It returns itself.
 
@@ -125,7 +126,7 @@ class Captured(Cache):
         [2]
         """
         compiled.prepare()
-        with compiled.at_rest(), patches.switching:
+        with compiled.compiler_paused(), patches.switching:
             if self._is_running:
                 return self
             pairs = _alive(self._pairs)
@@ -136,18 +137,18 @@ class Captured(Cache):
             for _, channel in pairs:
                 channel.connect("numpy")
             self._is_running, self._store.state = True, "capture is running"
-            compiled.forget()
+            compiled.recompile()
         return self
 
-    @compiled.no_graph
+    @never_compiled
     def stop(self) -> None:
         """Record no more; what was recorded stays. When no other capture needs them, functions are as they were."""
-        with compiled.at_rest(), patches.switching:
+        with compiled.compiler_paused(), patches.switching:
             if not self._is_running:
                 return
             self._is_running, self._store.state = False, _OFF
             messages = _withdraw(self._pairs, self._store)
-            compiled.forget()
+            compiled.recompile()
         for message in messages:
             warn(message)
 
@@ -174,7 +175,7 @@ class Captured(Cache):
 
         path_of = None if site.owners is None else site.owners.path_of
         number = patches.new_site(site.function)
-        channel = Channel(self._store, number, site.names, at, keep, key, owner_of(site), path_of)
+        channel = Channel(self._store, number, site.names, at, keep, key, site.owner, path_of)
         channel.code = site.function.__code__
         self._pairs.append((weakref.ref(site.function), channel))
         self._weak_pairs.append((weakref.ref(site.function), weakref.ref(channel)))
@@ -198,7 +199,7 @@ def _withdraw(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Sto
     return messages
 
 
-@compiled.no_graph
+@never_compiled
 def _abandon(
     weak_pairs: list[tuple[weakref.ref[FunctionType], weakref.ref[Channel]]], weak_store: weakref.ref[Store]
 ) -> None:
@@ -213,6 +214,6 @@ def _abandon(
         _withdraw(pairs, store)
         store.abandon()
         if was_running:
-            compiled.forget(wait=False)  # whoever compiles now may be waiting for what this thread holds
+            compiled.recompile(wait=False)  # whoever compiles now may be waiting for what this thread holds
 
-    patches.finally_do(stop)
+    patches.when_idle(stop)

@@ -16,7 +16,9 @@ from ..store import Cache, Channel, Record, Store
 from ..tensors import Keep, check_keep
 from . import compiled, patches
 from .arguments import check_at, check_count, check_names
-from .targets import function_with, why_shared
+from .explanations import why_shared
+from .sites import function_with
+from .skipped import never_compiled
 
 T = TypeVar("T")
 
@@ -108,7 +110,7 @@ class GetLocal:
 
         return decorate
 
-    @compiled.no_graph
+    @never_compiled
     def activate(self, keep: Keep = "numpy", limit: int | None = None, max_bytes: int | None = None) -> Activation:
         """Capture from every decorated function, whether defined before or after, until `deactivate()`.
 
@@ -198,9 +200,9 @@ class GetLocal:
     def __repr__(self) -> str:
         return f"<get_local: {'active' if self._active else 'not active'}, {len(self._store.cache)} keys>"
 
-    @compiled.no_graph
+    @never_compiled
     def _decorate(self, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None) -> None:
-        with compiled.at_rest() if self._active else nullcontext(), patches.switching:
+        with compiled.compiler_paused() if self._active else nullcontext(), patches.switching:
             channels = self._decorated.get(function, [])
             way = (at, _identity(keep))
             if set(names) <= {name for c in channels if (c.at, _identity(c.keep)) == way for name in c.names}:
@@ -232,7 +234,7 @@ class GetLocal:
                 if self._active:
                     channel.connect(self._keep)
             if self._active:
-                compiled.forget()
+                compiled.recompile()
         for message in messages:
             warn(message)
 
@@ -266,7 +268,7 @@ class GetLocal:
             if _is_shared(channel.keep):
                 origin.channels[way] = channel
             else:  # a closure made anew with each function: the channel goes with the function
-                weakref.finalize(function, _retire, channel).atexit = False
+                weakref.finalize(function, _disconnect_later, channel).atexit = False
 
     def _name_keys(self, origin: _Origin, variables: list[str]) -> None:
         """Give each variable of the origin its key; one that another definition named has its list moved."""
@@ -288,11 +290,11 @@ class GetLocal:
         for variable in variables:
             store.open(origin.key(variable))
 
-    @compiled.no_graph
+    @never_compiled
     def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: int | None) -> None:
         if active:
             compiled.prepare()
-        with compiled.at_rest(), patches.switching:
+        with compiled.compiler_paused(), patches.switching:
             pairs = [(f, c) for f, channels in list(self._decorated.items()) for c in channels]
             messages: list[str] = []
             if active and not self._active:
@@ -310,7 +312,7 @@ class GetLocal:
             if active:
                 self._store.configure(limit, max_bytes)
             if changes:
-                compiled.forget()
+                compiled.recompile()
         for message in messages:
             warn(message)
 
@@ -346,10 +348,10 @@ def _identity(keep: Any) -> Any:
     return keep.__code__ if _is_shared(keep) else id(keep)
 
 
-@compiled.no_graph
-def _retire(channel: Channel) -> None:
+@never_compiled
+def _disconnect_later(channel: Channel) -> None:
     def end() -> None:
         channel.disconnect()
         channel.store.remove(channel)
 
-    patches.finally_do(end)
+    patches.when_idle(end)
