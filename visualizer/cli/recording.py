@@ -20,9 +20,8 @@ from ..instrument import Captured, Uncompiled, get_local
 from ..instrument.compiled import no_graph
 from ..instrument.imports import after_import
 from ..instrument.targets import WRAPPERS
-from ..store import Cache, Record, Saved, human
+from ..store import Cache, Record, Saved, bytes_by_device, human
 from ..store.files import write
-from ..tensors import bytes_by_device
 from .outcome import Mistake
 
 if TYPE_CHECKING:

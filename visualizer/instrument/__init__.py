@@ -1,6 +1,6 @@
 """What is instrumented now, for whom, and the way back: `get_local` and `capture`."""
 
-from .arguments import check_count
+from .arguments import check_max_bytes
 from .capturing import Captured, capture
 from .compiled import Uncompiled
 from .decorator import Activation, GetLocal, get_local
@@ -12,7 +12,7 @@ __all__ = [
     "GetLocal",
     "Uncompiled",
     "capture",
-    "check_count",
+    "check_max_bytes",
     "get_local",
     "named_modules",
 ]

@@ -7,8 +7,6 @@ channels may listen to one function, and they may go in any order: its code is m
 
 from __future__ import annotations
 
-import os
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -16,7 +14,7 @@ from itertools import count
 from types import CodeType, FunctionType
 
 from ..rewrite import HOOK, Capture, rewrite_for
-from ..store import Channel, receive
+from ..store import Channel, ForkSafeLock, receive
 
 
 class _Patch:
@@ -30,22 +28,19 @@ class _Patch:
 _patches: weakref.WeakKeyDictionary[FunctionType, _Patch] = weakref.WeakKeyDictionary()
 _numbers = count(1)
 
-_lock = threading.RLock()
+_lock = ForkSafeLock()
 _put_off: deque[Callable[[], None]] = deque()
 
 
 class _Switching:
     """Held by whoever changes what is captured."""
 
-    depth = 0
-    """How often the thread that holds it has entered it."""
-
     def __enter__(self) -> None:
         _lock.acquire()
-        self.depth += 1
+        _lock.depth += 1
 
     def __exit__(self, *_: object) -> None:
-        self.depth -= 1
+        _lock.depth -= 1
         _lock.release()
         _catch_up()
 
@@ -65,7 +60,7 @@ def finally_do(action: Callable[[], None]) -> None:
 
 def _catch_up() -> None:
     while _put_off and _lock.acquire(blocking=False):
-        is_free = not switching.depth
+        is_free = not _lock.depth
         try:
             if is_free:
                 _put_off.popleft()()
@@ -154,16 +149,3 @@ def place_of(function: FunctionType) -> str:
     """The function, file and line, for messages."""
     code = function.__code__
     return f"{function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
-
-
-def _renew_lock() -> None:
-    """In a forked child: a lock that another thread held is held for ever there, for that thread is not."""
-    global _lock
-    if _lock.acquire(blocking=False):  # nobody's, or this thread's own
-        _lock.release()
-    else:
-        _lock, switching.depth = threading.RLock(), 0
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
