@@ -21,8 +21,7 @@ from ..errors import UnknownLocalError
 from ..instrument import capture
 from ..instrument.unwrapping import functions_behind
 from ..rewrite import local_names
-from ..store import human
-from ..tensors import memory_of
+from ..store import human, memory_of
 from .outcome import Fruitless, Mistake
 
 if TYPE_CHECKING:

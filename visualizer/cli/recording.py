@@ -20,9 +20,8 @@ from ..instrument import Captured, Uncompiled, get_local
 from ..instrument.imports import after_import
 from ..instrument.module_paths import WRAPPERS
 from ..instrument.skipped import never_compiled
-from ..store import Cache, Record, Saved, human
+from ..store import Cache, Record, Saved, bytes_by_device, human
 from ..store.files import write
-from ..tensors import bytes_by_device
 from .outcome import Mistake
 
 if TYPE_CHECKING:

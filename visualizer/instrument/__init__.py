@@ -1,6 +1,6 @@
 """`get_local` and `capture`: which functions are captured from now, for whom, and how they become as they were."""
 
-from .arguments import check_count
+from .arguments import check_max_bytes
 from .capturing import Captured, capture
 from .compiled import Uncompiled, compiler_trouble
 from .decorator import Activation, GetLocal, get_local
@@ -12,7 +12,7 @@ __all__ = [
     "GetLocal",
     "Uncompiled",
     "capture",
-    "check_count",
+    "check_max_bytes",
     "compiler_trouble",
     "get_local",
     "named_modules",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from ..rewrite import At
+from ..store import NO_LIMIT
 
 
 def check_names(caller: str, names: tuple[Any, ...], hint: str) -> tuple[str, ...]:
@@ -30,3 +31,9 @@ def check_count(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a whole number or None, not {value!r}")
     if value is not None and value < 1:
         raise ValueError(f"{name} must be at least 1, not {value!r}")
+
+
+def check_max_bytes(value: Any) -> None:
+    """TypeError or ValueError unless it is a positive whole number, `math.inf` for no limit, or None."""
+    if not isinstance(value, float) or value != NO_LIMIT:
+        check_count("max_bytes", value)

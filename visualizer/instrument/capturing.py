@@ -12,7 +12,7 @@ from ..rewrite import At
 from ..store import Cache, Channel, Store, listener
 from ..tensors import Keep, check_keep
 from . import compiled, patches
-from .arguments import check_at, check_count, check_names
+from .arguments import check_at, check_count, check_max_bytes, check_names
 from .sites import Site, beginning, sites_of
 from .skipped import never_compiled
 
@@ -24,7 +24,7 @@ def capture(
     at: At = "return",
     keep: Keep = "numpy",
     limit: int | None = None,
-    max_bytes: int | None = None,
+    max_bytes: float | None = None,
 ) -> Captured:
     """The values that locals have while models run: no decorator, no change to their source, keyed by module path.
 
@@ -58,8 +58,8 @@ def capture(
         keep: what to store of a value, see `get_local.activate`: "numpy" (arrays on the CPU), "tensor" (detached copies
             on their device), "graph" (the object itself, for losses and gradients), or a callable.
         limit: how many of the most recent calls to keep per key; None: all.
-        max_bytes: how many bytes to keep on each device; None: a quarter of its memory. Past it nothing more is
-            recorded, and one warning says so.
+        max_bytes: how many bytes to keep on each device; None: a quarter of its memory; `math.inf`: no limit. Past it
+            nothing more is recorded, and one warning says so.
 
     Returns:
         A dict from key to the list of values, in call order, that records inside its `with` block, or from its
@@ -82,7 +82,7 @@ def capture(
     check_at(at)
     check_keep(keep)
     check_count("limit", limit)
-    check_count("max_bytes", max_bytes)
+    check_max_bytes(max_bytes)
     opcodes.require_supported()
     sites, keys = sites_of(target, names, at)
     several = len(names) > 1
@@ -90,7 +90,7 @@ def capture(
     for site in sites:
         found._listen(site, at, keep, several)
     for base, name in keys:
-        found._store.open(f"{base}:{name}" if several else base)
+        found.store.open(f"{base}:{name}" if several else base)
     return found
 
 
@@ -100,7 +100,7 @@ class Captured(Cache):
     It holds neither the model nor, once dropped, anything that was captured.
     """
 
-    def __init__(self, title: str, limit: int | None, max_bytes: int | None) -> None:
+    def __init__(self, title: str, limit: int | None, max_bytes: float | None) -> None:
         store = Store(_OFF, clear="its clear()", off="its stop()")
         super().__init__(store, title)
         self._limits = limit, max_bytes
@@ -132,11 +132,11 @@ class Captured(Cache):
             pairs = _alive(self._pairs)
             patches.attach(pairs)
             for _, channel in pairs:
-                self._store.add(channel)
-            self._store.configure(*self._limits)
+                self.store.add(channel)
+            self.store.configure(*self._limits)
             for _, channel in pairs:
                 channel.connect("numpy")
-            self._is_running, self._store.state = True, "capture is running"
+            self._is_running, self.store.state = True, "capture is running"
             compiled.recompile()
         return self
 
@@ -146,15 +146,15 @@ class Captured(Cache):
         with compiled.compiler_paused(), patches.switching:
             if not self._is_running:
                 return
-            self._is_running, self._store.state = False, _OFF
-            messages = _withdraw(self._pairs, self._store)
+            self._is_running, self.store.state = False, _OFF
+            messages = _withdraw(self._pairs, self.store)
             compiled.recompile()
         for message in messages:
             warn(message)
 
     def clear(self) -> None:
         """Start over with empty lists under the same keys, and with calls counted from 0; lists that you hold stay."""
-        self._store.clear([channel for _, channel in self._pairs])
+        self.store.clear([channel for _, channel in self._pairs])
 
     @property
     def is_running(self) -> bool:
@@ -175,7 +175,7 @@ class Captured(Cache):
 
         path_of = None if site.owners is None else site.owners.path_of
         number = patches.new_site(site.function)
-        channel = Channel(self._store, number, site.names, at, keep, key, site.owner, path_of)
+        channel = Channel(self.store, number, site.names, at, keep, key, site.owner, path_of)
         channel.code = site.function.__code__
         self._pairs.append((weakref.ref(site.function), channel))
         self._weak_pairs.append((weakref.ref(site.function), weakref.ref(channel)))

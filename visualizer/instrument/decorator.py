@@ -15,7 +15,7 @@ from ..rewrite import At
 from ..store import Cache, Channel, Record, Store
 from ..tensors import Keep, check_keep
 from . import compiled, patches
-from .arguments import check_at, check_count, check_names
+from .arguments import check_at, check_count, check_max_bytes, check_names
 from .explanations import why_shared
 from .sites import function_with
 from .skipped import never_compiled
@@ -111,7 +111,7 @@ class GetLocal:
         return decorate
 
     @never_compiled
-    def activate(self, keep: Keep = "numpy", limit: int | None = None, max_bytes: int | None = None) -> Activation:
+    def activate(self, keep: Keep = "numpy", limit: int | None = None, max_bytes: float | None = None) -> Activation:
         """Capture from every decorated function, whether defined before or after, until `deactivate()`.
 
         >>> with get_local.activate(keep="tensor", limit=100):   # as a `with`: the state before comes back at its end
@@ -125,8 +125,8 @@ class GetLocal:
                 recorded. In all but "graph" arrays are copied and containers followed; other objects are kept as they
                 are.
             limit: how many of the most recent calls to keep per key; None: all.
-            max_bytes: how many bytes of values to keep on each device; None: a quarter of its memory. Past it
-                nothing more is recorded, and one warning says so.
+            max_bytes: how many bytes of values to keep on each device; None: a quarter of its memory; `math.inf`: no
+                limit. Past it nothing more is recorded, and one warning says so.
 
         Raises:
             UnsupportedPythonError: this interpreter's bytecode is not known.
@@ -136,7 +136,7 @@ class GetLocal:
         opcodes.require_supported()
         check_keep(keep)
         check_count("limit", limit)
-        check_count("max_bytes", max_bytes)
+        check_max_bytes(max_bytes)
         before = Activation(self, self._active, self._keep, self._store.limit, self._store.max_bytes)
         self._switch(True, keep, limit, max_bytes)
         return before
@@ -276,7 +276,7 @@ class GetLocal:
         everything = dict.fromkeys([*origin.variables, *variables, *captured])
         old = {variable: origin.key(variable) for variable in everything}
         store = self._store
-        store.settle()  # what has arrived goes under the keys that it had
+        store.file_pending()  # what has arrived goes under the keys that it had
         origin.variables = variables
         for variable in everything:
             if old[variable] != origin.key(variable) and variable not in variables:
@@ -291,7 +291,7 @@ class GetLocal:
             store.open(origin.key(variable))
 
     @never_compiled
-    def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: int | None) -> None:
+    def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: float | None) -> None:
         if active:
             compiled.prepare()
         with compiled.compiler_paused(), patches.switching:
@@ -320,7 +320,7 @@ class GetLocal:
 class Activation:
     """What `get_local.activate()` returns: as a `with`, it brings back the state before it."""
 
-    def __init__(self, owner: GetLocal, active: bool, keep: Keep, limit: int | None, max_bytes: int | None) -> None:
+    def __init__(self, owner: GetLocal, active: bool, keep: Keep, limit: int | None, max_bytes: float | None) -> None:
         self._owner, self._before = owner, (active, keep, limit, max_bytes)
 
     def __enter__(self) -> GetLocal:

@@ -7,8 +7,6 @@ listen to one function, and they may leave in any order: its code is made anew f
 
 from __future__ import annotations
 
-import os
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -16,7 +14,7 @@ from itertools import count
 from types import CodeType, FunctionType
 
 from ..rewrite import HOOK, Capture, rewrite_for
-from ..store import Channel, receive
+from ..store import Channel, ForkSafeLock, receive
 
 
 class _Patch:
@@ -30,22 +28,19 @@ class _Patch:
 _patches: weakref.WeakKeyDictionary[FunctionType, _Patch] = weakref.WeakKeyDictionary()
 _numbers = count(1)
 
-_lock = threading.RLock()
+_lock = ForkSafeLock()
 _deferred: deque[Callable[[], None]] = deque()
 
 
 class _Switching:
     """The lock that a thread holds while it changes what is captured."""
 
-    depth = 0
-    """How many times the thread that holds the lock has entered it."""
-
     def __enter__(self) -> None:
         _lock.acquire()
-        self.depth += 1
+        _lock.depth += 1
 
     def __exit__(self, *_: object) -> None:
-        self.depth -= 1
+        _lock.depth -= 1
         _lock.release()
         _catch_up()
 
@@ -65,7 +60,7 @@ def when_idle(action: Callable[[], None]) -> None:
 
 def _catch_up() -> None:
     while _deferred and _lock.acquire(blocking=False):
-        is_free = not switching.depth
+        is_free = not _lock.depth
         try:
             if is_free:
                 _deferred.popleft()()
@@ -158,16 +153,3 @@ def place_of(function: FunctionType) -> str:
     """The function, file and line, for messages."""
     code = function.__code__
     return f"{function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
-
-
-def _renew_lock() -> None:
-    """After a fork, a lock held by another thread is never released, for that thread does not exist in the child."""
-    global _lock
-    if _lock.acquire(blocking=False):  # it is free, or this thread holds it
-        _lock.release()
-    else:
-        _lock, switching.depth = threading.RLock(), 0
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UnknownKeyError, did_you_mean, warn
-from ..instrument import check_count
+from ..instrument import check_max_bytes
 from ..maps import AttentionMap
-from ..store import Record, Recorded, Saved, human, stacked
-from ..tensors import bytes_by_device, keeper, memory_of
+from ..store import Budget, Record, Recorded, Saved, bytes_by_device, human, stacked
+from ..tensors import keeper
 from .watching import Growing, Watch
 
 
@@ -26,7 +26,7 @@ def attention(
     layers: int | str | Sequence[int | str] | None = None,
     keep: Callable[[AttentionMap], Any] | None = None,
     gradients: bool = False,
-    max_bytes: int | None = None,
+    max_bytes: float | None = None,
 ) -> Maps:
     """The attention weights of a model as it runs, whether its kernels make them or not.
 
@@ -58,8 +58,8 @@ def attention(
             `lambda a: a.rows(0)`, `visualizer.analysis.entropy`. Tensors in it are copied, detached.
         gradients: also keep what `AttentionMap.grad_rows` needs: the value, and after a backward pass the gradient of
             the output.
-        max_bytes: how many bytes to keep on each device; None: a quarter of its memory. Past it nothing more is
-            recorded, and one warning says so.
+        max_bytes: how many bytes to keep on each device; None: a quarter of its memory; `math.inf`: no limit. Past it
+            nothing more is recorded, and one warning says so.
 
     Returns:
         The maps, recorded inside its `with` block, or from its `start()` to its `stop()`: `maps[0]` is the first
@@ -78,7 +78,7 @@ def attention(
         raise TypeError(
             f"keep is a function of an AttentionMap, such as lambda a: a.rows(0), or None to keep maps; not {keep!r}"
         )
-    check_count("max_bytes", max_bytes)
+    check_max_bytes(max_bytes)
     chosen = None if layers is None else [layers] if isinstance(layers, (int, str)) else list(layers)
     for layer in chosen or ():
         if isinstance(layer, bool) or not isinstance(layer, (int, str)):
@@ -105,17 +105,15 @@ class Maps(Recorded, Sequence[Any]):
         layers: list[int | str] | None,
         keep: Callable[[AttentionMap], Any] | None,
         gradients: bool,
-        max_bytes: int | None,
+        max_bytes: float | None,
     ) -> None:
         self._model = (lambda: None) if model is None else weakref.ref(model)
         self._title = "attention" if model is None else f"attention of {type(model).__qualname__}"
         self.about = {}
         self._layers, self._keep, self._gradients = layers, keep, gradients
-        self._max_bytes = max_bytes
         self._entries: list[_Entry] = []
         self._paths: dict[str, int] = {}
-        self._bytes: dict[str, int] = {}
-        self._budgets: dict[str, int] = {}
+        self._budget = Budget(max_bytes)
         self._is_full = False
         self._lock = threading.RLock()  # a `keep` may run the model
         self._watch: Watch | None = None
@@ -158,7 +156,8 @@ class Maps(Recorded, Sequence[Any]):
     def clear(self) -> None:
         """Start over without maps."""
         with self._lock:
-            self._entries, self._paths, self._bytes, self._is_full = [], {}, {}, False
+            self._entries, self._paths, self._is_full = [], {}, False
+            self._budget.clear()
             if self._watch is not None:
                 self._watch.growing.clear()
 
@@ -307,36 +306,24 @@ class Maps(Recorded, Sequence[Any]):
             else:
                 value, sizes = make(watch.growing)
             self._entries.append(_Entry(path, value, get_ident(), sizes))
-            for device, size in sizes.items():
-                self._bytes[device] = self._bytes.get(device, 0) + size
+            self._budget.add(sizes)
             if self._layers is not None:
                 self._drop_passed()
-            over = next((device for device in sizes if self._bytes[device] > self._budget(device)), None)
-            if over is None:
+            exceeded = self._budget.exceeded(sizes)
+            if exceeded is None:
                 return
-            self._discount(self._entries.pop())
+            self._budget.discount(self._entries.pop().sizes)
             self._is_full = True
-        budget = "max_bytes" if self._max_bytes is not None else "a quarter of its memory"
         warn(
-            f"attention maps would take more than {self._budget(over):,} bytes on {over} ({budget}): that of {path!r} "
-            "and all that follow are not recorded, until clear(). Keep less (layers=, keep=), or allow more "
-            "(max_bytes=)."
+            f"attention maps would take more than {self._budget.why_full(exceeded)}: that of {path!r} and all that "
+            "follow are not recorded, until clear(). Keep less (layers=, keep=), or allow more (max_bytes=)."
         )
 
     def _drop_passed(self) -> None:
         """Drop the maps of modules that were among the last ones when they ran and are not any more."""
         for entry in [entry for entry in self._entries if not self._wants(entry.path)]:
             self._entries.remove(entry)
-            self._discount(entry)
-
-    def _discount(self, entry: _Entry) -> None:
-        for device, size in entry.sizes.items():
-            self._bytes[device] -= size
-
-    def _budget(self, device: str) -> int:
-        if device not in self._budgets:
-            self._budgets[device] = memory_of(device) // 4 if self._max_bytes is None else self._max_bytes
-        return self._budgets[device]
+            self._budget.discount(entry.sizes)
 
 
 _MAP, _KEPT = "attention map", "attention kept"

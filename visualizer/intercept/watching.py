@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from ..errors import warn
 from ..instrument import Uncompiled, named_modules
 from ..maps import AttentionMap, _Factors, _Gradient, _Keys, _Weights
-from ..tensors import bytes_by_device, why_unreal
+from ..store import bytes_by_device
+from ..tensors import why_unreal
 from .functions import (
     BEGINNINGS,
     MADE_UP,
