@@ -106,7 +106,7 @@ def _sum_by_device(value: Any) -> dict[str, int]:
     while values:
         item = values.pop()
         if is_tensor(item):
-            counts[_name_of(item.device)] += sum(part.nelement() * part.element_size() for part in _parts(item))
+            counts[_name_of(item.device)] += _tensor_bytes(item)
         elif is_array(item):
             counts["cpu"] += item.nbytes
             if item.dtype == object and id(item) not in seen:
@@ -135,16 +135,16 @@ def _name_of(device: Any) -> str:
     return str(device.type) if device.index is None else f"{device.type}:{device.index}"
 
 
-def _parts(tensor: Any) -> list[Any]:
-    """The dense tensors that a tensor consists of."""
-    layout = str(tensor.layout)
-    if layout == "torch.sparse_coo":
-        return [tensor._indices(), tensor._values()]
+def _tensor_bytes(tensor: Any) -> int:
+    layout, parts = str(tensor.layout), [tensor]
+    if layout == "torch.sparse_coo":  # its values() would first have to merge equal indices
+        axes, each = tensor.sparse_dim(), math.prod(tensor.shape[tensor.sparse_dim() :]) * tensor.element_size()
+        return int(tensor._nnz() * (8 * axes + each))
     if layout in ("torch.sparse_csr", "torch.sparse_bsr"):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if layout in ("torch.sparse_csc", "torch.sparse_bsc"):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor]
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    elif layout in ("torch.sparse_csc", "torch.sparse_bsc"):
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return sum(part.nelement() * part.element_size() for part in parts)
 
 
 def memory_of(device: str) -> int:
