@@ -233,7 +233,7 @@ class Maps(Recorded, Sequence[Any]):
         """
         shared = dict[int, Tensor]()
         records = [
-            replace(record, variable=_MAP, value=record.value._packed(shared))
+            replace(record, variable=_MAP, value=record.value.packed(shared))
             if isinstance(record.value, AttentionMap)
             else replace(record, variable=_KEPT)
             for record in self.records
@@ -246,7 +246,7 @@ class Maps(Recorded, Sequence[Any]):
         maps = Maps(None, None, None, False, None)
         maps.about = saved.about
         for record in sorted(saved.records, key=lambda record: record.call):
-            value = AttentionMap._unpacked(record.value) if record.variable == _MAP else record.value
+            value = AttentionMap.unpacked(record.value) if record.variable == _MAP else record.value
             sizes = {str(value.device): value.nbytes} if record.variable == _MAP else bytes_by_device(value)
             maps._entries.append(_Entry(record.key, value, record.thread, sizes))
         return maps
@@ -261,7 +261,7 @@ class Maps(Recorded, Sequence[Any]):
             found = self.calls(path)
             first = found[0]
             if isinstance(first, AttentionMap):
-                dtype = str(first._source.dtype).removeprefix("torch.")
+                dtype = str(first.source.dtype).removeprefix("torch.")
                 shapes = list(dict.fromkeys(str(item.shape) for item in found))
                 more = f" and {len(shapes) - 1} others" if len(shapes) > 1 else ""
                 kept = f"{'weights' if first.is_dense else 'query and key'}, {dtype}"

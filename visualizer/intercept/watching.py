@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import warn
 from ..instrument import Uncompiled, named_modules
-from ..maps import AttentionMap, _Factors, _Gradient, _Keys, _Weights
+from ..maps import AttentionMap, Factors, Gradient, Keys, Weights
 from ..tensors import bytes_by_device, why_unreal
 from .functions import (
     BEGINNINGS,
@@ -38,7 +38,7 @@ from .functions import (
 if TYPE_CHECKING:
     from .recorded import Maps
 
-Growing = dict[str, _Keys]
+Growing = dict[str, Keys]
 
 _PICTURES = {"pixel_values", "input_features"}
 
@@ -306,8 +306,10 @@ class Watch:
             if softmax.copy is None and growing is not None:
                 values = _copied(values)
             values = four_axes(values, heads)
-            made = AttentionMap._of(_Weights(values), path, self._kind_of(values.shape[2], values.shape[3]))
-            made._gradient = self._gradient_of(weights, made.shape, None)
+            made = AttentionMap.from_source(
+                Weights(values), path=path, kind=self._kind_of(values.shape[2], values.shape[3])
+            )
+            made.gradient = self._gradient_of(weights, made.shape, None)
             return made, _sizes(values)
 
         path = self._state.calls[-1].path
@@ -387,17 +389,17 @@ class Watch:
         def make(growing: Growing | None) -> tuple[AttentionMap, dict[str, int]]:
             kept_mask, rest = mask, dict[str, int]()
             if growing is None:
-                kept_query, keys = query.detach(), _Keys(key.detach())
+                kept_query, keys = query.detach(), Keys(key.detach())
             else:
                 kept_query = _copied(query)
                 keys, rest = self._kept_keys(path, key.detach(), count, growing)
                 if mask is not None:
                     kept_mask, more = self._kept_mask(mask)
                     rest = _added(rest, more)
-            source = _Factors(kept_query, keys, length, scale, kept_mask, causal, *functions)
-            made = AttentionMap._of(source, path, self._kind_of(count, length))
-            made._gradient = self._gradient_of(output, made.shape, value, reason)
-            held = [kept_query] + ([] if made._gradient is None else made._gradient.tensors())
+            source = Factors(kept_query, keys, length, scale, kept_mask, causal, *functions)
+            made = AttentionMap.from_source(source, path=path, kind=self._kind_of(count, length))
+            made.gradient = self._gradient_of(output, made.shape, value, reason)
+            held = [kept_query] + ([] if made.gradient is None else made.gradient.tensors())
             return made, _added(rest, _sizes(*held))
 
         self._record(path, query, make)
@@ -421,12 +423,12 @@ class Watch:
         with torch.inference_mode(False), torch.no_grad():
             maps._take(path, make)
 
-    def _kept_keys(self, path: str, key: Tensor, count: int, growing: Growing) -> tuple[_Keys, dict[str, int]]:
+    def _kept_keys(self, path: str, key: Tensor, count: int, growing: Growing) -> tuple[Keys, dict[str, int]]:
         """The keys of a call. Those of a growing cache share what they begin with; only new ones are copied."""
         known = growing.get(path)
         if known is not None and count < key.shape[2] and known.begins(key):
             return known, {_device(key): known.grow(key)}
-        growing[path] = made = _Keys(_copied(key))
+        growing[path] = made = Keys(_copied(key))
         return made, _sizes(made.buffer)
 
     def _kept_mask(self, mask: Tensor) -> tuple[Tensor, dict[str, int]]:
@@ -447,12 +449,12 @@ class Watch:
 
     def _gradient_of(
         self, output: Tensor, shape: Any, value: Tensor | None, reason: str | None = None
-    ) -> _Gradient | None:
+    ) -> Gradient | None:
         maps = self._maps()
         if maps is None or not maps._gradients or not output.requires_grad:
             return None
-        gradient = _Gradient(shape, None if value is None else _copied(value), reason)
-        output.register_hook(gradient.take)  # type: ignore[no-untyped-call]
+        gradient = Gradient(shape, None if value is None else _copied(value), reason)
+        output.register_hook(gradient.accumulate)  # type: ignore[no-untyped-call]
         return gradient
 
     def _heads_of(self, tensor: Tensor) -> int | None:
