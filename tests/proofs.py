@@ -21,7 +21,23 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ENGINE = ("opcodes", "rewrite", "instrument", "capture", "torture", "corpus", "generated", "cpython")
+ENGINE = (
+    "opcodes",
+    "proof",
+    "rewrite",
+    "line_table",
+    "patches",
+    "imports",
+    "sites",
+    "unwrapping",
+    "explanations",
+    "instrument",
+    "capture",
+    "torture",
+    "corpus",
+    "generated",
+    "cpython",
+)
 ENGINE_TESTS = [f"test_{name}.py" for name in ENGINE]
 RESULTS = Path("tests", "cpython", "results")
 NEEDED = ("bytecode", "hypothesis<6.156", "pytest")  # later ones of hypothesis are compiled for one Python
