@@ -500,9 +500,9 @@ class TestKept:
         model = model_of(Masked)
         with attention(model) as maps:
             model(x)
-        masks = {id(one._source._mask) for one in maps}
+        masks = {id(one.source.mask) for one in maps}
         assert len(masks) == 1
-        assert maps[0]._source._mask.shape == (2, 1, 1, 5)
+        assert maps[0].source.mask.shape == (2, 1, 1, 5)
 
     def test_maps_made_in_inference_mode_work_outside_of_it(self, x):
         model = model_of()

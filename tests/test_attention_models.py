@@ -194,6 +194,6 @@ def test_generation(name, options, padded):
             # A query that may see nothing has zeros in a fused kernel's map, and equal weights in the open one.
             real = prompt["attention_mask"].bool() if step == 0 else torch.ones(2, 1, dtype=torch.bool)
             assert (found.dense() - eagerly)[real[:, None].expand(found.shape[:3])].abs().max() < 1e-6
-    buffers = {found._source._keys for found in maps.calls(maps.paths[0])}
+    buffers = {found.source.keys for found in maps.calls(maps.paths[0])}
     # With padding transformers repeats the heads of keys for the prompt, and not for the single queries after it.
     assert len(buffers) <= 2, "the cache was copied at each step"

@@ -22,7 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from visualizer import VisualizerWarning, capture
-from visualizer.instrument import GetLocal, compiled
+from visualizer.instrument import GetLocal, compiled, compiler_trouble
+from visualizer.store import receive
 
 if not hasattr(torch._dynamo.eval_frame, "set_code_exec_strategy"):
     pytest.skip("capturing works, but older releases of torch put many things differently", allow_module_level=True)
@@ -693,7 +694,7 @@ def test_a_release_that_cannot_put_calls_off_ends_the_graph(monkeypatch):
     from torch._dynamo.variables.builder import VariableBuilder
 
     compiled.prepare()
-    monkeypatch.delitem(VariableBuilder._id_dispatch(), id(compiled.receive))
+    monkeypatch.delitem(VariableBuilder._id_dispatch(), id(receive))
     model, x = model_of(2), images()
     with capture(model, "attn") as plain:
         model(x)
@@ -811,3 +812,31 @@ def test_what_was_captured_goes_at_once_where_something_was_compiled():
         assert seen() is None
     finally:
         gc.enable()
+
+
+def test_why_the_compiler_does_not_know_the_hook_is_remembered_until_it_does(monkeypatch):
+    from torch._dynamo.variables.builder import VariableBuilder
+
+    def broken():
+        raise AttributeError("this release has no such table")
+
+    assert compiler_trouble() is None
+    monkeypatch.setattr(compiled, "_knows_hook", False)
+    with monkeypatch.context() as release:
+        release.setattr(VariableBuilder, "_id_dispatch", broken)
+        assert "AttributeError: this release has no such table" == compiler_trouble()
+        with capture(softmax_twice, "attn") as found:  # and nobody is kept from capturing
+            softmax_twice(images())
+        assert 1 == len(found["softmax_twice"])
+    assert compiler_trouble() is None
+
+
+def test_without_torch_there_is_no_trouble_and_a_broken_one_says_so(monkeypatch):
+    with monkeypatch.context() as without:
+        without.setattr(compiled, "import_module", lambda name: __import__("torch_that_is_missing"))
+        assert "No module named 'torch_that_is_missing'" in compiler_trouble()
+    code = (
+        "import sys; sys.modules['torch'] = None; from visualizer.instrument import compiler_trouble;"
+        "print(compiler_trouble())"
+    )
+    assert ["None"] == in_a_fresh_process(code)

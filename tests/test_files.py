@@ -36,7 +36,6 @@ def write(path, keys, records, about):
     files.write(path, Saved("values", tuple(keys), records, about))
 
 
-
 Pair = collections.namedtuple("Pair", "first second")
 
 
@@ -829,6 +828,7 @@ class TestHostileFiles:
         [
             pytest.param([["tuple", []], *(["tuple", [[i]]] for i in range(300_000))], id="deep"),
             pytest.param([["tuple", []], *(["tuple", [[i], [i]]] for i in range(300))], id="doubling"),
+            pytest.param([["tuple", [1] * 100_000], ["tuple", [[0]] * 900]], id="wide"),
         ],
     )
     @pytest.mark.parametrize("kind", ["set", "frozenset", "dict"])

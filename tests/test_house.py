@@ -1,4 +1,4 @@
-"""The promises about the package as a whole: who imports whom, what is private and what public, what importing costs."""
+"""The promises about the package as a whole: who imports whom, what is private and what public, what imports cost."""
 
 import ast
 import dis

@@ -132,12 +132,12 @@ class TestMaps:
 def test_files_of_several_kinds_are_refused(tmp_path):
     statistics(batches()).save(tmp_path / "rank-0.safetensors")
     TestValues().write(tmp_path, 1, {})
-    with pytest.raises(ValueError, match=r"of one kind, and .*rank-0\.safetensors has statistics, .*1\.\w+ has values"):
+    with pytest.raises(ValueError, match=r"of one kind, but .*rank-0\.safetensors has statistics, .*1\.\w+ has values"):
         visualizer.load(tmp_path / "rank-*.safetensors")
 
 
 def test_no_file_is_like_the_pattern(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file is like .*rank-"):
+    with pytest.raises(FileNotFoundError, match=r"no file matches .*rank-"):
         visualizer.load(tmp_path / "rank-*.safetensors")
     with pytest.raises(FileNotFoundError):
         visualizer.load(tmp_path / "rank-0.safetensors")

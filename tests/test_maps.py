@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visualizer import AttentionMap
-from visualizer import maps as room
-from visualizer.maps import _Factors, _Gradient, _Keys, maps_of
+from visualizer.maps import Factors, Gradient, Keys, attention_map, maps_of
 
 B, H, Q, K, D = 2, 4, 7, 9, 8
 
@@ -115,8 +114,8 @@ class TestBoth:
             ([0, -Q - 1], IndexError, f"there is no query {-Q - 1}: "),
             ([0.0], TypeError, "a query is an integer, not torch.float32"),
             ([True, False], TypeError, "a query is an integer, not torch.bool"),
-            (None, TypeError, "a query is told by its number, not by None"),
-            ("cat", TypeError, "a query is told by its number, not by 'cat'"),
+            (None, TypeError, "a query is chosen by its number, not by None"),
+            ("cat", TypeError, "a query is chosen by its number, not by 'cat'"),
         ],
     )
     def test_rows_that_are_not_there(self, case, queries, error, said):
@@ -178,9 +177,9 @@ class TestBoth:
     def test_row_product_computes_only_what_has_a_share(self, case, monkeypatch):
         attention, _ = case
         computed = []
-        rows = type(attention._source).rows
+        rows = type(attention.source).rows
         monkeypatch.setattr(
-            type(attention._source), "rows", lambda self, which: computed.append(which) or rows(self, which)
+            type(attention.source), "rows", lambda self, which: computed.append(which) or rows(self, which)
         )
         r = torch.zeros(B, Q)
         assert 0 == attention.row_product(r).abs().max()
@@ -225,13 +224,13 @@ class TestBoth:
 
     def test_its_bytes(self, case):
         attention, _ = case
-        held = attention._tensors()
+        held = attention.source.tensors()
         assert sum(tensor.nbytes for tensor in held) == attention.nbytes > 0
 
     def test_to_a_file_and_back(self, case):
         attention, weights = case
         attention.path, attention.kind = "blocks.0", "self"
-        again = AttentionMap._unpacked(attention._packed({}))
+        again = AttentionMap.unpacked(attention.packed({}))
         assert (attention.path, attention.kind, attention.is_dense) == (again.path, again.kind, again.is_dense)
         close(weights, again.dense())
 
@@ -332,7 +331,7 @@ class TestFactored:
         """As with a cache of keys; with a negative number the first queries see nothing."""
         query, key = factors()
         seen = torch.arange(K) <= torch.arange(Q)[:, None] + causal
-        attention = AttentionMap._of(_Factors(query, _Keys(key), K, None, None, causal), "", None)
+        attention = AttentionMap.from_source(Factors(query, Keys(key), K, None, None, causal))
         close(reference(query, key, mask=seen), attention.dense())
 
     @pytest.mark.parametrize("name", MASKS)
@@ -376,7 +375,7 @@ class TestFactored:
         attention = AttentionMap.from_query_key(query, key, mask=mask)
         for found in (attention.dense(), attention.row_product(torch.ones(B, Q, requires_grad=True))):
             assert not found.requires_grad
-        assert not any(tensor.requires_grad for tensor in attention._tensors())
+        assert not any(tensor.requires_grad for tensor in attention.source.tensors())
 
     @pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
     def test_made_and_read_under_the_modes_of_a_forward_pass(self, mode):
@@ -454,20 +453,21 @@ class TestFlex:
         values = torch.eye(K).expand(B, 2, K, K)
         block = None if mask_mod is None else flex.create_block_mask(mask_mod, B, H, K, K, device="cpu")
         expected = flex.flex_attention(query, key, values, score_mod, block, scale=0.4, enable_gqa=True)
-        factored = _Factors(query, _Keys(key), K, 0.4, None, None, score_mod, mask_mod)
-        attention = AttentionMap._of(factored, "blocks.0", "self")
+        factored = Factors(query, Keys(key), K, 0.4, None, None, score_mod, mask_mod)
+        attention = AttentionMap.from_source(factored, path="blocks.0", kind="self")
         close(expected, attention.dense())
         close(expected[:, :, [5, 1]], attention.rows([5, 1]))
         close(expected.sum(2), attention.row_product(torch.ones(B, K)), 1e-5)
 
     def test_the_functions_may_hold_parameters(self):
         bias = torch.randn(H, requires_grad=True)
-        factored = _Factors(*self.parts(), None, None, None, lambda score, batch, head, query, key: score * bias[head])
+        factored = Factors(*self.parts(), None, None, None, lambda score, batch, head, query, key: score * bias[head])
         assert not factored.rows(slice(None)).requires_grad
 
     def test_it_is_written_dense_and_stays_where_it_is(self):
-        attention = AttentionMap._of(_Factors(*self.parts(), None, None, None, distance), "blocks.0", "self")
-        again = AttentionMap._unpacked(attention._packed({}))
+        factored = Factors(*self.parts(), None, None, None, distance)
+        attention = AttentionMap.from_source(factored, path="blocks.0", kind="self")
+        again = AttentionMap.unpacked(attention.packed({}))
         assert again.is_dense
         close(attention.dense(), again.dense(), 0)
         close(attention.dense(), attention.to("cpu").dense(), 0)
@@ -476,7 +476,7 @@ class TestFlex:
 
     def parts(self):
         query, key = factors()
-        return query, _Keys(key), K
+        return query, Keys(key), K
 
 
 class TestKeys:
@@ -485,13 +485,13 @@ class TestKeys:
     def test_a_growing_cache_shares_a_buffer_and_older_maps_keep_their_answers(self):
         query, key = factors(queries=1, keys=60)
         given = key[:, :, :5].clone()
-        keys = _Keys(given)
+        keys = Keys(given)
         taken, found = 0, []
         for length in (5, 6, 7, 7, 20, 60):
             now = key[:, :, :length]
             assert keys.begins(now)
             taken += keys.grow(now)
-            found.append((length, AttentionMap._of(_Factors(query, keys, length, None, None, None), "", None)))
+            found.append((length, AttentionMap.from_source(Factors(query, keys, length, None, None, None))))
         for length, attention in found:
             close(reference(query, key[:, :, :length]), attention.dense())
         assert taken == keys.buffer.nbytes - given.nbytes
@@ -501,25 +501,25 @@ class TestKeys:
     def test_what_it_was_given_is_never_written_to(self):
         _, key = factors(keys=8)
         buffer = key.clone()
-        keys = _Keys(buffer[:, :, :4])
+        keys = Keys(buffer[:, :, :4])
         keys.grow(torch.cat([key[:, :, :4], key[:, :, :2]], 2))
         torch.testing.assert_close(buffer, key, rtol=0, atol=0)
 
     def test_a_file_has_the_keys_once(self):
         query, key = factors(queries=1)
-        keys, shared = _Keys(key[:, :, :5]), {}
-        first = AttentionMap._of(_Factors(query, keys, 5, None, None, None), "", None)
+        keys, shared = Keys(key[:, :, :5]), {}
+        first = AttentionMap.from_source(Factors(query, keys, 5, None, None, None))
         keys.grow(key)
-        second = AttentionMap._of(_Factors(query, keys, K, None, None, None), "", None)
-        packed = [attention._packed(shared) for attention in (first, second)]
+        second = AttentionMap.from_source(Factors(query, keys, K, None, None, None))
+        packed = [attention.packed(shared) for attention in (first, second)]
         assert packed[0]["key"] is packed[1]["key"]
-        for attention, again in zip((first, second), map(AttentionMap._unpacked, packed), strict=True):
+        for attention, again in zip((first, second), map(AttentionMap.unpacked, packed), strict=True):
             close(attention.dense(), again.dense(), 0)
 
     def test_few_bytes_are_copied(self):
         """The buffer grows by half, so a token at a time costs its own bytes, not those of all before it."""
         _, key = factors(keys=300)
-        keys, times = _Keys(key[:, :, :1].clone()), 0
+        keys, times = Keys(key[:, :, :1].clone()), 0
         for length in range(2, 301):
             times += keys.grow(key[:, :, :length]) > 0
         assert times < 15
@@ -527,7 +527,7 @@ class TestKeys:
 
     def test_what_does_not_go_on_from_it(self):
         _, key = factors()
-        keys = _Keys(key)
+        keys = Keys(key)
         changed = key.clone()
         changed[0, 0, 0, 0] += 1
         for other in (changed, key[:, :, :-1], key[:1], key[:, :2], key[..., :4], key.double(), key.to("meta")):
@@ -545,13 +545,13 @@ class TestGradient:
         output = weights @ value.repeat_interleave(H // key_heads, 1)
         output.retain_grad()
         attention = AttentionMap.from_query_key(query, key)
-        attention._gradient = _Gradient(attention.shape, value)
+        attention.gradient = Gradient(attention.shape, value)
         with pytest.raises(RuntimeError, match="no backward pass has come through"):
             attention.grad_rows(0)
         for number in range(passes):
             output.grad = None
             (output**2).sum().mul(number + 1).backward(retain_graph=True)
-            attention._gradient.take(output.grad)
+            attention.gradient.accumulate(output.grad)
         close(weights.grad, attention.grad_dense(), 1e-5 * weights.grad.abs().max().item())
         close(weights.grad[:, :, [-1, 2]], attention.grad_rows([-1, 2]), 1e-5 * weights.grad.abs().max().item())
         assert (B, H, 0, K) == tuple(attention.grad_rows([]).shape)
@@ -560,9 +560,9 @@ class TestGradient:
     def test_of_weights_that_are_there(self):
         weights = torch.rand(B, H, Q, K).requires_grad_()
         attention = AttentionMap(weights)
-        attention._gradient = _Gradient(attention.shape, None)
+        attention.gradient = Gradient(attention.shape, None)
         (weights**3).sum().backward()
-        attention._gradient.take(weights.grad)
+        attention.gradient.accumulate(weights.grad)
         kept = weights.grad.clone()
         weights.grad.zero_()
         close(kept, attention.grad_dense(), 0)
@@ -570,13 +570,13 @@ class TestGradient:
 
     def test_half_types_become_float32(self):
         value, incoming = torch.randn(B, H, K, 5).bfloat16(), torch.randn(B, H, Q, 5).bfloat16()
-        gradient = _Gradient((B, H, Q, K), value)
-        gradient.take(incoming)
+        gradient = Gradient((B, H, Q, K), value)
+        gradient.accumulate(incoming)
         close(incoming.double() @ value.double().mT, gradient.rows(slice(None), torch.float32), 1e-5)
 
     def test_it_says_why_there_is_none(self):
         attention = AttentionMap.from_query_key(*factors())
-        attention._gradient = _Gradient(attention.shape, None, "dropout was on")
+        attention.gradient = Gradient(attention.shape, None, "dropout was on")
         with pytest.raises(RuntimeError, match="dropout was on"):
             attention.grad_dense()
 
@@ -636,4 +636,4 @@ class TestMapsOf:
 
 
 def test_a_chunk_fits_a_cache():
-    assert 2**20 <= room.CHUNK <= 2**25
+    assert 2**20 <= attention_map.CHUNK <= 2**25

@@ -14,7 +14,7 @@ from types import CellType, CodeType, FunctionType
 
 import pytest
 
-from visualizer import rewrite as engine
+from visualizer import opcodes
 from visualizer.errors import RewriteError, UnknownLocalError
 from visualizer.rewrite import HOOK, assigned_lines, local_names, rewrite
 
@@ -258,7 +258,7 @@ class TestTheProof:
             rewrite(self.function.__code__, ["attn"], key="k")
 
     def test_an_unknown_way_to_return_is_refused(self, monkeypatch):
-        monkeypatch.setattr(engine.opcodes, "KNOWN_RETURNS", frozenset())
+        monkeypatch.setattr(opcodes, "KNOWN_RETURNS", frozenset())
         with pytest.raises(RewriteError, match="RETURN_VALUE"):
             rewrite(self.function.__code__, ["attn"], key="k")
 

@@ -241,7 +241,7 @@ def test_under_autocast_the_numbers_are_those_of_the_half_precision_that_runs():
 
     with attention(model) as maps:
         run()
-    assert torch.bfloat16 == maps[0]._source.dtype
+    assert torch.bfloat16 == maps[0].source.dtype
     with Monitor(model, *everything())(0) as values:
         run().float().square().mean().backward()
     assert pytest.approx(expected_of({path: maps[path].numpy() for path in "01"}), abs=1e-5) == values

@@ -42,7 +42,7 @@ from .instrument import capture, get_local
 if TYPE_CHECKING:
     from . import analysis, models, plot, statistics
     from .explorer import explore
-    from .intercept import attention
+    from .intercept.attention import attention
     from .loading import load
     from .maps import AttentionMap
 

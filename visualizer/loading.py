@@ -1,4 +1,4 @@
-"""What any `save` of this package wrote, as what it was."""
+"""Loads what any `save` of this package wrote."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def load(path: str | PathLike[str]) -> Cache | Maps | Collected:
-    """What was saved, without the model: a cache of captured values, attention maps, or statistics.
+    """A cache of captured values, attention maps, or statistics, read from a file; the model is not needed.
 
     >>> import os, tempfile, torch
     >>> from visualizer import attention, load
@@ -34,21 +34,22 @@ def load(path: str | PathLike[str]) -> Cache | Maps | Collected:
     (<AttentionMap (1, 2, 5, 5), self, dense, float32, cpu>, 'a')
 
     Args:
-        path: the file. All of it is read into memory; nothing in it is run. Or a pattern, as "run/rank-*.safetensors":
-            files of one kind become one, in the order of their names with numbers by their size. Statistics are merged,
-            values and maps come one file after the other, and of `about` there is what all files agree on.
+        path: the file, or a pattern such as "run/rank-*.safetensors". A file is read into memory whole; nothing in it
+            is run. The files of a pattern become one result, in the order of their names, where rank-2 comes before
+            rank-10. They must be of one kind. Statistics are merged; values and maps follow one another; of `about`
+            the items stay that are the same in all files.
 
     Returns:
-        A cache or maps of their own. Arrays come back as arrays and tensors as tensors, of their shape and dtype;
-        tensors are on the CPU and have no graph. Numbers (numpy's too), strings, bytes, None, lists, tuples, sets and
-        dicts have their types; those of a subclass (a model's output, a named tuple, an enum) come back plain. What was
-        one object in several places is one again.
+        What was saved. Arrays come back as arrays and tensors as tensors, with their shape and dtype; tensors are on
+        the CPU and have no graph. Numbers (numpy's too), strings, bytes, None, lists, tuples, sets and dicts keep their
+        types; those of a subclass (a model's output, a named tuple, an enum) come back plain. An object that was in
+        several places is one object again.
 
     Raises:
-        FileFormatError: the file is damaged, cut off, written by a newer version, or none that a `save` of ours wrote;
-            the message says which. Each byte is checked: what is returned is what was saved.
+        FileFormatError: the file is damaged, cut off, written by a newer version, or not written by this package; the
+            message says which. Each byte is checked, so that what is returned is what was saved.
         ModuleNotFoundError: the file has tensors, and torch is not installed.
-        OSError: the file cannot be opened: it is missing, a folder, or not yours to read; or no file is like the
+        OSError: the file cannot be opened (it is missing, a folder, or not yours to read), or no file matches the
             pattern.
         ValueError: the files of a pattern are of several kinds, or their statistics do not belong together.
     """
@@ -57,12 +58,12 @@ def load(path: str | PathLike[str]) -> Cache | Maps | Collected:
     if not os.path.lexists(name) and glob.has_magic(name):
         names = sorted(glob.glob(name), key=_by_numbers)
         if not names:
-            raise FileNotFoundError(f"no file is like {name!r}")
+            raise FileNotFoundError(f"no file matches {name!r}")
     parts = {name: read(name) for name in names}
     kinds = {name: saved.kind for name, saved in parts.items() if saved.records}
     if len({*kinds.values()}) > 1:
-        told = ", ".join(f"{name} has {kind}" for name, kind in kinds.items())
-        raise ValueError(f"files of one pattern are of one kind, and {told}")
+        listed = ", ".join(f"{name} has {kind}" for name, kind in kinds.items())
+        raise ValueError(f"the files of a pattern must be of one kind, but {listed}")
     several = list(parts.values())
     kind = next(iter(kinds.values()), several[0].kind)
     if kind == "statistics":
@@ -81,12 +82,12 @@ def load(path: str | PathLike[str]) -> Cache | Maps | Collected:
 
 
 def _by_numbers(name: str) -> list[tuple[str, int]]:
-    """rank-2 before rank-10."""
+    """A sorting key that puts rank-2 before rank-10."""
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
 def _together(parts: Sequence[Saved], kind: Kind) -> Saved:
-    """What all files have, one behind the other."""
+    """The records of all files, one file after the other."""
     keys, records = list(dict.fromkeys(key for saved in parts for key in saved.keys)), list[Record]()
     for saved in parts:
         calls = 1 + max((record.call for record in records), default=-1)
@@ -95,7 +96,7 @@ def _together(parts: Sequence[Saved], kind: Kind) -> Saved:
 
 
 def _agreed(abouts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is the same in all."""
+    """The items that are the same in all."""
     first, *others = abouts
     return {
         key: value

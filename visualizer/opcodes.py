@@ -1,70 +1,78 @@
-"""All that differs between Python versions, as named facts and named builders of instructions.
+"""All that differs between Python versions: facts about bytecode, and builders of instructions, named by meaning.
 
-Nothing else in the package looks at `sys.version_info`. What the rewriter injects
-is, in Python's terms,
+No other file of the engine looks at `sys.version_info` or spells the name of an instruction, so a new Python is
+supported by changing this file alone. What the rewriter injects is, in Python's terms,
 
     __get_local__(key, value)
 
-built here from `load_hook`, `load_key`, `load_variable` and `call_hook`. Comments show the stack after each step,
+built here by `load_hook`, `load_constant`, `load_variable` and `call_hook`. "Stack" shows what a step changes, with the
 top at the right.
 """
 
 from __future__ import annotations
 
+import dis
 import sys
+from collections.abc import Iterable
 from enum import Enum
-from typing import TYPE_CHECKING
+from types import CodeType
+from typing import TYPE_CHECKING, Any
 
 from .errors import UnsupportedPythonError
 
 if TYPE_CHECKING:
-    from bytecode import Instr
+    from bytecode import Instr, Label
     from bytecode.instr import InstrLocation
 
 OLDEST, NEWEST = (3, 11), (3, 15)
 
 COMPREHENSIONS_ARE_INLINED = sys.version_info >= (3, 12)
-"""PEP 709: a comprehension's variables live in the function's own frame, saved by LOAD_FAST_AND_CLEAR before it and
-restored by a plain STORE_FAST after it, which may store "unbound"."""
+"""PEP 709: a comprehension's variables live in the function's own frame. LOAD_FAST_AND_CLEAR saves the function's value
+before the comprehension, and a plain STORE_FAST restores it afterwards; it may restore "unbound"."""
 
 LOADS_MUST_BE_CHECKED = sys.version_info >= (3, 12)
 """LOAD_FAST pushes a null pointer for an unbound local, and the interpreter crashes; LOAD_FAST_CHECK raises."""
 
 CALLS_ARE_PREPARED = sys.version_info < (3, 12)
-"""CALL must follow a PRECALL of its own."""
+"""Each CALL needs a PRECALL before it."""
 
 RETURNS = frozenset({"RETURN_VALUE", "RETURN_CONST"})
-"""What ends a call with a result. RETURN_CONST (3.12, 3.13) brings its own value."""
+"""These end a call with a result. RETURN_CONST (3.12, 3.13) has its value as its argument."""
 
 KNOWN_RETURNS = RETURNS | {"RETURN_GENERATOR"}
-"""RETURN_GENERATOR hands out the generator and ends nothing. Any other RETURN_... would be news, and is refused."""
+"""RETURN_GENERATOR hands out the generator and does not end the call. Any other RETURN_... is new, and is refused."""
 
-STORES = frozenset({"STORE_FAST", "STORE_DEREF"})
-DELETES = frozenset({"DELETE_FAST", "DELETE_DEREF"})
+JUMPS = frozenset({*dis.hasjrel, *dis.hasjabs, *getattr(dis, "hasjump", ())})
+"""The numbers of the operations that jump."""
 
-PAIRS = {
+_STORES = frozenset({"STORE_FAST", "STORE_DEREF"})
+_DELETES = frozenset({"DELETE_FAST", "DELETE_DEREF"})
+_SAVE_AND_UNBIND = "LOAD_FAST_AND_CLEAR"
+
+_FILLERS = frozenset({"EXTENDED_ARG", "CACHE"})
+
+_PAIRS = {
     "STORE_FAST_STORE_FAST": ("STORE_FAST", "STORE_FAST"),
     "STORE_FAST_LOAD_FAST": ("STORE_FAST", "LOAD_FAST"),
     "LOAD_FAST_LOAD_FAST": ("LOAD_FAST", "LOAD_FAST"),
     "LOAD_FAST_BORROW_LOAD_FAST_BORROW": ("LOAD_FAST_BORROW", "LOAD_FAST_BORROW"),
 }
-"""3.13 and later do two steps in one instruction; either half may be the one that matters."""
+"""3.13 and later do two steps in one instruction, and the rewriter may have to work between them."""
+
+_SHAM_JUMPS = frozenset({"END_ASYNC_FOR"})
+"""From 3.14 on it names the start of its loop, for monitoring only: execution never jumps there."""
 
 
-SHAM_JUMPS = frozenset({"END_ASYNC_FOR"})
-"""3.14 and later give it the way back to its loop, for monitoring only: execution never takes it."""
+class Storage(Enum):
+    """Where the interpreter keeps a variable of a function."""
 
-
-class Kind(Enum):
-    """Where a variable of a function lives."""
-
-    FAST = "in the frame"
+    FRAME = "in the call's frame"
     CELL = "in a cell that inner functions share"
     FREE = "in a cell of an outer function"
 
 
 def why_unsupported() -> str | None:
-    """The reason why this interpreter's code cannot be rewritten, or None where it can."""
+    """Why this interpreter's code cannot be rewritten; None where it can."""
     if sys.implementation.name != "cpython":
         return f"it rewrites CPython's bytecode, and this is {sys.implementation.name}"
     version = sys.version_info[:2]
@@ -77,7 +85,7 @@ def why_unsupported() -> str | None:
 
 
 def require_supported() -> None:
-    """Raise UnsupportedPythonError, with the reason, where code cannot be rewritten."""
+    """Raise UnsupportedPythonError, with the reason, where this interpreter's code cannot be rewritten."""
     reason = why_unsupported()
     if reason:
         raise UnsupportedPythonError(
@@ -86,35 +94,124 @@ def require_supported() -> None:
         )
 
 
+def is_filler(operation: str) -> bool:
+    """Whether an instruction only belongs to another one: it widens its argument, or leaves room for its cache."""
+    return operation in _FILLERS
+
+
+def halves(operation: str, argument: Any, shown: str) -> list[tuple[str, Any, str]]:
+    """The one or two steps of an instruction, as (operation, argument, argument as `dis` shows it)."""
+    if operation in _PAIRS:
+        return [(half, name, str(name)) for half, name in zip(_PAIRS[operation], argument, strict=True)]
+    if operation == "RETURN_CONST":
+        return [("LOAD_CONST", argument, shown), ("RETURN_VALUE", None, "")]
+    return [(operation, argument, shown)]
+
+
+def split(instr: Instr) -> list[Instr]:
+    """The instructions of one step each that do the same."""
+    from bytecode import Instr
+
+    at = instr.location
+    if instr.name in _PAIRS and isinstance(instr.arg, tuple):
+        return [Instr(half, name, location=at) for half, name in zip(_PAIRS[instr.name], instr.arg, strict=True)]
+    if instr.name == "RETURN_CONST":
+        return [*load_constant(instr.arg, at), Instr("RETURN_VALUE", location=at)]
+    return [instr]
+
+
+def unknown_returns(instructions: Iterable[Instr]) -> set[str]:
+    """The ways to return among the instructions that this file does not know."""
+    return {instr.name for instr in instructions if instr.name.startswith("RETURN")} - KNOWN_RETURNS
+
+
+def may_borrow(code: CodeType) -> bool:
+    """Whether a comprehension in the function may borrow its variables: cheap, and False only where none does."""
+    # Half of the bytes are arguments, and one of those may equal the opcode.
+    return COMPREHENSIONS_ARE_INLINED and dis.opmap.get(_SAVE_AND_UNBIND, -1) in code.co_code
+
+
+def starts(instr: Instr) -> bool:
+    """Whether the function's body starts here; in a generator also where it goes on after a yield."""
+    return instr.name == "RESUME"
+
+
+def returns(instr: Instr) -> bool:
+    """Whether it ends the call with a result."""
+    return instr.name in RETURNS
+
+
+def jumps(instr: Instr) -> bool:
+    """Whether execution may go on at the label that it names."""
+    return instr.has_jump() and instr.name not in _SHAM_JUMPS
+
+
+def makes_cell(instr: Instr) -> bool:
+    """Whether it puts a variable into a cell."""
+    return instr.name == "MAKE_CELL"
+
+
+def stores(instr: Instr) -> bool:
+    """Whether it gives a variable a value."""
+    return instr.name in _STORES
+
+
+def deletes(instr: Instr) -> bool:
+    """Whether it is the work of a `del`."""
+    return instr.name in _DELETES
+
+
+def borrows(instr: Instr) -> bool:
+    """Whether a comprehension saves a variable of the function on the stack, to use the name for its own."""
+    return instr.name == _SAVE_AND_UNBIND
+
+
+def slot_after(instr: Instr, slot: int, depth: int) -> int | None:
+    """Where a value of the stack lies after an instruction; None where a variable takes it.
+
+    Args:
+        instr: one that leaves the value alone, or stores it, or swaps it.
+        slot: how many values lie beneath it before.
+        depth: how many values the stack has before.
+    """
+    top = depth - 1
+    if instr.name == "STORE_FAST" and slot == top:
+        return None
+    if instr.name == "SWAP":
+        other = depth - int(instr.arg)  # type: ignore[arg-type]
+        return other if slot == top else top if slot == other else slot
+    return slot
+
+
 def load_hook(hook: str, at: InstrLocation | None) -> list[Instr]:
-    """Stack: ... -> ... hook, null. The low bit asks for the null on its right side of the hook in every version."""
+    """Stack: ... -> ... hook, null. True adds the null, on the side of the hook where this version expects it."""
     from bytecode import Instr
 
     return [Instr("LOAD_GLOBAL", (True, hook), location=at)]
 
 
 def load_marker(hook: str, at: InstrLocation | None) -> list[Instr]:
-    """Stack: ... -> ... hook. The hook itself stands for "unbound": no variable of the user's can hold it."""
+    """Stack: ... -> ... hook. The hook itself means "unbound", for no variable of the user's can hold it."""
     from bytecode import Instr
 
     return [Instr("LOAD_GLOBAL", (False, hook), location=at)]
 
 
-def load_constant(value: str | int | None, at: InstrLocation | None) -> list[Instr]:
+def load_constant(value: Any, at: InstrLocation | None) -> list[Instr]:
     """Stack: ... -> ... value."""
     from bytecode import Instr
 
     return [Instr("LOAD_CONST", value, location=at)]
 
 
-def load_variable(name: str, kind: Kind, at: InstrLocation | None) -> list[Instr]:
+def load_variable(name: str, storage: Storage, at: InstrLocation | None) -> list[Instr]:
     """Stack: ... -> ... value; an unbound variable raises NameError or UnboundLocalError."""
     from bytecode import Instr
     from bytecode.instr import CellVar, FreeVar
 
-    if kind is Kind.FREE:
+    if storage is Storage.FREE:
         return [Instr("LOAD_DEREF", FreeVar(name), location=at)]
-    if kind is Kind.CELL:
+    if storage is Storage.CELL:
         return [Instr("LOAD_DEREF", CellVar(name), location=at)]
     return [Instr("LOAD_FAST_CHECK" if LOADS_MUST_BE_CHECKED else "LOAD_FAST", name, location=at)]
 
@@ -127,8 +224,22 @@ def build_tuple(count: int, at: InstrLocation | None) -> list[Instr]:
 
 
 def call_hook(at: InstrLocation | None) -> list[Instr]:
-    """Stack: ... hook, null, key, value -> ... (what the hook returned is dropped)."""
+    """Stack: ... hook, null, key, value -> ... (the hook's result is dropped)."""
     from bytecode import Instr
 
     prepare = [Instr("PRECALL", 2, location=at)] if CALLS_ARE_PREPARED else []
-    return [*prepare, Instr("CALL", 2, location=at), Instr("POP_TOP", location=at)]
+    return [*prepare, Instr("CALL", 2, location=at), *drop(at)]
+
+
+def drop(at: InstrLocation | None) -> list[Instr]:
+    """Stack: ... value -> ..."""
+    from bytecode import Instr
+
+    return [Instr("POP_TOP", location=at)]
+
+
+def skip_to(label: Label, at: InstrLocation | None) -> list[Instr]:
+    """Go on at a label further down."""
+    from bytecode import Instr
+
+    return [Instr("JUMP_FORWARD", label, location=at)]

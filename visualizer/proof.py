@@ -1,7 +1,7 @@
-"""The proof that rewritten code is the original and the injected instructions, and nothing else.
+"""The proof that rewritten code is the original plus the injected instructions, and nothing else.
 
-Both are read back with `dis`, not with the package that assembled them: instruction by instruction the same operations
-on the same names and constants, the same jumps, exception handlers, lines and columns.
+It reads both with `dis`, not with the package that assembled them, and compares them instruction by instruction: the
+operations, their names and constants, jumps, exception handlers, lines and columns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from . import opcodes
 from .errors import RewriteError
 
-_KEPT = (
+_UNCHANGED = (
     *("co_name", "co_qualname", "co_filename", "co_firstlineno", "co_flags"),
     *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_nlocals"),
     *("co_varnames", "co_cellvars", "co_freevars"),
@@ -29,7 +29,7 @@ def refusal(code: CodeType, reason: str) -> str:
 
 
 class _Step(NamedTuple):
-    """One instruction with all that it means, free of offsets and numbering."""
+    """One step with all that it means, free of offsets and of the numbers of names and constants."""
 
     operation: str
     argument: Any
@@ -40,33 +40,23 @@ class _Step(NamedTuple):
 
 
 def _steps(code: CodeType, dropped: set[int]) -> list[_Step]:
-    """A code object's instructions but the dropped ones; jumps and handlers by the step that they lead to."""
-    jumps = {*dis.hasjrel, *dis.hasjabs, *getattr(dis, "hasjump", ())}
+    """The steps of a code object without the dropped instructions; jumps and handlers name the step they lead to."""
     resolved = {*dis.hasconst, *dis.hasname, *dis.haslocal, *dis.hasfree}
     drafts: list[tuple[str, Any, str, Any, int, bool]] = []
     step_at: dict[int, int] = {}
     index = -1
     for instruction in dis.get_instructions(code):
-        step_at[instruction.offset] = len(drafts)  # an EXTENDED_ARG leads to the instruction that it extends
-        if instruction.opname in ("EXTENDED_ARG", "CACHE"):
+        step_at[instruction.offset] = len(drafts)  # a jump to a filler leads to the instruction that it belongs to
+        if opcodes.is_filler(instruction.opname):
             continue
         index += 1
         if index in dropped:
             continue
-        name, value, shown = instruction.opname, instruction.argval, instruction.argrepr
-        place, offset, is_jump = instruction.positions, instruction.offset, instruction.opcode in jumps
-        if name in opcodes.PAIRS:
-            for half, variable in zip(opcodes.PAIRS[name], value, strict=True):
-                drafts.append((half, variable, str(variable), place, offset, False))
-        elif name == "RETURN_CONST":
-            drafts.append(("LOAD_CONST", value, shown, place, offset, False))
-            drafts.append(("RETURN_VALUE", None, "", place, offset, False))
-        elif is_jump:
-            drafts.append((name, value, "", place, offset, True))
-        elif instruction.opcode in resolved:
-            drafts.append((name, value, shown, place, offset, False))
-        else:
-            drafts.append((name, instruction.arg, "", place, offset, False))
+        is_jump = instruction.opcode in opcodes.JUMPS
+        argument = instruction.argval if is_jump or instruction.opcode in resolved else instruction.arg
+        shown = instruction.argrepr if instruction.opcode in resolved and not is_jump else ""
+        for step in opcodes.halves(instruction.opname, argument, shown):
+            drafts.append((*step, instruction.positions, instruction.offset, is_jump))
     disassembly: Any = dis.Bytecode(code)
     regions = [
         (entry.start, entry.end, (step_at[entry.target], entry.depth, bool(entry.lasti)))
@@ -81,8 +71,14 @@ def _steps(code: CodeType, dropped: set[int]) -> list[_Step]:
 
 
 def prove(code: CodeType, rewritten: CodeType, injected: set[int]) -> None:
-    """Raise RewriteError unless the rewritten code is the original and the injected instructions, and nothing else."""
-    for attribute in _KEPT:
+    """Raise RewriteError unless the rewritten code is the original plus the injected instructions, and nothing else.
+
+    Args:
+        code: the original.
+        rewritten: what is to take its place.
+        injected: the positions of the injected instructions among all of the rewritten code, fillers not counted.
+    """
+    for attribute in _UNCHANGED:
         before, after = getattr(code, attribute), getattr(rewritten, attribute)
         if before != after:
             raise RewriteError(refusal(code, f"its {attribute} would change from {before!r} to {after!r}"))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..maps import AttentionMap, exactly
+from ..maps import AttentionMap, without_autograd
 from .reading import (
     Fusion,
     Rows,
@@ -27,7 +27,7 @@ _DIGIT = 11  # bits that a pass of the search for a threshold finds: three passe
 _UNIT = 2**20  # a capacity of 1 in the whole numbers that a maximum flow is computed in
 
 
-@exactly
+@without_autograd
 def rollout(
     attention: Any,
     query: int | Sequence[int] | Tensor | None = None,
@@ -83,7 +83,7 @@ def rollout(
     )
 
 
-@exactly
+@without_autograd
 def attention_flow(
     attention: Any,
     query: int = 0,
@@ -134,10 +134,10 @@ def attention_flow(
     last, depth = maps[-1], len(maps)
     batch, _, tokens, _ = last.shape
     try:
-        source = int(_indices(last, operator.index(query), "query")[0])
+        source = int(last.query_indices(operator.index(query))[0])
     except TypeError:
         raise TypeError(f"query={query!r}: an attention flow is that of one token, by its number") from None
-    sinks = _indices(last, slice(None) if keys is None else keys, "key").tolist()
+    sinks = last.key_indices(slice(None) if keys is None else keys).tolist()
     flows = torch.zeros(batch, len(sinks), dtype=last.dtype)
     for image in range(batch):
         # Node l * N + i is token i before layer l, so the edges of a layer run from its upper nodes to its lower.
@@ -157,7 +157,7 @@ def attention_flow(
     return given(flows[:, 0] if is_one else flows, arrays)
 
 
-@exactly
+@without_autograd
 def gradient_rollout(
     attention: Any,
     query: int | Sequence[int] | Tensor | None = None,
@@ -213,7 +213,7 @@ def gradient_rollout(
     )
 
 
-@exactly
+@without_autograd
 def relevance(attention: Any, query: int | Sequence[int] | Tensor | None = None, *, gradients: Any = None) -> Any:
     """How much each token of the input counts for one output of the model: relevance by attention and its gradients.
 
@@ -266,7 +266,7 @@ def relevance(attention: Any, query: int | Sequence[int] | Tensor | None = None,
     )
 
 
-@exactly
+@without_autograd
 def cross_relevance(
     attention: Any,
     streams: Sequence[tuple[str, str] | Sequence[tuple[str, str]]],
@@ -372,17 +372,11 @@ def _sizes(maps: list[AttentionMap], pairs: list[tuple[str, str]]) -> dict[str, 
     return sizes
 
 
-def _indices(layer: AttentionMap, chosen: Any, what: str) -> Tensor:
-    """Which of a square map's tokens were asked for, from the front."""
-    tokens = layer.shape[3]
-    return torch.arange(tokens, device=layer.device)[layer._chosen(chosen, tokens, what)]
-
-
 def _from_the_last(maps: list[AttentionMap], query: Any, arrays: bool, through: Callable[[int, Tensor], Tensor]) -> Any:
     """The rows of a product of layers, begun with those of the identity; `through` multiplies by a layer's matrix."""
     last = maps[-1]
     batch, _, tokens, _ = last.shape
-    chosen = _indices(last, slice(None) if query is None else query, "query")
+    chosen = last.query_indices(slice(None) if query is None else query)
     flow = torch.zeros(batch, len(chosen), tokens, dtype=last.dtype, device=last.device)
     flow[:, torch.arange(len(chosen), device=last.device), chosen] = 1
     for number in reversed(range(len(maps))):
@@ -415,7 +409,7 @@ def _times(layer: AttentionMap, flow: Tensor, rows: Rows, in_parts: bool = False
     computed. `in_parts`: the function is to be given the parts of the map, never some queries of one."""
     product = torch.zeros_like(flow)
     wanted = flow.flatten(0, 1).any(0).cpu()
-    for part in layer._parts():
+    for part in layer.parts():
         some = wanted[part].nonzero().flatten() + part.start
         if not len(some):
             continue
@@ -431,7 +425,7 @@ def _on_rows(layer: AttentionMap, rows: Rows, right: Tensor) -> Tensor:
     """The matrix of which a function gives rows times another, (batch, queries, any)."""
     right = right.to(layer.device)
     wide = torch.promote_types(right.dtype, layer.dtype)
-    return torch.cat([rows(part).to(wide) @ right.to(wide) for part in layer._parts()], 1)
+    return torch.cat([rows(part).to(wide) @ right.to(wide) for part in layer.parts()], 1)
 
 
 def _relevant(layer: AttentionMap, grad: Rows) -> Rows:
@@ -460,7 +454,7 @@ def _with_residual(rows: Tensor, queries: slice | Tensor, residual: float) -> Te
 def _capacities(layer: AttentionMap, image: int, heads: Fusion, residual: float) -> tuple[Tensor, Tensor]:
     """The entries of one image's Ã that are not 0: places (2, entries), and multiples of 1 / _UNIT (entries,)."""
     found = []
-    for part in layer._parts():
+    for part in layer.parts():
         rows = _with_residual(fused(layer.rows(part), heads), part, residual)[image].cpu()
         whole = (rows.double() * _UNIT).round().to(torch.int32)
         places = whole.nonzero()
@@ -485,7 +479,7 @@ def _order_statistic(layer: AttentionMap, heads: Fusion, rank: int) -> Tensor:
         counts = torch.zeros(batch << width, dtype=torch.int64, device=layer.device)
         # The first digit has the sign: it runs from -half to half.
         half = 1 << width - 1 if shift == bits else 0
-        for part in layer._parts():
+        for part in layer.parts():
             ordered = _as_ordered(fused(layer.rows(part), heads).view(whole).flatten(1))
             digits = (ordered >> shift - width) + half if half else ordered >> shift - width & (1 << width) - 1
             digits += image.to(whole) << width

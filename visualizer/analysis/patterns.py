@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..maps import AttentionMap, exactly
+from ..maps import AttentionMap, without_autograd
 from ..store import as_html, as_text
 from .reading import each, layers_of, name
 
@@ -88,7 +88,7 @@ class HeadPatterns:
         return f"patterns of {layers} x {heads} heads: {listing}", rows
 
 
-@exactly
+@without_autograd
 def head_patterns(
     attention: Any,
     tokens: Sequence[str] | Sequence[Sequence[str]] | None = None,

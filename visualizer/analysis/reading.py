@@ -27,12 +27,12 @@ def layers_of(attention: Any) -> tuple[list[AttentionMap], bool, bool]:
     checked = []
     for number, layer in enumerate(maps):
         if layer.is_dense:
-            weights = layer._source.rows(slice(None))
+            weights = layer.rows(slice(None))
             least = weights.amin() if weights.numel() else weights.new_zeros(())
             if bool(least.isnan()):
                 clean = AttentionMap(weights.nan_to_num(0), path=layer.path, kind=layer.kind)
-                clean._gradient = layer._gradient
-                layer, least = clean, clean._source.rows(slice(None)).amin()
+                clean.gradient = layer.gradient
+                layer, least = clean, clean.rows(slice(None)).amin()
             if bool(least < 0):
                 raise ValueError(
                     f"{name(number, layer)} holds {least.item():.3g}, and weights of attention are not negative: are "
@@ -153,18 +153,18 @@ def _own_gradients(maps: list[AttentionMap], handed: list[Any]) -> list[Rows]:
         grads = [_grad_of(layer) for layer in handed]
     found: list[Rows | None] = []
     for layer, grad in zip(maps, grads, strict=True):
-        own = layer._gradient
+        own = layer.gradient
         if own is not None:
-            found.append(None if own._incoming is None and own._reason is None else layer.grad_rows)
+            found.append(None if own.is_awaited else layer.grad_rows)
         else:
             found.append(None if grad is None else _rows_on(layer.device, AttentionMap(grad)))
     for number, (layer, values) in enumerate(zip(maps, handed, strict=False)):
         if found[number] is not None:
             continue
-        is_expected = layer._gradient is not None or (isinstance(values, Tensor) and values.retains_grad)
+        is_expected = layer.gradient is not None or (isinstance(values, Tensor) and values.retains_grad)
         if is_expected and any(rows is not None for rows in found):
             found[number] = _nothing(layer)
-        elif layer._gradient is not None:
+        elif layer.gradient is not None:
             found[number] = layer.grad_rows  # which says that there was no backward pass
         else:
             raise ValueError(

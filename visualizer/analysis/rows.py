@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..maps import AttentionMap, exactly
+from ..maps import AttentionMap, without_autograd
 from .reading import Fusion, as_tensor, check_heads, each, fused, given, layers_of, name, patches
 
 _ROUNDING = 1e-12
@@ -211,7 +211,7 @@ def check_patch_size(patch_size: float) -> None:
         raise ValueError(f"patch_size={patch_size!r} is one number above 0: the side of a square patch")
 
 
-@exactly
+@without_autograd
 def distance_of(
     layer: AttentionMap, grid: tuple[int, int] | None, patch_size: float, prefix_tokens: int | None, renormalise: bool
 ) -> Tensor:
@@ -240,7 +240,7 @@ def distance_of(
     return patch_size * total / counted
 
 
-@exactly
+@without_autograd
 def mass_mask(weights: Any, share: float = 0.6) -> Any:
     """Which patches hold most of the attention: the fewest that together have a share of it.
 
@@ -291,7 +291,7 @@ class TopKey(NamedTuple):
     """Where it is among the keys."""
 
 
-@exactly
+@without_autograd
 def top_keys(
     attention: Any,
     query: int | str,

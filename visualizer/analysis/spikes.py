@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..maps import exactly
+from ..maps import without_autograd
 from .reading import as_tensor, given
 
 
-@exactly
+@without_autograd
 def spike_rate(spikes: Any, axes: str = "time batch heads tokens channels", keep: str = "batch tokens") -> Any:
     """How often neurons fire: the share of ones, 0 to 1, as a mean over all axes but those that are kept.
 
@@ -55,7 +55,7 @@ def spike_rate(spikes: Any, axes: str = "time batch heads tokens channels", keep
     return given(rates.permute([left.index(name) for name in kept]), is_array)
 
 
-@exactly
+@without_autograd
 def spike_scores(query: Any, key: Any, scale: float = 0.125) -> Any:
     """How much each token's query spikes meet each token's key spikes: the attention map that spikes imply.
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from ..maps import exactly
+from ..maps import without_autograd
 from .reading import as_tensor, given, patches
 
 
-@exactly
+@without_autograd
 def position_similarity(
     positions: Any, grid: tuple[int, int] | None = None, *, prefix_tokens: int | None = None
 ) -> Any:
@@ -50,7 +50,7 @@ def position_similarity(
     return given((unit @ unit.mT).view(rows, columns, rows, columns), is_array)
 
 
-@exactly
+@without_autograd
 def filter_components(weight: Any, count: int = 28) -> Any:
     """What a patch embedding looks for: the principal components of its filters, as small pictures.
 

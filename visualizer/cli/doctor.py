@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 from .. import opcodes
 from ..errors import UnknownLocalError
 from ..instrument import capture
-from ..instrument.targets import functions_behind
+from ..instrument.unwrapping import functions_behind
 from ..rewrite import local_names
-from ..store import human
-from ..tensors import memory_of
+from ..store import human, memory_of
 from .outcome import Fruitless, Mistake
 
 if TYPE_CHECKING:
@@ -67,9 +66,9 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _surroundings() -> dict[str, Any]:
-    versions = {name: _version(name) for name in LIBRARIES}
+    versions = {name: _installed(name) for name in LIBRARIES}
     versions["get-local"] = sys.modules[__name__.partition(".")[0]].__version__  # in a clone there is no other
-    extras = {extra: [name for name in names if _version(name) is None] for extra, names in EXTRAS.items()}
+    extras = {extra: [name for name in names if _installed(name) is None] for extra, names in EXTRAS.items()}
     why_not = opcodes.why_unsupported()
     problems = [] if why_not is None else [f"get_local and capture cannot work on this Python: {why_not}"]
     problems += [f"{name} is missing: pip install {name}" for name in ("numpy", "torch") if versions[name] is None]
@@ -86,7 +85,7 @@ def _surroundings() -> dict[str, Any]:
     }
 
 
-def _version(distribution: str) -> str | None:
+def _installed(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

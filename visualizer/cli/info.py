@@ -6,8 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..store import Cache
-from ..tensors import bytes_by_device, is_array, is_tensor
+from ..store import Cache, bytes_by_device
+from ..tensors import is_array, is_tensor
 from .saved import Found, keys_of, read_any, values_of
 
 if TYPE_CHECKING:

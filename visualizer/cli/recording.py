@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ..errors import UnknownLocalError, VisualizerError, VisualizerWarning
 from ..instrument import Captured, Uncompiled, get_local
-from ..instrument.compiled import no_graph
 from ..instrument.imports import after_import
-from ..instrument.targets import WRAPPERS
-from ..store import Cache, Record, Saved, human
+from ..instrument.module_paths import WRAPPERS
+from ..instrument.skipped import never_compiled
+from ..store import Cache, Record, Saved, bytes_by_device, human
 from ..store.files import write
-from ..tensors import bytes_by_device
 from .outcome import Mistake
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ class Models:
         self._call = _Call(self._class.__call__, self._known, self._meet)
         self._class.__call__ = self._call
 
-    @no_graph
+    @never_compiled
     def _meet(self, module: Any) -> None:
         while type(module).__name__ in WRAPPERS and type(module).__module__.startswith("torch."):
             self._know(id(module), module)  # what torch.compile and the like put around a model
@@ -221,7 +220,7 @@ class _Call:
     def __init__(self, original: Any, known: dict[int, Any], meet: Callable[[Any], None]) -> None:
         self.original, self._known, self._meet = original, known, meet
 
-    @no_graph
+    @never_compiled
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:
             return self.original

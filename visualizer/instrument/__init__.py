@@ -1,10 +1,10 @@
-"""What is instrumented now, for whom, and the way back: `get_local` and `capture`."""
+"""`get_local` and `capture`: which functions are captured from now, for whom, and how they become as they were."""
 
-from .arguments import check_count
+from .arguments import check_max_bytes
 from .capturing import Captured, capture
-from .compiled import Uncompiled
+from .compiled import Uncompiled, compiler_trouble
 from .decorator import Activation, GetLocal, get_local
-from .targets import named_modules
+from .module_paths import named_modules
 
 __all__ = [
     "Activation",
@@ -12,7 +12,8 @@ __all__ = [
     "GetLocal",
     "Uncompiled",
     "capture",
-    "check_count",
+    "check_max_bytes",
+    "compiler_trouble",
     "get_local",
     "named_modules",
 ]

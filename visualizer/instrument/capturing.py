@@ -1,4 +1,4 @@
-"""`capture`: the locals of code that is not one's own, for as long as a `with` lasts."""
+"""`capture`: the locals of code as it is, without a decorator in it, for as long as a `with` lasts."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from ..rewrite import At
 from ..store import Cache, Channel, Store, listener
 from ..tensors import Keep, check_keep
 from . import compiled, patches
-from .arguments import check_at, check_count, check_names
-from .targets import Site, beginning, owner_of, sites_of
+from .arguments import check_at, check_count, check_max_bytes, check_names
+from .sites import Site, beginning, sites_of
+from .skipped import never_compiled
 
 
-@compiled.no_graph
+@never_compiled
 def capture(
     target: Any,
     *names: str,
     at: At = "return",
     keep: Keep = "numpy",
     limit: int | None = None,
-    max_bytes: int | None = None,
+    max_bytes: float | None = None,
 ) -> Captured:
-    """The values that locals have while models run: no decorator, no change to their source, keyed by module path.
+    """The values that locals have while a model runs, by module path; its source needs no change.
 
     >>> import torch
     >>> from visualizer import capture
@@ -42,55 +43,55 @@ def capture(
     (2, 1, 5, 5)
 
     Args:
-        target: what to capture from, or a list of such:
+        target: what to capture from, or a list of these:
 
-            - an `nn.Module`: each submodule whose `forward` has the local (or, where it does not, another method of
-              the class that defines it), only in this model. The keys are the paths of `named_modules()`, without those
-              of compiled and parallel wrappers; modules in a list have their index before them.
-            - a function, a method, or a class, whose methods it then is (`forward` first). The key is `__qualname__`.
-              A method of an object, `model.forward`, means that object's calls alone.
+            - an `nn.Module`: every submodule of this model whose `forward` has the local, or another method where
+              `forward` has not. The keys are the paths of `named_modules()`, without those of compiled and parallel
+              wrappers; for modules in a list, the index comes before the path.
+            - a function or method, or a class, which means its methods that have the local (`forward` first). The key
+              is `__qualname__`. A method of an object, `model.forward`, means that object's calls alone.
             - a dotted name, `"package.module:Class.method"`, which is imported.
-        names: locals: assigned names, parameters, names shared with inner or outer functions. With several the keys
-            are `path:name`; each is captured wherever it exists.
-        at: "return" has the value at every return of the function; a call that raises records nothing. "assign" has
-            every value assigned to the name, in order; `found.records` says on which line.
+        names: locals: assigned names, parameters, names shared with inner or outer functions. With several names the
+            keys are `path:name`; each is captured wherever it exists.
+        at: "return": the value at every return of the function; a call that raises records nothing. "assign": every
+            value assigned to the name, in order; `found.records` says on which line.
         keep: what to store of a value, see `get_local.activate`: "numpy" (arrays on the CPU), "tensor" (detached copies
             on their device), "graph" (the object itself, for losses and gradients), or a callable.
         limit: how many of the most recent calls to keep per key; None: all.
-        max_bytes: how many bytes to keep on each device; None: a quarter of its memory. Past it nothing more is
-            recorded, and one warning says so.
+        max_bytes: how many bytes to keep on each device; None: a quarter of its memory; `math.inf`: no limit. When
+            it is used up, nothing more is recorded, and one warning says so.
 
     Returns:
-        A dict from key to the list of values, in call order, that records inside its `with` block, or from its
-        `start()` to its `stop()`. It reads on afterwards: `records`, `stack()`, `save(path)`.
+        A dict from key to the list of values, in call order. It records inside its `with` block, or from its
+        `start()` to its `stop()`. It can be read at any time: `records`, `stack()`, `save(path)`.
 
     Raises:
         UnknownLocalError: nothing in the target has the local; the message lists, by class, the locals that exist.
-        ValueError: with at="assign", nothing in the target assigns to the local: it is a parameter, say.
-        TypeError, ValueError: the target or an argument is of the wrong kind, or a method does not tell whose its calls
-            are: it has no `self`, or binds it anew.
+        ValueError: with at="assign", nothing in the target assigns to the local, such as a parameter.
+        TypeError, ValueError: the target or an argument is of the wrong kind; or a method does not tell whose call it
+            is, for it has no `self` or binds it anew.
         ImportError, AttributeError: a dotted name leads nowhere.
-        RewriteError: here or on starting: a function cannot be rewritten with proof. Then nothing has changed.
+        RewriteError: here or at the start: a function cannot be rewritten with proof. Then nothing has changed.
         UnsupportedPythonError: this interpreter's bytecode is not known.
 
-    Any number of captures may overlap, on the same functions and with `get_local`, and end in any order: each has its
-    own. When the last is over, the functions have their own code objects again. Calls of other threads are recorded
-    too, with their thread.
+    Any number of captures may overlap, on the same functions and with `get_local`, and end in any order: each records
+    for itself. When the last one ends, the functions get their own code objects back. Calls in other threads are
+    recorded too, each with its thread.
     """
     names = check_names("capture", names, 'capture(model, "attn")')
     check_at(at)
     check_keep(keep)
     check_count("limit", limit)
-    check_count("max_bytes", max_bytes)
+    check_max_bytes(max_bytes)
     opcodes.require_supported()
     sites, keys = sites_of(target, names, at)
     several = len(names) > 1
-    found = Captured(f"captured {', '.join(names)}", limit, max_bytes)
+    captured = Captured(f"captured {', '.join(names)}", limit, max_bytes)
     for site in sites:
-        found._listen(site, at, keep, several)
+        captured._add(site, at, keep, several)
     for base, name in keys:
-        found._store.open(f"{base}:{name}" if several else base)
-    return found
+        captured.store.open(f"{base}:{name}" if several else base)
+    return captured
 
 
 class Captured(Cache):
@@ -99,19 +100,19 @@ class Captured(Cache):
     It holds neither the model nor, once dropped, anything that was captured.
     """
 
-    def __init__(self, title: str, limit: int | None, max_bytes: int | None) -> None:
+    def __init__(self, title: str, limit: int | None, max_bytes: float | None) -> None:
         store = Store(_OFF, clear="its clear()", off="its stop()")
         super().__init__(store, title)
         self._limits = limit, max_bytes
         self._pairs: list[tuple[weakref.ref[FunctionType], Channel]] = []
         self._is_running = False
-        # It may not hold a channel: its `keep` may well hold this very object, which then would never be dropped.
+        # For the finalizer. A channel's `keep` may refer to this very object, which would then never be dropped.
         self._weak_pairs: list[tuple[weakref.ref[FunctionType], weakref.ref[Channel]]] = []
         weakref.finalize(self, _abandon, self._weak_pairs, weakref.ref(store))
 
-    @compiled.no_graph
+    @never_compiled
     def start(self) -> Captured:
-        """Record from now on; for notebooks, where a `with` would have to hold all cells. It returns itself.
+        """Record from now on, and return itself; for notebooks, where a `with` would have to hold all cells.
 
         >>> from visualizer import capture
         >>> def attend(x):
@@ -125,35 +126,35 @@ class Captured(Cache):
         [2]
         """
         compiled.prepare()
-        with compiled.at_rest(), patches.switching:
+        with compiled.compiler_paused(), patches.switching:
             if self._is_running:
                 return self
             pairs = _alive(self._pairs)
             patches.attach(pairs)
             for _, channel in pairs:
-                self._store.add(channel)
-            self._store.configure(*self._limits)
+                self.store.add(channel)
+            self.store.configure(*self._limits)
             for _, channel in pairs:
                 channel.connect("numpy")
-            self._is_running, self._store.state = True, "capture is running"
-            compiled.forget()
+            self._is_running, self.store.state = True, "capture is running"
+            compiled.recompile()
         return self
 
-    @compiled.no_graph
+    @never_compiled
     def stop(self) -> None:
-        """Record no more; what was recorded stays. When no other capture needs them, functions are as they were."""
-        with compiled.at_rest(), patches.switching:
+        """Stop recording; the values stay. Functions that no other capture needs get their own code back."""
+        with compiled.compiler_paused(), patches.switching:
             if not self._is_running:
                 return
-            self._is_running, self._store.state = False, _OFF
-            messages = _withdraw(self._pairs, self._store)
-            compiled.forget()
+            self._is_running, self.store.state = False, _OFF
+            messages = _withdraw(self._pairs, self.store)
+            compiled.recompile()
         for message in messages:
             warn(message)
 
     def clear(self) -> None:
-        """Start over with empty lists under the same keys, and with calls counted from 0; lists that you hold stay."""
-        self._store.clear([channel for _, channel in self._pairs])
+        """Start over: empty lists under the same keys, calls counted from 0. Lists that you hold keep their values."""
+        self.store.clear([channel for _, channel in self._pairs])
 
     @property
     def is_running(self) -> bool:
@@ -166,15 +167,15 @@ class Captured(Cache):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _listen(self, site: Site, at: At, keep: Keep, several: bool) -> None:
-        base = site.base  # not the site, which would keep the function alive
+    def _add(self, site: Site, at: At, keep: Keep, several: bool) -> None:
+        base = site.base  # `key` must not refer to the site, which would keep the function alive
 
         def key(variable: str, path: str | None) -> str:
             return f"{beginning(base, path)}:{variable}" if several else beginning(base, path)
 
         path_of = None if site.owners is None else site.owners.path_of
-        number = patches.new_site(site.function)
-        channel = Channel(self._store, number, site.names, at, keep, key, owner_of(site), path_of)
+        site_key = patches.new_site(site.function)
+        channel = Channel(self.store, site_key, site.names, at, keep, key, site.owner, path_of)
         channel.code = site.function.__code__
         self._pairs.append((weakref.ref(site.function), channel))
         self._weak_pairs.append((weakref.ref(site.function), weakref.ref(channel)))
@@ -188,7 +189,7 @@ def _alive(pairs: list[tuple[weakref.ref[FunctionType], Channel]]) -> list[tuple
 
 
 def _withdraw(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Store) -> list[str]:
-    """Give the functions their code back, and have nothing refer to the store any more."""
+    """Give the functions their code back, so that nothing refers to the store any more; returns what to warn of."""
     with patches.switching:
         alive = _alive(pairs)
         messages = patches.detach(alive)
@@ -198,7 +199,7 @@ def _withdraw(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Sto
     return messages
 
 
-@compiled.no_graph
+@never_compiled
 def _abandon(
     weak_pairs: list[tuple[weakref.ref[FunctionType], weakref.ref[Channel]]], weak_store: weakref.ref[Store]
 ) -> None:
@@ -213,6 +214,6 @@ def _abandon(
         _withdraw(pairs, store)
         store.abandon()
         if was_running:
-            compiled.forget(wait=False)  # whoever compiles now may be waiting for what this thread holds
+            compiled.recompile(wait=False)  # the thread that is compiling may be waiting for this one
 
-    patches.finally_do(stop)
+    patches.when_idle(stop)

@@ -1,4 +1,4 @@
-"""`get_local`: the decorator that stays in the code, its switch, and its cache."""
+"""`get_local`: a decorator that stays in the code, with a switch and a cache."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from ..rewrite import At
 from ..store import Cache, Channel, Record, Store
 from ..tensors import Keep, check_keep
 from . import compiled, patches
-from .arguments import check_at, check_count, check_names
-from .targets import function_with, why_shared
+from .arguments import check_at, check_count, check_max_bytes, check_names
+from .explanations import why_shared
+from .sites import function_with
+from .skipped import never_compiled
 
 T = TypeVar("T")
 
@@ -24,20 +26,20 @@ _OFF = "capture is not active: get_local.activate() before the calls"
 
 
 class _Origin:
-    """One function in the source, however often it is defined: its key, and what its decorators capture."""
+    """One function in the source, however many times it is defined: its key, and what its decorators capture."""
 
     def __init__(self, identity: tuple[Any, ...], base: str) -> None:
         self.identity, self.base = identity, base
         self.variables: list[str] = []
         self.channels: dict[tuple[Any, ...], Channel] = {}
-        """One for each way of decorating it, so that all its definitions share them."""
+        """One for each set of the decorator's arguments; all definitions of the function share them."""
 
     def key(self, variable: str, _: str | None = None) -> str:
         return self.base if self.variables == [variable] else f"{self.base}:{variable}"
 
 
 class GetLocal:
-    """Hand over local variables of running functions, by name.
+    """The local variables of running functions, by name.
 
     >>> from visualizer import get_local
     >>> @get_local("attn")
@@ -51,7 +53,7 @@ class GetLocal:
     [[0.25, 0.75]]
     >>> get_local.clear()
 
-    Decorating returns the very object it was given; until `activate()` nothing happens, and after `deactivate()` the
+    The decorator returns the very object that it gets. Nothing happens until `activate()`, and after `deactivate()` the
     function has its own code object again.
     """
 
@@ -64,7 +66,7 @@ class GetLocal:
         self._decorated: weakref.WeakKeyDictionary[FunctionType, list[Channel]] = weakref.WeakKeyDictionary()
 
     def __call__(self, *names: str, at: At = "return", keep: Keep | None = None) -> Callable[[T], T]:
-        """A decorator that returns the function it is given, marked so that its locals `names` can be captured.
+        """A decorator that returns the same function, marked so that its locals `names` can be captured.
 
         >>> @get_local("q", "k")
         ... def forward(x):
@@ -81,17 +83,18 @@ class GetLocal:
             names: locals of the function: assigned names, parameters, names shared with inner or outer functions.
             at: "return" records the value at every return of the function; a call that raises records nothing.
                 "assign" records every value assigned to the name, in order, with its line (`get_local.records`).
-            keep: what to store of a value; None: what `activate` says. See `activate`.
+            keep: what to store of a value, as `activate` has it; None: what `activate` says.
 
         The decorated object may be a function or method, a staticmethod, classmethod or property, a function wrapped by
-        functools.wraps (`@torch.no_grad()`), or an `nn.Module` class, whose `forward` it then is. The key of
+        functools.wraps (`@torch.no_grad()`), or an `nn.Module` class, which means its `forward`. The key in
         `get_local.cache` is the function's `__qualname__`; with several names, the qualname, a colon and the name.
 
         Raises:
             UnknownLocalError: the function has no such local; the message lists what it has.
-            TypeError: no name, a name that is no string, an object without Python code (a builtin), or an `nn.Module`
-                class without a `forward`.
-            ValueError: `at` or `keep` is not one of its choices, or at="assign" and the function never assigns to one.
+            TypeError: there is no name, a name is no string, or the object has no Python code: a builtin, or an
+                `nn.Module` class without a `forward`.
+            ValueError: `at` or `keep` is not one of its choices; or at="assign", and the function never assigns to one
+                of the names.
             RewriteError: capture is active and the function cannot be rewritten with proof.
         """
         names = check_names("get_local", names, '@get_local("attn")')
@@ -108,23 +111,22 @@ class GetLocal:
 
         return decorate
 
-    @compiled.no_graph
-    def activate(self, keep: Keep = "numpy", limit: int | None = None, max_bytes: int | None = None) -> Activation:
+    @never_compiled
+    def activate(self, keep: Keep = "numpy", limit: int | None = None, max_bytes: float | None = None) -> Activation:
         """Capture from every decorated function, whether defined before or after, until `deactivate()`.
 
-        >>> with get_local.activate(keep="tensor", limit=100):   # as a `with`: the state before comes back at its end
+        >>> with get_local.activate(keep="tensor", limit=100):   # at the end of a `with` the state before comes back
         ...     pass
 
         Args:
-            keep: what to store of a value, decided at the moment of capture.
-                "numpy": tensors as arrays on the CPU, bfloat16 and 8-bit floats as float32. "tensor": tensors detached
-                and copied, on their device. "graph": the object itself, for losses and gradients. A callable, such as
-                `lambda a: a.mean(1)`: a detached copy of what it returns, a tensor on its device; what it calls is not
-                recorded. In all but "graph" arrays are copied and containers followed; other objects are kept as they
-                are.
+            keep: what to store of a value, at the moment of capture. "numpy": tensors as arrays on the CPU, bfloat16
+                and 8-bit floats as float32. "tensor": tensors detached and copied, on their device. "graph": the object
+                itself, for losses and gradients. A callable, such as `lambda a: a.mean(1)`: a detached copy of what it
+                returns, tensors on their device; what it calls is not recorded. In all but "graph", arrays are copied,
+                and so are containers with what is in them; other objects are kept as they are.
             limit: how many of the most recent calls to keep per key; None: all.
-            max_bytes: how many bytes of values to keep on each device; None: a quarter of its memory. Past it
-                nothing more is recorded, and one warning says so.
+            max_bytes: how many bytes of values to keep on each device; None: a quarter of its memory. When it is used
+                up, nothing more is recorded, and one warning says so.
 
         Raises:
             UnsupportedPythonError: this interpreter's bytecode is not known.
@@ -134,7 +136,7 @@ class GetLocal:
         opcodes.require_supported()
         check_keep(keep)
         check_count("limit", limit)
-        check_count("max_bytes", max_bytes)
+        check_max_bytes(max_bytes)
         before = Activation(self, self._active, self._keep, self._store.limit, self._store.max_bytes)
         self._switch(True, keep, limit, max_bytes)
         return before
@@ -151,7 +153,7 @@ class GetLocal:
     def clear(self) -> None:
         """Empty the cache: the same keys with new, empty lists. Lists that you hold keep their values.
 
-        Recording goes on where a full budget had stopped it, and calls are counted from 0 again.
+        If the byte budget was used up, recording goes on. Calls are counted from 0 again.
         """
         self._store.clear()
 
@@ -168,15 +170,15 @@ class GetLocal:
         >>> get_local.cache["forward"]
         [0.5, 1.5]
 
-        A value is what `keep` made of it: by default tensors are numpy arrays of the tensor's shape and type. Where a
-        `keep` function raised, reading raises its error once more, for the captured function may have swallowed it.
+        A value is what `keep` made of it: by default a tensor becomes a numpy array of its shape and type. If a `keep`
+        function raised, reading raises its error again, for the captured function may have swallowed it.
         """
         self._store.fetch()
         return self._cache
 
     @property
     def records(self) -> list[Record]:
-        """The values of the cache with where each comes from: key, variable, call, line, thread.
+        """The values of the cache, each with where it comes from: key, variable, call, line, thread.
 
         >>> @get_local("attn", at="assign")
         ... def softmax(x):
@@ -198,25 +200,25 @@ class GetLocal:
     def __repr__(self) -> str:
         return f"<get_local: {'active' if self._active else 'not active'}, {len(self._store.cache)} keys>"
 
-    @compiled.no_graph
+    @never_compiled
     def _decorate(self, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None) -> None:
-        with compiled.at_rest() if self._active else nullcontext(), patches.switching:
+        with compiled.compiler_paused() if self._active else nullcontext(), patches.switching:
             channels = self._decorated.get(function, [])
-            way = (at, _identity(keep))
-            if set(names) <= {name for c in channels if (c.at, _identity(c.keep)) == way for name in c.names}:
+            same = [channel for channel in channels if (channel.at, _identity(channel.keep)) == (at, _identity(keep))]
+            if set(names) <= {name for channel in same for name in channel.names}:
                 return
             replaced = [channel for channel in channels if set(channel.names) & set(names)]
             origin = self._origin(function)
             new = [self._channel(origin, function, names, at, keep)]
-            for other in replaced:  # what it has beyond the new names goes on as it is
+            for other in replaced:  # its other names are captured as before
                 rest = tuple(name for name in other.names if name not in names)
                 if rest:
                     new.append(self._channel(origin, function, rest, other.at, other.keep))
             if self._active:
                 patches.attach([(function, channel) for channel in new])
-            # From here on nothing can fail: what is refused above leaves no trace.
+            # A refusal must leave no trace, so all that can fail stands above.
             for channel in new:
-                self._take_in(origin, function, channel)
+                self._register(origin, function, channel)
             messages = patches.detach((function, other) for other in replaced)
             for other in replaced:
                 both = [name for name in other.names if name in names]
@@ -232,14 +234,14 @@ class GetLocal:
                 if self._active:
                     channel.connect(self._keep)
             if self._active:
-                compiled.forget()
+                compiled.recompile()
         for message in messages:
             warn(message)
 
     def _origin(self, function: FunctionType) -> _Origin:
-        """The function's place in the source, which it shares with its other definitions."""
+        """The function in the source that this is a definition of."""
         module, name = function.__module__ or "?", function.__qualname__
-        # Two lambdas of one scope have one qualified name; only their lines tell them apart.
+        # Two lambdas in one scope have the same qualified name; only their lines tell them apart.
         line = function.__code__.co_firstlineno if name.endswith("<lambda>") else None
         identity = (module, name, line)
         if identity in self._origins:
@@ -251,36 +253,36 @@ class GetLocal:
     def _channel(
         self, origin: _Origin, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None
     ) -> Channel:
-        """The channel of this way of decorating the origin's functions; a new one is not known to anybody yet."""
+        """The origin's channel for these arguments of the decorator; a new one is not registered yet."""
         channel = origin.channels.get((names, at, _identity(keep)))
         if channel is None:
             channel = Channel(self._store, patches.new_site(function), names, at, keep, origin.key)
         channel.code = function.__code__
         return channel
 
-    def _take_in(self, origin: _Origin, function: FunctionType, channel: Channel) -> None:
+    def _register(self, origin: _Origin, function: FunctionType, channel: Channel) -> None:
         self._origins[origin.identity] = origin
-        way = (channel.names, channel.at, _identity(channel.keep))
-        if way not in origin.channels:
+        arguments = (channel.names, channel.at, _identity(channel.keep))
+        if arguments not in origin.channels:
             self._store.add(channel)
             if _is_shared(channel.keep):
-                origin.channels[way] = channel
-            else:  # a closure made anew with each function: the channel goes with the function
-                weakref.finalize(function, _retire, channel).atexit = False
+                origin.channels[arguments] = channel
+            else:  # `keep` is a closure that is made anew with each function, so the channel goes with the function
+                weakref.finalize(function, _disconnect_later, channel).atexit = False
 
     def _name_keys(self, origin: _Origin, variables: list[str]) -> None:
-        """Give each variable of the origin its key; one that another definition named has its list moved."""
+        """Give each variable of the origin its key, and move lists that another definition had named otherwise."""
         captured = [name for channel in origin.channels.values() for name in channel.names]
         everything = dict.fromkeys([*origin.variables, *variables, *captured])
         old = {variable: origin.key(variable) for variable in everything}
         store = self._store
-        store.settle()  # what has arrived goes under the keys that it had
+        store.file_pending()  # what has arrived belongs under the old keys
         origin.variables = variables
         for variable in everything:
             if old[variable] != origin.key(variable) and variable not in variables:
                 store.drop_if_empty(old[variable])
         moving = [v for v in everything if old[v] != origin.key(v) and old[v] in store.cache]
-        # Two lists may trade places (`f` and `f:q`), so all leave before any arrives.
+        # Two lists may trade places (`f` and `f:q`), so all move out before any moves in.
         for variable in moving:
             store.rename(old[variable], f"\0{variable}")
         for variable in moving:
@@ -288,11 +290,11 @@ class GetLocal:
         for variable in variables:
             store.open(origin.key(variable))
 
-    @compiled.no_graph
-    def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: int | None) -> None:
+    @never_compiled
+    def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: float | None) -> None:
         if active:
             compiled.prepare()
-        with compiled.at_rest(), patches.switching:
+        with compiled.compiler_paused(), patches.switching:
             pairs = [(f, c) for f, channels in list(self._decorated.items()) for c in channels]
             messages: list[str] = []
             if active and not self._active:
@@ -310,15 +312,15 @@ class GetLocal:
             if active:
                 self._store.configure(limit, max_bytes)
             if changes:
-                compiled.forget()
+                compiled.recompile()
         for message in messages:
             warn(message)
 
 
 class Activation:
-    """What `get_local.activate()` returns: as a `with`, it brings back the state before it."""
+    """What `get_local.activate()` returns; at the end of a `with` it brings back the state before."""
 
-    def __init__(self, owner: GetLocal, active: bool, keep: Keep, limit: int | None, max_bytes: int | None) -> None:
+    def __init__(self, owner: GetLocal, active: bool, keep: Keep, limit: int | None, max_bytes: float | None) -> None:
         self._owner, self._before = owner, (active, keep, limit, max_bytes)
 
     def __enter__(self) -> GetLocal:
@@ -329,27 +331,27 @@ class Activation:
 
 
 get_local = GetLocal()
-atexit.register(get_local.deactivate)  # what still runs while the interpreter is taken down runs its own code
+atexit.register(get_local.deactivate)  # functions that run while the interpreter shuts down run their own code
 
 
 def _is_shared(keep: Any) -> bool:
-    """Whether a factory's functions have one and the same `keep`; a closure is another one each time."""
+    """Whether all functions of a factory have the same `keep`; a closure is a new object each time."""
     return not callable(keep) or (
         isinstance(keep, FunctionType) and keep.__closure__ is None and keep.__defaults__ is None
     )
 
 
 def _identity(keep: Any) -> Any:
-    """What tells one `keep` from another; a lambda that is made anew with each definition stays the same one."""
+    """What tells one `keep` from another; a lambda is the same one, however many times its line runs."""
     if not callable(keep):
         return keep
     return keep.__code__ if _is_shared(keep) else id(keep)
 
 
-@compiled.no_graph
-def _retire(channel: Channel) -> None:
+@never_compiled
+def _disconnect_later(channel: Channel) -> None:
     def end() -> None:
         channel.disconnect()
         channel.store.remove(channel)
 
-    patches.finally_do(end)
+    patches.when_idle(end)

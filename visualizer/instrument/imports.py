@@ -1,4 +1,4 @@
-"""Hearing of a module once it is imported, without importing it."""
+"""Act when a module has been imported, without importing it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 
 
 def after_import(name: str, then: Callable[[ModuleType], None]) -> None:
-    """Call `then` with the module as soon as it has been imported, now if it has been; it is not imported for that."""
+    """Call `then` with the module as soon as somebody has imported it; now, if that is so already."""
     if name in sys.modules:
-        then(import_module(name))  # waits where another thread is just loading it
+        then(import_module(name))  # not sys.modules[name]: another thread may be loading it, and this waits for that
     elif not any(type(finder) is _Finder and (finder.name, finder.then) == (name, then) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder(name, then))
 
 
 class _Finder:
-    """Waits for one import, and is gone."""
+    """Waits on sys.meta_path for one import, then removes itself."""
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
         self.name, self.then = name, then
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec that the other finders have."""
+        """The spec that the other finders have, with a loader that calls `then` behind its work."""
         if name != self.name:
             return None
-        found = (finder.find_spec(name, path, target) for finder in list(sys.meta_path) if finder is not self)
-        spec = next((spec for spec in found if spec is not None), None)
+        specs = (finder.find_spec(name, path, target) for finder in list(sys.meta_path) if finder is not self)
+        spec = next((spec for spec in specs if spec is not None), None)
         loader: Any = None if spec is None else spec.loader
         run = getattr(loader, "exec_module", None)
         if run is None:

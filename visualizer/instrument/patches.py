@@ -1,14 +1,12 @@
-"""Functions with their code swapped, for whom, and the way back.
+"""Which functions have their code swapped, and for which channels; how the code is put back.
 
-A function is instrumented by swapping its `__code__`: the object stays the same, so everything that refers to it (a
-class, a subclass, an instance's bound method, a compiled model) sees the change, and sees it undone. Any number of
-channels may listen to one function, and they may go in any order: its code is made anew from the original each time.
+Capturing swaps a function's `__code__`. The function object stays the same, so everything that refers to it (a class, a
+subclass, an instance's bound method, a compiled model) sees the change, and sees it undone. Any number of channels may
+listen to one function, and they may leave in any order: its code is made anew from the original each time.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -16,11 +14,11 @@ from itertools import count
 from types import CodeType, FunctionType
 
 from ..rewrite import HOOK, Capture, rewrite_for
-from ..store import Channel, receive
+from ..store import Channel, ForkSafeLock, receive
 
 
 class _Patch:
-    """The channels that listen to one function, its own code and the code that it has for them."""
+    """One function: its own code, the code that it has now, and the channels that listen to it."""
 
     def __init__(self, original: CodeType) -> None:
         self.original = self.installed = original
@@ -30,22 +28,19 @@ class _Patch:
 _patches: weakref.WeakKeyDictionary[FunctionType, _Patch] = weakref.WeakKeyDictionary()
 _numbers = count(1)
 
-_lock = threading.RLock()
-_put_off: deque[Callable[[], None]] = deque()
+_lock = ForkSafeLock()
+_deferred: deque[Callable[[], None]] = deque()
 
 
 class _Switching:
-    """Held by whoever changes what is captured."""
-
-    depth = 0
-    """How often the thread that holds it has entered it."""
+    """The lock that a thread holds while it changes what is captured."""
 
     def __enter__(self) -> None:
         _lock.acquire()
-        self.depth += 1
+        _lock.depth += 1
 
     def __exit__(self, *_: object) -> None:
-        self.depth -= 1
+        _lock.depth -= 1
         _lock.release()
         _catch_up()
 
@@ -53,42 +48,46 @@ class _Switching:
 switching = _Switching()
 
 
-def finally_do(action: Callable[[], None]) -> None:
-    """Change what is captured, for a finalizer: at once, or as soon as who is switching now has ended.
+def when_idle(action: Callable[[], None]) -> None:
+    """Change what is captured, for a finalizer: at once, or as soon as nobody else is changing it.
 
-    A finalizer runs in the middle of anything: of this thread's switching too, which it would undo half of. And were it
-    to wait here while its thread is filing values, whoever switches now and waits for that would wait for ever.
+    A finalizer can run while this thread is switching; acting now would undo half of it. It can also run while this
+    thread is filing values; waiting now could deadlock with a thread that switches and waits for those values.
     """
-    _put_off.append(action)
+    _deferred.append(action)
     _catch_up()
 
 
 def _catch_up() -> None:
-    while _put_off and _lock.acquire(blocking=False):
-        is_free = not switching.depth
+    while _deferred and _lock.acquire(blocking=False):
+        is_free = not _lock.depth
         try:
             if is_free:
-                _put_off.popleft()()
+                _deferred.popleft()()
         finally:
             _lock.release()
-        if not is_free:  # this thread is switching, further up
+        if not is_free:  # this very thread is switching, in a caller; it catches up at its end
             return
 
 
 def new_site(function: FunctionType) -> str:
-    """A key for a channel's hook calls, unique in the process."""
+    """A key for a channel's hook calls that nobody else in the process has."""
     return f"{function.__qualname__}#{next(_numbers)}"
 
 
 def attach(pairs: Iterable[tuple[FunctionType, Channel]]) -> None:
-    """Make the functions' code bring the channels' variables: all of them, or none and raise RewriteError."""
+    """Make each function's code bring its variables to its channel.
+
+    Raises:
+        RewriteError: one of the functions cannot be rewritten with proof. Then all are as they were.
+    """
     attached: list[tuple[FunctionType, Channel]] = []
     with switching:
         try:
             for function, channel in pairs:
                 patch = _patches.get(function)
                 if patch is None or function.__code__ is not patch.installed:
-                    # What another tool has put in place meanwhile is the original from here on.
+                    # If another tool has swapped the code meanwhile, its code is the original from here on.
                     patch = _Patch(function.__code__)
                 _install(function, patch, [*patch.channels, channel])
                 _patches[function] = patch
@@ -99,9 +98,9 @@ def attach(pairs: Iterable[tuple[FunctionType, Channel]]) -> None:
 
 
 def detach(pairs: Iterable[tuple[FunctionType, Channel]]) -> list[str]:
-    """Undo `attach`; the last channel's leaving puts a function's original code object back.
+    """Undo `attach`; when the last channel leaves a function, it gets its original code object back.
 
-    Returns what is to be warned of, once all is done: a warning may be turned into an error.
+    Returns the messages to warn with once everything is done, for a warning may be turned into an error.
     """
     with switching:
         messages = [_detach(function, channel) for function, channel in pairs]
@@ -116,12 +115,12 @@ def _detach(function: FunctionType, channel: Channel) -> str | None:
     if code is not patch.installed:
         del _patches[function]
         ours = next((made for c in patch.channels if (made := c.made) is not None and made[2] is code), None)
-        if ours is not None:  # a reloading tool has given it the code of its newer definition
+        if ours is not None:  # a tool that reloads modules has given it the rewritten code of its newer definition
             function.__code__ = ours[0]
             return None
         return (
-            f"{place_of(function)} has had its code replaced by another tool while it was captured: it is left as that "
-            "tool made it. What it would still bring is ignored."
+            f"another tool has replaced the code of {place_of(function)} while it was captured: it stays as that tool "
+            "made it. What it still brings is ignored."
         )
     _install(function, patch, [other for other in patch.channels if other is not channel])
     if not patch.channels:
@@ -131,18 +130,18 @@ def _detach(function: FunctionType, channel: Channel) -> str | None:
 
 def _install(function: FunctionType, patch: _Patch, channels: list[Channel]) -> None:
     code = _rewritten(patch.original, tuple(channels)) if channels else patch.original
-    # The name stays when the capture goes: a generator that was suspended in rewritten code still looks it up.
+    # The name stays when the capture ends, for a generator that is suspended in rewritten code still looks it up.
     function.__globals__[HOOK] = receive
     function.__code__ = patch.installed = code
     patch.channels = channels
 
 
 def _rewritten(code: CodeType, channels: tuple[Channel, ...]) -> CodeType:
-    # What another tool has made of rewritten code brings these channels' values already.
+    # If another tool has made the code from rewritten code, it already has the hook calls of some channels.
     channels = tuple(channel for channel in channels if channel.site not in code.co_consts)
     if not channels:
         return code
-    # A factory makes function after function from one code object: rewrite it once.
+    # A factory makes many functions from one code object: rewrite it once.
     made, sites = channels[-1].made, tuple(channel.site for channel in channels)
     if made is None or made[0] is not code or made[1] != sites:
         captures = [Capture(channel.names, channel.at, channel.site, channel.owner) for channel in channels]
@@ -154,16 +153,3 @@ def place_of(function: FunctionType) -> str:
     """The function, file and line, for messages."""
     code = function.__code__
     return f"{function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
-
-
-def _renew_lock() -> None:
-    """In a forked child: a lock that another thread held is held for ever there, for that thread is not."""
-    global _lock
-    if _lock.acquire(blocking=False):  # nobody's, or this thread's own
-        _lock.release()
-    else:
-        _lock, switching.depth = threading.RLock(), 0
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import warn
 from ..instrument import named_modules
 from ..intercept import attention
+from ..store import NO_LIMIT
 from .collected import Collected
 from .measures import Statistic, Texts, check_statistics, measured, texts_of
 from .ranks import Batch, Ranks
@@ -191,7 +192,7 @@ def _run(
     def reduced(layer: Any) -> tuple[str, int, list[Tensor]]:
         return layer.path, layer.shape[0], measured(layer, texts_of(layer, maps, texts), found._statistics)
 
-    with _evaluating(model), torch.no_grad(), attention(model, keep=reduced, max_bytes=2**62) as maps:
+    with _evaluating(model), torch.no_grad(), attention(model, keep=reduced, max_bytes=NO_LIMIT) as maps:
         for number, value, trouble, counts in batches:
             maps.clear()
             try:

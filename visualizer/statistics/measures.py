@@ -19,8 +19,8 @@ except ImportError as error:
 
 from ..analysis import patterns, rows
 from ..analysis.reading import Fusion, check_heads, fused, layers_of
-from ..intercept import Maps, given
-from ..maps import AttentionMap, exactly
+from ..intercept import Maps
+from ..maps import AttentionMap, without_autograd
 from .moments import Moments, as_large, merged, nothing, state_of
 
 _SMALL = 2**26  # bytes of a map that several statistics read at once
@@ -114,7 +114,7 @@ class Statistic(Metric):
         mask, ids = (None if given is None else torch.as_tensor(given) for given in (attention_mask, ids))
         self.take([self.reduced(layer, Texts(mask, ids)) for layer in layers_of(attention)[0]])
 
-    @exactly
+    @without_autograd
     def reduced(self, layer: AttentionMap, texts: Texts) -> Tensor:
         """The moments of one layer's call: (5, heads, ...), in which no sample is to be seen any more."""
         values = self.of(layer, texts)
@@ -176,7 +176,7 @@ def texts_of(layer: AttentionMap, maps: Maps, batch: Texts) -> Texts:
     The innermost module knows best: of an encoder and a decoder each has padding of its own, or is told of none.
     """
     names = {"attention_mask": batch.mask, "input_ids": batch.ids, "encoder_attention_mask": None}
-    return Texts(*[_told(given(maps, name), layer.shape[0], name, known) for name, known in names.items()])
+    return Texts(*[_told(maps.call_arguments(name), layer.shape[0], name, known) for name, known in names.items()])
 
 
 def _told(told: Sequence[Any], batch: int, name: str, known: Tensor | None) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..intercept import attention
 from ..maps import AttentionMap
+from ..store import NO_LIMIT
 from .collected import Collected
 from .measures import Statistic, Texts, check_statistics, measured, texts_of
 from .moments import as_large, merged
@@ -80,7 +81,7 @@ class Monitor:
         def reduced(layer: AttentionMap) -> tuple[str, int, list[Tensor]]:
             return layer.path, layer.shape[0], measured(layer, texts_of(layer, maps, Texts()), self._statistics)
 
-        with attention(self.model, keep=reduced, max_bytes=2**62) as maps:
+        with attention(self.model, keep=reduced, max_bytes=NO_LIMIT) as maps:
             yield values
         calls: dict[str, list[tuple[int, list[Tensor]]]] = {}
         for path, size, states in maps:

@@ -1,10 +1,12 @@
-"""Where captured values are kept, and how they are read: records, the cache, limits and the byte budget.
+"""Keeps captured values, and how they are read: records, the cache, limits and the byte budget.
 
-`files`, which writes and reads them, is loaded by whoever saves or loads: most programs do neither.
+`files`, which writes and reads them, is loaded on the first save or load: most programs do neither.
 """
 
+from .budget import NO_LIMIT, Budget, bytes_by_device, memory_of
 from .cache import Cache
 from .channel import Channel, listener, receive
+from .locks import ForkSafeLock
 from .records import Record, Saved
 from .results import Recorded
 from .stacking import stacked
@@ -12,16 +14,21 @@ from .store import Store
 from .tables import as_html, as_text, human
 
 __all__ = [
+    "NO_LIMIT",
+    "Budget",
     "Cache",
     "Channel",
+    "ForkSafeLock",
     "Record",
     "Recorded",
     "Saved",
     "Store",
     "as_html",
     "as_text",
+    "bytes_by_device",
     "human",
     "listener",
+    "memory_of",
     "receive",
     "stacked",
 ]

@@ -6,7 +6,8 @@ from collections.abc import ItemsView, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnknownKeyError, did_you_mean
-from ..tensors import bytes_by_device, is_array, is_tensor, shape_of
+from ..tensors import is_array, is_tensor, shape_of
+from .budget import bytes_by_device
 from .records import Record, Saved
 from .results import Recorded
 from .stacking import stacked
@@ -22,14 +23,16 @@ _NAMED = 12  # keys in an error message
 class Cache(Recorded, dict[str, list[Any]]):
     """Captured values: a dict from key to the list of values, in call order.
 
-    Reading it first fetches what is still on its way, from a GPU too; a missing key's error says what there is. A list
-    that you hold grows with the calls; with keep="graph", and for values on a GPU, only when the cache is read.
-    Printed, it is a table of keys, calls, shapes, types and bytes.
+    Reading it first waits for values that are on their way, from a GPU for example. The error about a missing key lists
+    the keys. A list that you hold grows with the calls; with keep="graph", and for values on a GPU, it grows when the
+    cache is read. Printed, the cache is a table of keys, calls, shapes, types and bytes.
     """
 
     def __init__(self, store: Store, title: str) -> None:
         super().__init__()
-        self._store, self._title, self.about = store, title, {}
+        self.store = store
+        """What files the values here."""
+        self._title, self.about = title, {}
         store.fill(self)
 
     @property
@@ -45,10 +48,10 @@ class Cache(Recorded, dict[str, list[Any]]):
         >>> [(record.key, record.variable, record.call, record.value) for record in found.records]
         [('attend', 'attn', 0, 2), ('attend', 'attn', 1, 4)]
         """
-        return self._store.records()
+        return self.store.records()
 
     def stack(self, call: int | None = None) -> Any:
-        """One array of all maps, layers first: the keys' values on each other, in the order of the keys.
+        """One array of all maps, layers first: the values of the keys stacked, in the order of the keys.
 
         >>> import numpy as np
         >>> from visualizer import capture
@@ -61,18 +64,18 @@ class Cache(Recorded, dict[str, list[Any]]):
         (12, 1, 2, 5, 5)
 
         Args:
-            call: which value of each key, as an index of its list (-1: the newest). None: the only one that each has;
-                where there is one key, all of its values.
+            call: which value of each key, as an index into its list (-1: the newest). None: the only value of each
+                key, or, if there is one key, all of its values.
 
         Returns:
-            Arrays give an array, tensors a tensor on their device (on the CPU where they live on several), of the
-            values' type; the keys come first, then the values' own axes.
+            An array of shape (keys, *shape of a value), of the values' dtype; with a single key and call=None the
+            first axis is its values. Tensors give a tensor on their device, or on the CPU if they are on several.
 
         Raises:
             ValueError: nothing was captured, a key has no such value, or the shapes differ; the message says which.
         """
-        self._store.fetch()
-        return stacked(self, call, state=self._store.state)
+        self.store.fetch()
+        return stacked(self, call, state=self.store.state)
 
     def saved(self, about: dict[str, Any] | None = None) -> Saved:
         """The values and their records as plain data."""
@@ -88,15 +91,16 @@ class Cache(Recorded, dict[str, list[Any]]):
         return cache
 
     def fetch(self) -> None:
-        """Wait for what is still on its way, into the lists that you hold too; every way of reading does so itself.
+        """Wait for values that are on their way, and put them into the lists, those that you hold too.
 
-        What you have taken out of the lists is forgotten here, or as the next value comes.
+        Every way of reading the cache does so itself. Values that you have removed from a list are released here, or
+        when the next value arrives.
         """
-        self._store.fetch()
-        self._store.follow()
+        self.store.fetch()
+        self.store.reconcile()
 
     def __getitem__(self, key: str) -> list[Any]:
-        self._store.fetch()
+        self.store.fetch()
         return super().__getitem__(key)
 
     def __missing__(self, key: str) -> list[Any]:
@@ -105,55 +109,55 @@ class Cache(Recorded, dict[str, list[Any]]):
         if len(keys) > _NAMED:
             named += f" and {len(keys) - _NAMED} more"
         hint = did_you_mean(keys, str(key)) or "."
-        raise UnknownKeyError(f"nothing was captured under {key!r}{hint} The keys are: {named}; {self._store.state}")
+        raise UnknownKeyError(f"nothing was captured under {key!r}{hint} The keys are: {named}; {self.store.state}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The list under a key, or the default."""
-        self._store.fetch()
+        self.store.fetch()
         return super().get(key, default)
 
-    # Iterating in Python, not in C, makes dict(cache) and {**cache} read through __getitem__.
+    # An __iter__ in Python makes dict(cache) and {**cache} read through __getitem__.
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()
 
     def values(self) -> ValuesView[list[Any]]:  # type: ignore[override]
         """The lists."""
-        self._store.fetch()
+        self.store.fetch()
         return super().values()
 
     def items(self) -> ItemsView[str, list[Any]]:  # type: ignore[override]
         """The keys with their lists."""
-        self._store.fetch()
+        self.store.fetch()
         return super().items()
 
-    # What changes the cache fetches what belongs under the old keys, and then lets go of what nobody can read any more.
+    # Each change first fetches what belongs under the old keys, and then releases what nobody can read any more.
 
     def pop(self, *args: Any) -> Any:
-        """Take a key and its list out."""
-        self._store.fetch()
-        found = super().pop(*args)
-        self._store.follow(args[0])
-        return found
+        """Remove a key, and return its list."""
+        self.store.fetch()
+        values = super().pop(*args)
+        self.store.reconcile(args[0])
+        return values
 
     def popitem(self) -> tuple[str, list[Any]]:
-        """Take the last key and its list out."""
-        self._store.fetch()
-        found = super().popitem()
-        self._store.follow(found[0])
-        return found
+        """Remove the last key, and return it with its list."""
+        self.store.fetch()
+        key, values = super().popitem()
+        self.store.reconcile(key)
+        return key, values
 
     def __delitem__(self, key: str) -> None:
-        self._store.fetch()
+        self.store.fetch()
         super().__delitem__(key)
-        self._store.follow(key)
+        self.store.reconcile(key)
 
     def __setitem__(self, key: str, values: list[Any]) -> None:
-        self._store.fetch()
+        self.store.fetch()
         super().__setitem__(key, values)
-        self._store.follow(key)
+        self.store.reconcile(key)
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """The list under a key, or the default, which is put there."""
+        """The list under a key; without one, the default is put there and returned."""
         if key not in self:
             self[key] = default
         return self[key]
@@ -169,14 +173,14 @@ class Cache(Recorded, dict[str, list[Any]]):
 
     def clear(self) -> None:
         """Start over with empty lists under the same keys; lists that you hold keep their values."""
-        self._store.clear()
+        self.store.clear()
 
     def copy(self) -> dict[str, list[Any]]:
         """A plain dict of the same lists."""
         return dict(self)
 
     def __eq__(self, other: object) -> bool:
-        self._store.fetch()
+        self.store.fetch()
         return super().__eq__(other)
 
     def __ne__(self, other: object) -> bool:
@@ -185,10 +189,10 @@ class Cache(Recorded, dict[str, list[Any]]):
     __hash__ = None
 
     def table(self) -> tuple[str, list[tuple[str, ...]]]:
-        """A line about the whole, and the rows of the table, its header first."""
-        self._store.fetch()
+        """A line that sums everything up, and the rows of the table; the first row has the column names."""
+        self.store.fetch()
         calls: dict[str, set[int]] = {}
-        for record in self._store.records():
+        for record in self.store.records():
             calls.setdefault(record.key, set()).add(record.call)
         rows: list[tuple[str, ...]] = [("key", "calls", "shape", "dtype", "bytes")]
         total = values_in_all = 0
@@ -197,16 +201,16 @@ class Cache(Recorded, dict[str, list[Any]]):
             total, values_in_all = total + size, values_in_all + len(values)
             called = len(calls.get(key, ())) or len(values)
             count = f"{called}" if called == len(values) else f"{called} ({len(values)} values)"
-            kinds = [_kind(value) for value in values]
-            shapes, dtypes = (_few(dict.fromkeys(column)) for column in zip(*kinds, strict=True)) if kinds else ("", "")
+            cells = [_shape_and_dtype(value) for value in values]
+            shapes, dtypes = (_few(dict.fromkeys(column)) for column in zip(*cells, strict=True)) if cells else ("", "")
             rows.append((key or "''", count, shapes, dtypes, human(size)))
         keys = f"{len(self)} key{'' if len(self) == 1 else 's'}"
         head = f"{self._title}: {keys}, {values_in_all} value{'' if values_in_all == 1 else 's'}, {human(total)}"
         return head, rows
 
 
-def _kind(value: Any) -> tuple[str, str]:
-    """A value's shape and dtype, in words."""
+def _shape_and_dtype(value: Any) -> tuple[str, str]:
+    """The shape and the dtype of a value, as text."""
     if is_tensor(value) or is_array(value):
         shape = shape_of(value)
         return "nested" if shape is None else str(shape), str(value.dtype).removeprefix("torch.")

@@ -1,9 +1,9 @@
-"""The way of captured values from rewritten code into a store.
+"""Brings captured values from rewritten code into a store.
 
-Rewritten code calls `receive(key, value)`. The key names a `Channel`: one function's variables on their way into one
-`Store`, which keeps them in lists by key within its limits. A channel that converts what it keeps files each value at
-once. One that keeps the very object (`keep="graph"`) only appends it to what has arrived at the store, which is atomic
-without a lock; it is filed when somebody reads, or when what waits there has grown heavy.
+Rewritten code calls `receive(key, value)`. The key names a `Channel`, which brings the variables of one function into
+one `Store`. The store keeps them in lists by key, within its limits. A channel that converts what it keeps files each
+value at once. One that keeps the object itself (`keep="graph"`) only appends it to what has arrived at the store, which
+is atomic without a lock. The store files it when somebody reads, or when what waits has grown heavy.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from typing import Any
 
 from ..errors import warn
 from ..rewrite import At, assigned_lines, deletes
-from ..tensors import Keep, bytes_by_device, is_array, is_tensor, keeper, runs_foreign_code, why_unreal
+from ..tensors import Keep, is_array, is_tensor, keeper, runs_foreign_code, why_unreal
+from .budget import bytes_by_device
 from .store import BATCH, Arrived, Call, Store
 
 _listening: dict[str, Channel] = {}
 
 _keeping: set[int] = set()
-"""The threads that run somebody's code to convert a value: what that calls is no call of the model."""
+"""The threads that are running foreign code to convert a value. Calls of that code are not calls of the model."""
 
 
 def receive(key: str, value: Any) -> None:
-    """The hook of all rewritten code; a key that nobody listens to any more is ignored.
+    """The hook that all rewritten code calls; a key without a listener is ignored.
 
-    As a value it stands for "unbound": no variable of the user's holds it.
+    As a value this function itself stands for "unbound": no variable of a user holds it.
     """
     try:
         channel = _listening[key]
@@ -41,18 +42,18 @@ def receive(key: str, value: Any) -> None:
     arrived = channel.arrived
     try:
         if arrived is None or value is None or value is receive:
-            channel.take(value)
+            channel.deliver(value)
         else:
             arrived.append((channel, value, get_ident()))
-            kind = type(value)  # compared by identity, for a class may have an __eq__ or __hash__ of its own
-            if kind is not int and kind is not float:
-                channel.store.hold(bytes_by_device(value))
-            elif len(arrived) > channel.store.many:
-                channel.store.many += BATCH
-                channel.store.hold({"cpu": BATCH * 32})
-    except RecursionError:  # what a call needs below the limit shall not be what the function fails for
-        missed = channel.store.missed
-        missed[channel] = missed.get(channel, 0) + 1
+            cls = type(value)  # compared by identity, because a class may have its own __eq__ or __hash__
+            if cls is not int and cls is not float:
+                channel.store.count_pending(bytes_by_device(value))
+            elif len(arrived) > channel.store.weigh_after:
+                channel.store.weigh_after += BATCH
+                channel.store.count_pending({"cpu": BATCH * 32})
+    except RecursionError:  # our own call must not make the user's function hit the recursion limit
+        skipped = channel.store.skipped_near_recursion_limit
+        skipped[channel] = skipped.get(channel, 0) + 1
 
 
 def _ignore(value: Any) -> None:
@@ -60,7 +61,7 @@ def _ignore(value: Any) -> None:
 
 
 def _forget_other_threads() -> None:
-    """In a forked child: new threads may get the numbers of those that are not there."""
+    """In a forked child: a new thread may get the number of a thread that does not exist there."""
     _keeping.intersection_update({get_ident()})
 
 
@@ -69,12 +70,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def listener(key: str) -> Channel | None:
-    """The channel that the rewritten code of this key brings its values to now."""
+    """The channel that receives what rewritten code with this key delivers now, or None."""
     return _listening.get(key)
 
 
 class Channel:
-    """One function's variables on their way from its rewritten code into a store."""
+    """Brings the variables of one function from its rewritten code into a store."""
 
     def __init__(
         self,
@@ -89,58 +90,58 @@ class Channel:
     ) -> None:
         self.store, self.names, self.at, self.keep = store, names, at, keep
         self.site = site
-        """What the rewritten code passes as the hook's key: unique in the process."""
+        """The key that the rewritten code passes to the hook: unique in the process."""
         self.key_of = key
-        """Says the store's key for a variable, given the path of the module that was called."""
+        """Gives the store's key for a variable and the path of the module that was called."""
         self.owner, self.path_of = owner, path_of
-        """The local that holds the object whose method is called, and what says that object's path, or None where its
-        calls are not wanted. With `owner` the rewritten code brings the object before the values."""
+        """The local that holds the object whose method is called, and a function that gives the object's path, or None
+        if its calls are not wanted. With `owner` the rewritten code delivers the object before the values."""
         self.calls = count()
         self.code: CodeType | None = None
-        """The code that is captured from, for messages."""
+        """The original code of the function, for messages."""
         self.made: tuple[CodeType, tuple[str, ...], CodeType] | None = None
-        """The code that was last rewritten with this channel as the last, for which sites, and the result."""
+        """The last rewriting that had this channel as its last: the original code, the sites, and the result."""
         self.arrived: Arrived | None = None
-        """Where values go just as they are; None where each has work to be done at once."""
-        self.take: Callable[[Any], None] = _ignore
-        """Convert and file what the rewritten code brings."""
+        """Takes the values as they are; None if each has to be converted or counted at once."""
+        self.deliver: Callable[[Any], None] = _ignore
+        """Convert and file what the rewritten code delivers."""
         self._keep: Keep = "numpy"
         self._convert: Callable[[Any, list[Any]], Any] = lambda value, copies: value
         self._frames: dict[int, tuple[Call, str | None]] = {}
         self._warned: set[str] = set()
-        self._has_told = False
+        self._has_warned = False
 
     @property
     def mode(self) -> Keep:
-        """What is kept of a value, as of the last `connect`."""
+        """What is kept of a value, as the last `connect` set it."""
         return self._keep
 
     def connect(self, default: Keep) -> None:
-        """Receive what the rewritten code brings, from now on; `default` where the channel has no `keep` of its own."""
+        """Receive what the rewritten code delivers from now on; `default` is for a channel without its own `keep`."""
         self._keep = default if self.keep is None else self.keep
         self._convert = keeper(self._keep)
         if _listening.get(self.site) is not self:
-            self._frames.clear()  # of calls that went on, or ended, unseen
-        self.take = self._assignments() if self.at == "assign" else self._returns()
-        self.adjust()
+            self._frames.clear()  # their calls went on, or ended, without a listener
+        self.deliver = self._assignments() if self.at == "assign" else self._returns()
+        self.choose_path()
         self.store.switch(self, True)
         _listening[self.site] = self
 
     def disconnect(self) -> None:
-        """Ignore what the rewritten code brings, calls that are under way included."""
+        """Ignore what the rewritten code delivers from now on, in calls that are under way too."""
         if _listening.pop(self.site, None) is None:
             return
-        self.take = _ignore  # which holds on to the channel, and so to the store and its values
+        self.deliver = _ignore  # the closure would hold the channel, and with it the store and its values
         self.store.switch(self, False)
 
-    def adjust(self) -> None:
-        """Let values wait as they are only where each needs no work of its own."""
+    def choose_path(self) -> None:
+        """Let values wait unconverted where none needs any work, and convert and file each at once elsewhere."""
         is_plain = self._keep == "graph" and self.at == "return" and len(self.names) == 1 and self.owner is None
         may_wait = is_plain and self.store.limit is None and not self.store.is_full
         self.arrived = self.store.arrived if may_wait else None
 
     def name_values(self, value: Any) -> list[tuple[str, Any]]:
-        """The variables with their values, of what was put: unbound ones have none."""
+        """The variables with their values, of what was put; unbound variables are left out."""
         pairs = [value] if self.at == "assign" else zip(self.names, value, strict=True)
         return [pair for pair in pairs if pair[1] is not receive]
 
@@ -153,35 +154,35 @@ class Channel:
         self.store.put(self, kept, None, None, path, copies)
 
     def pass_over(self, name: str, reason: str) -> None:
-        """Warn, once, that a value is not recorded because it has no numbers; the reason as `why_unreal` says it."""
-        if not self._has_told:
-            self._has_told = True
+        """Warn, once, that a value is not recorded because it has no numbers; `reason` is that of `why_unreal`."""
+        if not self._has_warned:
+            self._has_warned = True
             warn(f"{name!r} of {self.place()} {reason}: such calls are not recorded.")
 
     def _returns(self) -> Callable[[Any], None]:
         accept, path_of = self.accept, self.path_of
 
-        def take_one(value: Any) -> None:
+        def deliver_one(value: Any) -> None:
             accept((value,), None)
 
-        def take_all(values: tuple[Any, ...]) -> None:
+        def deliver_all(values: tuple[Any, ...]) -> None:
             accept(values, None)
 
-        def take_owned(values: tuple[Any, ...]) -> None:
+        def deliver_owned(values: tuple[Any, ...]) -> None:
             assert path_of is not None
             path = path_of(values[0])
             if path is not None:
                 accept(values[1:], path)
 
-        return take_owned if self.owner is not None else take_one if len(self.names) == 1 else take_all
+        return deliver_owned if self.owner is not None else deliver_one if len(self.names) == 1 else deliver_all
 
     def _assignments(self) -> Callable[[Any], None]:
         store, frames, path_of = self.store, self._frames, self.path_of
 
-        def take(event: Any) -> None:
-            # A frame object lives as long as its call, so its id tells apart the calls that are under way.
+        def deliver(event: Any) -> None:
+            # A frame object lives as long as its call, so its id identifies the call while that is under way.
             frame = id(sys._getframe(2))
-            if event is None or len(event) == 1:  # a call begins; with an owner, its object
+            if event is None or len(event) == 1:  # a call begins; with an owner, the event has its object
                 frames.pop(frame, None)
                 path = None
                 if event is not None and path_of is not None:
@@ -197,15 +198,15 @@ class Channel:
                 if frame in frames:
                     call, path = frames[frame]
                 elif path_of is None:
-                    # Its beginning was not seen, so nothing tells this frame from a later one at the same address.
+                    # The call began without a listener: a later frame at the same address could not be told from it.
                     call, path = Call(self), None
                 else:
-                    return  # another object's call, or one that cannot be told from it
+                    return  # the call of another object, or one whose object is not known
                 copies: list[Any] = []
                 kept = self._guarded(name, value, copies)
                 store.put(self, (name, kept), call, line, path, copies)
 
-        return take
+        return deliver
 
     def _kept(self, name: str, value: Any, copies: list[Any], path: str | None) -> Any:
         if value is None or value is receive:
@@ -214,7 +215,7 @@ class Channel:
         return self._guarded(name, value, copies)
 
     def _guarded(self, name: str, value: Any, copies: list[Any]) -> Any:
-        """What is kept of a variable's value; errors say whose they are, and are remembered."""
+        """What is kept of a variable's value. An error names the variable and its function, and is remembered."""
         if self._keep != "graph" and (reason := why_unreal(value)) is not None:
             self.pass_over(name, reason)
             return receive
@@ -237,7 +238,7 @@ class Channel:
         return "?" if code is None else f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno})"
 
     def _report_missing(self, name: str, value: Any, path: str | None) -> None:
-        """Warn, once, that a call had nothing under the name, with the likely cause."""
+        """Warn, once, that a call had no value under the name, with the likely cause."""
         code = self.code
         if name in self._warned or code is None:
             return
@@ -250,7 +251,7 @@ class Channel:
                 return
         self._warned.add(name)
         lines = ", ".join(map(str, assigned_lines(code, name)))
-        what = "was None, and None was recorded" if value is None else "was not bound, and nothing was recorded"
+        state = "was None, and None was recorded" if value is None else "was not bound, and nothing was recorded"
         where = f"it is assigned on line {lines}" if lines else "it is a parameter, or an outer function's variable"
         deleted = value is receive and deletes(code, name)
         causes = (
@@ -260,4 +261,4 @@ class Channel:
             "has them all the same; or build the model with timm.layers.set_fused_attn(False), or "
             'attn_implementation="eager" in transformers), or a flag of the model that guards those lines.'
         )
-        warn(f"{name!r} {what} when {self.place()} returned; {where}. {causes}")
+        warn(f"{name!r} {state} when {self.place()} returned; {where}. {causes}")

@@ -1,9 +1,9 @@
-"""Captured values in a file, and back: arrays and tensors are its entries, one text in its metadata tells the rest.
+"""Writes and reads captured values: arrays and tensors are the entries of a file, a text in its metadata has the rest.
 
-The file is of the safetensors format: eight bytes with the length of a JSON header, the header, the entries' bytes. The
-text is JSON too. Its containers are a flat list of nodes, each naming only nodes before it, so that no nesting is too
-deep and none is endless. It lists the entries as well, so that the header follows from the text: a header that differs
-is damaged. Checksums guard the text and the entries, and so each byte is checked.
+The file has the safetensors format: eight bytes with the length of a JSON header, the header, the bytes of the entries.
+The text is JSON too. Its containers are a flat list of nodes, and each node names only nodes before it, so that no
+nesting is too deep and none is endless. The text lists the entries as well. So the header follows from the text, and a
+header that differs is damaged. The text and each entry have a checksum, so that every byte is checked.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .records import Kind, Record, Saved
 
 _VERSION = 1
 _MAX_HEADER = 100_000_000  # bytes; the safetensors package opens no file that has more
-_MAX_HASHED = 1000  # containers in a dict's key or a set's element
+_MAX_HASHED = 1000, 1_000_000  # containers and items that are met on hashing a dict's key or a set's element
 
-# Each with the format's name for it and an element's bytes. What the format has no name for is stored as pairs.
+# For each dtype, the format's name and the bytes of an element. Dtypes that the format lacks are stored as pairs.
 _NUMPY = {
     **{"bool": ("BOOL", 1), "int8": ("I8", 1), "int16": ("I16", 2), "int32": ("I32", 4), "int64": ("I64", 8)},
     **{"uint8": ("U8", 1), "uint16": ("U16", 2), "uint32": ("U32", 4), "uint64": ("U64", 8)},
@@ -44,7 +44,7 @@ _DTYPES = {"numpy": _NUMPY, "torch": _TORCH}
 _PAIRS = ("complex128", "complex32")
 
 _CONTAINERS: dict[str, type[Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict}
-# What contains nothing: its type, and how it becomes text and is read from it.
+# For values that contain nothing: the type, how it is written to text, and how it is read from text.
 _LEAVES: dict[str, tuple[type[Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
     "int": (int, lambda value: f"{int.__int__(value):x}", lambda digits: int(digits, 16)),
     "float": (float, float.hex, float.fromhex),
@@ -73,7 +73,7 @@ class _Entry(NamedTuple):
 
 
 def write(path: str | PathLike[str], saved: Saved) -> None:
-    """Write a file that `read` reads; see `Recorded.save`. Records of keys that are not among the keys are left out."""
+    """Write a file that `read` reads; see `Recorded.save`. Records of other keys than `saved.keys` are left out."""
     about = saved.about
     if not issubclass(type(about), dict):
         raise TypeError(f"about must be a dict, such as {{'tokens': ['a', 'cat']}}, not {type(about).__name__}")
@@ -85,7 +85,7 @@ def write(path: str | PathLike[str], saved: Saved) -> None:
             rows.append([key, record.variable, slot, record.call, record.line, record.thread, record.module])
             counts[key] += 1
     slot = nodes.add(about, "about", "about")
-    # Wide elements first: where the file is mapped into memory, each entry is then aligned.
+    # Wide elements come first, so that each entry is aligned when the file is mapped into memory.
     entries = sorted(nodes.arrays, key=lambda entry: -_DTYPES[entry.library][entry.dtype][1])
     content = {"version": _VERSION, "kind": saved.kind, "entries": entries, "nodes": nodes.nodes, "keys": list(counts)}
     text = _json({**content, "records": rows, "about": slot})
@@ -97,7 +97,7 @@ def write(path: str | PathLike[str], saved: Saved) -> None:
             "keep arrays in place of lists of numbers, or fewer calls (limit=)"
         )
     target = os.path.realpath(path)
-    # Not the file's own name with an ending, which may be too long for a name. mkstemp would hide it from other users.
+    # The file's own name with an ending may be too long for a name, and mkstemp hides its files from other users.
     temporary = os.path.join(os.path.dirname(target), f".{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -115,12 +115,12 @@ def write(path: str | PathLike[str], saved: Saved) -> None:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         if isinstance(error, OSError) and error.filename == temporary and error.filename2 is None:
-            error.filename = target  # a folder that is missing or not theirs: they know the file by its own name
+            error.filename = target  # the folder is missing or not writable; the user knows the file by this name
         raise
 
 
 def read(path: str | PathLike[str]) -> Saved:
-    """What `write` wrote; see `visualizer.load`."""
+    """Read what `write` wrote; see `visualizer.load`."""
     name = os.fspath(path)
     with open(path, "rb") as file:
         try:
@@ -167,7 +167,7 @@ def _read(file: BufferedReader, name: str) -> Saved:
     arrays = {}
     for entry, checksum in zip(entries, checksums[1:], strict=True):
         arrays[entry.name] = _array(file, entry, checksum, name)
-    value_of = _values(content["nodes"], arrays)
+    value_of = _reader(content["nodes"], arrays)
     keys = dict.fromkeys(_checked(key, str) for key in _checked(content["keys"], list))
     records, about = [], _checked(value_of(content["about"]), dict)
     for key, variable, slot, call, line, thread, module in content["records"]:
@@ -182,7 +182,7 @@ def _read(file: BufferedReader, name: str) -> Saved:
 
 
 def _kind_of(records: Sequence[Record]) -> str:
-    """What a file records that does not say so, as the first ones did not: no variable has a space in its name."""
+    """The kind of a file that does not name it, as early versions did; variables of Python have no space in them."""
     word, space, _ = records[0].variable.partition(" ") if records else ("", "", "")
     return {"attention": "maps", "statistics": "statistics"}.get(word, "values") if space else "values"
 
@@ -198,7 +198,7 @@ def _json(content: Any) -> str:
 
 
 def _header(text: str, checksums: list[int], entries: list[_Entry]) -> bytes:
-    """The file up to the entries' bytes. Its length does not depend on the checksums, the text's and then theirs."""
+    """The file up to the bytes of the entries. The checksums, the text's first, have no influence on its length."""
     metadata = {"visualizer": text, "crc32": " ".join(f"{checksum:08x}" for checksum in checksums)}
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -213,7 +213,7 @@ def _header(text: str, checksums: list[int], entries: list[_Entry]) -> bytes:
 
 
 def _bytes_of(array: Any, entry: _Entry) -> Any:
-    """The bytes of an array or a tensor in C order, little-endian, as an array of them; a copy only if it must be."""
+    """The bytes of an array or a tensor, in C order and little-endian, as an array; copied only if necessary."""
     if entry.library == "numpy":
         import numpy
 
@@ -221,9 +221,9 @@ def _bytes_of(array: Any, entry: _Entry) -> Any:
         return array.reshape(-1).view(numpy.uint8)
     try:
         array = array.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        # reshape(-1) may leave a stride that cannot be viewed in other types, where there is one element or none.
+        # With one element or none, reshape(-1) may leave a stride that cannot be viewed as another dtype.
         raw = array.as_strided((array.numel(),), (1,)).view(sys.modules["torch"].uint8).numpy()
-    except (RuntimeError, NotImplementedError) as error:  # under vmap, in a fake mode: there are no numbers
+    except (RuntimeError, NotImplementedError) as error:  # under vmap or in a fake mode there are no numbers
         raise TypeError(f"{entry.name!r}: a {type(array).__name__} cannot be written to a file ({error})") from error
     if raw.size != entry.size:
         raise TypeError(f"{entry.name!r}: a {type(array).__name__} that is in parts cannot be written to a file")
@@ -257,37 +257,36 @@ def _scalar(dtype: Any, digits: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it stands in the text as it is."""
-    kind = type(value)
+    """Whether a value is written to the text as it is."""
+    cls = type(value)
     return (
         value is None
-        or kind in (bool, str)
-        or (kind is float and math.isfinite(value))  # JSON has no other
-        or (kind is int and abs(value) < 2**53)  # other readers of JSON round what is beyond
+        or cls in (bool, str)
+        or (cls is float and math.isfinite(value))  # JSON has no infinity and no NaN
+        or (cls is int and abs(value) < 2**53)  # other readers of JSON round larger ones
     )
 
 
 def _parts(value: Any) -> tuple[str, Iterator[Any]] | None:
-    """What kind of container it is and what is in it, for a dict keys and values in turn; None if it is none."""
+    """The kind of a container and its items, for a dict keys and values in turn; None for anything else."""
     for kind, base in _CONTAINERS.items():
         if issubclass(type(value), base):
-            # By the base's own methods: a subclass may iterate over something else.
+            # The base's own methods are called, because a subclass may iterate over something else.
             return kind, (part for pair in dict.items(value) for part in pair) if base is dict else base.__iter__(value)
     return None
 
 
 class _Nodes:
-    """The nodes of the values that were added so far, and the arrays that are to be entries."""
+    """The nodes of the values that were added so far, and the arrays that will be entries."""
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.arrays: dict[_Entry, Any] = {}
-        self._weights: list[int] = []
-        self._known: dict[int, tuple[int, Any]] = {}  # with the value, lest another gets its id
+        self._known: dict[int, tuple[int, Any]] = {}  # holds the value, so that no other gets its id
         self._names = {"__metadata__"}
 
     def add(self, value: Any, name: str, where: str) -> Any:
-        """What stands for a value in the text; `name` is for its arrays, `where` for messages."""
+        """Add a value, and return what the text has in its place; `name` is for its arrays, `where` for messages."""
         slots: list[Any] = []
         stack: list[tuple[Any, str, Iterator[Any], list[Any]]] = [(None, "", iter([value]), slots)]
         is_open, before = set(), len(self.arrays)
@@ -305,30 +304,27 @@ class _Nodes:
                     stack.append((part, *inner, []))
                     break
                 else:
-                    own = name if len(stack) == 1 else f"{name}/{len(self.arrays) - before}"
-                    slots.append(self._new(part, self._leaf(part, own, where), 0))
+                    entry_name = name if len(stack) == 1 else f"{name}/{len(self.arrays) - before}"
+                    slots.append(self._new(part, self._leaf(part, entry_name, where)))
             else:
                 stack.pop()
                 if stack:
-                    try:
-                        weight = _weight(kind, slots, self._weights)
-                    except ValueError as error:
-                        raise _unwritable(where, str(error), "list(x)") from None
-                    stack[-1][3].append(self._new(holder, [kind, slots], weight))
+                    if _is_costly_to_hash(kind, slots, self.nodes):
+                        raise _unwritable(where, _COSTLY, "list(x)")
+                    stack[-1][3].append(self._new(holder, [kind, slots]))
         return slots[0]
 
-    def _new(self, value: Any, node: list[Any], weight: int) -> list[int]:
+    def _new(self, value: Any, node: list[Any]) -> list[int]:
         self._known[id(value)] = len(self.nodes), value
         self.nodes.append(node)
-        self._weights.append(weight)
         return [len(self.nodes) - 1]
 
     def _leaf(self, value: Any, name: str, where: str) -> list[Any]:
-        """The node of what contains nothing."""
+        """The node of a value that contains nothing."""
         if is_tensor(value) or is_array(value):
             if trouble := _trouble(value):
                 raise _unwritable(where, *trouble)
-            name = name.encode("utf-8", "replace").decode()  # a lone half of a surrogate pair is no UTF-8
+            name = name.encode("utf-8", "replace").decode()  # UTF-8 has no lone half of a surrogate pair
             while name in self._names:
                 name += "+"
             self._names.add(name)
@@ -336,13 +332,13 @@ class _Nodes:
             dtype = str(value.dtype).removeprefix("torch.") if library == "torch" else value.dtype.name
             self.arrays[_Entry(name, library, dtype, tuple(map(int, value.shape)))] = value
             return ["array", name]
-        kind, numpy = type(value), sys.modules.get("numpy")
-        if numpy is not None and issubclass(kind, numpy.generic) and value.dtype.name in _NUMPY:
+        cls, numpy = type(value), sys.modules.get("numpy")
+        if numpy is not None and issubclass(cls, numpy.generic) and value.dtype.name in _NUMPY:
             return ["scalar", value.dtype.name, value.astype(value.dtype.newbyteorder("<")).tobytes().hex()]
         for leaf, (base, written, _) in _LEAVES.items():
-            if issubclass(kind, base):
+            if issubclass(cls, base):
                 return [leaf, written(value)]
-        raise _unwritable(where, f"an object of type {kind.__name__}", "x.attentions")
+        raise _unwritable(where, f"an object of type {cls.__name__}", "x.attentions")
 
 
 def _unwritable(where: str, what: str, way: str) -> TypeError:
@@ -351,7 +347,7 @@ def _unwritable(where: str, what: str, way: str) -> TypeError:
 
 
 def _trouble(value: Any) -> tuple[str, str] | None:
-    """What an array or a tensor is that cannot be written, and a way out; None if it can."""
+    """What keeps an array or a tensor from being written, and a way out; None if nothing does."""
     dtype = value.dtype
     if is_array(value):
         if dtype.name not in _NUMPY:
@@ -370,21 +366,32 @@ def _trouble(value: Any) -> tuple[str, str] | None:
     return None if str(dtype).removeprefix("torch.") in _TORCH else (f"a tensor of the dtype {dtype}", "x.float()")
 
 
-def _weight(kind: str, slots: list[Any], weights: list[int]) -> int:
-    """How many containers are met where a container is hashed, in all the ways into it; no more than one too many.
+_COSTLY = f"a dict's key or a set's element of more than {_MAX_HASHED[0]} containers"
 
-    Hashing nests in C, unguarded, and goes every way anew: a file must not be able to overflow the stack or take ages.
+
+def _is_costly_to_hash(kind: str, slots: list[Any], nodes: list[Any]) -> bool:
+    """Whether hashing a dict's keys or a set's elements would meet too many containers.
+
+    Hashing recurses in C without a guard, and hashes a shared container again at each place. A file must not be able to
+    overflow the stack, or to keep the reader busy for hours.
     """
     hashed = slots if kind in ("set", "frozenset") else slots[::2] if kind == "dict" else []
-    if any(weights[slot[0]] > _MAX_HASHED for slot in hashed if type(slot) is list):
-        raise ValueError(f"a dict's key or a set's element of more than {_MAX_HASHED} containers")
-    return min(1 + sum(weights[slot[0]] for slot in slots if type(slot) is list), _MAX_HASHED + 1)
+    for element in hashed:
+        waiting, containers, items = [element], 0, 0
+        while waiting:
+            slot = waiting.pop()
+            if type(slot) is list and nodes[slot[0]][0] in _CONTAINERS:
+                inner = nodes[slot[0]][1]
+                containers, items = containers + 1, items + len(inner)
+                if containers > _MAX_HASHED[0] or items > _MAX_HASHED[1]:
+                    return True
+                waiting += inner
+    return False
 
 
-def _values(nodes: Any, arrays: dict[str, Any]) -> Callable[[Any], Any]:
-    """A function from what stands for a value in the text to the value."""
+def _reader(nodes: Any, arrays: dict[str, Any]) -> Callable[[Any], Any]:
+    """A function from what the text has in place of a value to the value."""
     values: list[Any] = []
-    weights: list[int] = []
 
     def value_of(slot: Any) -> Any:
         if type(slot) is not list:
@@ -395,14 +402,14 @@ def _values(nodes: Any, arrays: dict[str, Any]) -> Callable[[Any], Any]:
         return values[place]
 
     for kind, *parts in nodes:
-        weight = 0
         if kind == "array":
             [name] = parts
             value = arrays[name]
         elif kind in _CONTAINERS:
             [slots] = parts
             items = [value_of(slot) for slot in _checked(slots, list)]
-            weight = _weight(kind, slots, weights)
+            if _is_costly_to_hash(kind, slots, nodes):
+                raise ValueError(_COSTLY)
             value = dict(zip(items[::2], items[1::2], strict=True)) if kind == "dict" else _CONTAINERS[kind](items)
         elif kind == "scalar":
             value = _scalar(*parts)
@@ -410,5 +417,4 @@ def _values(nodes: Any, arrays: dict[str, Any]) -> Callable[[Any], Any]:
             [text] = parts
             value = _LEAVES[kind][2](text)
         values.append(value)
-        weights.append(weight)
     return value_of

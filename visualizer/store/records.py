@@ -1,7 +1,7 @@
-"""What was recorded, as plain data: each value with where it comes from, and all of them together.
+"""What was recorded, as plain data.
 
-A `Record` is one value. `Saved` is everything that was recorded, free of what recorded it: a file holds it, and copies
-and pickles are made of it.
+A `Record` is one value with where it comes from. `Saved` is everything that was recorded, without the model and without
+any capture: files, copies and pickles are made from it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Record:
     value: Any
     """What was kept of it."""
     call: int
-    """Which call of the function it belongs to, counted from 0 since `clear()`; the values of a call share it."""
+    """The number of the function's call, counted from 0 since `clear()`; all values of a call have the same."""
     line: int | None
     """The line that assigned it, for at="assign"."""
     thread: int
@@ -34,10 +34,10 @@ class Record:
     """The path of the module that was called, where a module was captured from; "" for the module itself."""
 
     def __repr__(self) -> str:
-        has = shape_of(self.value)
-        shape = "" if has is None else f" of shape {has}"
+        shape = shape_of(self.value)
+        of_shape = "" if shape is None else f" of shape {shape}"
         line = "" if self.line is None else f", line={self.line}"
-        return f"<Record {self.key!r}: {self.variable}, call={self.call}{line}, {type(self.value).__name__}{shape}>"
+        return f"<Record {self.key!r}: {self.variable}, call={self.call}{line}, {type(self.value).__name__}{of_shape}>"
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Saved:
 
     kind: Kind
     keys: tuple[str, ...]
-    """Every key, those without records too."""
+    """All keys, those without records too."""
     records: list[Record]
-    """Their values are made of arrays, tensors, numbers, strings and containers of these, if they are to be written."""
+    """To be written, their values must be arrays, tensors, numbers, strings and containers of these."""
     about: dict[str, Any]
     """What `save` was given beside them."""
 

@@ -1,4 +1,4 @@
-"""The face that the results of `capture`, `attention` and `collect` share."""
+"""What the results of `capture`, `attention` and `collect` have in common."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from .tables import as_html, as_text
 
 
 class Recorded(ABC):
-    """What was recorded, and how it is read: printed as a table, saved, copied, pickled."""
+    """What was recorded. It can be printed as a table, saved, copied and pickled."""
 
     about: dict[str, Any]
     """What `save` was given beside the values; {} unless this was read from a file."""
 
     @abstractmethod
     def saved(self, about: dict[str, Any] | None = None) -> Saved:
-        """All of it as plain data, of which `from_saved` makes the same again; `about` in place of what it has."""
+        """All of it as plain data, from which `from_saved` makes the same again; `about` replaces its own."""
 
     @classmethod
     @abstractmethod
     def from_saved(cls, saved: Saved) -> Recorded:
-        """What was recorded, free of what recorded it."""
+        """The results that `saved()` was called on, without the model and without any capture."""
 
     @abstractmethod
     def table(self) -> tuple[str, list[tuple[str, ...]]]:
-        """A line about the whole, and the rows of a table, its header first."""
+        """A line that sums everything up, and the rows of a table; the first row has the column names."""
 
     def save(self, path: str | PathLike[str], about: dict[str, Any] | None = None) -> None:
         """Write everything to a `.safetensors` file, which `visualizer.load` reads without the model.
 
         Args:
-            path: the file. It is written beside it and then put in its place, so that a process that is killed leaves
+            path: the file. A new file is written beside it and then renamed, so that a process that is killed leaves
                 the old file or none.
-            about: a dict of what else belongs to the values: tokens, the picture, the grid of patches. None: what it
-                had, if it was read from a file.
+            about: a dict of what else belongs to the values: tokens, the picture, the grid of patches. None: the dict
+                of the file that this was read from, if any.
 
         Raises:
             TypeError: a value is not made of arrays, dense tensors, numbers, strings, None, and lists, tuples, sets and
                 dicts of these. The message names its key; nothing is written.
-            ValueError: what is not in arrays takes more than 100 MB, the most that the format has room for.
+            ValueError: what is not in arrays takes more than 100 MB, which is the limit of the format.
             OSError: the file cannot be written.
         """
-        from .files import write  # takes its time to load, and most programs save nothing
+        from .files import write  # takes time to load, and most programs save nothing
 
         write(path, self.saved(about))
 

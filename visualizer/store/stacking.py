@@ -1,4 +1,4 @@
-"""One array of all layers, out of the values of several keys."""
+"""Stacks the values of several keys into one array."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def stacked(
     convert: Callable[[Any], Any] = lambda value: value,
     state: str = "nothing was recorded",
 ) -> Any:
-    """The keys' values on each other, keys first: see `Cache.stack`.
+    """One array or tensor of shape (keys, *shape of a value): see `Cache.stack`.
 
-    `convert` makes an array or a tensor of each value that is chosen; `state` says why there may be no values.
+    `convert` makes an array or a tensor of each chosen value; `state` says for the error why there may be no values.
     """
     if not lists:
         raise ValueError("there is nothing to stack: no key")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-_ROWS = 100  # of a printed table; a model of more layers gets a line that says how many are left out
+_ROWS = 100  # the most that a table prints; a last line says how many are left out
 
 
 def as_text(head: str, rows: list[tuple[str, ...]]) -> str:
-    """A table in plain text, as a repr: a line about the whole, then the rows, of which the first names the columns."""
+    """A table in plain text, for a repr: `head` is a line that sums everything up, `rows[0]` names the columns."""
     if len(rows) == 1:
         return f"<{head}>"
     rows = _few_rows(rows)
@@ -16,7 +16,7 @@ def as_text(head: str, rows: list[tuple[str, ...]]) -> str:
 
 
 def as_html(head: str, rows: list[tuple[str, ...]]) -> str:
-    """The same as HTML, for notebooks."""
+    """The same table as HTML, for notebooks."""
     import html
 
     names, *rest = _few_rows(rows)

@@ -1,4 +1,4 @@
-"""`attention(model)`: every attention call of a model as it runs, however it is computed."""
+"""`attention(model)` and `Maps`: the attention weights of a model's calls, recorded as it runs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UnknownKeyError, did_you_mean, warn
-from ..instrument import check_count
+from ..instrument import check_max_bytes
 from ..maps import AttentionMap
-from ..store import Record, Recorded, Saved, human, stacked
-from ..tensors import bytes_by_device, keeper, memory_of
-from .watching import Growing, Watch
+from ..store import Budget, Record, Recorded, Saved, bytes_by_device, human, stacked
+from ..tensors import keeper
+from .copies import AttentionCall, Copies
+from .watch import Watch
 
 
 def attention(
@@ -26,7 +27,7 @@ def attention(
     layers: int | str | Sequence[int | str] | None = None,
     keep: Callable[[AttentionMap], Any] | None = None,
     gradients: bool = False,
-    max_bytes: int | None = None,
+    max_bytes: float | None = None,
 ) -> Maps:
     """The attention weights of a model as it runs, whether its kernels make them or not.
 
@@ -44,33 +45,34 @@ def attention(
     >>> maps["layers.1.self_attn"].dense().shape
     torch.Size([1, 2, 5, 5])
 
-    Seen are `F.scaled_dot_product_attention` under any name, `flex_attention`, `nn.MultiheadAttention` and what is
-    made of it, and a softmax over the last axis between two matrix products. The weights are those before dropout.
-    The model's output stays what it was; where torch's own fast path for encoders had to be left (under `no_grad`), to
-    rounding. A module that is called attention and ran without a map (linear attention, another library's kernel) is
-    warned about.
+    It sees `F.scaled_dot_product_attention` under any name, `flex_attention`, `nn.MultiheadAttention` and what is built
+    on it, and a softmax over the last axis between two matrix products. The weights are those before dropout. The
+    model's output does not change; where torch has a native path for encoders (under `no_grad`), which is not taken
+    meanwhile, it is the same to rounding. A warning names each class called attention that ran without a map, such as
+    linear attention or the kernel of another library.
 
     Args:
-        model: whose modules' calls are recorded, in whichever thread they are made.
-        layers: which modules, if not all: a number, counted in the order of their first calls (-1 is the last), a path
-            or a pattern of paths such as "encoder.*", or several of these.
-        keep: None keeps maps. A function of an `AttentionMap` is called at once, and what it returns is kept instead:
-            `lambda a: a.rows(0)`, `visualizer.analysis.entropy`. Tensors in it are copied, detached.
-        gradients: also keep what `AttentionMap.grad_rows` needs: the value, and after a backward pass the gradient of
+        model: whose calls are recorded, in all threads.
+        layers: which modules to record; None: all. A number counts modules in the order of their first calls (-1 is
+            the last); a text is a path, or a pattern of paths such as "encoder.*"; or several of these.
+        keep: None keeps maps. A function of an `AttentionMap`, such as `lambda a: a.rows(0)` or
+            `visualizer.analysis.entropy`, is called at once, and what it returns is kept instead. Tensors in it are
+            copied and detached.
+        gradients: also keep what `AttentionMap.grad_rows` needs: the values, and after a backward pass the gradient of
             the output.
-        max_bytes: how many bytes to keep on each device; None: a quarter of its memory. Past it nothing more is
-            recorded, and one warning says so.
+        max_bytes: how many bytes to keep on each device; None: a quarter of its memory; `math.inf`: no limit. When
+            it is used up, nothing more is recorded, and one warning says so.
 
     Returns:
-        The maps, recorded inside its `with` block, or from its `start()` to its `stop()`: `maps[0]` is the first
-        call's, `maps["blocks.3.attn"]` that module's. They lie on the device of the model, in its type.
+        The maps, recorded inside its `with` block, or from its `start()` to its `stop()`. `maps[0]` is that of the
+        first call, `maps["blocks.3.attn"]` that of this module. They are on the model's device, in its type.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind.
-        RuntimeError: on starting: the model is compiled, and torch is older than 2.6.
+        TypeError, ValueError: an argument has a wrong type or value.
+        RuntimeError: on starting, if the model is compiled and torch is older than 2.6.
 
-    Modules that `torch.compile` has compiled run uncompiled while maps are recorded (torch 2.6 or newer): nothing is
-    compiled anew. Scripted modules run without Python and are warned about.
+    Compiled modules run uncompiled while maps are recorded (torch 2.6 or newer); nothing is compiled anew. Scripted
+    modules run without Python, so that nothing of them is seen: a warning names them.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attention takes an nn.Module, not {type(model).__name__}")
@@ -78,7 +80,7 @@ def attention(
         raise TypeError(
             f"keep is a function of an AttentionMap, such as lambda a: a.rows(0), or None to keep maps; not {keep!r}"
         )
-    check_count("max_bytes", max_bytes)
+    check_max_bytes(max_bytes)
     chosen = None if layers is None else [layers] if isinstance(layers, (int, str)) else list(layers)
     for layer in chosen or ():
         if isinstance(layer, bool) or not isinstance(layer, (int, str)):
@@ -105,50 +107,80 @@ class Maps(Recorded, Sequence[Any]):
         layers: list[int | str] | None,
         keep: Callable[[AttentionMap], Any] | None,
         gradients: bool,
-        max_bytes: int | None,
+        max_bytes: float | None,
     ) -> None:
         self._model = (lambda: None) if model is None else weakref.ref(model)
         self._title = "attention" if model is None else f"attention of {type(model).__qualname__}"
         self.about = {}
         self._layers, self._keep, self._gradients = layers, keep, gradients
-        self._max_bytes = max_bytes
         self._entries: list[_Entry] = []
         self._paths: dict[str, int] = {}
-        self._bytes: dict[str, int] = {}
-        self._budgets: dict[str, int] = {}
+        self._budget = Budget(max_bytes)
         self._is_full = False
         self._lock = threading.RLock()  # a `keep` may run the model
         self._watch: Watch | None = None
+        self._copies = Copies(gradients)
 
     def start(self) -> Maps:
-        """Record from now on; for notebooks, where a `with` would have to hold all cells. It returns itself."""
+        """Record from now on; for notebooks, where a `with` cannot span cells. Returns the maps themselves."""
         if self._watch is None:
             model = self._model()
             if model is None:
                 raise RuntimeError("there is nothing to record: the model is gone, or the maps are from a file")
-            self._watch = Watch(self, model)
+            known = weakref.ref(self)  # maps that nobody holds any more stop recording
+
+            def record(call: AttentionCall) -> None:
+                maps = known()
+                if maps is not None:
+                    maps.record(call)
+
+            self._copies = Copies(self._gradients)
+            self._watch = Watch(model, record)
             self._abandon = weakref.finalize(self, self._watch.end)
             self._abandon.atexit = False
         return self
 
     def stop(self) -> None:
-        """Record no more; what was recorded stays."""
+        """Record no more; what was recorded stays. Warns about attention that was not seen."""
         self._stop()
 
-    def _stop(self, is_told: bool = True) -> None:
+    def _stop(self, warns: bool = True) -> None:
         watch, self._watch = self._watch, None
         if watch is not None:
             self._abandon.detach()
-            missing = watch.missing() if is_told else []
             watch.end()
-            for text in missing:
+            for text in self._unseen(watch) if warns and watch.has_run else ():
                 warn(text)
+
+    def _unseen(self, watch: Watch) -> Iterator[str]:
+        """What ran without a map, and what was asked for and did not run, in words."""
+        paths = list(self._paths)
+        if not paths and not watch.has_seen_attention:
+            yield (
+                f"{self._title.rpartition(' ')[2]} ran without any attention that can be seen: neither a fused "
+                "kernel of torch nor a softmax between two matrix products was called in it."
+            )
+        for layer in self._layers or () if paths else ():
+            is_there = (
+                any(fnmatch.fnmatchcase(path, layer) for path in paths)
+                if isinstance(layer, str)
+                else -len(paths) <= layer < len(paths)
+            )
+            if not is_there:
+                yield f"no attention was seen in {layer!r}, one of the layers to record; it was in {_some(paths)}."
+        for name, unmapped in watch.without_maps().items():
+            more = f" and {len(unmapped) - 1} more" if len(unmapped) > 1 else ""
+            yield (
+                f"{name} ({unmapped[0]!r}{more}) ran, but no softmax of it stands between two matrix products: it has "
+                "no map here. Linear attention has none at all; a kernel of another library is not seen: switch it off "
+                '(attn_implementation="sdpa" in transformers).'
+            )
 
     def __enter__(self) -> Maps:
         return self.start()
 
     def __exit__(self, error: object, *_: object) -> None:
-        self._stop(is_told=error is None)
+        self._stop(warns=error is None)
 
     @property
     def is_running(self) -> bool:
@@ -156,11 +188,15 @@ class Maps(Recorded, Sequence[Any]):
         return self._watch is not None
 
     def clear(self) -> None:
-        """Start over without maps."""
+        """Drop all maps; recording goes on."""
         with self._lock:
-            self._entries, self._paths, self._bytes, self._is_full = [], {}, {}, False
-            if self._watch is not None:
-                self._watch.growing.clear()
+            self._entries, self._paths, self._is_full = [], {}, False
+            self._budget.clear()
+            self._copies = Copies(self._gradients)
+
+    def call_arguments(self, name: str) -> list[Any]:
+        """What the module calls under way were given by a keyword, the innermost call first; for a `keep` to ask."""
+        return [] if self._watch is None else self._watch.call_arguments(name)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -168,14 +204,14 @@ class Maps(Recorded, Sequence[Any]):
         return tuple(dict.fromkeys(entry.path for entry in self._entries))
 
     def calls(self, path: str) -> list[Any]:
-        """The maps of all calls of a module, such as those of a generation, one for each step."""
-        found = [entry.value for entry in self._entries if entry.path == path]
-        if not found:
+        """The maps of all calls of a module, in order, such as one for each step of a generation."""
+        values = [entry.value for entry in self._entries if entry.path == path]
+        if not values:
             paths = self.paths
             hint = did_you_mean(paths, str(path)) or "."
-            few = ", ".join(map(repr, paths[:12])) + (f" and {len(paths) - 12} more" if len(paths) > 12 else "")
-            raise UnknownKeyError(f"no attention of {path!r} was recorded{hint} Modules with maps: {few or 'none yet'}")
-        return found
+            few = _some(paths) or "none yet"
+            raise UnknownKeyError(f"no attention of {path!r} was recorded{hint} Modules with maps: {few}")
+        return values
 
     def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):
@@ -185,13 +221,13 @@ class Maps(Recorded, Sequence[Any]):
                 return self._entries[key].value
             except IndexError:
                 raise IndexError(f"there is no map {key}: {len(self)} were recorded") from None
-        found = self.calls(key)
-        if len(found) > 1:
+        values = self.calls(key)
+        if len(values) > 1:
             raise UnknownKeyError(
-                f"{key!r} attended {len(found)} times: maps.calls({key!r}) has all of them, in order; with one pass "
+                f"{key!r} attended {len(values)} times: maps.calls({key!r}) has all of them, in order; with one pass "
                 "of the model inside the `with`, or clear() before it, each module has one"
             )
-        return found[0]
+        return values[0]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -204,7 +240,7 @@ class Maps(Recorded, Sequence[Any]):
 
     @property
     def records(self) -> list[Record]:
-        """Every map, or what was kept of it, with its call, module and thread, in call order."""
+        """Each map, or what was kept of it, with its call, module and thread, in call order."""
         return [
             Record(entry.path, "attention", entry.value, number, None, entry.thread, entry.path)
             for number, entry in enumerate(self._entries)
@@ -227,13 +263,13 @@ class Maps(Recorded, Sequence[Any]):
         return stacked({path: self.calls(path) for path in self.paths}, call, lambda item: item.dense())
 
     def saved(self, about: dict[str, Any] | None = None) -> Saved:
-        """The maps as plain data: fused ones as query and key, those of flex_attention with functions as weights.
+        """The maps as plain data: a fused map as query and key, one with functions of flex_attention as weights.
 
         Gradients are left out.
         """
         shared = dict[int, Tensor]()
         records = [
-            replace(record, variable=_MAP, value=record.value._packed(shared))
+            replace(record, variable=_MAP, value=record.value.packed(shared))
             if isinstance(record.value, AttentionMap)
             else replace(record, variable=_KEPT)
             for record in self.records
@@ -242,11 +278,11 @@ class Maps(Recorded, Sequence[Any]):
 
     @classmethod
     def from_saved(cls, saved: Saved) -> Maps:
-        """The maps that these were."""
+        """The maps of which `saved` made this."""
         maps = Maps(None, None, None, False, None)
         maps.about = saved.about
         for record in sorted(saved.records, key=lambda record: record.call):
-            value = AttentionMap._unpacked(record.value) if record.variable == _MAP else record.value
+            value = AttentionMap.unpacked(record.value) if record.variable == _MAP else record.value
             sizes = {str(value.device): value.nbytes} if record.variable == _MAP else bytes_by_device(value)
             maps._entries.append(_Entry(record.key, value, record.thread, sizes))
         return maps
@@ -258,17 +294,17 @@ class Maps(Recorded, Sequence[Any]):
         ]
         total = sum(size for entry in self._entries for size in entry.sizes.values())
         for path in self.paths:
-            found = self.calls(path)
-            first = found[0]
+            values = self.calls(path)
+            first = values[0]
             if isinstance(first, AttentionMap):
-                dtype = str(first._source.dtype).removeprefix("torch.")
-                shapes = list(dict.fromkeys(str(item.shape) for item in found))
+                dtype = str(first.source.dtype).removeprefix("torch.")
+                shapes = list(dict.fromkeys(str(item.shape) for item in values))
                 more = f" and {len(shapes) - 1} others" if len(shapes) > 1 else ""
                 kept = f"{'weights' if first.is_dense else 'query and key'}, {dtype}"
-                rows.append((path or "''", str(len(found)), shapes[0] + more, first.kind or "", kept))
+                rows.append((path or "''", str(len(values)), shapes[0] + more, first.kind or "", kept))
             else:
                 shape = str(tuple(first.shape)) if isinstance(first, Tensor) else ""
-                rows.append((path or "''", str(len(found)), shape, "", f"{type(first).__name__} by keep"))
+                rows.append((path or "''", str(len(values)), shape, "", f"{type(first).__name__} by keep"))
         maps, modules = len(self), len(rows) - 1
         head = (
             f"{self._title}: {maps} map{'' if maps == 1 else 's'} of {modules} module{'' if modules == 1 else 's'}, "
@@ -277,7 +313,7 @@ class Maps(Recorded, Sequence[Any]):
         return head, rows
 
     def _wants(self, path: str) -> bool:
-        """Whether a module's calls are to be kept, as far as is known before later ones have been called."""
+        """Whether a module is among the layers to record, as far as the modules called up to now tell."""
         number = self._paths.setdefault(path, len(self._paths))
         if self._is_full:
             return False
@@ -288,16 +324,14 @@ class Maps(Recorded, Sequence[Any]):
             for layer in self._layers
         )
 
-    def _take(self, path: str, make: Callable[[Growing | None], tuple[AttentionMap, dict[str, int]]]) -> None:
-        """File a call's map; `make` copies what it needs, given the keys of the module's last call, and weighs it."""
+    def record(self, call: AttentionCall) -> None:
+        """Keep the map of an attention call, or what `keep` makes of it, as far as the budget allows."""
+        path = call.path
         with self._lock:
-            if not self._wants(path):
-                return
-            watch = self._watch
-            if watch is None:
+            if self._watch is None or not self._wants(path):
                 return
             if self._keep is not None:
-                made, sizes = make(None)
+                made, _ = self._copies.map_of(call, is_brief=True)
                 try:
                     value = keeper(self._keep)(made)
                 except Exception as error:
@@ -305,43 +339,31 @@ class Maps(Recorded, Sequence[Any]):
                     raise
                 sizes = bytes_by_device(value)
             else:
-                value, sizes = make(watch.growing)
+                value, sizes = self._copies.map_of(call, is_brief=False)
             self._entries.append(_Entry(path, value, get_ident(), sizes))
-            for device, size in sizes.items():
-                self._bytes[device] = self._bytes.get(device, 0) + size
+            self._budget.add(sizes)
             if self._layers is not None:
                 self._drop_passed()
-            over = next((device for device in sizes if self._bytes[device] > self._budget(device)), None)
-            if over is None:
+            exceeded = self._budget.exceeded(sizes)
+            if exceeded is None:
                 return
-            self._discount(self._entries.pop())
+            self._budget.discount(self._entries.pop().sizes)
             self._is_full = True
-        budget = "max_bytes" if self._max_bytes is not None else "a quarter of its memory"
         warn(
-            f"attention maps would take more than {self._budget(over):,} bytes on {over} ({budget}): that of {path!r} "
-            "and all that follow are not recorded, until clear(). Keep less (layers=, keep=), or allow more "
-            "(max_bytes=)."
+            f"attention maps would take more than {self._budget.why_full(exceeded)}: that of {path!r} and all that "
+            "follow are not recorded, until clear(). Keep less (layers=, keep=), or allow more (max_bytes=)."
         )
 
     def _drop_passed(self) -> None:
-        """Drop the maps of modules that were among the last ones when they ran and are not any more."""
+        """Drop the maps of modules that were among the last when they ran, and no longer are."""
         for entry in [entry for entry in self._entries if not self._wants(entry.path)]:
             self._entries.remove(entry)
-            self._discount(entry)
-
-    def _discount(self, entry: _Entry) -> None:
-        for device, size in entry.sizes.items():
-            self._bytes[device] -= size
-
-    def _budget(self, device: str) -> int:
-        if device not in self._budgets:
-            self._budgets[device] = memory_of(device) // 4 if self._max_bytes is None else self._max_bytes
-        return self._budgets[device]
+            self._budget.discount(entry.sizes)
 
 
 _MAP, _KEPT = "attention map", "attention kept"
 
 
-def given(maps: Maps, name: str) -> list[Any]:
-    """What the modules' calls under way were given by that keyword, the innermost first: for a `keep` to ask."""
-    return [] if maps._watch is None else maps._watch.given(name)
+def _some(paths: Sequence[str]) -> str:
+    """Paths in a message: the first twelve."""
+    return ", ".join(map(repr, paths[:12])) + (f" and {len(paths) - 12} more" if len(paths) > 12 else "")

@@ -1,0 +1,424 @@
+"""From rewritten code into a store: what is delivered, converted, numbered, and warned of."""
+
+import asyncio
+import gc
+import itertools
+import threading
+import weakref
+
+import pytest
+
+from visualizer import VisualizerWarning, capture
+from visualizer.instrument import GetLocal
+
+
+@pytest.fixture
+def gl():
+    """A get_local of its own, switched off at the end."""
+    own = GetLocal()
+    yield own
+    own.deactivate()
+
+
+def make(gl, *names, **options):
+    def forward(x):
+        q = x + 1
+        attn = q * 2
+        return attn + 1
+
+    forward.__qualname__ = "forward"
+    return gl(*names, **options)(forward)
+
+
+class TestReturns:
+    def test_a_call_that_raises_records_nothing(self, gl):
+        @gl("attn")
+        def forward(x):
+            attn = x
+            if x < 0:
+                raise ValueError(x)
+            return attn
+
+        gl.activate()
+        forward(1)
+        with pytest.raises(ValueError, match="-1"):
+            forward(-1)
+        assert [1] == gl.cache[next(iter(gl.cache))]
+
+    def test_an_unbound_name_warns_once_with_the_lines(self, gl):
+        @gl("attn")
+        def forward(fused):
+            if not fused:
+                attn = "weights"
+            return fused
+
+        line = forward.__code__.co_firstlineno + 3
+        gl.activate()
+        with pytest.warns(VisualizerWarning) as caught:
+            assert [forward(True), forward(True), forward(False)] == [True, True, False]
+        assert len(caught) == 1
+        for part in ("'attn'", "forward", f"line {line}", "fused", "set_fused_attn(False)"):
+            assert part in str(caught[0].message)
+        assert caught[0].filename == __file__
+        assert ["weights"] == gl.cache[next(iter(gl.cache))]
+
+    def test_none_is_recorded_and_is_no_cause_to_warn_where_nothing_else_was_to_be_expected(self, gl):
+        @gl("best")
+        def search(x):
+            best = None
+            return x
+
+        gl.activate()
+        search(1)
+        assert [None] == gl.cache[next(iter(gl.cache))]
+
+
+class TestAssignments:
+    def test_every_value_in_order_with_its_line_and_call(self, gl):
+        @gl("attn", at="assign")
+        def forward(scores):
+            attn = scores
+            attn = [s / sum(attn) for s in attn]
+            for attn in [attn[0]]:
+                pass
+            return attn
+
+        first = forward.__code__.co_firstlineno
+        gl.activate()
+        forward([1, 3]), forward([1, 1])
+        [key] = gl.cache
+        assert [[1, 3], [0.25, 0.75], 0.25, [1, 1], [0.5, 0.5], 0.5] == gl.cache[key]
+        assert [(0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (1, 4)] == [(r.call, r.line - first) for r in gl.records]
+
+    def test_a_call_that_raises_has_recorded_what_it_assigned(self, gl):
+        @gl("attn", at="assign")
+        def forward(x):
+            attn = x
+            raise ValueError
+
+        gl.activate()
+        with pytest.raises(ValueError):
+            forward(1)
+        assert [1] == gl.cache[next(iter(gl.cache))]
+
+    def test_calls_that_interleave_are_told_apart(self, gl):
+        @gl("x", at="assign")
+        def stream(start):
+            x = start
+            yield x
+            x = start + 1
+            yield x
+
+        gl.activate()
+        one, two = stream(10), stream(20)
+        next(one), next(two), next(two), next(one)
+        assert [(10, 0), (20, 1), (21, 1), (11, 0)] == [(r.value, r.call) for r in gl.records]
+
+    @pytest.mark.parametrize("limit", [1, 2])
+    def test_the_limit_counts_calls_that_interleave(self, gl, limit):
+        @gl("x", at="assign")
+        def stream(start):
+            for step in range(100):
+                x = start + step
+                yield x
+
+        gl.activate(limit=limit)
+        first, second = stream(0), stream(1000)
+        next(first), next(second)
+        for _ in range(50):
+            next(first), next(second)
+        values = gl.cache[next(iter(gl.cache))]
+        assert [*range(1000, 1051)] == [value for value in values if value >= 1000]
+        assert ([] if limit == 1 else [*range(51)]) == [value for value in values if value < 1000]
+
+    def test_the_limit_counts_calls(self, gl):
+        @gl("x", at="assign")
+        def twice(start):
+            x = start
+            x = start + 1
+            return x
+
+        gl.activate(limit=2)
+        for start in (10, 20, 30):
+            twice(start)
+        assert [20, 21, 30, 31] == gl.cache[next(iter(gl.cache))]
+
+
+class TestKeep:
+    def test_containers_are_snapshots_and_graph_is_the_object(self, gl):
+        @gl("values", keep="graph")
+        def by_reference(values):
+            return None
+
+        @gl("values")
+        def by_copy(values):
+            return None
+
+        gl.activate()
+        values = [1]
+        by_reference(values), by_copy(values)
+        values.append(2)
+        kept, copied = (key[0] for key in gl.cache.values())
+        assert kept is values
+        assert [1] == copied
+
+    def test_a_callable_keeps_only_its_result(self, gl):
+        forward = make(gl, "attn", keep=str)
+        gl.activate()
+        forward(1)
+        assert ["4"] == gl.cache["forward"]
+
+    def test_a_raising_keep_says_whose_variable_it_was(self, gl):
+        forward = make(gl, "attn", keep=lambda value: value.mean(1))
+        gl.activate()
+        with pytest.raises(AttributeError) as caught:
+            forward(1)
+        [note] = caught.value.__notes__
+        assert "'attn'" in note
+        assert "forward" in note
+        assert __file__ in note
+
+    def test_a_raising_keep_that_the_function_swallows_is_raised_by_reading(self, gl):
+        @gl("attn", at="assign", keep=lambda value: value.mean(1))
+        def forward(x):
+            try:
+                attn = x
+            except Exception:
+                attn = None
+            return attn
+
+        gl.activate()
+        assert forward(1) is None
+        with pytest.raises(AttributeError, match="mean"):
+            gl.cache
+        assert [None] == gl.cache[next(iter(gl.cache))]
+
+    def test_what_a_with_ends_does_not_hide_an_error_that_was_swallowed(self, gl):
+        @gl("attn", at="assign", keep=lambda value: value.mean(1))
+        def forward(x):
+            try:
+                attn = x
+            except Exception:
+                pass
+
+        with gl.activate(), gl.activate():
+            forward(1)
+        with pytest.raises(AttributeError, match="mean"):
+            gl.cache
+
+    def test_a_remembered_error_does_not_hold_on_to_locals(self, gl):
+        alive = []
+
+        class Large:
+            def __init__(self):
+                alive.append(weakref.ref(self))
+
+        def broken(value):
+            raise ValueError("no")
+
+        @gl("large", keep=broken)
+        def forward():
+            large = Large()
+            return None
+
+        gl.activate()
+        with pytest.raises(ValueError, match="no"):
+            forward()
+        gc.collect()
+        assert [None] == [one() for one in alive]
+        with pytest.raises(ValueError, match="no"):
+            gl.cache
+
+    def test_a_recursion_error_that_the_function_deals_with_is_its_own_affair(self, gl):
+        @gl("values")
+        def deep(values):
+            try:
+                return 1 + deep(values)
+            except RecursionError:
+                return 0
+
+        gl.activate(limit=5)
+        assert deep([1]) > 0
+        with pytest.warns(VisualizerWarning, match=r"calls of .*deep .* too close to the recursion limit"):
+            assert gl.cache
+
+    @pytest.mark.parametrize("keep", ["numpy", "tensor", "graph"])
+    def test_a_value_whose_own_code_fails_is_kept_and_the_function_goes_on(self, gl, keep):
+        class Lazy:
+            @property
+            def __class__(self):
+                raise RuntimeError("evaluated")
+
+            def __sizeof__(self):
+                raise RuntimeError("measured")
+
+        class Unhashable(type):
+            __hash__ = None
+
+            def __eq__(self, other):
+                raise RuntimeError("compared")
+
+        class Odd(metaclass=Unhashable):
+            pass
+
+        class Thing:
+            pass
+
+        @gl("value", keep=keep)
+        def forward(value):
+            return "done"
+
+        values = [Lazy(), Odd(), weakref.proxy(Thing())]
+        with gl.activate():
+            assert ["done"] * 3 == [forward(value) for value in values]
+        [kept] = gl.cache.values()
+        assert list(map(id, values)) == list(map(id, kept))
+
+
+class TestCalls:
+    def test_calls_that_began_unseen_are_calls_of_their_own(self, gl):
+        @gl("x", at="assign")
+        def stream(start):
+            x = start
+            yield x
+            x = start + 1
+            yield x
+
+        gl.activate()
+        for _ in range(5):
+            list(stream(0))
+        running = [stream(10 * number) for number in range(1, 5)]  # made while on: they have the rewritten code
+        gl.deactivate()
+        for one in running:
+            next(one)
+        gl.clear()
+        gl.activate()
+        for one in running:
+            list(one)
+        assert 4 == len({record.call for record in gl.records})
+
+    def test_a_call_under_way_is_numbered_anew_when_the_cache_is_cleared(self, gl):
+        @gl("a", at="assign")
+        def forward(values):
+            for value in values:
+                a = value
+                yield
+
+        gl.activate(limit=2)
+        for _ in range(20):
+            list(forward([0]))
+        under_way = forward([1, 2, 3])
+        next(under_way)
+        gl.clear()
+        list(forward([10]))
+        next(under_way)
+        list(forward([20]))
+        [key] = gl.cache
+        assert [10, 20] == gl.cache[key]  # the one under way began before either
+        assert [0, 2] == [record.call for record in gl.records]
+        list(forward([30])), list(forward([40]))
+        assert [30, 40] == gl.cache[key]
+
+    def test_switching_on_again_in_the_middle_of_a_call_does_not_split_it(self, gl):
+        @gl("a", at="assign")
+        def forward():
+            a = 1
+            gl.activate()
+            a = 2
+            return a
+
+        gl.activate()
+        forward()
+        assert [(1, 0), (2, 0)] == [(record.value, record.call) for record in gl.records]
+
+
+def held_up(waits):
+    """A function for `keep` that waits where there is something to wait for."""
+    return lambda value: waits[0](value) if waits else value
+
+
+class TestThreads:
+    def late(self, work, waits, monkeypatch, act):
+        """Have a thread call `work`, and `act` while it is held up: in `keep`, or without one before it appends."""
+        arrived, go_on = threading.Event(), threading.Event()
+
+        def wait(*args):
+            if threading.current_thread() is thread and not arrived.is_set():
+                arrived.set()
+                assert go_on.wait(60)
+            return threading.get_ident() if not args else args[0]
+
+        if waits is None:
+            monkeypatch.setattr("visualizer.store.channel.get_ident", wait)
+        else:
+            waits.append(wait)
+        thread = threading.Thread(target=work, args=("late",))
+        thread.start()
+        try:
+            assert arrived.wait(60)
+            act()
+        finally:
+            go_on.set()
+            thread.join()
+
+    @pytest.mark.parametrize("way", ["graph", "callable", "assign"])
+    def test_what_was_on_its_way_in_another_thread_does_not_come_after_the_end(self, way, monkeypatch):
+        def work(x):
+            attn = x
+            return attn
+
+        waits = None if way == "graph" else []
+        at = "assign" if way == "assign" else "return"
+        found = capture(work, "attn", at=at, keep="graph" if waits is None else held_up(waits))
+
+        def end():
+            found.stop()
+            assert ["before"] == [*itertools.chain(*found.values())]
+
+        found.start()
+        work("before")
+        self.late(work, waits, monkeypatch, end)
+        assert ["before"] == [*itertools.chain(*found.values())]
+        with found:
+            assert ["before"] == [*itertools.chain(*found.values())]
+            work("again")
+        assert ["before", "again"] == [*itertools.chain(*found.values())]
+
+    @pytest.mark.parametrize("keep", ["graph", "callable"])
+    def test_nor_after_get_local_is_deactivated(self, keep, gl, monkeypatch):
+        waits = None if keep == "graph" else []
+
+        @gl("attn", keep="graph" if waits is None else held_up(waits))
+        def work(x):
+            attn = x
+            return attn
+
+        gl.activate()
+        work("before")
+        self.late(work, waits, monkeypatch, gl.deactivate)
+        assert [["before"]] == [*gl.cache.values()]
+        with gl.activate():
+            work("again")
+        assert [["before", "again"]] == [*gl.cache.values()]
+        gl.clear()
+        assert [[]] == [*gl.cache.values()]
+
+    def test_tasks(self):
+        async def forward(x):
+            attn = x
+            await asyncio.sleep(0.001 * (x % 3))
+            attn = x + 0.5
+            await asyncio.sleep(0)
+            return attn
+
+        async def main():
+            return await asyncio.gather(*[forward(x) for x in range(50)])
+
+        with capture(forward, "attn") as at_return, capture(forward, "attn", at="assign") as assigned:
+            results = asyncio.run(main())
+        [values] = at_return.values()
+        assert results == sorted(values)
+        calls = {}
+        for record in assigned.records:
+            calls.setdefault(record.call, []).append(record.value)
+        assert [[x, x + 0.5] for x in range(50)] == sorted(calls.values())

@@ -1,0 +1,187 @@
+"""What users are told when a local cannot be captured from what they named, and what to do instead."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable, Iterator
+from types import FunctionType
+from typing import Any
+
+from ..errors import UnknownLocalError, did_you_mean
+from ..rewrite import At, local_names
+from .holders import has_local
+from .module_paths import module_classes
+from .patches import place_of
+from .unwrapping import definer_of_forward, functions_behind, is_called
+
+_LISTED = 60
+"""How many functions a message lists."""
+
+MethodsByClass = dict[type, dict[str, list[FunctionType]]]
+"""The functions behind each method of each class."""
+
+
+def no_target(target: Any) -> str:
+    """Nothing can be captured from an object without Python code."""
+    return (
+        "capture takes an nn.Module, a function, method or class, 'package.module:name', or a list of these; "
+        f"{_short(target)} has no Python code to capture from"
+    )
+
+
+def no_code(target: Any) -> str:
+    """An object without Python code cannot be decorated."""
+    if isinstance(target, type):
+        return (
+            f"get_local decorates functions, and {target.__qualname__} is a class that is no nn.Module: "
+            "put the decorator above the method that has the local"
+        )
+    kind = "a builtin or compiled function" if inspect.isroutine(target) else f"of type {type(target).__qualname__}"
+    return f"get_local needs a function with Python code, and {_short(target)} is {kind}"
+
+
+def no_forward(cls: type, names: tuple[str, ...]) -> str:
+    """A module class without a `forward` cannot be decorated."""
+    return (
+        f"get_local takes the forward of an nn.Module class, and {cls.__qualname__} defines none."
+        f"{_methods_to_decorate(cls, names)}"
+    )
+
+
+def why_shared(target: Any, names: tuple[str, ...]) -> str | None:
+    """The warning for a decorated class that inherits its `forward`; None where it has its own."""
+    if not isinstance(target, type) or "forward" in vars(target):
+        return None
+    own, base = target.__qualname__, definer_of_forward(target).__qualname__
+    return (
+        f"{own} inherits its forward, so get_local takes {base}.forward, which all {base} objects run: they are all "
+        f"recorded. Decorate {base} to say so, or record {own} objects alone: capture({own}, "
+        f"{', '.join(map(repr, names))})."
+    )
+
+
+def no_owner(function: FunctionType, names: tuple[str, ...], rebound: str | None) -> str:
+    """One object's calls are wanted, and the function does not say whose call returns; `rebound` is its parameter."""
+    reason = (
+        "has no parameter for the object whose method is called"
+        if rebound is None
+        else f"binds its parameter {rebound!r} anew or deletes it (at='assign' looks at it before)"
+    )
+    return (
+        f"{place_of(function)} {reason}, so nothing tells whose call returns. Capture from the function itself, "
+        f"which means all objects' calls: capture({function.__qualname__}, {', '.join(map(repr, names))})."
+    )
+
+
+def never_assigned(function: FunctionType, name: str) -> str:
+    """With at="assign" the function would record nothing."""
+    code = function.__code__
+    stars = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    if name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + stars]:
+        reason = "it is a parameter"
+    elif name in code.co_freevars:
+        reason = "it is a variable of an outer function"
+    else:
+        reason = "only a function inside it may do so"
+    return (
+        f"{place_of(function)} itself never assigns to {name!r}: {reason}. "
+        "So at='assign' would record nothing; at='return' has its value."
+    )
+
+
+def unknown_local(target: Any, function: FunctionType, names: tuple[str, ...]) -> str:
+    """A decorated function has no such local."""
+    code = function.__code__
+    known = local_names(code)
+    missing = [name for name in names if name not in known]
+    message = f"{place_of(function)} has no local {' and no local '.join(map(repr, missing))}"
+    hint = did_you_mean(known, *missing)
+    if hint:
+        message += hint
+    elif any(name in code.co_names for name in missing):
+        message += "; the name is a global or an attribute there: assign it to a local first."
+    else:
+        message += "."
+    message += f" It has: {', '.join(known)}." if known else " It has no locals at all."
+    if isinstance(target, type):
+        message += _methods_to_decorate(target, names)
+    for inner in _enclosed(function):
+        if set(names) <= set(local_names(inner.__code__)):
+            message += (
+                f" {place_of(inner)}, which it uses, has it. If a decorator made {function.__qualname__} of that, "
+                "put @get_local beneath the decorator, or functools.wraps into it."
+            )
+    return message
+
+
+def nowhere_in(module: Any) -> str:
+    """The beginning of a sentence: nothing in a model has ..."""
+    torch = sys.modules["torch"]
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"{type(module).__qualname__} is scripted: torch runs it without Python, and nothing in it has"
+    count = sum(1 for _ in module.modules()) - 1
+    return f"no submodule of {type(module).__qualname__} ({count}, and the model itself) has"
+
+
+def nothing_has(name: str, at: At, beginning: str, classes: MethodsByClass) -> ValueError | UnknownLocalError:
+    """The error for a local that no function has, with the locals that exist: `forward` first, torch's own last."""
+    everything = (function for methods in classes.values() for functions in methods.values() for function in functions)
+    holder = next((function for function in everything if name in local_names(function.__code__)), None)
+    if holder is not None and at == "assign":
+        return ValueError(never_assigned(holder, name))
+    locals_by_method: dict[str, tuple[str, ...]] = {}
+    triples = [(cls, method, functions) for cls, methods in classes.items() for method, functions in methods.items()]
+    triples.sort(key=lambda triple: (triple[1] != "forward", triple[0].__module__.startswith("torch.")))
+    for cls, method, functions in triples:
+        known = tuple(name for function in functions[-1:] for name in local_names(function.__code__) if name != "self")
+        if known:
+            locals_by_method[f"{cls.__qualname__}.{method}"] = known
+    everywhere = list(dict.fromkeys(local for known in locals_by_method.values() for local in known))
+    listing = [f"\n  {method}: {', '.join(known)}" for method, known in locals_by_method.items()]
+    if len(listing) > _LISTED:
+        listing[_LISTED:] = [f"\n  and {len(listing) - _LISTED} more functions"]
+    hint = did_you_mean(everywhere, name) or "."
+    existing = f" The locals that exist:{''.join(listing)}" if listing else ""
+    return UnknownLocalError(f"{beginning} a local {name!r}{hint}{_elsewhere(name, at, classes)}{existing}")
+
+
+def _elsewhere(name: str, at: At, classes: Iterable[type]) -> str:
+    """A sentence that names what in the classes has the local, though calling their objects does not run it."""
+    holders = dict.fromkeys(
+        f"{base.__qualname__}.{attribute}"
+        for cls in classes
+        for base in cls.__mro__
+        if base not in (object, *module_classes())
+        for attribute, member in vars(base).items()
+        if is_called(attribute) and not isinstance(member, type)
+        if any(has_local(function, name, at) for function in functions_behind(member))
+    )
+    places = list(holders)[:5]
+    calls = " or ".join(f"capture({place}, {name!r})" for place in places)
+    return f" {' and '.join(places)} {'has' if len(places) == 1 else 'have'} it: {calls}." if places else ""
+
+
+def _methods_to_decorate(cls: type, names: tuple[str, ...]) -> str:
+    """A sentence that names the methods of a class that have the locals."""
+    methods = [
+        method.__qualname__
+        for method in vars(cls).values()
+        if isinstance(method, FunctionType) and set(names) <= set(local_names(method.__code__))
+    ]
+    return f" Decorate {' or '.join(methods)}, which has it." if methods else ""
+
+
+def _enclosed(function: FunctionType) -> Iterator[FunctionType]:
+    """The functions among the variables of outer functions that a function uses."""
+    for cell in function.__closure__ or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+        yield from functions_behind(content)
+
+
+def _short(target: Any) -> str:
+    text = repr(target)
+    return text if len(text) <= 80 else f"an instance of {type(target).__qualname__}"

@@ -1,0 +1,164 @@
+"""Fused attention kernels: for each, a function that says what its arguments and its output are.
+
+A new kernel of torch needs one function here, with the kernel's own signature behind its output, and a line in KERNELS.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class FusedCall:
+    """A call of a fused kernel: output = softmax(scale * query . key^T + mask) . value."""
+
+    output: Tensor
+    """(..., queries, width of the values)."""
+    query: Tensor
+    """(..., queries, width)."""
+    key: Tensor
+    """(..., keys, width)."""
+    value: Tensor
+    """(..., keys, width of the values)."""
+    scale: float | None = None
+    """None: 1 / sqrt(width)."""
+    mask: Tensor | None = None
+    """Bool, or numbers that are added to the scores."""
+    causal: int | None = None
+    """Query i sees the keys 0 to i + causal; None: no such bound."""
+    dropout: float = 0.0
+    """The share of the weights that is dropped."""
+    score_mod: Callable[..., Tensor] | None = None
+    mask_mod: Callable[..., Tensor] | None = None
+
+
+def scaled_dot_product_attention(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> FusedCall:
+    """`torch.nn.functional.scaled_dot_product_attention`."""
+    mask, causal = attn_mask, 0 if is_causal else None
+    if type(mask).__name__ == "CausalBias":  # a tensor without numbers: its variant says what it means
+        lower = mask.variant.name == "LOWER_RIGHT"
+        mask, causal = None, key.shape[-2] - query.shape[-2] if lower else 0
+    return FusedCall(output, query, key, value, scale, mask, causal, dropout_p)
+
+
+def flex_attention(
+    output: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable[..., Tensor] | None,
+    block_mask: tuple[Any, ...],
+    scale: float | None,
+    kernel_options: Any = None,
+    score_mod_buffers: tuple[Any, ...] = (),
+    mask_mod_buffers: tuple[Any, ...] = (),
+) -> FusedCall:
+    """`torch.nn.attention.flex_attention`, as the operator that it calls."""
+    mask_mod = block_mask[-1] if block_mask else None
+    return FusedCall(
+        output[0],
+        query,
+        key,
+        value,
+        scale,
+        score_mod=_with_buffers(score_mod, score_mod_buffers),
+        mask_mod=_with_buffers(mask_mod, mask_mod_buffers),
+    )
+
+
+def _with_buffers(function: Callable[..., Tensor] | None, buffers: tuple[Any, ...]) -> Callable[..., Tensor] | None:
+    """A function of flex_attention that brings the tensors along which it is given apart; None for a stand-in."""
+    if function is None or function.__name__ in ("_identity", "noop_mask"):  # in place of no function
+        return None
+    return (lambda *args: function(*args, *buffers)) if buffers else function
+
+
+KERNELS: dict[str, Callable[..., FusedCall]] = {
+    "scaled_dot_product_attention": scaled_dot_product_attention,
+    "flex_attention": flex_attention,
+}
+"""By the name of the kernel."""
+
+_shown = dict(vars(F))
+_shown["has_torch_function"] = lambda *_: False
+multi_head_attention: Any = types.FunctionType(
+    F.multi_head_attention_forward.__code__, _shown, argdefs=F.multi_head_attention_forward.__defaults__
+)
+"""`F.multi_head_attention_forward`, whose calls a mode can see: the original hands itself to the mode whole."""
+multi_head_attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
+
+
+@lru_cache(maxsize=4096)
+def name_of(func: Any) -> str:
+    """The name of a function, a method, or an operator of an exported program, such as "softmax" of softmax.int."""
+    name = getattr(func, "__name__", None) or str(func)
+    return name.partition(".")[0]
+
+
+def four_axes(tensor: Tensor, heads: int | None) -> Tensor:
+    """A tensor as (batch, heads, ., .). Axes before these, such as windows, become part of the batch."""
+    if tensor.ndim == 4:
+        return tensor
+    if tensor.ndim > 4:
+        return tensor.flatten(0, tensor.ndim - 4)
+    if tensor.ndim == 3 and heads is not None:
+        return tensor.view(-1, heads, *tensor.shape[1:])
+    return tensor.unsqueeze(0).unsqueeze(0) if tensor.ndim == 2 else tensor.unsqueeze(1)
+
+
+def in_four_axes(call: FusedCall, heads: int | None, groups: int) -> FusedCall:
+    """The call with the axes (batch, heads, tokens, width).
+
+    Args:
+        heads: how many heads share the first of three axes.
+        groups: how many query heads lie on the axis of queries, each with a single query.
+    """
+    lead, mask = call.query.shape[:-2], call.mask
+    if mask is not None and len(lead) != 2:
+        mask = four_axes(mask.expand(*lead, *mask.shape[-2:]), heads)
+    query, key, value = (four_axes(tensor, heads) for tensor in (call.query, call.key, call.value))
+    if groups > 1:
+        query = query.flatten(1, 2).unsqueeze(2)
+        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+            mask = mask.flatten(1, 2).unsqueeze(2)
+    return replace(call, query=query, key=key, value=value, mask=mask)
+
+
+def as_computed(call: FusedCall) -> FusedCall:
+    """The call with the type that autocast gives to query and key: the kernel is seen before that."""
+    dtype = _autocast_dtype(call.query)
+    return call if dtype is None else replace(call, query=call.query.to(dtype), key=call.key.to(dtype))
+
+
+# A quick answer, which is nearly always no.
+_may_be_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    if tensor.dtype == torch.float64 or not _may_be_autocast():
+        return None
+    device = tensor.device.type
+    with suppress(TypeError, AttributeError, RuntimeError):  # other devices; torch before 2.4 has other functions
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None

@@ -1,0 +1,94 @@
+"""What the modules of a model say about an attention call that they make."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+
+class ModuleCall(NamedTuple):
+    """A module's call under way."""
+
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def kind_of(calls: Sequence[ModuleCall], queries: int, keys: int) -> Literal["self", "cross", "window"] | None:
+    """Where the keys come from, as far as the calls under way tell; the last call is the innermost."""
+    for call in reversed(calls[-2:]):
+        is_cross = getattr(call.module, "is_cross_attention", None)
+        if isinstance(is_cross, bool):
+            return "cross" if is_cross else "self"
+        if any(call.kwargs.get(name) is not None for name in ("encoder_hidden_states", "key_value_states")):
+            return "cross"
+        if isinstance(call.module, nn.MultiheadAttention):
+            inputs = [*call.args, *(call.kwargs[name] for name in ("query", "key") if name in call.kwargs)]
+            return "self" if inputs[0] is inputs[1] else "cross"
+        if getattr(call.module, "window_size", None):
+            return "window"
+    return "self" if queries == keys else None
+
+
+def heads_of(call: ModuleCall, tensor: Tensor) -> int | None:
+    """How many heads share the first axis of a tensor with three axes; None if that is not known."""
+    if tensor.ndim != 3:
+        return None
+    heads = getattr(call.module, "num_heads", None)
+    batch = next((item.shape[0] for item in call.args if isinstance(item, Tensor) and item.ndim), None)
+    return heads if isinstance(heads, int) and batch is not None and tensor.shape[0] == batch * heads else None
+
+
+def packed_groups(call: ModuleCall, query: Tensor, key: Tensor) -> int:
+    """How many query heads lie on the axis of queries, where transformers puts them for single queries; else 1."""
+    if query.ndim != 4:
+        return 1
+    groups = getattr(call.module, "num_key_value_groups", 1)
+    heads = getattr(getattr(call.module, "config", None), "num_attention_heads", None)
+    is_packed = (
+        isinstance(groups, int)
+        and groups > 1
+        and query.shape[1] == key.shape[1]
+        and query.shape[2] == groups
+        and heads == query.shape[1] * groups
+    )
+    return groups if is_packed else 1
+
+
+def arguments_named(calls: Sequence[ModuleCall], name: str) -> list[Any]:
+    """What the calls under way were given by that keyword, the innermost call first."""
+    values = []
+    for call in reversed(calls):
+        if name in call.kwargs:
+            values.append(call.kwargs[name])
+        elif {"pixel_values", "input_features"} & call.kwargs.keys():
+            return [*values, None]  # the calls around it have masks of the text that goes with the picture
+    return values
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether its calls run what torch.compile made of it."""
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def cannot_attend(module: nn.Module) -> bool:
+    """Whether it is one of torch's own layers without submodules, such as nn.Linear, whose calls are of no interest."""
+    is_torchs = type(module).__module__.startswith("torch.nn.modules.")
+    return is_torchs and not module._modules and not isinstance(module, nn.MultiheadAttention)
+
+
+@lru_cache(maxsize=4096)
+def is_called_attention(qualname: str) -> bool:
+    """Whether a class is called attention. Those like LxmertAttentionOutput only project what was attended to."""
+    name = qualname.rpartition(".")[2]
+    return re.search("attention|attn", name, re.IGNORECASE) is not None and not name.endswith("Output")
+
+
+def is_within(path: str, other: str) -> bool:
+    """Whether a path is the other one, or that of a module within it."""
+    return path == other or not other or path.startswith(f"{other}.")

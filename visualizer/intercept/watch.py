@@ -1,0 +1,233 @@
+"""Watches a model as it runs: which module is running, and which of the functions of torch that it calls attend.
+
+Hooks on the modules say which one is running. A mode of torch sees the calls of torch's functions.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import warn
+from ..instrument import Uncompiled, named_modules
+from ..tensors import why_unreal
+from .copies import AttentionCall
+from .kernels import KERNELS, as_computed, in_four_axes, multi_head_attention, name_of
+from .modules import (
+    ModuleCall,
+    arguments_named,
+    cannot_attend,
+    heads_of,
+    is_called_attention,
+    is_compiled,
+    is_within,
+    kind_of,
+    packed_groups,
+)
+from .softmax import Softmax, Tracing, role_of
+
+
+class _Thread(threading.local):
+    """What one thread is doing."""
+
+    def __init__(self) -> None:
+        self.calls: list[ModuleCall] = []
+        self.is_watched = False
+        self.heads: int | None = None  # of the nn.MultiheadAttention under way
+        self.tracing = Tracing()
+
+
+class Watch:
+    """The hooks and the mode by which a model's attention is seen, until `end`.
+
+    Args:
+        model: whose modules are watched.
+        record: called with each attention call that is seen.
+    """
+
+    def __init__(self, model: nn.Module, record: Callable[[AttentionCall], None]) -> None:
+        modules = list(named_modules(model))
+        compiled = [path for path, module in modules if is_compiled(module)]
+        if compiled and not Uncompiled.is_possible():
+            raise RuntimeError(
+                f"{repr(compiled[0]) if compiled[0] else 'the model'} is compiled, and torch before 2.6 cannot run it "
+                "uncompiled meanwhile: record the model as it was before torch.compile"
+            )
+        self.has_run = False
+        """Whether a module of the model has been called."""
+        self._record = record
+        self._thread = _Thread()
+        self._mode = _Mode(self)
+        self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
+        self._attended: set[str] = set()  # the paths of modules with maps
+        self._refused: set[str] = set()  # the paths of modules whose calls cannot be recorded
+        self._uncompiled = Uncompiled()
+        self._handles: list[Any] = []
+        scripted = []
+        for path, module in modules:
+            if isinstance(module, torch.jit.ScriptModule):
+                scripted.append(path)
+                continue
+            if path and cannot_attend(module):
+                continue
+            begin = self._beginning_of(path, weakref.ref(module))
+            self._handles += [
+                module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
+                module.register_forward_hook(self._end_call, always_call=True),
+            ]
+        if scripted:
+            tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
+            warn(
+                f"{', '.join(repr(path) if path else 'the model' for path in tops)} is scripted (torch.jit): it runs "
+                "without Python, and its attention is not seen."
+            )
+
+    def end(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._uncompiled.end()
+
+    @property
+    def has_seen_attention(self) -> bool:
+        """Whether anything ran that attends, or is called attention."""
+        return bool(self._ran or self._attended or self._refused)
+
+    def without_maps(self) -> dict[str, list[str]]:
+        """By their class, the paths of the modules that are called attention, and ran without a map."""
+        found: dict[str, list[str]] = {}
+        for path, name in self._ran.items():
+            near = any(is_within(path, other) or is_within(other, path) for other in self._attended)
+            has_inner = any(is_within(other, path) for other in self._ran if other != path)
+            if not near and not has_inner:
+                found.setdefault(name, []).append(path)
+        return found
+
+    def call_arguments(self, name: str) -> list[Any]:
+        """What the calls under way in this thread were given by that keyword, the innermost call first."""
+        return arguments_named(self._thread.calls, name)
+
+    def __deepcopy__(self, memo: Any) -> Watch:
+        return self  # the hooks of a copied model hold it
+
+    def _beginning_of(self, path: str, known: weakref.ref[nn.Module]) -> Callable[..., None]:
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if known() is not module and not getattr(module, "_is_replica", False):
+                return  # a deep copy of the module, which has the hooks too
+            thread = self._thread
+            self.has_run = True
+            # In a backward pass checkpointing computes again what has been seen.
+            if not thread.calls and torch._C._current_graph_task_id() == -1:
+                self._mode.__enter__()  # type: ignore[no-untyped-call]
+                thread.is_watched = True
+            thread.calls.append(ModuleCall(path, module, args, kwargs))
+
+        return begin
+
+    def _end_call(self, module: nn.Module, args: Any, output: Any) -> None:
+        thread = self._thread
+        if not thread.calls or thread.calls[-1].module is not module:
+            return  # the call began before recording did
+        path = thread.calls.pop().path
+        if is_called_attention(type(module).__qualname__):
+            self._ran[path] = type(module).__qualname__
+        if not thread.calls and thread.is_watched:
+            thread.is_watched = False
+            thread.tracing.lineage.clear()
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    @property
+    def is_tracing(self) -> bool:
+        """Whether this thread has tensors that may be scores or weights."""
+        return bool(self._thread.tracing.lineage)
+
+    def see(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one of torch's functions for a module, and record it if it attends."""
+        thread, name = self._thread, name_of(func)
+        if name in KERNELS:
+            output = func(*args, **kwargs)
+            self._see_fused(name, output, args, kwargs)
+        elif name == _MULTI_HEAD:
+            before, thread.heads = thread.heads, args[4] if len(args) > 4 else kwargs.get("num_heads")
+            try:
+                with self._mode:
+                    output = multi_head_attention(*args, **kwargs)
+            finally:
+                thread.heads = before
+        else:
+            output, softmax = thread.tracing.see(func, args, kwargs)
+            if softmax is not None:
+                self._see_softmax(softmax)
+        return output
+
+    def _see_fused(self, name: str, output: Any, args: Any, kwargs: Any) -> None:
+        fused = KERNELS[name](output, *args, **kwargs)
+        calls = self._thread.calls
+        path = calls[-1].path
+        if self._is_refused(path, fused.query):
+            return
+        # Copies made in inference mode could not be worked on outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            groups = packed_groups(calls[-1], fused.query, fused.key)
+            fused = in_four_axes(as_computed(fused), self._heads_of(fused.query), groups)
+            kind = kind_of(calls, fused.query.shape[2], fused.key.shape[2])
+            self._record(AttentionCall(path, kind, fused))
+
+    def _see_softmax(self, softmax: Softmax) -> None:
+        weights, calls = softmax.weights, self._thread.calls
+        path = calls[-1].path
+        if weights is None or self._is_refused(path, weights):
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            kind = kind_of(calls, weights.shape[-2], softmax.keys)
+            self._record(AttentionCall(path, kind, softmax, self._heads_of(weights)))
+
+    def _heads_of(self, tensor: Tensor) -> int | None:
+        thread = self._thread
+        return heads_of(thread.calls[-1], tensor) if thread.heads is None else thread.heads
+
+    def _is_refused(self, path: str, example: Tensor) -> bool:
+        """Whether a call's tensors cannot be recorded; a warning says why, once for each module."""
+        reason = why_unreal(example)
+        if reason is None and torch._C._functorch.is_functorch_wrapped_tensor(example):
+            reason = "was inside a transform of torch.func, such as vmap"
+        if reason is None and example.is_nested:
+            reason = "was a nested tensor"
+        if reason is None:
+            self._attended.add(path)
+        elif path not in self._refused:
+            self._refused.add(path)
+            warn(f"the attention of {path!r} {reason}: such calls are not recorded.")
+        return reason is not None
+
+
+_MULTI_HEAD = "multi_head_attention_forward"
+
+
+@lru_cache(maxsize=4096)
+def _begins_attention(func: Any) -> bool:
+    """Whether a function attends, or may be the first to; all others mean something only after a product."""
+    name = name_of(func)
+    return name in KERNELS or name == _MULTI_HEAD or role_of(func) == "product"
+
+
+class _Mode(TorchFunctionMode):
+    """Shows a watch what torch's functions are called with; several threads may be in it."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = weakref.ref(watch)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        watch = self._watch()
+        if watch is None or not (_begins_attention(func) or watch.is_tracing):  # nearly always
+            return func(*args, **kwargs)
+        return watch.see(func, args, kwargs)

@@ -1,0 +1,12 @@
+"""Attention maps: the weights themselves, or the query and key that they are computed from, part by part.
+
+A fused kernel never makes its N x N weights, and a reader need not either: each row is
+softmax(scale * q_i . K^T + bias), so what reads a map row by row (a rollout, an entropy, the best keys of each query)
+runs in the memory of a few rows.
+"""
+
+from .attention_map import AttentionMap, maps_of
+from .gradients import Gradient
+from .sources import Factors, Keys, Weights, without_autograd
+
+__all__ = ["AttentionMap", "Factors", "Gradient", "Keys", "Weights", "maps_of", "without_autograd"]

@@ -1,0 +1,377 @@
+"""AttentionMap: one face for weights that exist and for weights that are computed when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .gradients import Gradient
+from .sources import Factors, Keys, Weights, computed_in, slices, without_autograd
+
+CHUNK = 2**23
+"""Bytes of the rows that are computed at a time by default: they stay in a processor's cache."""
+_SMALL_CHUNK = 2**20  # for dense maps on a CPU: results made of so few rows stay in the innermost cache
+
+
+class AttentionMap:
+    """The attention weights of one call, (batch, heads, queries, keys), computed only as far as they are read.
+
+    >>> import torch
+    >>> from visualizer import AttentionMap
+    >>> weights = torch.randn(1, 2, 5, 5).softmax(-1)
+    >>> AttentionMap(weights)                      # of weights that exist, a tensor or an array
+    <AttentionMap (1, 2, 5, 5), dense, float32, cpu>
+    >>> q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    >>> fused = AttentionMap.from_query_key(q, k)  # of the arguments of a fused kernel
+    >>> torch.allclose(fused.rows([3]), (q[:, :, [3]] @ k.mT / 8**0.5).softmax(-1))
+    True
+
+    Both give the same answers: detached tensors on the device of the map, float64 for a float64 map and else float32.
+
+    Raises:
+        TypeError: `weights` is neither a tensor nor an array.
+        ValueError: `weights` has another number of axes than four.
+    """
+
+    path: str
+    """The path of the module that attended; "" for the model itself, or if it is not known."""
+    kind: str | None
+    """"self", "cross" or "window" (its batch is images x windows); None if the call did not say."""
+    source: Weights | Factors
+    """The weights, or the query and key that they are computed from."""
+    gradient: Gradient | None
+    """What `grad_rows` reads; None if no gradient was recorded."""
+
+    def __init__(self, weights: Tensor | np.ndarray[Any, Any], *, path: str = "", kind: str | None = None) -> None:
+        if isinstance(weights, np.ndarray):
+            # torch cannot take read-only memory or negative steps.
+            is_plain = weights.flags.writeable and min(weights.strides, default=0) >= 0
+            weights = torch.from_numpy(weights if is_plain else weights.copy())
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"an AttentionMap is made of a tensor or an array, not of {type(weights).__name__}")
+        if weights.ndim != 4:
+            raise ValueError(
+                f"weights have the shape (batch, heads, queries, keys), and these have {tuple(weights.shape)}"
+            )
+        self.source = Weights(weights.detach())
+        self.path, self.kind, self.gradient = path, kind, None
+
+    @classmethod
+    def from_query_key(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scale: float | None = None,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        path: str = "",
+        kind: str | None = None,
+    ) -> AttentionMap:
+        """The map softmax(scale * query . key^T + mask), with the arguments of `F.scaled_dot_product_attention`.
+
+        >>> import torch
+        >>> from visualizer import AttentionMap
+        >>> q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)  # two query heads for each key head
+        >>> AttentionMap.from_query_key(q, k, is_causal=True).dense()[0, 0, 0]
+        tensor([1., 0., 0., 0., 0.])
+
+        Args:
+            query: (batch, heads, queries, width).
+            key: (batch, key heads, keys, width). The heads are a multiple of the key heads; consecutive heads share
+                one.
+            scale: None: 1 / sqrt(width).
+            mask: broadcasts to (batch, heads, queries, keys). Either bool, True where attention is allowed, or numbers
+                that are added to the scores. A query that may attend to nothing has a row of zeros.
+            is_causal: query i attends to the keys 0 to i only.
+            path, kind: see the attributes.
+
+        Raises:
+            ValueError: query, key and mask have shapes that do not fit.
+        """
+        for name, tensor in (("query", query), ("key", key)):
+            if tensor.ndim != 4:
+                raise ValueError(f"{name} has the shape (batch, heads, tokens, width), this one {tuple(tensor.shape)}")
+        if query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3] or query.shape[0] != key.shape[0]:
+            raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit")
+        offset = 0 if is_causal else None
+        source = Factors(query.detach(), Keys(key.detach()), key.shape[2], scale, mask, offset)
+        return cls.from_source(source, path=path, kind=kind)
+
+    @classmethod
+    def from_source(
+        cls, source: Weights | Factors, *, path: str = "", kind: str | None = None, gradient: Gradient | None = None
+    ) -> AttentionMap:
+        """The map of weights, or of query and key, that are prepared already."""
+        made = cls.__new__(cls)
+        made.source, made.path, made.kind, made.gradient = source, path, kind, gradient
+        return made
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights as they are read: float64 for a float64 map, else float32."""
+        return computed_in(self.source.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that it lives on."""
+        return self.source.device
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the weights exist; otherwise each reading computes them."""
+        return isinstance(self.source, Weights)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it holds, with a mask and keys that it shares with other maps."""
+        tensors = self.source.tensors() + ([] if self.gradient is None else self.gradient.tensors())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def rows(self, queries: int | slice | Sequence[int] | Tensor) -> Tensor:
+        """The weights of some queries only: (batch, heads, chosen queries, keys).
+
+        >>> import torch
+        >>> from visualizer import AttentionMap
+        >>> AttentionMap(torch.eye(4).expand(1, 1, 4, 4)).rows([2])
+        tensor([[[[0., 0., 1., 0.]]]])
+
+        `queries` is one index (its axis stays, of length 1), several, or a slice; -1 is the last.
+
+        Raises:
+            IndexError: there is no such query.
+            TypeError: `queries` is not made of integers.
+        """
+        return self.source.rows(self._indices(queries, self.shape[2], "query"))
+
+    def columns(self, keys: int | slice | Sequence[int] | Tensor) -> Tensor:
+        """How much every query attends to some keys: (batch, heads, queries, chosen keys)."""
+        chosen = self._indices(keys, self.shape[3], "key")
+        return self.reduce(lambda rows: rows[..., chosen])
+
+    def dense(self) -> Tensor:
+        """All weights, (batch, heads, queries, keys): N x N numbers a head for N tokens."""
+        if self.is_dense or self._rows_at_once(CHUNK) >= self.shape[2]:
+            return self.source.rows(slice(None))
+        whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for queries, rows in self.chunks():
+            whole[:, :, queries] = rows
+        return whole
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """All weights as an array on the CPU."""
+        return np.asarray(self.dense().cpu().numpy())
+
+    def chunks(self, max_bytes: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:
+        """All rows, some at a time: pairs of a slice of the queries and their rows, of at most `max_bytes`.
+
+        >>> import torch
+        >>> from visualizer import AttentionMap
+        >>> attention = AttentionMap(torch.full((1, 2, 3, 4), 0.25))
+        >>> [(queries, tuple(rows.shape)) for queries, rows in attention.chunks(max_bytes=64)]
+        [(slice(0, 2, None), (1, 2, 2, 4)), (slice(2, 3, None), (1, 2, 1, 4))]
+
+        A chunk has at least one row of each head. Computing it takes two to three times its memory for a moment.
+        """
+        for queries in self.parts(max_bytes):
+            yield queries, self.source.rows(queries)
+
+    def parts(self, max_bytes: int = CHUNK) -> Iterator[slice]:
+        """All queries in slices whose rows take at most `max_bytes`; `chunks` without the rows."""
+        if self.is_dense and self.device.type == "cpu":
+            max_bytes = min(max_bytes, _SMALL_CHUNK)
+        return slices(self.shape[2], self._rows_at_once(max_bytes))
+
+    def reduce(self, fn: Callable[[Tensor], Tensor], max_bytes: int = CHUNK) -> Tensor:
+        """What a function makes of each row, without all rows at once: (batch, heads, queries, ...).
+
+        >>> import torch
+        >>> from visualizer import AttentionMap
+        >>> attention = AttentionMap(torch.tensor([[0.9, 0.1], [0.5, 0.5]]).expand(1, 1, 2, 2))
+        >>> attention.reduce(lambda rows: rows.amax(-1))
+        tensor([[[0.9000, 0.5000]]])
+
+        Args:
+            fn: takes (batch, heads, some queries, keys), returns (batch, heads, those queries, ...).
+            max_bytes: of the rows that `fn` takes at a time, as in `chunks`.
+        """
+        return torch.cat([fn(rows) for _, rows in self.chunks(max_bytes)], 2)
+
+    @without_autograd
+    def row_product(self, r: Tensor) -> Tensor:
+        """r^T A, the sum of the rows with the weights r: one step of a rollout, without the whole map.
+
+        >>> import torch
+        >>> from visualizer import AttentionMap
+        >>> attention = AttentionMap(torch.tensor([[0.9, 0.1], [0.5, 0.5]]).expand(1, 1, 2, 2))
+        >>> attention.row_product(torch.tensor([[0.5, 0.5]]))
+        tensor([[[0.7000, 0.3000]]])
+
+        Args:
+            r: (batch, queries), the same for all heads; or (batch, heads or 1, any, queries).
+
+        Returns:
+            (batch, heads, keys); or (batch, heads, any, keys). Rows of queries whose r is 0 are not computed.
+
+        Raises:
+            ValueError: r has another shape.
+        """
+        batch, heads, queries, keys = self.shape
+        is_plain = r.ndim == 2
+        shares = r[:, None, None] if is_plain else r
+        fits = shares.ndim == 4 and shares.shape[0] in (1, batch) and shares.shape[1] in (1, heads)
+        if not fits or shares.shape[3] != queries:
+            raise ValueError(
+                f"r has the shape (batch, queries) or (batch, heads, any, queries), here ({batch}, {queries}) or "
+                f"({batch}, {heads}, any, {queries}), not {tuple(r.shape)}"
+            )
+        shares = shares.to(self.device, self.dtype)
+        wanted = shares.flatten(0, 2).any(0).nonzero().flatten()
+        product = torch.zeros(batch, heads, shares.shape[2], keys, dtype=self.dtype, device=self.device)
+        for chosen in self.parts() if len(wanted) == queries else torch.split(wanted, self._rows_at_once(CHUNK)):
+            product += shares[..., chosen] @ self.source.rows(chosen)
+        return product[:, :, 0] if is_plain else product
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k keys that each query attends to most: (weights, keys), each (batch, heads, queries, k), best first.
+
+        Raises:
+            ValueError: k is not from 1 to the number of keys.
+        """
+        if not 1 <= k <= self.shape[3]:
+            raise ValueError(f"topk takes 1 to {self.shape[3]} keys, not {k}")
+        best = [rows.topk(k) for _, rows in self.chunks()]
+        return torch.cat([chunk.values for chunk in best], 2), torch.cat([chunk.indices for chunk in best], 2)
+
+    def grad_rows(self, queries: int | slice | Sequence[int] | Tensor) -> Tensor:
+        """The gradient of the loss by the weights of some queries: (batch, heads, chosen queries, keys).
+
+        Record with `attention(model, gradients=True)` and run a backward pass first. For a fused call
+        dL/dA = dL/dO . V^T with the gradient of its output O, so this needs no whole map either.
+
+        Raises:
+            RuntimeError: the gradient is not known; the message says why.
+        """
+        if self.gradient is None:
+            raise RuntimeError("no gradients were recorded: use attention(model, gradients=True), with gradients on")
+        return self.gradient.rows(self._indices(queries, self.shape[2], "query"), self.dtype)
+
+    def grad_dense(self) -> Tensor:
+        """The gradient of the loss by all weights: (batch, heads, queries, keys); see `grad_rows`."""
+        return self.grad_rows(slice(None))
+
+    def to(self, device: torch.device | str) -> AttentionMap:
+        """The map on another device; ValueError if it has functions of flex_attention, which hold tensors."""
+        gradient = None if self.gradient is None else self.gradient.to(device)
+        return AttentionMap.from_source(self.source.to(device), path=self.path, kind=self.kind, gradient=gradient)
+
+    def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
+        """The map as tensors and numbers, for a file; `shared` has the keys that several maps share."""
+        return {"path": self.path, "kind": self.kind, **self.source.packed(shared)}
+
+    @classmethod
+    def unpacked(cls, packed: dict[str, Any]) -> AttentionMap:
+        """The map that `packed` was called on, without gradients."""
+        source = Weights(packed["weights"]) if "weights" in packed else Factors.unpacked(packed)
+        return cls.from_source(source, path=packed["path"], kind=packed["kind"])
+
+    def query_indices(self, queries: int | slice | Sequence[int] | Tensor) -> Tensor:
+        """The numbers of some queries, counted from the front: (chosen queries,). Raises as `rows` does."""
+        return self._all_indices(queries, self.shape[2], "query")
+
+    def key_indices(self, keys: int | slice | Sequence[int] | Tensor) -> Tensor:
+        """The numbers of some keys, counted from the front: (chosen keys,). Raises as `rows` does."""
+        return self._all_indices(keys, self.shape[3], "key")
+
+    def _all_indices(self, chosen: int | slice | Sequence[int] | Tensor, count: int, name: str) -> Tensor:
+        return torch.arange(count, device=self.device)[self._indices(chosen, count, name)]
+
+    def _rows_at_once(self, max_bytes: int) -> int:
+        batch, heads, _, keys = self.shape
+        return max(1, max_bytes // max(1, batch * heads * keys * self.dtype.itemsize))
+
+    def _indices(self, chosen: int | slice | Sequence[int] | Tensor, count: int, name: str) -> slice | Tensor:
+        if isinstance(chosen, slice):
+            if chosen.step is None or chosen.step > 0:
+                return chosen
+            chosen = list(range(*chosen.indices(count)))
+        if chosen is None or isinstance(chosen, str):
+            raise TypeError(f"a {name} is chosen by its number, not by {chosen!r}")
+        index = torch.as_tensor(chosen, device=self.device).reshape(-1)
+        if index.dtype == torch.bool and len(index) == count:
+            index = index.nonzero().flatten()
+        if len(index) and (index.is_floating_point() or index.dtype == torch.bool):
+            raise TypeError(f"a {name} is an integer, not {index.dtype}")
+        index = index.long()  # torch reads 8-bit numbers as a mask
+        wrong = index[(index < -count) | (index >= count)]
+        if len(wrong):
+            plural = "queries" if name == "query" else "keys"
+            raise IndexError(f"there is no {name} {int(wrong[0])}: the map has {count} {plural}")
+        return index % count
+
+    def __repr__(self) -> str:
+        place = f" of {self.path!r}" if self.path else ""
+        kind = f", {self.kind}" if self.kind else ""
+        how = "dense" if self.is_dense else "from query and key"
+        dtype = str(self.source.dtype).removeprefix("torch.")
+        return f"<AttentionMap{place} {self.shape}{kind}, {how}, {dtype}, {self.device}>"
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return np.asarray(self.numpy(), dtype=dtype)
+
+
+def maps_of(attention: Any) -> tuple[list[AttentionMap], bool, bool]:
+    """The maps in whatever holds attention: (maps, whether it was one map alone, whether it was made of arrays).
+
+    One map is an AttentionMap, or a tensor or an array of shape (batch, heads, queries, keys). Several are what
+    `attention` and `capture` found, a list, or one tensor or array with the layers before the other axes.
+
+    Raises:
+        TypeError, ValueError: it is none of these; the message says what it is.
+    """
+    if isinstance(attention, AttentionMap):
+        return [attention], True, False
+    if isinstance(attention, (np.ndarray, Tensor)):
+        is_array = isinstance(attention, np.ndarray)
+        if attention.ndim == 4:
+            return [AttentionMap(attention)], True, is_array
+        if attention.ndim == 5:
+            return [AttentionMap(layer) for layer in attention], False, is_array
+        raise ValueError(
+            "attention has the axes (batch, heads, queries, keys), with layers before them where there are several; "
+            f"this has the shape {tuple(attention.shape)}"
+        )
+    if isinstance(attention, dict):
+        lists = {
+            key: list(values) if isinstance(values, (list, tuple)) else [values] for key, values in attention.items()
+        }
+        several = [f"{key!r} ({len(values)} values)" for key, values in lists.items() if len(values) > 1]
+        if several and sum(map(bool, lists.values())) > 1:
+            raise ValueError(
+                f"each key must have one map, a layer's, and {', '.join(several[:3])} has not: choose by hand, such as "
+                "[values[-1] for values in found.values()]"
+            )
+        attention = [value for values in lists.values() for value in values]
+    if not hasattr(attention, "__iter__") or isinstance(attention, str):
+        raise TypeError(f"attention is made of AttentionMaps, tensors or arrays, not of {type(attention).__name__}")
+    items = list(attention)
+    if not items:
+        raise ValueError("there is no attention map: the list is empty")
+    found: list[AttentionMap] = []
+    arrays = True
+    for item in items:
+        maps, is_one, is_array = maps_of(item)
+        if not is_one:
+            raise ValueError("attention is a list of maps, one for each layer; this is a list of lists of maps")
+        found += maps
+        arrays = arrays and is_array
+    return found, False, arrays

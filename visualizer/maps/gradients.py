@@ -1,0 +1,58 @@
+"""The gradient of a loss by the weights of a map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .sources import without_autograd
+
+
+class Gradient:
+    """The gradient of a loss by the weights, computed from what a backward pass brings.
+
+    Args:
+        shape: of the map, (batch, heads, queries, keys).
+        values: of a fused call, (batch, key heads, keys, width): the gradient is that of the output times the values.
+            None where the gradient of the weights themselves arrives.
+        reason: why the gradient cannot be known; None if it can.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], values: Tensor | None, reason: str | None = None) -> None:
+        self._shape, self._values, self._reason = shape, values, reason
+        self._incoming: Tensor | None = None
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it can be known, and no backward pass has brought it yet."""
+        return self._incoming is None and self._reason is None
+
+    def accumulate(self, incoming: Tensor) -> None:
+        """Add the gradient of the output, or of the weights, that a backward pass brings."""
+        incoming = incoming.detach()
+        self._incoming = incoming.clone() if self._incoming is None else self._incoming + incoming
+
+    @without_autograd
+    def rows(self, queries: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient by the weights of some queries; RuntimeError if it is not known."""
+        if self._reason is not None:
+            raise RuntimeError(self._reason)
+        if self._incoming is None:
+            raise RuntimeError("the gradient is not known yet: no backward pass has come through this attention call")
+        incoming = self._incoming.reshape(*self._shape[:3], -1)[:, :, queries].to(dtype)
+        if self._values is None:
+            return incoming[..., : self._shape[3]]  # without an attention sink behind the keys
+        values = self._values.to(incoming.dtype)
+        batch, heads, count, width = incoming.shape
+        grouped = incoming.reshape(batch, values.shape[1], heads // values.shape[1] * count, width)
+        return (grouped @ values.mT).view(batch, heads, count, values.shape[2])
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are held."""
+        return [tensor for tensor in (self._values, self._incoming) if tensor is not None]
+
+    def to(self, device: torch.device | str) -> Gradient:
+        """The same on another device."""
+        moved = Gradient(self._shape, None if self._values is None else self._values.to(device), self._reason)
+        moved._incoming = None if self._incoming is None else self._incoming.to(device)
+        return moved

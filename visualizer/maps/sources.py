@@ -1,0 +1,220 @@
+"""Where the rows of a map come from: weights that exist, or the query and key of a fused call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def without_autograd(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, run without autograd and autocast.
+
+    Inside a model's forward pass autograd would keep every row that the function computes, and autocast would compute
+    it in half precision.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The type that the rows of a map of this type are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """0 to `count` in slices of at most `size`."""
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+class Weights:
+    """Weights that exist, (batch, heads, queries, keys)."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights = weights
+        batch, heads, queries, keys = weights.shape
+        self.shape = batch, heads, queries, keys
+        self.dtype, self.device = weights.dtype, weights.device
+
+    def rows(self, queries: slice | Tensor) -> Tensor:
+        """The weights of some queries."""
+        return self._weights[:, :, queries].to(computed_in(self.dtype))
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are held."""
+        return [self._weights]
+
+    def to(self, device: torch.device | str) -> Weights:
+        """The same on another device."""
+        return Weights(self._weights.to(device))
+
+    def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
+        """As tensors and numbers, for a file."""
+        return {"weights": self._weights}
+
+
+class Keys:
+    """The keys of a call, (batch, key heads, keys, width).
+
+    While a model generates, each call has the keys of the call before and some more. Such calls share one buffer that
+    grows, and each knows how many of its keys it has.
+    """
+
+    def __init__(self, keys: Tensor) -> None:
+        self.buffer, self.length = keys, keys.shape[2]
+
+    def first(self, length: int) -> Tensor:
+        """The first keys."""
+        return self.buffer[:, :, :length]
+
+    def begins(self, keys: Tensor) -> bool:
+        """Whether these keys begin with all that are known."""
+        batch, heads, length, width = keys.shape
+        fits = self.buffer.dtype == keys.dtype and self.buffer.device == keys.device and length >= self.length
+        return (
+            fits
+            and (batch, heads, width) == (*self.buffer.shape[:2], self.buffer.shape[3])
+            and torch.equal(keys[:, :, : self.length], self.first(self.length))
+        )
+
+    def grow(self, keys: Tensor) -> int:
+        """Copy the keys behind those that are known; returns how many bytes larger the buffer is now."""
+        length, before = keys.shape[2], self.buffer.shape[2]
+        if length > before:
+            batch, heads, _, width = keys.shape
+            larger = keys.new_empty(batch, heads, max(length, before + before // 2 + 16), width)
+            larger[:, :, : self.length] = self.first(self.length)
+            self.buffer = larger
+        self.buffer[:, :, self.length : length] = keys[:, :, self.length :]
+        self.length = length
+        return (self.buffer.shape[2] - before) * keys[:, :, :1].numel() * keys.element_size()
+
+
+class Factors:
+    """The query and key of a fused call, whose weights are softmax(scale * query . key^T + mask).
+
+    Args:
+        query: (batch, heads, queries, width).
+        keys: of which the call has the first `length`.
+        scale: None: 1 / sqrt(width).
+        mask: bool or numbers, as `F.scaled_dot_product_attention` takes it.
+        causal: query i sees the keys 0 to i + causal: 0 for a decoder's square, None for no such bound.
+        score_mod, mask_mod: flex_attention's functions of (score, batch, head, query, key) and of
+            (batch, head, query, key).
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        keys: Keys,
+        length: int,
+        scale: float | None = None,
+        mask: Tensor | None = None,
+        causal: int | None = None,
+        score_mod: Callable[..., Tensor] | None = None,
+        mask_mod: Callable[..., Tensor] | None = None,
+    ) -> None:
+        self._query, self.keys, self._length = query, keys, length
+        self._scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+        if mask is not None and mask.requires_grad:  # a mask without a graph stays one object, shared in a file too
+            mask = mask.detach()
+        self.mask, self._causal = mask, causal
+        self._score_mod, self._mask_mod = score_mod, mask_mod
+        self.shape = query.shape[0], query.shape[1], query.shape[2], length
+        self.dtype, self.device = query.dtype, query.device
+        self._bias = None
+        if mask is not None:
+            if mask.ndim > 4:
+                raise ValueError(f"a mask broadcasts to (batch, heads, queries, keys), not {tuple(mask.shape)}")
+            self._bias = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+            for size, whole in zip(self._bias.shape, self.shape, strict=True):
+                if size not in (1, whole):
+                    raise ValueError(f"a mask of {tuple(mask.shape)} does not fit a map of {self.shape}")
+
+    @without_autograd
+    def rows(self, queries: slice | Tensor) -> Tensor:
+        """The weights of some queries."""
+        dtype = computed_in(self.dtype)
+        query = self._query[:, :, queries].to(dtype) * self._scale
+        key = self.keys.first(self._length).to(dtype)
+        batch, heads, count, width = query.shape
+        groups = heads // key.shape[1]
+        query = query.reshape(batch, key.shape[1], groups * count, width)  # consecutive heads share a key head
+        scores = (query @ key.mT).view(batch, heads, count, self._length)
+        may_be_empty = False
+        if self._score_mod is not None or self._mask_mod is not None:
+            scores, may_be_empty = self._modified(scores, queries), True
+        if self._causal is not None:
+            index = torch.arange(self.shape[2], device=self.device)[queries]
+            hidden = torch.arange(self._length, device=self.device) > index[:, None] + self._causal
+            scores.masked_fill_(hidden, -math.inf)
+            may_be_empty |= self._causal < 0
+        if self._bias is not None:
+            bias = self._bias if self._bias.shape[2] == 1 else self._bias[:, :, queries]
+            if bias.dtype == torch.bool:
+                scores.masked_fill_(~bias, -math.inf)
+            else:
+                scores += bias
+            may_be_empty = True
+        empty = scores.amax(-1, keepdim=True) == -math.inf if may_be_empty else None
+        torch.softmax(scores, -1, out=scores)  # in place: new memory costs more than the softmax
+        return scores if empty is None else scores.masked_fill_(empty, 0)
+
+    def _modified(self, scores: Tensor, queries: slice | Tensor) -> Tensor:
+        """The scores after flex_attention's functions, which are written for single numbers."""
+        batch, heads, _, keys = scores.shape
+        index = torch.arange(self.shape[2], device=self.device)[queries]
+        places = [torch.arange(size, device=self.device) for size in (batch, heads)]
+        places += [index, torch.arange(keys, device=self.device)]
+        for function, is_mask in ((self._score_mod, False), (self._mask_mod, True)):
+            if function is None:
+                continue
+            for axis in (3, 2, 1, 0):
+                dims = tuple(0 if place == axis else None for place in range(4))
+                function = torch.vmap(function, in_dims=dims if is_mask else (0, *dims))
+            if is_mask:
+                scores = scores.masked_fill(~function(*places).expand(scores.shape), -math.inf)
+            else:
+                scores = function(scores, *places)
+        return scores
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are held; other maps may hold the mask and the keys too."""
+        return [self._query, self.keys.first(self._length), *([] if self.mask is None else [self.mask])]
+
+    def to(self, device: torch.device | str) -> Factors:
+        """The same on another device."""
+        keys = Keys(self.keys.first(self._length).to(device))
+        mask = None if self.mask is None else self.mask.to(device)
+        functions = self._score_mod, self._mask_mod
+        if any(functions) and torch.device(device).type != self.device.type:
+            raise ValueError(
+                "a map with a score_mod or block_mask cannot move: its functions hold tensors; take dense()"
+            )
+        return Factors(self._query.to(device), keys, self._length, self._scale, mask, self._causal, *functions)
+
+    def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
+        """As tensors and numbers, for a file. `shared` has the keys that several maps share, by their Keys."""
+        if self._score_mod is not None or self._mask_mod is not None:  # a file holds no functions
+            return {"weights": torch.cat([self.rows(part) for part in slices(self.shape[2], 256)], 2)}
+        key = shared.setdefault(id(self.keys), self.keys.first(self.keys.length))
+        rest = {"length": self._length, "scale": self._scale, "mask": self.mask, "causal": self._causal}
+        return {"query": self._query, "key": key, **rest}
+
+    @classmethod
+    def unpacked(cls, packed: dict[str, Any]) -> Factors:
+        """What `packed` made, as it was."""
+        values = (packed[name] for name in ("length", "scale", "mask", "causal"))
+        return cls(packed["query"], Keys(packed["key"]), *values)

@@ -1,0 +1,84 @@
+"""What kind of variable each name of a function is, and which stores are assignments that the programmer wrote."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from types import CodeType
+
+from bytecode import Bytecode, Instr
+
+from .. import opcodes
+from ..opcodes import Storage
+from .comprehensions import borrowed
+from .disassembly import variable_of
+
+
+class Variables:
+    """The variables of a function, as its bytecode uses them. It does not follow later changes to the bytecode."""
+
+    def __init__(self, bytecode: Bytecode, code: CodeType) -> None:
+        self._items = list(bytecode)
+        self._position = {id(item): index for index, item in enumerate(self._items)}
+        stars = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+        self._parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + stars]
+        self._start = next((i for i, instr in self._instructions() if opcodes.starts(instr)), 0)
+        self._cells = {
+            variable_of(instr) for i, instr in self._instructions() if i < self._start and opcodes.makes_cell(instr)
+        }
+        self._free = set(bytecode.freevars)
+        self._borrowed = borrowed(self._items, self._start) if opcodes.COMPREHENSIONS_ARE_INLINED else {}
+
+    def _instructions(self) -> Iterator[tuple[int, Instr]]:
+        return ((index, item) for index, item in enumerate(self._items) if isinstance(item, Instr))
+
+    def storage(self, name: str) -> Storage:
+        """Where the function's variable of that name is kept."""
+        # A comprehension may make a cell of its own for a name that is free in the function, so free comes first. And
+        # it makes cells of plain locals only after the start, so a name in co_cellvars need not be a cell at a return.
+        if name in self._free:
+            return Storage.FREE
+        return Storage.CELL if name in self._cells else Storage.FRAME
+
+    def is_always_bound(self, name: str) -> bool:
+        """Whether it is a parameter that nothing ever unbinds, so that its load cannot fail."""
+        return (
+            name in self._parameters
+            and self.storage(name) is Storage.FRAME
+            and not any(
+                variable_of(instr) == name and (opcodes.deletes(instr) or opcodes.borrows(instr))
+                for _, instr in self._instructions()
+            )
+        )
+
+    def has(self, name: str) -> bool:
+        """Whether a name is a variable of the function, and not only of comprehensions in it."""
+        if name not in self._borrowed or name in self._free or name in self._parameters:
+            return True
+        inside = self._borrowed[name]
+        return any(
+            variable_of(instr) == name and index not in inside and not opcodes.borrows(instr)
+            for index, instr in self._instructions()
+            if index > self._start  # before it, cells are made, for the variables of comprehensions too
+        )
+
+    def assigns(self, instr: Instr, names: Sequence[str]) -> bool:
+        """Whether an instruction is the store of an assignment to one of the names."""
+        name, index = variable_of(instr), self._position.get(id(instr))
+        if index is None or not opcodes.stores(instr) or name is None or name not in names:
+            return False
+        return index not in self._borrowed.get(name, set()) and not self._ends_except_clause(index, instr)
+
+    def assignments(self, name: str) -> list[Instr]:
+        """The stores of all assignments to the name."""
+        return [instr for _, instr in self._instructions() if self.assigns(instr, (name,))]
+
+    def _ends_except_clause(self, index: int, store: Instr) -> bool:
+        """`except E as e` ends with a hidden `e = None; del e`, both at the same place in the source."""
+        following = next((item for item in self._items[index + 1 : index + 6] if isinstance(item, Instr)), None)
+        return (
+            following is not None
+            and opcodes.deletes(following)
+            and variable_of(following) == variable_of(store)
+            and following.location == store.location
+        )

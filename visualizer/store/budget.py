@@ -1,0 +1,209 @@
+"""How much memory kept values take on each device, and how much they may.
+
+`Budget` is what a store and the attention maps count with: what is used, what is left, and what a user is told when
+nothing more fits. torch is looked up among the loaded modules, never imported.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections import defaultdict
+from functools import lru_cache
+from typing import Any
+
+from ..tensors import is_array, is_container, is_foreign_tensor, is_tensor, kind_of
+
+NO_LIMIT = math.inf
+"""As `max_bytes`: keep whatever there is."""
+
+
+class Budget:
+    """The bytes that values may take on each device, and those that they take.
+
+    >>> budget = Budget(max_bytes=1000)
+    >>> budget.add({"cpu": 800}), budget.room("cpu")
+    (None, 200)
+    >>> budget.add({"cpu": 400})
+    'cpu'
+    """
+
+    def __init__(self, max_bytes: float | None = None) -> None:
+        self.max_bytes = max_bytes
+        """The most on each device; None: a quarter of its memory."""
+        self.used: dict[str, int] = {}
+        self._limits: dict[str, float] = {}
+
+    def allow(self, max_bytes: float | None) -> None:
+        """Set the limit anew; what is used stays."""
+        self.max_bytes = max_bytes
+        self._limits.clear()
+
+    def limit(self, device: str) -> float:
+        """How many bytes values may take on a device."""
+        if device not in self._limits:
+            self._limits[device] = memory_of(device) // 4 if self.max_bytes is None else self.max_bytes
+        return self._limits[device]
+
+    def room(self, device: str) -> float:
+        """How many bytes more may be kept on a device; negative where there are too many."""
+        return self.limit(device) - self.used.get(device, 0)
+
+    def add(self, sizes: dict[str, int]) -> str | None:
+        """Count a value; the device on which there are too many bytes now, or None."""
+        for device, size in sizes.items():
+            self.used[device] = self.used.get(device, 0) + size
+        return self.exceeded(sizes)
+
+    def discount(self, sizes: dict[str, int]) -> None:
+        """Count a value no more."""
+        for device, size in sizes.items():
+            self.used[device] = self.used.get(device, 0) - size
+
+    def exceeded(self, devices: dict[str, int]) -> str | None:
+        """The first of these devices on which there are too many bytes, or None."""
+        return next((device for device in devices if self.room(device) < 0), None)
+
+    def clear(self) -> None:
+        """Start over with nothing kept."""
+        self.used.clear()
+
+    def why_full(self, device: str) -> str:
+        """The limit of a device for a message, with where it comes from: "1,000 bytes on cpu (max_bytes)"."""
+        origin = "a quarter of its memory" if self.max_bytes is None else "max_bytes"
+        return f"{self.limit(device):,} bytes on {device} ({origin})"
+
+
+def bytes_by_device(value: Any) -> dict[str, int]:
+    """How many bytes a kept value takes on each device, e.g. {"cpu": 4096}.
+
+    Tensors and arrays count their elements, containers what they hold, anything else its own size.
+    """
+    try:
+        kind = kind_of(value)
+        if kind == "other":  # first the common cases
+            return {"cpu": _size_of(value)}
+        if kind == "array" and not value.dtype.hasobject:
+            return {"cpu": value.nbytes}
+        if kind != "tensor":
+            return _sum_by_device(value)
+        torch = sys.modules["torch"]
+        if is_foreign_tensor(value):
+            with torch._C.DisableTorchFunctionSubclass():
+                return _sum_by_device(value)
+        if value.layout is torch.strided:
+            return {"cpu" if value.is_cpu else _name_of(value.device): value.nbytes}
+        return _sum_by_device(value)
+    except Exception:  # the class, a subclass of list for example, has code that fails
+        return {"cpu": object.__sizeof__(value)}
+
+
+def _sum_by_device(value: Any) -> dict[str, int]:
+    counts: dict[str, int] = defaultdict(int)
+    seen: set[int] = set()
+    values = [value]
+    while values:
+        item = values.pop()
+        if is_tensor(item):
+            counts[_name_of(item.device)] += _tensor_bytes(item)
+        elif is_array(item):
+            counts["cpu"] += item.nbytes
+            if item.dtype == object and id(item) not in seen:
+                seen.add(id(item))
+                values.extend(item.flat)
+        elif is_container(item):
+            if id(item) not in seen:
+                seen.add(id(item))
+                counts["cpu"] += _size_of(item)
+                values.extend(item.values() if isinstance(item, dict) else item)
+        else:
+            counts["cpu"] += _size_of(item)
+    return dict(counts)
+
+
+def _size_of(value: Any) -> int:
+    try:
+        return sys.getsizeof(value)
+    except Exception:  # its class has a __sizeof__ that fails
+        return object.__sizeof__(value)
+
+
+@lru_cache(maxsize=256)
+def _name_of(device: Any) -> str:
+    """The name that a device has in a budget: "cpu", "cuda:0"."""
+    return str(device.type) if device.index is None else f"{device.type}:{device.index}"
+
+
+def _tensor_bytes(tensor: Any) -> int:
+    layout, parts = str(tensor.layout), [tensor]
+    if layout == "torch.sparse_coo":  # its values() would first have to merge equal indices
+        axes, each = tensor.sparse_dim(), math.prod(tensor.shape[tensor.sparse_dim() :]) * tensor.element_size()
+        return int(tensor._nnz() * (8 * axes + each))
+    if layout in ("torch.sparse_csr", "torch.sparse_bsr"):
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    elif layout in ("torch.sparse_csc", "torch.sparse_bsc"):
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return sum(part.nelement() * part.element_size() for part in parts)
+
+
+def memory_of(device: str) -> int:
+    """How many bytes of memory a device has; for the CPU, no more than the container of this process may use.
+
+    >>> memory_of("cpu") > 2**20
+    True
+    """
+    kind, _, index = device.partition(":")
+    torch = sys.modules.get("torch")
+    if torch is not None and kind in ("cuda", "xpu"):
+        return int(getattr(torch, kind).get_device_properties(int(index or 0)).total_memory)
+    if torch is not None and kind == "mps":
+        return int(torch.mps.recommended_max_memory())
+    return min([_physical_memory(), *_container_limits()])
+
+
+def _physical_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        pass
+    if sys.platform == "win32":
+        import ctypes
+
+        class Status(ctypes.Structure):
+            _fields_ = [
+                ("length", ctypes.c_ulong),
+                ("load", ctypes.c_ulong),
+                ("total", ctypes.c_ulonglong),
+                ("rest", ctypes.c_ulonglong * 6),
+            ]
+
+        status = Status(length=ctypes.sizeof(Status))
+        if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+            return int(status.total)
+    return 8 * 2**30  # unknown: assume a small laptop
+
+
+def _container_limits() -> list[int]:
+    """The memory limits of the control groups that this process is in; [] where there are none."""
+    limits = []
+    try:
+        with open("/proc/self/cgroup") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return []
+    for _, controllers, path in groups:
+        if controllers == "":
+            root, name = "/sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for length in range(len(parts), -1, -1):
+            try:
+                with open(os.path.join(root, *parts[:length], name)) as file:
+                    limits.append(int(file.read()))
+            except (OSError, ValueError):
+                continue  # no such group in this namespace, or "max": no limit
+    return [limit for limit in limits if limit > 0]
