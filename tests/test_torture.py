@@ -248,6 +248,8 @@ class TestTheCollector:
             return function
 
         before = gc.get_threshold()
+        gc.collect()
+        gc.freeze()  # what other tests and libraries hold would be gone through some thousand times
         gc.set_threshold(300, 2, 2)
         try:
             for n in range(150):
@@ -263,6 +265,7 @@ class TestTheCollector:
                 assert function.__code__ is code
         finally:
             gc.set_threshold(*before)
+            gc.unfreeze()
 
     @pytest.mark.parametrize("dropped", ["capture", "function"])
     def test_what_ends_while_values_are_filed_and_another_thread_switches(self, dropped):
