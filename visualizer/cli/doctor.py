@@ -176,7 +176,7 @@ def _configuration(transformers: Any, name: str) -> Any:
             raise
     from ..models import names
 
-    why_not = names._why_not_the_hub(name)
+    why_not = names.why_not_the_hub(name)
     if why_not is not None:
         raise OSError(f"neither a model of timm nor a folder, and {why_not}")
     return transformers.AutoConfig.from_pretrained(name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .outcome import Mistake, save, told_plainly, write
-from .saved import add_choice, as_options, choose, grid_of, picture_of, read_any, tokens_of
+from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
 
 if TYPE_CHECKING:
     from ..statistics import Collected, Moments
@@ -91,7 +91,7 @@ def _plot(options: argparse.Namespace) -> None:
     if path.is_dir():
         raise Mistake(f"cannot write {options.out}: it is a folder")
     path = path if path.suffix else path.with_name(f"{path.name}.png")
-    found, statistics = read_any(options.file)
+    results: Any = read(options.file)
     image = picture_of(options.image)
     given = {name: getattr(options, name) for name in _OPTIONS if getattr(options, name) is not None} | (
         {} if image is None else {"image": image}
@@ -99,10 +99,10 @@ def _plot(options: argparse.Namespace) -> None:
     import matplotlib
 
     matplotlib.use("agg")  # there may be no screen
-    if found is None:
-        draw, taken = _of_statistics(options.kind, statistics, given)
+    if results.saved().kind == "statistics":
+        draw, taken = _of_statistics(options.kind, results, given)
     elif options.kind in KINDS:
-        draw, taken = _drawing(options.kind, choose(found, options), tokens_of(found, options), given)
+        draw, taken = _drawing(options.kind, choose(results, options), tokens_of(results, options), given)
     else:
         raise Mistake(f"--kind {options.kind} draws statistics, and {options.file} has none: visualizer stats has some")
     strange = [name for name in given if name not in taken]
