@@ -1,5 +1,6 @@
 """Statistics over a data set: what goes wrong is told, and a run that was killed goes on as if it had not been."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from visualizer import FileFormatError, VisualizerWarning, attention, load
-from visualizer.statistics import Confidence, Entropy, MeanMap, Received, Sink, Statistic, collect
+from visualizer.statistics import Confidence, Entropy, MeanMap, Received, Sink, Statistic, collect, collected
 
 ALIKE = 1e-12
 SCALES = 0.5, 2.0  # of the layers of Looking()
@@ -119,10 +120,10 @@ class TestBatches:
 
     def test_no_map_outlives_its_call(self):
         class Watching(Entropy):
-            def of(self, layer, texts):
+            def of(self, layer, tokens):
                 assert not any(known() for known in seen)
                 seen.append(weakref.ref(layer))
-                return super().of(layer, texts)
+                return super().of(layer, tokens)
 
         seen = []
         collect(Looking(), self.DATA, Watching())
@@ -238,7 +239,7 @@ class Failing(Looking):
 class Picky(Statistic):
     """It fails where a picture has a NaN, in the second layer."""
 
-    def of(self, layer, texts):
+    def of(self, layer, tokens):
         if layer.path == "layers.1" and layer.dense().isnan().any():
             raise ArithmeticError("no number")
         return layer.dense().amax((-1, -2))
@@ -278,21 +279,19 @@ class TestBatchesThatFail:
         check_entropy(found, self.DATA[[0, 1, 3, 4, 5]])
         assert {15} == {*found["picky"].count.flat}
 
-    def test_as_it_is_taken_in(self):
-        """One statistic had taken it, and the other has no memory for it."""
+    def test_as_it_is_added(self, monkeypatch):
+        """One statistic had it already, and for the next there is no memory."""
+        add, times = collected.with_layers, itertools.count()
 
-        class Full(Entropy):
-            times = 0
+        def add_or_fail(state, layers):
+            if next(times) == 3 * 2 + 1:  # of three statistics, the second of the third batch
+                raise MemoryError("no more")
+            return add(state, layers)
 
-            def take(self, layers):
-                self.times += 1
-                if self.times == 3:
-                    raise MemoryError("no more")
-                super().take(layers)
-
-        found = quietly(Looking(), self.DATA, Entropy(), Full(name="full"), MeanMap())
+        monkeypatch.setattr(collected, "with_layers", add_or_fail)
+        found = quietly(Looking(), self.DATA, Entropy(), Entropy(name="again"), MeanMap())
         self.check(found, [2], "MemoryError: no more")
-        assert {15} == {*found["full"].count.flat} == {*found["mean_map"].count.flat}
+        assert {15} == {*found["again"].count.flat} == {*found["mean_map"].count.flat}
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_in_a_loader(self, workers):

@@ -28,10 +28,11 @@ from visualizer.statistics import (
     Received,
     Sink,
     Statistic,
+    Tokens,
     collect,
 )
-from visualizer.statistics.measures import Texts, measured
-from visualizer.statistics.moments import as_large, merged, nothing, state_of
+from visualizer.statistics.moments import empty_state, merge_states, state_of, to_one_shape
+from visualizer.statistics.statistic import measured
 
 L, H, WIDTH = 2, 3, 8
 
@@ -287,7 +288,7 @@ def test_queries_that_attend_to_nothing_are_zeros_or_nan():
         states = []
         for weights in (zeros, nans):
             maps = [AttentionMap(layer) for layer in weights]
-            states.append(torch.stack([measured(layer, Texts(), [statistic])[0] for layer in maps]))
+            states.append(torch.stack([measured(layer, Tokens(), [statistic])[0] for layer in maps]))
             assert 3 == states[-1][:, 0].min()
         torch.testing.assert_close(*states, rtol=0, atol=0)
 
@@ -301,10 +302,10 @@ def test_images_that_are_nan_are_no_samples():
             good = [image for image in range(4) if image not in bad]
             broken = torch.from_numpy(batch.weights[0].copy())
             broken[bad] = torch.nan
-            [state] = measured(AttentionMap(broken), Texts(mask), [statistic])
+            [state] = measured(AttentionMap(broken), Tokens(mask), [statistic])
             expected = 0
             if good:
-                [expected] = measured(AttentionMap(broken[good]), Texts(mask[good]), [statistic])
+                [expected] = measured(AttentionMap(broken[good]), Tokens(mask[good]), [statistic])
                 torch.testing.assert_close(expected, state, rtol=0, atol=0)
             else:
                 assert 0 == state[0].max()
@@ -350,7 +351,7 @@ def test_infinity_is_a_number():
 
 
 def test_no_samples_are_none():
-    torch.testing.assert_close(nothing((2, 3)), state_of(torch.zeros(0, 2, 3)))
+    torch.testing.assert_close(empty_state((2, 3)), state_of(torch.zeros(0, 2, 3)))
 
 
 def test_an_argument_that_is_not_kept_is_refused():
@@ -422,7 +423,7 @@ class TestAsMetrics:
         assert first is statistic.compute()
         statistic.update(Batch(3, 9, 1).maps(True))
         close(self.expected(0, 1), statistic.compute(), 1e-6)
-        statistic.take([measured(layer, Texts(), [statistic])[0] for layer in Batch(3, 9, 2).maps(True)])
+        statistic.add([measured(layer, Tokens(), [statistic])[0] for layer in Batch(3, 9, 2).maps(True)])
         close(self.expected(0, 1, 2), statistic.compute(), 1e-6)
         close(self.expected(0), first, 1e-6)
 
@@ -437,9 +438,9 @@ def test_several_statistics_of_one_map_are_those_of_each():
     """Weights that are computed once for all of them, and by each for itself, are the same."""
     layer = Batch(3, 17, 0).maps(True)[0]
     statistics = [Entropy(), Distance(), Confidence(), Received(), Sink(), PrefixMass(), Patterns(), MeanMap("max")]
-    together = measured(layer, Texts(), statistics)
+    together = measured(layer, Tokens(), statistics)
     for statistic, state in zip(statistics, together, strict=True):
-        torch.testing.assert_close(statistic.reduced(layer, Texts()), state, rtol=0, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(statistic.reduced(layer, Tokens()), state, rtol=0, atol=1e-6, equal_nan=True)
 
 
 SAMPLES = st.lists(st.one_of(st.floats(-1e3, 1e3, allow_subnormal=False), st.just(math.nan)), min_size=1, max_size=12)
@@ -459,13 +460,13 @@ class TestMerging:
         expected = moments_by_hand([np.array(samples)[None, :, None]])
         ordered = random.sample(samples, len(samples))
         edges = sorted({0, len(ordered), *(min(cut, len(ordered)) for cut in cuts)})
-        states = [nothing((1,))]
+        states = [empty_state((1,))]
         for start, stop in itertools.pairwise(edges):
             states.append(state_of(torch.tensor(ordered[start:stop], dtype=torch.float64)[:, None]))
         random.shuffle(states)
         while len(states) > 1:  # as a tree, or one after the other
             count = random.randint(2, len(states))
-            states = [merged(torch.stack(states[:count])), *states[count:]]
+            states = [merge_states(torch.stack(states[:count])), *states[count:]]
         found = Moments.of(states[0][:, None])
         for values, name in zip(expected, ("count", "mean", "variance", "minimum", "maximum"), strict=True):
             np.testing.assert_allclose(values, getattr(found, name), rtol=1e-9, atol=1e-9, err_msg=name)
@@ -474,16 +475,16 @@ class TestMerging:
         """Where sums of squares would have lost it all."""
         values = 1e8 + np.random.default_rng(0).normal(size=10_000) * 1e-2
         parts = torch.from_numpy(values).split(97)
-        found = Moments.of(merged(torch.stack([state_of(part[:, None]) for part in parts]))[:, None])
+        found = Moments.of(merge_states(torch.stack([state_of(part[:, None]) for part in parts]))[:, None])
         assert found.variance.item() == pytest.approx(np.var(values - 1e8, ddof=1), rel=1e-6)
 
     def test_parts_of_different_shapes(self):
         """Longer texts have positions of which shorter ones have no samples."""
         short, long = torch.rand(3, 2, 4, dtype=torch.float64), torch.rand(2, 3, 2, dtype=torch.float64)
-        states = [state_of(short), state_of(long), nothing((0, 0))]
+        states = [state_of(short), state_of(long), empty_state((0, 0))]
         expected = moments_by_hand([short[None].numpy(), long[None].numpy()])
         for order in (states, states[::-1]):
-            close(expected, Moments.of(merged(torch.stack(as_large(order)))[:, None]), 1e-12)
+            close(expected, Moments.of(merge_states(torch.stack(to_one_shape(order)))[:, None]), 1e-12)
 
     def test_the_state_does_not_grow_with_the_samples(self):
         statistics = [Entropy(), Received(), Patterns(), MeanMap()]
@@ -504,7 +505,7 @@ class Reach(Statistic):
         super().__init__(name=name, **kwargs)
         self.reach = reach
 
-    def of(self, layer, texts):
+    def of(self, layer, tokens):
         count = layer.shape[3]
         apart = (torch.arange(count)[:, None] - torch.arange(count)).abs()
         weights = layer.dense()
@@ -538,7 +539,7 @@ class TestOnesOwn:
             wrong.update(Batch(2, 9, 0).maps(True))
 
     def test_without_of(self):
-        with pytest.raises(NotImplementedError, match=r"Nothing has no method of\(layer, texts\)"):
+        with pytest.raises(NotImplementedError, match=r"Nothing has no method of\(layer, tokens\)"):
             type("Nothing", (Statistic,), {})().update(Batch(2, 9, 0).maps(True))
 
 
@@ -564,7 +565,7 @@ def test_scores_are_no_weights():
         with pytest.raises(ValueError, match=r"layer 0 holds .*: are these scores before the softmax"):
             statistic.update(scores)
         with pytest.raises(ValueError, match="are these scores before the softmax"):
-            measured(AttentionMap(scores[0]), Texts(), [statistic])
+            measured(AttentionMap(scores[0]), Tokens(), [statistic])
 
 
 def test_patterns_are_those_of_tokens_among_themselves():
