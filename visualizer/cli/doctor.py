@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import opcodes
 from ..errors import UnknownLocalError
-from ..instrument import capture
+from ..instrument import capture, compiler_trouble
 from ..instrument.unwrapping import functions_behind
 from ..rewrite import local_names
 from ..store import human, memory_of
@@ -77,6 +77,7 @@ def _surroundings() -> dict[str, Any]:
         "capture works": why_not is None,
         "versions": versions,
         "devices": _devices() if versions["torch"] else [],
+        **({"compiled models": compiler_trouble() or "captured within their graphs"} if versions["torch"] else {}),
         "extras": {
             extra: f'missing {", ".join(missing)}: pip install "get-local[{extra}]"' if missing else "installed"
             for extra, missing in extras.items()
