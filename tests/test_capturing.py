@@ -1,4 +1,4 @@
-"""capture() on plain Python: functions, classes, names, several at once. Modules are in test_capture_modules.py."""
+"""capture() on plain Python: functions, classes, names, several at once. Modules are in test_capturing_modules.py."""
 
 import functools
 import gc

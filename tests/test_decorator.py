@@ -1,4 +1,4 @@
-"""get_local as its users know it, on plain Python: what tensors add is in test_tensors.py and test_modules.py."""
+"""get_local as its users know it, on plain Python: what tensors add is in test_tensors.py and test_decorator_modules.py."""
 
 import gc
 import importlib
