@@ -1,4 +1,5 @@
-"""get_local as its users know it, on plain Python: what tensors add is in test_tensors.py and test_decorator_modules.py."""
+"""get_local as its users know it, on plain Python. What tensors add is in test_tensors.py, modules are in
+test_decorator_modules.py."""
 
 import gc
 import importlib

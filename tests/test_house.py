@@ -155,7 +155,7 @@ def opcode_literals(package: Path) -> list[str]:
 OF_THE_WHOLE = {"corpus", "cpython", "cuda", "generated", "house", "notebooks", "readme", "torture"}
 
 
-def tests_without_a_subject(package: Path, tests: Path) -> list[str]:
+def unnamed_tests(package: Path, tests: Path) -> list[str]:
     """The test files that are named after no file and no folder of the package, alone or behind its folder's name.
 
     What follows the name, as in test_attention_models.py, says which side of it is tested.
@@ -216,7 +216,7 @@ def test_only_opcodes_knows_the_names_of_instructions() -> None:
 
 
 def test_each_test_file_is_named_after_what_it_tests() -> None:
-    assert tests_without_a_subject(PACKAGE, ROOT / "tests") == []
+    assert unnamed_tests(PACKAGE, ROOT / "tests") == []
 
 
 def test_a_test_file_may_be_named_after_nothing(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_test_file_may_be_named_after_nothing(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").touch()
     for name in ("store", "files", "store_files", "files_of_torch", "house", "stores", "file", "things"):
         (tmp_path / f"test_{name}.py").touch()
-    assert tests_without_a_subject(tmp_path / "visualizer", tmp_path) == ["test_file", "test_stores", "test_things"]
+    assert unnamed_tests(tmp_path / "visualizer", tmp_path) == ["test_file", "test_stores", "test_things"]
 
 
 @pytest.mark.parametrize(
