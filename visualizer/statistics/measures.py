@@ -18,7 +18,7 @@ except ImportError as error:
     raise ImportError('visualizer.statistics needs torchmetrics: pip install "get-local[stats]"') from error
 
 from ..analysis import patterns, rows
-from ..analysis.reading import Fusion, check_heads, fused, layers_of
+from ..analysis.reading import Fusion, check_heads, fused, layers_of, without_nan
 from ..intercept import Maps, given
 from ..maps import AttentionMap, exactly
 from .moments import Moments, as_large, merged, nothing, state_of
@@ -112,7 +112,7 @@ class Statistic(Metric):
         are the tokens' numbers, for `Patterns`.
         """
         mask, ids = (None if given is None else torch.as_tensor(given) for given in (attention_mask, ids))
-        self.take([self.reduced(layer, Texts(mask, ids)) for layer in layers_of(attention)[0]])
+        self.take([self.reduced(layer, Texts(mask, ids)) for layer in layers_of(attention).layers])
 
     @exactly
     def reduced(self, layer: AttentionMap, texts: Texts) -> Tensor:
@@ -147,7 +147,7 @@ def measured(layer: AttentionMap, texts: Texts, statistics: Sequence[Statistic])
         ValueError: these are no weights, a statistic cannot read them, or its `of` gave another shape.
     """
     if layer.is_dense:
-        [clean], _, _ = layers_of(layer)
+        clean = without_nan(layer)
         if clean is not layer:
             has_none = layer.rows(slice(None)).isnan().flatten(1).all(1)
             if has_none.all():
@@ -428,7 +428,7 @@ class Patterns(Statistic):
         if is_causal:
             special = torch.zeros_like(real) if special is None else special
             special[torch.arange(batch), real.int().argmax(1)] = True
-        known = patterns.Texts(repeats=ids, special=special, real=real, is_causal=is_causal, window=self.window)
+        known = patterns.TokenFacts(repeats=ids, special=special, real=real, is_causal=is_causal, window=self.window)
         sums, counts = patterns.score_sums(layer, known)
         means = sums[0] / counts[..., None]  # (patterns, batch, heads)
         return means.masked_fill(~patterns.has_evidence(counts)[..., None], math.nan).permute(1, 2, 0)
