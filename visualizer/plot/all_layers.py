@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..reading import Array
 from .canvas import (
     LABEL,
     Style,
@@ -26,7 +27,7 @@ from .canvas import (
 from .matrices import matrices
 from .pictures import frame_patch
 from .places import Grid, Size, read_grid, read_image
-from .reading import Array, Choice, head_words, read_layers, same_shape, select_layers, token_axes
+from .reading import Choice, head_words, read_layers, same_shape, select_layers, token_axes
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap

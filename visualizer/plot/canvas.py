@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from .reading import Array
+from ..reading import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

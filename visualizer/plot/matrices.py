@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..reading import Array
 from .canvas import axes_of, colour_bar, label_ticks, matrix_top, panels
-from .reading import Array, Choice, select, select_all
+from .reading import Choice, select, select_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..reading import Array, as_numbers
 from .canvas import (
     LABEL,
     Style,
@@ -23,7 +24,7 @@ from .canvas import (
     spread,
 )
 from .places import Grid, Size, Window, pair_of, read_grid, read_image, read_window, word_index
-from .reading import Array, Choice, Reduction, as_numbers, head_words, read_layers, select, token_axes
+from .reading import Choice, Reduction, head_words, read_layers, select, token_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -201,9 +202,7 @@ def rollout(
     shape = read_grid(keys, grid=grid, picture=None if picture is None else picture.shape[:2], **where)
     token = shape.token(query, queries, keys)
     last = select(found, layer=-1, batch=batch, head=heads, query=token).weights[0]
-    # AttentionMaps as they are: a rollout needs some of their rows at a time.
-    whole = [one if hasattr(one, "row_product") else one[(None,) * (4 - len(one.shape))] for one in found]
-    rolled = analysis.rollout(whole, query=token, heads=heads, residual=residual, discard=discard)
+    rolled = analysis.rollout(found, query=token, heads=heads, residual=residual, discard=discard)
     rolled = as_numbers(rolled)[batch]
 
     high, wide = (shape.rows, shape.columns) if picture is None else picture.shape[:2]
@@ -390,7 +389,7 @@ def _in_window(
     patch = whole.patch(query)
     one = layers[0 if layer is None else layer]
     found: Window = read_window(patch, whole, token_axes(one, None)[1], window, shift)
-    images, left = divmod(int(one.shape[0]) if len(one.shape) == 4 else 1, found.count)
+    images, left = divmod(int(one.shape[0]), found.count)
     if left or not -images <= batch < images:
         raise ValueError(
             f"maps of {images * found.count + left} windows, shape {tuple(one.shape)}, and {found.count} windows an "

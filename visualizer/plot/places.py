@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .reading import Array, as_numbers, is_array
+from ..reading import Array, as_numbers, is_array
 
 Size: TypeAlias = int | tuple[int, int]
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..reading import Array, as_numbers
 from .canvas import axes_of, colour_bar, label_ticks, mosaic, panel_size, panels, scale_of
 from .places import read_grid
-from .reading import Array, as_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
