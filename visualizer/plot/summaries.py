@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
+from ..reading import Array, as_numbers
 from .canvas import axes_of, colour_bar, full_rows, label_ticks, mosaic, panel_size, panels, write_title
 from .look import Colours, Keywords, Scale, exceeds
 from .places import read_grid
-from .reading import Array, as_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
