@@ -7,7 +7,7 @@ help:  ## list the chores
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 test:  ## the tests, README's examples among them
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --dist loadgroup
 
 lint:  ## ruff
 	$(PYTHON) -m ruff check
@@ -20,7 +20,7 @@ doctest:  ## the examples in the docstrings
 
 notebooks:  ## run every notebook from top to bottom
 	$(PYTHON) -c 'import nbclient'  # without it the test would only be skipped
-	$(PYTHON) -m pytest tests/test_notebooks.py
+	$(PYTHON) -m pytest -n auto tests/test_notebooks.py
 
 pictures:  ## make the pictures in assets/ anew
 	$(PYTHON) -m visualizer demo --out assets

@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 import torchvision_schemas  # noqa: F401
 
 TESTS = Path(__file__).resolve().parent
@@ -16,3 +17,43 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on two cores a second thread makes the small models slower
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: some tests only wait for others to give up."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
+
+
+# Weights that several files look at and none changes; each takes seconds to load.
+
+
+@pytest.fixture(scope="session")
+def dinov2():
+    from visualizer import models
+
+    return models.dinov2_small()
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    from visualizer import models
+
+    return models.minilm()
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    from visualizer import models
+
+    return models.smollm2()
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long to make is made in one process of those that run at a time, for all the tests that need it."""
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("smollm2"))
+        elif "chromium" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("chromium"))

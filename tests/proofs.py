@@ -3,6 +3,7 @@
     python tests/proofs.py                  # the Pythons on the PATH and pyenv's
     python tests/proofs.py --chroot DIR     # and those in DIR, a folder with a system of its own (root only)
     python tests/proofs.py --short          # without the tests marked long and without CPython's own
+    python tests/proofs.py --jobs 2         # two Pythons at a time
 
 The interpreters stay as they are: `bytecode` and pytest are pure Python and lie in a folder beside a copy of the
 package. Nothing else is there, which shows that the engine needs nothing else.
@@ -18,10 +19,31 @@ import tempfile
 import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ENGINE = ("opcodes", "rewrite", "instrument", "capture", "torture", "corpus", "generated", "cpython")
+ENGINE = (
+    "opcodes",
+    "proof",
+    "rewrite",
+    "line_table",
+    "patches",
+    "imports",
+    "sites",
+    "unwrapping",
+    "explanations",
+    "decorator",
+    "capturing",
+    "cache",
+    "channel",
+    "locks",
+    "store",
+    "torture",
+    "corpus",
+    "generated",
+    "cpython",
+)
 ENGINE_TESTS = [f"test_{name}.py" for name in ENGINE]
 RESULTS = Path("tests", "cpython", "results")
 NEEDED = ("bytecode", "hypothesis<6.156", "pytest")  # later ones of hypothesis are compiled for one Python
@@ -52,7 +74,21 @@ def find(version: str, chroot: Path | None) -> tuple[list[str], Path] | None:
     return next((it for it in candidates if full_version(it[0]).startswith(f"{version}.")), None)
 
 
-def prove(command: list[str], root: Path, needed: Path, short: bool) -> tuple[int, int, int]:
+Proved = tuple[str, str, int, int, int, float]
+"""The version, what was found of it, how many passed, failed and were skipped, and the seconds that it took."""
+
+
+def prove(version: str, command: list[str], root: Path, needed: Path, short: bool) -> Proved:
+    """Run the tests by one interpreter, and print what they print in one piece, so that others may run beside it."""
+    name, start = full_version(command), time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        counts = run(command, root, needed, short, output.fileno())
+        output.seek(0)
+        print(f"\nPython {name}: {' '.join(command)}\n{output.read().decode(errors='replace')}", flush=True)
+    return version, name, *counts, time.monotonic() - start
+
+
+def run(command: list[str], root: Path, needed: Path, short: bool, output: int) -> tuple[int, int, int]:
     """(passed, failed, skipped) of the engine's tests, run by one interpreter in a copy of the package.
 
     CPython's tests count as one; what they gave is written to tests/cpython/results/.
@@ -71,7 +107,8 @@ def prove(command: list[str], root: Path, needed: Path, short: bool) -> tuple[in
         arguments += ["-o", "junit_family=xunit1"]
         arguments += [f"--junitxml={seen}/report.xml", *marked, *(f"{seen}/tests/{test}" for test in ENGINE_TESTS)]
         environment = {**os.environ, "PYTHONPATH": f"{seen}:{seen}/needed", "LC_ALL": "C.UTF-8"}
-        code = subprocess.run([*command, "-m", "pytest", *arguments], env=environment).returncode
+        printing = {"env": environment, "stdout": output, "stderr": subprocess.STDOUT}
+        code = subprocess.run([*command, "-m", "pytest", *arguments], **printing).returncode
 
         report = folder / "report.xml"
         if not report.exists():  # it did not come as far as a report
@@ -81,7 +118,7 @@ def prove(command: list[str], root: Path, needed: Path, short: bool) -> tuple[in
         failed = errors + failures or int(code != 0)
         passed = count - errors - failures - skipped
         if not short:
-            ended = subprocess.run([*command, f"{seen}/tests/cpython/run.py", "--write"], env=environment).returncode
+            ended = subprocess.run([*command, f"{seen}/tests/cpython/run.py", "--write"], **printing).returncode
             shutil.copytree(folder / RESULTS, ROOT / RESULTS, dirs_exist_ok=True)
             passed, failed, skipped = passed + (ended == 0), failed + (ended not in (0, 2)), skipped + (ended == 2)
         return passed, failed, skipped
@@ -92,27 +129,26 @@ def main() -> int:
     parser.add_argument("--chroot", type=Path, help="a folder with usr/bin/python3.14 and the like; needs root")
     parser.add_argument("--short", action="store_true", help="leave out the tests marked long and CPython's own")
     parser.add_argument("--others", action="store_true", help="leave out the Python that runs this")
+    parser.add_argument("--jobs", type=int, default=1, help="how many Pythons at a time")
     options = parser.parse_args()
 
-    rows = []
-    with tempfile.TemporaryDirectory() as needed:
+    rows: list[Proved] = []
+    with tempfile.TemporaryDirectory() as needed, ThreadPoolExecutor(options.jobs) as pool:
         install = [sys.executable, "-m", "pip", "install", "-q", "--only-binary=:all:", "--target", needed, *NEEDED]
         subprocess.run(install, check=True)
+        running = []
         for version in supported():
             if options.others and sys.version.startswith(f"{version}."):
                 continue
             found = find(version, options.chroot and options.chroot.resolve())
             if found is None:
                 rows.append((version, "not found: NOT proved", 0, 0, 0, 0.0))
-                continue
-            name = full_version(found[0])
-            print(f"\nPython {name}: {' '.join(found[0])}", flush=True)
-            start = time.monotonic()
-            counts = prove(*found, Path(needed), options.short)
-            rows.append((version, name, *counts, time.monotonic() - start))
+            else:
+                running.append(pool.submit(prove, version, *found, Path(needed), options.short))
+        rows += [each.result() for each in as_completed(running)]
 
     print(f"\n{'Python':<8}{'':<24}{'passed':>8}{'failed':>8}{'skipped':>8}{'seconds':>9}")
-    for version, name, passed, failed, skipped, seconds in rows:
+    for version, name, passed, failed, skipped, seconds in sorted(rows):
         print(f"{version:<8}{name:<24}{passed:>8}{failed:>8}{skipped:>8}{seconds:>9.0f}")
     return 1 if any(row[3] for row in rows) else 0
 

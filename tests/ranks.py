@@ -7,6 +7,7 @@ collects its share of some batches.
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
@@ -192,6 +193,28 @@ def _child(rank, count, store, folder, task, args):
     os.replace(Path(folder, f"{rank}.pickle.new"), Path(folder, f"{rank}.pickle"))
     if ended.error is None:
         distributed.destroy_process_group()
+
+
+class Failing(Looking):
+    """From a call on it fails, or ends its process."""
+
+    def __init__(self, good, how):
+        super().__init__()
+        self.good, self.how = good, how
+
+    def forward(self, x, **kwargs):
+        self.good -= 1
+        if self.good < 0:
+            if self.how == "dies":
+                os._exit(7)
+            if self.how == "interrupted":
+                os.kill(os.getpid(), signal.SIGINT)
+            raise ArithmeticError("no more of it" + 5000 * "\ud800\0 \n" * (self.how == "at length"))
+        return super().forward(x, **kwargs)
+
+
+def fresh(rank, folder):
+    return facts(collect(Looking(), texts(9), *all_statistics(), timeout=5, checkpoint=folder, every=2))
 
 
 if __name__ == "__main__":

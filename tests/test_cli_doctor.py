@@ -71,6 +71,15 @@ def test_an_interpreter_that_capture_does_not_know_is_status_1(monkeypatch, caps
     assert "visualizer: get_local and capture cannot work on this Python: it knows others\n" == printed.err
 
 
+def test_it_says_whether_the_compiler_knows_what_a_captured_call_means(monkeypatch, examined):
+    text, content = examined()
+    assert "captured within their graphs" == content["compiled models"]
+    monkeypatch.setattr(cli.doctor, "compiler_trouble", lambda: "torch 9 has no VariableBuilder")
+    text, content = examined()
+    assert "torch 9 has no VariableBuilder" == content["compiled models"]
+    assert "compiled models: torch 9 has no VariableBuilder" in text.splitlines()
+
+
 def test_a_missing_extra_has_its_command(monkeypatch, capsys):
     known = metadata.version
 

@@ -68,7 +68,7 @@ def test_it_is_shown_only_when_asked_for(folder, monkeypatch):
         (["text", "--tokens", "one", "two"], "5"),
         (["picture", "--image", "text"], "as a picture"),
         (["picture", "--grid", "5x5"], "--grid"),
-        (["text", "--key", "x"], "no key is like 'x'"),
+        (["text", "--key", "x"], "no key matches 'x'"),
         (["text", "--batch", "3"], "--batch 3"),
         (["text", "-o", "none/x.html"], "cannot write none/x.html"),
     ],

@@ -13,6 +13,7 @@ from PIL import Image
 from plots import no_figure_left  # noqa: F401
 
 from visualizer import analysis, attention, cli, load, models
+from visualizer.statistics.measures import MEASURES
 
 ROOT = Path(__file__).parent.parent
 BUILDER = """
@@ -217,6 +218,27 @@ def test_numbers_of_positions_patterns_and_maps(folder, drawn, capsys):
     assert "has no use for --layer" in capsys.readouterr().err
     assert 2 == cli.main(["explore", "stats.safetensors"])
     assert "has statistics, and no map to explore" in capsys.readouterr().err
+
+
+def test_help_lists_the_statistics(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["stats", "--help"])
+    assert 0 == ended.value.code
+    told = capsys.readouterr().out
+    for name, measure in MEASURES.items():
+        assert f"  {name:12} {measure.about} (" in told
+    assert "how broadly it attends (default for images and texts)" in told
+    assert "its mean map (only if named)" in told
+
+
+@pytest.mark.parametrize("command", ["", "plot", "info", "run"])
+def test_help_of_others_loads_no_torch(command):
+    code = (
+        "import sys\nfrom visualizer import cli\n"
+        f"try: cli.main([*{[command] * bool(command)}, '--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "False" == done.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

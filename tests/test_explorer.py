@@ -851,11 +851,51 @@ class TestLiveExample:
         assert [] == tab.errors
 
 
+class Traced:
+    """What the browser's threads did meanwhile, by their processor time: other work on the machine is not in it."""
+
+    def __init__(self, browser):
+        self.browser = browser
+
+    def __enter__(self):
+        self.browser.start_tracing(categories=["toplevel", "blink.user_timing"])
+        return self
+
+    def __exit__(self, *_):
+        events = json.loads(self.browser.stop_tracing())["traceEvents"]
+        self.marks = [event for event in events if event["cat"] == "blink.user_timing"]
+        self.tasks = [event for event in events if event["name"].endswith("RunTask") and "tdur" in event]
+        named = [event for event in events if event["name"] == "process_name"]
+        self.shared = {event["pid"] for event in named if event["args"]["name"] in ("Browser", "GPU Process")}
+
+    def marked(self, name):
+        """The marks of that name on the page's main thread, in their order."""
+        return sorted((event for event in self.marks if event["name"] == name), key=lambda event: event["ts"])
+
+    def milliseconds(self, start, end, is_counted):
+        """The processor time of the tasks that begin between two marks, the task of the second one included."""
+        times = [task["tdur"] for task in self.tasks if start["ts"] <= task["ts"] <= end["ts"] and is_counted(task)]
+        return sum(times) / 1000
+
+
 def milliseconds_to_first_picture(chromium, file):
-    tab = Tab(chromium, file)
-    taken = tab.page.evaluate("performance.getEntriesByName('attention drawn')[0].startTime")
+    """Of all threads of the page's process, and of the browser's own and the one that draws."""
+    with Traced(chromium) as traced:
+        tab = Tab(chromium, file)
     tab.context.close()
-    return taken
+    [drawn] = traced.marked("attention drawn")
+    start = next(event for event in traced.marked("navigationStart") if event["pid"] == drawn["pid"])
+    return traced.milliseconds(start, drawn, lambda task: task["pid"] in {drawn["pid"], *traced.shared})
+
+
+def milliseconds_to_hover(chromium, tab, tokens):
+    """Of the page's main thread, script and layout, for all but one in twenty of the tokens."""
+    with Traced(chromium) as traced:
+        tab.page.evaluate(HOVER, tokens)
+    pairs = zip(traced.marked("hover"), traced.marked("hovered"), strict=True)
+    times = sorted((end["tts"] - start["tts"]) / 1000 for start, end in pairs)
+    assert tokens == len(times)
+    return times[math.floor(0.95 * tokens)]
 
 
 def best(measure, enough):
@@ -869,33 +909,30 @@ def best(measure, enough):
 
 
 HOVER = """async (tokens) => {
-    const spans = [...document.querySelectorAll(".words > span")], times = [];
+    const spans = [...document.querySelectorAll(".words > span")];
     const frame = () => new Promise(done => requestAnimationFrame(done));
     for (let i = 0; i < tokens; i++) {
-        let start = 0;
         await frame();
-        requestAnimationFrame(() => { start = performance.now(); });  // before the page's own, which the event asks for
+        requestAnimationFrame(() => performance.mark("hover"));  // before the page's own, which the event asks for
         spans[(i * 37) % spans.length].dispatchEvent(new PointerEvent("pointermove", { bubbles: true }));
         await frame();
         document.body.getBoundingClientRect();  // layout is part of it
-        times.push(performance.now() - start);
+        performance.mark("hovered");
     }
-    times.sort((a, b) => a - b);
-    return times[Math.floor(0.95 * times.length)];
 }"""
 
 
 @needs_browser
 @pytest.mark.parametrize(("tokens", "megabytes", "seconds"), [(197, 8, 1), (512, 30, 2)])
 def test_budgets(chromium, tmp_path, tokens, megabytes, seconds):
-    """12 layers of 12 heads. The best of some rounds counts: other work on the machine is not the page's."""
+    """12 layers of 12 heads. The best of some rounds counts: others also take the processor's caches."""
     maps = random_maps(12, 1, 12, tokens, tokens)
     file = explore(maps, [f"word{number}" for number in range(tokens)]).save(tmp_path / "large.html")
     assert file.stat().st_size <= megabytes * 1e6
     first = best(lambda: milliseconds_to_first_picture(chromium, file), 1000 * seconds)
-    assert first <= 1000 * seconds
+    assert 0 < first <= 1000 * seconds
     tab = Tab(chromium, file)
-    hover = best(lambda: tab.page.evaluate(HOVER, 60), 16)
+    hover = best(lambda: milliseconds_to_hover(chromium, tab, 60), 16)
     tab.context.close()
     print(f"{tokens} tokens: {file.stat().st_size / 1e6:.1f} MB, first picture {first:.0f} ms, hover {hover:.1f} ms")
     assert 0 < hover <= 16

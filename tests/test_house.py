@@ -151,6 +151,23 @@ def opcode_literals(package: Path) -> list[str]:
     return broken
 
 
+# Of these each tests the whole package, or what lies outside it.
+OF_THE_WHOLE = {"corpus", "cpython", "cuda", "generated", "house", "notebooks", "readme", "torture"}
+
+
+def unnamed_tests(package: Path, tests: Path) -> list[str]:
+    """The test files that are named after no file and no folder of the package, alone or behind its folder's name.
+
+    What follows the name, as in test_attention_models.py, says which side of it is tested.
+    """
+    subjects = set(OF_THE_WHOLE)
+    for name in files_of(package):
+        parts = name.split(".")[1:]
+        subjects |= {"_".join(parts), *parts[-1:]}
+    names = sorted(file.stem for file in tests.glob("test_*.py"))
+    return [name for name in names if not any(f"{name}_".startswith(f"test_{one}_") for one in subjects if one)]
+
+
 def in_a_fresh_process(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -196,6 +213,19 @@ def test_no_file_uses_what_is_private_to_another() -> None:
 
 def test_only_opcodes_knows_the_names_of_instructions() -> None:
     assert opcode_literals(PACKAGE) == []
+
+
+def test_each_test_file_is_named_after_what_it_tests() -> None:
+    assert unnamed_tests(PACKAGE, ROOT / "tests") == []
+
+
+def test_a_test_file_may_be_named_after_nothing(tmp_path: Path) -> None:
+    (tmp_path / "visualizer" / "store").mkdir(parents=True)
+    for name in ("visualizer/__init__", "visualizer/store/__init__", "visualizer/store/files"):
+        (tmp_path / f"{name}.py").touch()
+    for name in ("store", "files", "store_files", "files_of_torch", "house", "stores", "file", "things"):
+        (tmp_path / f"test_{name}.py").touch()
+    assert unnamed_tests(tmp_path / "visualizer", tmp_path) == ["test_file", "test_stores", "test_things"]
 
 
 @pytest.mark.parametrize(

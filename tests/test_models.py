@@ -16,21 +16,6 @@ torch = pytest.importorskip("torch", reason="models.py is torch code")
 from visualizer import VisualizerWarning, capture, get_local, models  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def dinov2():
-    return models.dinov2_small()
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return models.minilm()
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    return models.smollm2()
-
-
 @pytest.fixture
 def small():
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from visualizer import AttentionMap, attention, models
+from visualizer import AttentionMap, attention
 from visualizer.analysis import head_patterns
 
 N = 12
@@ -276,8 +276,8 @@ class TestResult:
 
 
 class TestTrainedHeads:
-    def test_of_minilm(self):
-        model, tokenizer = models.minilm()
+    def test_of_minilm(self, minilm):
+        model, tokenizer = minilm
         texts = [CAT, "[CLS] is a token of its own, and padding is none."]
         batch = tokenizer(CAT, return_tensors="pt")
         tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
@@ -298,9 +298,9 @@ class TestTrainedHeads:
         for name in found.scores:
             np.testing.assert_allclose(found.scores[name], again.scores[name], atol=2e-6)
 
-    def test_of_smollm2(self):
+    def test_of_smollm2(self, smollm2):
         """On random tokens, twice: its induction heads, and the sink at the first token that most heads have."""
-        model, _ = models.smollm2()
+        model, _ = smollm2
         half = torch.randint(1000, 40000, (2, 24), generator=torch.Generator().manual_seed(0))
         ids = torch.cat([half, half], 1)
         with attention(model) as maps, torch.inference_mode():

@@ -1,5 +1,6 @@
 """What is drawn, read from the artists: values, places, labels, scales; and what is refused, by its words."""
 
+import inspect
 import itertools
 
 import matplotlib as mpl
@@ -320,3 +321,39 @@ class TestRefusals:
             plot.head(np.random.default_rng(0).normal(size=(16, 16)))
             plot.query(np.random.default_rng(0).normal(size=(16, 16)), query=0)
         assert [__file__, __file__] == [one.filename for one in caught]
+
+
+class TestKeywords:
+    """What plots share: groups of keywords that signatures show and calls obey."""
+
+    @pytest.mark.parametrize("name", plot.__all__)
+    def test_a_signature_shows_every_keyword_and_no_stars(self, name):
+        function = getattr(plot, name)
+        kinds = {one.kind for one in inspect.signature(function).parameters.values()}
+        assert inspect.Parameter.VAR_KEYWORD not in kinds
+
+    def test_defaults_are_those_of_the_plot(self):
+        parameters = {name: inspect.signature(getattr(plot, name)).parameters for name in plot.__all__}
+        assert ("viridis", "inferno", None) == tuple(
+            parameters[name]["cmap"].default for name in ("head", "query", "layers")
+        )
+        assert (-1, 1) == tuple(parameters["positions"][end].default for end in ("vmin", "vmax"))
+        assert "vmin" not in parameters["rollout"]
+        assert "image_size" not in parameters["overlay"]
+
+    @pytest.mark.parametrize(
+        ("call", "parts"),
+        [
+            (lambda: plot.head(np.eye(4), cmpa="jet"), ["'cmpa'", "did you mean 'cmap'"]),
+            (lambda: plot.head(np.eye(4), style="mask"), ["'style'"]),
+            (lambda: plot.class_token(maps_of(17, 17), nonsense=1), ["'nonsense'"]),
+            (lambda: plot.rollout(maps_of(2, 1, 1, 17, 17), vmin=0), ["'vmin'"]),
+            (lambda: plot.overlay(np.eye(4), image_size=4), ["'image_size'"]),
+            (lambda: plot.spikes(np.ones((2, 4)), vmin=0), ["'vmin'"]),
+        ],
+    )
+    def test_a_keyword_that_a_plot_does_not_have_is_refused(self, call, parts):
+        with pytest.raises(TypeError, match="unexpected keyword argument") as caught:
+            call()
+        for part in parts:
+            assert part in str(caught.value)

@@ -130,7 +130,7 @@ class TestSignals:
     def test_errors_that_a_handler_raises_anywhere_leave_all_in_order(self, keep):
         """In a process of its own: the handler may strike inside a finalizer, where errors are only printed."""
         code = f"""
-            import signal, time
+            import signal
             from visualizer import get_local
 
             class Tick(BaseException):  # as KeyboardInterrupt is; an Exception out of `keep` would be remembered
@@ -151,8 +151,7 @@ class TestSignals:
             get_local.activate(keep={keep!r})
             is_armed, ticks, calls = False, 0, 0
             signal.setitimer(signal.ITIMER_REAL, 0.003, 0.003)
-            end = time.monotonic() + 0.25
-            while time.monotonic() < end:
+            while ticks < 60:  # not for a time, of which other work on the machine may have the most
                 try:
                     is_armed = True
                     for _ in range(100_000):
@@ -168,9 +167,9 @@ class TestSignals:
             assert values == sorted(values)
             get_local.deactivate()
             assert 5 == halve(10)
-            print(ticks)
+            print(len(values) > ticks)
         """
-        assert int(run(code, clean=False)) > 20
+        assert "True" == run(code, clean=False)
 
 
     @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")
@@ -248,6 +247,8 @@ class TestTheCollector:
             return function
 
         before = gc.get_threshold()
+        gc.collect()
+        gc.freeze()  # what other tests and libraries hold would be gone through some thousand times
         gc.set_threshold(300, 2, 2)
         try:
             for n in range(150):
@@ -263,6 +264,7 @@ class TestTheCollector:
                 assert function.__code__ is code
         finally:
             gc.set_threshold(*before)
+            gc.unfreeze()
 
     @pytest.mark.parametrize("dropped", ["capture", "function"])
     def test_what_ends_while_values_are_filed_and_another_thread_switches(self, dropped):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from .store import Cache, Record, Saved
 from .store.files import read
-from .store.records import Kind
 
 if TYPE_CHECKING:
     from .intercept import Maps
@@ -73,7 +72,7 @@ def load(path: str | PathLike[str]) -> Cache | Maps | Collected:
         whole = merge(statistics)
         whole.about = _agreed([part.about for part in statistics])
         return whole
-    saved = several[0] if len(several) == 1 else _together(several, kind)
+    saved = several[0] if len(several) == 1 else joined(several)
     if kind == "values":
         return Cache.from_saved(saved, source=name)
     from .intercept import Maps  # needs torch
@@ -86,12 +85,18 @@ def _by_numbers(name: str) -> list[tuple[str, int]]:
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
-def _together(parts: Sequence[Saved], kind: Kind) -> Saved:
-    """The records of all files, one file after the other."""
+def joined(parts: Sequence[Saved]) -> Saved:
+    """All parts in one, one after the other, with the `about` that they agree on.
+
+    Calls are numbered on where parts share keys. The calls of maps are those of all modules, and always numbered on.
+    """
     keys, records = list(dict.fromkeys(key for saved in parts for key in saved.keys)), list[Record]()
     for saved in parts:
-        calls = 1 + max((record.call for record in records), default=-1)
-        records += [replace(record, call=calls + record.call) for record in saved.records]
+        shared = set(saved.keys)
+        before = (record.call for record in records if saved.kind == "maps" or record.key in shared)
+        first = 1 + max(before, default=-1)
+        records += [replace(record, call=first + record.call) for record in saved.records]
+    kind = next((saved.kind for saved in parts if saved.records), parts[0].kind)
     return Saved(kind, tuple(keys), records, _agreed([saved.about for saved in parts]))
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import opcodes
 from ..errors import UnknownLocalError
-from ..instrument import capture
+from ..instrument import capture, compiler_trouble
 from ..instrument.unwrapping import functions_behind
 from ..rewrite import local_names
 from ..store import human, memory_of
@@ -77,6 +77,7 @@ def _surroundings() -> dict[str, Any]:
         "capture works": why_not is None,
         "versions": versions,
         "devices": _devices() if versions["torch"] else [],
+        **({"compiled models": compiler_trouble() or "captured within their graphs"} if versions["torch"] else {}),
         "extras": {
             extra: f'missing {", ".join(missing)}: pip install "get-local[{extra}]"' if missing else "installed"
             for extra, missing in extras.items()
@@ -176,7 +177,7 @@ def _configuration(transformers: Any, name: str) -> Any:
             raise
     from ..models import names
 
-    why_not = names._why_not_the_hub(name)
+    why_not = names.why_not_the_hub(name)
     if why_not is not None:
         raise OSError(f"neither a model of timm nor a folder, and {why_not}")
     return transformers.AutoConfig.from_pretrained(name)

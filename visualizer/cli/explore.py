@@ -33,14 +33,13 @@ def add_to(commands: Commands) -> None:
 def _explore(options: argparse.Namespace) -> None:
     from ..explorer import explore
 
-    found, path = read(options.file), Path(options.out)
-    maps, image = choose(found, options), picture_of(options.image)
-    words = tokens_of(found, options)
+    results, path = read(options.file), Path(options.out)
+    maps, image, tokens = choose(results, options), picture_of(options.image), tokens_of(results, options)
     if image is not None and options.tokens is None:
-        words = None  # those that the file has are another side's
+        tokens = None  # those of the file are of a text, and the keys are patches
     try:
         with told_plainly():
-            page = explore(maps, words, image, grid=options.grid, batch=options.batch, title=options.title)
+            page = explore(maps, tokens, image, grid=options.grid, batch=options.batch, title=options.title)
             write(path, page.save)
     except (ValueError, TypeError, LookupError) as error:
         raise Mistake(as_options(str(error))) from error

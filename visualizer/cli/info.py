@@ -6,13 +6,14 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..store import Cache, bytes_by_device
 from ..tensors import is_array, is_tensor
-from .saved import Found, keys_of, read_any, values_of
+from .saved import is_map, read, size_of, values_by_key
 
 if TYPE_CHECKING:
-    from ..statistics import Collected
+    from ..store import Recorded
     from .outcome import Commands
+
+_KINDS = {"values": "captured values", "maps": "attention maps"}
 
 
 def add_to(commands: Commands) -> None:
@@ -22,79 +23,73 @@ def add_to(commands: Commands) -> None:
         help="list what is in a saved file",
         description="Lists the keys of a saved file with their calls, shapes, types and bytes.",
     )
-    info.add_argument("file", metavar="FILE", help="what visualizer run, or save() in Python, wrote")
-    info.add_argument("--json", action="store_true", help="as JSON, every value with its shape")
+    info.add_argument("file", metavar="FILE", help="a file that visualizer run, or save() in Python, wrote")
+    info.add_argument("--json", action="store_true", help="as JSON, with the shape of every value")
     info.set_defaults(run=_info)
 
 
 def _info(options: argparse.Namespace) -> None:
-    found, statistics = read_any(options.file)
-    if found is None:
-        text = json.dumps(_moments(statistics), indent=2) if options.json else _statistics(options.file, statistics)
-        print(text)
-        return
+    results = read(options.file)
+    is_statistics = results.saved().kind == "statistics"
     if options.json:
-        print(json.dumps(_content(found), indent=2, default=_about, skipkeys=True))
+        content = _moments(results) if is_statistics else _values(results)
+        print(json.dumps({**content, "about": results.about}, indent=2, default=_shortened, skipkeys=True))
         return
-    table = repr(found)[1:-1]  # without the brackets of a repr, and what a session in Python would call it
+    table = repr(results)[1:-1]  # without the brackets of a repr, and without load('...') before it
     print(f"{options.file}: {table.removeprefix(f'load({options.file!r}): ')}")
-    for name, value in found.about.items():
-        print(f"about {name}: {_about(value)}")
+    if is_statistics:
+        _print_layers(results)
+    for name, value in results.about.items():
+        print(f"about {name}: {_shortened(value)}")
 
 
-def _statistics(file: str, found: Collected) -> str:
-    lines = [f"{file}: {repr(found)[1:-1]}", f"layers: {', '.join(path or repr('') for path in found.paths)}"]
-    lines += [f"about {name}: {_about(value)}" for name, value in found.about.items()]
-    return "\n".join([*lines, *(f"batch {number} failed: {why}" for number, why in found.failed)])
+def _print_layers(statistics: Any) -> None:
+    print(f"layers: {', '.join(path or repr('') for path in statistics.paths)}")
+    for number, why in statistics.failed:
+        print(f"batch {number} failed: {why}")
 
 
-def _moments(found: Collected) -> dict[str, Any]:
+def _moments(statistics: Any) -> dict[str, Any]:
     names = ("count", "mean", "variance", "minimum", "maximum")
     return {
         "kind": "statistics",
-        "samples": found.samples,
-        "batches": found.batches,
-        "failed": [{"batch": number, "why": why} for number, why in found.failed],
-        "layers": list(found.paths),
+        "samples": statistics.samples,
+        "batches": statistics.batches,
+        "failed": [{"batch": number, "why": why} for number, why in statistics.failed],
+        "layers": list(statistics.paths),
         "statistics": {
-            key: {name: _without_nan(getattr(moments, name).tolist()) for name in names}
-            for key, moments in found.items()
+            record.key: {name: _without_nan(getattr(record.value, name).tolist()) for name in names}
+            for record in statistics.records
         },
-        "about": found.about,
     }
 
 
 def _without_nan(numbers: Any) -> Any:
-    """None for NaN, which JSON lacks."""
+    """None in place of NaN, which JSON lacks."""
     if isinstance(numbers, list):
         return [_without_nan(number) for number in numbers]
     return None if numbers != numbers else numbers
 
 
-def _content(found: Found) -> dict[str, Any]:
-    return {
-        "kind": "captured values" if isinstance(found, Cache) else "attention maps",
-        "keys": [{"key": key, "values": [_value(value) for value in values_of(found, key)]} for key in keys_of(found)],
-        "about": found.about,
-    }
+def _values(results: Recorded) -> dict[str, Any]:
+    kind = results.saved().kind
+    keys = [
+        {"key": key, "values": [_value(value) for value in values]} for key, values in values_by_key(results).items()
+    ]
+    return {"kind": _KINDS.get(kind, kind), "keys": keys}
 
 
 def _value(value: Any) -> dict[str, Any]:
     """A value's shape, type and bytes, as far as it has them."""
-    if type(value).__name__ == "AttentionMap":
-        source = "weights" if value.is_dense else "query and key"
-        shape, dtype, size = value.shape, value.dtype, value.nbytes
-        return {**_row(shape, dtype, size), "kept as": source, "attention": value.kind}
-    size = sum(bytes_by_device(value).values())
-    if is_tensor(value) or is_array(value):
-        return _row(value.shape, value.dtype, size)
-    return {"type": type(value).__name__, "bytes": size}
+    row: dict[str, Any] = {"type": type(value).__name__}
+    if is_map(value) or is_tensor(value) or is_array(value):
+        row = {"shape": list(map(int, value.shape)), "dtype": str(value.dtype).removeprefix("torch.")}
+    row["bytes"] = size_of(value)
+    if is_map(value):
+        row |= {"kept as": "weights" if value.is_dense else "query and key", "attention": value.kind}
+    return row
 
 
-def _row(shape: Any, dtype: Any, size: int) -> dict[str, Any]:
-    return {"shape": list(map(int, shape)), "dtype": str(dtype).removeprefix("torch."), "bytes": size}
-
-
-def _about(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

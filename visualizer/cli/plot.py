@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .outcome import Mistake, save, told_plainly, write
-from .saved import add_choice, as_options, choose, grid_of, picture_of, read_any, tokens_of
+from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
 
 if TYPE_CHECKING:
-    from ..statistics import Collected, Moments
+    from ..statistics import Collected
     from .outcome import Commands
 
 KINDS = {
@@ -29,16 +29,6 @@ KINDS = {
     "entropy": "how broadly each head looks",
     "patterns": "what each head of a text model does",
 }
-STATISTICS = {
-    "distance": "how far each head looks, in the mean",
-    "entropy": "how broadly",
-    "confidence": "how surely",
-    "sink": "how much goes to the first token",
-    "prefix-mass": "how much goes to the class token and its like",
-    "received": "how much each position gets, by layer",
-    "patterns": "what each head of a text model does, a score each",
-    "mean-map": "the mean maps of a layer's heads; --layer",
-}
 _OPTIONS = ("layer", "head", "batch", "query", "grid", "image", "title")
 
 
@@ -49,14 +39,11 @@ def add_to(commands: Commands) -> None:
         help="draw the maps of a saved file",
         description="Draws the maps of a saved file:\n\n"
         + "\n".join(f"  {kind:12} {about}" for kind, about in KINDS.items())
-        + "\n\nor the statistics that visualizer stats saved:\n\n"
-        + "\n".join(f"  {kind:12} {about}" for kind, about in STATISTICS.items()),
+        + "\n\nor a statistic that visualizer stats saved, by its name: visualizer stats --help lists them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_choice(plot)
-    plot.add_argument(
-        "--kind", choices={**KINDS, **STATISTICS}, default="heads", metavar="KIND", help="one of these; default: heads"
-    )
+    plot.add_argument("--kind", default="heads", metavar="KIND", help="one of these; default: heads")
     plot.add_argument("--layer", type=_choice, metavar="N", help="0 is the first, -1 the last; or mean, max, min")
     plot.add_argument("--head", type=_choice, metavar="N", help="as --layer")
     plot.add_argument("--batch", type=_choice, metavar="N", help="which image or text; default: the first")
@@ -91,7 +78,7 @@ def _plot(options: argparse.Namespace) -> None:
     if path.is_dir():
         raise Mistake(f"cannot write {options.out}: it is a folder")
     path = path if path.suffix else path.with_name(f"{path.name}.png")
-    found, statistics = read_any(options.file)
+    results: Any = read(options.file)
     image = picture_of(options.image)
     given = {name: getattr(options, name) for name in _OPTIONS if getattr(options, name) is not None} | (
         {} if image is None else {"image": image}
@@ -99,12 +86,15 @@ def _plot(options: argparse.Namespace) -> None:
     import matplotlib
 
     matplotlib.use("agg")  # there may be no screen
-    if found is None:
-        draw, taken = _of_statistics(options.kind, statistics, given)
+    if results.saved().kind == "statistics":
+        draw, taken = _of_statistics(options.kind, results, given)
     elif options.kind in KINDS:
-        draw, taken = _drawing(options.kind, choose(found, options), tokens_of(found, options), given)
+        draw, taken = _drawing(options.kind, choose(results, options), tokens_of(results, options), given)
     else:
-        raise Mistake(f"--kind {options.kind} draws statistics, and {options.file} has none: visualizer stats has some")
+        raise Mistake(
+            f"argument --kind: invalid choice: {options.kind!r}: {options.file} has maps, no statistics (choose from "
+            f"{', '.join(KINDS)})"
+        )
     strange = [name for name in given if name not in taken]
     if strange:
         others = ", ".join(f"--{name}" for name in _OPTIONS if name in taken)
@@ -152,67 +142,12 @@ def _measured(kind: str, maps: list[Any], words: list[str] | None, grid: Any = N
 
 
 def _of_statistics(kind: str, found: Collected, given: dict[str, Any]) -> tuple[Callable[[], Any], set[str]]:
-    """What draws statistics, and which options it takes."""
+    """What draws a statistic, and which options it takes."""
+    from .. import plot
+
     name = kind.replace("-", "_")
     if name not in found:
         there = ", ".join(f"--kind {one.replace('_', '-')}" for one in found)
         raise Mistake(f"the file has statistics, and none that --kind {kind} draws: there are {there}")
-    moments = found[name]
-    if name == "mean_map":
-        from .. import plot
-
-        return functools.partial(plot.heads, moments.mean[:, None], **{"layer": -1, **given}), {"layer", "title"}
-    draw = {1: _positions, 0: _depths}[moments.mean.ndim - 2] if name != "patterns" else _scores
-    title = given.get("title", f"mean of {found.samples:,} samples")
-    settings: dict[str, Any] = found._settings[name]
-    return functools.partial(draw, name, moments, settings, title), {"title"}
-
-
-def _depths(name: str, moments: Moments, settings: dict[str, Any], title: str) -> Any:
-    from .. import plot
-
-    unit = "patches" if settings.get("patch_size", 1) == 1 else "pixels"
-    ax = plot.distance(moments.mean, unit=unit, title=title)
-    labels = {
-        "entropy": "mean entropy (nats)",
-        "confidence": "mean of the largest weight",
-        "sink": f"attention to token {settings.get('key')}",
-        "prefix_mass": f"attention to prefix tokens ({settings.get('prefix_tokens')})",
-    }
-    if name in labels:
-        ax.set_ylabel(labels[name])
-    return ax
-
-
-def _positions(name: str, moments: Moments, settings: dict[str, Any], title: str) -> Any:
-    """Layers down, positions across: what each gets in the mean over heads, beside what it would get evenly."""
-    import numpy as np
-    from matplotlib import pyplot as plt
-
-    means = np.nanmean(moments.mean, 1)
-    figure, ax = plt.subplots(figsize=(7, 0.6 + 0.25 * len(means)), layout="compressed")
-    drawn = ax.imshow(means, aspect="auto", interpolation="none", norm="log", cmap="viridis")
-    figure.colorbar(drawn, ax=ax, label="share of the attention")
-    ax.set_xlabel("position")
-    ax.set_ylabel("layer")
-    ax.set_title(title, parse_math=False)
-    return figure
-
-
-def _scores(name: str, moments: Moments, settings: dict[str, Any], title: str) -> Any:
-    """A panel for each pattern: layers down, heads across."""
-    from matplotlib import pyplot as plt
-
-    from ..statistics import Patterns
-
-    layers, heads = moments.mean.shape[:2]
-    figure, panels = plt.subplots(2, 4, figsize=(10, 1.6 + 4 * layers / heads), layout="compressed")
-    for ax, pattern, scores in zip(panels.flat, Patterns.NAMES, moments.mean.transpose(2, 0, 1), strict=False):
-        drawn = ax.imshow(scores, vmin=0, vmax=1, cmap="viridis", interpolation="none")
-        ax.set_title(pattern)
-        ax.set_xlabel("head")
-        ax.set_ylabel("layer")
-    panels.flat[-1].set_axis_off()  # there are seven
-    figure.colorbar(drawn, ax=panels, label="score")
-    figure.suptitle(title, parse_math=False)
-    return figure
+    is_map = found[name].mean.ndim == 4
+    return functools.partial(plot.statistic, found, name, **given), {"title", *["layer"][: int(is_map)]}

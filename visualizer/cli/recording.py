@@ -1,6 +1,6 @@
-"""What is recorded of a program that is not known yet: its models are met as they are first called.
+"""How `visualizer run` records a program: its decorated functions, one target, or every model that it calls.
 
-Nothing is imported before the program does so: it may have to set up its environment before torch reads it.
+Nothing heavy is imported before the program does so: it may have to set its environment before torch reads it.
 """
 
 from __future__ import annotations
@@ -13,124 +13,121 @@ from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from ..errors import UnknownLocalError, VisualizerError, VisualizerWarning
 from ..instrument import Captured, Uncompiled, get_local
 from ..instrument.imports import after_import
 from ..instrument.module_paths import WRAPPERS
 from ..instrument.skipped import never_compiled
-from ..store import Cache, Record, Saved, bytes_by_device, human
+from ..loading import joined
+from ..store import Recorded, Saved, human
 from ..store.files import write
 from .outcome import Mistake
-
-if TYPE_CHECKING:
-    from ..intercept import Maps
-
-Found: TypeAlias = "Cache | Maps"
+from .saved import size_of
 
 
 class Recording(Protocol):
-    """One way of recording a program."""
+    """One way to record a program."""
 
     trouble: Exception | None
-    """Why it could not begin, where it could not."""
+    """Why not everything was recorded; None where it was."""
 
     def start(self) -> None:
-        """Record from now on, or from when there is something to record."""
+        """Record from now on, or as soon as there is something to record."""
 
-    def watch(self, name: str, value: Any) -> None:
-        """Hear of a name that the program's own module defines."""
-
-    def stop(self) -> list[tuple[str, Found]]:
-        """Record no more; what was found, each part by the name of its model."""
+    def stop(self) -> list[tuple[str, Recorded]]:
+        """Stop, and return the results of each model under the name of its class."""
 
     def why_nothing(self) -> str:
-        """Why nothing was found, and what to do."""
+        """Why nothing was recorded, and what to do about it."""
 
 
 class Decorated:
-    """The functions that the program has decorated by `get_local`."""
+    """Records the functions that the program has decorated by `get_local`."""
 
     def __init__(self, limit: int | None, max_bytes: int | None) -> None:
         self.trouble: Exception | None = None
         self._limits = limit, max_bytes
 
     def start(self) -> None:
-        """Activate them."""
+        """Activate `get_local`."""
         get_local.activate(limit=self._limits[0], max_bytes=self._limits[1])
 
-    def watch(self, name: str, value: Any) -> None:
-        """They are found without."""
-
-    def stop(self) -> list[tuple[str, Found]]:
-        """What is in the cache; the program may have cleared it, or switched capture off."""
+    def stop(self) -> list[tuple[str, Recorded]]:
+        """What is in the cache. The program may have cleared it, or deactivated `get_local`."""
         get_local.deactivate()
         try:
             cache = get_local.cache
-        except Exception as error:  # of a `keep` function; the next reading has what there is
+        except Exception as error:  # raised by a `keep` function; the next read returns the rest
             self.trouble, cache = error, get_local.cache
         return [("get_local", cache)]
 
     def why_nothing(self) -> str:
-        """Whether there are any."""
+        """Whether the program has decorated functions at all."""
         names = ", ".join(get_local.cache)
         why = f"{names} did not run, or the script cleared the cache" if names else "nothing in it has @get_local"
         return f"{why}. --var NAME captures a local of the models' modules, --attention their attention"
 
 
 class Target:
-    """The locals of one function, from when its module has been imported."""
+    """Records the locals of one function, once its module has been imported.
 
-    def __init__(self, target: str, own: set[str], make: Callable[[str], Captured]) -> None:
+    `program_names` are the module names by which a user may mean the program itself.
+    """
+
+    def __init__(self, target: str, program_names: set[str], make: Callable[[str], Captured]) -> None:
         self.trouble: Exception | None = None
         self._module, colon, self._qualname = target.partition(":")
         if not (self._module and colon and self._qualname):
             raise Mistake(f"{target!r} is no target: write package.module:function or package.module:Class.method")
-        self.is_own = self._module in own
+        self.is_in_program = self._module in program_names
         self._make = make
-        self._found: Captured | None = None
+        self._captured: Captured | None = None
 
     def start(self) -> None:
-        """Wait for the module."""
-        if not self.is_own:
+        """Capture the function as soon as its module is imported."""
+        if not self.is_in_program:
             after_import(self._module, lambda _: self._begin(self._module))
 
-    def watch(self, name: str, value: Any) -> None:
-        """Begin where the program itself defines the function or its class."""
-        if self.is_own and name == self._qualname.partition(".")[0] and callable(value):
+    def on_define(self, name: str, value: Any) -> None:
+        """Capture the function as soon as the program itself defines it, or its class."""
+        if name == self._qualname.partition(".")[0] and callable(value):
             self._begin("__main__")
 
     def _begin(self, module: str) -> None:
-        if self._found is not None:
-            self._found.stop()
+        if self._captured is not None:
+            self._captured.stop()
         try:
-            self._found = self._make(f"{module}:{self._qualname}").start()
+            self._captured = self._make(f"{module}:{self._qualname}").start()
         except (VisualizerError, AttributeError, TypeError, ValueError) as error:
-            self.trouble = Mistake(first_sentences(error))
-            raise SystemExit(2) from None  # a program that runs for hours should not first do so
+            self.trouble = Mistake(_without_list(error))
+            raise SystemExit(2) from None  # else the program would run, for hours perhaps, and save nothing
 
-    def stop(self) -> list[tuple[str, Found]]:
+    def stop(self) -> list[tuple[str, Recorded]]:
         """The function's values."""
-        if self._found is None:
+        if self._captured is None:
             return []
-        self._found.stop()
-        return [(self._qualname, self._found)]
+        self._captured.stop()
+        return [(self._qualname, self._captured)]
 
     def why_nothing(self) -> str:
-        """Whether the function was there."""
-        if self._found is not None:
-            return f"{self._qualname} was not called, or left without binding the local"
-        if self.is_own:
+        """Whether the program has the function."""
+        if self._captured is not None:
+            return f"{self._qualname} was not called, or returned before it assigned the local"
+        if self.is_in_program:
             return f"the script defines no {self._qualname.partition('.')[0]}"
         return f"the script did not import {self._module}"
 
 
 class Models:
-    """Every model that the program calls; `make` says how it is recorded, or raises UnknownLocalError.
+    """Records every model that the program calls.
 
-    A model is an `nn.Module` that is called and is no part of one that was called before. It is met at its first call,
-    as the call is looked up: nothing of ours stands between the caller and the module.
+    A model is an `nn.Module` that is called and is not a part of a module that was called before. It is found when
+    `Module.__call__` is looked up for its first call, so that no frame of ours is between the caller and the module.
+
+    `make` returns what records a model, or raises UnknownLocalError; `nothing` says what is wrong with models that ran
+    without a result; `uncompiled` runs them without torch.compile.
     """
 
     def __init__(self, make: Callable[[Any], Any], nothing: str, *, uncompiled: bool = False) -> None:
@@ -139,19 +136,16 @@ class Models:
         self._has_to_run_uncompiled = uncompiled
         self._uncompiled: Uncompiled | None = None
         self._lock = threading.RLock()
-        self._known: dict[int, weakref.ref[Any]] = {}
-        self._without: dict[frozenset[type], str] = {}
-        self._models: list[tuple[weakref.ref[Any], str, Any]] = []
+        self._known: dict[int, weakref.ref[Any]] = {}  # models and their parts, by their ids
+        self._without: dict[frozenset[type], str] = {}  # why models of these classes have no such local
+        self._models: list[tuple[weakref.ref[Any], str, Any]] = []  # with the name of its class and what records it
         self._call: _Call | None = None
 
     def start(self) -> None:
-        """Wait for torch."""
-        if self._has_to_run_uncompiled:  # from the start: a model may be met as it is being compiled
+        """Wait until the program imports torch."""
+        if self._has_to_run_uncompiled:  # from the start, as a model's first call may be the compiler's
             self._uncompiled = Uncompiled()
         after_import("torch.nn.modules.module", self._begin)
-
-    def watch(self, name: str, value: Any) -> None:
-        """Models are met without."""
 
     def _begin(self, module: ModuleType) -> None:
         self._class = module.Module
@@ -161,52 +155,52 @@ class Models:
     @never_compiled
     def _meet(self, module: Any) -> None:
         while type(module).__name__ in WRAPPERS and type(module).__module__.startswith("torch."):
-            self._know(id(module), module)  # what torch.compile and the like put around a model
+            self._know(id(module), module)  # the wrapper that torch.compile and its like put around a model
             module = getattr(module, WRAPPERS[type(module).__name__])
         if type(module).__module__.startswith("torch._"):
-            return  # of the compiler, which must not wait here: to start, a capture waits for the compiler
+            return  # a module of the compiler. It must not wait for the lock: who holds it may wait for the compiler
         with self._lock:
             if id(module) in self._known or getattr(module, "_is_replica", False):
                 return
             parts = {id(part): part for part in module.modules()}
             for number, part in parts.items():
                 self._know(number, part)
-            kinds = frozenset(map(type, parts.values()))
-            if kinds in self._without or _is_plain(module):
+            classes = frozenset(map(type, parts.values()))
+            if classes in self._without or _is_plain(module):
                 return
             try:
-                found = self._make(module)
-                for model, _, other in self._models:
-                    if model() is None or id(model()) in parts:  # gone, or a part of this one
-                        other.stop()
-                found.start()
+                recorder = self._make(module)
+                for model, _, earlier in self._models:
+                    if model() is None or id(model()) in parts:  # it is gone, or a part of this one
+                        earlier.stop()
+                recorder.start()
             except UnknownLocalError as error:
-                self._without[kinds] = first_sentences(error)
+                self._without[classes] = _without_list(error)
                 return
-            except Exception as error:  # said at the end: the script must not fail for us
+            except Exception as error:  # reported at the end: the script must not fail because of us
                 self.trouble = self.trouble or error
                 return
-            self._models.append((weakref.ref(module), type(module).__qualname__, found))
+            self._models.append((weakref.ref(module), type(module).__qualname__, recorder))
 
     def _know(self, number: int, part: Any) -> None:
         self._known[number] = weakref.ref(part, lambda _: self._known.pop(number, None))
 
-    def stop(self) -> list[tuple[str, Found]]:
+    def stop(self) -> list[tuple[str, Recorded]]:
         """The values or maps of each model."""
         if self._call is not None and vars(self._class).get("__call__") is self._call:
             self._class.__call__ = self._call.original
         with self._lock:
             if self._uncompiled is not None:
                 self._uncompiled.end()
-            for _, _, found in self._models:
+            for _, _, recorder in self._models:
                 with warnings.catch_warnings():
-                    if not len(found):  # a loss, say: no news that it has no attention
+                    if not len(recorder):  # it is a loss, say: nobody expects attention of it
                         warnings.simplefilter("ignore", VisualizerWarning)
-                    found.stop()
-            return [(name, found) for _, name, found in self._models]
+                    recorder.stop()
+            return [(name, recorder) for _, name, recorder in self._models]
 
     def why_nothing(self) -> str:
-        """Whether there were models, and what they are without."""
+        """Whether there were models, and what they lack."""
         if self._models:
             return f"{', '.join(dict.fromkeys(name for _, name, _ in self._models))} ran, and {self._nothing}"
         if self._without:
@@ -215,7 +209,7 @@ class Models:
 
 
 class _Call:
-    """In the place of `nn.Module.__call__`: shows modules that are not known as their call is looked up."""
+    """Stands in for `nn.Module.__call__`, and reports each unknown module when its call is looked up."""
 
     def __init__(self, original: Any, known: dict[int, Any], meet: Callable[[Any], None]) -> None:
         self.original, self._known, self._meet = original, known, meet
@@ -230,55 +224,49 @@ class _Call:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether it is one of torch's own layers without parts, such as a loss."""
-    kind = type(module)
-    is_own = kind.__module__.startswith("torch.nn.modules.") and kind.__name__ != "MultiheadAttention"
-    return is_own and next(module.children(), None) is None
+    """Whether it is a layer of torch without parts or attention, such as a loss."""
+    cls = type(module)
+    is_of_torch = cls.__module__.startswith("torch.nn.modules.") and cls.__name__ != "MultiheadAttention"
+    return is_of_torch and next(module.children(), None) is None
 
 
-def first_sentences(error: Exception) -> str:
-    """An error's message without the long list of what there is."""
+def _without_list(error: Exception) -> str:
+    """An error's message without its long list of existing locals."""
     return str(error).partition(" The locals that exist:")[0]
 
 
-def brought_something(found: Found) -> bool:
-    """Whether there is any value; None, as fused attention has in the place of its weights, is none."""
-    if isinstance(found, Cache):
-        return any(record.value is not None for record in found.records)
-    return len(found) > 0
+def has_values(results: Recorded) -> bool:
+    """Whether any value was recorded. None does not count: fused attention assigns it in place of its weights."""
+    return any(record.value is not None for record in results.records)
 
 
-def summary(parts: list[tuple[str, Found]]) -> str:
+def summary(parts: list[tuple[str, Recorded]]) -> str:
     """Such as "12 values of 12 keys, 7.2 MB"."""
     values = keys = size = 0
-    for _, found in parts:
-        if isinstance(found, Cache):
-            lists = [values for values in found.values() if values]
-            size += sum(sum(bytes_by_device(value).values()) for values in lists for value in values)
-        else:
-            lists = [found.calls(path) for path in found.paths]
-            size += sum(item.nbytes for item in found)
-        values, keys = values + sum(map(len, lists)), keys + len(lists)
+    for _, results in parts:
+        records = results.records
+        values, keys = values + len(records), keys + len({record.key for record in records})
+        size += sum(size_of(record.value) for record in records)
     return f"{values} value{'s'[: values != 1]} of {keys} key{'s'[: keys != 1]}, {human(size)}"
 
 
-def save(parts: list[tuple[str, Found]], path: Path) -> None:
-    """Write what was found of one model, or of several: their keys then begin with the name of the model's class.
+def save(parts: list[tuple[str, Recorded]], path: Path) -> None:
+    """Write the results of one model, or of several, whose keys then begin with the name of the model's class.
 
-    Raises OSError, TypeError and ValueError as `Cache.save` does.
+    Raises OSError, TypeError and ValueError as `Recorded.save` does.
     """
     if len(parts) == 1:
         parts[0][1].save(path)
         return
-    keys: list[str] = []
-    records: list[Record] = []
-    taken: set[str] = set()
-    for name, found in parts:
-        beginning = next(one for one in chain([name], (f"{name}@{number}" for number in count(2))) if one not in taken)
-        taken.add(beginning)
-        saved = found.saved()
-        new = {key: f"{beginning}.{key}" if key and key[0] != ":" else beginning + key for key in saved.keys}
-        keys += new.values()
-        first = len(records) if saved.kind == "maps" else 0  # maps of all models are numbered in one row
-        records += [replace(record, key=new[record.key], call=first + record.call) for record in saved.records]
-    write(path, Saved(saved.kind, tuple(keys), records, {}))
+    prefixes: list[str] = []
+    for name, _ in parts:
+        names = chain([name], (f"{name}@{number}" for number in count(2)))
+        prefixes.append(next(prefix for prefix in names if prefix not in prefixes))
+    write(path, joined([_prefixed(results.saved(), name) for name, (_, results) in zip(prefixes, parts, strict=True)]))
+
+
+def _prefixed(saved: Saved, prefix: str) -> Saved:
+    """The same with another beginning of the keys; a model's own key is "" or begins with the colon of a local."""
+    keys = {key: f"{prefix}.{key}" if key and key[0] != ":" else prefix + key for key in saved.keys}
+    records = [replace(record, key=keys[record.key]) for record in saved.records]
+    return replace(saved, keys=tuple(keys.values()), records=records)

@@ -1,4 +1,4 @@
-"""`visualizer run`: a user's own script, unchanged, with capture on."""
+"""`visualizer run`: runs a script unchanged, with capture on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import opcodes
 from ..instrument import capture
 from .outcome import Mistake, tell, told_plainly
-from .recording import Decorated, Models, Recording, Target, brought_something, save, summary
+from .recording import Decorated, Models, Recording, Target, has_values, save, summary
 from .script import Program, show_own_frames_only
 
 if TYPE_CHECKING:
@@ -24,33 +24,33 @@ def add_to(commands: Commands) -> None:
         "run",
         help="run a script and save what its models attend to, or any local variables",
         usage="visualizer run [options] script.py [arguments]\n       visualizer run [options] -m module [arguments]",
-        description="Runs a script as Python does, unchanged, and saves locals of its functions in a file, also when "
-        "it ends by an error. Without an option these are those of the functions that it has decorated by get_local.",
+        description="Runs a script unchanged, as Python does, and saves local variables of its functions in a file, "
+        "also when the script fails. Without an option it saves those of the functions decorated by get_local.",
     )
     run.add_argument(
-        "--var", action="append", metavar="NAME", help="a local of the modules of every model that runs; several times"
+        "--var", action="append", metavar="NAME", help="this local in all modules of all models; repeatable"
     )
-    run.add_argument("--target", metavar="MODULE:FUNCTION", help="where the --var is, instead: pkg.mod:Class.forward")
-    run.add_argument("--attention", action="store_true", help="the attention of every model, fused or not")
-    run.add_argument("--limit", type=int, metavar="N", help="only the N most recent calls of each function or module")
+    run.add_argument("--target", metavar="MODULE:FUNCTION", help="the --var of one function: pkg.mod:Class.forward")
+    run.add_argument("--attention", action="store_true", help="the attention of all models, fused or not")
+    run.add_argument("--limit", type=int, metavar="N", help="keep only the N newest calls of each function or module")
     run.add_argument(
-        "--max-bytes", type=int, metavar="N", help="stop recording there; default: a quarter of the memory"
+        "--max-bytes", type=int, metavar="N", help="stop recording at N bytes; default: a quarter of the memory"
     )
     run.add_argument("-o", "--out", metavar="FILE", default="captured.safetensors", help="default: %(default)s")
-    run.add_argument("-q", "--quiet", action="store_true", help="do not say what was saved")
-    run.add_argument("-m", dest="is_module", action="store_true", help="what follows is a module, as for python -m")
+    run.add_argument("-q", "--quiet", action="store_true", help="do not print what was saved")
+    run.add_argument("-m", dest="is_module", action="store_true", help="run a module, as python -m does")
     run.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     run.set_defaults(run=_prepared)
 
 
 def _prepared(options: argparse.Namespace) -> Callable[[], int]:
-    """What runs the script, after everything that can be known to be wrong before."""
+    """A function that runs the script. Wrong arguments raise Mistake here, before anything runs."""
     if not options.program:
         raise Mistake("there is no script to run (see visualizer run --help)")
     for name in ("limit", "max_bytes"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise Mistake(f"--{name.replace('_', '-')} is a number from 1 on, not {value}")
+            raise Mistake(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     out = Path(options.out).absolute()
     try:
         if out.is_dir():
@@ -69,7 +69,7 @@ def _recording(options: argparse.Namespace, program: Program) -> Recording:
     names, limits = options.var or [], {"limit": options.limit, "max_bytes": options.max_bytes}
     if options.attention:
         if names or options.target or options.limit:
-            raise Mistake("--attention finds the weights by itself: it takes no --var, --target and --limit")
+            raise Mistake("--attention finds the weights by itself: it takes no --var, --target or --limit")
         return Models(_attention(options.max_bytes), "no attention was seen in it", uncompiled=True)
     opcodes.require_supported()
     for name in names:
@@ -80,14 +80,14 @@ def _recording(options: argparse.Namespace, program: Program) -> Recording:
             raise Mistake(f"--target {options.target} needs --var NAME: which local of it")
         return Target(options.target, program.names, lambda target: capture(target, *names, **limits))
     if names:
-        nothing = "had nothing in the local; where attention is fused, --attention has the weights all the same"
+        nothing = "had no value in the local; if its attention is fused, --attention gets the weights all the same"
         return Models(lambda model: capture(model, *names, **limits), nothing)
     return Decorated(**limits)
 
 
 def _attention(max_bytes: int | None) -> Callable[[Any], Any]:
     def make(model: Any) -> Any:
-        from ..intercept import attention  # torch is there already: the script has brought it in
+        from ..intercept import attention  # the script has imported torch by now
 
         return attention(model, max_bytes=max_bytes)
 
@@ -97,8 +97,8 @@ def _attention(max_bytes: int | None) -> Callable[[Any], Any]:
 def _run(program: Program, recording: Recording, out: Path, options: argparse.Namespace) -> int:
     try:
         recording.start()
-        program.run(recording.watch if isinstance(recording, Target) and recording.is_own else None)
-    except Mistake as mistake:  # there is no such module
+        program.run(recording.on_define if isinstance(recording, Target) and recording.is_in_program else None)
+    except Mistake as mistake:  # the program is a module that does not exist
         with told_plainly():
             recording.stop()
         tell(mistake)
@@ -116,9 +116,9 @@ def _run(program: Program, recording: Recording, out: Path, options: argparse.Na
 
 
 def _finish(recording: Recording, out: Path, options: argparse.Namespace) -> int:
-    """Save what was found; the status where the script itself ended well."""
+    """Save the results; returns the exit status of a script that ended well itself."""
     with told_plainly():
-        parts = [part for part in recording.stop() if brought_something(part[1])]
+        parts = [part for part in recording.stop() if has_values(part[1])]
     trouble = recording.trouble
     if trouble is not None:
         tell(trouble if isinstance(trouble, Mistake) else f"not everything was captured: {trouble}")

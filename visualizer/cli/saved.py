@@ -1,117 +1,112 @@
-"""Files that `run` or `save` wrote, as commands are given them."""
+"""Saved results, as commands read them, and the arguments that choose among their maps."""
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
 import re
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import FileFormatError
 from ..loading import load
-from ..store import Cache
+from ..store import bytes_by_device
 from ..tensors import is_array
 from .outcome import Mistake
 
 if TYPE_CHECKING:
-    from ..intercept import Maps
-
-Found: TypeAlias = "Cache | Maps"
+    from ..store import Recorded
 
 
-def read(path: str) -> Found:
-    """The values or maps in a file; Mistake where it cannot be read or has none."""
-    found, statistics = read_any(path)
-    if found is None:
-        kind = next(iter(statistics or ())).replace("_", "-")
-        raise Mistake(f"{path} has statistics, and no map to explore: visualizer plot {path} --kind {kind}")
-    return found
-
-
-def read_any(path: str) -> tuple[Found | None, Any]:
-    """What is in a file, or in all that are like a pattern: values or maps, or else statistics (a `Collected`).
-
-    Raises Mistake where it cannot be read.
-    """
+def read(path: str) -> Recorded:
+    """What a file has, or all files that match a pattern; Mistake where it cannot be read."""
     try:
-        found: Any = load(path)
+        return load(path)
     except FileFormatError as error:
         raise Mistake(error) from error
     except (OSError, ValueError) as error:
         raise Mistake(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    return (None, found) if type(found).__name__ == "Collected" else (found, None)  # its class needs torchmetrics
 
 
-def keys_of(found: Found) -> tuple[str, ...]:
-    """The keys of a file, or the paths of its modules."""
-    return tuple(found) if isinstance(found, Cache) else found.paths
+def values_by_key(results: Recorded) -> dict[str, list[Any]]:
+    """The values of every key, in call order; keys without values too."""
+    values: dict[str, list[Any]] = {key: [] for key in results.saved().keys}
+    for record in results.records:
+        values[record.key].append(record.value)
+    return values
 
 
-def values_of(found: Found, key: str) -> list[Any]:
-    """What was captured under a key, in call order."""
-    return found[key] if isinstance(found, Cache) else found.calls(key)
+def is_map(value: Any) -> bool:
+    """Whether it is an `AttentionMap`. Its class needs torch, which a file of arrays is read without."""
+    maps = sys.modules.get("visualizer.maps")
+    return maps is not None and isinstance(value, maps.AttentionMap)
+
+
+def size_of(value: Any) -> int:
+    """The bytes of a value, on all devices together."""
+    return value.nbytes if is_map(value) else sum(bytes_by_device(value).values())
 
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say which file and which of its maps."""
-    parser.add_argument("file", metavar="FILE", help="what visualizer run, or save() in Python, wrote")
+    """Add the arguments that choose a file and maps in it."""
+    parser.add_argument("file", metavar="FILE", help="a file that visualizer run, or save() in Python, wrote")
     parser.add_argument(
         "--key", metavar="PATTERN", help="only these keys of visualizer info, such as 'encoder.*.self'; default: all"
     )
-    parser.add_argument("--call", type=int, metavar="N", help="which call of each key, if there were several: 0, -1")
-    parser.add_argument("--image", metavar="FILE", help="the picture as the model saw it: cut out alike")
-    parser.add_argument("--tokens", nargs="+", metavar="TOKEN", help="the words; default: those saved in the file")
+    parser.add_argument("--call", type=int, metavar="N", help="which call of each key, where there were several: 0, -1")
+    parser.add_argument("--image", metavar="FILE", help="the picture, cropped as the model saw it")
+    parser.add_argument("--tokens", nargs="+", metavar="TOKEN", help="the tokens; default: those saved in the file")
 
 
-def choose(found: Found, options: argparse.Namespace) -> list[Any]:
-    """The layers that --key and --call mean, in order; Mistake where there are none or too many."""
-    keys = [key for key in keys_of(found) if values_of(found, key)]
-    if not keys:
+def choose(results: Recorded, options: argparse.Namespace) -> list[Any]:
+    """The maps that --key and --call choose, a layer each, in order; Mistake where there are none or too many."""
+    if results.saved().kind == "statistics":
+        kind = next(iter(values_by_key(results))).replace("_", "-")
+        raise Mistake(f"{options.file} has statistics and no maps: visualizer plot {options.file} --kind {kind}")
+    values = {key: called for key, called in values_by_key(results).items() if called}
+    if not values:
         raise Mistake(f"there is nothing in {options.file}: no call was recorded")
     if options.key is None:
-        chosen = [key for key in keys if not any(_passes_on(found, key, other) for other in keys)]
+        chosen = [key for key in values if not any(_passes_on(values, key, other) for other in values)]
     else:
-        chosen = [key for key in keys if fnmatch.fnmatchcase(key, options.key)]
+        chosen = [key for key in values if fnmatch.fnmatchcase(key, options.key)]
     if not chosen:
-        raise Mistake(f"no key is like {options.key!r}: there are {few(keys)}")
+        raise Mistake(f"no key matches {options.key!r}: there are {_few([*values])}")
     if len(chosen) == 1 and options.call is None:
-        return values_of(found, chosen[0])  # get_local's: one function that ran in every layer
+        return values[chosen[0]]  # a function decorated by get_local, which every layer calls
     layers = []
     for key in chosen:
-        values = values_of(found, key)
-        if options.call is None and len(values) > 1:
-            raise Mistake(f"{key!r} was called {len(values)} times: --call 0 to {len(values) - 1} chooses, -1 the last")
+        calls = len(values[key])
+        if options.call is None and calls > 1:
+            raise Mistake(f"{key!r} was called {calls} times: choose --call 0 to {calls - 1}, or -1 for the last")
         try:
-            layers.append(values[options.call or 0])
+            layers.append(values[key][options.call or 0])
         except IndexError:
-            raise Mistake(f"{key!r} has no call {options.call}: it was called {len(values)} times") from None
+            raise Mistake(f"{key!r} has no call {options.call}: it was called {calls} times") from None
     return layers
 
 
-def _passes_on(found: Found, key: str, other: str) -> bool:
-    """Whether a module only has what one within it made: BERT's attention has that of attention.self once more."""
-    if not isinstance(found, Cache) or not other.startswith(f"{key}.") or len(found[key]) != len(found[other]):
+def _passes_on(values: dict[str, list[Any]], outer: str, inner: str) -> bool:
+    """Whether a module only returns what a module inside it made, as BERT's attention does with attention.self."""
+    if not inner.startswith(f"{outer}.") or len(values[outer]) != len(values[inner]):
         return False
-    pairs = zip(found[key], found[other], strict=True)
+    pairs = zip(values[outer], values[inner], strict=True)
     return all(is_array(one) and is_array(two) and np.array_equal(one, two, equal_nan=True) for one, two in pairs)
 
 
-def tokens_of(found: Found, options: argparse.Namespace) -> list[str] | None:
-    """The words that were given, or that the file has in its `about`."""
-    if options.tokens is not None:
-        given: list[str] = options.tokens
-        return given
-    saved = found.about.get("tokens")
-    if isinstance(saved, (list, tuple)) and all(isinstance(token, str) for token in saved):
-        return list(saved)
+def tokens_of(results: Recorded, options: argparse.Namespace) -> list[str] | None:
+    """The tokens of --tokens, or those that were saved in the file's `about`."""
+    tokens = results.about.get("tokens") if options.tokens is None else options.tokens
+    if isinstance(tokens, (list, tuple)) and all(isinstance(token, str) for token in tokens):
+        return list(tokens)
     return None
 
 
 def picture_of(path: str | None) -> Any:
-    """The picture, upright, in colour; None where none was given."""
+    """The picture of --image, upright and in RGB; None where there is no --image."""
     if path is None:
         return None
     try:
@@ -134,12 +129,12 @@ def grid_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x")))
 
 
-def few(names: Sequence[str]) -> str:
+def _few(names: Sequence[str]) -> str:
     """The first names of many."""
     return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def as_options(message: str) -> str:
-    """A message about arguments in Python, in those of the command."""
+    """A message about Python's arguments, with the command's options in their place."""
     message = re.sub(r"Pass grid=\(rows, columns\).*", "Pass --grid ROWSxCOLUMNS", message)
     return re.sub(r"\b(layer|head|batch|query|grid|image|tokens|title)=", r"--\1 ", message)

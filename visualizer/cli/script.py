@@ -1,4 +1,4 @@
-"""A user's program, run as Python itself runs it: the same `__main__`, arguments, path and tracebacks."""
+"""Runs a user's program as Python itself runs it: with the same `__main__`, arguments, path and tracebacks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from typing import Any
 
 from .outcome import Mistake
 
-Watch = Callable[[str, Any], None]
+OnDefine = Callable[[str, Any], None]
+"""Called with each name that the program's own module defines, and its value."""
 
 
 class Program:
-    """What `python script.py ...`, `python folder ...` or `python -m module ...` names.
+    """The program of `python script.py ...`, `python folder ...` or `python -m module ...`.
 
-    Raises Mistake where there is no such script; that there is no such module shows only when it is run.
+    Raises Mistake where there is no such script. A module is looked up only when it is run.
     """
 
     def __init__(self, name: str, arguments: list[str], is_module: bool) -> None:
@@ -37,12 +38,12 @@ class Program:
 
     @property
     def names(self) -> set[str]:
-        """By what module names a user may mean it."""
+        """The module names by which a user may mean it."""
         stem = os.path.splitext(os.path.basename(self._name))[0]
         return {"__main__", self._name if self._is_module else stem}
 
-    def run(self, watch: Watch | None = None) -> None:
-        """Run it; `watch` is told each name that its own module defines, with the value.
+    def run(self, on_define: OnDefine | None = None) -> None:
+        """Run it.
 
         Raises whatever the program raises, and Mistake where there is no such module.
         """
@@ -55,10 +56,10 @@ class Program:
         if sys.version_info < (3, 14):
             namespace["__annotations__"] = {}
         code = self._begin(namespace)
-        exec(code, namespace, None if watch is None else _Watched(namespace, watch))
+        exec(code, namespace, None if on_define is None else _Namespace(namespace, on_define))
 
     def _begin(self, namespace: dict[str, Any]) -> CodeType:
-        """Set what the program sees of where it is, and have its code."""
+        """Set `sys.argv`, `sys.path` and the namespace as Python does; returns the program's code."""
         if self._is_module:
             sys.argv = ["-m", *self._arguments]
             _put_first(os.getcwd())
@@ -73,10 +74,10 @@ class Program:
                 namespace["__loader__"] = SourceFileLoader("__main__", path)
                 return compile(self._source, path, "exec", dont_inherit=True)
             sys.path[: not sys.flags.safe_path] = [path]
-            found = PathFinder.find_spec("__main__", [path])
-            if found is None:
+            main = PathFinder.find_spec("__main__", [path])
+            if main is None:
                 raise Mistake(f"there is no __main__.py in {self._name}")
-            spec = found
+            spec = main
         code: CodeType | None = getattr(spec.loader, "get_code", lambda _: None)(spec.name)
         if code is None:
             raise Mistake(f"{self._name} cannot be run: it is not written in Python")
@@ -86,19 +87,19 @@ class Program:
 
 
 _before: ModuleType | None = None
-"""The module that was `__main__` before: kept, for its functions are still running."""
+"""The module that was `__main__` before. Its functions still run: without a reference Python would clear them."""
 
 
 def show_own_frames_only() -> None:
-    """Have an uncaught exception of the program shown from the program's own first frame on."""
+    """Print the traceback of an uncaught exception from the program's own first frame on, without ours above it."""
     hook = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> Any:
-        own = traceback
-        while own is not None and own.tb_frame.f_code is not Program.run.__code__:
-            own = own.tb_next
-        if own is not None:
-            traceback = own.tb_next
+        ours = traceback
+        while ours is not None and ours.tb_frame.f_code is not Program.run.__code__:
+            ours = ours.tb_next
+        if ours is not None:
+            traceback = ours.tb_next
             while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
                 traceback = traceback.tb_next
         return hook(kind, error.with_traceback(traceback), traceback)
@@ -106,36 +107,36 @@ def show_own_frames_only() -> None:
     sys.excepthook = show
 
 
-class _Watched(UserDict[str, Any]):
-    """The namespace of a module, as the mapping that its top level writes to."""
+class _Namespace(UserDict[str, Any]):
+    """A module's namespace that reports each name that the module's top level defines."""
 
-    def __init__(self, namespace: dict[str, Any], watch: Watch) -> None:
-        self.data, self._watch = namespace, watch
+    def __init__(self, namespace: dict[str, Any], on_define: OnDefine) -> None:
+        self.data, self._on_define = namespace, on_define
 
     def __setitem__(self, name: str, value: Any) -> None:
         self.data[name] = value
-        self._watch(name, value)
+        self._on_define(name, value)
 
 
 def _put_first(folder: str) -> None:
-    if not sys.flags.safe_path:  # python -P puts none there
+    if not sys.flags.safe_path:  # python -P leaves the folder out
         sys.path[:1] = [folder]
 
 
 def _spec_of(name: str) -> ModuleSpec:
-    """What `python -m name` runs."""
+    """The spec of the module that `python -m name` runs."""
     if not all(part.isidentifier() for part in name.split(".")):
-        raise Mistake(f"{name!r} is no module; with a file, leave out the -m")
+        raise Mistake(f"{name!r} is not the name of a module; to run a file, leave out the -m")
     try:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
             spec = importlib.util.find_spec(f"{name}.__main__")
             if spec is None:
-                raise Mistake(f"{name} is a package without a __main__ module, which cannot be run")
+                raise Mistake(f"{name} cannot be run: it is a package without a __main__ module")
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # what the package itself imports
+            raise  # it is another module that is missing: one that the package imports
         spec = None
     if spec is None:
-        raise Mistake(f"there is no module {name!r}; with a file, leave out the -m")
+        raise Mistake(f"there is no module {name!r}; to run a file, leave out the -m")
     return spec

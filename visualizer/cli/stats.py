@@ -18,25 +18,26 @@ if TYPE_CHECKING:
     from ..statistics import Statistic
     from .outcome import Commands
 
-_OF_IMAGES = ("distance", "entropy", "confidence", "prefix_mass", "received")
-_OF_TEXTS = ("entropy", "confidence", "sink", "received", "patterns")
-_MEASURES = tuple(dict.fromkeys((*_OF_IMAGES, *_OF_TEXTS, "mean_map")))
-
 
 def add_to(commands: Commands) -> None:
     """Add the command to the parser's."""
     stats = commands.add_parser(
         "stats",
         help="statistics of a model's attention over a folder of pictures or a file of texts",
-        description="Runs a model over pictures or texts and saves the moments, over all of them, of what each head "
+        description="Runs a model over pictures or texts and saves the moments, over all of them, of what each head\n"
         "does; visualizer plot draws them. Under torchrun each process takes its share, and the first one writes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    stats.add_argument(
+        "-h", "--help", action=_Help, nargs=0, default=argparse.SUPPRESS, help="show this help message and exit"
     )
     stats.add_argument(
         "--model",
         required=True,
         metavar="NAME",
-        help="of visualizer.models, of the Hugging Face hub (texts), of timm (pictures), a folder, or "
-        "package.module:function, which gives a model and what makes its input of a picture's path, or a tokenizer",
+        help="one of visualizer.models, of the Hugging Face hub (texts) or of timm (pictures), a folder, or "
+        "package.module:function, which returns a model, and a tokenizer or a function from a picture's path to input",
     )
     data = stats.add_mutually_exclusive_group(required=True)
     data.add_argument("--images", metavar="DIR", help="a folder, with those in it")
@@ -46,9 +47,8 @@ def add_to(commands: Commands) -> None:
         "--measure",
         nargs="+",
         type=lambda name: name.replace("-", "_"),  # as plot --kind has them
-        choices=_MEASURES,
         metavar="NAME",
-        help=f"{', '.join(_MEASURES)}; default: {', '.join(_OF_IMAGES)} of pictures, {', '.join(_OF_TEXTS)} of texts",
+        help="which statistics, of those below",
     )
     stats.add_argument("--batch-size", type=_count, default=8, metavar="N", help="default: %(default)s")
     stats.add_argument("--size", type=_count, default=224, metavar="PIXELS", help="of pictures; default: %(default)s")
@@ -58,6 +58,32 @@ def add_to(commands: Commands) -> None:
     stats.add_argument("--checkpoint", metavar="DIR", help="where a run that was stopped goes on from")
     stats.add_argument("-q", "--quiet", action="store_true", help="no progress bar, nothing about what failed")
     stats.set_defaults(run=_stats)
+
+
+class _Help(argparse.Action):
+    """Shows the help, with the statistics below the options. Their classes load torch, so only now."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        try:
+            lines = [f"  {name:12} {one.about} ({_defaults(one)})" for name, one in _measures().items()]
+            parser.epilog = "\n".join(["statistics of each head:", *lines])
+        except Mistake as mistake:
+            parser.epilog = str(mistake)
+        parser.print_help()
+        parser.exit()
+
+
+def _defaults(measure: type[Statistic]) -> str:
+    return f"default for {' and '.join(measure.default_for)}" if measure.default_for else "only if named"
+
+
+def _measures() -> dict[str, type[Statistic]]:
+    """The classes of the statistics, by their names."""
+    try:
+        from ..statistics.measures import MEASURES
+    except ImportError as error:
+        raise Mistake(error) from error
+    return MEASURES
 
 
 def _count(text: str) -> int:
@@ -74,12 +100,10 @@ def _stats(options: argparse.Namespace) -> None:
         raise Mistake(f"cannot write {options.out}: {why}")
     items: list[Any] = _pictures(options.images) if options.images else _lines(options.texts)
     items = items[: options.limit]
+    measures = _chosen(options)
     import torch
 
-    try:
-        from ..statistics import collect
-    except ImportError as error:
-        raise Mistake(error) from error
+    from ..statistics import collect
 
     with _processes() as rank:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,7 +121,7 @@ def _stats(options: argparse.Namespace) -> None:
             }
         else:
             arguments, batches = {}, _Tokenized(items, options.batch_size, prepare, options.length)
-        statistics = _statistics(options, prepare)
+        statistics = [one.for_tokenizer(prepare if options.texts else None) for one in measures]
         try:
             with told_plainly(options.quiet):
                 found = collect(
@@ -116,9 +140,19 @@ def _stats(options: argparse.Namespace) -> None:
             print(out)
 
 
+def _chosen(options: argparse.Namespace) -> list[type[Statistic]]:
+    """The statistics that --measure names, or else those that suit the data."""
+    measures, data = _measures(), "images" if options.images else "texts"
+    names = options.measure or [name for name, one in measures.items() if data in one.default_for]
+    for name in names:
+        if name not in measures:
+            raise Mistake(f"argument --measure: invalid choice: {name!r} (choose from {', '.join(measures)})")
+    return [measures[name] for name in dict.fromkeys(names)]
+
+
 @contextlib.contextmanager
 def _processes() -> Iterator[int]:
-    """Join the processes that torchrun has started, if it has; this one's rank."""
+    """Join the processes that torchrun started, if it did; gives this one's rank."""
     import torch.distributed as distributed
 
     is_one = int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ
@@ -138,10 +172,10 @@ def _pictures(folder: str) -> list[Path]:
     if not os.path.isdir(folder):
         raise Mistake(f"there is no folder {folder}")
     known = Image.registered_extensions()
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in known and path.is_file())
-    if not found:
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in known and path.is_file())
+    if not paths:
         raise Mistake(f"there is no picture in {folder}")
-    return found
+    return paths
 
 
 def _lines(file: str) -> list[str]:
@@ -156,7 +190,7 @@ def _lines(file: str) -> list[str]:
 
 
 def _model(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
-    """The model, and what makes its input: of a picture's path, or a tokenizer."""
+    """The model, and a tokenizer or a function from a picture's path to the model's input."""
     from .. import models
 
     name = options.model
@@ -175,9 +209,9 @@ def _model(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
         try:
             timm: Any = importlib.import_module("timm")
         except ImportError as error:
-            raise Mistake(f"{name} is to be a model of timm, which is not there: pip install timm") from error
+            raise Mistake(f"{name} may be a model of timm, which is not installed: pip install timm") from error
         if not timm.is_model(name):
-            raise Mistake(f"there is no model {name!r} in timm, and pictures go to one of timm, or to dinov2-small")
+            raise Mistake(f"there is no model {name!r} in timm. For pictures name a model of timm, or dinov2-small")
         model = timm.create_model(name, pretrained=True).eval()
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
         return model, lambda path: transform(_opened(path))[None]
@@ -209,33 +243,33 @@ def _opened(path: Path) -> Any:
 
 
 def _read(paths: list[Path], prepare: Callable[[Path], Any], quiet: bool) -> Any:
-    """The pictures of a batch that can be read."""
+    """The pictures of a batch, (batch, channels, height, width), without those that cannot be read."""
     import torch
 
-    found = []
+    pictures = []
     for path in paths:
         try:
-            found.append(prepare(path))
+            pictures.append(prepare(path))
         except (OSError, ValueError, SyntaxError) as error:
             if not quiet:
                 tell(f"{path} does not count: {error}")
-    if not found:
+    if not pictures:
         raise ValueError("no picture of this batch can be read")
-    return torch.cat(found)
+    return torch.cat(pictures)
 
 
-def _told(item: Any) -> Any:
-    """A text, or a picture by its name and size: not by its time, which a copy has anew."""
+def _identity(item: Any) -> Any:
+    """A text, or a picture's name and size. A picture's time changes when it is copied."""
     return (str(item), item.stat().st_size) if isinstance(item, Path) else item
 
 
 class _Batches:
-    """Pictures or texts, so many at once."""
+    """Pictures or texts, `size` at once."""
 
     def __init__(self, items: list[Any], size: int, settings: str) -> None:
         self._items, self._size = items, size
-        # A checkpoint goes on with the very same.
-        self.fingerprint = f"{zlib.crc32(repr([_told(item) for item in items]).encode()):08x} by {size}, {settings}"
+        # By this a checkpoint knows that the data are the same.
+        self.fingerprint = f"{zlib.crc32(repr([_identity(item) for item in items]).encode()):08x} by {size}, {settings}"
 
     def __len__(self) -> int:
         return -(-len(self._items) // self._size)
@@ -260,20 +294,3 @@ class _Tokenized(_Batches):
                 texts, return_tensors="pt", padding=True, truncation=True, max_length=self._length, verbose=False
             )
             yield dict(made)
-
-
-def _statistics(options: argparse.Namespace, prepare: Any) -> list[Statistic]:
-    from .. import statistics
-
-    made: dict[str, Callable[[], Statistic]] = {
-        "distance": statistics.Distance,
-        "entropy": statistics.Entropy,
-        "confidence": statistics.Confidence,
-        "prefix_mass": statistics.PrefixMass,
-        "received": statistics.Received,
-        "sink": statistics.Sink,
-        "mean_map": statistics.MeanMap,
-        "patterns": lambda: statistics.Patterns(getattr(prepare, "all_special_ids", None)),
-    }
-    names = options.measure or (_OF_IMAGES if options.images else _OF_TEXTS)
-    return [made[name]() for name in dict.fromkeys(names)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from _thread import get_ident
 from collections.abc import Callable
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -23,13 +24,19 @@ class _Finder:
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
         self.name, self.then = name, then
+        self._searching: set[int] = set()
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The spec that the other finders have, with a loader that calls `then` behind its work."""
-        if name != self.name:
+        thread = get_ident()
+        if name != self.name or thread in self._searching:  # another one that waits for the module asks back
             return None
-        specs = (finder.find_spec(name, path, target) for finder in list(sys.meta_path) if finder is not self)
-        spec = next((spec for spec in specs if spec is not None), None)
+        self._searching.add(thread)
+        try:
+            specs = (finder.find_spec(name, path, target) for finder in list(sys.meta_path) if finder is not self)
+            spec = next((spec for spec in specs if spec is not None), None)
+        finally:
+            self._searching.discard(thread)
         loader: Any = None if spec is None else spec.loader
         run = getattr(loader, "exec_module", None)
         if run is None:

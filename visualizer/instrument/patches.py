@@ -119,8 +119,8 @@ def _detach(function: FunctionType, channel: Channel) -> str | None:
             function.__code__ = ours[0]
             return None
         return (
-            f"another tool has replaced the code of {place_of(function)} while it was captured: it stays as that tool "
-            "made it. What it still brings is ignored."
+            f"the code of {place_of(function)} was replaced by another tool while it was captured: it stays as that "
+            "tool made it. What it still brings is ignored."
         )
     _install(function, patch, [other for other in patch.channels if other is not channel])
     if not patch.channels:

@@ -72,7 +72,7 @@ def load(name: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:  # a ValueError where the cache has the model but not its tokenizer
         if os.path.isdir(name):
             raise OSError(f"cannot load the folder {name!r}: {error}") from error
-    away = _why_not_the_hub(name)
+    away = why_not_the_hub(name)
     if away is None:
         try:
             return text_model(name, kind)
@@ -96,7 +96,7 @@ def _out_of_its_package(short: str) -> tuple[Any, Any]:
     return minilm() if short == "minilm" else smollm2()
 
 
-def _why_not_the_hub(name: str) -> str | None:
+def why_not_the_hub(name: str) -> str | None:
     """Why this model cannot be had from the hub, in words; None where it has the model."""
     try:
         import huggingface_hub

@@ -4,30 +4,19 @@
 
     plot.heads(get_local.cache["Attention.forward"], layer=11)
 
-One-panel functions draw on `ax=` and return it; they make a figure only where none is given. The others return a
-Figure. Nothing here shows a window or touches a global style. They take tensors, arrays, lists with one of these per
-layer, what `get_local.cache` and `capture` hold, what `attention(model)` found, and transformers' tuple of attentions.
-Queries run down, keys across; layers, heads and patches are counted from 0.
+One-panel functions draw on `ax=` and return it; without it, on a new figure. The others return a Figure. Nothing here
+shows a window or changes a global style. All take tensors, arrays, lists with one of these per layer, what
+`get_local.cache`, `capture` and `attention(model)` hold, and transformers' tuple of attentions; `statistic` takes what
+`statistics.collect` gives. Queries run down, keys across; layers, heads and patches are counted from 0.
+
+A plot is public as soon as a file below names it in its `__all__`.
 """
 
-from .all_layers import layers
-from .matrices import head, heads, tokens
-from .pictures import class_token, highlight, overlay, query, rollout
-from .summaries import distance, filters, patterns, positions, spikes
+from . import all_layers, matrices, pictures, statistics, summaries
+from .all_layers import *  # noqa: F403
+from .matrices import *  # noqa: F403
+from .pictures import *  # noqa: F403
+from .statistics import *  # noqa: F403
+from .summaries import *  # noqa: F403
 
-__all__ = [
-    "class_token",
-    "distance",
-    "filters",
-    "head",
-    "heads",
-    "highlight",
-    "layers",
-    "overlay",
-    "patterns",
-    "positions",
-    "query",
-    "rollout",
-    "spikes",
-    "tokens",
-]
+__all__ = sorted(all_layers.__all__ + matrices.__all__ + pictures.__all__ + statistics.__all__ + summaries.__all__)

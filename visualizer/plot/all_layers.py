@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from .canvas import (
-    LABEL,
-    Style,
-    blend_over,
-    check_style,
-    colour_bar,
-    lay_over,
-    matrix_top,
-    mosaic,
-    panel_size,
-    panels,
-    row_top,
-    scale_of,
-    shrunk,
-)
+from .canvas import LABEL, colour_bar, full_rows, mosaic, panel_size, panels, shrunk, write_title
+from .look import Keywords, Look, OverPicture, exceeds, matrix_top, row_top
 from .matrices import matrices
-from .pictures import frame_patch
-from .places import Grid, Size, read_grid, read_image
+from .over_picture import blend_over, frame_patch, lay_over
+from .places import Grid, grid_of, picture_of
 from .reading import Array, Choice, head_words, read_layers, same_shape, select_layers, token_axes
 
 if TYPE_CHECKING:
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-_THUMBNAIL = 96  # pixels that the picture has in a cell of the canvas
+__all__ = ["layers"]
+
+_OPTIONS = Keywords(OverPicture, cmap=None)
+_THUMBNAIL = 96  # pixels: the largest side of the picture in a cell of the canvas
 
 
+@_OPTIONS.show
 def layers(
     maps: Any,
     image: Any = None,
@@ -42,19 +33,9 @@ def layers(
     head: Choice | None = None,
     query: int | tuple[int, int] | None = None,
     batch: Choice = 0,
-    grid: tuple[int, int] | None = None,
-    image_size: Size | None = None,
-    patch_size: Size | None = None,
-    prefix_tokens: int | Sequence[str] | None = None,
-    style: Style = "overlay",
-    smooth: bool = False,
     columns: int | None = None,
     share: bool = True,
-    cmap: str | Colormap | None = None,
-    vmin: float | None = 0,
-    vmax: float | None = None,
-    cbar: bool = True,
-    title: str | None = None,
+    **options: Unpack[OverPicture],
 ) -> Figure:
     """All layers at once: the canvas of layers x heads, or one head's (or the mean head's) map in each layer.
 
@@ -66,145 +47,118 @@ def layers(
     'layer 11'
 
     Args:
-        maps, batch, cmap, vmin, title: as in `head`. The layers have one number of heads and of tokens.
+        maps, batch, vmin, cbar: as in `head`. All layers have the same number of heads and of tokens.
         image: the picture that the patches cover, where `query` is given.
         head: None: the canvas of all heads; an index, "mean", "max" or "min": a strip of one map for each layer.
         query: None: whole matrices. A patch (row, column) or a token's index (0: the class token): only what it attends
             to, over the grid of patches; prefix tokens are left out.
         grid, image_size, patch_size, prefix_tokens, style, smooth: as in `query`.
-        columns: how many panels of a strip stand side by side; None: six, or a few less where that fills the rows.
-        share: one colour scale for all maps; else each has its own, which a canvas shows as shares of its end.
-        vmax: None: the 99.5th percentile, of a query's map with its own scale the largest weight; but no less than
-            4 / number of keys.
+        columns: the number of a strip's panels in a row; None: six, or a few less where that fills the rows.
+        share: True: one colour scale for all maps; False: one for each, which a canvas shows as shares of its end.
+        cmap: None: "viridis" for matrices, "inferno" for what a query attends to.
+        vmax: None: the 99.5th percentile; of a query's map with a scale of its own the largest weight; but no less
+            than 4 / number of keys.
+        title: None: the query and the head.
 
     On the canvas, maps of more than 256 tokens are shrunk to that size: each pixel is the mean of what it covers.
 
     Raises what `head` and `query` raise.
     """
-    check_style(style)
-    found = read_layers(maps)
-    same_shape(found, "the canvas" if head is None else "the strip")
-    picture = None if image is None else read_image(image)
+    look = _OPTIONS.look(options)
+    maps = read_layers(maps)
+    same_shape(maps, "the canvas" if head is None else "the strip")
+    picture = picture_of(image)
     if query is None and picture is not None:
         raise ValueError(
             "an image shows what one query attends to: pass query= too, a patch (row, column) or a token's index; "
             "query=0 is the class token"
         )
-    queries, keys = token_axes(found, 0)
-    shape, token = None, None
+    queries, keys = token_axes(maps, 0)
     words = []
-    if query is not None:
-        shape = read_grid(
-            keys,
-            grid=grid,
-            image_size=image_size,
-            patch_size=patch_size,
-            prefix_tokens=prefix_tokens,
-            picture=None if picture is None else picture.shape[:2],
-        )
-        token = shape.token(query, queries, keys)
-        words.append(f"query: {shape.name(token) if queries == keys else f'token {token}'}")
-    cells = []  # of each layer (heads, rows, columns)
-    for weights in select_layers(found, batch=batch, head=head, query=token):
-        if shape is not None:
-            cells.append(weights[:, 0, len(shape.prefix) :].reshape(-1, shape.rows, shape.columns))
-        else:
-            cells.append(weights if head is not None else np.stack([shrunk(one) for one in weights]))
-    scale = _Scale(
-        cmap or ("viridis" if shape is None else "inferno"), vmin, vmax, share, cbar, keys, shape is not None
-    )
-    if head is None:
-        figure = _canvas(np.stack(cells), picture, scale, style, smooth)
-    elif shape is None:
-        names = [f"layer {number}" for number in range(len(cells))]
-        strip = [weights[0] for weights in cells]
-        figure = matrices(strip, names, (columns, 6, (2.2, 2.3)), share, scale.cmap, vmin, vmax, cbar)
+    if query is None:
+        grid, token, end = None, None, matrix_top
     else:
-        framed = token if queries == keys else None
-        figure = _strip([weights[0] for weights in cells], picture, scale, style, smooth, columns, shape, framed)
-    if head is not None and (which := head_words(found[0], head)):
-        words.append(which)
-    if words or title:
-        figure.suptitle(", ".join(words) if title is None else title, parse_math=False)
+        grid = grid_of(options, keys, picture)
+        token = grid.token(query, queries, keys)
+        words.append(f"query: {grid.name(token) if queries == keys else f'token {token}'}")
+        # Where the scale is shared, one patch in one layer must not leave the others dark.
+        end = functools.partial(row_top, keys=keys, vmin=look.vmin, percent=99.5 if share else 100)
+    look = replace(look, cmap=look.cmap or ("viridis" if grid is None else "inferno"))
+    chosen = select_layers(maps, batch=batch, head=head, query=token)  # of each layer (heads, queries, keys)
+    if grid is not None:
+        cells = [grid.patches(weights[:, 0]) for weights in chosen]
+    elif head is None:
+        cells = [np.stack([shrunk(one) for one in weights]) for weights in chosen]
+    else:
+        cells = list(chosen)
+    if head is None:
+        figure = _canvas(np.stack(cells), picture, look, share, end)
+    else:
+        strip = [weights[0] for weights in cells]
+        columns = full_rows(len(strip), columns, 6)
+        if grid is None:
+            names = [f"layer {number}" for number in range(len(strip))]
+            figure = matrices(strip, names, look, share=share, columns=columns, size=(2.2, 2.3))
+        else:
+            figure = _strip(strip, picture, look, share, end, columns, grid, token if queries == keys else None)
+        if reduction := head_words(maps[0], head):
+            words.append(reduction)
+    if words or look.title:
+        write_title(figure, look.title, ", ".join(words))
     return figure
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """How weights become colours."""
-
-    cmap: Any
-    vmin: float | None
-    vmax: float | None
-    share: bool
-    cbar: bool
-    keys: int
-    is_row: bool
-
-    def top(self, weights: Array) -> float:
-        """Where the colours of one map, or of all, end; one patch in one layer must not leave the others dark."""
-        if self.vmax is not None:
-            return self.vmax
-        return (
-            row_top(weights, self.keys, self.vmin, 99.5 if self.share else 100) if self.is_row else matrix_top(weights)
-        )
-
-
-def _canvas(cells: Array, picture: Array | None, scale: _Scale, style: str, smooth: bool) -> Figure:
-    """Cells (layers, heads, rows, columns) as one image."""
+def _canvas(cells: Array, picture: Array | None, look: Look, share: bool, end: Callable[[Array], float]) -> Figure:
+    """Cells (layers, heads, rows, columns) as one image, in colours up to `vmax` or else to the end of the weights."""
     from matplotlib import pyplot as plt
 
     count, heads, high, wide = cells.shape
-    label = LABEL
-    if scale.share:
-        top = scale.top(cells)
+    if share:
+        top, label = look.vmax if look.vmax is not None else end(cells), LABEL
     else:
-        own = [[scale.top(cell) for cell in row] for row in cells]
-        cells, top, label = (
-            cells / np.array(own, cells.dtype)[..., None, None],
-            1.0,
-            "attention weight, as a share of the map's own scale",
-        )
+        tops = [[look.vmax if look.vmax is not None else end(cell) for cell in row] for row in cells]
+        cells = cells / np.array(tops, cells.dtype)[..., None, None]
+        top, label = 1.0, "attention weight, as a share of the map's own scale"
     ratio = high / wide if picture is None else picture.shape[0] / picture.shape[1]
     side = min(1.0, max(0.4, 11 / max(heads, count * ratio)))  # inches across
     size = max(2.5, side * heads) + 1.7, max(2.0, side * ratio * count) + 0.9
     figure = plt.figure(figsize=size, layout="compressed")
     ax = figure.add_subplot(xlabel="head", ylabel="layer")
-    colours = scale_of(scale.cmap, scale.vmin, top, style)
-    if scale.cbar:
-        colour_bar(figure, colours, ax, bool(np.max(np.nan_to_num(cells)) > top), label)
+    scale = look.scale(top)
+    if look.cbar:
+        colour_bar(figure, scale, ax, exceeds(cells, top), label)
     if picture is None:
-        mosaic(ax, cells, cmap=scale.cmap, vmin=colours.get_clim()[0], vmax=top)
+        mosaic(ax, cells, cmap=look.cmap, vmin=scale.get_clim()[0], vmax=top)
     else:
         small = shrunk(np.ascontiguousarray(picture), _THUMBNAIL)
-        mosaic(ax, np.array([[blend_over(cell, small, colours, style, smooth) for cell in row] for row in cells]))
+        mosaic(ax, np.array([[blend_over(cell, small, scale, look) for cell in row] for row in cells]))
     return figure
 
 
 def _strip(
     maps: list[Array],
     picture: Array | None,
-    scale: _Scale,
-    style: str,
-    smooth: bool,
-    columns: int | None,
-    shape: Grid,
+    look: Look,
+    share: bool,
+    end: Callable[[Array], float],
+    columns: int,
+    grid: Grid,
     framed: int | None,
 ) -> Figure:
-    """A panel for each layer's (rows, columns)."""
-    high, wide = (shape.rows, shape.columns) if picture is None else picture.shape[:2]
-    across, down = panel_size(high, wide, 2.0)
-    own_bar = 0.7 if scale.cbar and not scale.share else 0.0
-    figure, axes, _ = panels(len(maps), columns, 6, (across + own_bar, down + 0.25))
-    tops = [scale.top(np.stack(maps) if scale.share else patches) for patches in maps]
-    cut = [bool(np.max(np.nan_to_num(patches)) > top) for patches, top in zip(maps, tops, strict=True)]
+    """A panel for the (rows, columns) of each layer, with a frame round the query."""
+    size = grid.size(picture)
+    width, height = panel_size(size, 2.0)
+    has_bars = look.cbar and not share
+    figure, axes = panels(len(maps), columns, (width + (0.7 if has_bars else 0.0), height + 0.25))
+    tops = [end(np.stack(maps) if share else patches) if look.vmax is None else look.vmax for patches in maps]
+    scales = [look.scale(top) for top in tops]
+    is_cut = [exceeds(patches, top) for patches, top in zip(maps, tops, strict=True)]
     for number, ax in enumerate(axes):
-        colours = scale_of(scale.cmap, scale.vmin, tops[number], style)
-        lay_over(ax, maps[number], picture, colours, style, smooth)
-        frame_patch(ax, shape, framed, (wide, high))
+        lay_over(ax, maps[number], picture, scales[number], look)
+        frame_patch(ax, grid, framed, size)
         ax.set_title(f"layer {number}")
-        if scale.cbar and not scale.share:
-            colour_bar(figure, colours, ax, cut[number])
-    if scale.cbar and scale.share:
-        colour_bar(figure, colours, axes, any(cut))
+        if has_bars:
+            colour_bar(figure, scales[number], ax, is_cut[number])
+    if look.cbar and share:
+        colour_bar(figure, scales[0], axes, any(is_cut))
     return figure

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from .canvas import axes_of, colour_bar, label_ticks, matrix_top, panels
+from .canvas import axes_of, colour_bar, full_rows, label_ticks, panels, write_title
+from .look import Keywords, Look, Scale, exceeds, matrix_top
 from .reading import Array, Choice, select, select_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
+__all__ = ["head", "heads", "tokens"]
 
+_OPTIONS = Keywords(Scale)
+
+
+@_OPTIONS.show
 def head(
     maps: Any,
     *,
@@ -24,13 +30,9 @@ def head(
     head: Choice | None = None,
     batch: Choice = 0,
     ax: Axes | None = None,
-    cmap: str | Colormap = "viridis",
-    vmin: float | None = 0,
-    vmax: float | None = None,
-    cbar: bool = True,
     xticklabels: Sequence[str] | None = None,
     yticklabels: Sequence[str] | None = None,
-    title: str | None = None,
+    **options: Unpack[Scale],
 ) -> Axes:
     """One head's map as a matrix, queries down and keys across.
 
@@ -40,34 +42,37 @@ def head(
 
     Args:
         maps: (queries, keys), (heads, queries, keys), (batch, heads, queries, keys), (layers, batch, heads, queries,
-            keys), or a list with one of the first three per layer, such as `get_local.cache["Attention.forward"]`;
-            `AttentionMap`s, of which only the layer that is drawn is computed.
-        layer, head, batch: an index, negative ones from the end, or "mean", "max" or "min" over all. May be left out
-            where there is only one.
-        ax: where to draw; None: on a new figure.
+            keys), or a list with one of the first three per layer, such as `get_local.cache["Attention.forward"]`. Of
+            `AttentionMap`s, only the layer that is drawn is computed.
+        layer, head, batch: an index, where negative ones count from the end; or "mean", "max" or "min" over all. You
+            can leave it out where there is only one.
+        ax: the axes to draw on; None: those of a new figure.
+        xticklabels, yticklabels: the labels of the keys and of the queries; None: their numbers. `tokens` writes words
+            on both sides.
         cmap, vmin, vmax, cbar: colours, as in matplotlib. vmax=None: the 99.5th percentile, so that a few large
-            weights do not leave the others dark; the colour bar is pointed where weights go past it.
-        xticklabels, yticklabels: what to write at the keys and at the queries; None: their numbers. `tokens` writes
-            words on both sides.
-        title: None: which layer and head it is.
+            weights do not leave the others dark. The colour bar is pointed where weights lie past its end.
+        title: None: the layer and the head.
 
     Raises:
-        ValueError: a shape or content that is no attention map, or a choice left open; the message says what would do.
+        ValueError: a shape or content that is not an attention map, or a choice left open; the message says what to
+            pass.
         IndexError, TypeError: a choice that is out of range, or neither an index nor a reduction.
     """
+    look = _OPTIONS.look(options)
     chosen = select(maps, layer=layer, batch=batch, head=head)
     ax = axes_of(ax, (6, 5))
-    _matrix(ax, chosen.weights, cmap, vmin, matrix_top(chosen.weights) if vmax is None else vmax, cbar)
+    _draw_matrix(ax, chosen.weights, look, matrix_top(chosen.weights))
     queries, keys = chosen.weights.shape
     for name, labels, count in (("yticklabels", yticklabels, queries), ("xticklabels", xticklabels, keys)):
         if labels is not None:
             _check_count(name, labels, count)
-    ax.set_title(chosen.label if title is None else title, parse_math=False)
+    write_title(ax, look.title, chosen.label)
     if xticklabels is not None or yticklabels is not None:
         label_ticks(ax, yticklabels, xticklabels)
     return ax
 
 
+@_OPTIONS.show
 def heads(
     maps: Any,
     *,
@@ -75,11 +80,7 @@ def heads(
     batch: Choice = 0,
     columns: int | None = None,
     share: bool = True,
-    cmap: str | Colormap = "viridis",
-    vmin: float | None = 0,
-    vmax: float | None = None,
-    cbar: bool = True,
-    title: str | None = None,
+    **options: Unpack[Scale],
 ) -> Figure:
     """All heads of a layer as a grid of matrices.
 
@@ -88,21 +89,23 @@ def heads(
     ['head 0', 'head 1']
 
     Args:
-        maps, layer, batch, cmap, vmin, vmax: as in `head`; the last layer unless told otherwise.
-        columns: how many panels stand side by side; None: about as many as rows.
-        share: one colour scale, and one colour bar, for all heads; else one each.
-        title: above all panels; None: which layer it is.
+        maps, layer, batch, cmap, vmin, vmax, cbar: as in `head`; by default the last layer.
+        columns: the number of panels in a row; None: about as many as rows.
+        share: True: one colour scale, and one colour bar, for all heads; False: one for each.
+        title: above all panels; None: the layer.
 
     Raises what `head` raises.
     """
+    look = _OPTIONS.look(options)
     chosen = select_all(maps, layer=layer, batch=batch)
     names = [f"head {number}" for number in range(len(chosen.weights))]
-    layout = columns, math.ceil(math.sqrt(len(names) * 1.3)), (2.6, 2.7)
-    figure = matrices(list(chosen.weights), names, layout, share, cmap, vmin, vmax, cbar)
-    figure.suptitle(chosen.label if title is None else title, parse_math=False)
+    columns = full_rows(len(names), columns, math.ceil(math.sqrt(len(names) * 1.3)))
+    figure = matrices(list(chosen.weights), names, look, share=share, columns=columns, size=(2.6, 2.7))
+    write_title(figure, look.title, chosen.label)
     return figure
 
 
+@_OPTIONS.show
 def tokens(
     maps: Any,
     tokens: Sequence[str],
@@ -112,11 +115,7 @@ def tokens(
     head: Choice | None = None,
     batch: Choice = 0,
     ax: Axes | None = None,
-    cmap: str | Colormap = "viridis",
-    vmin: float | None = 0,
-    vmax: float | None = None,
-    cbar: bool = True,
-    title: str | None = None,
+    **options: Unpack[Scale],
 ) -> Axes:
     """Which token attends to which: a matrix with the words at its sides.
 
@@ -126,13 +125,14 @@ def tokens(
 
     Args:
         maps, layer, head, batch, ax, cmap, vmin, cbar, title: as in `head`.
-        tokens: the words of the queries, and of the keys unless `key_tokens` has others (cross-attention). White space
-            is made visible; where not all fit, every second, third ... is written. Arabic and Hebrew need matplotlib
-            3.11 or newer, which joins letters and writes them from the right.
+        tokens: the words of the queries, and of the keys too unless `key_tokens` has those (cross-attention). White
+            space is made visible. Where not all words fit, every second or third and so on is written. Arabic and
+            Hebrew need matplotlib 3.11 or newer, which joins letters and writes them from the right.
         vmax: None: the largest weight.
 
     Raises what `head` raises, and ValueError where there are more or fewer tokens than rows or columns.
     """
+    look = _OPTIONS.look(options)
     chosen = select(maps, layer=layer, batch=batch, head=head)
     queries, keys = chosen.weights.shape
     if isinstance(tokens, str) or isinstance(key_tokens, str):
@@ -145,29 +145,39 @@ def tokens(
     _check_count("key_tokens" if key_tokens is not None else "tokens", columns, keys)
     side = [min(14.0, max(4.0, 0.26 * count + 1.5)) for count in (keys, queries)]
     ax = axes_of(ax, (side[0] + 1, side[1]))
-    top = float(np.nanmax(chosen.weights)) if vmax is None else vmax
-    _matrix(ax, chosen.weights, cmap, vmin, top, cbar)
-    ax.set_title(chosen.label if title is None else title, parse_math=False)
+    _draw_matrix(ax, chosen.weights, look, float(np.nanmax(chosen.weights)))
+    write_title(ax, look.title, chosen.label)
     label_ticks(ax, rows, columns)
     return ax
 
 
-def _check_count(name: str, words: Sequence[str], count: int) -> None:
-    if len(words) != count:
-        raise ValueError(
-            f"{name} has {len(words)} entries for {count} rows or columns of the map: pass one for each, special "
-            "tokens included; where keys and queries are different tokens (cross-attention), each side its own"
-        )
+def matrices(
+    maps: Sequence[Array], names: list[str], look: Look, *, share: bool, columns: int, size: tuple[float, float]
+) -> Figure:
+    """A panel of (width, height) in inches for each matrix; the outer ones have the numbers of queries and keys."""
+    figure, axes = panels(len(maps), columns, size, shared=True)
+    tops = [matrix_top(np.stack(maps))] * len(maps) if share else [matrix_top(weights) for weights in maps]
+    each = replace(look, cbar=look.cbar and not share)
+    for number, (ax, weights, top, name) in enumerate(zip(axes, maps, tops, names, strict=True)):
+        is_left, is_low = number % columns == 0, number + columns >= len(axes)  # no panel is below it
+        image = _draw_matrix(ax, weights, each, top)
+        ax.set(title=name, xlabel="key" if is_low else "", ylabel="query" if is_left else "")
+        ax.tick_params(labelbottom=is_low, labelleft=is_left)
+    if look.cbar and share:
+        colour_bar(figure, image, axes, any(exceeds(weights, image.get_clim()[1]) for weights in maps))
+    return figure
 
 
-def _matrix(ax: Axes, weights: Array, cmap: Any, vmin: Any, vmax: float, cbar: bool) -> Any:
-    # Nearest where there is a pixel for each weight; where there is not, it would leave out whole columns, perhaps an
-    # attention sink, and "antialiased" takes means: of the weights, for a mean of colours would leave a sink dark.
+def _draw_matrix(ax: Axes, weights: Array, look: Look, top: float) -> Any:
+    """Draw a matrix in colours up to the user's `vmax`, or else to `top`; return the image."""
+    top = top if look.vmax is None else look.vmax
+    # "antialiased" is nearest where there is a pixel for each weight. Where there is not, nearest would leave out whole
+    # columns, perhaps an attention sink, and this takes means: of the weights, as a mean of colours leaves a sink dark.
     image = ax.imshow(
         weights,
-        cmap=cmap,
-        vmin=vmin,
-        vmax=vmax,
+        cmap=look.cmap,
+        vmin=look.vmin,
+        vmax=top,
         interpolation="antialiased",
         aspect="equal",
         origin="upper",
@@ -175,31 +185,14 @@ def _matrix(ax: Axes, weights: Array, cmap: Any, vmin: Any, vmax: float, cbar: b
     )
     ax.set_xlabel("key")
     ax.set_ylabel("query")
-    if cbar:
-        colour_bar(ax.figure, image, ax, bool(np.max(np.nan_to_num(weights)) > vmax))
+    if look.cbar:
+        colour_bar(ax.figure, image, ax, exceeds(weights, top))
     return image
 
 
-def matrices(
-    maps: list[Array],
-    names: list[str],
-    layout: tuple[int | None, int, tuple[float, float]],
-    share: bool,
-    cmap: Any,
-    vmin: float | None,
-    vmax: float | None,
-    cbar: bool,
-) -> Figure:
-    """A panel for each matrix, with the numbers of queries and keys at the outer ones."""
-    figure, axes, columns = panels(len(maps), *layout, shared=True)
-    tops = [matrix_top(weights) if vmax is None else vmax for weights in maps]
-    if share and vmax is None:
-        tops = [matrix_top(np.stack(maps))] * len(maps)
-    for number, (ax, weights, top, name) in enumerate(zip(axes, maps, tops, names, strict=True)):
-        is_left, is_low = number % columns == 0, number + columns >= len(axes)  # nothing below it
-        image = _matrix(ax, weights, cmap, vmin, top, cbar and not share)
-        ax.set(title=name, xlabel="key" if is_low else "", ylabel="query" if is_left else "")
-        ax.tick_params(labelbottom=is_low, labelleft=is_left)
-    if cbar and share:
-        colour_bar(figure, image, axes, any(np.nanmax(weights) > tops[0] for weights in maps))
-    return figure
+def _check_count(name: str, words: Sequence[str], count: int) -> None:
+    if len(words) != count:
+        raise ValueError(
+            f"{name} has {len(words)} entries for {count} rows or columns of the map: pass one for each, special "
+            "tokens included; where keys and queries are different tokens (cross-attention), give each side its own"
+        )

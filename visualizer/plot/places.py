@@ -1,4 +1,7 @@
-"""Where queries and keys lie on a picture: the patch grid, the windows of a Swin layer, and the picture itself."""
+"""Where tokens lie on a picture: the patch grid, the windows of a Swin layer, and the picture itself.
+
+`grid_of` and `whole_grid` read the keywords that say so; the `Grid` that they give answers everything else.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +22,32 @@ Size: TypeAlias = int | tuple[int, int]
 _MARKERS = "Ġ▁#␣ "
 
 
+class Patches(TypedDict, total=False):
+    """The keywords that say where the patches lie; `plot.query` explains them."""
+
+    grid: tuple[int, int] | None
+    image_size: Size | None
+    patch_size: Size | None
+    prefix_tokens: int | Sequence[str] | None
+
+
 @dataclass(frozen=True)
 class Grid:
-    """How the keys lie on a picture: named prefix tokens first, then the patches row by row."""
+    """How tokens lie on a picture: named prefix tokens first, then the patches row by row.
+
+    >>> grid = Grid(rows=2, columns=3, prefix=("CLS",))
+    >>> grid.name(0), grid.name(5), grid.place(5), grid.token((1, 1), queries=7, keys=7)
+    ('CLS', 'patch (1, 1)', (1, 1), 5)
+    """
 
     rows: int
     columns: int
-    prefix: tuple[str, ...]
+    prefix: tuple[str, ...] = ()
 
-    def token(self, query: int | tuple[int, int], queries: int, keys: int) -> int:
-        """The token of a patch (row, column), or of an index among all tokens; from the front."""
-        if isinstance(query, str) or not isinstance(query, Sequence):
+    def token(self, query: Any, queries: int, keys: int) -> int:
+        """The index, from 0, of the token that a user names by a patch (row, column) or by an index."""
+        is_sequence = isinstance(query, Sequence) and not isinstance(query, str)
+        if not is_sequence:
             try:
                 index = operator.index(query)
             except TypeError:
@@ -44,15 +62,16 @@ class Grid:
         if len(query) == 2 and queries != keys:
             raise ValueError(
                 f"query={query!r} names a patch, but these are {queries} queries over {keys} keys (cross-attention?), "
-                "so queries are no patches: pass the query's index"
+                "so the queries are not patches: pass the query's index"
             )
         row, column = self.patch(query)
         return len(self.prefix) + row * self.columns + column
 
     def patch(self, query: Any) -> tuple[int, int]:
-        """A patch's (row, column), counted from the front."""
-        if not isinstance(query, Sequence) or isinstance(query, str) or len(query) != 2:
-            count = f" has {len(query)} numbers" if isinstance(query, Sequence) and not isinstance(query, str) else ""
+        """The (row, column), from 0, of the patch that a user names."""
+        is_sequence = isinstance(query, Sequence) and not isinstance(query, str)
+        if not is_sequence or len(query) != 2:
+            count = f" has {len(query)} numbers" if is_sequence else ""
             raise ValueError(f"query={query!r}{count}: pass a patch (row, column) or a token's index")
         row, column = (operator.index(place) for place in query)
         if not (-self.rows <= row < self.rows and -self.columns <= column < self.columns):
@@ -62,80 +81,127 @@ class Grid:
             )
         return row % self.rows, column % self.columns
 
+    def place(self, token: int) -> tuple[int, int] | None:
+        """The (row, column) of a token that is a patch; None for a prefix token."""
+        number = token - len(self.prefix)
+        return divmod(number, self.columns) if number >= 0 else None
+
     def name(self, token: int) -> str:
         """A prefix token's name, or "patch (row, column)"."""
-        count = len(self.prefix)
-        return self.prefix[token] if token < count else f"patch {divmod(token - count, self.columns)}"
+        place = self.place(token)
+        return self.prefix[token] if place is None else f"patch {place}"
+
+    def patches(self, weights: Array) -> Array:
+        """The patches' weights (..., rows, columns) of those of all tokens (..., tokens)."""
+        return weights[..., len(self.prefix) :].reshape(*weights.shape[:-1], self.rows, self.columns)
+
+    def size(self, picture: Array | None) -> tuple[int, int]:
+        """(height, width) of what is drawn: the picture's in pixels; without one, in patches."""
+        return (self.rows, self.columns) if picture is None else (picture.shape[0], picture.shape[1])
+
+
+def grid_of(options: Patches, keys: int, picture: Array | None) -> Grid:
+    """The grid of that many keys, by a plot's keywords and the picture that the patches cover."""
+    return read_grid(
+        keys,
+        grid=options.get("grid"),
+        image_size=options.get("image_size"),
+        patch_size=options.get("patch_size"),
+        prefix_tokens=options.get("prefix_tokens"),
+        picture_size=None if picture is None else (picture.shape[0], picture.shape[1]),
+    )
+
+
+def whole_grid(options: Patches, picture: Array | None) -> Grid:
+    """The grid of a picture that was cut into windows; the keys of one window do not show it."""
+    if (prefix_tokens := options.get("prefix_tokens")) not in (None, 0):
+        raise ValueError(f"prefix_tokens={prefix_tokens!r}: windows have patches only")
+    grid, image_size, patch_size = options.get("grid"), options.get("image_size"), options.get("patch_size")
+    if grid is None:
+        if image_size is None and picture is not None:
+            image_size = picture.shape[0], picture.shape[1]
+        if image_size is None or patch_size is None:
+            raise ValueError("window= needs grid=(rows, columns) of the whole picture's patches in this layer")
+        size, sides = pair_of("image_size", image_size), pair_of("patch_size", patch_size)
+        grid = size[0] // sides[0], size[1] // sides[1]
+    return Grid(*pair_of("grid", grid))
 
 
 def read_grid(
     keys: int,
     *,
-    grid: tuple[int, int] | None,
+    grid: tuple[int, int] | None = None,
     image_size: Size | None = None,
     patch_size: Size | None = None,
-    prefix_tokens: int | Sequence[str] | None,
-    picture: tuple[int, int] | None = None,
+    prefix_tokens: int | Sequence[str] | None = None,
+    picture_size: tuple[int, int] | None = None,
 ) -> Grid:
-    """The patch grid of that many keys, as told or, where only one is possible, worked out.
+    """The grid of that many keys: the one that the numbers describe, or else the only square one.
 
-    >>> read_grid(197, grid=None, prefix_tokens=None)
+    >>> read_grid(197, prefix_tokens=None)
     Grid(rows=14, columns=14, prefix=('CLS',))
 
-    Without prefix_tokens, what the grid leaves over are prefix tokens; without a grid either, the keys, or the keys
-    but one, must be a square. patch_size without image_size takes the picture's own (height, width).
-    Raises ValueError when the numbers do not fit, with all of them.
+    `patch_size` without `image_size` divides `picture_size`, the picture's (height, width) in pixels. Without
+    `prefix_tokens`, the keys that the grid leaves over are prefix tokens. Without a grid either, all keys, or all but
+    one, must form a square. Raises ValueError where the numbers do not fit; the message has all of them.
     """
-    names = None
-    if isinstance(prefix_tokens, str):
-        names = [prefix_tokens]
-    elif isinstance(prefix_tokens, Sequence):
-        names = [str(name) for name in prefix_tokens]
-    count = len(names) if names is not None else None if prefix_tokens is None else operator.index(prefix_tokens)  # type: ignore[arg-type]
+    names, count = _read_prefix(prefix_tokens)
     if count is not None and not 0 <= count < keys:
         raise ValueError(f"prefix_tokens={prefix_tokens!r} does not leave a patch among {keys} keys")
-    given = f"{keys} keys" + ("" if count is None else f", {count} of them prefix tokens")
-    if grid is not None:
-        rows, columns = pair_of("grid", grid)
-        how = f"grid={grid}"
-    elif patch_size is not None:
-        if image_size is None and picture is None:
-            raise ValueError(f"patch_size={patch_size} alone gives no grid: pass image_size= too, or an image")
-        high, wide = pair_of("image_size", image_size) if image_size is not None else picture  # type: ignore[misc]
-        patch_high, patch_wide = pair_of("patch_size", patch_size)
-        how = f"an image of {high} x {wide} pixels in patches of {patch_high} x {patch_wide}"
-        if high % patch_high or wide % patch_wide:
-            raise ValueError(f"{how} does not come out even: image_size= is the size the model saw")
-        rows, columns = high // patch_high, wide // patch_wide
-    elif image_size is not None:
-        raise ValueError(f"image_size={image_size} alone gives no grid: pass patch_size= too")
-    else:
-        rows = columns = _square_side(keys, count, given)
-        how = f"a square grid of side {rows}"
+    tokens = f"{keys} keys" + ("" if count is None else f", {count} of them prefix tokens")
+    rows, columns, source = _read_sides(grid, image_size, patch_size, picture_size) or _square(keys, count, tokens)
     left = keys - rows * columns
     if left < 0 or (count is not None and left != count):
         raise ValueError(
-            f"{how} makes {rows} x {columns} = {rows * columns} patches, which does not fit {given}: "
+            f"{source} makes {rows} x {columns} = {rows * columns} patches, which does not fit {tokens}: "
             f"grid=(rows, columns) and prefix_tokens= must add up to {keys}"
         )
-    return Grid(rows, columns, tuple(names if names is not None else _names(left)))
+    if names is None:  # the first is the class token in nearly every model; what the others are called differs
+        names = ["CLS", *(f"token {number}" for number in range(1, left))][:left]
+    return Grid(rows, columns, tuple(names))
 
 
-def _square_side(keys: int, count: int | None, given: str) -> int:
+def _read_prefix(prefix_tokens: int | Sequence[str] | None) -> tuple[list[str] | None, int | None]:
+    """The names and the number of prefix tokens, None where the user does not say."""
+    if prefix_tokens is None:
+        return None, None
+    if not isinstance(prefix_tokens, Sequence):
+        return None, operator.index(prefix_tokens)
+    names = [prefix_tokens] if isinstance(prefix_tokens, str) else [str(name) for name in prefix_tokens]
+    return names, len(names)
+
+
+def _read_sides(
+    grid: tuple[int, int] | None, image_size: Size | None, patch_size: Size | None, picture_size: tuple[int, int] | None
+) -> tuple[int, int, str] | None:
+    """The rows and columns that the user describes, and the words for the source of these numbers."""
+    if grid is not None:
+        return *pair_of("grid", grid), f"grid={grid}"
+    if patch_size is None:
+        if image_size is not None:
+            raise ValueError(f"image_size={image_size} alone gives no grid: pass patch_size= too")
+        return None
+    size = picture_size if image_size is None else pair_of("image_size", image_size)
+    if size is None:
+        raise ValueError(f"patch_size={patch_size} alone gives no grid: pass image_size= too, or an image")
+    high, wide = pair_of("patch_size", patch_size)
+    source = f"an image of {size[0]} x {size[1]} pixels in patches of {high} x {wide}"
+    if size[0] % high or size[1] % wide:
+        raise ValueError(f"{source} leaves a rest: image_size= is the size that the model saw")
+    return size[0] // high, size[1] // wide, source
+
+
+def _square(keys: int, count: int | None, tokens: str) -> tuple[int, int, str]:
+    """The square that the keys form, or all keys but one."""
     for prefix in (0, 1) if count is None else (count,):
-        side = math.isqrt(max(0, keys - prefix))
+        side = math.isqrt(keys - prefix)
         if side > 0 and side * side == keys - prefix:
-            return side
+            return side, side, f"a square grid of side {side}"
     tried = f"neither {keys} nor {keys - 1} is" if count is None else f"{keys - count} is not"
     raise ValueError(
-        f"cannot tell the patch grid of {given}: {tried} a square number. Pass grid=(rows, columns), or image_size= "
+        f"cannot tell the patch grid of {tokens}: {tried} a square number. Pass grid=(rows, columns), or image_size= "
         "and patch_size= in pixels; prefix_tokens= says how many tokens come before the patches"
     )
-
-
-def _names(count: int) -> list[str]:
-    """Names for a bare count: the first is nearly always the class token, the others differ by model."""
-    return ["CLS", *(f"token {number}" for number in range(1, count))][:count]
 
 
 def pair_of(name: str, size: Size) -> tuple[int, int]:
@@ -151,42 +217,49 @@ def pair_of(name: str, size: Size) -> tuple[int, int]:
 
 
 def word_index(word: str, tokens: Sequence[str]) -> int:
-    """The place of a word among the tokens, with or without what its tokenizer puts before it.
+    """The index of a word among the tokens, with or without the marker that its tokenizer puts before it.
 
     >>> word_index("cat", ["Ġthe", "Ġcat"])
     1
     """
-    found = [place for place, token in enumerate(tokens) if token == word]
-    found = found or [place for place, token in enumerate(tokens) if token.strip(_MARKERS) == word.strip(_MARKERS)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(f"query={word!r} stands {len(found)} times in query_tokens: pass its index, one of {found}")
+    places = [place for place, token in enumerate(tokens) if token == word]
+    places = places or [place for place, token in enumerate(tokens) if token.strip(_MARKERS) == word.strip(_MARKERS)]
+    if len(places) == 1:
+        return places[0]
+    if places:
+        raise ValueError(f"query={word!r} stands {len(places)} times in query_tokens: pass its index, one of {places}")
     few = ", ".join(map(repr, tokens[:12])) + (f" and {len(tokens) - 12} more" if len(tokens) > 12 else "")
     raise ValueError(f"query={word!r} is not in query_tokens: {few}")
 
 
 @dataclass(frozen=True)
 class Window:
-    """The window that a patch attends in, and where its keys lie on the whole grid."""
+    """The window in which a patch attends, and where the window's keys lie on the whole grid."""
 
     number: int
-    """Which of the image's windows."""
+    """The window's index among those of the image."""
     count: int
     """How many windows the image has."""
     token: int
     """The query's index in its window."""
     places: npt.NDArray[np.intp]
-    """The place of each key on the grid, row by row; -1 where it is padding."""
+    """The index of each key among the patches of the grid, row by row; -1 where the key is padding."""
+
+    def spread(self, weights: Array, grid: Grid) -> Array:
+        """The weights of the window's keys as a row over the whole grid, NaN outside the window."""
+        row = np.full(grid.rows * grid.columns, np.nan, weights.dtype)
+        is_patch = self.places >= 0
+        row[self.places[is_patch]] = weights[is_patch]
+        return row
 
 
 def read_window(patch: tuple[int, int], grid: Grid, keys: int, window: Size, shift: Size) -> Window:
-    """The window of a patch where the grid was rolled by -shift and cut into windows row by row.
+    """The window of a patch, where the model rolls the grid by -shift and cuts it into windows row by row.
 
-    >>> read_window((0, 0), Grid(4, 4, ()), keys=4, window=2, shift=1).places  # the four corners
+    >>> read_window((0, 0), Grid(4, 4), keys=4, window=2, shift=1).places  # the four corners
     array([15, 12,  3,  0])
 
-    A side that one window covers is not shifted, as in the models. Raises ValueError where the numbers do not fit.
+    As in the models, a side that one window covers is not shifted. Raises ValueError where the numbers do not fit.
     """
     sides = pair_of("window", window)
     if sides[0] * sides[1] != keys:
@@ -213,6 +286,11 @@ def read_window(patch: tuple[int, int], grid: Grid, keys: int, window: Size, shi
     return Window(int(number), down * across, int(token), windows[number])
 
 
+def picture_of(image: Any) -> Array | None:
+    """The picture as `read_image` reads it; None where the user passes none."""
+    return None if image is None else read_image(image)
+
+
 def read_image(image: Any) -> Array:
     """The picture as (height, width, 3) floats from 0 to 1, from an array, a tensor or a PIL image.
 
@@ -220,15 +298,15 @@ def read_image(image: Any) -> Array:
     (2, 3, 3)
 
     Takes (height, width), (height, width, channels) and, as torch has it, (channels, height, width); 1, 3 or 4
-    channels, integers to 255 or floats to 1. What is transparent becomes white. Raises ValueError for anything else.
+    channels, integers to 255 or floats to 1. Transparent pixels become white. Raises TypeError or ValueError for
+    anything else.
     """
     if hasattr(image, "convert"):
         image = image.convert("RGBA")  # a palette's indices are not colours
     if not (is_array(image) or hasattr(image, "__array__") or hasattr(image, "__array_interface__")):
         raise TypeError(f"image is a {type(image).__name__}: pass an array, a tensor or an opened PIL image")
-    whole = not hasattr(image, "detach") and np.asarray(image).dtype.kind in "iu"
-    if hasattr(image, "detach"):
-        whole = not image.is_floating_point()
+    is_tensor = hasattr(image, "detach")
+    is_whole = not image.is_floating_point() if is_tensor else np.asarray(image).dtype.kind in "iu"
     pixels = as_numbers(image, "image")
     shape = pixels.shape
     if pixels.ndim == 2:
@@ -241,8 +319,8 @@ def read_image(image: Any) -> Array:
             + ("; pass image[0] for the first of a batch" if len(shape) == 4 else "")
         )
     low, high = float(pixels.min()), float(pixels.max())
-    top = 255 if whole else 1
-    if not (-0.01 * top <= low and high <= 1.01 * top):  # NaN fails, a resize's overshoot passes
+    top = 255 if is_whole else 1
+    if not (-0.01 * top <= low and high <= 1.01 * top):  # NaN fails; the slight overshoot of a resize passes
         raise ValueError(
             f"image has values from {low:.3g} to {high:.3g}; expected integers from 0 to 255 or floats from 0 to 1. "
             "Undo the model's normalisation first (image * std + mean), or divide by 255"

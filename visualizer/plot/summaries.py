@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from .canvas import axes_of, colour_bar, label_ticks, mosaic, panel_size, panels, scale_of
+from .canvas import axes_of, colour_bar, full_rows, label_ticks, mosaic, panel_size, panels, write_title
+from .look import Colours, Keywords, Scale, exceeds
 from .places import read_grid
 from .reading import Array, as_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any colour vision (https://jfly.uni-koeln.de/color/). Labels of
-# analysis.head_patterns have one each, the same in every picture; others take what is left.
+__all__ = ["distance", "filters", "patterns", "positions", "spikes"]
+
+_POSITIONS = Keywords(Scale, vmin=-1, vmax=1)
+_SPIKES = Keywords(Colours, cmap="inferno")
+
+# Okabe and Ito's colours can be told apart with any colour vision (https://jfly.uni-koeln.de/color/). Each label of
+# analysis.head_patterns has one, the same in every picture; other labels take those that are left.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 _KNOWN = ("previous", "next", "self", "local", "special", "induction", "broad")
 _NONE = ("mixed", "other", "none", "")
 _GREY = "#D0D0D0"
 
 
-def distance(
-    distances: Any,
-    *,
-    unit: str = "pixels",
-    ax: Axes | None = None,
-    title: str | None = None,
-) -> Axes:
+def distance(distances: Any, *, unit: str = "pixels", ax: Axes | None = None, title: str | None = None) -> Axes:
     """How far each head looks, layer by layer: a dot per head, as in fig. 7 right of the ViT paper.
 
     >>> ax = distance(np.arange(24.0).reshape(4, 6))
@@ -42,7 +42,9 @@ def distance(
         distances: what `analysis.attention_distance` gives, (layers, heads) or (layers, batch, heads), of which the
             mean over the images is drawn; or a list with one of (heads,) or (batch, heads) per layer, whose numbers of
             heads may differ. Heads without a distance (NaN) have no dot.
-        unit: of the distances: pixels, where `attention_distance` was told the `patch_size`, else "patches".
+        unit: the unit of the distances: "pixels" where `attention_distance` had the `patch_size`, else "patches".
+        ax: the axes to draw on; None: those of a new figure.
+        title: None: none.
 
     Raises:
         ValueError: another shape, or distances below zero.
@@ -73,8 +75,7 @@ def distance(
     ax.set_ylim(0, 1.05 * float(y[known].max()) or 1)
     ax.set_xlabel("network depth (layer)")
     ax.set_ylabel(f"mean attention distance ({unit})", parse_math=False)
-    if title is not None:
-        ax.set_title(title, parse_math=False)
+    write_title(ax, title)
     return ax
 
 
@@ -99,10 +100,12 @@ def filters(components: Any, *, columns: int = 7, ax: Axes | None = None, title:
         components: what `analysis.filter_components` gives, (count, channels, height, width), of one channel (grey) or
             three (red, green, blue). Each is scaled to 0..1 by its own lowest and highest value, so that tiles cannot
             be compared in strength.
-        columns: how many tiles stand side by side.
+        columns: the number of tiles in a row.
+        ax: as in `distance`.
+        title: None: what the tiles are.
 
     Raises:
-        ValueError: another shape, or values that are no numbers.
+        ValueError: another shape, or values that are not finite.
     """
     values = as_numbers(components, "components")
     if values.ndim != 4 or values.shape[1] not in (1, 3) or 0 in values.shape:
@@ -122,21 +125,12 @@ def filters(components: Any, *, columns: int = 7, ax: Axes | None = None, title:
     ax = axes_of(ax, (0.9 * columns + 0.3, 0.9 * rows * high / wide + 0.6))
     mosaic(ax, cells.reshape(rows, columns, high, wide, 3), ([], []))
     text = f"{count} filters, each from its lowest value to its highest"
-    ax.set_title(text if title is None else title, parse_math=False)
+    write_title(ax, title, text)
     return ax
 
 
-def positions(
-    similarity: Any,
-    *,
-    every: int = 1,
-    ax: Axes | None = None,
-    cmap: str | Colormap = "viridis",
-    vmin: float | None = -1,
-    vmax: float | None = 1,
-    cbar: bool = True,
-    title: str | None = None,
-) -> Axes:
+@_POSITIONS.show
+def positions(similarity: Any, *, every: int = 1, ax: Axes | None = None, **options: Unpack[Scale]) -> Axes:
     """How alike position embeddings are, as a grid of grids: fig. 7 centre of the ViT paper.
 
     >>> ax = positions(np.random.default_rng(0).uniform(-1, 1, (4, 4, 4, 4)))
@@ -149,11 +143,14 @@ def positions(
         similarity: what `analysis.position_similarity` gives, cosine similarities (rows, columns, rows, columns); or a
             part of its first two axes, whose tiles then have no numbers.
         every: 5 shows the tile of every fifth patch of a large grid, from the third on; each still has all patches.
-        vmin, vmax: the ends of the colour scale: all that a cosine can be; None: the lowest and the highest value.
+        ax, title: as in `distance`.
+        cmap, cbar: as in `head`.
+        vmin, vmax: the ends of the colour scale, by default those of a cosine; None: the lowest and the highest value.
 
     Raises:
         ValueError: another shape, or no tile left.
     """
+    look = _POSITIONS.look(options)
     values = as_numbers(similarity, "similarity")
     if values.ndim != 4 or 0 in values.shape or any(np.greater(values.shape[:2], values.shape[2:])):
         raise ValueError(
@@ -166,29 +163,28 @@ def positions(
     chosen = [range(count)[every // 2 :: every] for count in values.shape[:2]]
     values = values[np.ix_(*chosen)]
     rows, columns = values.shape[:2]
-    low = float(np.nanmin(values)) if vmin is None else vmin
-    top = float(np.nanmax(values)) if vmax is None else vmax
+    low = float(np.nanmin(values)) if look.vmin is None else look.vmin
+    top = float(np.nanmax(values)) if look.vmax is None else look.vmax
     side = min(9.0, max(4.0, 0.4 * max(rows, columns)))
     ax = axes_of(ax, (side * min(1, columns / rows) + 1.2, side * min(1, rows / columns) + 0.4))
-    if cbar:
-        colour_bar(ax.figure, scale_of(cmap, low, top), ax, bool(np.nanmax(values) > top + 1e-5), "cosine similarity")
+    if look.cbar:
+        scale = replace(look, vmin=low).scale(top)
+        colour_bar(ax.figure, scale, ax, exceeds(values, top + 1e-5), "cosine similarity")
     ax.set_xlabel("input patch column")
     ax.set_ylabel("input patch row")
-    if title is not None:
-        ax.set_title(title, parse_math=False)
-    mosaic(ax, values, (chosen[0], chosen[1]) if is_whole else ([], []), cmap=cmap, vmin=low, vmax=top)
+    write_title(ax, look.title)
+    mosaic(ax, values, (chosen[0], chosen[1]) if is_whole else ([], []), cmap=look.cmap, vmin=low, vmax=top)
     return ax
 
 
+@_SPIKES.show
 def spikes(
     rates: Any,
     *,
     grid: tuple[int, int] | None = None,
     columns: int | None = None,
-    cmap: str | Colormap = "inferno",
     vmax: float | None = None,
-    cbar: bool = True,
-    title: str | None = None,
+    **options: Unpack[Colours],
 ) -> Figure:
     """Firing rates of patches, a map per block, with each map's mean.
 
@@ -202,41 +198,39 @@ def spikes(
         rates: what `analysis.spike_rate` gives for each block, 0 to 1: (blocks, tokens) or (blocks, rows, columns), or
             a list with one of (tokens,) or (rows, columns) per block; or a dict of name -> these, one row of maps each.
         grid: (rows, columns) of patches; None: the square that the tokens form.
-        columns: how many maps stand side by side; None: all of a dict's, else up to eight.
-        vmax: None: the highest rate.
+        columns: the number of maps in a row; None: up to eight, or all that a name of a dict has.
+        vmax: the end of the colour scale; None: the highest rate.
+        cmap, cbar: as in `head`.
+        title: above all maps; None: none.
 
     Raises:
         ValueError: another shape, tokens that form no grid, or values that are no rates.
     """
+    look = _SPIKES.look(options)
     series = dict(rates) if isinstance(rates, Mapping) else {"": rates}
-    drawn = {str(name): _blocks(name, values, grid) for name, values in series.items()}
-    counts = {name: len(blocks) for name, blocks in drawn.items()}
+    maps = {str(name): _blocks(name, values, grid) for name, values in series.items()}
+    counts = {name: len(blocks) for name, blocks in maps.items()}
     if len(set(counts.values())) != 1:
-        raise ValueError(f"rates has not one number of blocks under all names: {counts}")
-    if len(drawn) > 1 and columns is not None:
-        raise ValueError(f"columns={columns}: each of {', '.join(drawn)} has a row of its own")
+        raise ValueError(f"rates has different numbers of blocks under its names: {counts}")
+    if len(maps) > 1 and columns is not None:
+        raise ValueError(f"columns={columns}: each of {', '.join(maps)} has a row of its own")
     count = next(iter(counts.values()))
-    cells = [block for blocks in drawn.values() for block in blocks]
-    high, wide = cells[0].shape
-    side = 1.5 if len(cells) > 4 else 2.2
-    wanted = count if len(drawn) > 1 else 8
-    size = panel_size(high, wide, side)
-    figure, axes, across = panels(
-        len(cells), count if len(drawn) > 1 else columns, wanted, (max(1.0, size[0]), size[1] + 0.3)
-    )
+    cells = [block for blocks in maps.values() for block in blocks]
+    columns = count if len(maps) > 1 else full_rows(count, columns, 8)
+    width, height = panel_size(cells[0].shape, 1.5 if len(cells) > 4 else 2.2)
+    figure, axes = panels(len(cells), columns, (max(1.0, width), height + 0.3))
     highest = max(float(block.max()) for block in cells)
     top = vmax if vmax is not None else highest or 1.0
     for number, (ax, block) in enumerate(zip(axes, cells, strict=True)):
-        image = ax.imshow(block, cmap=cmap, vmin=0, vmax=top, interpolation="nearest", origin="upper")
+        image = ax.imshow(block, cmap=look.cmap, vmin=0, vmax=top, interpolation="nearest", origin="upper")
         ax.set(xticks=[], yticks=[])
         name = f"block {number}\n" if number < count else ""
         ax.set_title(f"{name}mean {block.mean():.2f}", fontsize=9)
-        if len(drawn) > 1 and number % across == 0:
-            ax.set_ylabel(list(drawn)[number // across], parse_math=False)
-    if cbar:
+        if len(maps) > 1 and number % columns == 0:
+            ax.set_ylabel(list(maps)[number // columns], parse_math=False)
+    if look.cbar:
         colour_bar(figure, image, axes, highest > top, "firing rate")
-    if title is not None:
-        figure.suptitle(title, parse_math=False)
+    write_title(figure, look.title)
     return figure
 
 
@@ -312,8 +306,7 @@ def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) ->
         for label, colour in colours.items()
     ]
     ax.legend(handles=entries, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0)
-    if title is not None:
-        ax.set_title(title, parse_math=False)
+    write_title(ax, title)
     label_ticks(ax, [str(number) for number in range(count)], [str(number) for number in range(heads)], rotation=0)
     _write_in_cells(ax, labels, colours)
     return ax

@@ -1,41 +1,18 @@
 """Statistics of attention over a whole data set: what adds up, so that no map is kept.
 
-`collect` runs a model over a data set, on one process or many; the statistics are torchmetrics metrics that work alone
-as well.
+`collect` runs a model over a data set, on one process or many. `Monitor` measures steps of a training. The statistics
+are torchmetrics metrics, which work alone as well.
 """
+# ruff: noqa: F403
 
-from .collected import Collected
-from .collecting import collect
-from .measures import (
-    Confidence,
-    Distance,
-    Entropy,
-    MeanMap,
-    Patterns,
-    PrefixMass,
-    Received,
-    Sink,
-    Statistic,
-    Texts,
-)
-from .moments import Moments
-from .training import Monitor, lightning_callback, trainer_callback
+from . import collected, collecting, measures, moments, statistic, tokens, training
+from .collected import *
+from .collecting import *
+from .measures import *
+from .moments import *
+from .statistic import *
+from .tokens import *
+from .training import *
 
-__all__ = [
-    "Collected",
-    "Confidence",
-    "Distance",
-    "Entropy",
-    "MeanMap",
-    "Moments",
-    "Monitor",
-    "Patterns",
-    "PrefixMass",
-    "Received",
-    "Sink",
-    "Statistic",
-    "Texts",
-    "collect",
-    "lightning_callback",
-    "trainer_callback",
-]
+__all__ = [*collected.__all__, *collecting.__all__, *measures.__all__, *moments.__all__]
+__all__ += [*statistic.__all__, *tokens.__all__, *training.__all__]

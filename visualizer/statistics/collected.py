@@ -1,23 +1,44 @@
-"""`Collected`: statistics by their names, in memory and in files, and several of them made one."""
+"""`Collected`: statistics by their names, in memory and in files; `merge` makes one of several."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import FileFormatError, warn
+from ..errors import warn
 from ..store import Record, Recorded, Saved, stacked
-from ..store.files import read
-from .measures import Statistic
-from .moments import Moments, as_large, merged
+from .measures import MEASURES
+from .moments import Moments, empty_state, merge_states, to_one_shape
+from .statistic import Statistic, with_layers
+
+__all__ = ["Collected"]
 
 _VARIABLE = "statistics moments"  # in a file's records; no local variable is called so
+
+
+@dataclass
+class Origin:
+    """Where statistics come from: so that shares merge once each, and a checkpoint goes on with the same run."""
+
+    runs: list[str] = field(default_factory=list)
+    """A random name for each run that is in it."""
+    rank: int | None = None
+    """The process whose share it is; None: all processes together."""
+    ranks: int = 1
+    """How many processes ran."""
+    model: str | None = None
+    """A fingerprint of the model."""
+    data: Any = None
+    """A fingerprint of the data, or how many batches there are; None: not known."""
+    sharded: bool = False
+    """Whether each process saw a part of the model alone, so that `model` differs between them."""
 
 
 class Collected(Recorded, Mapping[str, Moments]):
@@ -25,39 +46,48 @@ class Collected(Recorded, Mapping[str, Moments]):
 
     paths: tuple[str, ...]
     """The modules that the layers are, in the order of their calls."""
+    samples: int
+    """How many images or texts were seen: of each batch the smallest that a layer saw, as windows are more."""
+    batches: int
+    """How many batches counted."""
+    failed: list[tuple[int, str]]
+    """The batches that failed, by their numbers in the data (or in their process's share of it), and why."""
+    states: dict[str, Tensor]
+    """The moments of each statistic as they add up, (5, layers, heads, ...)."""
+    settings: dict[str, dict[str, Any]]
+    """The class and the arguments of each statistic."""
+    labels: dict[str, str]
+    """What a plot writes at the axis of each statistic."""
+    number_names: dict[str, tuple[str, ...]]
+    """What the numbers of a head are called, for statistics where each is something else, such as `Patterns`."""
+    origin: Origin
+    is_complete: bool
+    """Whether the run came to the end of its data."""
 
-    def __init__(self, statistics: Sequence[Statistic]) -> None:
-        self._statistics = list(statistics)
-        self._settings = {statistic.name: statistic.settings for statistic in statistics}
-        for statistic in self._statistics:
-            statistic.reset()
-        self._states: dict[str, Tensor] = {}
-        self._is_complete = True
-        self._is_whole = True
-        """Whether no batch is just being taken in."""
-        self._part: dict[str, Any] = {}
-        """Of a process's file: its "rank", of how many "ranks", and what tells its "model" and its "data" apart, and
-        whether it saw a shard of the model alone; and of which "runs" it is, so that none counts twice. What several
-        found together has no "rank"."""
-        self.paths = ()
-        self.samples = 0
-        """How many images or texts were seen: the smallest batch of a layer, as windows are more, over all batches."""
-        self.batches = 0
-        """How many batches counted."""
-        self.failed: list[tuple[int, str]] = []
-        """The batches that failed, by their numbers in the data (or in their process's share of it), and why."""
-        self.about = {}
+    def __init__(self, statistics: Sequence[Statistic], origin: Origin | None = None) -> None:
+        self.states = {one.name: empty_state((0,) * (2 + one.axes)).to(one.moments.device) for one in statistics}
+        self.settings = {one.name: one.settings for one in statistics}
+        self.labels = {one.name: one.label for one in statistics}
+        self.number_names = {one.name: one.number_names for one in statistics}
+        self.origin = origin or Origin()
+        self.paths, self.samples, self.batches, self.failed = (), 0, 0, []
+        self.is_complete, self.about = True, {}
 
     def __getitem__(self, name: str) -> Moments:
-        if name not in self._settings:
+        if name not in self.states:
             raise KeyError(f"there is no statistic {name!r}; there are {', '.join(map(repr, self))}")
-        return Moments.of(self._state(name))
+        return Moments.of(self.states[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._settings)
+        return iter(self.states)
 
     def __len__(self) -> int:
-        return len(self._settings)
+        return len(self.states)
+
+    @property
+    def tried(self) -> int:
+        """How many batches counted or failed."""
+        return self.batches + len(self.failed)
 
     @property
     def records(self) -> list[Record]:
@@ -76,21 +106,21 @@ class Collected(Recorded, Mapping[str, Moments]):
         for name, moments in self.items():
             axes = ("layers", "heads", "of each")
             shape = moments.count.shape
-            numbers = ", ".join([f"{size} {axis}" for size, axis in zip(shape, axes, strict=False)])
-            numbers = numbers if len(shape) < 4 else f"{shape[0]} layers, {shape[1]} heads, {shape[2]} x {shape[3]}"
+            sizes = ", ".join([f"{size} {axis}" for size, axis in zip(shape, axes, strict=False)])
+            sizes = sizes if len(shape) < 4 else f"{shape[0]} layers, {shape[1]} heads, {shape[2]} x {shape[3]}"
             least, most = (int(f(moments.count)) if moments.count.size else 0 for f in (np.min, np.max))
-            rows.append((name, numbers, str(most) if least == most else f"{least} to {most}"))
+            rows.append((name, sizes, str(most) if least == most else f"{least} to {most}"))
         more = f", {len(self.failed)} failed" if self.failed else ""
-        more += "" if self._is_complete else ", unfinished"
+        more += "" if self.is_complete else ", unfinished"
         return f"statistics of {self.samples} images or texts in {self.batches} batches{more}", rows
 
-    def _state(self, name: str) -> Tensor:
-        if name in self._states:
-            return self._states[name]
-        return next(statistic.moments for statistic in self._statistics if statistic.name == name)
+    def add(self, calls: Sequence[tuple[str, int, list[Tensor]]]) -> None:
+        """Add one batch, all of it or nothing: for each call its module's path, its batch size, and a state of each
+        statistic, as `measured` makes them.
 
-    def _take(self, calls: list[tuple[str, int, list[Tensor]]]) -> None:
-        """Take in what was made of a batch's calls, all or nothing."""
+        Raises:
+            ValueError: there is no call, or the calls are not those of the batches before.
+        """
         paths = tuple(path for path, _, _ in calls)
         if not paths:
             raise ValueError("no attention was seen in this batch. Has the model any?")
@@ -99,119 +129,106 @@ class Collected(Recorded, Mapping[str, Moments]):
                 f"this batch had attention in {len(paths)} calls, {few(paths)}, and those before in "
                 f"{len(self.paths)}, {few(self.paths)}: statistics are those of the same layers"
             )
-        before = [statistic.moments for statistic in self._statistics]
-        self._is_whole = False
-        try:
-            for number, statistic in enumerate(self._statistics):
-                statistic.take([states[number] for _, _, states in calls])
-        except BaseException:
-            for statistic, moments in zip(self._statistics, before, strict=True):
-                statistic.moments = moments
-            self._is_whole = True
-            raise
-        self.paths = paths
-        self.samples += min(size for _, size, _ in calls)  # windows are more than images
-        self.batches += 1
-        self._is_whole = True
+        layers = zip(*(states for _, _, states in calls), strict=True)  # for each statistic
+        states = {name: with_layers(self.states[name], each) for name, each in zip(self.states, layers, strict=True)}
+        samples = self.samples + min(size for _, size, _ in calls)
+        # In one step: Ctrl-C comes before or after it, and what is written then has whole batches.
+        vars(self).update(states=states, paths=paths, samples=samples, batches=self.batches + 1)
 
     def saved(self, about: dict[str, Any] | None = None) -> Saved:
         """The statistics as plain data."""
         records = [
-            Record(name, _VARIABLE, self._state(name).detach().cpu().numpy(), number, None, 0)
-            for number, name in enumerate(self)
+            Record(name, _VARIABLE, state.detach().cpu().numpy(), number, None, 0)
+            for number, (name, state) in enumerate(self.states.items())
         ]
-        own = {
-            "part": self._part,
+        content = {
+            "part": asdict(self.origin),
             "paths": list(self.paths),
             "samples": self.samples,
             "batches": self.batches,
             "failed": [list(one) for one in self.failed],
-            "settings": self._settings,
-            "is complete": self._is_complete,
+            "settings": self.settings,
+            "labels": self.labels,
+            "number names": {name: list(names) for name, names in self.number_names.items()},
+            "is complete": self.is_complete,
         }
         about = self.about if about is None else about
-        return Saved("statistics", tuple(self), records, {"statistics": own, "about": about})
+        return Saved("statistics", tuple(self), records, {"statistics": content, "about": about})
 
     @classmethod
     def from_saved(cls, saved: Saved) -> Collected:
-        """The statistics that these were."""
-        found, own = Collected([]), saved.about["statistics"]
-        found._states = {record.key: torch.from_numpy(np.array(record.value)) for record in saved.records}
-        found._settings, found._part, found.paths = own["settings"], own["part"], tuple(own["paths"])
-        found.samples, found.batches, found._is_complete = own["samples"], own["batches"], own["is complete"]
-        found.failed = [(number, why) for number, why in own["failed"]]
-        found.about = saved.about["about"]
+        """The statistics that were saved."""
+        content = saved.about["statistics"]
+        if "labels" not in content:
+            content = {**content, **_described(content["settings"])}
+        found = Collected([], Origin(**content["part"]))
+        found.states = {record.key: torch.from_numpy(np.array(record.value)) for record in saved.records}
+        found.settings, found.labels = content["settings"], content["labels"]
+        found.number_names = {name: tuple(names) for name, names in content["number names"].items()}
+        found.paths, found.samples, found.batches = tuple(content["paths"]), content["samples"], content["batches"]
+        found.failed = [(number, why) for number, why in content["failed"]]
+        found.is_complete, found.about = content["is complete"], saved.about["about"]
         return found
 
-    def _resume(self, file: Path) -> None:
-        """Go on from what a run before wrote."""
-        try:
-            saved = read(file)
-        except FileFormatError as error:
-            raise FileFormatError(f"{error}; or remove it, and this process's share begins anew") from error
-        if saved.kind != "statistics":
-            raise ValueError(f"{file} is no checkpoint of statistics: choose another folder")
-        before = Collected.from_saved(saved)
-        differences: list[tuple[str, Any, Any]] = [("statistics", self._settings, before._settings)]
-        for key, what in (
-            ("ranks", "a number of processes, each of which goes on with its own share,"),
-            ("rank", "a rank"),
-            ("model", "a model"),
-            ("data", "data, by their number of batches or fingerprint,"),
-        ):
-            differences.append((what, self._part[key], before._part.get(key)))
-        for what, own, others in differences:
-            if own != others and not (what.startswith("data") and None in (own, others)):  # of an unknown length
-                raise ValueError(
-                    f"{file} is of another run, with {what} {others}, where this one has {own}: choose a new folder"
-                )
-        for statistic in self._statistics:
-            statistic.moments = before._states[statistic.name].to(statistic.moments.device)
-        self.paths, self.samples, self.batches = before.paths, before.samples, before.batches
-        self.failed, self._is_complete = before.failed, before._is_complete
-        self._part["runs"] = before._part.get("runs", self._part["runs"])
+
+def _described(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The labels of a file's statistics, and the names of their numbers: files did not always have them."""
+    classes = {measure.__name__: measure for measure in MEASURES.values()}
+    labels = {name: name.replace("_", " ") for name in settings}
+    number_names: dict[str, tuple[str, ...]] = dict.fromkeys(settings, ())
+    for name, arguments in settings.items():
+        with suppress(KeyError, TypeError, ValueError):  # somebody's own class, perhaps with the name of one of ours
+            statistic = classes[arguments["statistic"]](**{k: v for k, v in arguments.items() if k != "statistic"})
+            labels[name], number_names[name] = statistic.label, statistic.number_names
+    return {"labels": labels, "number names": number_names}
 
 
 def merge(parts: Sequence[Collected]) -> Collected:
-    """All parts together; ValueError where they are of different statistics or models."""
+    """All parts together.
+
+    Warns of processes whose part is missing.
+
+    Raises:
+        ValueError: the parts are of different statistics or models, or hold the same run twice.
+    """
+    times_by_run: dict[tuple[int, Any], Counter[int]] = {}  # there may be several runs, and all as often
+    for origin in (part.origin for part in parts):
+        if origin.rank is not None:
+            times_by_run.setdefault((origin.ranks, origin.data), Counter())[origin.rank] += 1
+    for (ranks, _), times in times_by_run.items():
+        missing = [str(rank) for rank in range(ranks) if times[rank] < max(times.values())]
+        if missing:
+            warn(f"of a run of {ranks} processes the files of these are missing: {', '.join(missing)}")
+    whole = without_states(parts)
+    whole.states = {
+        name: merge_states(torch.stack(to_one_shape([part.states[name] for part in parts]))) for name in parts[0]
+    }
+    return whole
+
+
+def without_states(parts: Sequence[Collected]) -> Collected:
+    """All that parts are together but their states; raises what `merge` raises."""
     first = next((part for part in parts if part.paths), parts[0])
-    whole = Collected([])
     for part in parts:
-        if part._settings != first._settings or (part.paths and part.paths != first.paths):
-            raise ValueError("these are of different statistics or models, which cannot be merged")
-    models = {part._part.get("model") for part in parts if not part._part.get("sharded")} - {None}
-    if len(models) > 1:
+        if part.settings != first.settings or (part.paths and part.paths != first.paths):
+            raise ValueError(
+                "these are of different statistics or models, which cannot be merged: "
+                f"{', '.join(first.settings)} of {few(first.paths)} and {', '.join(part.settings)} of {few(part.paths)}"
+            )
+    if len({part.origin.model for part in parts if not part.origin.sharded} - {None}) > 1:
         raise ValueError("these are of models with different weights, which cannot be merged")
-    runs = [run for part in parts for run in part._part.get("runs", ())]
+    runs = [run for part in parts for run in part.origin.runs]
     if len({*runs}) < len(runs):
         raise ValueError("the same run is in several of these: they are copies, or parts beside their whole")
-    found_by: dict[tuple[Any, ...], Counter[int]] = {}
-    for part in parts:
-        if "rank" in part._part:
-            ranks, data = part._part["ranks"], part._part["data"]
-            found_by.setdefault((ranks, data), Counter())[part._part["rank"]] += 1
-    for (ranks, _), times in found_by.items():
-        missing = [rank for rank in range(ranks) if times[rank] < max(times.values())]
-        if missing:
-            warn(f"of a run of {ranks} processes the files of these are missing: {numbers(missing)}")
-    whole._settings, whole.paths = first._settings, first.paths
-    whole._part = {**first._part, "runs": runs}
-    if len(parts) > 1:
-        whole._part.pop("rank", None)
-    for name in first:
-        whole._states[name] = merged(torch.stack(as_large([part._state(name) for part in parts])))
+    whole = Collected([], replace(first.origin, runs=runs, rank=first.origin.rank if len(parts) == 1 else None))
+    whole.settings, whole.labels, whole.number_names = first.settings, first.labels, first.number_names
+    whole.paths, whole.about = first.paths, first.about
     whole.samples, whole.batches = sum(part.samples for part in parts), sum(part.batches for part in parts)
     whole.failed = [failure for part in parts for failure in part.failed]
-    whole.about = first.about
-    whole._is_complete = all(part._is_complete for part in parts)
+    whole.is_complete = all(part.is_complete for part in parts)
     return whole
 
 
 def few(paths: Sequence[str]) -> str:
     """The first paths of many, for a message."""
     return ", ".join(map(repr, paths[:3])) + (" ..." if len(paths) > 3 else "")
-
-
-def numbers(numbers: Iterable[int]) -> str:
-    """Numbers in their order, for a message."""
-    return ", ".join(map(str, sorted(numbers)))

@@ -1,14 +1,12 @@
-"""`collect(model, batches, *statistics)`: a model over a data set, of which only what adds up is kept."""
+"""`collect(model, batches, *statistics)`: runs a model over a data set and keeps moments, no maps."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +16,16 @@ from ..errors import warn
 from ..instrument import named_modules
 from ..intercept import attention
 from ..store import NO_LIMIT
-from .collected import Collected
-from .measures import Statistic, Texts, check_statistics, measured, texts_of
+from .checkpoint import Checkpoint
+from .collected import Collected, Origin
+from .heartbeat import Stopped
 from .ranks import Batch, Ranks
-from .signs import Stopped
+from .statistic import Statistic, check_statistics, measured
+from .tokens import Tokens, tokens_of_call
 
-_FEW, _MANY = 3, 100  # failures in a row, before a batch has worked and after: then it is not the data that is wrong
+__all__ = ["collect"]
+
+_FEW, _MANY = 3, 100  # failures in a row, before any batch has worked and later, after which the data is not to blame
 
 
 def collect(
@@ -53,121 +55,98 @@ def collect(
     (3, 2)
     >>> found.save("/tmp/entropy.safetensors")  # doctest: +SKIP
 
-    Each call of attention is reduced to its moments as it is made, fused or not, so no map outlives its call. The model
-    runs without gradients and in eval mode, and has its own mode back at the end; autocast around `collect` holds,
-    modules that `torch.compile` has compiled run uncompiled.
+    Each call of attention, fused or not, is reduced to its moments at once, so no map outlives its call. The model runs
+    without gradients and in eval mode, and has its own mode back at the end. Autocast around `collect` applies; modules
+    that `torch.compile` has compiled run uncompiled.
 
     **Many processes.** Under `torchrun` or `accelerate launch`, with `torch.distributed` initialised, each process runs
-    its share of the batches, and all return the statistics of all. A process that fails ends the others behind the
-    batch they are at. As they come to the end they wait for those that get on, however long, and give up one that has
-    died (a minute without a sign of life) or hangs (`timeout` seconds without a batch), by its rank.
-    `DistributedDataParallel` leaves out what only training needs, so shares may be of any size. A model sharded by FSDP
-    (1 or 2; tested on CPUs) runs on all processes at once: one that has fewer batches runs its last one again, which
-    does not count, and a batch that fails in the model ends the run. Models that accelerate spread over devices
-    (`device_map`, offloading) run as they are; tensor-parallel ones are not supported.
+    its share of the batches, and each returns the statistics of all. If one fails, the others stop after their present
+    batch. A process that is done waits for those that still work, however long. It gives up one that has died (no sign
+    of life for a minute) or hangs (no batch for `timeout` seconds), and names its rank. With `DistributedDataParallel`
+    shares may be of any size, as what only training needs is left out. A model sharded by FSDP (1 or 2; tested on CPUs)
+    needs all processes for each batch: one that has fewer batches runs its last one again, which does not count, and a
+    batch that fails in the model ends the run. Models that accelerate spreads over devices (`device_map`, offloading)
+    run as they are; tensor-parallel ones are not supported.
 
     Args:
         model: any model that `visualizer.attention` reads.
-        batches: any iterable: a `DataLoader`, a generator, a tensor of batches. A mapping goes to the model as keyword
-            arguments, of a tuple or list the first entry, anything else as it is; tensors are moved to the model's
-            device. The "attention_mask" and "input_ids" of a mapping tell the statistics what is padding, and which
-            tokens repeat.
-        statistics: what to measure; they are copied, and those you pass stay as they are.
-        call: how the model is called, if not so: `lambda model, batch: model.encode(batch["image"])`.
-        checkpoint: a folder. Every so many batches what is known is written there, as rank-0.safetensors, in one step;
-            a run that is started again goes on behind it, and skips the batches that are done: they must come in the
-            same order and be as many. What is finished there is returned at once.
+        batches: any iterable: a `DataLoader`, a generator, a tensor of batches. The model gets a mapping as keyword
+            arguments, the first entry of a tuple or list, and anything else as it is; tensors are moved to its device.
+            A mapping's "attention_mask" says what is padding, its "input_ids" which tokens repeat.
+        statistics: what to measure. Those you pass stay as they are.
+        call: how to call the model otherwise: `lambda model, batch: model.encode(batch["image"])`.
+        checkpoint: a folder. What is known is written there every so many batches, as rank-0.safetensors, in one step.
+            A run that is started again skips the batches that are done; batches must come in the same order and be as
+            many. If the run in the folder is finished, its result is returned at once.
         every: how many batches lie between two writings.
-        is_share: whether `batches` is this process's share already; None: rank r of n loads all and runs every n-th
+        is_share: whether `batches` is this process's share already. None: rank r of n loads all and runs every n-th
             from the r-th on, unless the loader has a `DistributedSampler` or is one of accelerate's. (These load only
-            what they run, but repeat samples to make shares even, which count twice.)
+            what they run, but repeat samples to make shares even, and repeated samples count twice.)
         timeout: how many seconds a process may take for one batch, or to begin, before the others give it up.
-        progress: whether a bar is shown, on terminals only.
+        progress: whether to show a progress bar, on terminals only.
 
     Returns:
-        The statistics by their names, over all processes, in each of them.
+        The statistics by their names. Each process returns those of all processes.
 
     Raises:
-        TypeError: it is no model, what is no statistic was passed for one, or one batch for an iterable of them.
-        ValueError: there is no statistic, two have one name, there is no batch or no attention, a checkpoint is of
-            other statistics, another model, other data or another number of processes, or the processes have different
+        TypeError: `model` is no `nn.Module`, `statistics` holds something else, or `batches` is one batch.
+        ValueError: there is no statistic, no batch or no attention; two statistics have one name; the checkpoint is of
+            other statistics, another model, other data or another number of processes; or the processes have different
             statistics or models.
         FileFormatError: the checkpoint is damaged.
-        RuntimeError: another process failed, died, hangs or never began; or `torchrun` has started several, and
-            `torch.distributed` is not initialised.
-        Exception: what the model or the loader raised, where the first three batches fail, or later a hundred in a row,
-            or where the loader has no more behind it. Any other batch that fails is warned about and counted in
-            `failed`, and the rest goes on.
+        RuntimeError: another process failed, died, hangs or never began; or `torchrun` has started several processes,
+            and `torch.distributed` is not initialised.
+        Exception: what the model or the loader raised, if the first three batches fail, or later a hundred in a row, or
+            if the loader ends with its error. After any other batch that fails the run goes on, with a warning and an
+            entry in `failed`.
     """
     check_statistics(model, statistics)
     if every < 1:
         raise ValueError(f"every={every!r}: pass how many batches, 1 or more")
     if isinstance(batches, (Mapping, str)):
         raise TypeError(f"batches is a {type(batches).__name__}, one batch: pass an iterable of such, as [batch]")
-    found = Collected(copy.deepcopy(statistics))
-    found._is_complete = False
-    is_sharded, seen = _is_sharded(model), _fingerprint(model)
-    folder, data = None if checkpoint is None else Path(checkpoint).absolute(), _size(batches)
+    found, file = Collected(statistics), Checkpoint(checkpoint, every)
+    is_sharded, fingerprint, data = _is_sharded(model), _fingerprint(model), _size(batches)
     ranks = Ranks(timeout)
     is_in_step = is_sharded and ranks.count > 1
-    file = None if folder is None else folder / f"rank-{ranks.rank}.safetensors"
-    found._part = {"rank": ranks.rank, "ranks": ranks.count, "model": seen, "data": data, "sharded": is_in_step}
-    found._part["runs"] = [os.urandom(8).hex()]
+    found.origin = Origin([os.urandom(8).hex()], ranks.rank, ranks.count, fingerprint, data, is_in_step)
+    found.is_complete = False
 
     def begin() -> tuple[bool, Any, Any]:
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if file.exists():
-                found._resume(file)
-            if not found._is_complete:
-                found.save(file)  # that this cannot be done is better known now than after hours
-        return found._is_complete, list(found._settings.items()), None if is_sharded else seen
+        nonlocal found
+        found = file.begin(found)
+        return found.is_complete, list(found.settings.items()), None if is_sharded else fingerprint
 
     def run() -> None:
-        done = written = found.batches + len(found.failed)
         share = ranks.share(batches, is_share)
-        some = ranks.in_step(share, done) if is_in_step else share.behind(done)
-        with _bar(share.size, done, progress and not ranks.rank) as bar:
-
-            def after(is_good: bool) -> None:
-                nonlocal written
-                bar.update()
-                now = found.batches + len(found.failed)
-                # Not among failures: a run that they end, as when a GPU hangs, is to go on behind what was good.
-                if file is not None and is_good and now >= written + every:
-                    found.save(file)
-                    written = now
-
-            try:
-                _run(model, some, found, call, is_in_step, after)
-            except (Stopped, KeyboardInterrupt):
-                if file is not None and found._is_whole:
-                    found.save(file)
-                raise
-        found._is_complete = True
-        if file is not None:
-            found.save(file)
+        todo = ranks.in_step(share, found.tried) if is_in_step else share.behind(found.tried)
+        with _bar(share.size, found.tried, progress and not ranks.rank) as bar:
+            _run(model, statistics, todo, call, found, file, bar, is_in_step)
 
     try:
-        are_complete, *told = zip(*ranks.all(begin), strict=True)
-        for what, each in zip(("statistics", "models"), told, strict=True):
-            other = next((rank for rank, one in enumerate(each) if one != each[0]), None)
-            if other is not None:
-                raise ValueError(
-                    f"the processes have different {what}, rank 0 {each[0]} and rank {other} {each[other]}: "
-                    "pass the same to collect in each"
-                )
+        are_complete, settings, models = zip(*ranks.all_gather(begin), strict=True)
+        _check_alike("statistics", settings)
+        _check_alike("models", models)
         if not all(are_complete):
-            ranks.all(run, is_in_step)
-        ranks.merge(found)
+            ranks.all_gather(run, is_in_step)
+        found = ranks.merge(found)
     finally:
         ranks.close()
     if not found.paths:
-        if file is not None:
-            file.unlink(missing_ok=True)  # it says that all is done, and is to be tried again
+        file.remove()  # it says that all is done, and the next run is to try again
         why = f"{len(found.failed)} failed, with {found.failed[0][1]}" if found.failed else "there were none"
         raise ValueError(f"no batch gave statistics: {why}")
     return found
+
+
+def _check_alike(what: str, by_rank: Sequence[Any]) -> None:
+    """Raise ValueError unless all processes have the same."""
+    other = next((rank for rank, one in enumerate(by_rank) if one != by_rank[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"the processes have different {what}, rank 0 {by_rank[0]} and rank {other} {by_rank[other]}: "
+            "pass the same to collect in each"
+        )
 
 
 def _bar(size: int | None, done: int, is_shown: bool) -> Any:
@@ -178,41 +157,51 @@ def _bar(size: int | None, done: int, is_shown: bool) -> Any:
 
 def _run(
     model: nn.Module,
+    statistics: Sequence[Statistic],
     batches: Iterator[Batch],
-    found: Collected,
     call: Callable[[nn.Module, Any], Any] | None,
+    found: Collected,
+    file: Checkpoint,
+    bar: Any,
     is_in_step: bool,
-    after: Callable[[bool], None],
 ) -> None:
-    """Run each batch and take its statistics in, or note that it failed; `after` is told which."""
+    """Run the model over this process's batches, add each to `found` or note that it failed, and write the file."""
     # On the meta device are parameters that accelerate holds elsewhere until they are needed.
     device = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
-    texts, row = Texts(), 0
+    tokens, failures = Tokens(), 0
 
     def reduced(layer: Any) -> tuple[str, int, list[Tensor]]:
-        return layer.path, layer.shape[0], measured(layer, texts_of(layer, maps, texts), found._statistics)
+        return layer.path, layer.shape[0], measured(layer, tokens_of_call(layer, maps, tokens), statistics)
 
-    with _evaluating(model), torch.no_grad(), attention(model, keep=reduced, max_bytes=NO_LIMIT) as maps:
-        for number, value, trouble, counts in batches:
-            maps.clear()
-            try:
-                if trouble is not None:
-                    raise trouble
-                batch = _moved(value, device)
-                texts.mask, texts.ids = _about(batch, "attention_mask"), _about(batch, "input_ids")
-                _called(model, batch) if call is None else call(model, batch)
-                if not counts:
-                    continue
-                found._take(list(maps))
-                row = 0
-            except Exception as error:
-                row += 1
-                is_out_of_step = is_in_step and trouble is None
-                if is_out_of_step or row == (_MANY if found.batches else _FEW):
-                    raise
-                found.failed.append((number, f"{type(error).__name__}: {error}"))
-                warn(f"batch {number} failed and does not count: {found.failed[-1][1]}")
-            after(row == 0)
+    try:
+        with _evaluating(model), torch.no_grad(), attention(model, keep=reduced, max_bytes=NO_LIMIT) as maps:
+            for batch in batches:
+                maps.clear()
+                try:
+                    if batch.error is not None:
+                        raise batch.error
+                    value = _moved(batch.value, device)
+                    tokens.mask, tokens.ids = _matrix(value, "attention_mask"), _matrix(value, "input_ids")
+                    _called(model, value) if call is None else call(model, value)
+                    if not batch.counts:
+                        continue
+                    found.add(list(maps))
+                    failures = 0
+                except Exception as error:
+                    failures += 1
+                    is_out_of_step = is_in_step and batch.error is None
+                    if is_out_of_step or failures == (_MANY if found.batches else _FEW):
+                        raise
+                    found.failed.append((batch.number, f"{type(error).__name__}: {error}"))
+                    warn(f"batch {batch.number} failed and does not count: {found.failed[-1][1]}")
+                bar.update()
+                if not failures:  # if failures end the run, as when a GPU hangs, it goes on behind the last good batch
+                    file.write_if_due(found)
+        found.is_complete = True
+    except (Stopped, KeyboardInterrupt):
+        file.write(found)
+        raise
+    file.write(found)
 
 
 def _called(model: nn.Module, batch: Any) -> Any:
@@ -233,16 +222,17 @@ def _moved(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _about(batch: Any, name: str) -> Tensor | None:
-    found = batch.get(name) if isinstance(batch, Mapping) else None
-    return found if isinstance(found, Tensor) and found.ndim == 2 else None
+def _matrix(batch: Any, name: str) -> Tensor | None:
+    """The batch's tensor of that name, if it is (batch, tokens)."""
+    value = batch.get(name) if isinstance(batch, Mapping) else None
+    return value if isinstance(value, Tensor) and value.ndim == 2 else None
 
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model as it is to be without training, and then again as it was."""
+    """The model in eval mode, and then again as it was."""
     training = [module for module in model.modules() if module.training]
-    # Their first forward pass sends buffers around, and would wait for a process that has no batch.
+    # A wrapper's first forward pass sends buffers to all processes, and would wait for one that has no batch.
     wrappers = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
     sending = [wrapper for wrapper in wrappers if wrapper.require_forward_param_sync]
     model.eval()
@@ -258,29 +248,29 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _size(batches: Any) -> Any:
-    """What tells data from other data: a fingerprint that says so, or how many batches there are."""
+    """What tells data from other data: its attribute `fingerprint`, or how many batches there are; None: not known."""
     try:
         return getattr(batches, "fingerprint", None) or len(batches)
-    except Exception:  # as of many a loader of an iterable data set
+    except Exception:  # many loaders of an iterable data set raise an error of their own
         return None
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP holds parts of the model on each process, so that no process runs it alone."""
+    """Whether FSDP has split the model between the processes, so that none can run it alone."""
     classes = {base.__name__ for module in model.modules() for base in type(module).__mro__}
     return not classes.isdisjoint({"FullyShardedDataParallel", "FSDPModule"})
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """What tells models apart: their parameters' names and shapes, and of each the first numbers."""
-    told = []
+    """What tells models apart: the names and shapes of their parameters, and the first four numbers of each."""
+    facts = []
     for path, module in named_modules(model):
         for name, tensor in module.named_parameters(recurse=False):
             if isinstance(tensor, nn.parameter.UninitializedParameter):
                 continue
-            own = tensor.detach()
-            own, first = own.to_local() if hasattr(own, "to_local") else own, []
+            local, first = tensor.detach(), []
+            local = local.to_local() if hasattr(local, "to_local") else local
             with contextlib.suppress(RuntimeError, NotImplementedError):  # meta, sparse, and types without numbers
-                first = own.reshape(-1)[:4].cpu().tolist()
-            told.append((path, name, tuple(own.shape), first))
-    return f"{zlib.crc32(repr(told).encode()):08x}"
+                first = local.reshape(-1)[:4].cpu().tolist()
+            facts.append((path, name, tuple(local.shape), first))
+    return f"{zlib.crc32(repr(facts).encode()):08x}"

@@ -1,4 +1,7 @@
-"""Count, mean, variance, minimum and maximum of numbers that come in parts: what adds up over a data set."""
+"""Count, mean, variance, minimum and maximum over a data set that comes in parts.
+
+A state is a tensor (5, *shape), float64, that holds these as they add up. `Moments` are the same as arrays, to be read.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +15,38 @@ from torch import Tensor
 
 from ..store import as_html, as_text
 
+__all__ = ["Moments"]
+
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-# What a state of no samples holds: count, mean, sum of squared deviations from the mean, minimum, maximum.
-_NOTHING = (0.0, 0.0, 0.0, torch.inf, -torch.inf)
+# Count, mean, sum of squared deviations from the mean, minimum, maximum of no samples.
+_EMPTY = (0.0, 0.0, 0.0, torch.inf, -torch.inf)
 
 
-def nothing(shape: tuple[int, ...]) -> Tensor:
+def empty_state(shape: tuple[int, ...]) -> Tensor:
     """The state of no samples, (5, *shape), float64."""
-    return torch.tensor(_NOTHING, dtype=torch.float64).view(5, *[1] * len(shape)).repeat(1, *shape)
+    return torch.tensor(_EMPTY, dtype=torch.float64).view(5, *[1] * len(shape)).repeat(1, *shape)
 
 
 def state_of(values: Tensor) -> Tensor:
-    """The state of some samples: (samples, *shape) makes (5, *shape), float64. NaN is no sample."""
+    """The state (5, *shape) of samples (samples, *shape). NaN is no sample."""
     values = values.double()
-    is_one = ~values.isnan()
-    count = is_one.sum(0).double()
+    is_sample = ~values.isnan()
+    count = is_sample.sum(0).double()
     if not len(values):
-        return nothing(tuple(values.shape[1:])).to(values.device)
-    mean = torch.where(is_one, values, 0).sum(0) / count.clamp(min=1)
-    squares = torch.where(is_one, values - mean, 0).square().sum(0)
-    least = values.masked_fill(~is_one, torch.inf).amin(0)
-    most = values.masked_fill(~is_one, -torch.inf).amax(0)
+        return empty_state(tuple(values.shape[1:])).to(values.device)
+    mean = torch.where(is_sample, values, 0).sum(0) / count.clamp(min=1)
+    squares = torch.where(is_sample, values - mean, 0).square().sum(0)
+    least = values.masked_fill(~is_sample, torch.inf).amin(0)
+    most = values.masked_fill(~is_sample, -torch.inf).amax(0)
     return torch.stack([count, mean, squares, least, most])
 
 
-def merged(states: Tensor) -> Tensor:
-    """The state of all samples together: (parts, 5, *shape) makes (5, *shape).
+def merge_states(states: Tensor) -> Tensor:
+    """The state (5, *shape) of all samples in several states (parts, 5, *shape).
 
-    By the pairwise formula of Chan, Golub and LeVeque 1983 (https://doi.org/10.1080/00031305.1983.10483115), which
-    loses nothing where a variance is small beside its mean.
+    This is the pairwise formula of Chan, Golub and LeVeque 1983 (https://doi.org/10.1080/00031305.1983.10483115), which
+    stays exact where a variance is small beside its mean.
     """
     count, mean, squares, least, most = states.unbind(1)
     total = count.sum(0)
@@ -50,13 +55,13 @@ def merged(states: Tensor) -> Tensor:
     return torch.stack([total, centre, squares, least.amin(0), most.amax(0)])
 
 
-def as_large(states: list[Tensor]) -> list[Tensor]:
-    """States of one shape, the largest along each axis: what one of them has no place for has no samples there."""
+def to_one_shape(states: list[Tensor]) -> list[Tensor]:
+    """The states in one shape, the largest along each axis. Where a state had no place before, it has no samples."""
     shape = tuple(map(max, zip(*(state.shape[1:] for state in states), strict=True)))
     grown = []
     for state in states:
         if tuple(state.shape[1:]) != shape:
-            whole = nothing(shape).to(state.device)
+            whole = empty_state(shape).to(state.device)
             whole[tuple(map(slice, state.shape))] = state
             state = whole
         grown.append(state)
@@ -65,20 +70,20 @@ def as_large(states: list[Tensor]) -> list[Tensor]:
 
 @dataclass(eq=False)
 class Moments:
-    """What is known of a number over all samples, for each layer and head: arrays (layers, heads, ...), float64."""
+    """A number's moments over all samples, for each layer and head: arrays (layers, heads, ...), float64."""
 
     count: npt.NDArray[np.int64]
     """How many samples had the number."""
     mean: Floats
-    """NaN where no sample had it, as in the other arrays."""
+    """NaN where no sample had the number; so in the arrays that follow."""
     variance: Floats
-    """Of the samples, their squared deviations over count - 1; NaN of fewer than two."""
+    """The sum of squared deviations from the mean over count - 1; NaN for fewer than two samples."""
     minimum: Floats
     maximum: Floats
 
     @classmethod
     def of(cls, state: Tensor) -> Moments:
-        """The moments that a state (5, ...) stands for."""
+        """The moments in a state (5, layers, heads, ...)."""
         count, mean, squares, least, most = state.detach().cpu().numpy().copy()
         none = count == 0
         variance = np.divide(squares, count - 1, out=np.full_like(squares, np.nan), where=count > 1)
@@ -97,7 +102,7 @@ class Moments:
         return as_html(*self._table())
 
     def _table(self) -> tuple[str, list[tuple[str, ...]]]:
-        """Layers down, heads across where there are no further axes; else the means over these."""
+        """Layers down, heads across; where there are further axes, only how many numbers there are."""
         means, spread = self.mean, self.std
         if means.ndim > 2:
             return f"moments of {' x '.join(map(str, means.shape))} numbers, {_counted(self.count)}", [("layer",)]

@@ -1,4 +1,4 @@
-"""The processes that collect together: what each takes of the data, and where they meet."""
+"""The processes that collect together: which batches each takes, and where they wait for one another."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import distributed
 
-from .collected import Collected, few
-from .measures import gathered
-from .signs import Failed, Lost, Signs, Stopped
+from .collected import Collected, without_states
+from .heartbeat import Failed, Heartbeat, Lost, Stopped
+from .moments import merge_states
+from .statistic import gathered
 
 _number = count()
 _worlds: WeakKeyDictionary[Any, tuple[int, count[int]]] = WeakKeyDictionary()
-"""The groups of all processes that there have been, numbered, and of each its calls of `collect`: a store of theirs may
-outlive a group, with what was said there."""
+"""A number for each default group that there has been, and a counter of its calls of `collect`. Together they make a
+prefix in the store, because a store may outlive a group, and would still hold what was said there."""
 
 _T = TypeVar("_T")
 
@@ -29,21 +30,21 @@ class Batch(NamedTuple):
     """A batch of a process's share."""
 
     number: int
-    """Where it is in the data that the process was given."""
+    """Its place in the data that the process was given."""
     value: Any
     error: Exception | None = None
-    """What the loader raised in its place."""
+    """What the loader raised instead of giving it."""
     counts: bool = True
 
 
 class Ranks:
-    """The processes that work together; one, where `torch.distributed` is not at work."""
+    """The processes that work together; this one alone where `torch.distributed` is not initialised."""
 
     def __init__(self, timeout: float) -> None:
         self.rank, self.count = 0, 1
         self._timeout = timedelta(seconds=timeout)
         self._group: Any = None
-        self._signs: Signs | None = None
+        self._heartbeat: Heartbeat | None = None
         if distributed.is_available() and distributed.is_initialized():
             self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
         elif distributed.is_available() and distributed.is_torchelastic_launched():
@@ -56,11 +57,11 @@ class Ranks:
         if self.count > 1:
             inside = distributed.distributed_c10d
             world, calls = _worlds.setdefault(inside._get_default_group(), (next(_number), count()))
-            store = inside.PrefixStore(f"visualizer {world} {next(calls)}", _own(inside._get_default_store()))
-            self._signs = Signs(store, self.rank, self.count, timeout)
+            store = inside.PrefixStore(f"visualizer {world} {next(calls)}", _reconnected(inside._get_default_store()))
+            self._heartbeat = Heartbeat(store, self.rank, self.count, timeout)
             try:
-                self._signs.meet()
-                # Its own group, on the CPU.
+                self._heartbeat.meet()
+                # A group of our own, on the CPU, whatever the default group is.
                 self._group = distributed.new_group(backend="gloo", timeout=self._timeout)
             except BaseException as error:
                 self._give_up(error)
@@ -71,21 +72,23 @@ class Ranks:
         """This process's batches."""
         if is_share is None:
             is_share = _is_share(batches)
-        first, each = (0, 1) if is_share else (self.rank, self.count)
-        return Share(batches, first, each, None if self._signs is None else self._signs.step)
+        first, step = (0, 1) if is_share else (self.rank, self.count)
+        return Share(batches, first, step, None if self._heartbeat is None else self._heartbeat.step)
 
     def in_step(self, share: Share, done: int) -> Iterator[Batch]:
-        """As many batches as the process with the most has: one that has fewer gets its last again, not to count."""
-        batches, spare = share.behind(max(done - 1, 0)), None
-        for step in count(0 if done else 1):
+        """The batches of a share behind those that are done, as many as the process with the most has.
+
+        A sharded model needs all processes for each batch, so a process that has fewer gets its last batch again; that
+        one does not count.
+        """
+        batches = share.behind(max(done - 1, 0))
+        spare = _as_spare(next(batches, None)) if done else None  # the last one that is done
+        while True:
             batch = next(batches, None)
-            while step and spare is None and batch is not None and batch.error is not None:
-                yield batch  # it needs no model, and the model needs one that can be loaded
+            while spare is None and batch is not None and batch.error is not None:
+                yield batch  # without a batch to run in its place, the model cannot run yet
                 batch = next(batches, None)
-            if batch is not None and batch.error is None:
-                spare = batch._replace(counts=False)
-            if step == 0:  # the last of those that are done
-                continue
+            spare = _as_spare(batch) or spare
             has = torch.tensor([batch is not None, spare is not None], dtype=torch.int64)
             distributed.all_reduce(has, group=self._group)
             if has[0] == 0:
@@ -100,100 +103,98 @@ class Ranks:
             if spare is not None and (batch is None or batch.error is not None):
                 yield spare
 
-    def all(self, do: Callable[[], _T], is_in_step: bool = False) -> list[_T]:
-        """What each process makes of `do`; where one fails all do.
+    def all_gather(self, do: Callable[[], _T], is_in_step: bool = False) -> list[_T]:
+        """Call a function in each process; what it returned in all of them, by rank. If it fails in one, all raise.
 
         Args:
-            is_in_step: the processes need each other for it: where one fails, the others fail in the middle.
+            is_in_step: the processes need each other inside `do`. If one fails there, torch raises errors in the others
+                that do not say why: they wait for the reason.
         """
-        if self._signs is None:
+        if self._heartbeat is None:
             return [do()]
         own: Any = None
-        others: list[Any] = [None] * self.count
+        by_rank: list[Any] = [None] * self.count
         try:
             try:
-                with contextlib.suppress(Stopped):
+                with contextlib.suppress(Stopped):  # `meet` says why
                     own = do()
-                self._signs.meet()
+                self._heartbeat.meet()
                 is_in_step = True
-                distributed.all_gather_object(others, own, self._group)
+                distributed.all_gather_object(by_rank, own, self._group)
             except RuntimeError as error:
                 if is_in_step and _is_of_others(error):
-                    self._signs.meet(is_brief=True)  # finds out who it is
+                    self._heartbeat.meet(is_brief=True)  # raises the reason
                 raise
         except BaseException as error:
             self._give_up(error)
             raise
-        return others
+        return by_rank
 
     def _give_up(self, error: BaseException) -> None:
-        """Tell the others of an error, and let them hear of it."""
-        if self._signs is None:
+        """Tell the others why this process fails, and stay until they have read it."""
+        if self._heartbeat is None:
             return
         if not isinstance(error, Failed):
-            self._signs.tell(error)
-        if self.rank == 0:  # with it goes the store, usually, and nobody hears anything any more
-            self._signs.linger(10 if isinstance(error, Exception) and type(error) is not Lost else 2)
+            self._heartbeat.tell(error)
+        if self.rank == 0:  # the store usually ends with this process, and with it the reason
+            self._heartbeat.linger(10 if isinstance(error, Exception) and type(error) is not Lost else 2)
 
-    def merge(self, found: Collected) -> None:
-        """Make what was found that of all processes, in each."""
-        if self._signs is None:
-            return
-        others = self.all(lambda: (found.paths, found.samples, found.batches, found.failed, found._part["runs"]))
-        paths = {paths for paths, *_ in others if paths}
-        if len(paths) > 1:
-            raise ValueError(f"the processes saw attention in different modules: {', '.join(map(few, sorted(paths)))}")
+    def merge(self, found: Collected) -> Collected:
+        """The statistics of all processes, in each of them; `found` are those of this one."""
+        if self._heartbeat is None:
+            return found
+        states, found.states = found.states, {}
+        whole = without_states(self.all_gather(lambda: found))
+        whole.failed.sort()
 
-        def sync() -> None:
-            for statistic in found._statistics:
-                statistic.cpu()
-                statistic.sync(dist_sync_fn=gathered, process_group=self._group)
+        def gather_states() -> None:
+            for name, state in states.items():
+                whole.states[name] = merge_states(torch.stack(gathered(state.cpu(), self._group)))
 
-        self.all(sync, is_in_step=True)
-        found.paths = paths.pop() if paths else ()
-        found.samples, found.batches = sum(one for _, one, *_ in others), sum(one for _, _, one, *_ in others)
-        found.failed = sorted(failure for *_, failed, _ in others for failure in failed)
-        found._part["runs"] = [run for *_, runs in others for run in runs]
-        del found._part["rank"]
+        self.all_gather(gather_states, is_in_step=True)
+        return whole
 
     def close(self) -> None:
-        """Take the group away, and give no sign any more."""
-        group, self._group = self._group, None  # whoever holds an error holds this, and would hold the connections
+        """End the group and the heartbeat."""
+        group, self._group = self._group, None  # an error's traceback may hold `self`, and with it the connections
         try:
             if group is not None:
                 distributed.destroy_process_group(group)
         finally:
-            if self._signs is not None:
-                self._signs.close()
+            if self._heartbeat is not None:
+                self._heartbeat.close()
 
 
 class Share:
     """A process's batches: every n-th from the r-th on."""
 
-    def __init__(self, batches: Iterable[Any], first: int, step: int, told: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, batches: Iterable[Any], first: int, step: int, on_batch: Callable[[], None] | None = None
+    ) -> None:
         self._batches, self._first, self._step = batches, first, step
-        self._told = told
-        """What hears of each batch, those too that are skipped."""
+        self._on_batch = on_batch
+        """Called before each batch is loaded, also before those that are skipped."""
         self._length: int | None = None
         self.size: int | None = None
-        """How many these are, where it is known."""
+        """How many batches these are; None: not known."""
         with contextlib.suppress(TypeError, NotImplementedError):  # a loader of an iterable data set has no length
             self._length = len(batches)  # type: ignore[arg-type]
             self.size = len(range(first, self._length, step))
 
     def behind(self, done: int) -> Iterator[Batch]:
-        """Each batch but the first."""
-        return islice(self._each(), self._first + done * self._step, None, self._step)
+        """All batches but the first `done`."""
+        return islice(self._load(), self._first + done * self._step, None, self._step)
 
-    def _each(self) -> Iterator[Batch]:
+    def _load(self) -> Iterator[Batch]:
         batches, error = iter(self._batches), None
         for number in count():
-            if self._told is not None:
-                self._told()
+            if self._on_batch is not None:
+                self._on_batch()
             try:
                 value = next(batches)
             except StopIteration:
-                if error is not None and number != self._length:  # a generator, say: what it would have given is lost
+                # An error ends a generator, so batches are missing behind it; a loader of known length had no more.
+                if error is not None and number != self._length:
                     raise error from None
                 return
             except Exception as raised:
@@ -204,8 +205,13 @@ class Share:
                 yield Batch(number, value)
 
 
-def _own(store: Any) -> Any:
-    """The store by a connection of its own, where it has one: another thread may wait on the first for long."""
+def _as_spare(batch: Batch | None) -> Batch | None:
+    """The batch to be run again without counting; None where there is none that can be run."""
+    return None if batch is None or batch.error is not None else batch._replace(counts=False)
+
+
+def _reconnected(store: Any) -> Any:
+    """The store by a connection of its own, if it has one: another thread may wait on the first for long."""
     try:
         return store.clone()
     except (AttributeError, RuntimeError, NotImplementedError):
@@ -213,14 +219,14 @@ def _own(store: Any) -> Any:
 
 
 def _is_of_others(error: RuntimeError) -> bool:
-    """Whether it only says that another process is gone, or late."""
+    """Whether torch only says that another process is gone or late."""
     kinds = getattr(distributed, "DistError", ())
     return isinstance(error, kinds) or any(name in str(error) for name in ("gloo", "NCCL"))
 
 
 def _is_share(batches: Any) -> bool:
-    """Whether a loader gives each process a share of its own, as torch, timm and accelerate make them."""
-    while hasattr(batches, "iterable"):  # a bar of tqdm's
+    """Whether a loader gives each process a share of its own, as those of torch, timm and accelerate do."""
+    while hasattr(batches, "iterable"):  # inside a progress bar of tqdm
         batches = batches.iterable
     samplers = [getattr(holder, "sampler", None) for holder in (batches, getattr(batches, "batch_sampler", None))]
     is_split = any(getattr(sampler, "num_replicas", 1) > 1 for sampler in samplers)

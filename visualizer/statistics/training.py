@@ -1,8 +1,7 @@
-"""Statistics during training, every so many steps: entropy that collapses warns before the loss does."""
+"""Statistics during training, every so many steps: entropy that collapses shows before the loss does."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import sys
@@ -18,12 +17,15 @@ from ..intercept import attention
 from ..maps import AttentionMap
 from ..store import NO_LIMIT
 from .collected import Collected
-from .measures import Statistic, Texts, check_statistics, measured, texts_of
-from .moments import as_large, merged
+from .moments import merge_states, to_one_shape
+from .statistic import Statistic, check_statistics, measured
+from .tokens import Tokens, tokens_of_call
+
+__all__ = ["Monitor", "lightning_callback", "trainer_callback"]
 
 
 class Monitor:
-    """Statistics of the attention in single steps of a training, as numbers to log; it does nothing between these.
+    """Statistics of the attention in every so many steps of a training, to be logged. In between it does nothing.
 
     >>> import torch
     >>> from visualizer.statistics import Entropy, Monitor
@@ -38,48 +40,47 @@ class Monitor:
     >>> list(values)
     ['attention/entropy/layers.0.self_attn', 'attention/entropy/layers.1.self_attn']
 
-    A number is a layer's mean over images or texts, its calls in the step, and heads; a layer that has none, as where
-    all of its weights are NaN, is left out. Calls that gradient checkpointing makes again in the backward pass do not
-    count. A call's "attention_mask", (batch, tokens), tells what is padding, if it is passed by that name. The model
-    runs as it does in training, and what is measured are the weights before dropout. In a step that is measured,
-    modules that `torch.compile` has compiled run uncompiled. Of several processes each measures its own share of the
-    batch.
+    A number is a layer's mean over images or texts, its calls in the step, and heads. A layer without any, for example
+    because all its weights are NaN, is left out. Calls that gradient checkpointing repeats in the backward pass do not
+    count. An argument "attention_mask", (batch, tokens), says what is padding. The model runs as it does in training;
+    measured are the weights before dropout. In a measured step, modules that `torch.compile` has compiled run
+    uncompiled. Of several processes each measures its own share of the batch.
 
     Args:
-        model: the model, or the part of it that is of interest.
-        statistics: of one number a head: not `Received`, `Patterns` and `MeanMap`.
-        every: how many steps lie between two that are measured.
+        model: the model, or a part of it.
+        statistics: those with one number a head: not `Received`, `Patterns` and `MeanMap`.
+        every: every so many steps one is measured, step 0 first.
         prefix: what the names begin with.
 
     Raises:
-        TypeError: it is no model, or what is no statistic was passed for one.
-        ValueError: there is no statistic, two have one name, or one has more than a number a head.
+        TypeError: `model` is no `nn.Module`, or `statistics` holds something else.
+        ValueError: there is no statistic, two have one name, or one has more than one number a head.
     """
 
     model: nn.Module
-    """What is measured from the next step on."""
+    """What is measured from the next step on; may be changed."""
     last: Collected | None = None
-    """All that is known of the last step that was measured: `monitor.last["entropy"].minimum`."""
+    """The last step that was measured, head by head: `monitor.last["entropy"].minimum`."""
 
     def __init__(self, model: nn.Module, *statistics: Statistic, every: int = 50, prefix: str = "attention/") -> None:
         check_statistics(model, statistics)
         for statistic in statistics:
             if statistic.axes:
-                raise ValueError(f"{statistic.name} has many numbers a head, and what is logged is one: see Sink")
+                raise ValueError(f"{statistic.name} has many numbers a head, and only one can be logged: see Sink")
         if every < 1:
             raise ValueError(f"every={every!r}: pass how many steps, 1 or more")
         self.model, self._statistics, self._every, self._prefix = model, statistics, every, prefix
 
     @contextmanager
     def __call__(self, step: int) -> Iterator[dict[str, float]]:
-        """Measure what runs inside the `with`, if it is the step's turn; at its end the dict has the numbers."""
+        """Measure what runs inside the `with`, if `step` is due. At its end the dict has the numbers."""
         values: dict[str, float] = {}
         if step % self._every:
             yield values
             return
 
         def reduced(layer: AttentionMap) -> tuple[str, int, list[Tensor]]:
-            return layer.path, layer.shape[0], measured(layer, texts_of(layer, maps, Texts()), self._statistics)
+            return layer.path, layer.shape[0], measured(layer, tokens_of_call(layer, maps, Tokens()), self._statistics)
 
         with attention(self.model, keep=reduced, max_bytes=NO_LIMIT) as maps:
             yield values
@@ -88,32 +89,32 @@ class Monitor:
             calls.setdefault(path, []).append((size, states))
         if not calls:
             return
-        found = self.last = Collected(copy.deepcopy(self._statistics))
-        found._take([(path, *_together(some)) for path, some in calls.items()])
+        found = self.last = Collected(self._statistics)
+        found.add([(path, *_as_one_call(several)) for path, several in calls.items()])
         for name, moments in found.items():
             for path, heads in zip(found.paths, moments.mean, strict=True):
                 if not np.isnan(heads).all():
                     values[f"{self._prefix}{name}/{path}"] = float(np.nanmean(heads))
 
 
-def _together(calls: list[tuple[int, list[Tensor]]]) -> tuple[int, list[Tensor]]:
-    """One call in place of a layer's calls in a step."""
+def _as_one_call(calls: list[tuple[int, list[Tensor]]]) -> tuple[int, list[Tensor]]:
+    """The calls of a layer in a step as one, for a layer that runs several times."""
     sizes, states = zip(*calls, strict=True)
-    return sum(sizes), [merged(torch.stack(as_large([*parts]))) for parts in zip(*states, strict=True)]
+    return sum(sizes), [merge_states(torch.stack(to_one_shape([*parts]))) for parts in zip(*states, strict=True)]
 
 
 def lightning_callback(*statistics: Statistic, every: int = 50, prefix: str = "attention/") -> Any:
-    """A callback of Lightning that logs statistics of a module's attention, to the loggers that its trainer has.
+    """A callback for Lightning that logs statistics of a module's attention to its trainer's loggers.
 
         trainer = lightning.Trainer(callbacks=[lightning_callback(Entropy(), Sink(), every=50)])
 
-    For the numbers and the arguments see `Monitor`, which the callback has as its `monitor`. Steps are those of
-    Lightning's own logs, whatever the number of optimizers: every=50 measures those that log_every_n_steps=50 logs, 49,
-    99 and so on. Where gradients are accumulated, the first batch of a step is measured.
+    For the numbers and the arguments see `Monitor`; the callback's own is its attribute `monitor`. Steps are those of
+    Lightning's own logs, however many optimizers there are: every=50 measures those that log_every_n_steps=50 logs, 49,
+    99 and so on. If gradients are accumulated, the first batch of a step is measured.
 
     Raises:
         ImportError: neither lightning nor pytorch_lightning is installed.
-        ValueError: as of `Monitor`.
+        TypeError, ValueError: as `Monitor` raises them.
     """
 
     class AttentionMonitor(*_lightning_bases()):  # type: ignore[misc]
@@ -127,7 +128,7 @@ def lightning_callback(*statistics: Statistic, every: int = 50, prefix: str = "a
             self.monitor.model, self._step = pl_module, -1
 
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            # What Lightning's own callbacks log by; `global_step` counts several optimizers each.
+            # Lightning's own callbacks log by this number; `global_step` counts the step of each optimizer.
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             if step != self._step:
                 self._step = step
@@ -139,7 +140,7 @@ def lightning_callback(*statistics: Statistic, every: int = 50, prefix: str = "a
             for logger in trainer.loggers if values else ():
                 logger.log_metrics(values, step=self._step)
 
-        def on_train_epoch_end(self, *_: Any) -> None:  # the last batch may have been skipped, and has no end then
+        def on_train_epoch_end(self, *_: Any) -> None:  # a batch that is skipped has no end of its own
             self._open.close()
             self._step = -1
 
@@ -150,7 +151,7 @@ def lightning_callback(*statistics: Statistic, every: int = 50, prefix: str = "a
 
 
 def _lightning_bases() -> list[Any]:
-    """What a callback is: Lightning is installed under two names, whose classes do not know each other."""
+    """Lightning's classes of callbacks: it comes under two names, and neither accepts the other's callbacks."""
     names = ("lightning.pytorch", "pytorch_lightning")
     used = [sys.modules[name] for name in names if sys.modules.get(name)]
     for name in () if used else names:
@@ -163,21 +164,21 @@ def _lightning_bases() -> list[Any]:
 
 
 def trainer_callback(trainer: Any, *statistics: Statistic, every: int = 50, prefix: str = "attention/") -> Any:
-    """A callback of transformers that logs statistics of a model's attention where its `Trainer` logs.
+    """A callback for transformers' `Trainer` that logs statistics of the model's attention where the trainer logs.
 
         trainer.add_callback(trainer_callback(trainer, Entropy(), Sink(), every=50))
 
-    For the numbers and the arguments see `Monitor`, which the callback has as its `monitor`. Steps are those of the
-    `Trainer`'s own logs: every=50 measures those that logging_steps=50 logs, 50, 100 and so on. Where gradients are
+    For the numbers and the arguments see `Monitor`; the callback's own is its attribute `monitor`. Steps are those of
+    the `Trainer`'s own logs: every=50 measures those that logging_steps=50 logs, 50, 100 and so on. If gradients are
     accumulated, the first batch of a step is measured.
 
     Args:
-        trainer: whose `log` is used; transformers does not tell a callback whose it is.
-        statistics, every, prefix: as of `Monitor`.
+        trainer: the `Trainer` that the callback is added to. transformers does not pass it to callbacks.
+        statistics, every, prefix: those of `Monitor`.
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: as of `Monitor`.
+        TypeError, ValueError: as `Monitor` raises them.
     """
     from transformers import TrainerCallback
 
@@ -190,18 +191,18 @@ def trainer_callback(trainer: Any, *statistics: Statistic, every: int = 50, pref
             self.monitor.model = model
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            # Callbacks are not told of errors, so what is measured has to be a call.
+            # Callbacks do not learn of errors. A `with` around the one call of `training_step` does.
             if (state.global_step + 1) % every == 0:
                 self._measure_next(state.global_step + 1)
 
         def _measure_next(self, step: int) -> None:
-            own, run = vars(trainer).get("training_step"), trainer.training_step
+            replaced, run = vars(trainer).get("training_step"), trainer.training_step  # somebody may have set one
 
             @functools.wraps(run)
             def once(*args: Any, **kwargs: Any) -> Any:
                 del trainer.training_step
-                if own is not None:
-                    trainer.training_step = own
+                if replaced is not None:
+                    trainer.training_step = replaced
                 with self.monitor(step) as self._values:
                     return run(*args, **kwargs)
 
@@ -212,6 +213,6 @@ def trainer_callback(trainer: Any, *statistics: Statistic, every: int = 50, pref
             if values:
                 is_due = control.should_log
                 trainer.log(values)
-                control.should_log = is_due  # logging takes it for done, and the loss is still to be logged
+                control.should_log = is_due  # log() resets it, and the loss is still to be logged
 
     return AttentionMonitor()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from os import PathLike
 from typing import Any
 
-from .records import Saved
+from .records import Record, Saved
 from .tables import as_html, as_text
 
 
@@ -16,6 +16,11 @@ class Recorded(ABC):
 
     about: dict[str, Any]
     """What `save` was given beside the values; {} unless this was read from a file."""
+
+    @property
+    @abstractmethod
+    def records(self) -> list[Record]:
+        """Every value with where it comes from."""
 
     @abstractmethod
     def saved(self, about: dict[str, Any] | None = None) -> Saved:

@@ -1,12 +1,8 @@
-"""get_local as its users know it, on plain Python: what tensors add is in test_tensors.py and test_modules.py."""
+"""get_local as its users know it, on plain Python. What tensors add is in test_tensors.py, modules are in
+test_decorator_modules.py."""
 
-import asyncio
-import copy
-import functools
 import gc
 import importlib
-import inspect
-import pickle
 import sys
 import textwrap
 import types
@@ -15,7 +11,7 @@ import weakref
 
 import pytest
 
-from visualizer import RewriteError, UnknownLocalError, VisualizerWarning, get_local
+from visualizer import RewriteError, VisualizerWarning, get_local
 from visualizer.instrument import GetLocal
 
 
@@ -193,69 +189,6 @@ class TestSwitching:
         assert list(running) == [2]
         assert gl.cache[next(iter(gl.cache))] == []
 
-    def test_what_another_tool_put_in_place_stays_with_a_warning(self, gl):
-        forward = make(gl, "attn")
-        gl.activate()
-
-        def other(x):
-            attn = "other"
-            return attn
-
-        forward.__code__ = other.__code__
-        with pytest.warns(VisualizerWarning, match="another tool"):
-            gl.deactivate()
-        assert forward.__code__ is other.__code__
-        with gl.activate():
-            assert forward(1) == "other"
-        assert forward.__code__ is other.__code__
-        assert {"forward": ["other"]} == gl.cache
-
-    def test_a_copy_of_rewritten_code_does_not_record_twice(self, gl):
-        forward = make(gl, "attn")
-        gl.activate()
-        forward.__code__ = forward.__code__.replace()  # as line profilers and debuggers do
-        with pytest.warns(VisualizerWarning, match="another tool"):
-            gl.deactivate()
-        forward(1)
-        gl.activate()
-        forward(2)
-        assert {"forward": [6]} == gl.cache
-
-    def test_a_reload_that_patches_the_old_function_is_undone(self, gl):
-        """As IPython's autoreload does it: the old function gets the new one's code, while capture is active."""
-        old, code = make(gl, "attn"), make(gl, "attn").__code__
-        gl.activate()
-        new = make(gl, "attn")
-        old.__code__ = new.__code__
-        old(1)
-        gl.deactivate()
-        assert old.__code__ is new.__code__ is code
-        with gl.activate():
-            old(2)
-        assert {"forward": [4, 6]} == gl.cache
-
-    def test_warnings_as_errors_come_when_all_is_done(self, gl):
-        functions = [make(gl, "attn") for _ in range(3)]
-        for number, function in enumerate(functions):
-            function.__qualname__ = f"forward{number}"
-        codes = [function.__code__ for function in functions]
-        gl.activate()
-        functions[1].__code__ = (lambda attn: attn).__code__
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            with pytest.raises(VisualizerWarning):
-                gl.deactivate()
-            assert not gl.is_active
-            assert functions[0].__code__ is codes[0]
-            assert functions[2].__code__ is codes[2]
-            gl.activate(limit=1)
-            with pytest.raises(VisualizerWarning):
-                gl("attn", keep=lambda value: -value)(functions[0])
-            functions[0](1)
-            gl.deactivate()
-        assert functions[0].__code__ is codes[0]
-        assert [-4] == gl.cache["forward0"]
-
     def test_an_inner_with_has_limits_of_its_own_and_loses_nothing_at_its_end(self, gl):
         forward = make(gl, "attn")
         with gl.activate(limit=2):
@@ -289,26 +222,6 @@ class TestSwitching:
         monkeypatch.setattr(module, "rewrite_for", real)
         make(gl, "attn")(1)
         assert {"forward": [4]} == gl.cache, "the plain key is still free"
-
-    def test_nothing_is_half_activated(self, gl, monkeypatch):
-        good, bad = make(gl, "attn"), make(gl, "q")
-        codes = good.__code__, bad.__code__
-        module = sys.modules["visualizer.instrument.patches"]
-        real, calls = module.rewrite_for, []
-
-        def refuse_the_second(code, captures):
-            calls.append(captures)
-            if captures[0].names == ("q",):
-                raise RewriteError("no")
-            return real(code, captures)
-
-        monkeypatch.setattr(module, "rewrite_for", refuse_the_second)
-        with pytest.raises(RewriteError):
-            gl.activate()
-        assert len(calls) == 2
-        assert not gl.is_active
-        assert codes == (good.__code__, bad.__code__)
-        assert good.__code__ is codes[0]
 
 
 class TestKeys:
@@ -414,256 +327,8 @@ class TestKeys:
         assert [[1], [2]] == list(gl.cache.values())
 
 
-class TestWhatCanBeDecorated:
-    def test_methods_of_every_kind(self, gl):
-        class Layer:
-            @gl("a")
-            @staticmethod
-            def outside_static(x):
-                a = ("static", x)
-                return a
-
-            @staticmethod
-            @gl("b")
-            def inside_static(x):
-                b = ("inner static", x)
-                return b
-
-            @gl("c")
-            @classmethod
-            def outside_class(cls):
-                c = cls.__name__
-                return c
-
-            @classmethod
-            @gl("d")
-            def inside_class(cls):
-                d = cls.__name__
-                return d
-
-            @gl("e")
-            @property
-            def outside_property(self):
-                e = "property"
-                return e
-
-            @property
-            @gl("f")
-            def inside_property(self):
-                f = "inner property"
-                return f
-
-            @gl("g")
-            @functools.cached_property
-            def cached(self):
-                g = "cached"
-                return g
-
-        gl.activate()
-        layer = Layer()
-        results = [
-            *(layer.outside_static(1), layer.inside_static(2), layer.outside_class(), layer.inside_class()),
-            *(layer.outside_property, layer.inside_property, layer.cached),
-        ]
-        assert results == [values[0] for values in gl.cache.values()]
-
-    def test_wrapped_functions_outside_and_inside(self, gl):
-        def logged(function):
-            @functools.wraps(function)
-            def wrapper(*args):
-                result = function(*args)
-                return result
-
-            return wrapper
-
-        @gl("attn")
-        @logged
-        def outside(x):
-            attn = x
-            return attn
-
-        @logged
-        @gl("attn")
-        def inside(x):
-            attn = x
-            return attn
-
-        gl.activate()
-        outside(1), inside(2)
-        assert [[1], [2]] == list(gl.cache.values())
-
-    def test_other_wrappers(self, gl):
-        @gl("attn")
-        @functools.lru_cache
-        def remembered(x):
-            attn = x
-            return attn
-
-        part = gl("attn")(functools.partial(make(gl, "attn"), 1))
-        gl.activate()
-        remembered(1), remembered(1), part()
-        assert [[1], [4]] == list(gl.cache.values())
-
-    def test_the_default_of_a_method_by_type(self, gl):
-        class Scores:
-            @gl("attn")
-            @functools.singledispatchmethod
-            def score(self, x):
-                attn = x
-                return attn
-
-            @score.register
-            def _(self, x: str):
-                return x
-
-        gl.activate()
-        assert [1, "one"] == [Scores().score(1), Scores().score("one")]
-        assert [[1]] == list(gl.cache.values())
-
-    def test_lambdas_generators_and_coroutines(self, gl):
-        square = gl("x")(lambda x: x * x)
-
-        @gl("total")
-        def running(values):
-            total = 0
-            for value in values:
-                total += value
-                yield total
-
-        @gl("got")
-        async def fetch(x):
-            got = await asyncio.sleep(0, x)
-            return got
-
-        @gl("sent")
-        async def produce(x):
-            sent = x
-            yield sent
-
-        async def consume():
-            return [item async for item in produce(8)]
-
-        gl.activate()
-        assert square(3) == 9
-        assert list(running([1, 2, 3])) == [1, 3, 6]
-        assert asyncio.run(fetch(7)) == 7
-        assert asyncio.run(consume()) == [8]
-        assert [[3], [6], [7], [8]] == list(gl.cache.values())
-        assert inspect.isgeneratorfunction(running)
-        assert inspect.iscoroutinefunction(fetch)
-        assert inspect.isasyncgenfunction(produce)
-
-    def test_closures_on_both_sides(self, gl):
-        def build(scale):
-            @gl("scale", "weights")
-            def forward(x):
-                weights = [x * scale]
-
-                def inner():
-                    return weights
-
-                return inner()
-
-            return forward
-
-        gl.activate()
-        assert build(3)(2) == [6]
-        assert [[3], [[6]]] == list(gl.cache.values())
-
-    def test_the_object_itself_is_returned(self, gl):
-        def plain(x):
-            attn = x
-            return attn
-
-        for thing in (plain, staticmethod(plain), classmethod(plain), property(plain), functools.partial(plain)):
-            assert gl("attn")(thing) is thing
-
-    def test_identity_signature_and_pickling_stay(self, gl):
-        before = inspect.signature(decorated_at_module_level), pickle.dumps(decorated_at_module_level)
-        gl("attn")(decorated_at_module_level)
-        with gl.activate():
-            after = inspect.signature(decorated_at_module_level), pickle.dumps(decorated_at_module_level)
-            assert before == after
-            assert pickle.loads(after[1]) is decorated_at_module_level
-            assert copy.deepcopy(decorated_at_module_level) is decorated_at_module_level
-            assert "attn = x" in inspect.getsource(decorated_at_module_level)
-
-
-def decorated_at_module_level(x, /, *, y=2):
-    attn = x
-    return attn
-
-
 class TestBadInput:
     """Each is one clear error at once, active or not, and changes nothing."""
-
-    @pytest.mark.parametrize("active", [False, True], ids=["off", "on"])
-    def test_a_wrong_name(self, gl, active):
-        if active:
-            gl.activate()
-
-        def attention(query, key):
-            attn_weights = query
-            return attn_weights
-
-        code = attention.__code__
-        with pytest.raises(UnknownLocalError) as caught:
-            gl("attn_weight")(attention)
-        for part in (
-            *("attention", __file__, str(code.co_firstlineno)),
-            *("'attn_weight'", "did you mean 'attn_weights'?", "query, key, attn_weights"),
-        ):
-            assert part in str(caught.value)
-        assert isinstance(caught.value, NameError)
-        assert attention.__code__ is code
-        assert gl.cache == {}
-
-    def test_a_parameter_that_is_never_assigned_has_nothing_for_assign(self, gl):
-        def forward(x, attn):
-            x = attn
-            return x
-
-        with pytest.raises(ValueError, match=r"forward \(.*'attn': it is a parameter.*at='return'"):
-            gl("attn", at="assign")(forward)
-        assert gl("x", at="assign")(forward) is forward
-        assert [forward.__qualname__] == list(gl.cache)
-
-    def test_a_name_that_is_an_attribute_there(self, gl):
-        def forward(self):
-            self.attn_weights = 1
-
-        with pytest.raises(UnknownLocalError, match="assign it to a local first"):
-            gl("attn_weights")(forward)
-
-    def test_above_a_decorator_that_does_not_say_what_it_wraps(self, gl):
-        def logged(function):
-            later = []
-
-            def wrapper(*args):
-                later.append(unbound)
-                return function(*args)
-
-            return wrapper
-            unbound = 1
-
-        def forward(x):
-            attn = x
-            return attn
-
-        with pytest.raises(UnknownLocalError) as caught:
-            gl("attn")(logged(forward))
-        line = forward.__code__.co_firstlineno
-        for part in (f"forward ({__file__}:{line}), which it uses, has it", "@get_local beneath", "functools.wraps"):
-            assert part in str(caught.value)
-        with pytest.raises(UnknownLocalError) as caught:
-            gl("atn")(logged(forward))
-        assert "has it" not in str(caught.value)
-
-    @pytest.mark.parametrize("thing", [len, "attn".upper, 3, None, int, dict, type("Plain", (), {})])
-    def test_what_has_no_python_code(self, gl, thing):
-        with pytest.raises(TypeError) as caught:
-            gl("attn")(thing)
-        assert "function" in str(caught.value)
 
     def test_no_name(self, gl):
         with pytest.raises(TypeError, match=r'@get_local\("attn"\)'):

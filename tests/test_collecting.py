@@ -1,10 +1,7 @@
-"""Statistics over a data set: what goes wrong is told, and a run that was killed goes on as if it had not been."""
+"""`collect`: whatever holds batches, batches that fail, models that need care."""
 
-import os
-import shutil
-import signal
+import itertools
 import sys
-import warnings
 import weakref
 from collections import namedtuple
 
@@ -12,43 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import TOKENS, WIDTH, Looking, all_statistics, difference, facts, run, texts, weights_of
+from collected_by_hand import ALIKE, Failing, Stream, check_entropy, entropies, pictures, quietly, stopping
+from ranks import WIDTH, Looking, difference, texts
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
-from visualizer import FileFormatError, VisualizerWarning, attention, load
-from visualizer.statistics import Confidence, Entropy, MeanMap, Received, Sink, Statistic, collect
-
-ALIKE = 1e-12
-SCALES = 0.5, 2.0  # of the layers of Looking()
-
-
-def pictures(batches, size=3, seed=0):
-    made = np.random.default_rng(seed).normal(size=(batches, size, 2, TOKENS, WIDTH))
-    return torch.from_numpy(made.astype(np.float32))
-
-
-def entropies(data):
-    """(samples, layers, heads), of (batches, size, heads, tokens, width)."""
-    data = np.asarray(data).reshape(-1, *data.shape[2:])
-    layers = [weights_of(data, scale) for scale in SCALES]
-    return np.stack([-(weights * np.log(weights)).sum(-1).mean(-1) for weights in layers], 1)
-
-
-def check_entropy(found, data):
-    expected = entropies(data)
-    moments = found["entropy"]
-    np.testing.assert_array_equal(np.full((2, 2), len(expected)), moments.count)
-    np.testing.assert_allclose(moments.mean, expected.mean(0), atol=1e-6)
-    np.testing.assert_allclose(moments.variance, expected.var(0, ddof=1), atol=1e-6)
-    np.testing.assert_allclose(moments.minimum, expected.min(0), atol=1e-6)
-    np.testing.assert_allclose(moments.maximum, expected.max(0), atol=1e-6)
-    assert len(expected) == found.samples
-
-
-def quietly(model, batches, *statistics, **kwargs):
-    with pytest.warns(VisualizerWarning, match="failed and does not count"):
-        return collect(model, batches, *statistics, **kwargs)
+from visualizer import VisualizerWarning, load
+from visualizer.statistics import Entropy, MeanMap, Received, Sink, Statistic, collect, collected
 
 
 class TestBatches:
@@ -119,10 +86,10 @@ class TestBatches:
 
     def test_no_map_outlives_its_call(self):
         class Watching(Entropy):
-            def of(self, layer, texts):
+            def of(self, layer, tokens):
                 assert not any(known() for known in seen)
                 seen.append(weakref.ref(layer))
-                return super().of(layer, texts)
+                return super().of(layer, tokens)
 
         seen = []
         collect(Looking(), self.DATA, Watching())
@@ -168,19 +135,6 @@ class TestBatches:
             collect(Looking(), self.DATA, Entropy())["sink"]
 
 
-class Stream(IterableDataset):
-    """Batches without a length, of which some fail."""
-
-    def __init__(self, data, bad=()):
-        self.data, self.bad = data, bad
-
-    def __iter__(self):
-        for number, batch in enumerate(self.data):
-            if number in self.bad:
-                raise OSError(f"{number} is damaged")
-            yield batch
-
-
 class Folder(Dataset):
     """Single pictures, of which some fail."""
 
@@ -220,25 +174,10 @@ class TestProgress:
         assert "2/4" in told and "4/4" in told and "0/4" not in told
 
 
-class Failing(Looking):
-    """It fails in some calls, between its layers."""
-
-    def __init__(self, *bad):
-        super().__init__()
-        self.bad, self.calls = bad, 0
-
-    def forward(self, x, attention_mask=None, input_ids=None):
-        self.layers[0](x)
-        self.calls += 1
-        if self.calls - 1 in self.bad:
-            raise ArithmeticError("too hot")
-        self.layers[1](x)
-
-
 class Picky(Statistic):
     """It fails where a picture has a NaN, in the second layer."""
 
-    def of(self, layer, texts):
+    def of(self, layer, tokens):
         if layer.path == "layers.1" and layer.dense().isnan().any():
             raise ArithmeticError("no number")
         return layer.dense().amax((-1, -2))
@@ -278,21 +217,19 @@ class TestBatchesThatFail:
         check_entropy(found, self.DATA[[0, 1, 3, 4, 5]])
         assert {15} == {*found["picky"].count.flat}
 
-    def test_as_it_is_taken_in(self):
-        """One statistic had taken it, and the other has no memory for it."""
+    def test_as_it_is_added(self, monkeypatch):
+        """One statistic had it already, and for the next there is no memory."""
+        add, times = collected.with_layers, itertools.count()
 
-        class Full(Entropy):
-            times = 0
+        def add_or_fail(state, layers):
+            if next(times) == 3 * 2 + 1:  # of three statistics, the second of the third batch
+                raise MemoryError("no more")
+            return add(state, layers)
 
-            def take(self, layers):
-                self.times += 1
-                if self.times == 3:
-                    raise MemoryError("no more")
-                super().take(layers)
-
-        found = quietly(Looking(), self.DATA, Entropy(), Full(name="full"), MeanMap())
+        monkeypatch.setattr(collected, "with_layers", add_or_fail)
+        found = quietly(Looking(), self.DATA, Entropy(), Entropy(name="again"), MeanMap())
         self.check(found, [2], "MemoryError: no more")
-        assert {15} == {*found["full"].count.flat} == {*found["mean_map"].count.flat}
+        assert {15} == {*found["again"].count.flat} == {*found["mean_map"].count.flat}
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_in_a_loader(self, workers):
@@ -359,278 +296,6 @@ class TestBatchesThatFail:
         with pytest.warns(VisualizerWarning), pytest.raises(ArithmeticError):
             collect(model, self.DATA, Entropy())
         assert model.training and not any(module._forward_hooks for module in model.modules())
-
-
-def stopping(data, after):
-    yield from data[:after]
-    raise KeyboardInterrupt
-
-
-def in_turn(rank, folder):
-    return facts(collect(Looking(), pictures(4), Entropy(), checkpoint=folder))
-
-
-def killed(rank, folder, how, when):
-    """A run of ten batches, that ends in the middle of it."""
-    if how == "in writing":
-        os.fsync = kill_at(when)
-    data = texts(10) if how == "in writing" else ending(texts(10), getattr(signal, how), when)
-    return facts(collect(Looking(), data, *all_statistics(), checkpoint=folder, every=2))
-
-
-def kill_at(times):
-    def fsync(file):
-        nonlocal times
-        times -= 1
-        if times == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return fsync
-
-
-def ending(batches, by, when):
-    for number, batch in enumerate(batches):
-        if number == when:
-            os.kill(os.getpid(), by)
-        yield batch
-
-
-class TestCheckpoints:
-    def straight(self, **kwargs):
-        return collect(Looking(), texts(10), *all_statistics(), **kwargs)
-
-    @pytest.mark.parametrize("how, when, done", [("SIGKILL", 7, 6), ("SIGINT", 5, 5), ("in writing", 4, 4)])
-    def test_a_run_that_is_killed_goes_on(self, how, when, done, tmp_path):
-        """Killed for real, once in the middle of a writing; the numbers are those of a run that was not."""
-        [ended] = run(1, killed, tmp_path, how, when)
-        if how == "SIGINT":
-            assert isinstance(ended.error, KeyboardInterrupt)
-        else:
-            assert -signal.SIGKILL == ended.code
-        assert done == load(tmp_path / "rank-0.safetensors").batches
-        loaded = []
-        found = collect(Looking(), counting(texts(10), loaded), *all_statistics(), checkpoint=tmp_path)
-        assert difference(self.straight(), found) < ALIKE
-        assert difference(found, load(tmp_path / "rank-0.safetensors")) == 0
-
-    def test_only_what_is_left_runs(self, tmp_path):
-        with pytest.raises(KeyboardInterrupt):
-            collect(Looking(), stopping(texts(10), 7), *all_statistics(), checkpoint=tmp_path, every=3)
-        model = Failing()
-        found = collect(model, texts(10), *all_statistics(), checkpoint=tmp_path)
-        assert 3 == model.calls  # an interrupted run is written with all that it has done
-        assert difference(self.straight(), found) < ALIKE
-
-    def test_failures_are_not_forgotten(self, tmp_path):
-        with pytest.warns(VisualizerWarning), pytest.raises(KeyboardInterrupt):
-            collect(Failing(1), stopping(pictures(6), 5), Entropy(), checkpoint=tmp_path, every=2)
-        model = Failing(0)
-        found = quietly(model, pictures(6), Entropy(), checkpoint=tmp_path)
-        assert ([1, 5], 1) == ([number for number, _ in found.failed], model.calls)
-        check_entropy(found, pictures(6)[[0, 2, 3, 4]])
-
-    def test_is_written_where_the_batch_whose_turn_it_is_fails(self, tmp_path):
-        with pytest.warns(VisualizerWarning), pytest.raises(KeyboardInterrupt):
-            collect(Failing(1, 3, 5, 7), stopping(pictures(9), 8), Entropy(), checkpoint=tmp_path, every=2)
-        assert 4 == load(tmp_path / "rank-0.safetensors").batches
-
-    @pytest.mark.parametrize("data", [[], pictures(2)])
-    def test_nothing_that_worked_is_tried_again(self, data, tmp_path):
-        with pytest.raises(ValueError, match="no batch gave statistics"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", VisualizerWarning)
-            collect(Failing(0, 1), data, Entropy(), checkpoint=tmp_path)
-        found = collect(Looking(), pictures(4), Entropy(), checkpoint=tmp_path)
-        assert 4 == found.batches
-
-    def test_is_of_the_same_data(self, tmp_path):
-        collect(Looking(), pictures(3), Entropy(), checkpoint=tmp_path)
-        with pytest.raises(ValueError, match=r"with data, by their number .* 3, where this one has 9: choose a new"):
-            collect(Looking(), pictures(9), Entropy(), checkpoint=tmp_path)
-        assert 3 == collect(Looking(), iter(pictures(9)), Entropy(), checkpoint=tmp_path).batches  # who knows how many
-
-    def test_is_found_again_after_a_change_of_folder(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-
-        def call(model, batch):
-            os.chdir("/")
-            model(batch)
-
-        collect(Looking(), pictures(3), Entropy(), call=call, checkpoint="run", every=1)
-        assert 3 == load(tmp_path / "run" / "rank-0.safetensors").batches
-
-    def test_every_so_many_batches(self, tmp_path):
-        seen = []
-
-        def call(model, batch):
-            file = tmp_path / "rank-0.safetensors"
-            assert [file] == [*tmp_path.iterdir()]
-            seen.append(load(file).batches)
-            model(batch)
-
-        collect(Looking(), pictures(7), Entropy(), checkpoint=tmp_path, every=3, call=call)
-        assert [0, 0, 0, 3, 3, 3, 6] == seen
-        assert 7 == load(tmp_path / "rank-0.safetensors").batches
-
-    def test_what_is_finished_is_not_made_again(self, tmp_path):
-        def untouched():
-            raise AssertionError("it is finished")
-            yield
-
-        found = self.straight(checkpoint=tmp_path / "new" / "run")
-        again = collect(Looking(), untouched(), *all_statistics(), checkpoint=tmp_path / "new" / "run")
-        assert difference(found, again) == 0
-        assert repr(found) == repr(again)
-
-    def test_of_other_statistics(self, tmp_path):
-        collect(Looking(), pictures(1), Sink(), Entropy(), checkpoint=tmp_path)
-        for others in ([Sink()], [Sink(1), Entropy()], [Sink(name="other"), Entropy()], [Sink(), Confidence()]):
-            with pytest.raises(
-                ValueError, match=r"with statistics .*'sink'.*, where this one has .*: choose a new folder"
-            ):
-                collect(Looking(), pictures(1), *others, checkpoint=tmp_path)
-        assert 3 == collect(Looking(), pictures(1), Entropy(), Sink(), checkpoint=tmp_path).samples
-
-    def test_of_another_model(self, tmp_path):
-        """Before anything runs, be it finished or not."""
-
-        def other():
-            model = Looking()
-            model.layers[0].scale.data += 0.1
-            return model
-
-        for number in range(2):
-            for model in (Looking(0.5, 2.0, 1.0), other(), nn.Sequential(Looking())):
-                seen = []
-                with pytest.raises(ValueError, match=r"with a model .*, where this one has .*: choose a new folder"):
-                    if not number:
-                        with pytest.raises(KeyboardInterrupt):
-                            collect(Looking(), stopping(pictures(4), 3), Entropy(), checkpoint=tmp_path, every=1)
-                    collect(model, counting(pictures(4), seen), Entropy(), checkpoint=tmp_path)
-                assert [] == seen
-            collect(Looking(), pictures(4), Entropy(), checkpoint=tmp_path)
-
-    def test_models_of_any_type_are_told_apart(self):
-        """Their numbers may not even be there."""
-        from visualizer.statistics.collecting import _fingerprint
-
-        def linear(**kwargs):
-            torch.manual_seed(0)
-            return nn.Linear(8, 8, **kwargs)
-
-        told = {
-            _fingerprint(linear()),
-            _fingerprint(linear(bias=False)),
-            _fingerprint(linear().bfloat16()),
-            _fingerprint(linear(device="meta")),
-            _fingerprint(nn.LazyLinear(8)),
-        }
-        assert 5 == len(told)
-        assert _fingerprint(linear()) == _fingerprint(nn.parallel.DataParallel(linear()))
-
-    def test_that_is_damaged(self, tmp_path):
-        collect(Looking(), pictures(2), Entropy(), checkpoint=tmp_path)
-        file = tmp_path / "rank-0.safetensors"
-        whole = file.read_bytes()
-        for damaged in (b"", whole[:-40], whole[:-1] + bytes([whole[-1] ^ 1]), whole[:50] + b"?" + whole[51:]):
-            file.write_bytes(damaged)
-            with pytest.raises(FileFormatError, match=r"rank-0\.safetensors.*or remove it"):
-                collect(Looking(), pictures(2), Entropy(), checkpoint=tmp_path)
-            assert damaged == file.read_bytes()
-
-    def test_that_is_another_file(self, tmp_path):
-        model = Looking()
-        with attention(model) as maps:
-            model(pictures(1)[0])
-        maps.save(tmp_path / "rank-0.safetensors")
-        with pytest.raises(ValueError, match="no checkpoint of statistics: choose another folder"):
-            collect(Looking(), pictures(2), Entropy(), checkpoint=tmp_path)
-
-    def test_in_a_folder_that_cannot_be_written(self, tmp_path, monkeypatch):
-        """It is known before the first batch."""
-        (tmp_path / "file").touch()
-        seen = []
-        with pytest.raises(OSError, match="file"):
-            collect(Looking(), counting(pictures(2), seen), Entropy(), checkpoint=tmp_path / "file")
-        (tmp_path / "taken" / "rank-0.safetensors").mkdir(parents=True)
-        with pytest.raises(OSError, match=r"rank-0\.safetensors"):
-            collect(Looking(), counting(pictures(2), seen), Entropy(), checkpoint=tmp_path / "taken")
-
-        def full(*_):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            collect(Looking(), counting(pictures(2), seen), Entropy(), checkpoint=tmp_path / "full")
-        assert [] == seen
-        assert [] == [*(tmp_path / "full").iterdir()]
-
-
-def counting(batches, seen):
-    for batch in batches:
-        seen.append(batch)
-        yield batch
-
-
-class TestMergingFiles:
-    def test_files_of_statistics_that_are_not_the_same(self, tmp_path):
-        collect(Looking(), pictures(1), Sink()).save(tmp_path / "0.safetensors")
-        for number, (model, statistic) in enumerate(
-            [(Looking(), Sink(1)), (Looking(), Sink(name="other")), (nn.Sequential(Looking()), Sink())], 1
-        ):
-            collect(model, pictures(1), statistic).save(tmp_path / f"{number}.safetensors")
-            with pytest.raises(ValueError, match="different statistics or models, which cannot be merged"):
-                load(tmp_path / f"[0{number}].safetensors")
-
-    def test_files_of_other_weights(self, tmp_path):
-        for number, scale in enumerate((0.5, 0.6)):
-            collect(Looking(scale, 2.0), pictures(1), Sink()).save(tmp_path / f"{number}.safetensors")
-        with pytest.raises(ValueError, match="models with different weights"):
-            load(tmp_path / "*.safetensors")
-
-    def of_run(self, folder, count=2):
-        """What so many processes leave, and what they found together."""
-        parts = run(count, in_turn, folder)
-        assert [None] * count == [one.error for one in parts]
-
-    def test_a_run_of_several_that_lacks_one(self, tmp_path):
-        for number in range(2):
-            self.of_run(tmp_path / f"run-{number}")
-        assert 24 == load(tmp_path / "run-*" / "rank-*.safetensors").samples
-        (tmp_path / "run-1" / "rank-1.safetensors").unlink()
-        with pytest.warns(VisualizerWarning, match="of a run of 2 processes the files of these are missing: 1"):
-            load(tmp_path / "run-*" / "rank-*.safetensors")
-
-    def test_parts_beside_the_whole(self, tmp_path):
-        self.of_run(tmp_path)
-        load(tmp_path / "rank-*.safetensors").save(tmp_path / "whole.safetensors")
-        with pytest.raises(ValueError, match="the same run is in several of these"):
-            load(tmp_path / "*.safetensors")
-
-    def test_a_copy_of_one(self, tmp_path):
-        collect(Looking(), pictures(2), Sink(), checkpoint=tmp_path / "one")
-        shutil.copytree(tmp_path / "one", tmp_path / "two")
-        with pytest.raises(ValueError, match="the same run is in several of these"):
-            load(tmp_path / "*" / "rank-*.safetensors")
-
-    def test_the_whole_of_one_run_and_parts_of_another(self, tmp_path):
-        self.of_run(tmp_path)
-        collect(Looking(), pictures(3), Entropy()).save(tmp_path / "whole.safetensors")
-        assert 21 == load(tmp_path / "*.safetensors").samples
-
-    def test_of_another_rank(self, tmp_path):
-        self.of_run(tmp_path)
-        (tmp_path / "rank-1.safetensors").write_bytes((tmp_path / "rank-0.safetensors").read_bytes())
-        ended = run(2, in_turn, tmp_path)
-        assert "with a rank 0, where this one has 1" in str(ended[1].error)
-
-    def test_parts_are_the_whole(self, tmp_path):
-        data = pictures(5)
-        for number, part in enumerate((data[:1], data[1:], data[:0])):
-            if len(part):
-                collect(Looking(), part, Entropy(), MeanMap()).save(tmp_path / f"{number}.safetensors")
-        merged = load(tmp_path / "*.safetensors")
-        assert difference(collect(Looking(), data, Entropy(), MeanMap()), merged) < ALIKE
-        check_entropy(merged, data)
 
 
 @pytest.mark.parametrize("one", [texts(1)[0], "a text"])

@@ -144,7 +144,7 @@ def test_keys_and_calls_are_chosen(folder, drawn, capsys):
     assert np.allclose(load("twice.safetensors").calls("layers.b")[0].numpy()[0, 0], matrix(drawn[1]))
     capsys.readouterr()
     assert 2 == cli.main(["plot", "twice.safetensors"])
-    assert "'layers.a' was called 2 times: --call 0 to 1 chooses" in capsys.readouterr().err
+    assert "'layers.a' was called 2 times: choose --call 0 to 1" in capsys.readouterr().err
 
 
 def test_a_wrapper_that_passes_a_map_on_is_no_layer_of_its_own(tmp_path, monkeypatch, drawn):
@@ -265,7 +265,7 @@ WRONG = [
     ),
     (["plot", "text.safetensors", "--layer", "3"], "--layer 3 is out of range"),
     (["plot", "text.safetensors", "--layer", "first"], "'first' is no number, and not mean"),
-    (["plot", "text.safetensors", "--key", "blocks.*"], "no key is like 'blocks.*': there are 'attend'"),
+    (["plot", "text.safetensors", "--key", "blocks.*"], "no key matches 'blocks.*': there are 'attend'"),
     (["plot", "text.safetensors", "--call", "3"], "'attend' has no call 3"),
     (["plot", "text.safetensors", "--head", "0"], "--kind heads has no use for --head; it takes --layer, --batch"),
     (["plot", "text.safetensors", "--kind", "entropy", "--image", "photo.png"], "it takes --title"),

@@ -1,0 +1,87 @@
+"""What users are told when a local cannot be captured: what is wrong, where, and what to do. Nothing changes."""
+
+import pytest
+
+from visualizer import UnknownLocalError
+from visualizer.instrument import GetLocal
+
+
+@pytest.fixture
+def gl():
+    """A get_local of its own, switched off at the end."""
+    own = GetLocal()
+    yield own
+    own.deactivate()
+
+
+@pytest.mark.parametrize("active", [False, True], ids=["off", "on"])
+def test_a_wrong_name(gl, active):
+    if active:
+        gl.activate()
+
+    def attention(query, key):
+        attn_weights = query
+        return attn_weights
+
+    code = attention.__code__
+    with pytest.raises(UnknownLocalError) as caught:
+        gl("attn_weight")(attention)
+    for part in (
+        *("attention", __file__, str(code.co_firstlineno)),
+        *("'attn_weight'", "did you mean 'attn_weights'?", "query, key, attn_weights"),
+    ):
+        assert part in str(caught.value)
+    assert isinstance(caught.value, NameError)
+    assert attention.__code__ is code
+    assert gl.cache == {}
+
+
+def test_a_parameter_that_is_never_assigned_has_nothing_for_assign(gl):
+    def forward(x, attn):
+        x = attn
+        return x
+
+    with pytest.raises(ValueError, match=r"forward \(.*'attn': it is a parameter.*at='return'"):
+        gl("attn", at="assign")(forward)
+    assert gl("x", at="assign")(forward) is forward
+    assert [forward.__qualname__] == list(gl.cache)
+
+
+def test_a_name_that_is_an_attribute_there(gl):
+    def forward(self):
+        self.attn_weights = 1
+
+    with pytest.raises(UnknownLocalError, match="assign it to a local first"):
+        gl("attn_weights")(forward)
+
+
+def test_above_a_decorator_that_does_not_say_what_it_wraps(gl):
+    def logged(function):
+        later = []
+
+        def wrapper(*args):
+            later.append(unbound)
+            return function(*args)
+
+        return wrapper
+        unbound = 1
+
+    def forward(x):
+        attn = x
+        return attn
+
+    with pytest.raises(UnknownLocalError) as caught:
+        gl("attn")(logged(forward))
+    line = forward.__code__.co_firstlineno
+    for part in (f"forward ({__file__}:{line}), which it uses, has it", "@get_local beneath", "functools.wraps"):
+        assert part in str(caught.value)
+    with pytest.raises(UnknownLocalError) as caught:
+        gl("atn")(logged(forward))
+    assert "has it" not in str(caught.value)
+
+
+@pytest.mark.parametrize("thing", [len, "attn".upper, 3, None, int, dict, type("Plain", (), {})])
+def test_what_has_no_python_code(gl, thing):
+    with pytest.raises(TypeError) as caught:
+        gl("attn")(thing)
+    assert "function" in str(caught.value)

@@ -1,0 +1,153 @@
+"""Weights laid over the picture that their patches cover, with a swatch for each prefix token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .canvas import LABEL, axes_of, colour_bar
+from .look import Look, exceeds, row_top
+from .places import Grid
+from .reading import Array
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+
+
+def draw_row(
+    row: Array,
+    grid: Grid,
+    picture: Array | None,
+    look: Look,
+    *,
+    ax: Axes | None,
+    framed: int | None = None,
+    label: str = LABEL,
+) -> Axes:
+    """Draw the weights (tokens,) over the picture, with a frame round one token."""
+    patches, prefix = grid.patches(row), row[: len(grid.prefix)]
+    top = row_top(patches, int(np.count_nonzero(~np.isnan(row))), look.vmin) if look.vmax is None else look.vmax
+    high, wide = grid.size(picture)
+    ax = axes_of(ax, figure_size(high, wide))
+    scale = look.scale(top)
+    lay_over(ax, patches, picture, scale, look)
+    frame_patch(ax, grid, framed, (high, wide))
+    if len(prefix):
+        _draw_swatches(ax, prefix, grid, scale, framed)
+    if look.cbar:
+        colour_bar(ax.figure, scale, ax, exceeds(row, top), label)
+    return ax
+
+
+def figure_size(high: int, wide: int) -> tuple[float, float]:
+    """Inches (across, down) of a figure for one picture: a long strip gets a long figure, but not an endless one."""
+    ratio = min(4.0, max(0.25, wide / high))
+    return 5 * min(1.5, ratio) + 1, 5 * min(1.5, ratio) / ratio + 0.4
+
+
+def lay_over(ax: Axes, patches: Array, picture: Array | None, scale: ScalarMappable, look: Look) -> None:
+    """Draw weights (rows, columns), over a picture where there is one. NaN lets the picture through and is hatched."""
+    high, wide = patches.shape if picture is None else picture.shape[:2]
+    extent = (0.0, float(wide), float(high), 0.0)
+    if picture is None:
+        low, top = scale.get_clim()
+        blend = "bilinear" if look.smooth else "nearest"
+        ax.imshow(patches, cmap=scale.cmap, vmin=low, vmax=top, extent=extent, interpolation=blend, origin="upper")
+    else:
+        blended = blend_over(patches, picture, scale, look)
+        ax.imshow(blended, extent=extent, interpolation="nearest", origin="upper")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    if np.isnan(patches).any():
+        _hatch(ax, np.isnan(patches), picture is not None, (high / patches.shape[0], wide / patches.shape[1]))
+
+
+def blend_over(patches: Array, picture: Array, scale: ScalarMappable, look: Look) -> Array:
+    """The picture with the weights of its patches on it, (height, width, 3)."""
+    size = picture.shape[0], picture.shape[1]
+    blank = np.isnan(spread(patches, size))[..., None]
+    weights = np.asarray(scale.norm(spread(np.nan_to_num(patches), size, look.smooth)))
+    strength = np.clip(weights, 0, 1)
+    # Darkened, so that white in the picture does not bleach the colours laid over it.
+    grey = 0.6 * (picture @ np.array([0.299, 0.587, 0.114], picture.dtype))[..., None]
+    if look.style == "mask":
+        return np.where(blank, grey, picture * strength[..., None])
+    # The square root makes middling weights visible; the colours are those of the weights themselves.
+    colours = np.asarray(scale.cmap(strength))[..., :3]
+    alpha = np.where(blank, 0, 0.85 * np.sqrt(strength)[..., None])
+    return np.asarray((1 - alpha) * grey + alpha * colours)
+
+
+def spread(patches: Any, size: tuple[int, int], smooth: bool = False) -> Any:
+    """Patches at a picture's size: each pixel has its patch's value, or one interpolated between patches' centres."""
+    places = []
+    for count, pixels in zip(patches.shape, size, strict=True):
+        centre = (np.arange(pixels) + 0.5) * count / pixels  # in patches, from the edge
+        places.append(np.clip(centre - 0.5, 0, count - 1) if smooth else np.floor(centre))
+    (y, x), (high, wide) = places, patches.shape
+    y0, x0 = y.astype(int), x.astype(int)
+    if not smooth:
+        return patches[np.ix_(y0, x0)]
+    y1, x1 = np.minimum(y0 + 1, high - 1), np.minimum(x0 + 1, wide - 1)
+    fy, fx = (y - y0)[:, None], (x - x0)[None, :]
+    upper = patches[np.ix_(y0, x0)] * (1 - fx) + patches[np.ix_(y0, x1)] * fx
+    lower = patches[np.ix_(y1, x0)] * (1 - fx) + patches[np.ix_(y1, x1)] * fx
+    return upper * (1 - fy) + lower * fy
+
+
+def frame_patch(ax: Axes, grid: Grid, token: int | None, size: tuple[int, int]) -> None:
+    """Draw a frame round a token, where it is a patch, on a picture of (height, width)."""
+    place = None if token is None else grid.place(token)
+    if place is not None:
+        high, wide = size[0] / grid.rows, size[1] / grid.columns
+        _frame(ax, (place[1] * wide, place[0] * high), (wide, high))
+
+
+def _frame(ax: Axes, corner: tuple[float, float], size: tuple[float, float]) -> None:
+    """A frame in black and white: one of the two shows on any ground."""
+    from matplotlib.patches import Rectangle
+
+    for colour, width in (("black", 3.0), ("white", 1.2)):
+        ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=width, zorder=3))
+
+
+def _draw_swatches(ax: Axes, weights: Array, grid: Grid, scale: ScalarMappable, framed: int | None) -> None:
+    """Draw each prefix token's weight as a square below the picture, on the patches' scale, and write the number."""
+    count = len(weights)
+    strip = ax.inset_axes((0.0, -0.08, min(1.0, 0.14 * count), 0.05))
+    low, high = scale.get_clim()
+    strip.imshow(
+        weights[None],
+        cmap=scale.cmap,
+        vmin=low,
+        vmax=high,
+        aspect="auto",
+        extent=(0, count, 1, 0),
+        interpolation="nearest",
+        origin="upper",
+    )
+    strip.set_yticks([])
+    labels = [f"{name}\n{weight:.2g}" for name, weight in zip(grid.prefix, weights, strict=True)]
+    strip.set_xticks(np.arange(count) + 0.5, labels, fontsize=8, parse_math=False)
+    strip.tick_params(length=0)
+    if framed is not None and framed < count:
+        _frame(strip, (framed, 0), (1, 1))
+
+
+def _hatch(ax: Axes, blank: npt.NDArray[np.bool_], has_picture: bool, size: tuple[float, float]) -> None:
+    """Hatch patches of (height, width), whose weight is not known; that is no weight of zero."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    runs = []
+    for row, cells in enumerate(blank):
+        edges = np.flatnonzero(np.diff(np.pad(cells.astype(int), 1)))
+        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+            corners = [(start, row), (stop, row), (stop, row + 1), (start, row + 1), (start, row)]
+            runs.append(Path([(x * size[1], y * size[0]) for x, y in corners], closed=True))
+    whole = Path.make_compound_path(*runs)
+    colour = (1, 1, 1, 0.35) if has_picture else "0.75"
+    ax.add_patch(PathPatch(whole, facecolor="none", edgecolor=colour, hatch="//", linewidth=0))
