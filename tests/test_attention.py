@@ -148,19 +148,41 @@ class TestSeen:
         assert torch.equal(maps[0].dense()[:, 0], model.weights[..., :-1])
         assert torch.equal(maps[0].grad_dense()[:, 0], model.weights.grad[..., :-1])
 
-    def test_weights_changed_in_place_are_kept_as_they_were(self, x):
+    @pytest.mark.parametrize("is_in_place", [True, False])
+    def test_the_map_is_what_is_multiplied_without_dropout(self, x, is_in_place):
         class Changes(nn.Module):
             def forward(self, x):
                 attn = (x @ x.mT).softmax(-1)
                 self.weights = attn.clone()
-                attn = F.dropout(attn, 0.5, True, True)
+                attn = F.dropout(attn, 0.5, True, is_in_place)
                 attn *= 3
+                attn[..., 0] = 0
+                self.dropped = attn
                 return attn @ x
 
         model = Changes()
         with attention(model) as maps:
             model(x)
+        expected = 3 * model.weights
+        expected[..., 0] = 0
+        assert torch.equal(maps[0].dense()[:, 0], expected)
+        assert not torch.equal(model.dropped, expected)
+        [softmax] = maps[0].softmaxes
+        assert torch.equal(softmax.dense()[:, 0], model.weights)
+        assert "made of 1 softmax" in repr(maps[0])
+
+    def test_dropout_in_place_alone(self, x):
+        class Drops(nn.Module):
+            def forward(self, x):
+                attn = (x @ x.mT).softmax(-1)
+                self.weights = attn.clone()
+                return F.dropout(attn, 0.5, True, True) @ x
+
+        model = Drops()
+        with attention(model) as maps:
+            model(x)
         assert torch.equal(maps[0].dense()[:, 0], model.weights)
+        assert maps[0].softmaxes == ()
 
     def test_a_softmax_without_a_product_is_no_attention(self, x):
         class Classifier(nn.Module):

@@ -17,8 +17,9 @@ from ..instrument import check_max_bytes
 from ..maps import AttentionMap
 from ..store import Budget, Record, Recorded, Saved, bytes_by_device, human, stacked
 from ..tensors import keeper
-from .copies import AttentionCall, Copies
-from .watch import Watch
+from .axes import Order
+from .copies import AttentionCall, Copies, Copy
+from .watch import File, Watch
 
 
 def attention(
@@ -120,6 +121,7 @@ class Maps(Recorded, Sequence[Any]):
         self._lock = threading.RLock()  # a `keep` may run the model
         self._watch: Watch | None = None
         self._copies = Copies(gradients)
+        self._doubted = set[str]()
 
     def start(self) -> Maps:
         """Record from now on; for notebooks, where a `with` cannot span cells. Returns the maps themselves."""
@@ -129,10 +131,9 @@ class Maps(Recorded, Sequence[Any]):
                 raise RuntimeError("there is nothing to record: the model is gone, or the maps are from a file")
             known = weakref.ref(self)  # maps that nobody holds any more stop recording
 
-            def record(call: AttentionCall) -> None:
+            def record(call: AttentionCall) -> File | None:
                 maps = known()
-                if maps is not None:
-                    maps.record(call)
+                return None if maps is None else maps.record(call)
 
             self._copies = Copies(self._gradients)
             self._watch = Watch(model, record)
@@ -324,22 +325,36 @@ class Maps(Recorded, Sequence[Any]):
             for layer in self._layers
         )
 
-    def record(self, call: AttentionCall) -> None:
-        """Keep the map of an attention call, or what `keep` makes of it, as far as the budget allows."""
-        path = call.path
+    def record(self, call: AttentionCall) -> File | None:
+        """Copy what is kept of an attention call; returns what files it once its axes are known."""
         with self._lock:
-            if self._watch is None or not self._wants(path):
+            if self._watch is None or not self._wants(call.path):
+                return None
+            copy = self._copies.of(call)
+        return lambda order, kernel: self._file(call.path, copy, order, kernel)
+
+    def _file(self, path: str, copy: Copy, order: Order | None, kernel: str) -> None:
+        """Keep a map, or what `keep` makes of it, if it is proven and as far as the budget allows."""
+        doubt = None if copy.evidence is None else copy.evidence.doubt()
+        if doubt is not None:
+            if path not in self._doubted:
+                self._doubted.add(path)
+                warn(
+                    f"the map of {path!r} is not kept, for it is not the one that was used: times the values it is not "
+                    f"what {kernel} returned, {doubt}."
+                )
+            return
+        with self._lock:
+            if self._is_full:
                 return
+            value, sizes = copy.map_of(order), copy.sizes
             if self._keep is not None:
-                made, _ = self._copies.map_of(call, is_brief=True)
                 try:
-                    value = keeper(self._keep)(made)
+                    value = keeper(self._keep)(value)
                 except Exception as error:
                     error.add_note(f"while keeping the attention of {path!r} with keep={self._keep!r}")
                     raise
                 sizes = bytes_by_device(value)
-            else:
-                value, sizes = self._copies.map_of(call, is_brief=False)
             self._entries.append(_Entry(path, value, get_ident(), sizes))
             self._budget.add(sizes)
             if self._layers is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,23 +13,40 @@ from torch import Tensor
 
 from ..maps import AttentionMap, Factors, Gradient, Keys, Weights
 from ..store import bytes_by_device
+from .axes import Order
+from .evidence import Evidence, of_fused, of_weights
 from .kernels import FusedCall, four_axes
-from .softmax import Softmax
+from .softmax import Product
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """An attention call of a module, with what a map is made of."""
+    """An attention call of a module."""
 
     path: str
     kind: str | None
-    computed: FusedCall | Softmax
-    heads: int | None = None
-    """How many heads share the first of three axes of a softmax's weights."""
+    computed: FusedCall | Product
+    """What it computed; of a fused call with four axes, by the assumption below."""
+    heads: int | None
+    """How many heads are assumed to share the first of three axes."""
+    number: int
+    """How many attention calls came before."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """What is kept of an attention call."""
+
+    map_of: Callable[[Order | None], AttentionMap]
+    """Makes its map, once it is known which axes are heads; None: they stay unknown."""
+    sizes: dict[str, int]
+    """The bytes that it adds, by device."""
+    evidence: Evidence | None
+    """Whether the map is the one that was used; None where that cannot be seen, as with dropout."""
 
 
 class Copies:
-    """The copies that maps share: the keys of a growing cache, and the mask of several layers.
+    """Copies what maps are made of. Maps share the keys of a growing cache, and a mask that several layers are given.
 
     Args:
         gradients: whether maps also keep what their gradients are computed from.
@@ -38,42 +57,86 @@ class Copies:
         self._growing: dict[str, Keys] = {}
         self._masks: dict[int, tuple[weakref.ref[Tensor], Any, Tensor]] = {}
 
-    def map_of(self, call: AttentionCall, is_brief: bool) -> tuple[AttentionMap, dict[str, int]]:
-        """The map of a call, and the bytes that it adds on each device.
+    def of(self, call: AttentionCall) -> Copy:
+        """What is kept of an attention call."""
+        if isinstance(call.computed, FusedCall):
+            return self._of_fused(call, call.computed)
+        return self._of_product(call, call.computed)
 
-        `is_brief`: the map is read at once and dropped, so it copies nothing.
-        """
-        if isinstance(call.computed, Softmax):
-            return self._dense(call, call.computed, is_brief)
-        return self._fused(call, call.computed, is_brief)
+    def _of_product(self, call: AttentionCall, product: Product) -> Copy:
+        weights = product.weights.detach() if product.is_own else _copied(product.weights)
+        multiplied = weights.shape
+        lead = multiplied[:-2] if product.values is None else product.output.shape[:-2]
+        weights = weights.expand(*lead, *multiplied[-2:])  # the same weights may serve several heads
+        parts = []
+        if not _is_softmax(product):
+            parts = [_copied(one.weights) for one in product.softmaxes if one.weights is not None]
+        evidence = None
+        if product.values is not None and not product.has_dropout:
+            evidence = of_weights(weights, product.values.detach(), product.output.detach(), call.number)
+        reason = None
+        if product.source.numel() != product.weights.numel():
+            reason = "the weights were changed behind a dropout: the gradient is known with model.eval()"
+        assumed = four_axes(weights, call.heads).shape
+        gradient = self._gradient_of(product.source, assumed, None, reason)
 
-    def _dense(self, call: AttentionCall, softmax: Softmax, is_brief: bool) -> tuple[AttentionMap, dict[str, int]]:
-        returned = softmax.weights
-        assert returned is not None  # else there would have been no product
-        is_own = softmax.copy is not None or is_brief
-        weights = (returned if softmax.copy is None else softmax.copy).detach()[..., : softmax.keys]
-        source = Weights(four_axes(weights.contiguous() if is_own else _copied(weights), call.heads))
-        gradient = self._gradient_of(returned, source.shape)
-        made = AttentionMap.from_source(source, path=call.path, kind=call.kind, gradient=gradient)
-        return made, _sizes(*source.tensors())
+        def ordered(incoming: Tensor) -> Tensor:
+            shape = dict(zip(product.order, multiplied, strict=True))
+            return incoming.reshape([shape[axis] for axis in range(len(shape))]).permute(product.order)
 
-    def _fused(self, call: AttentionCall, fused: FusedCall, is_brief: bool) -> tuple[AttentionMap, dict[str, int]]:
-        query, keys, mask, shared = fused.query.detach(), Keys(fused.key.detach()), fused.mask, dict[str, int]()
-        if not is_brief:
-            query = _copied(query)
-            keys, shared = self._kept_keys(call.path, fused.key.detach(), query.shape[2])
-            if mask is not None:
-                mask, more = self._kept_mask(mask)
-                shared = _sum(shared, more)
+        def map_of(order: Order | None) -> AttentionMap:
+            def arranged(tensor: Tensor) -> Tensor:
+                if order is None or math.prod(tensor.shape[:-2]) != math.prod(order.sizes):
+                    return four_axes(tensor, call.heads)
+                return order.arranged(tensor)
+
+            source = Weights(arranged(weights))
+            if gradient is not None:
+                gradient.arrange(
+                    source.shape,
+                    None,
+                    lambda incoming: arranged(ordered(incoming).expand(*lead, *multiplied[-2:])),
+                )
+            made = AttentionMap.from_source(source, path=call.path, kind=call.kind, gradient=gradient)
+            made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=call.kind) for part in parts)
+            made.axes_assumed = order is None and math.prod(lead) > 1
+            return made
+
+        return Copy(map_of, _sizes(weights, *parts), evidence)
+
+    def _of_fused(self, call: AttentionCall, fused: FusedCall) -> Copy:
+        key, mask, query = fused.key.detach(), fused.mask, _copied(fused.query)
+        keys, sizes = self._kept_keys(call.path, key, query.shape[2])
+        if mask is not None:
+            mask, more = self._kept_mask(mask)
+            sizes = _sum(sizes, more)
         functions = fused.score_mod, fused.mask_mod
-        source = Factors(query, keys, fused.key.shape[2], fused.scale, mask, fused.causal, *functions)
+        source = Factors(query, keys, key.shape[2], fused.scale, mask, fused.causal, *functions)
+        evidence = None
+        if not fused.dropout:
+            output = fused.output.detach().reshape(*source.shape[:3], -1)
+            evidence = of_fused(source, fused.value.detach(), output, call.number)
         reason = (
             "there was dropout on the weights, whose pattern a fused kernel does not tell: the gradient is known with "
             "model.eval(), or without attention dropout"
         )
         gradient = self._gradient_of(fused.output, source.shape, fused.value, reason if fused.dropout else None)
-        made = AttentionMap.from_source(source, path=call.path, kind=call.kind, gradient=gradient)
-        return made, _sum(shared, _sizes(query, *([] if gradient is None else gradient.tensors())))
+
+        def map_of(order: Order | None) -> AttentionMap:
+            made_of = source
+            is_known = order is not None and order.is_sorted and order.shape == source.shape[:2]
+            if order is not None and not is_known and not source.has_functions:
+                made_of = source.arranged(order.arranged)
+                if gradient is not None:
+                    values = fused.value.detach()
+                    values = values.repeat_interleave(source.shape[1] // values.shape[1], 1)
+                    gradient.arrange(made_of.shape, _copied(order.arranged(values)), order.arranged)
+                is_known = True
+            made = AttentionMap.from_source(made_of, path=call.path, kind=call.kind, gradient=gradient)
+            made.axes_assumed = not is_known and math.prod(source.shape[:2]) > 1
+            return made
+
+        return Copy(map_of, _sum(sizes, _sizes(query, *([] if gradient is None else gradient.tensors()))), evidence)
 
     def _kept_keys(self, path: str, key: Tensor, queries: int) -> tuple[Keys, dict[str, int]]:
         """The keys of a call, and the bytes that they add. Of a growing cache only the new keys are copied."""
@@ -113,6 +176,16 @@ class Copies:
 
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _is_softmax(product: Product) -> bool:
+    """Whether what was multiplied is what one softmax made, its first keys, or both in another shape."""
+    if product.is_softmax:
+        return True
+    made = product.softmaxes[0].weights
+    if len(product.softmaxes) > 1 or made is None or made.numel() != product.weights.numel():
+        return False
+    return torch.equal(made.detach().to(product.weights.dtype).reshape(product.weights.shape), product.weights)
 
 
 def _sizes(*tensors: Tensor) -> dict[str, int]:

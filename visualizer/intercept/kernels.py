@@ -6,7 +6,7 @@ A new kernel of torch needs one function here, with the kernel's own signature b
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -122,26 +122,35 @@ def four_axes(tensor: Tensor, heads: int | None) -> Tensor:
     if tensor.ndim > 4:
         return tensor.flatten(0, tensor.ndim - 4)
     if tensor.ndim == 3 and heads is not None:
-        return tensor.view(-1, heads, *tensor.shape[1:])
+        return tensor.reshape(-1, heads, *tensor.shape[1:])
     return tensor.unsqueeze(0).unsqueeze(0) if tensor.ndim == 2 else tensor.unsqueeze(1)
 
 
 def in_four_axes(call: FusedCall, heads: int | None, groups: int) -> FusedCall:
-    """The call with the axes (batch, heads, tokens, width).
+    """The call with the axes (batch, heads, tokens, width), query and key of one batch and number of heads.
 
     Args:
         heads: how many heads share the first of three axes.
         groups: how many query heads lie on the axis of queries, each with a single query.
     """
-    lead, mask = call.query.shape[:-2], call.mask
+    lead, mask = call.output.shape[:-2], call.mask
     if mask is not None and len(lead) != 2:
         mask = four_axes(mask.expand(*lead, *mask.shape[-2:]), heads)
-    query, key, value = (four_axes(tensor, heads) for tensor in (call.query, call.key, call.value))
+    query, key, value = (four_axes(_broadcast(tensor, lead), heads) for tensor in (call.query, call.key, call.value))
     if groups > 1:
         query = query.flatten(1, 2).unsqueeze(2)
         if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
             mask = mask.flatten(1, 2).unsqueeze(2)
     return replace(call, query=query, key=key, value=value, mask=mask)
+
+
+def _broadcast(tensor: Tensor, lead: Sequence[int]) -> Tensor:
+    """A tensor with the axes of the output before its own two; key heads that several heads share stay as they are."""
+    own = tensor.shape[:-2]
+    if own == lead:
+        return tensor
+    is_grouped = len(own) == len(lead) == 2 and own[1] > 1
+    return tensor.expand(*((lead[0], own[1]) if is_grouped else lead), *tensor.shape[-2:])
 
 
 def as_computed(call: FusedCall) -> FusedCall:

@@ -1,143 +1,349 @@
-"""Attention that is computed in the open: a softmax between two matrix products.
+"""Attention that is computed in the open: a softmax over scores, whose weights a matrix product takes.
 
-Its scores come from a matrix product, and another one takes its weights: as they are, or after operations that keep
-each number in its place, such as a mask, dropout, or a new shape.
+The scores come from a matrix product. They may change in any way that leaves each in its place, and so may the weights
+before they are multiplied with the values: masked, mixed, subtracted. The map is what is multiplied, without dropout.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from functools import lru_cache
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from .axes import Output, einsum_labels
 from .kernels import name_of
 
-Role = Literal["softmax", "product", "carries", "mixes heads", "in place"]
-
-_ROLES: dict[str, Role] = {
-    **dict.fromkeys(("softmax", "_softmax"), "softmax"),
-    **dict.fromkeys(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm"), "product"),
-    **dict.fromkeys(("linear", "conv2d"), "mixes heads"),
-    **dict.fromkeys(
-        (
-            *("to", "type", "type_as", "float", "half", "bfloat16", "double", "clone", "contiguous", "alias"),
-            *("view", "reshape", "permute", "transpose", "swapaxes", "__get__", "unsqueeze", "squeeze", "flatten"),
-            *("unflatten", "expand", "__getitem__", "slice", "narrow", "cat", "concat", "dropout", "native_dropout"),
-            *("add", "__add__", "__radd__", "sub", "__sub__", "mul", "__mul__", "__rmul__", "div", "__truediv__"),
-            *("masked_fill", "where", "nan_to_num", "clamp", "tanh"),
-        ),
-        "carries",
-    ),
-}
+_PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm"))
+_DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_", "feature_dropout", "alpha_dropout"))
+_ENDS = frozenset(("layer_norm", "group_norm", "batch_norm", "rms_norm", "conv1d", "conv3d", "embedding", "bilinear"))
+"""What makes other things of scores and weights, though their shape may stay."""
+_SAME_NUMBERS = frozenset(
+    (
+        *("to", "type", "type_as", "float", "half", "bfloat16", "double", "clone", "contiguous", "alias", "view"),
+        *("reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand", "nan_to_num", "view_as", "reshape_as"),
+        *_DROPOUTS,
+    )
+)
 
 
-@lru_cache(maxsize=4096)
-def role_of(func: Any) -> Role | None:
-    """What a function does with scores and weights; None for most functions."""
-    name = name_of(func)
-    if name.endswith("_") and not name.endswith("__"):
-        return "in place"
-    return _ROLES.get(name)
+def may_begin(name: str) -> bool:
+    """Whether a function of that name may be the first of an attention."""
+    return name in _PRODUCTS
 
 
 class Softmax:
-    """The weights that a softmax has made, until a product shows that they are attention."""
+    """The output of a softmax over scores."""
 
     def __init__(self, weights: Tensor) -> None:
         self._reference = weakref.ref(weights)
-        self._weights: Tensor | None = None
-        self.copy: Tensor | None = None
-        """The weights before they were changed in place; None if they were not."""
+        self._held: Tensor | None = None
+        self._copy: Tensor | None = None
         self.keys = weights.shape[-1]
-        """How many entries of the last axis are keys: an attention sink behind them is cut off before the product."""
         self.is_recorded = False
 
-    @property
-    def weights(self) -> Tensor | None:
-        """What the softmax returned; None once it is gone, and nothing was made of it."""
-        return self._reference() if self._weights is None else self._weights
-
     def hold(self) -> None:
-        """Keep the weights alive, now that another tensor stands for them."""
-        self._weights = self._reference()
-
-    def note_slice(self, whole: Any, part: Any) -> None:
-        """Note if a function takes only the first keys."""
-        if not isinstance(whole, Tensor) or not isinstance(part, Tensor) or part.shape[:-1] != whole.shape[:-1]:
-            return
-        if whole.shape[-1] == self.keys > part.shape[-1] and part.data_ptr() == whole.data_ptr():
-            self.keys = part.shape[-1]
+        """Keep the tensor alive, now that others are made of it."""
+        self._held = self._reference()
 
     def save(self) -> None:
         """Copy the weights before a function changes them in place."""
-        weights = self.weights
-        if weights is not None and self.copy is None:
-            self.copy = weights.detach().clone()
+        weights = self._reference()
+        if weights is not None and self._copy is None:
+            self._copy = weights.detach().clone()
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The weights as the softmax made them; None where they are gone."""
+        return self._copy if self._copy is not None else self._held if self._held is not None else self._reference()
+
+
+@dataclass
+class _Weights:
+    """What a tensor is that was made of softmaxes."""
+
+    softmaxes: tuple[Softmax, ...]
+    is_softmax: bool = True
+    """Whether it is one softmax, perhaps of another shape, or the first keys of one."""
+    without_dropout: Tensor | None = None
+    """The same without dropout, if there was some."""
+    before_dropout: Tensor | None = None
+    """What went into the dropout; the gradient of the weights arrives here."""
+
+
+@dataclass(frozen=True)
+class _View:
+    """A view of some of the weights, by which they may be changed."""
+
+    whole: _Weights
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of weights with values, (..., queries, keys) and (..., keys, width)."""
+
+    output: Tensor
+    """(..., queries, width)."""
+    returned: Tensor
+    """What the product returned: the output, with its axes perhaps in another order."""
+    places: tuple[int, ...]
+    """Which axis of the output each axis of `returned` is."""
+    weights: Tensor
+    """What is multiplied, without dropout."""
+    values: Tensor | None
+    """None where they cannot be told."""
+    source: Tensor
+    """The tensor that the gradient of the weights arrives at."""
+    order: tuple[int, ...]
+    """Which axis of that tensor each axis of the weights is."""
+    softmaxes: tuple[Softmax, ...]
+    is_softmax: bool
+    has_dropout: bool
+    is_own: bool
+    """Whether the weights are a copy that nothing else will change."""
 
 
 _SCORES = object()  # in a lineage: the tensor comes from a matrix product, and may be scores
 
 
 class Tracing:
-    """Follows scores and weights from function to function, in one thread."""
+    """Follows scores, weights and the outputs of attention calls from function to function, in one thread."""
 
     def __init__(self) -> None:
         self.lineage: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
-        """By their ids, the tensors that come from a matrix product or from a Softmax, and from which."""
+        """By their ids, the tensors that are followed, and what they are."""
 
-    def see(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Softmax | None]:
-        """Run a function: its output, and the softmax whose weights it multiplies with values, the first time."""
-        role = role_of(func)
-        origin = self._origin_of(args) or self._origin_of(kwargs.values())
-        softmax = origin if isinstance(origin, Softmax) else None
-        if softmax is not None and (role == "in place" or _is_in_place(args, kwargs)):
-            softmax.save()
-        output = func(*args, **kwargs)
-        if role == "product":
-            if softmax is None:
-                self._follow(output, _SCORES)
-            elif softmax.weights is not None and not softmax.is_recorded:
-                softmax.is_recorded = True
-                return output, softmax
-        elif role == "softmax" and origin is _SCORES:
+    def follow_output(self, tensor: Tensor, output: Output, layout: Any = None) -> None:
+        """Find out what the model does with the axes of an attention call's output."""
+        self._follow(tensor, (output, output.layout if layout is None else layout))
+
+    def see(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Product | None]:
+        """Run a function: what it returns, and the product of weights and values that it is, if it is one."""
+        name = name_of(func)
+        known = list(self._known_in([*args, *kwargs.values()]))
+        weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
+        changed = args[0] if args and _is_in_place(name, args, kwargs) else None
+        if changed is not None:
+            self._prepare_change(name, changed, known)
+        before = None
+        if weights and name in _DROPOUTS and _drops(args, kwargs):
+            tensor, origin = weights[0]
+            before = tensor if origin.without_dropout is None else origin.without_dropout
+            if changed is not None:
+                before = before.detach().clone()
+        result = func(*args, **kwargs)
+        for tensor, origin in known:
+            if isinstance(origin, tuple):
+                output, layout = origin
+                for one in result if isinstance(result, (list, tuple)) else (result,):
+                    made = output.follow(func, args, kwargs, tensor, layout, one)
+                    if made is not None:
+                        self.follow_output(one, output, made)
+        if name in _PRODUCTS:
+            if weights:
+                return result, self._product(name, args, kwargs, result, weights)
+            self._follow(result, _SCORES)
+        elif name in ("softmax", "_softmax"):
             axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            if output.ndim >= 2 and axis in (-1, output.ndim - 1):
-                self._follow(output, Softmax(output))
-        elif origin is not None and (role == "carries" or (role == "mixes heads" and _has_same_axes(args, output))):
-            if softmax is not None and output is not softmax.weights:
-                softmax.hold()
-                softmax.note_slice(args[0], output)
-            self._follow(output, origin)
-        return output, None
+            if any(origin is _SCORES for _, origin in known) and result.ndim >= 2 and axis in (-1, result.ndim - 1):
+                self._follow(result, _Weights((Softmax(result),)))
+        elif weights:
+            made = result if changed is None else changed
+            self._carry_weights(func, name, args, kwargs, made, weights, before)
+        elif isinstance(result, Tensor) and result.ndim > 1 and name not in _ENDS:
+            for tensor, origin in known:
+                if origin is _SCORES and _has_same_places(name, tensor, result):
+                    self._follow(result, _SCORES)
+        return result, None
+
+    def _prepare_change(self, name: str, changed: Tensor, known: Iterable[tuple[Tensor, Any]]) -> None:
+        """Save what a function is about to change in place, and note what is no softmax any more."""
+        for tensor, origin in known:
+            if tensor is not changed:
+                continue
+            whole = origin.whole if isinstance(origin, _View) else origin
+            if isinstance(whole, _Weights):
+                for softmax in whole.softmaxes:
+                    softmax.save()
+                if name not in _DROPOUTS:
+                    whole.is_softmax = False
+                if whole is not origin:  # what a view changes is not followed in the weights without dropout
+                    whole.without_dropout = None
+
+    def _carry_weights(
+        self,
+        func: Any,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        result: Any,
+        weights: Sequence[tuple[Tensor, _Weights]],
+        before: Tensor | None,
+    ) -> None:
+        """Follow what a function made of weights, if they may still be multiplied with values."""
+        tensor, origin = weights[0]
+        if name == "native_dropout":
+            result = result[0]
+        if not isinstance(result, Tensor) or result.ndim < 2 or not result.is_floating_point() or name in _ENDS:
+            return
+        if not any(_has_same_places(name, one, result) for one, _ in weights):
+            if result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+                self._follow(result, _View(origin))
+            return
+        softmaxes = tuple(dict.fromkeys(softmax for _, item in weights for softmax in item.softmaxes))
+        for softmax in softmaxes:
+            softmax.hold()
+        is_cut = name in ("__getitem__", "narrow", "slice") and _is_beginning(tensor, result)
+        keeps = len(weights) == 1 and (
+            (name in _SAME_NUMBERS and result.shape[-1] == tensor.shape[-1])
+            or is_cut
+            or (name in ("permute", "transpose", "swapaxes") and result.stride(-1) == tensor.stride(-1))
+        )
+        made = _Weights(softmaxes, keeps and origin.is_softmax)
+        if before is not None:
+            made.without_dropout = before.detach()
+            made.before_dropout = tensor if origin.before_dropout is None else origin.before_dropout
+            if result is tensor:
+                made.before_dropout = None
+        elif any(item.without_dropout is not None for _, item in weights):
+            made.without_dropout = _without_dropout(func, args, kwargs, weights, result is tensor)
+            made.before_dropout = origin.before_dropout
+        self._follow(result, made)
+
+    def _product(
+        self, name: str, args: Any, kwargs: Any, result: Any, weights: Sequence[tuple[Tensor, _Weights]]
+    ) -> Product | None:
+        tensor, origin = weights[0]
+        if len(weights) > 1 or all(softmax.is_recorded for softmax in origin.softmaxes):
+            return None
+        for softmax in origin.softmaxes:
+            softmax.is_recorded = True
+        shown = tensor if origin.without_dropout is None else origin.without_dropout
+        order, values, output, places = _operands(name, args, kwargs, tensor, result)
+        source = tensor if origin.without_dropout is None else origin.before_dropout
+        return Product(
+            output,
+            result,
+            places,
+            shown.permute(order),
+            values,
+            tensor if source is None else source,
+            order,
+            origin.softmaxes,
+            origin.is_softmax,
+            origin.without_dropout is not None,
+            origin.without_dropout is not None and origin.without_dropout is not source,
+        )
 
     def _follow(self, tensor: Any, origin: Any) -> None:
         if isinstance(tensor, Tensor):
             lineage, number = self.lineage, id(tensor)
             lineage[number] = weakref.ref(tensor, lambda _: lineage.pop(number, None)), origin
 
-    def _origin_of(self, args: Iterable[Any]) -> Any:
-        """What a function's arguments come from: a Softmax before scores, None if from neither."""
-        found, lineage = None, self.lineage
-        if lineage:
-            for item in args:
-                known = lineage.get(id(item))
-                origin = known[1] if known is not None and known[0]() is item else None
-                if origin is None and isinstance(item, (list, tuple)):
-                    origin = self._origin_of(item)
-                if isinstance(origin, Softmax):
-                    return origin
-                found = origin or found
-        return found
+    def _known_in(self, items: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
+        """The tensors that are followed, among a function's arguments."""
+        for item in items:
+            known = self.lineage.get(id(item))
+            tensor = None if known is None else known[0]()
+            if known is not None and tensor is not None and tensor is item:
+                yield tensor, known[1]
+            elif isinstance(item, (list, tuple)):
+                yield from self._known_in(item)
 
 
-def _is_in_place(args: Any, kwargs: Any) -> bool:
-    """Whether a function is asked to change its argument: F.dropout(input, p, training, inplace), or out=."""
-    return bool(kwargs.get("inplace") or (len(args) == 4 and args[3] is True)) or kwargs.get("out") is not None
+def _is_in_place(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a function changes its first argument, or the one it is given as out=."""
+    return (
+        (name.endswith("_") and not name.endswith("__"))
+        or name in ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+        or bool(kwargs.get("inplace") or (len(args) == 4 and args[3] is True))
+        or kwargs.get("out") is not None
+    )
 
 
-def _has_same_axes(args: Any, output: Tensor) -> bool:
-    """Whether a linear map mixes the heads of weights, "talking heads", and not features."""
-    return output.ndim == 4 and output.shape == args[0].shape
+def _drops(args: Any, kwargs: Any) -> bool:
+    """Whether a dropout is on: F.dropout(input, p=0.5, training=True, inplace=False)."""
+    share = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+    is_training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
+    return bool(share) and bool(is_training)
+
+
+def _has_same_places(name: str, before: Tensor, after: Tensor) -> bool:
+    """Whether a function's result may have a number for each pair of query and key, as its argument has."""
+    if name in ("linear", "conv2d"):  # talking heads, (batch, queries, keys, heads) or (batch, heads, queries, keys)
+        return after.ndim == 4 and after.numel() // after.shape[-1 if name == "linear" else 1] == (
+            before.numel() // before.shape[-1 if name == "linear" else 1]
+        )
+    if after.numel() == before.numel() or after.shape[-2:] == before.shape[-2:]:
+        return True
+    return after.shape[:-1] == before.shape[:-1] and after.shape[-1] > 1  # keys cut off, or a sink beside them
+
+
+def _is_beginning(whole: Tensor, part: Tensor) -> bool:
+    """Whether a part is the whole, or its first keys."""
+    return part.shape[:-1] == whole.shape[:-1] and part.data_ptr() == whole.data_ptr()
+
+
+def _without_dropout(
+    func: Any, args: Any, kwargs: Any, weights: Sequence[tuple[Tensor, _Weights]], is_in_place: bool
+) -> Tensor:
+    """What a function would have made if nothing had been dropped before."""
+    instead = {id(tensor): item.without_dropout for tensor, item in weights if item.without_dropout is not None}
+    first = instead.get(id(args[0]))
+    if is_in_place and first is not None:
+        instead[id(args[0])] = first = first.clone()
+
+    def exchanged(item: Any) -> Any:
+        if isinstance(item, (list, tuple)):
+            return type(item)(map(exchanged, item))
+        return instead.get(id(item), item)
+
+    with torch.no_grad():
+        made = func(*map(exchanged, args), **{key: exchanged(item) for key, item in kwargs.items()})
+    changed: Tensor = first if is_in_place and first is not None else made
+    return changed.detach()
+
+
+def _operands(
+    name: str, args: Any, kwargs: Any, weights: Tensor, result: Tensor
+) -> tuple[tuple[int, ...], Tensor | None, Tensor, tuple[int, ...]]:
+    """The order in which the axes of the weights are (..., queries, keys), the values, the output, `Product.places`."""
+    if name == "einsum":
+        return _einsum_operands(args, weights, result)
+    operands = [item for item in [*args, *kwargs.values()] if isinstance(item, Tensor)]
+    left, right = operands[-2:] if name == "baddbmm" else operands[:2]
+    if name == "__rmatmul__":
+        left, right = right, left
+    output = result - operands[0] if name == "baddbmm" else result
+    own, axes = range(weights.ndim), range(result.ndim)
+    if left is weights:
+        return (*own,), right, output, (*axes,)
+    return (*own[:-2], own[-1], own[-2]), left.mT, output.mT, (*axes[:-2], axes[-1], axes[-2])
+
+
+def _einsum_operands(
+    args: Any, tensor: Tensor, result: Tensor
+) -> tuple[tuple[int, ...], Tensor | None, Tensor, tuple[int, ...]]:
+    operands = list(args[1]) if len(args) == 2 and isinstance(args[1], (list, tuple)) else list(args[1:])
+    unknown = (*range(tensor.ndim),), None, result, (*range(result.ndim),)
+    if len(operands) != 2 or not isinstance(args[0], str):
+        return unknown
+    place = 0 if operands[0] is tensor else 1
+    labels, out = einsum_labels(args[0], [operand.ndim for operand in operands])
+    weights, values = labels[place], labels[1 - place]
+    keys = [label for label in weights if label in values and label not in out]
+    queries = [label for label in weights if label in out and label not in values]
+    width = [label for label in values if label in out and label not in weights]
+    lead = [label for label in out if label in weights and label in values]
+    if (len(keys), len(queries), len(width)) != (1, 1, 1) or len(weights) != len(lead) + 2:
+        return unknown
+    weights_order, output_order = [*lead, *queries, *keys], [*lead, *queries, *width]
+    return (
+        tuple(weights.index(label) for label in weights_order),
+        operands[1 - place].permute([values.index(label) for label in [*lead, *keys, *width]]),
+        result.permute([out.index(label) for label in output_order]),
+        tuple(output_order.index(label) for label in out),
+    )

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import warn
 from ..instrument import Uncompiled, named_modules
 from ..tensors import why_unreal
+from .axes import Order, Output
 from .copies import AttentionCall
 from .kernels import KERNELS, as_computed, in_four_axes, multi_head_attention, name_of
 from .modules import (
@@ -31,7 +35,10 @@ from .modules import (
     kind_of,
     packed_groups,
 )
-from .softmax import Softmax, Tracing, role_of
+from .softmax import Product, Tracing, may_begin
+
+File = Callable[[Order | None, str], None]
+"""Keeps the map of a call whose axes are known now; the text says which kernel ran."""
 
 
 class _Thread(threading.local):
@@ -42,6 +49,19 @@ class _Thread(threading.local):
         self.is_watched = False
         self.heads: int | None = None  # of the nn.MultiheadAttention under way
         self.tracing = Tracing()
+        self.pending = deque[_Pending]()
+        self.filing: tuple[ModuleCall, ...] | None = None  # the calls that were under way when the map was made
+        self.count = 0
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """An attention call that is seen, and whose axes the model has not told apart yet."""
+
+    output: Output
+    calls: tuple[ModuleCall, ...]
+    kernel: str
+    file: File
 
 
 class Watch:
@@ -49,10 +69,11 @@ class Watch:
 
     Args:
         model: whose modules are watched.
-        record: called with each attention call that is seen.
+        record: called with each attention call that is seen, and copies what is to be kept. Returns what to call once
+            it is known which axes are heads, in the order of the calls; or None.
     """
 
-    def __init__(self, model: nn.Module, record: Callable[[AttentionCall], None]) -> None:
+    def __init__(self, model: nn.Module, record: Callable[[AttentionCall], File | None]) -> None:
         modules = list(named_modules(model))
         compiled = [path for path, module in modules if is_compiled(module)]
         if compiled and not Uncompiled.is_possible():
@@ -112,7 +133,8 @@ class Watch:
 
     def call_arguments(self, name: str) -> list[Any]:
         """What the calls under way in this thread were given by that keyword, the innermost call first."""
-        return arguments_named(self._thread.calls, name)
+        thread = self._thread
+        return arguments_named(thread.calls if thread.filing is None else thread.filing, name)
 
     def __deepcopy__(self, memo: Any) -> Watch:
         return self  # the hooks of a copied model hold it
@@ -135,13 +157,17 @@ class Watch:
         thread = self._thread
         if not thread.calls or thread.calls[-1].module is not module:
             return  # the call began before recording did
-        path = thread.calls.pop().path
-        if is_called_attention(type(module).__qualname__):
-            self._ran[path] = type(module).__qualname__
-        if not thread.calls and thread.is_watched:
-            thread.is_watched = False
-            thread.tracing.lineage.clear()
-            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        try:
+            if thread.pending:
+                self._file_settled(len(thread.calls))
+        finally:
+            path = thread.calls.pop().path
+            if is_called_attention(type(module).__qualname__):
+                self._ran[path] = type(module).__qualname__
+            if not thread.calls and thread.is_watched:
+                thread.is_watched = False
+                thread.tracing.lineage.clear()
+                self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     @property
     def is_tracing(self) -> bool:
@@ -162,32 +188,69 @@ class Watch:
             finally:
                 thread.heads = before
         else:
-            output, softmax = thread.tracing.see(func, args, kwargs)
-            if softmax is not None:
-                self._see_softmax(softmax)
+            output, product = thread.tracing.see(func, args, kwargs)
+            if product is not None:
+                self._see_product(name, product)
+        if thread.pending:
+            self._file_settled()
         return output
 
     def _see_fused(self, name: str, output: Any, args: Any, kwargs: Any) -> None:
-        fused = KERNELS[name](output, *args, **kwargs)
+        seen = fused = KERNELS[name](output, *args, **kwargs)
         calls = self._thread.calls
         path = calls[-1].path
         if self._is_refused(path, fused.query):
             return
-        # Copies made in inference mode could not be worked on outside of it.
-        with torch.inference_mode(False), torch.no_grad():
+        with _aside():
             groups = packed_groups(calls[-1], fused.query, fused.key)
             fused = in_four_axes(as_computed(fused), self._heads_of(fused.query), groups)
             kind = kind_of(calls, fused.query.shape[2], fused.key.shape[2])
-            self._record(AttentionCall(path, kind, fused))
+            call = AttentionCall(path, kind, fused, None, self._thread.count)
+            output = Output(seen.output.shape)
+            if groups > 1:  # the model's own way of calling tells them apart
+                output.order = Order(tuple(fused.query.shape[:2]), (False, True))
+            self._await(name, call, seen.output, output)
 
-    def _see_softmax(self, softmax: Softmax) -> None:
-        weights, calls = softmax.weights, self._thread.calls
+    def _see_product(self, name: str, product: Product) -> None:
+        weights, calls = product.weights, self._thread.calls
         path = calls[-1].path
-        if weights is None or self._is_refused(path, weights):
+        if self._is_refused(path, weights):
             return
-        with torch.inference_mode(False), torch.no_grad():
-            kind = kind_of(calls, weights.shape[-2], softmax.keys)
-            self._record(AttentionCall(path, kind, softmax, self._heads_of(weights)))
+        with _aside():
+            kind = kind_of(calls, weights.shape[-2], weights.shape[-1])
+            call = AttentionCall(path, kind, product, self._heads_of(weights), self._thread.count)
+            output = Output(product.output.shape)
+            layout = [output.layout[place] for place in product.places]
+            self._await(f"softmax and {name}", call, product.returned, output, layout)
+
+    def _await(self, kernel: str, call: AttentionCall, returned: Tensor, output: Output, layout: Any = None) -> None:
+        """Record a call, and file its map once the model has told its axes apart."""
+        thread = self._thread
+        thread.count += 1
+        file = self._record(call)
+        if file is not None:
+            thread.pending.append(_Pending(output, tuple(thread.calls), kernel, file))
+            thread.tracing.follow_output(returned, output, layout)
+
+    def _file_settled(self, ending: int | None = None) -> None:
+        """File the maps of calls whose axes are known, in order.
+
+        Args:
+            ending: how many calls are under way, when the last of them ends. What was returned to it by modules in it
+                has had its chance then; at the end of the outermost call everything has.
+        """
+        thread = self._thread
+        while thread.pending and thread.filing is None:
+            first = thread.pending[0]
+            if first.output.order is None and (ending is None or not (ending == 1 or len(first.calls) > ending)):
+                return
+            thread.pending.popleft()
+            thread.filing = first.calls
+            try:
+                with _aside():
+                    first.file(first.output.order, first.kernel)
+            finally:
+                thread.filing = None
 
     def _heads_of(self, tensor: Tensor) -> int | None:
         thread = self._thread
@@ -208,6 +271,16 @@ class Watch:
         return reason is not None
 
 
+@contextmanager
+def _aside() -> Iterator[None]:
+    """What is computed within is seen by no mode, such as that of another recording, and has no graph.
+
+    Copies made in inference mode could not be worked on outside of it.
+    """
+    with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 _MULTI_HEAD = "multi_head_attention_forward"
 
 
@@ -215,7 +288,7 @@ _MULTI_HEAD = "multi_head_attention_forward"
 def _begins_attention(func: Any) -> bool:
     """Whether a function attends, or may be the first to; all others mean something only after a product."""
     name = name_of(func)
-    return name in KERNELS or name == _MULTI_HEAD or role_of(func) == "product"
+    return name in KERNELS or name == _MULTI_HEAD or may_begin(name)
 
 
 class _Mode(TorchFunctionMode):

@@ -45,6 +45,11 @@ class AttentionMap:
     """The weights, or the query and key that they are computed from."""
     gradient: Gradient | None
     """What `grad_rows` reads; None if no gradient was recorded."""
+    softmaxes: tuple[AttentionMap, ...]
+    """The softmaxes that the weights were made of, where they are not simply one softmax: mixed, subtracted, or changed
+    before they were multiplied with the values, so that rows may not sum to one. Else ()."""
+    axes_assumed: bool
+    """Whether heads and batch could not be told apart by what the model did, and were assumed by their position."""
 
     def __init__(self, weights: Tensor | np.ndarray[Any, Any], *, path: str = "", kind: str | None = None) -> None:
         if isinstance(weights, np.ndarray):
@@ -59,6 +64,7 @@ class AttentionMap:
             )
         self.source = Weights(weights.detach())
         self.path, self.kind, self.gradient = path, kind, None
+        self.softmaxes, self.axes_assumed = (), False
 
     @classmethod
     def from_query_key(
@@ -109,6 +115,7 @@ class AttentionMap:
         """The map of weights, or of query and key, that are prepared already."""
         made = cls.__new__(cls)
         made.source, made.path, made.kind, made.gradient = source, path, kind, gradient
+        made.softmaxes, made.axes_assumed = (), False
         return made
 
     @property
@@ -135,7 +142,8 @@ class AttentionMap:
     def nbytes(self) -> int:
         """The bytes that it holds, with a mask and keys that it shares with other maps."""
         tensors = self.source.tensors() + ([] if self.gradient is None else self.gradient.tensors())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return own + sum(part.nbytes for part in self.softmaxes)
 
     def rows(self, queries: int | slice | Sequence[int] | Tensor) -> Tensor:
         """The weights of some queries only: (batch, heads, chosen queries, keys).
@@ -272,17 +280,26 @@ class AttentionMap:
     def to(self, device: torch.device | str) -> AttentionMap:
         """The map on another device; ValueError if it has functions of flex_attention, which hold tensors."""
         gradient = None if self.gradient is None else self.gradient.to(device)
-        return AttentionMap.from_source(self.source.to(device), path=self.path, kind=self.kind, gradient=gradient)
+        moved = AttentionMap.from_source(self.source.to(device), path=self.path, kind=self.kind, gradient=gradient)
+        moved.softmaxes = tuple(part.to(device) for part in self.softmaxes)
+        moved.axes_assumed = self.axes_assumed
+        return moved
 
     def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
         """The map as tensors and numbers, for a file; `shared` has the keys that several maps share."""
-        return {"path": self.path, "kind": self.kind, **self.source.packed(shared)}
+        packed = {"path": self.path, "kind": self.kind, **self.source.packed(shared)}
+        if self.softmaxes:
+            packed["softmaxes"] = [part.packed(shared) for part in self.softmaxes]
+        return packed | ({"axes_assumed": True} if self.axes_assumed else {})
 
     @classmethod
     def unpacked(cls, packed: dict[str, Any]) -> AttentionMap:
         """The map that `packed` was called on, without gradients."""
         source = Weights(packed["weights"]) if "weights" in packed else Factors.unpacked(packed)
-        return cls.from_source(source, path=packed["path"], kind=packed["kind"])
+        made = cls.from_source(source, path=packed["path"], kind=packed["kind"])
+        made.softmaxes = tuple(map(cls.unpacked, packed.get("softmaxes", ())))
+        made.axes_assumed = packed.get("axes_assumed", False)
+        return made
 
     def query_indices(self, queries: int | slice | Sequence[int] | Tensor) -> Tensor:
         """The numbers of some queries, counted from the front: (chosen queries,). Raises as `rows` does."""
@@ -323,7 +340,10 @@ class AttentionMap:
         kind = f", {self.kind}" if self.kind else ""
         how = "dense" if self.is_dense else "from query and key"
         dtype = str(self.source.dtype).removeprefix("torch.")
-        return f"<AttentionMap{place} {self.shape}{kind}, {how}, {dtype}, {self.device}>"
+        made = "" if not self.softmaxes else f", made of {len(self.softmaxes)} softmax"
+        made += "es" if len(self.softmaxes) > 1 else ""
+        assumed = ", axes assumed" if self.axes_assumed else ""
+        return f"<AttentionMap{place} {self.shape}{kind}, {how}, {dtype}, {self.device}{made}{assumed}>"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         return np.asarray(self.numpy(), dtype=dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,12 +22,19 @@ class Gradient:
 
     def __init__(self, shape: tuple[int, int, int, int], values: Tensor | None, reason: str | None = None) -> None:
         self._shape, self._values, self._reason = shape, values, reason
+        self._arrange: Callable[[Tensor], Tensor] | None = None
         self._incoming: Tensor | None = None
 
     @property
     def is_awaited(self) -> bool:
         """Whether it can be known, and no backward pass has brought it yet."""
         return self._incoming is None and self._reason is None
+
+    def arrange(
+        self, shape: tuple[int, int, int, int], values: Tensor | None, arrange: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Take another shape and other values, and make (batch, heads, queries, ...) of what arrives."""
+        self._shape, self._values, self._arrange = shape, values, arrange
 
     def accumulate(self, incoming: Tensor) -> None:
         """Add the gradient of the output, or of the weights, that a backward pass brings."""
@@ -39,7 +48,8 @@ class Gradient:
             raise RuntimeError(self._reason)
         if self._incoming is None:
             raise RuntimeError("the gradient is not known yet: no backward pass has come through this attention call")
-        incoming = self._incoming.reshape(*self._shape[:3], -1)[:, :, queries].to(dtype)
+        incoming = self._incoming if self._arrange is None else self._arrange(self._incoming)
+        incoming = incoming.reshape(*self._shape[:3], -1)[:, :, queries].to(dtype)
         if self._values is None:
             return incoming[..., : self._shape[3]]  # without an attention sink behind the keys
         values = self._values.to(incoming.dtype)
@@ -53,6 +63,8 @@ class Gradient:
 
     def to(self, device: torch.device | str) -> Gradient:
         """The same on another device."""
-        moved = Gradient(self._shape, None if self._values is None else self._values.to(device), self._reason)
+        values = None if self._values is None else self._values.to(device)
+        moved = Gradient(self._shape, values, self._reason)
+        moved._arrange = self._arrange
         moved._incoming = None if self._incoming is None else self._incoming.to(device)
         return moved

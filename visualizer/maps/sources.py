@@ -10,6 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+_COUNTS = 1e-4  # smaller weights change no sum of values by much
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -146,6 +148,13 @@ class Factors:
     @without_autograd
     def rows(self, queries: slice | Tensor) -> Tensor:
         """The weights of some queries."""
+        scores, may_be_empty = self.scores(queries)
+        empty = scores.amax(-1, keepdim=True) == -math.inf if may_be_empty else None
+        torch.softmax(scores, -1, out=scores)  # in place: new memory costs more than the softmax
+        return scores if empty is None else scores.masked_fill_(empty, 0)
+
+    def scores(self, queries: slice | Tensor) -> tuple[Tensor, bool]:
+        """What the softmax of some queries is taken of, and whether some may attend to nothing."""
         dtype = computed_in(self.dtype)
         query = self._query[:, :, queries].to(dtype) * self._scale
         key = self.keys.first(self._length).to(dtype)
@@ -154,7 +163,7 @@ class Factors:
         query = query.reshape(batch, key.shape[1], groups * count, width)  # consecutive heads share a key head
         scores = (query @ key.mT).view(batch, heads, count, self._length)
         may_be_empty = False
-        if self._score_mod is not None or self._mask_mod is not None:
+        if self.has_functions:
             scores, may_be_empty = self._modified(scores, queries), True
         if self._causal is not None:
             index = torch.arange(self.shape[2], device=self.device)[queries]
@@ -168,9 +177,7 @@ class Factors:
             else:
                 scores += bias
             may_be_empty = True
-        empty = scores.amax(-1, keepdim=True) == -math.inf if may_be_empty else None
-        torch.softmax(scores, -1, out=scores)  # in place: new memory costs more than the softmax
-        return scores if empty is None else scores.masked_fill_(empty, 0)
+        return scores, may_be_empty
 
     def _modified(self, scores: Tensor, queries: slice | Tensor) -> Tensor:
         """The scores after flex_attention's functions, which are written for single numbers."""
@@ -190,6 +197,37 @@ class Factors:
                 scores = function(scores, *places)
         return scores
 
+    def of_image(self, image: int) -> Factors:
+        """The same of one image or text only; not for flex_attention's functions, which are told its number."""
+        key, bias = self.keys.first(self._length), self._bias
+        mask = None if bias is None else bias if bias.shape[0] == 1 else bias[image : image + 1]
+        query, key = self._query[image : image + 1], key[image : image + 1]
+        return Factors(query, Keys(key), self._length, self._scale, mask, self._causal)
+
+    def arranged(self, arrange: Callable[[Tensor], Tensor]) -> Factors:
+        """The same with other batch and heads; `arrange` makes them of a tensor that has those of this one."""
+        lead, key = self.shape[:2], self.keys.first(self._length)
+        key = key.repeat_interleave(lead[1] // key.shape[1], 1)
+        mask = None if self._bias is None else arrange(self._bias.expand(*lead, *self._bias.shape[2:]))
+        return Factors(arrange(self._query), Keys(arrange(key)), self._length, self._scale, mask, self._causal)
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether functions of flex_attention change the scores."""
+        return self._score_mod is not None or self._mask_mod is not None
+
+    @without_autograd
+    def size_of_scores(self, queries: slice | Tensor) -> float:
+        """How large the terms are, at most, of which the scores behind weights that count are the sums."""
+        magnitude = Factors(
+            self._query.abs(), Keys(self.keys.first(self._length).abs()), self._length, abs(self._scale)
+        )
+        scores, _ = magnitude.scores(queries)
+        if self._bias is not None and self._bias.dtype != torch.bool:
+            scores += (self._bias if self._bias.shape[2] == 1 else self._bias[:, :, queries]).abs()
+        counting = scores[self.rows(queries) > _COUNTS]
+        return float(counting.amax()) if counting.numel() else 0.0
+
     def tensors(self) -> list[Tensor]:
         """The tensors that are held; other maps may hold the mask and the keys too."""
         return [self._query, self.keys.first(self._length), *([] if self.mask is None else [self.mask])]
@@ -207,7 +245,7 @@ class Factors:
 
     def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
         """As tensors and numbers, for a file. `shared` has the keys that several maps share, by their Keys."""
-        if self._score_mod is not None or self._mask_mod is not None:  # a file holds no functions
+        if self.has_functions:  # a file holds no functions
             return {"weights": torch.cat([self.rows(part) for part in slices(self.shape[2], 256)], 2)}
         key = shared.setdefault(id(self.keys), self.keys.first(self.keys.length))
         rest = {"length": self._length, "scale": self._scale, "mask": self.mask, "causal": self._causal}

@@ -1,0 +1,280 @@
+"""Which axes are heads: told by what each model does with the output, whatever its axes and however it is called."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from visualizer import attention
+from visualizer.intercept.axes import Order, Output, einsum_labels
+
+B, H, N, D = 2, 4, 5, 3
+
+
+class Layer(nn.Module):
+    """Attention of B images, N tokens, H heads of width D; how it is written is what the subclasses differ in."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = H
+        self.qkv, self.proj = nn.Linear(8, 3 * H * D), nn.Linear(H * D, 8)
+
+    def forward(self, hidden_states):
+        return self.proj(self.attend(hidden_states))
+
+    def factors(self, x):
+        """Query, key and value, (B, H, N, D); the expected map is kept."""
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, H, D).permute(2, 0, 3, 1, 4)
+        self.weights = (q @ k.mT / D**0.5).softmax(-1)
+        return q, k, v
+
+
+class FourAxes(Layer):
+    def attend(self, x):
+        q, k, v = self.factors(x)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class BatchTimesHeads(Layer):
+    """As TrOCR: three axes."""
+
+    def attend(self, x):
+        q, k, v = (tensor.flatten(0, 1) for tensor in self.factors(x))
+        out = torch.bmm((q @ k.mT / D**0.5).softmax(-1), v)
+        return out.view(B, H, N, D).transpose(1, 2).reshape(B, N, H * D)
+
+
+class HeadsTimesBatch(Layer):
+    def attend(self, x):
+        q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in self.factors(x))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return out.view(H, B, N, D).permute(1, 2, 0, 3).reshape(B, N, H * D)
+
+
+class TokensFirst(Layer):
+    """As Mask2Former: (tokens, batch, width) outside, (batch x heads, tokens, width) inside."""
+
+    def attend(self, x):
+        q, k, v = (tensor.flatten(0, 1) for tensor in self.factors(x))
+        out = torch.bmm((q @ k.mT / D**0.5).softmax(-1), v)
+        return out.transpose(0, 1).contiguous().view(N, B, H * D).transpose(0, 1)
+
+
+class QueriesBeforeHeads(Layer):
+    """As Longformer: the weights are (batch, queries, heads, keys)."""
+
+    def attend(self, x):
+        q, k, v = (tensor.transpose(1, 2) for tensor in self.factors(x))
+        weights = torch.einsum("bqhd,bkhd->bqhk", q, k).div(D**0.5).softmax(-1)
+        return torch.einsum("bqhk,bkhd->bqhd", weights, v).flatten(2)
+
+
+class EinsumOnly(Layer):
+    """The output projection sums over heads and width."""
+
+    def forward(self, hidden_states):
+        q, k, v = self.factors(hidden_states)
+        weights = torch.einsum("...qd,...kd->...qk", q, k).div(D**0.5).softmax(-1)
+        out = torch.einsum("bhqk, bhkd -> bhqd", weights, v)
+        return torch.einsum("bhqd,ohd->bqo", out, self.proj.weight.view(8, H, D))
+
+
+class ChannelsFirst(Layer):
+    """The features become channels, for a convolution."""
+
+    def forward(self, hidden_states):
+        q, k, v = (tensor.flatten(0, 1) for tensor in self.factors(hidden_states))
+        out = ((q @ k.mT / D**0.5).softmax(-1) @ v).mT.reshape(B, H * D, N, 1)
+        return F.conv2d(out, self.proj.weight[..., None, None])
+
+
+class Turned(Layer):
+    """The values come first: (width, keys) times (keys, queries)."""
+
+    def attend(self, x):
+        q, k, v = self.factors(x)
+        return (v.mT @ (q @ k.mT / D**0.5).softmax(-1).mT).permute(0, 3, 1, 2).reshape(B, N, H * D)
+
+
+@pytest.mark.parametrize("kind", Layer.__subclasses__())
+@pytest.mark.parametrize("is_named", [True, False], ids=["by keyword", "by position"])
+def test_heads_are_found(kind, is_named):
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(B, N, 8)
+    before = model(x)
+    with attention(model, gradients=True) as maps:
+        after = model(hidden_states=x) if is_named else model(x)
+    assert torch.equal(before, after)
+    assert maps[0].shape == (B, H, N, N)
+    assert (maps[0].dense() - model.weights).abs().max() < 1e-6
+    assert not maps[0].axes_assumed
+    after.square().sum().backward()
+    y = after if after.ndim == 3 else after[..., 0].mT
+    grad_of_output = (2 * y @ model.proj.weight).view(B, N, H, D).transpose(1, 2)
+    expected = grad_of_output @ model.factors(x)[2].mT
+    assert (maps[0].grad_dense() - expected).abs().max() < 1e-5
+
+
+class Windows(Layer):
+    """As Hiera and Nest: windows are an axis of their own, before the heads or behind them."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order = order
+
+    def attend(self, x):
+        q, k, v = self.qkv(x).view(B, 3, N, 3, H, D).permute(3, *self.order, 2, 5)
+        q, k, v = q[..., :4, :], k, v  # fewer queries than keys
+        self.weights = (q @ k.mT / D**0.5).softmax(-1)
+        out = F.scaled_dot_product_attention(q, k, v)
+        back = [1 + self.order.index(0) - 1, self.order.index(1), 3, self.order.index(4), 4]
+        return out.permute(back).reshape(B, 3 * 4, H * D)
+
+
+@pytest.mark.parametrize(
+    "order", [(0, 1, 4), (0, 4, 1), (4, 0, 1)], ids=["windows, heads", "heads, windows", "heads first"]
+)
+def test_windows_are_batch(order):
+    torch.manual_seed(0)
+    model, x = Windows(order), torch.randn(B, 3 * N, 8)
+    with attention(model) as maps:
+        model(x)
+    expected = model.weights.permute(order.index(0), order.index(1), order.index(4), 3, 4).reshape(B * 3, H, 4, N)
+    assert maps[0].shape == expected.shape
+    assert (maps[0].dense() - expected).abs().max() < 1e-6
+    assert not maps[0].axes_assumed
+
+
+def test_attention_over_channels():
+    """As XCiT: the features are the queries, and heads join them there."""
+
+    class Channels(Layer):
+        def attend(self, x):
+            q, k, v = (tensor.mT for tensor in self.factors(x))
+            self.weights = (q @ k.mT).softmax(-1)
+            return (self.weights @ v).permute(0, 3, 1, 2).reshape(B, N, H * D)
+
+    model = Channels()
+    with attention(model) as maps:
+        model(torch.randn(B, N, 8))
+    assert torch.equal(maps[0].dense(), model.weights)
+    assert not maps[0].axes_assumed
+
+
+def test_one_head():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.proj(F.scaled_dot_product_attention(x, x, x))
+
+    model = Single()
+    with attention(model) as maps:
+        model(torch.randn(6, 5, 8))
+    assert maps[0].shape == (6, 1, 5, 5)
+    assert not maps[0].axes_assumed
+
+
+def test_the_output_of_a_module_is_joined_by_the_one_around_it():
+    class Core(nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    class Around(Layer):
+        def __init__(self):
+            super().__init__()
+            self.core = Core()
+
+        def attend(self, x):
+            q, k, v = (tensor.transpose(0, 1) for tensor in self.factors(x))  # (heads, batch, ...)
+            return self.core(q, k, v).permute(1, 2, 0, 3).reshape(B, N, H * D)
+
+    model = Around()
+    with attention(model) as maps:
+        model(torch.randn(B, N, 8))
+    assert maps.paths == ("core",)
+    assert (maps[0].dense() - model.weights).abs().max() < 1e-6
+
+
+def test_what_cannot_be_known_is_said():
+    class Bare(nn.Module):
+        def forward(self, q):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    model = Bare()
+    with attention(model) as maps:
+        model(torch.randn(2, 4, 5, 3))
+    assert maps[0].shape == (2, 4, 5, 5)
+    assert maps[0].axes_assumed
+    assert "axes assumed" in repr(maps[0])
+
+
+@pytest.mark.parametrize(
+    ("query", "key"),
+    [
+        ((1, 4, 3, 8), (5, 4, 6, 8)),
+        ((5, 4, 3, 8), (1, 4, 6, 8)),
+        ((5, 1, 3, 8), (5, 4, 6, 8)),
+        ((5, 4, 3, 8), (1, 1, 6, 8)),
+    ],
+    ids=["one query", "one key", "one query head", "one key for all"],
+)
+def test_query_and_key_are_broadcast(query, key):
+    class Latents(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(32, 8)
+
+        def forward(self, q, k):
+            return self.proj(F.scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2))
+
+    model, q, k = Latents(), torch.randn(query), torch.randn(key)
+    with attention(model) as maps:
+        model(q, k)
+    assert maps[0].shape == (5, 4, 3, 6)
+    assert (maps[0].dense() - (q @ k.mT / 8**0.5).softmax(-1)).abs().max() < 1e-6
+
+
+class TestOutput:
+    def test_factors_are_told_apart(self):
+        """8 = 2 images x 4 heads, of which the heads join the width."""
+        tensor = torch.zeros(8, 5, 3)
+        output, layout = Output(tensor.shape), None
+        layout = output.layout
+        for func, args in (
+            (torch.Tensor.transpose, (0, 1)),
+            (torch.Tensor.contiguous, ()),
+            (torch.Tensor.view, (10, 12)),
+        ):
+            result = func(tensor, *args)
+            layout, tensor = output.follow(func, (tensor, *args), {}, tensor, layout, result), result
+        weight = torch.zeros(7, 12)
+        assert output.follow(F.linear, (tensor, weight), {}, tensor, layout, F.linear(tensor, weight)) is None
+        assert output.order == Order((2, 4), (False, True))
+
+    def test_nothing_is_known_of_a_shape_that_does_not_fit(self):
+        tensor = torch.zeros(6, 5, 3)
+        output = Output(tensor.shape)
+        result = tensor.reshape(10, 9)
+        assert output.follow(torch.reshape, (tensor, (10, 9)), {}, tensor, output.layout, result) is None
+        assert output.order is None
+
+
+def test_arranged_takes_the_axes_where_they_are():
+    tensor = torch.arange(2 * 3 * 4).view(2, 3, 4, 1, 1)
+    assert Order((2, 3, 4), (False, True, False)).arranged(tensor)[5, 2].item() == tensor[1, 2, 1].item()
+    assert Order((), ()).arranged(torch.zeros(5, 5)).shape == (1, 1, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("equation", "axes", "expected"),
+    [
+        ("bhqk,bhkd->bhqd", (4, 4), (["bhqk", "bhkd"], "bhqd")),
+        ("...ij, ...jd -> ...id", (4, 3), (["01ij", "1jd"], "01id")),
+        ("ij,jk", (2, 2), (["ij", "jk"], "ik")),
+    ],
+)
+def test_einsum_labels(equation, axes, expected):
+    assert einsum_labels(equation, axes) == expected

@@ -1,0 +1,123 @@
+"""The proof: what is not the map that was used is not handed over as one, and what is is never doubted."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from visualizer import VisualizerWarning, attention
+from visualizer.intercept import kernels
+from visualizer.intercept.evidence import of_fused, of_weights
+from visualizer.maps import Factors, Keys
+
+
+class Fused(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, **self.options)
+
+
+def factors(queries=7, keys=9, dtype=torch.float32, factor=1.0):
+    generator = torch.Generator().manual_seed(0)
+    sizes = (queries, keys, keys)
+    return [torch.randn(2, 4, size, 8, generator=generator).mul(factor).to(dtype) for size in sizes]
+
+
+def forgetting(name):
+    """The kernel's function, if it forgot one of the arguments."""
+
+    def function(output, *args, **kwargs):
+        kwargs.pop(name, None)
+        return kernels.scaled_dot_product_attention(output, *args, **kwargs)
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attn_mask", torch.arange(9).expand(7, 9) < 4),
+        ("attn_mask", torch.linspace(-20, 20, 63).view(7, 9)),
+        ("is_causal", True),
+        ("scale", 1.0),
+    ],
+    ids=["a mask", "numbers", "causal", "scale"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_wrong_map_is_not_handed_over(name, value, dtype, monkeypatch):
+    if name == "attn_mask" and value.dtype != torch.bool:
+        value = value.to(dtype)
+    model, inputs = Fused(**{name: value}), factors(dtype=dtype)
+    with attention(model) as maps:
+        model(*inputs)
+    assert len(maps) == 1
+    monkeypatch.setitem(kernels.KERNELS, "scaled_dot_product_attention", forgetting(name))
+    said = r"the map of '' is not kept.*scaled_dot_product_attention returned, by [\d.e-]+, where \w+ allows"
+    with pytest.warns(VisualizerWarning, match=said) as warned, attention(model) as maps:
+        model(*inputs)
+        model(*inputs)
+    assert len(warned) == 1
+    assert len(maps) == 0
+
+
+@pytest.mark.parametrize("factor", [0.01, 1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"attn_mask": "padding"}, {"attn_mask": "smallest"}, {"attn_mask": "nothing"}],
+    ids=str,
+)
+def test_a_right_map_is_not_doubted(options, dtype, factor):
+    masks = {
+        "padding": torch.arange(9).expand(7, 9) < 4,
+        "smallest": (torch.arange(9).expand(7, 9) > 4).to(dtype) * torch.finfo(dtype).min,
+        "nothing": (torch.arange(7) > 2)[:, None].expand(7, 9),
+    }
+    options = {name: masks.get(value, value) for name, value in options.items()}
+    model = Fused(**options)
+    with attention(model) as maps:
+        for _ in range(6):
+            model(*factors(dtype=dtype, factor=factor))
+    assert len(maps) == 6
+
+
+def test_where_the_kernel_returns_no_number():
+    query, key, value = factors()
+    value[0, 0, 3] = torch.nan
+    model = Fused()
+    with attention(model) as maps:
+        model(query, key, value)
+    assert len(maps) == 1
+
+
+def test_dropout_is_not_compared():
+    model = Fused(dropout_p=0.5)
+    with attention(model) as maps:
+        model(*factors())
+    assert len(maps) == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 7, 9), (2, 4, 0, 9), (2, 4, 7, 0)])
+def test_nothing_to_compare(shape):
+    batch, heads, queries, keys = shape
+    source = Factors(torch.zeros(batch, heads, queries, 8), Keys(torch.zeros(batch, heads, keys, 8)), keys)
+    assert of_fused(source, torch.zeros(batch, heads, keys, 8), torch.zeros(batch, heads, queries, 8), 0) is None
+    assert of_weights(torch.zeros(shape), torch.zeros(keys, 8), torch.zeros(*shape[:3], 8), 0) is None
+
+
+def test_all_rows_have_their_turn():
+    """A wrong row is found within some calls, whichever it is."""
+    weights, values = torch.rand(1, 1, 10, 4), torch.randn(1, 1, 4, 3)
+    for row in range(10):
+        output = weights @ values
+        output[..., row, :] += 1
+        assert any(of_weights(weights, values, output, number).doubt() for number in range(10))
+
+
+def test_by_how_much():
+    weights, values = torch.eye(4)[None, None], torch.ones(1, 1, 4, 2)
+    assert of_weights(weights, values, values, 0).doubt() is None
+    assert of_weights(weights, values, values + 0.5, 0).doubt() == "by 0.5, where float32 allows 1.9e-06"

@@ -1,0 +1,228 @@
+"""Which axes are heads: found from what the model does with the output of an attention call.
+
+The output has the axes (..., queries, width). What the model does next tells them apart: the axis that becomes part of
+the features, beside the width, is heads; all others are batch: images, texts, windows, frames. Nothing is guessed from
+positions or sizes. Where the model mixes the features before any axis has become part of them, nothing is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels import name_of
+
+_REORDERS = frozenset(
+    ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint", "t", "__get__")
+)
+_KEEPS_ORDER = frozenset(
+    (
+        *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel"),
+        *("contiguous", "clone", "to", "type", "type_as", "float", "half", "bfloat16", "double", "alias"),
+        *("_unsafe_view", "_reshape_alias"),
+    )
+)
+_CUTS = frozenset(("__getitem__", "narrow", "slice", "split", "chunk", "cat", "concat", "tensor_split", "pad"))
+_MIXES_LAST = frozenset(("linear", "matmul", "__matmul__", "mm"))
+_MIXES_CHANNELS = frozenset(("conv1d", "conv2d", "conv3d"))
+
+
+@dataclass(frozen=True)
+class Order:
+    """The axes before (queries, width), told apart.
+
+    >>> order = Order((2, 4), (False, True))             # from 8 to 2 images x 4 heads
+    >>> order.arranged(torch.zeros(8, 5, 5)).shape
+    torch.Size([2, 4, 5, 5])
+    """
+
+    sizes: tuple[int, ...]
+    """The axes, each split into the factors that the model tells apart."""
+    are_heads: tuple[bool, ...]
+
+    def arranged(self, tensor: Tensor) -> Tensor:
+        """(..., ., .) as (batch, heads, ., .)."""
+        count = len(self.sizes)
+        split = tensor.reshape(*self.sizes, *tensor.shape[-2:])
+        batch = [axis for axis in range(count) if not self.are_heads[axis]]
+        heads = [axis for axis in range(count) if self.are_heads[axis]]
+        return split.permute(*batch, *heads, count, count + 1).reshape(*self.shape, *tensor.shape[-2:])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(batch, heads)."""
+        pairs = list(zip(self.sizes, self.are_heads, strict=True))
+        return math.prod(size for size, is_head in pairs if not is_head), math.prod(
+            size for size, is_head in pairs if is_head
+        )
+
+    @property
+    def is_sorted(self) -> bool:
+        """Whether all of the batch comes before the heads."""
+        return sorted(self.are_heads) == list(self.are_heads)
+
+
+class _Factor:
+    """An axis, or a factor of one."""
+
+    def __init__(self, size: int, origins: Sequence[_Factor] = ()) -> None:
+        self.size = size
+        self.origins = origins or (self,)  # what it is a cut or a join of
+        self.parts: tuple[_Factor, ...] = ()
+
+    def split(self, outer: int) -> None:
+        kept = () if self.origins == (self,) else self.origins
+        self.parts = _Factor(outer, kept), _Factor(self.size // outer, kept)
+
+    def smallest(self) -> list[_Factor]:
+        """The factors that it has been split into, outermost first; none of an axis of length 1."""
+        if self.size == 1:
+            return []
+        return [factor for part in self.parts for factor in part.smallest()] if self.parts else [self]
+
+
+_Layout = list[list[_Factor]]
+
+
+class Output:
+    """The output of an attention call, as the model's functions change its shape."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._axes = [_Factor(size) for size in shape]
+        self.layout: _Layout = [[axis] for axis in self._axes]
+        """The axes of the output itself, for `follow`."""
+        self.order: Order | None = None
+        """What is known of its axes."""
+
+    def follow(self, func: Any, args: Any, kwargs: Any, tensor: Tensor, layout: _Layout, result: Any) -> _Layout | None:
+        """The axes of what a function made of a tensor with these axes; None if it is followed no further.
+
+        Takes note where the function tells heads from batch.
+        """
+        name = name_of(func)
+        made = _layout_of(func, name, args, kwargs, tensor, layout, result)
+        if made is not None:
+            return made
+        if self.order is None:
+            self._note(name, args, tensor, layout)
+        return None
+
+    def _note(self, name: str, args: Any, tensor: Tensor, layout: _Layout) -> None:
+        is_first = len(args) > 0 and args[0] is tensor
+        is_linear = is_first and name in _MIXES_LAST and getattr(args[1], "ndim", 2) <= 2
+        mixed: list[list[_Factor]]
+        if is_linear:
+            mixed = [layout[-1]]
+        elif name in _MIXES_CHANNELS and is_first and len(layout) > 2:
+            mixed = [layout[-len(layout) + 1]]
+        elif name == "einsum" and isinstance(args[0], str):
+            mixed = [layout[axis] for axis in _contracted(args, tensor)]
+        else:
+            width = set(self._axes[-1].smallest())
+            mixed = [axis for axis in layout if width & _origins(axis)]
+        features = set().union(*map(_origins, mixed)) if mixed else set()
+        lead = [factor for axis in self._axes[:-2] for factor in axis.smallest()]
+        are_heads = tuple(factor in features for factor in lead)
+        has_one_head = is_linear and (len(self._axes) <= 3 or self._axes[-3].size == 1)
+        if any(are_heads) or has_one_head:
+            self.order = Order(tuple(factor.size for factor in lead), are_heads)
+
+
+def _origins(axis: Iterable[_Factor]) -> set[_Factor]:
+    """The factors of the output's own axes that are in an axis."""
+    found = set[_Factor]()
+    for factor in axis:
+        for small in factor.smallest():
+            found |= {small} if small.origins == (small,) else _origins(small.origins)
+    return found
+
+
+def _layout_of(
+    func: Any, name: str, args: Any, kwargs: Any, tensor: Tensor, layout: _Layout, result: Any
+) -> _Layout | None:
+    if not isinstance(result, Tensor) or name in _MIXES_LAST or name in _MIXES_CHANNELS or name == "einsum":
+        return None
+    if name in _REORDERS and result.ndim == tensor.ndim:
+        order = _permutation(func, tensor.ndim, *args[1:], **kwargs)
+        return [layout[axis] for axis in order]
+    if result.shape == tensor.shape:
+        return layout
+    if name in _KEEPS_ORDER and result.numel() == tensor.numel():
+        return _regrouped(layout, result.shape)
+    if name in _CUTS and result.ndim == tensor.ndim:
+        return [
+            axis if after == before else [_Factor(after, [small for factor in axis for small in factor.smallest()])]
+            for axis, before, after in zip(layout, tensor.shape, result.shape, strict=True)
+        ]
+    return None
+
+
+def _regrouped(layout: _Layout, shape: Sequence[int]) -> _Layout | None:
+    """The axes after a change of shape that leaves all numbers in their order; None if they do not fit it."""
+    factors = [small for axis in layout for factor in axis for small in factor.smallest()]
+    made: _Layout = []
+    for size in shape:
+        axis: list[_Factor] = []
+        while size > 1:
+            if not factors:
+                return None
+            factor = factors.pop(0)
+            if size % factor.size:
+                if factor.size % size:
+                    return None
+                factor.split(size)
+                factor, rest = factor.parts
+                factors.insert(0, rest)
+            axis.append(factor)
+            size //= factor.size
+        made.append(axis)
+    return made
+
+
+def _permutation(func: Any, axes: int, *args: Any, **kwargs: Any) -> list[int]:
+    """Where the axes of a function's result come from, by asking it about a tensor with axes of different lengths."""
+    try:
+        return _cached_permutation(func, axes, args, tuple(kwargs.items()))
+    except TypeError:  # lists of axes have no hash
+        return _cached_permutation.__wrapped__(func, axes, args, tuple(kwargs.items()))
+
+
+@lru_cache(maxsize=1024)
+def _cached_permutation(func: Any, axes: int, args: Any, kwargs: Any) -> list[int]:
+    sizes = range(2, axes + 2)
+    probe = torch.empty(*sizes, device="meta")
+    return [size - 2 for size in func(probe, *args, **dict(kwargs)).shape]
+
+
+def _contracted(args: Any, tensor: Tensor) -> list[int]:
+    """Which axes of one of its operands an einsum sums over."""
+    operands = list(args[1]) if len(args) == 2 and isinstance(args[1], (list, tuple)) else list(args[1:])
+    place = next((place for place, operand in enumerate(operands) if operand is tensor), 0)
+    inputs, output = einsum_labels(args[0], [operand.ndim for operand in operands])
+    return [axis for axis, label in enumerate(inputs[place]) if label not in output]
+
+
+def einsum_labels(equation: str, axes: Sequence[int]) -> tuple[list[str], str]:
+    """A letter for each axis of the operands of an einsum, and of its output.
+
+    >>> einsum_labels("...ij,...jd->...id", (4, 4))
+    (['01ij', '01jd'], '01id')
+    """
+    left, _, output = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if "->" not in equation:
+        letters = [letter for letter in left if letter.isalpha()]
+        output = "..." * ("..." in left) + "".join(sorted(letter for letter in letters if letters.count(letter) == 1))
+    rest = max((count - len(term) + 3 for term, count in zip(terms, axes, strict=True) if "..." in term), default=0)
+    dots = "0123456789"[:rest]
+    full = [
+        term.replace("...", dots[rest - (count - len(term) + 3) :]) if "..." in term else term
+        for term, count in zip(terms, axes, strict=True)
+    ]
+    return full, output.replace("...", dots)

@@ -1,0 +1,72 @@
+"""The proof that a map is the one that was used: some of its rows, times the values, are what the kernel returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..maps import Factors, without_autograd
+
+_ROWS = 2
+_ROUNDING = {torch.float32: 16, torch.float64: 16}  # steps of the output's type at the largest value; others: 4
+
+
+class Evidence:
+    """How far some rows of a map, times the values, are from the rows of the output; computed, not yet read."""
+
+    def __init__(self, rows: Tensor, values: Tensor, output: Tensor, size_of_scores: Callable[[], float]) -> None:
+        product = rows @ values.to(rows.dtype)
+        # Where the kernel returns no number there is nothing to compare.
+        self._distance = torch.where(output.isnan(), 0, product - output.to(product.dtype)).abs().amax()
+        self._largest = values.abs().amax()
+        self._rows, self._dtype, self._size_of_scores = rows, output.dtype, size_of_scores
+
+    def doubt(self) -> str | None:
+        """By how much the map is wrong, in words; None if it is right as far as the type of the output can tell."""
+        distance, step = float(self._distance), torch.finfo(self._dtype).eps * float(self._largest)
+        allowed = _ROUNDING.get(self._dtype, 4) * step
+        if not distance > allowed:
+            return None
+        # Scores are rounded too, the more the larger they are.
+        allowed = allowed * max(1.0, float(self._rows.abs().sum(-1).amax())) + step * self._size_of_scores()
+        if not distance > allowed:
+            return None
+        dtype = str(self._dtype).removeprefix("torch.")
+        return f"by {distance:.2g}, where {dtype} allows {allowed:.2g}"
+
+
+@without_autograd
+def of_fused(source: Factors, values: Tensor, output: Tensor, number: int) -> Evidence | None:
+    """The evidence for query and key, (batch, heads, ...) like values and output; `number` varies which rows."""
+    batch, heads, queries, keys = source.shape
+    if not (batch * heads * queries * keys and values.shape[-1]):
+        return None
+    chosen = _some(queries, number)
+    one = source
+    if not source.has_functions:
+        image = number % batch
+        one, values, output = source.of_image(image), values[image : image + 1], output[image : image + 1]
+    groups = heads // values.shape[1]
+    rows = one.rows(chosen)
+    count = rows.shape[2]
+    grouped = rows.reshape(len(rows), values.shape[1], groups * count, keys)
+    return Evidence(
+        grouped, values, output[:, :, chosen].reshape(*grouped.shape[:3], -1), lambda: one.size_of_scores(chosen)
+    )
+
+
+@without_autograd
+def of_weights(weights: Tensor, values: Tensor, output: Tensor, number: int) -> Evidence | None:
+    """The evidence for weights (..., queries, keys), values (..., keys, width) and output (..., queries, width)."""
+    if not (weights.numel() and output.numel()):
+        return None
+    chosen = _some(weights.shape[-2], number)
+    dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
+    return Evidence(weights[..., chosen, :].to(dtype), values, output[..., chosen, :], lambda: 0.0)
+
+
+def _some(queries: int, number: int) -> slice:
+    start = 7 * number % max(1, queries - _ROWS + 1)
+    return slice(start, start + _ROWS)
