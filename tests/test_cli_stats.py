@@ -217,7 +217,7 @@ def test_numbers_of_positions_patterns_and_maps(folder, drawn, capsys):
     assert 2 == cli.main(["plot", "stats.safetensors", "--kind", "received", "--layer", "1"])
     assert "has no use for --layer" in capsys.readouterr().err
     assert 2 == cli.main(["explore", "stats.safetensors"])
-    assert "has statistics, and no map to explore" in capsys.readouterr().err
+    assert "has statistics and no maps" in capsys.readouterr().err
 
 
 def test_help_lists_the_statistics(capsys):
