@@ -137,11 +137,7 @@ class Tracing:
         result = func(*args, **kwargs)
         for tensor, origin in known:
             if isinstance(origin, tuple):
-                output, layout = origin
-                for one in result if isinstance(result, (list, tuple)) else (result,):
-                    made = output.follow(func, args, kwargs, tensor, layout, one)
-                    if made is not None:
-                        self.follow_output(one, output, made)
+                self._follow_on(func, args, kwargs, tensor, origin, result)
         if name in _PRODUCTS:
             if weights:
                 return result, self._product(name, args, kwargs, result, weights)
@@ -158,6 +154,19 @@ class Tracing:
                 if origin is _SCORES and _has_same_places(name, tensor, result):
                     self._follow(result, _SCORES)
         return result, None
+
+    def _follow_on(
+        self, func: Any, args: Any, kwargs: Any, tensor: Tensor, origin: tuple[Output, Any], result: Any
+    ) -> None:
+        output, layout = origin
+        for one in result if isinstance(result, (list, tuple)) else (result,):
+            made = output.follow(func, args, kwargs, tensor, layout, one) if isinstance(one, Tensor) else None
+            if made is not None:
+                self.follow_output(one, output, made)
+        if output.order is not None:  # found: fewer functions to look at
+            for number, (_, other) in list(self.lineage.items()):
+                if isinstance(other, tuple) and other[0] is output:
+                    del self.lineage[number]
 
     def _prepare_change(self, name: str, changed: Tensor, known: Iterable[tuple[Tensor, Any]]) -> None:
         """Save what a function is about to change in place, and note what is no softmax any more."""
