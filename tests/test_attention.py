@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention as by_another_name
 
 from visualizer import AttentionMap, UnknownKeyError, VisualizerWarning, attention, load
+from visualizer.intercept import kernels
 
 
 class Heads(nn.Module):
@@ -257,17 +259,20 @@ class TestSeen:
         assert (maps[0].dense() - expected).abs().max() < 1e-6
 
     @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # of torch's native path
+    @pytest.mark.parametrize("norm", [None, nn.LayerNorm(8)])
     @pytest.mark.parametrize("padded", [False, True])
-    def test_an_encoder_where_torch_would_take_its_native_path(self, x, padded):
+    def test_an_encoder_where_torch_would_take_its_native_path(self, x, padded, norm):
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        model = nn.TransformerEncoder(layer, 2).eval()
+        model = nn.TransformerEncoder(layer, 2, norm).eval()
+        if norm is not None:
+            nn.init.normal_(norm.bias)
         mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
         with torch.no_grad():
             before = model(x, src_key_padding_mask=mask)
             with attention(model) as maps:
                 after = model(x, src_key_padding_mask=mask)
         seen = ~mask if padded else torch.ones(2, 5, dtype=torch.bool)
-        assert (before[seen] - after[seen]).abs().max() < 1e-5
+        assert (before - after).abs().max() < 1e-5  # padding included, which the native path makes zeros
         assert maps.paths == ("layers.0.self_attn", "layers.1.self_attn")
         first = model.layers[0].self_attn(x, x, x, key_padding_mask=mask, average_attn_weights=False)[1]
         assert (maps[0].dense() - first)[seen.unsqueeze(1).expand(2, 2, 5)].abs().max() < 1e-6
@@ -610,12 +615,98 @@ class TestLeftAsItWas:
                 raise ValueError("no")
 
         model = nn.Sequential(Block(Fused), Fails())
-        with attention(model) as maps:
+        maps = attention(model).start()
+        with pytest.raises(ValueError, match="no"):
+            model(x)
+        assert torch.overrides._get_current_function_mode() is None
+        model[0](x)
+        maps.stop()
+        assert len(maps.calls("0.attn")) == 2
+        with maps:
             with pytest.raises(ValueError, match="no"):
                 model(x)
-            assert torch.overrides._get_current_function_mode() is None
-            model[0](x)
-        assert len(maps.calls("0.attn")) == 2
+            F.scaled_dot_product_attention(x, x, x)
+        assert torch.overrides._get_current_function_mode() is None
+        assert len(maps) == 3
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
+    def test_what_torch_calls_no_hooks_for_leaves_the_default_device_as_it_was(self, x, error):
+        class Stops(nn.Module):
+            def forward(self, x):
+                raise error
+
+        model = nn.Sequential(Block(Fused), Stops())
+        with pytest.raises(error), attention(model) as maps:
+            with torch.device("meta"):
+                model(x)
+        assert torch.empty(1).device.type == "cpu"
+        assert torch.overrides._get_current_function_mode() is None
+        assert maps.paths == ("0.attn",)
+
+    def test_an_interrupted_call_in_a_notebook(self, x):
+        """There start() and the next call are cells of their own."""
+
+        class Stops(nn.Module):
+            def forward(self, x):
+                if is_interrupted:
+                    raise KeyboardInterrupt
+                return x
+
+        model, is_interrupted = nn.Sequential(Block(Fused), Stops()), True
+        maps = attention(model).start()
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        is_interrupted = False
+        model(x)
+        assert torch.overrides._get_current_function_mode() is None
+        maps.stop()
+        assert maps.paths == ("0.attn",)
+        assert not maps[-1].axes_assumed or maps[-1].shape == (2, 2, 5, 5)
+
+    def test_stop_in_a_hook(self, x):
+        model = model_of()
+        maps = attention(model).start()
+        model[1].register_forward_pre_hook(lambda *_: maps.stop())
+        with torch.device("cpu"):
+            model(x)
+        assert torch.overrides._get_current_function_mode() is None
+        assert maps.paths == ("0.attn",)
+
+    def test_the_model_sees_no_error_of_the_recorder(self, x, monkeypatch):
+        def fails(output, *args, **kwargs):
+            raise IndexError("of ours")
+
+        model = model_of(depth=1)
+        before = model(x)
+        monkeypatch.setitem(kernels.KERNELS, "scaled_dot_product_attention", fails)
+        with pytest.warns(VisualizerWarning, match="'0.attn' is not recorded.*IndexError: of ours") as warned:
+            with attention(model) as maps:
+                after = model(x)
+                model(x)
+        assert torch.equal(before, after)
+        assert len(maps) == 0
+        assert len(warned) == 1
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_a_model_copied_or_pickled_meanwhile_is_a_model(self, x, copied):
+        model = model_of()
+        with attention(model) as maps:
+            twin = copied(model)
+            assert torch.equal(twin(x), model(x))
+        assert len(maps) == 3
+        assert torch.equal(twin(x), model(x))
+
+    def test_empty_batches_and_no_queries(self):
+        class Cross(nn.Module):
+            def forward(self, q, k):
+                return F.scaled_dot_product_attention(q, k, k)
+
+        model = Cross()
+        with attention(model) as maps:
+            model(torch.randn(0, 2, 5, 8), torch.randn(0, 2, 5, 8))
+            model(torch.randn(2, 2, 0, 8), torch.randn(2, 2, 5, 8))
+        assert [one.shape for one in maps] == [(0, 2, 5, 5), (2, 2, 0, 5)]
+        assert [one.dense().shape for one in maps] == [(0, 2, 5, 5), (2, 2, 0, 5)]
 
     def test_what_is_dropped_stops(self, x):
         model = model_of()

@@ -146,10 +146,13 @@ class Maps(Recorded, Sequence[Any]):
         self._stop()
 
     def _stop(self, warns: bool = True) -> None:
-        watch, self._watch = self._watch, None
+        watch = self._watch
         if watch is not None:
             self._abandon.detach()
-            watch.end()
+            try:
+                watch.end()  # which files what is pending
+            finally:
+                self._watch = None
             for text in self._unseen(watch) if warns and watch.has_run else ():
                 warn(text)
 
@@ -178,7 +181,11 @@ class Maps(Recorded, Sequence[Any]):
             )
 
     def __enter__(self) -> Maps:
-        return self.start()
+        was_running = self.is_running
+        self.start()
+        if self._watch is not None and not was_running:
+            self._watch.enter()
+        return self
 
     def __exit__(self, error: object, *_: object) -> None:
         self._stop(warns=error is None)

@@ -114,7 +114,7 @@ class Copies:
         source = Factors(query, keys, key.shape[2], fused.scale, mask, fused.causal, *functions)
         evidence = None
         if not fused.dropout:
-            output = fused.output.detach().reshape(*source.shape[:3], -1)
+            output = fused.output.detach().reshape(*source.shape[:3], fused.output.shape[-1])
             evidence = of_fused(source, fused.value.detach(), output, call.number)
         reason = (
             "there was dropout on the weights, whose pattern a fused kernel does not tell: the gradient is known with "

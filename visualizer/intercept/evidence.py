@@ -20,12 +20,13 @@ class Evidence:
         product = rows @ values.to(rows.dtype)
         # Where the kernel returns no number there is nothing to compare.
         self._distance = torch.where(output.isnan(), 0, product - output.to(product.dtype)).abs().amax()
-        self._largest = values.abs().amax()
+        self._ends = values.aminmax()
         self._rows, self._dtype, self._size_of_scores = rows, output.dtype, size_of_scores
 
     def doubt(self) -> str | None:
         """By how much the map is wrong, in words; None if it is right as far as the type of the output can tell."""
-        distance, step = float(self._distance), torch.finfo(self._dtype).eps * float(self._largest)
+        largest = max(-float(self._ends.min), float(self._ends.max))
+        distance, step = float(self._distance), torch.finfo(self._dtype).eps * largest
         allowed = _ROUNDING.get(self._dtype, 4) * step
         if not distance > allowed:
             return None
@@ -44,11 +45,11 @@ def of_fused(source: Factors, values: Tensor, output: Tensor, number: int) -> Ev
     if not (batch * heads * queries * keys and values.shape[-1]):
         return None
     chosen = _some(queries, number)
-    one = source
+    one, groups = source, heads // values.shape[1]
     if not source.has_functions:
-        image = number % batch
-        one, values, output = source.of_image(image), values[image : image + 1], output[image : image + 1]
-    groups = heads // values.shape[1]
+        image, head = number % batch, number // batch % values.shape[1]
+        one, values = source.of_head(image, head), values[image : image + 1, head : head + 1]
+        output = output[image : image + 1, head * groups : (head + 1) * groups]
     rows = one.rows(chosen)
     count = rows.shape[2]
     grouped = rows.reshape(len(rows), values.shape[1], groups * count, keys)

@@ -122,7 +122,7 @@ def four_axes(tensor: Tensor, heads: int | None) -> Tensor:
     if tensor.ndim > 4:
         return tensor.flatten(0, tensor.ndim - 4)
     if tensor.ndim == 3 and heads is not None:
-        return tensor.reshape(-1, heads, *tensor.shape[1:])
+        return tensor.reshape(len(tensor) // heads, heads, *tensor.shape[1:])
     return tensor.unsqueeze(0).unsqueeze(0) if tensor.ndim == 2 else tensor.unsqueeze(1)
 
 

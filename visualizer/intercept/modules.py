@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -69,6 +70,30 @@ def arguments_named(calls: Sequence[ModuleCall], name: str) -> list[Any]:
         elif {"pixel_values", "input_features"} & call.kwargs.keys():
             return [*values, None]  # the calls around it have masks of the text that goes with the picture
     return values
+
+
+def as_native(call: ModuleCall, output: Any) -> Any:
+    """The output that nn.TransformerEncoder has on torch's native path, which it does not take while it is recorded.
+
+    There padding comes out as zeros, and as what the last norm makes of them. None where that path would not be taken.
+    """
+    encoder = call.module
+    if not isinstance(encoder, nn.TransformerEncoder) or not getattr(encoder, "use_nested_tensor", False):
+        return None
+    src, mask, padding = (*call.args, None, None, None)[:3]
+    src, mask = call.kwargs.get("src", src), call.kwargs.get("mask", mask)
+    padding = call.kwargs.get("src_key_padding_mask", padding)
+    if padding is None or mask is not None or src.ndim != 3 or encoder.training or torch.is_autocast_enabled():
+        return None
+    if torch.is_grad_enabled() and (src.requires_grad or any(one.requires_grad for one in encoder.parameters())):
+        return None
+    if not torch.backends.mha.get_fastpath_enabled():
+        return None
+    is_padding = padding != 0
+    if not torch._nested_tensor_from_mask_left_aligned(src, ~is_padding):
+        return None
+    empty = output.new_zeros(output.shape[-1])
+    return output.where(~is_padding[..., None], empty if encoder.norm is None else encoder.norm(empty))
 
 
 def is_compiled(module: nn.Module) -> bool:

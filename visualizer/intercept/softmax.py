@@ -7,7 +7,7 @@ before they are multiplied with the values: masked, mixed, subtracted. The map i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,31 +120,44 @@ class Tracing:
         """Find out what the model does with the axes of an attention call's output."""
         self._follow(tensor, (output, output.layout if layout is None else layout))
 
-    def see(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Product | None]:
-        """Run a function: what it returns, and the product of weights and values that it is, if it is one."""
+    def before(self, func: Any, args: Any, kwargs: Any) -> Callable[[Any], Product | None]:
+        """Look at the arguments of a function that is about to run.
+
+        Returns what to call with its result, which finds out what that is, and returns the product of weights with
+        values if it is one.
+        """
         name = name_of(func)
         known = list(self._known_in([*args, *kwargs.values()]))
         weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
         changed = args[0] if args and _is_in_place(name, args, kwargs) else None
         if changed is not None:
             self._prepare_change(name, changed, known)
-        before = None
+        undropped = None
         if weights and name in _DROPOUTS and _drops(args, kwargs):
             tensor, origin = weights[0]
-            before = tensor if origin.without_dropout is None else origin.without_dropout
+            undropped = tensor if origin.without_dropout is None else origin.without_dropout
             if changed is not None:
-                before = before.detach().clone()
-        result = func(*args, **kwargs)
+                undropped = undropped.detach().clone()
+        return lambda result: self._after(func, name, args, kwargs, known, weights, changed, undropped, result)
+
+    def _after(
+        self,
+        func: Any,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        known: Sequence[tuple[Tensor, Any]],
+        weights: Sequence[tuple[Tensor, _Weights]],
+        changed: Tensor | None,
+        undropped: Tensor | None,
+        result: Any,
+    ) -> Product | None:
         for tensor, origin in known:
             if isinstance(origin, tuple):
-                output, layout = origin
-                for one in result if isinstance(result, (list, tuple)) else (result,):
-                    made = output.follow(func, args, kwargs, tensor, layout, one)
-                    if made is not None:
-                        self.follow_output(one, output, made)
+                self._follow_on(func, args, kwargs, tensor, origin, result)
         if name in _PRODUCTS:
             if weights:
-                return result, self._product(name, args, kwargs, result, weights)
+                return self._product(name, args, kwargs, result, weights)
             self._follow(result, _SCORES)
         elif name in ("softmax", "_softmax"):
             axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
@@ -152,12 +165,25 @@ class Tracing:
                 self._follow(result, _Weights((Softmax(result),)))
         elif weights:
             made = result if changed is None else changed
-            self._carry_weights(func, name, args, kwargs, made, weights, before)
+            self._carry_weights(func, name, args, kwargs, made, weights, undropped)
         elif isinstance(result, Tensor) and result.ndim > 1 and name not in _ENDS:
             for tensor, origin in known:
                 if origin is _SCORES and _has_same_places(name, tensor, result):
                     self._follow(result, _SCORES)
-        return result, None
+        return None
+
+    def _follow_on(
+        self, func: Any, args: Any, kwargs: Any, tensor: Tensor, origin: tuple[Output, Any], result: Any
+    ) -> None:
+        output, layout = origin
+        for one in result if isinstance(result, (list, tuple)) else (result,):
+            made = output.follow(func, args, kwargs, tensor, layout, one) if isinstance(one, Tensor) else None
+            if made is not None:
+                self.follow_output(one, output, made)
+        if output.order is not None:  # found: fewer functions to look at
+            for number, (_, other) in list(self.lineage.items()):
+                if isinstance(other, tuple) and other[0] is output:
+                    del self.lineage[number]
 
     def _prepare_change(self, name: str, changed: Tensor, known: Iterable[tuple[Tensor, Any]]) -> None:
         """Save what a function is about to change in place, and note what is no softmax any more."""

@@ -5,18 +5,21 @@ Hooks on the modules say which one is running. A mode of torch sees the calls of
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch._C import _len_torch_function_stack
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from ..errors import warn
 from ..instrument import Uncompiled, named_modules
@@ -27,6 +30,7 @@ from .kernels import KERNELS, as_computed, in_four_axes, multi_head_attention, n
 from .modules import (
     ModuleCall,
     arguments_named,
+    as_native,
     cannot_attend,
     heads_of,
     is_called_attention,
@@ -46,12 +50,21 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.calls: list[ModuleCall] = []
-        self.is_watched = False
+        self.is_watched = False  # by a mode that ends with the outermost call
+        self.is_in_block = False  # by a mode that ends with the recording
         self.heads: int | None = None  # of the nn.MultiheadAttention under way
         self.tracing = Tracing()
         self.pending = deque[_Pending]()
         self.filing: tuple[ModuleCall, ...] | None = None  # the calls that were under way when the map was made
         self.count = 0
+        self.frame: FrameType | None = None  # that runs the outermost call
+
+    def forget(self) -> None:
+        """Forget the calls under way, which have ended."""
+        self.calls.clear()
+        self.pending.clear()
+        self.tracing.lineage.clear()
+        self.frame = None
 
 
 @dataclass(frozen=True)
@@ -98,10 +111,10 @@ class Watch:
                 continue
             if path and cannot_attend(module):
                 continue
-            begin = self._beginning_of(path, weakref.ref(module))
+            known = weakref.ref(module)
             self._handles += [
-                module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
-                module.register_forward_hook(self._end_call, always_call=True),
+                module.register_forward_pre_hook(_Hook(self._begin_call, path, known), prepend=True, with_kwargs=True),
+                module.register_forward_hook(_Hook(self._end_call, path, known), always_call=True),
             ]
         if scripted:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
@@ -110,11 +123,26 @@ class Watch:
                 "without Python, and its attention is not seen."
             )
 
+    def enter(self) -> None:
+        """Let the mode last until `end`, for a `with` block.
+
+        A mode that lasts for a module's call is left behind by KeyboardInterrupt, for which torch calls no hooks; and a
+        `with torch.device(...)` around it then ends this mode in place of its own.
+        """
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        self._thread.is_in_block = True
+
     def end(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks and the mode, and file what is seen of calls under way."""
         for handle in self._handles:
             handle.remove()
         self._uncompiled.end()
+        thread = self._thread
+        self._file_settled(1)
+        thread.forget()
+        if thread.is_watched or thread.is_in_block:
+            thread.is_watched = thread.is_in_block = False
+            _remove(self._mode)
 
     @property
     def has_seen_attention(self) -> bool:
@@ -136,50 +164,54 @@ class Watch:
         thread = self._thread
         return arguments_named(thread.calls if thread.filing is None else thread.filing, name)
 
-    def __deepcopy__(self, memo: Any) -> Watch:
-        return self  # the hooks of a copied model hold it
-
-    def _beginning_of(self, path: str, known: weakref.ref[nn.Module]) -> Callable[..., None]:
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if known() is not module and not getattr(module, "_is_replica", False):
-                return  # a deep copy of the module, which has the hooks too
-            thread = self._thread
-            self.has_run = True
-            # In a backward pass checkpointing computes again what has been seen.
-            if not thread.calls and torch._C._current_graph_task_id() == -1:
+    def _begin_call(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        thread = self._thread
+        self.has_run = True
+        if thread.calls and _has_ended(thread.frame):
+            self._leave(thread)
+        if not thread.calls:
+            if torch._C._current_graph_task_id() != -1:
+                return  # in a backward pass checkpointing computes again what has been seen
+            if not thread.is_in_block:
                 self._mode.__enter__()  # type: ignore[no-untyped-call]
                 thread.is_watched = True
-            thread.calls.append(ModuleCall(path, module, args, kwargs))
+            thread.frame = sys._getframe(2)  # behind the hook
+        thread.calls.append(ModuleCall(path, module, args, kwargs))
 
-        return begin
-
-    def _end_call(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _end_call(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         thread = self._thread
         if not thread.calls or thread.calls[-1].module is not module:
-            return  # the call began before recording did
+            return None  # the call began before recording did
         try:
             if thread.pending:
                 self._file_settled(len(thread.calls))
         finally:
-            path = thread.calls.pop().path
+            call = thread.calls.pop()
             if is_called_attention(type(module).__qualname__):
                 self._ran[path] = type(module).__qualname__
-            if not thread.calls and thread.is_watched:
-                thread.is_watched = False
-                thread.tracing.lineage.clear()
-                self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            if not thread.calls:
+                self._leave(thread)
+        return None if output is None else as_native(call, output)
 
-    @property
-    def is_tracing(self) -> bool:
-        """Whether this thread has tensors that may be scores or weights."""
-        return bool(self._thread.tracing.lineage)
+    def _leave(self, thread: _Thread) -> None:
+        """End what belongs to the outermost call."""
+        thread.forget()
+        if thread.is_watched:
+            thread.is_watched = False
+            _remove(self._mode)
+
+    def looks_at(self, func: Any) -> bool:
+        """Whether a function that is called now may have to do with attention."""
+        thread = self._thread
+        return bool(thread.calls) and (_begins_attention(func) or bool(thread.tracing.lineage))
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions for a module, and record it if it attends."""
         thread, name = self._thread, name_of(func)
         if name in KERNELS:
             output = func(*args, **kwargs)
-            self._see_fused(name, output, args, kwargs)
+            with self._unharmed():
+                self._see_fused(name, output, args, kwargs)
         elif name == _MULTI_HEAD:
             before, thread.heads = thread.heads, args[4] if len(args) > 4 else kwargs.get("num_heads")
             try:
@@ -188,12 +220,31 @@ class Watch:
             finally:
                 thread.heads = before
         else:
-            output, product = thread.tracing.see(func, args, kwargs)
-            if product is not None:
-                self._see_product(name, product)
+            after = None
+            with self._unharmed():
+                after = thread.tracing.before(func, args, kwargs)
+            output = func(*args, **kwargs)
+            with self._unharmed():
+                product = None if after is None else after(output)
+                if product is not None:
+                    self._see_product(name, product)
         if thread.pending:
             self._file_settled()
         return output
+
+    @contextmanager
+    def _unharmed(self) -> Iterator[None]:
+        """The model does not see an error of ours: a warning says, once for each module, what is not recorded."""
+        try:
+            yield
+        except Exception as error:
+            path = self._thread.calls[-1].path
+            if path not in self._refused:
+                self._refused.add(path)
+                warn(
+                    f"an attention of {path!r} is not recorded, for an error that the model does not see: "
+                    f"{type(error).__name__}: {error}"
+                )
 
     def _see_fused(self, name: str, output: Any, args: Any, kwargs: Any) -> None:
         seen = fused = KERNELS[name](output, *args, **kwargs)
@@ -291,6 +342,49 @@ def _begins_attention(func: Any) -> bool:
     return name in KERNELS or name == _MULTI_HEAD or may_begin(name)
 
 
+class _Hook:
+    """A hook of a module that is recorded; on a copy of the module, in memory or in a file, it does nothing."""
+
+    def __init__(self, function: Callable[..., Any], path: str, module: weakref.ref[nn.Module]) -> None:
+        self._function, self._path, self._module = function, path, module
+
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
+        if self._module() is module or getattr(module, "_is_replica", False):
+            return self._function(self._path, module, *args)
+        return None
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _idle_hook, ()
+
+
+def _idle_hook() -> _Hook:
+    return _Hook(lambda *_: None, "", lambda: None)  # type: ignore[arg-type]
+
+
+def _has_ended(frame: FrameType | None) -> bool:
+    """Whether a frame has run to its end, by an error say."""
+    if frame is not None:
+        with suppress(RuntimeError):  # it is running
+            frame.clear()
+            return True
+    return False
+
+
+def _remove(mode: TorchFunctionMode) -> None:
+    """End a mode of this thread, whichever have begun behind it and go on."""
+    behind = []
+    while _len_torch_function_stack() > 0:
+        last = _pop_mode()  # type: ignore[no-untyped-call]
+        if last is mode:
+            break
+        behind.append(last)
+    for other in reversed(behind):
+        _push_mode(other)  # type: ignore[no-untyped-call]
+
+
 class _Mode(TorchFunctionMode):
     """Shows a watch what torch's functions are called with; several threads may be in it."""
 
@@ -301,6 +395,6 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         watch = self._watch()
-        if watch is None or not (_begins_attention(func) or watch.is_tracing):  # nearly always
+        if watch is None or not watch.looks_at(func):  # nearly always
             return func(*args, **kwargs)
         return watch.see(func, args, kwargs)

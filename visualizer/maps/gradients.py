@@ -49,7 +49,7 @@ class Gradient:
         if self._incoming is None:
             raise RuntimeError("the gradient is not known yet: no backward pass has come through this attention call")
         incoming = self._incoming if self._arrange is None else self._arrange(self._incoming)
-        incoming = incoming.reshape(*self._shape[:3], -1)[:, :, queries].to(dtype)
+        incoming = incoming.reshape(*self._shape[:3], incoming.shape[-1])[:, :, queries].to(dtype)
         if self._values is None:
             return incoming[..., : self._shape[3]]  # without an attention sink behind the keys
         values = self._values.to(incoming.dtype)

@@ -197,11 +197,18 @@ class Factors:
                 scores = function(scores, *places)
         return scores
 
-    def of_image(self, image: int) -> Factors:
-        """The same of one image or text only; not for flex_attention's functions, which are told its number."""
-        key, bias = self.keys.first(self._length), self._bias
-        mask = None if bias is None else bias if bias.shape[0] == 1 else bias[image : image + 1]
-        query, key = self._query[image : image + 1], key[image : image + 1]
+    def of_head(self, image: int, head: int) -> Factors:
+        """The same of one image or text, and of the heads that share one key head.
+
+        Not for maps with functions of flex_attention, for which the numbers of images and heads count.
+        """
+        keys = self.keys.first(self._length)
+        groups = self.shape[1] // keys.shape[1]
+        heads, mask = slice(head * groups, (head + 1) * groups), self._bias
+        if mask is not None:
+            mask = mask if mask.shape[0] == 1 else mask[image : image + 1]
+            mask = mask if mask.shape[1] == 1 else mask[:, heads]
+        query, key = self._query[image : image + 1, heads], keys[image : image + 1, head : head + 1]
         return Factors(query, Keys(key), self._length, self._scale, mask, self._causal)
 
     def arranged(self, arrange: Callable[[Tensor], Tensor]) -> Factors:
