@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from ..errors import UnsupportedPythonError
 from . import demo, doctor, explore, info, plot, run, stats
-from .outcome import Mistake, tell
+from .outcome import Mistake, say
 
 _COMMANDS = (run, stats, info, plot, explore, demo, doctor)
 
@@ -34,22 +34,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         script = options.run(options)
     except Mistake as mistake:
-        tell(mistake)
+        say(mistake)
         return mistake.status
     except UnsupportedPythonError as error:
-        tell(error)
+        say(error)
         return 1
     except ImportError as error:
         if error.name is None or error.name.partition(".")[0] == "visualizer":
             raise
         advice = "" if "pip install" in str(error) else ': pip install "get-local[demo]"'
-        tell(f"{error}{advice}")
+        say(f"{error}{advice}")
         return 2
     except BrokenPipeError:  # whoever read the results has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         return 1
     except KeyboardInterrupt:
-        tell("interrupted")
+        say("interrupted")
         return 130
     return 0 if script is None else script()  # out here what a user's script raises is the script's
 

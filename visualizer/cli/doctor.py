@@ -22,7 +22,7 @@ from ..instrument import capture, compiler_trouble
 from ..instrument.unwrapping import functions_behind
 from ..rewrite import local_names
 from ..store import human, memory_of
-from .outcome import Fruitless, Mistake
+from .outcome import Failure, Mistake
 
 if TYPE_CHECKING:
     from .outcome import Commands
@@ -62,7 +62,7 @@ def _doctor(options: argparse.Namespace) -> None:
         print("\n".join(_lines(report)))
     problems = report.get("problems")
     if problems:
-        raise Fruitless("; ".join(problems))
+        raise Failure("; ".join(problems))
 
 
 def _surroundings() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .outcome import Mistake, told_plainly, write
+from .outcome import Mistake, warnings_as_lines, write
 from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _explore(options: argparse.Namespace) -> None:
     if image is not None and options.tokens is None:
         tokens = None  # those of the file are of a text, and the keys are patches
     try:
-        with told_plainly():
+        with warnings_as_lines():
             page = explore(maps, tokens, image, grid=options.grid, batch=options.batch, title=options.title)
             write(path, page.save)
     except (ValueError, TypeError, LookupError) as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .outcome import Mistake, save, told_plainly, write
+from .outcome import Mistake, save, warnings_as_lines, write
 from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _plot(options: argparse.Namespace) -> None:
         others = ", ".join(f"--{name}" for name in _OPTIONS if name in taken)
         raise Mistake(f"--kind {options.kind} has no use for --{strange[0]}; it takes {others or 'none of these'}")
     try:
-        with told_plainly():
+        with warnings_as_lines():
             drawn = draw()
             figure = getattr(drawn, "figure", drawn)
             write(path, functools.partial(save, figure))

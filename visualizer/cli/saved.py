@@ -15,7 +15,7 @@ from ..errors import FileFormatError
 from ..loading import load
 from ..store import bytes_by_device
 from ..tensors import is_array
-from .outcome import Mistake
+from .outcome import Mistake, reason
 
 if TYPE_CHECKING:
     from ..store import Recorded
@@ -28,7 +28,7 @@ def read(path: str) -> Recorded:
     except FileFormatError as error:
         raise Mistake(error) from error
     except (OSError, ValueError) as error:
-        raise Mistake(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise Mistake(f"cannot read {path}: {reason(error)}") from error
 
 
 def values_by_key(results: Recorded) -> dict[str, list[Any]]:

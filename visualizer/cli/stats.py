@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .outcome import Fruitless, Mistake, tell, told_plainly, write
+from .outcome import Failure, Mistake, reason, say, warnings_as_lines, write
 
 if TYPE_CHECKING:
     from ..statistics import Statistic
@@ -123,7 +123,7 @@ def _stats(options: argparse.Namespace) -> None:
             arguments, batches = {}, _Tokenized(items, options.batch_size, prepare, options.length)
         statistics = [one.for_tokenizer(prepare if options.texts else None) for one in measures]
         try:
-            with told_plainly(options.quiet):
+            with warnings_as_lines(options.quiet):
                 found = collect(
                     model,
                     batches,
@@ -133,7 +133,7 @@ def _stats(options: argparse.Namespace) -> None:
                     **arguments,
                 )
         except (ValueError, RuntimeError, OSError) as error:
-            raise Fruitless(error) from error
+            raise Failure(error) from error
         if rank == 0:
             about = {"model": options.model, "data": options.images or options.texts}
             write(out, lambda path: found.save(path, about))
@@ -182,7 +182,7 @@ def _lines(file: str) -> list[str]:
     try:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise Mistake(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+        raise Mistake(f"cannot read {file}: {reason(error)}") from error
     lines = [line for line in lines if line]
     if not lines:
         raise Mistake(f"there is no text in {file}")
@@ -252,7 +252,7 @@ def _read(paths: list[Path], prepare: Callable[[Path], Any], quiet: bool) -> Any
             pictures.append(prepare(path))
         except (OSError, ValueError, SyntaxError) as error:
             if not quiet:
-                tell(f"{path} does not count: {error}")
+                say(f"{path} does not count: {error}")
     if not pictures:
         raise ValueError("no picture of this batch can be read")
     return torch.cat(pictures)
