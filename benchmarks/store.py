@@ -3,8 +3,8 @@
     python benchmarks/store.py
 
 Each ratio is of two times of one run, by the processor's time, in turn, round after round: what a captured call costs
-more than the same call bare, over a call that does what a person would write by hand. Memory is that of fresh processes: what they
-have more after keeping many values.
+more than the same call bare, over a call that does what a person would write by hand. Memory is that of fresh
+processes: what they have more after keeping many values.
 """
 
 from __future__ import annotations

@@ -17,6 +17,9 @@ from typing import Any, Protocol
 from ..tensors import is_array, is_tensor
 from .records import Record
 
+_NO_LINE = -(2**63)
+"""Stands for None in the column of the lines."""
+
 call_order = count()
 """Numbers calls in the order in which they begin, over all functions: the most recent ones stay within a limit."""
 
@@ -45,7 +48,7 @@ class Shelf:
         self.key, self.values = key, values
         self.filed: list[Any] = []
         """The values as of the last filing: users may change their list, and their records have to follow."""
-        self.calls, self.lines = array("q"), array("i")
+        self.calls, self.lines = array("q"), array("q")
         self.begun = array("q")
         """When each value's call began: its place in `call_order`."""
         self.origins = array("I")
@@ -88,7 +91,7 @@ class Shelf:
         # An interrupt leaves the run open, and each line goes on where it was left.
         self.filed.extend(self.values[len(self.filed) :])
         self.calls.extend(range(call + len(self.calls) - start, call + end - start))
-        self.lines.extend(array("i", [-1]) * (end - len(self.lines)))
+        self.lines.extend(array("q", [_NO_LINE]) * (end - len(self.lines)))
         self.begun.extend(islice(call_order, end - len(self.begun)))
         self.origins.extend(array("I", [origin]) * (end - len(self.origins)))
         if end > start:
@@ -111,7 +114,7 @@ class Shelf:
         self.values.append(value)
         self.filed.append(value)
         self.calls.append(call)
-        self.lines.append(-1 if line is None else line)
+        self.lines.append(_NO_LINE if line is None else line)
         self.begun.append(begun)
         self.origins.append(place)
         self.size += 1
@@ -134,7 +137,7 @@ class Shelf:
         variable = next(iter(self.table), ("", 0, None))[0]
         unknown = self._origin((variable, 0, None)) if -1 in kept else 0
         calls = array("q", [self.calls[place] if place >= 0 else -1 for place in kept])
-        lines = array("i", [self.lines[place] if place >= 0 else -1 for place in kept])
+        lines = array("q", [self.lines[place] if place >= 0 else _NO_LINE for place in kept])
         begun = array("q", [self.begun[place] if place >= 0 else next(call_order) for place in kept])
         origins = array("I", [self.origins[place] if place >= 0 else unknown for place in kept])
         number, filed, size = len(set(begun)), list(values), len(kept)
@@ -182,7 +185,7 @@ class Shelf:
         """A record for each value."""
         table = list(self.table)
         return [
-            Record(self.key, table[origin][0], value, call, None if line < 0 else line, *table[origin][1:])
+            Record(self.key, table[origin][0], value, call, None if line == _NO_LINE else line, *table[origin][1:])
             for value, call, line, origin in zip(self.filed, self.calls, self.lines, self.origins, strict=True)
         ]
 
