@@ -1,4 +1,4 @@
-"""Loads what any `save` of this package wrote."""
+"""`load` reads what any `save` of this package wrote; `joined` makes several saved results one."""
 
 from __future__ import annotations
 

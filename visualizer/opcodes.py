@@ -1,7 +1,7 @@
 """All that differs between Python versions: facts about bytecode, and builders of instructions, named by meaning.
 
-No other file of the engine looks at `sys.version_info` or spells the name of an instruction, so a new Python is
-supported by changing this file alone. What the rewriter injects is, in Python's terms,
+No other file of the engine looks at `sys.version_info` or spells the name of an instruction, so of the engine's code a
+new Python changes this file alone. What the rewriter injects is, in Python's terms,
 
     __get_local__(key, value)
 

@@ -1,4 +1,4 @@
-"""What is kept of a captured value.
+"""What `keep=` makes of a captured value, and what a value is: tensor, array, container, or without real numbers.
 
 torch and numpy are looked up among the loaded modules, never imported: whoever captures a tensor has loaded torch.
 """

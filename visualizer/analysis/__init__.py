@@ -1,10 +1,11 @@
 """What attention maps say: where all layers together look, how far, how broadly, and at what.
 
 All functions about maps take whatever holds them: an `AttentionMap`, a tensor or an array with the axes (batch, heads,
-queries, keys), or several of these as layers: a list, one tensor or array with the layers before the other axes, or
-the result of `attention` or `capture`. Rows sum to one. Results are detached, on the device of the maps, float64 for
-float64, else float32; arrays alone give arrays. Maps are read some rows at a time, so that the attention of a fused
-kernel is analysed in the memory of some rows: no function makes the N x N map of a head.
+queries, keys), or several of these as layers: a list, one tensor or array with the layers before these four axes, or
+the result of `attention` or `capture`. Three axes are the (heads, queries, keys) of one layer, two those of one head.
+Rows sum to one. Results are detached, on the device of the maps, float64 for float64, else float32; arrays alone give
+arrays. Maps are read some rows at a time, so that the attention of a fused kernel is analysed in the memory of some
+rows: no function makes the N x N map of a head (a `rollout` with `discard` makes that of all heads together).
 
 - `flow`, all layers together: `rollout`, `attention_flow`; for one output of the model, by its gradients,
   `gradient_rollout`, `relevance`, and `cross_relevance` for two streams.

@@ -1,4 +1,4 @@
-"""How `visualizer run` records a program: its decorated functions, one target, or every model that it calls.
+"""How `visualizer run` records a program (its decorated functions, one target, or every model) and saves the results.
 
 Nothing heavy is imported before the program does so: it may have to set its environment before torch reads it.
 """
@@ -19,7 +19,7 @@ from ..errors import UnknownLocalError, VisualizerError, VisualizerWarning
 from ..instrument import Captured, Uncompiled, get_local
 from ..instrument.imports import after_import
 from ..instrument.module_paths import WRAPPERS
-from ..instrument.skipped import never_compiled
+from ..instrument.untraced import never_compiled
 from ..loading import joined
 from ..store import Recorded, Saved, human
 from ..store.files import write

@@ -14,7 +14,7 @@ from ..tensors import Keep, check_keep
 from . import compiled, patches
 from .arguments import check_at, check_count, check_max_bytes, check_names
 from .sites import Site, beginning, sites_of
-from .skipped import never_compiled
+from .untraced import never_compiled
 
 
 @never_compiled

@@ -1,6 +1,6 @@
 """Capture and torch's compiler: make it know the hook, run without it, and have it notice that code was swapped.
 
-`dynamo.py` says what a hook call means within a graph; `skipped.py` has what the compiler must leave alone. The
+`dynamo.py` says what a hook call means within a graph; `untraced.py` has what the compiler must leave alone. The
 compiler is never loaded from here, unless `compiler_trouble` is asked.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from ..store import receive
 from .imports import after_import
-from .skipped import skip_own_code
+from .untraced import skip_own_code
 
 _COMPILER = "torch._dynamo"
 

@@ -18,7 +18,7 @@ from . import compiled, patches
 from .arguments import check_at, check_count, check_max_bytes, check_names
 from .explanations import why_shared
 from .sites import function_with
-from .skipped import never_compiled
+from .untraced import never_compiled
 
 T = TypeVar("T")
 

@@ -1,6 +1,6 @@
 """What a hook call means in code that torch's compiler traces. It is imported when torch._dynamo has been.
 
-Left alone, the compiler would trace into the hook, which cannot be expressed in a graph. `Hook` makes it defer the
+Left alone, the compiler would trace into the hook, which cannot be part of a graph. `Hook` makes it defer the
 call: copies of the values become outputs of the graph, and the hook is called with them when the graph has run. It is
 still one graph, and the hook is the one of plain calls. A value that cannot be an output ends the graph before the
 hook call; with fullgraph=True it is refused.
@@ -21,7 +21,7 @@ from torch._dynamo.source import AttrSource
 from torch._dynamo.variables.builder import VariableBuilder
 
 from ..store import Channel, listener, receive
-from .skipped import DISABLED
+from .untraced import DISABLED
 
 _is_exporting = getattr(sys.modules.get("torch.compiler"), "is_exporting", bool)
 
@@ -130,7 +130,7 @@ def _copied(tx: Any, channel: Channel, value: Any) -> Any:
         items = [_copied(tx, channel, item) for item in value.items]
         return value if is_itself else type(value)(items)
     if not isinstance(value, variables.TensorVariable):
-        raise _CannotDefer("it is no tensor, number or string, nor a tuple or list of such")
+        raise _CannotDefer("only tensors, numbers, strings, and tuples and lists of these can be captured there")
     if is_itself or isinstance(value, variables.tensor.UnspecializedPythonVariable):
         return value
     if isinstance(value, variables.tensor.NumpyNdarrayVariable):

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UnknownLocalError, did_you_mean
 from ..rewrite import At, local_names
-from .holders import has_local
+from .functions_with import has_local
 from .module_paths import module_classes
 from .patches import place_of
 from .unwrapping import definer_of_forward, functions_behind, is_called
@@ -91,7 +91,7 @@ def never_assigned(function: FunctionType, name: str) -> str:
 
 
 def unknown_local(target: Any, function: FunctionType, names: tuple[str, ...]) -> str:
-    """A decorated function has no such local."""
+    """The function has no such local."""
     code = function.__code__
     known = local_names(code)
     missing = [name for name in names if name not in known]

@@ -22,7 +22,7 @@ from .explanations import (
     nowhere_in,
     unknown_local,
 )
-from .holders import has_local, methods_with
+from .functions_with import has_local, methods_with
 from .module_paths import is_module, module_classes, named_modules
 from .owners import InstancesOf, Owners
 from .unwrapping import (

@@ -1,4 +1,4 @@
-"""What the modules of a model say about an attention call that they make."""
+"""The module calls under way, and what they say about an attention call: its path, its kind, its heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention that is computed in the open: a softmax over scores, whose weights a matrix product takes.
+"""Attention without a fused kernel: a softmax of scores, whose weights a matrix product takes.
 
 The scores come from a matrix product. They may change in any way that leaves each in its place, and so may the weights
 before they are multiplied with the values: masked, mixed, subtracted. The map is what is multiplied, without dropout.
@@ -20,7 +20,7 @@ from .kernels import name_of
 _PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm"))
 _DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_", "feature_dropout", "alpha_dropout"))
 _ENDS = frozenset(("layer_norm", "group_norm", "batch_norm", "rms_norm", "conv1d", "conv3d", "embedding", "bilinear"))
-"""What makes other things of scores and weights, though their shape may stay."""
+"""After these functions a tensor is no longer scores or weights, even if its shape is the same."""
 _SAME_NUMBERS = frozenset(
     (
         *("to", "type", "type_as", "float", "half", "bfloat16", "double", "clone", "contiguous", "alias", "view"),
@@ -31,7 +31,7 @@ _SAME_NUMBERS = frozenset(
 
 
 def may_begin(name: str) -> bool:
-    """Whether a function of that name may be the first of an attention."""
+    """Whether a function of that name can be the first step of an attention: the scores, query times key."""
     return name in _PRODUCTS
 
 
@@ -63,11 +63,11 @@ class Softmax:
 
 @dataclass
 class _Weights:
-    """What a tensor is that was made of softmaxes."""
+    """What is known of a tensor that was computed from the outputs of softmaxes."""
 
     softmaxes: tuple[Softmax, ...]
     is_softmax: bool = True
-    """Whether it is one softmax, perhaps of another shape, or the first keys of one."""
+    """Whether its numbers are those of one softmax, perhaps reshaped, or cut to its first keys."""
     without_dropout: Tensor | None = None
     """The same without dropout, if there was some."""
     before_dropout: Tensor | None = None
@@ -76,7 +76,7 @@ class _Weights:
 
 @dataclass(frozen=True)
 class _View:
-    """A view of some of the weights, by which they may be changed."""
+    """A view of some of the weights: writing to it changes the weights."""
 
     whole: _Weights
 
@@ -90,11 +90,11 @@ class Product:
     returned: Tensor
     """What the product returned: the output, with its axes perhaps in another order."""
     places: tuple[int, ...]
-    """Which axis of the output each axis of `returned` is."""
+    """`places[i]` is the axis of the output that is axis i of `returned`."""
     weights: Tensor
     """What is multiplied, without dropout."""
     values: Tensor | None
-    """None where they cannot be told."""
+    """None if they are not known."""
     source: Tensor
     """The tensor that the gradient of the weights arrives at."""
     order: tuple[int, ...]
@@ -186,7 +186,7 @@ class Tracing:
                     del self.lineage[number]
 
     def _prepare_change(self, name: str, changed: Tensor, known: Iterable[tuple[Tensor, Any]]) -> None:
-        """Save what a function is about to change in place, and note what is no softmax any more."""
+        """Save what a function is about to change in place, and mark what is no longer a softmax."""
         for tensor, origin in known:
             if tensor is not changed:
                 continue
@@ -196,7 +196,7 @@ class Tracing:
                     softmax.save()
                 if name not in _DROPOUTS:
                     whole.is_softmax = False
-                if whole is not origin:  # what a view changes is not followed in the weights without dropout
+                if whole is not origin:  # a change through a view cannot be repeated on the copy without dropout
                     whole.without_dropout = None
 
     def _carry_weights(
@@ -305,7 +305,7 @@ def _has_same_places(name: str, before: Tensor, after: Tensor) -> bool:
         )
     if after.numel() == before.numel() or after.shape[-2:] == before.shape[-2:]:
         return True
-    return after.shape[:-1] == before.shape[:-1] and after.shape[-1] > 1  # keys cut off, or a sink beside them
+    return after.shape[:-1] == before.shape[:-1] and after.shape[-1] > 1  # fewer keys, or one more: an attention sink
 
 
 def _is_beginning(whole: Tensor, part: Tensor) -> bool:

@@ -1,8 +1,8 @@
-"""Attention maps: the weights themselves, or the query and key that they are computed from, part by part.
+"""`AttentionMap`: the weights of one attention call, or the query and key that they are computed from, part by part.
 
 A fused kernel never makes its N x N weights, and a reader need not either: each row is
 softmax(scale * q_i . K^T + bias), so what reads a map row by row (a rollout, an entropy, the best keys of each query)
-runs in the memory of a few rows.
+runs in the memory of a few rows. `Maps`, what `attention(model)` returns, is in intercept/attention.py.
 """
 
 from .attention_map import AttentionMap

@@ -1,4 +1,4 @@
-"""Trained weights and photographs from installed packages: no model hub, and the same results everywhere.
+"""Trained weights and photographs from installed packages, the same everywhere; text models of the hub by name.
 
 Here is a plain vision transformer with its attention decorated, as a user would write it::
 

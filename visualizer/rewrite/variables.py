@@ -1,4 +1,7 @@
-"""What kind of variable each name of a function is, and which stores are assignments that the programmer wrote."""
+"""What kind of variable each name of a function is, and which instructions are the programmer's own assignments.
+
+locals.py asks the questions of other files; this file needs `bytecode`, which is loaded only for rewriting.
+"""
 
 from __future__ import annotations
 

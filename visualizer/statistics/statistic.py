@@ -1,4 +1,4 @@
-"""`Statistic`, the base of the classes in measures.py: a number of each head in each image or text."""
+"""`Statistic`, the base class of those in measures.py, and how a call of attention is measured by several of them."""
 
 from __future__ import annotations
 

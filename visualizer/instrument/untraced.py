@@ -1,4 +1,4 @@
-"""Our own functions, which torch's compiler must run as they are.
+"""`never_compiled` marks our own functions, which torch's compiler must neither trace nor compile.
 
 When a graph has ended, the compiler takes each call that follows for the beginning of another graph. It would trace
 into the hook and into what switches capture.
