@@ -8,8 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from visualizer import AttentionMap, analysis, capture
 from visualizer.analysis import attention_distance, cls_attention, confidence, entropy, received, rollout
@@ -153,13 +151,6 @@ class TestEach:
             assert part in str(caught.value)
 
     @pytest.mark.parametrize("name", [*ANALYSES, "rollout"])
-    def test_what_is_no_attention(self, name):
-        with pytest.raises(ValueError, match=r"\(batch, heads, queries, keys\)"):
-            getattr(analysis, name)(torch.zeros(3, 3))
-        with pytest.raises(TypeError, match="not of NoneType"):
-            getattr(analysis, name)(None)
-
-    @pytest.mark.parametrize("name", [*ANALYSES, "rollout"])
     def test_under_the_modes_of_a_forward_pass(self, name):
         pairs = factors()
         analyse = getattr(analysis, name)
@@ -266,7 +257,7 @@ class TestDistance:
     @pytest.mark.parametrize(
         ("shape", "options", "said"),
         [
-            ((5, 9), {}, ["not of 5 queries to 9 keys"]),
+            ((5, 9), {}, ["not 5 queries and 9 keys"]),
             ((15, 15), {"prefix_tokens": 2}, ["15 tokens: less 2 prefix tokens", "grid=(rows, columns)"]),
             ((48, 48), {}, ["48 tokens: less 0 or 1 prefix tokens", "prefix_tokens= of a square with registers"]),
             ((295, 295), {}, ["295 tokens"]),  # 14 x 21 patches and a class token, or 17 x 17 behind six
@@ -431,22 +422,6 @@ class TestDiscard:
         weights = np.tile(np.linspace(0, 1, 5), (1, 1, 5, 1))
         found = rollout(weights + (np.arange(5) == 0) * 1e-9, discard=0.8, residual=0.0)
         np.testing.assert_array_equal([True, False, False, False, True], found[0, 0] > 0)
-
-    @given(
-        st.lists(
-            st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 3.4e38, math.inf]),
-            min_size=1, max_size=30,
-        ),
-        st.sampled_from([torch.float32, torch.float64]),
-        st.data(),
-    )  # fmt: skip
-    @settings(max_examples=150, deadline=None)
-    def test_any_numbers_are_ordered(self, numbers, dtype, data):
-        """The search knows no softmax: negative numbers, subnormal ones, infinity."""
-        rank = data.draw(st.integers(0, len(numbers) - 1))
-        entries = torch.tensor([numbers, numbers[::-1]], dtype=dtype)[:, None, None]
-        found = analysis.flow._order_statistic(AttentionMap(entries), "max", rank)
-        assert sorted(entries[0].flatten().tolist())[rank] == found[0] == found[1]
 
 
 def in_a_fresh_process(code):

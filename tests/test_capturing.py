@@ -258,9 +258,9 @@ class TestSeveralAtOnce:
         assert ([4], [6]) == (held, found["attend"])
 
     def test_limits(self):
-        with capture(attend, "attn", limit=2) as found, capture(attend, "attn", max_bytes=60) as small:
+        with capture(attend, "attn", limit=2) as found, capture(attend, "attn", max_bytes=160) as small:
             attend(1), attend(2)
-            with pytest.warns(VisualizerWarning, match=r"60 bytes on cpu \(max_bytes\).*until its clear"):
+            with pytest.warns(VisualizerWarning, match=r"160 bytes on cpu \(max_bytes\).*until its clear"):
                 attend(3)
             attend(4)
         assert ([8, 10], [4, 6]) == (found["attend"], small["attend"])

@@ -113,7 +113,7 @@ def test_a_model_that_a_function_builds(examined):
         assert "capture(model, \"attn\") has 2 keys, '0' to '1'" in text
 
 
-def test_a_timm_model_is_built_without_weights_and_its_fused_attention_is_told(examined, monkeypatch):
+def test_a_timm_model_is_built_without_weights_and_its_fused_attention_is_named(examined, monkeypatch):
     import timm
 
     built = []
@@ -172,7 +172,7 @@ def test_a_model_of_ours(examined):
         ("example_models:bild", "'example_models:bild' leads nowhere"),
         ("example_models:fails", "example_models:fails() raised RuntimeError: no weights here"),
         ("example_models:number", "example_models:number() raised TypeError"),
-        ("math:gcd", "gives a int, and no nn.Module"),
+        ("math:gcd", "returns a int, not an nn.Module"),
         ("", "there is no model ''"),
     ],
 )

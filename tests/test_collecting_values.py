@@ -156,15 +156,15 @@ class TestCollect:
 
     def test_no_map_outlives_its_call(self, monkeypatch):
         alive, most = weakref.WeakSet(), []
-        make = AttentionMap._of.__func__
+        make = AttentionMap.from_source.__func__
 
-        def noted(cls, *args):
+        def noted(cls, *args, **kwargs):
             most.append(len(alive))
-            made = make(cls, *args)
+            made = make(cls, *args, **kwargs)
             alive.add(made)
             return made
 
-        monkeypatch.setattr(AttentionMap, "_of", classmethod(noted))
+        monkeypatch.setattr(AttentionMap, "from_source", classmethod(noted))
         gc.disable()  # by counting references alone
         try:
             found = collect(vit(), self.batches(), Entropy(), Distance(), progress=False)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from visualizer import AttentionMap, VisualizerWarning, analysis, attention, capture, explore, load
-from visualizer.explorer import data, page
+from visualizer.explorer import coding, page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = [
@@ -201,7 +201,7 @@ class TestSize:
 
     def test_larger_maps_of_patches_are_pooled_in_blocks(self, monkeypatch):
         maps = random_maps(1, 1, 2, 1 + 20, 1 + 20).astype(np.float64)
-        monkeypatch.setattr(data, "MAX_CODES", 2 * 11 * 11)
+        monkeypatch.setattr(coding, "MAX_CODES", 2 * 11 * 11)
         explorer = explore(maps, grid=(4, 5))
         # 4 x 5 patches in blocks of 2 x 2, those at the right edge of 2 x 1; the class token alone
         block = [0] + [1 + row // 2 * 3 + column // 2 for row in range(4) for column in range(5)]
@@ -215,7 +215,7 @@ class TestSize:
         assert [2, 3] == described(explorer)["examples"][0]["sides"][0]["grid"]
 
     def test_longer_texts_are_pooled_by_neighbours(self, monkeypatch):
-        monkeypatch.setattr(data, "MAX_CODES", 2 * 4 * 4)
+        monkeypatch.setattr(coding, "MAX_CODES", 2 * 4 * 4)
         explorer = explore(random_maps(2, 7, 7), WORDS)
         assert ["[CLS] … the", "cat … sat", "on … it", "[SEP]"] == described(explorer)["examples"][0]["sides"][0][
             "labels"

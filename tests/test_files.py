@@ -877,6 +877,7 @@ class TestHostileFiles:
             *([], ["a"], 5, None, ["a", "x", 1, 0, None, 1, None, 0], ["b", "x", 1, 0, None, 1, None]),
             *(["a", 5, 1, 0, None, 1, None], ["a", "x", [9], 0, None, 1, None], ["a", "x", 1, "0", None, 1, None]),
             *(["a", "x", 1, 0, 1.5, 1, None], ["a", "x", 1, 0, None, None, None], ["a", "x", 1, 0, None, 1, 5]),
+            *(["a", "x", 1, 2**63, None, 1, None], ["a", "x", 1, 0, 2**70, 1, None]),
             *([[], "x", 1, 0, None, 1, None], ["a", "x", 1, True, None, 1, None], ["a", "x", {}, 0, None, 1, None]),
         ],
         ids=str,

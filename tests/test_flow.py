@@ -164,7 +164,7 @@ class TestAttentionFlow:
             ({"keys": [0, 7]}, IndexError, "there is no key 7"),
             ({"heads": "sum"}, ValueError, "heads='sum'"),
             ({"residual": -1}, ValueError, "residual=-1"),
-            ({"query": "cat"}, TypeError, "query='cat': an attention flow is that of one token, by its number"),
+            ({"query": "cat"}, TypeError, "query='cat': pass the number of one token, an attention flow has one query"),
             ({"query": None}, TypeError, "query=None"),
         ):
             with pytest.raises(error, match=said):

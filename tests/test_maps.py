@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visualizer import AttentionMap
-from visualizer.maps import Factors, Gradient, Keys, attention_map, maps_of
+from visualizer.maps import Factors, Gradient, Keys, attention_map
 
 B, H, Q, K, D = 2, 4, 7, 9, 8
 
@@ -579,60 +579,6 @@ class TestGradient:
         attention.gradient = Gradient(attention.shape, None, "dropout was on")
         with pytest.raises(RuntimeError, match="dropout was on"):
             attention.grad_dense()
-
-
-class TestMapsOf:
-    """What counts as attention: (the maps, was it one alone, was it made of arrays)."""
-
-    def test_one(self):
-        weights = torch.rand(1, 2, 3, 3)
-        attention = AttentionMap(weights)
-        assert ([attention], True, False) == maps_of(attention)
-        for one, is_array in ((weights, False), (weights.numpy(), True)):
-            [found], *rest = maps_of(one)
-            assert [True, is_array] == rest
-            close(weights, found.dense())
-
-    @pytest.mark.parametrize(
-        ("make", "is_array"),
-        [
-            (lambda w: w, False),
-            (lambda w: w.numpy(), True),
-            (list, False),
-            (lambda w: tuple(w.numpy()), True),
-            (lambda w: [AttentionMap(w[0]), w[1].numpy(), w[2]], False),
-            (lambda w: (AttentionMap(one) for one in w), False),
-            (lambda w: {"a": [w[0]], "b": [w[1]], "c": [w[2]]}, False),
-            (lambda w: {"a": w[0].numpy(), "b": w[1].numpy(), "c": w[2].numpy()}, True),
-            (lambda w: {"forward": list(w.numpy()), "never ran": []}, True),
-        ],
-        ids=["tensor", "array", "list", "tuple", "mixed", "generator", "found", "dict of maps", "cache"],
-    )
-    def test_several(self, make, is_array):
-        weights = torch.rand(3, 1, 2, 4, 4)
-        found, is_one, arrays = maps_of(make(weights))
-        assert (False, is_array) == (is_one, arrays)
-        close(weights, torch.stack([attention.dense() for attention in found]))
-
-    @pytest.mark.parametrize(
-        ("given", "error", "said"),
-        [
-            (torch.zeros(2, 3, 3), ValueError, ["(batch, heads, queries, keys)", "layers before", "(2, 3, 3)"]),
-            (np.zeros((1, 1, 1, 1, 2, 2)), ValueError, ["(1, 1, 1, 1, 2, 2)"]),
-            ([], ValueError, ["the list is empty"]),
-            ({}, ValueError, ["the list is empty"]),
-            ([torch.zeros(1, 1, 1, 2, 2)], ValueError, ["a list of lists of maps"]),
-            ({"a": [1, 2], "b": [1]}, ValueError, ["'a' (2 values)", "each key must have one map", "values[-1]"]),
-            (None, TypeError, ["not of NoneType"]),
-            ("attn", TypeError, ["not of str"]),
-            ([None], TypeError, ["not of NoneType"]),
-        ],
-    )
-    def test_errors(self, given, error, said):
-        with pytest.raises(error) as caught:
-            maps_of(given)
-        for part in said:
-            assert part in str(caught.value)
 
 
 def test_a_chunk_fits_a_cache():

@@ -229,13 +229,13 @@ class TestResult:
         found = head_patterns(weights[None])
         assert "previous token: 0.82 of its attention (0.08 if it were even)" == found.evidence(0, 0)
         assert found.evidence(0, 1).startswith("tokens nearby: 0.")
-        assert found.evidence(0, 2).startswith("mixed: no pattern has it; the nearest is ")
+        assert found.evidence(0, 2).startswith("mixed: it fits no pattern; the nearest is ")
         assert "broad: 1.00 of the largest entropy" == found.evidence(0, -1)
 
     def test_evidence_of_one_token(self):
         """It has no neighbours, so no share of theirs is the largest."""
         expected = (
-            "mixed: no pattern has it; the nearest is the token itself: 0.00 of its attention (1.00 if it were even)"
+            "mixed: it fits no pattern; the nearest is the token itself: 0.00 of its attention (1.00 if it were even)"
         )
         assert expected == head_patterns(np.zeros((1, 1, 1, 1, 1))).evidence(0, 0)
 
@@ -256,11 +256,11 @@ class TestResult:
         [
             ([(1, 2, 5, 5), (1, 2, 5, 6)], {}, ["layer 1 has 5 queries and 6 keys"]),
             ([(1, 2, 5, 5), (1, 3, 5, 5)], {}, ["layer 1 has the shape (1, 3, 5, 5), and layer 0 has (1, 2, 5, 5)"]),
-            ([(2, 2, 3, 3)], {"tokens": ["a", "b"]}, ["a list of 3 texts, or 2 such lists", "[2] in 2 lists"]),
+            ([(2, 2, 3, 3)], {"tokens": ["a", "b"]}, ["a list of 3 words, or 2 such lists", "[2] in 2 lists"]),
             ([(2, 2, 3, 3)], {"ids": [1, 2]}, ["ids has the shape (2, 3) or (3,), not (2,)"]),
             ([(2, 2, 3, 3)], {"attention_mask": [[1, 1, 1], [0, 0, 0]]}, ["leaves a text without a token"]),
             ([(1, 2, 3, 3)], {"special": ["[CLS]"]}, ["has names: pass tokens"]),
-            ([(1, 2, 3, 3)], {"special": [3]}, ["has the place 3, and there are 3 tokens"]),
+            ([(1, 2, 3, 3)], {"special": [3]}, ["has the position 3, and there are 3 tokens"]),
             ([(1, 2, 3, 3)], {"window": -1}, ["window=-1"]),
         ],
     )
@@ -271,7 +271,7 @@ class TestResult:
             assert part in str(caught.value)
 
     def test_windows_are_no_row_of_tokens(self):
-        with pytest.raises(ValueError, match=r"layer 0 is attention of another kind \(window\)"):
+        with pytest.raises(ValueError, match=r"layer 0 has another kind of attention \(window\)"):
             head_patterns(AttentionMap(torch.full((4, 1, 4, 4), 0.25), kind="window"))
 
 

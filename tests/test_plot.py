@@ -288,7 +288,7 @@ class TestRefusals:
             (lambda: plot.head(maps_of(3, 5, 5), head=0.5), TypeError, ["0.5", "float"]),
             (lambda: plot.head([]), ValueError, ["without entries", 'attn_implementation="eager"']),
             (lambda: plot.head((None, None)), ValueError, ["of None", 'attn_implementation="eager"']),
-            (lambda: plot.head(np.zeros((0, 5, 5))), ValueError, ["(0, 5, 5)", "non-empty"]),
+            (lambda: plot.head(np.zeros((0, 5, 5))), ValueError, ["(1, 0, 5, 5)", "empty"]),
             (lambda: plot.head(np.full((5, 5), -np.inf)), ValueError, ["infinite", "softmax"]),
             (lambda: plot.head(np.full((5, 5), np.nan)), ValueError, ["NaN"]),
             (lambda: plot.class_token(maps_of(16, 16)), ValueError, ["no class token", "plot.query"]),

@@ -234,7 +234,7 @@ class TestWhatIsComputed:
         np.testing.assert_allclose(found["1"][0][0, 1], plot.head(found, layer=1, head=1).images[0].get_array())
 
     def test_an_empty_find_says_so(self):
-        with pytest.raises(ValueError, match="a list without entries"):
+        with pytest.raises(ValueError, match="a Maps without entries"):
             plot.layers(attention(torch.nn.Linear(2, 2)))
 
 

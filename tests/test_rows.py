@@ -80,7 +80,7 @@ class TestQueriesThatAttendToNothing:
 @pytest.mark.parametrize("analysis", [received, sink, confidence, rollout, top_keys])
 def test_scores_are_no_weights(analysis):
     query = {"query": 0} if analysis is top_keys else {}
-    with pytest.raises(ValueError, match=r"layer 1 holds -0\.5, and weights of attention are not negative: are these"):
+    with pytest.raises(ValueError, match=r"layer 1 holds -0\.5, and attention .* not negative: are these scores"):
         analysis([np.full((1, 1, 2, 2), 0.5), np.array([[[[0.5, 0.5], [1.5, -0.5]]]])], **query)
 
 
@@ -172,7 +172,7 @@ class TestTopKeys:
         ("query", "options", "error", "said"),
         [
             ("dog", {"tokens": TOKENS}, ValueError, "there is no token 'dog' among 'the', 'cat', 'sat'"),
-            ("the", {"tokens": TOKENS}, ValueError, "is there 2 times, as numbers [0, 4]"),
+            ("the", {"tokens": TOKENS}, ValueError, "there are 2 tokens 'the', at [0, 4]"),
             ("cat", {}, ValueError, "pass the tokens of the 6 queries, or a number"),
             (0, {"tokens": TOKENS[1:]}, ValueError, "there are 5 tokens for the 6 keys of layer 0"),
             (6, {}, IndexError, "there is no query 6"),

@@ -65,9 +65,9 @@ class TestRate:
     @pytest.mark.parametrize(
         ("axes", "keep", "said"),
         [
-            ("time batch tokens", "tokens", "name the 5 axes of spikes of the shape (3, 2, 2, 4, 5)"),
-            ("time batch time tokens channels", "tokens", "each once"),
-            ("time batch heads tokens channels", "token", "keep='token' is to name axes of"),
+            ("time batch tokens", "tokens", "name each of the 5 axes of spikes of the shape (3, 2, 2, 4, 5) once"),
+            ("time batch time tokens channels", "tokens", "must name each of the 5 axes"),
+            ("time batch heads tokens channels", "token", "keep='token' must name axes of"),
             ("time batch heads tokens channels", "tokens tokens", "keep='tokens tokens'"),
         ],
     )
@@ -77,7 +77,7 @@ class TestRate:
         assert said in str(caught.value)
 
     def test_of_nothing(self):
-        with pytest.raises(ValueError, match="hold nothing"):
+        with pytest.raises(ValueError, match="hold no values"):
             spike_rate(np.zeros((0, 1, 1, 2, 2)))
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from visualizer import VisualizerWarning, capture
 from visualizer.instrument import GetLocal
+from visualizer.store.budget import object_bytes
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ class TestLimits:
     @pytest.mark.parametrize("keep", ["numpy", "graph"])
     def test_a_list_that_the_user_works_on_stays_within_the_limits(self, gl, keep):
         forward = make(gl, "attn", keep=keep)
-        gl.activate(limit=3, max_bytes=3 * sys.getsizeof(1))
+        gl.activate(limit=3, max_bytes=3 * object_bytes(1))
         for x in range(50):
             forward(x)
             values = gl.cache["forward"]
@@ -94,7 +95,7 @@ class TestLimits:
             data = "x" * size
             return data
 
-        gl.activate(limit=2, max_bytes=3 * sys.getsizeof("x" * 1000))
+        gl.activate(limit=2, max_bytes=3 * object_bytes("x" * 1000))
         for _ in range(100):
             forward(1000)
         assert 2 == len(gl.cache[next(iter(gl.cache))])
@@ -106,7 +107,7 @@ class TestLimits:
             data = "x" * size
             return data
 
-        size = sys.getsizeof("x" * 1000)
+        size = object_bytes("x" * 1000)
         gl.activate(max_bytes=3 * size)
         with pytest.warns(VisualizerWarning) as caught:
             for _ in range(100):
@@ -137,9 +138,9 @@ class TestLimits:
         def three(value):
             return None
 
-        gl.activate(max_bytes=10_500)
+        gl.activate(max_bytes=11_000)
         alive = weakref.WeakSet()
-        with pytest.warns(VisualizerWarning, match="10,500 bytes"):
+        with pytest.warns(VisualizerWarning, match="11,000 bytes"):
             for _ in range(10):
                 for function in (one, two, three):
                     alive.add(value := Value())
@@ -162,9 +163,9 @@ class TestLimits:
         def two(value):
             return None
 
-        gl.activate(max_bytes=10_500)
+        gl.activate(max_bytes=11_000)
         alive = weakref.WeakSet()
-        with pytest.warns(VisualizerWarning, match="10,500 bytes"):
+        with pytest.warns(VisualizerWarning, match="11,000 bytes"):
             for _ in range(10):
                 for function in (one, two):
                     alive.add(value := Value())
@@ -180,7 +181,7 @@ class TestLimits:
         with pytest.warns(VisualizerWarning, match="200,000 bytes"):
             for _ in range(20_000):
                 forward(number)
-        assert 200_000 // sys.getsizeof(number) == len(gl.cache["forward"])
+        assert 200_000 // object_bytes(number) == len(gl.cache["forward"])
 
     def test_the_default_budget_is_a_quarter_of_the_memory(self, gl, monkeypatch):
         monkeypatch.setattr("visualizer.store.budget.memory_of", lambda device: 4 * 1100)
@@ -196,7 +197,7 @@ class TestLimits:
         before = forward.__code__
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            gl.activate(max_bytes=100)
+            gl.activate(max_bytes=3 * object_bytes(1))
             with contextlib.suppress(VisualizerWarning):
                 for x in range(10):
                     forward(x)
@@ -225,7 +226,7 @@ class TestLimits:
             reader.join(60)
 
         monkeypatch.setattr(warnings, "warn", show)
-        gl.activate(max_bytes=100)
+        gl.activate(max_bytes=3 * object_bytes(1))
         for x in range(10):
             forward(x)
         assert [3] == seen
@@ -467,3 +468,115 @@ class TestThreads:
             [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
         )
         assert (0, "") == (done.returncode, done.stderr)
+
+
+class TestAppendingDirectly:
+    """One thread's plain values go into their list without a lock: none may be lost, doubled or torn for that."""
+
+    @pytest.mark.parametrize("limit", [None, 50])
+    @pytest.mark.parametrize("at_once", [1, 2, 8])
+    def test_threads_that_take_turns_readers_and_a_hand_on_the_list(self, gl, limit, at_once):
+        @gl("x")
+        def forward(x):
+            return None
+
+        done, errors, counts = threading.Event(), [], [0] * at_once
+
+        def call(thread):
+            while not done.is_set():
+                for _ in range(200):
+                    forward(thread + counts[thread] / 2**20)
+                    counts[thread] += 1
+                time.sleep(0)
+
+        def read():
+            try:
+                while not done.is_set():
+                    held = gl.cache[key]
+                    records = gl.records
+                    numbers = [record.call for record in records]
+                    assert numbers == sorted(numbers)
+                    assert len(set(numbers)) == len(numbers)
+                    assert limit is None or len(records) <= limit
+                    assert held is not None
+                    del held
+                    time.sleep(0.001)
+            except BaseException as error:
+                errors.append(error)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with gl.activate(limit=limit):
+                [key] = gl.cache
+                threads = [threading.Thread(target=call, args=(i,)) for i in range(at_once)]
+                threads.append(threading.Thread(target=read))
+                for thread in threads:
+                    thread.start()
+                time.sleep(1)
+                done.set()
+                for thread in threads:
+                    thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        assert [] == errors
+        records = gl.records
+        assert gl.cache[key] == [record.value for record in records]
+        by_thread = {}
+        for record in records:
+            by_thread.setdefault(record.thread, []).append(record.value)
+        assert all(len({int(value) for value in values}) == 1 for values in by_thread.values()), "not its own thread"
+        assert all(values == sorted(values) for values in by_thread.values()), "not in the order of the calls"
+        if limit is None:
+            expected = sorted(thread + n / 2**20 for thread in range(at_once) for n in range(counts[thread]))
+            assert expected == sorted(record.value for record in records)
+            assert list(range(len(records))) == [record.call for record in records]
+        else:
+            assert limit == len(records)
+
+    def test_what_the_user_takes_out_makes_room_again(self, gl):
+        forward = make(gl, "x")
+        gl.activate(max_bytes=100 * object_bytes(1.5))
+        for _ in range(30):
+            for x in range(80):
+                forward(x)
+            values = gl.cache["forward"]
+            assert list(range(80)) == values
+            values.clear()
+            del values
+        with pytest.warns(VisualizerWarning, match="bytes on cpu"):
+            for x in range(101):
+                forward(x)
+        assert 100 == len(gl.cache["forward"])
+
+    def test_the_list_grows_with_each_call_for_whoever_holds_it(self, gl):
+        forward = make(gl, "x", keep="graph")
+        gl.activate()
+        forward(0), forward(1)
+        held = gl.cache["forward"]
+        for x in range(2, 100):
+            forward(x)
+            assert list(range(x + 1)) == held
+        del held[:50]
+        forward(100)
+        assert [*range(50, 101)] == held == [record.call for record in gl.records]
+
+    def test_a_list_that_was_read_and_let_go_is_appended_to_again(self, gl):
+        forward = make(gl, "x")
+        gl.activate()
+        for x in range(1000):
+            forward(x)
+            assert x == gl.cache["forward"][-1]
+        gl.deactivate()
+        forward(-1)
+        assert [*range(1000)] == gl.cache["forward"]
+
+    def test_bytes_that_are_counted_are_given_back(self, gl):
+        forward = make(gl, "x")
+        for limit in (None, 7, 1000):
+            gl.activate(limit=limit, max_bytes=10**9)
+            for x in (0.5, 1, 2**61, 10**30, "text", True, None, [1.5]):
+                for _ in range(3000):
+                    forward(x) if x is not None and not isinstance(x, (str, list)) else None
+            gl.clear()
+            assert 10**9 == gl._store.budget.room("cpu")

@@ -95,7 +95,7 @@ class TestFilters:
     @pytest.mark.parametrize(
         ("shape", "count", "said"),
         [
-            ((8, 12), 2, "(filters, channels, height, width), this one (8, 12)"),
+            ((8, 12), 2, "(filters, channels, height, width); this one is (8, 12)"),
             ((8, 3, 4, 4), 28, "count=28: filters of the shape (8, 3, 4, 4) have 1 to 7 components"),
             ((50, 3, 2, 2), 13, "have 1 to 12 components"),
             ((50, 3, 2, 2), 0, "count=0"),

@@ -3,7 +3,7 @@
 from visualizer import get_local
 
 class Attention(nn.Module):
-    @get_local("attn")                       # stays in the code for ever: nothing happens until activated
+    @get_local("attn")                       # stays in the code for ever; does nothing until activated
     def forward(self, x): ...
 
 get_local.activate()
@@ -73,7 +73,7 @@ _ROOMS = ("analysis", "models", "plot", "statistics")
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: they bring in torch and matplotlib, which capturing does not need.
+    # These load on first use: they import torch and matplotlib, which capture does not need.
     if name in _LAZY:
         return getattr(import_module(_LAZY[name], __name__), name)
     if name in _ROOMS:

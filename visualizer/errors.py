@@ -1,12 +1,12 @@
-"""What can go wrong, and what is worth a warning: one small family.
+"""The errors and the warning of this package: one small family.
 
 VisualizerError
 ├── UnknownLocalError      (also NameError)     the function has no such local
 ├── UnknownKeyError        (also KeyError)      nothing was captured under that key
-├── FileFormatError        (also ValueError)    the file is damaged, or none that `save` wrote
+├── FileFormatError        (also ValueError)    the file is damaged, or `save` did not write it
 ├── RewriteError           (also RuntimeError)  the function's code cannot be rewritten with proof
 └── UnsupportedPythonError (also RuntimeError)  this interpreter's bytecode is not known
-VisualizerWarning          (a UserWarning)      something is missing from what was recorded, and why
+VisualizerWarning          (a UserWarning)      something is missing or looks wrong, and why
 
 A value of the wrong type or out of range is a plain TypeError or ValueError.
 """
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 
 class VisualizerError(Exception):
-    """Base of every error that is this package's own."""
+    """Base of this package's own errors."""
 
 
 class UnknownLocalError(VisualizerError, NameError):
@@ -29,20 +29,20 @@ class UnknownLocalError(VisualizerError, NameError):
 class UnknownKeyError(VisualizerError, KeyError):
     """Nothing was captured under that key; the message says which keys there are and whether capture is active."""
 
-    # KeyError shows the repr of its argument, which is unreadable for a sentence.
+    # KeyError shows the repr of its argument, and a sentence in quotes is hard to read.
     __str__ = Exception.__str__
 
 
 class FileFormatError(VisualizerError, ValueError):
-    """The file is damaged, cut short, or none that `save` wrote; the message says which and what to do."""
+    """The file is damaged, cut short, or not written by `save`; the message says which and what to do."""
 
 
 class RewriteError(VisualizerError, RuntimeError):
-    """The function's code cannot be rewritten with proof that it stays the same; it was left untouched."""
+    """Nothing proves that the rewritten code does the same as the function, so the function stays as it was."""
 
 
 class UnsupportedPythonError(VisualizerError, RuntimeError):
-    """This interpreter's bytecode is not one the engine knows."""
+    """The engine does not know the bytecode of this interpreter."""
 
 
 class VisualizerWarning(UserWarning):
@@ -50,7 +50,7 @@ class VisualizerWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Issue a VisualizerWarning at the innermost line that is not this package's."""
+    """Issue a VisualizerWarning at the innermost line outside this package."""
     package = __name__.rpartition(".")[0] + "."
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
@@ -59,12 +59,12 @@ def warn(message: str) -> None:
 
 
 def did_you_mean(known: Iterable[str], *names: str) -> str:
-    """The end of a sentence about names that are not known: known ones like them, or nothing.
+    """The end of a message about unknown names: similar known names, or an empty string.
 
     >>> did_you_mean(["attn", "query"], "atn"), did_you_mean(["attn"], "x")
     ("; did you mean 'attn'?", '')
     """
-    from difflib import get_close_matches  # which takes its time to load, and most programs make no such error
+    from difflib import get_close_matches  # slow to load, and most programs never need it
 
     known = list(known)
     close = [match for name in names for match in get_close_matches(name, known, n=1)]

@@ -179,6 +179,19 @@ def _why_unreal(value: Any) -> str | None:
     return None
 
 
+def is_plain_torch(torch: Any) -> bool:
+    """Whether torch is in none of the modes in which a tensor may have no numbers, or a copy of it is traced."""
+    core = torch._C
+    try:
+        return bool(
+            core._len_torch_dispatch_stack() == 0
+            and core._get_tracing_state() is None
+            and core._functorch.peek_interpreter_stack() is None
+        )
+    except AttributeError:  # a release that is not known
+        return False
+
+
 def _unwrapped(tensor: Any, torch: Any) -> tuple[Any, bool]:
     """The tensor that the transforms of torch.func (grad, jvp) wrap, and whether one of them is vmap."""
     functorch, is_batch = getattr(torch._C, "_functorch", None), False

@@ -1,4 +1,4 @@
-"""What single heads do: which of a few known patterns each follows, and the numbers that say so."""
+"""What each head does: which of a few known patterns it follows, and the scores that say so."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from torch import Tensor
 
 from ..maps import AttentionMap, without_autograd
 from ..store import as_html, as_text
-from .reading import each, layers_of, name
+from .reading import layer_label, layers_of
+
+__all__ = ["HeadPatterns", "head_patterns"]
+
+SCORES = ("previous", "next", "self", "local", "special", "broad", "induction")
+"""The patterns with a score, in the order of `score_sums`."""
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-_HALF = 0.5
+_GAIN = 0.5  # how far from even attention to 1 a score must be for its pattern to be the head's label
 _BROAD = 0.9
 _REPEATS = 8
 _SPECIAL = {
@@ -26,8 +31,8 @@ _SPECIAL = {
     "<eos>", "<cls>", "<sep>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>",
     "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>",
 }  # fmt: skip
-# The most specific first: what a previous-token head does is local too.
-_WORDS = {
+# The most specific first: a previous-token head is also local.
+_PATTERNS = {
     "induction": "induction, what followed the same token before",
     "previous": "previous token",
     "next": "next token",
@@ -41,15 +46,15 @@ _WORDS = {
 
 @dataclass(repr=False, eq=False)
 class HeadPatterns:
-    """The pattern of each head and the scores behind it; made by `head_patterns`."""
+    """The pattern of each head, and the scores behind it; made by `head_patterns`."""
 
     labels: npt.NDArray[np.str_]
     """(layers, heads): "induction", "previous", "next", "self", "special", "local", "broad" or "mixed"."""
     scores: dict[str, Floats]
-    """By pattern, (layers, heads), 0 to 1: the share of its attention that a head gives to the keys of the pattern; of
-    "broad" its entropy as a share of the largest. NaN where it cannot be told."""
+    """By pattern, (layers, heads), 0 to 1: the share of its attention that a head gives to the keys of the pattern; for
+    "broad" its entropy as a share of the largest possible. NaN where it is not known."""
     uniform: dict[str, Floats]
-    """By pattern, (layers, heads): the score of a head that attends evenly, to all keys that it may see the same."""
+    """By pattern, (layers, heads): the score of a head that attends evenly to all keys that it may see."""
 
     def evidence(self, layer: int, head: int) -> str:
         """One line that says why a head has its label.
@@ -61,17 +66,20 @@ class HeadPatterns:
         """
         label = str(self.labels[layer, head])
         if label == "mixed":
-            told = [pattern for pattern in self.scores if pattern != "broad"]
-            told = [pattern for pattern in told if not np.isnan(self.scores[pattern][layer, head])]
-            best = max(told, key=lambda pattern: _gain(self.scores[pattern], self.uniform[pattern])[layer, head])
-            return f"mixed: no pattern has it; the nearest is {self._share(best, layer, head)}"
+            gains = {
+                pattern: _gain(score, self.uniform[pattern])[layer, head]
+                for pattern, score in self.scores.items()
+                if pattern != "broad" and not np.isnan(score[layer, head])
+            }
+            nearest = max(gains, key=gains.__getitem__)
+            return f"mixed: it fits no pattern; the nearest is {self._share(nearest, layer, head)}"
         if label == "broad":
             return f"broad: {self.scores['broad'][layer, head]:.2f} of the largest entropy"
         return self._share(label, layer, head)
 
     def _share(self, pattern: str, layer: int, head: int) -> str:
         score, even = self.scores[pattern][layer, head], self.uniform[pattern][layer, head]
-        return f"{_WORDS[pattern]}: {score:.2f} of its attention ({even:.2f} if it were even)"
+        return f"{_PATTERNS[pattern]}: {score:.2f} of its attention ({even:.2f} if it were even)"
 
     def __repr__(self) -> str:
         return as_text(*self._table())
@@ -81,7 +89,7 @@ class HeadPatterns:
 
     def _table(self) -> tuple[str, list[tuple[str, ...]]]:
         layers, heads = self.labels.shape
-        counts = [(int((self.labels == pattern).sum()), pattern) for pattern in _WORDS]
+        counts = [(int((self.labels == pattern).sum()), pattern) for pattern in _PATTERNS]
         listing = ", ".join(f"{count} {pattern}" for count, pattern in counts if count)
         rows = [("layer", *(f"head {head}" for head in range(heads)))]
         rows += [(str(number), *map(str, row)) for number, row in enumerate(self.labels)]
@@ -104,63 +112,63 @@ def head_patterns(
     >>> from visualizer.analysis import head_patterns
     >>> before = torch.eye(8).roll(-1, 1)                     # each token sees the one before it
     >>> even = torch.full((8, 8), 1 / 8)
-    >>> found = head_patterns(torch.stack([before, even])[None])
-    >>> found
+    >>> patterns = head_patterns(torch.stack([before, even])[None])
+    >>> patterns
     <patterns of 1 x 2 heads: 1 previous, 1 broad
       layer  head 0    head 1
       0      previous  broad>
-    >>> found.scores["previous"].round(2)
+    >>> patterns.scores["previous"].round(2)
     array([[1.  , 0.12]])
 
     After Clark et al. 2019 (https://arxiv.org/abs/1906.04341), Voita et al. 2019 (https://arxiv.org/abs/1905.09418)
     and, for induction, Olsson et al. 2022 (https://arxiv.org/abs/2209.11895). Scores are means over the texts and the
     queries:
 
-    - "previous", "next", "self": the weight of the key one before, one behind, and at the query, over the queries that
+    - "previous", "next", "self": the weight of the key before the query, after it, and at it, over the queries that
       have such a key. In a causal map "next" is 0.
-    - "induction": the weights of the keys that came next after earlier occurrences of the query's token, over the
-      queries whose token occurred before. NaN where these are fewer than eight, or tokens are not known: a sequence of
-      random tokens, twice, tells best.
-    - "special": the weights of the special tokens; of a causal map also of the first token, where heads send what they
-      have no use for. NaN where there is none.
+    - "induction": the weights of the keys that directly follow earlier occurrences of the query's token, over the
+      queries whose token occurred before. NaN for fewer than eight such queries, or if the tokens are not known. A
+      sequence of random tokens, repeated once, shows it best.
+    - "special": the weights of the special tokens; in a causal map also of the first token, where heads send attention
+      that they have no use for. NaN where there is no such token.
     - "local": the weights of the keys at most `window` away.
-    - "broad": the entropy over ln(keys that the query may see), over the queries that see more than one.
+    - "broad": the entropy divided by ln(keys that the query may see), over the queries that see more than one.
 
-    A head has the first of the patterns, in the order of induction, previous, next, self, special and local, whose
-    score goes at least half of the way from that of even attention to 1; else "broad" if that is 0.9 or more; else
-    "mixed". A query may see all keys but padding, and in a causal model (whose first tokens see only themselves) none
-    behind itself. Distances are those in a row of tokens; for pictures see `attention_distance`.
+    The label of a head is the first pattern, in the order induction, previous, next, self, special, local, whose score
+    is at least half of the way from the score of even attention to 1. If there is none, it is "broad" for a score of
+    0.9 or more, else "mixed". A query may see all keys except padding, and in a causal model (whose first tokens see
+    only themselves) no key after itself. Distances are counted along the text; for pictures see `attention_distance`.
 
     Args:
-        attention: layers of one number of heads, queries and keys being the same tokens; or one map.
-        tokens: the texts of the tokens, one list for all texts, or a list for each. They tell which are special and
-            which repeat.
-        ids: the tokens' numbers, (batch, tokens) or (tokens,); they tell which repeat, and count before `tokens`.
-        special: names or numbers of places (-1 is the last) of special tokens; None: the tokens with names that
-            tokenizers use, such as [CLS], [SEP], <s> and <|im_end|>.
-        attention_mask: (batch, tokens), 0 for padding, as a tokenizer gives it; queries of padding do not count.
+        attention: layers with the same number of heads, whose queries and keys are the same tokens; or one map.
+        tokens: the words of the tokens, one list for all texts, or a list for each text. They show which tokens are
+            special and which repeat.
+        ids: the tokens' numbers, (batch, tokens) or (tokens,). They show which tokens repeat, in place of `tokens`.
+        special: names or positions (-1 is the last) of special tokens; None: the tokens with names that tokenizers use,
+            such as [CLS], [SEP], <s> and <|im_end|>.
+        attention_mask: (batch, tokens), 0 for padding, as tokenizers give it; queries that are padding do not count.
         window: how far "local" reaches, in tokens, to either side.
 
     Returns:
-        The labels and scores of all heads; printed, a table of the labels. One map is one layer.
+        The labels and scores of all heads; it prints as a table of the labels. One map is one layer.
 
     Raises:
-        ValueError: a layer's queries are not its keys, layers differ in their heads or tokens, or what is said of the
-            tokens does not fit them.
+        ValueError: a layer's queries are not its keys, layers differ in their heads or tokens, or `tokens`, `ids`,
+            `special` or `attention_mask` do not fit the maps.
     """
-    maps, _, _ = layers_of(attention)
+    maps = layers_of(attention).layers
     for number, layer in enumerate(maps):
         why = None
         if layer.kind in ("cross", "window"):
-            why = f"is attention of another kind ({layer.kind})"
+            why = f"has another kind of attention ({layer.kind})"
         elif layer.shape[2] != layer.shape[3]:
             why = f"has {layer.shape[2]} queries and {layer.shape[3]} keys"
         elif layer.shape != maps[0].shape:
-            why = f"has the shape {layer.shape}, and {name(0, maps[0])} has {maps[0].shape}"
+            why = f"has the shape {layer.shape}, and {layer_label(0, maps[0])} has {maps[0].shape}"
         if why is not None:
             raise ValueError(
-                "patterns are those of layers of one shape, whose queries are the keys, in a row of tokens, and "
-                f"{name(number, layer)} {why}. Leave such layers out"
+                "patterns need layers of one shape, whose queries and keys are the same row of tokens; "
+                f"{layer_label(number, layer)} {why}. Leave such layers out"
             )
     if window < 0:
         raise ValueError(f"window={window!r}: pass how many tokens, 0 or more")
@@ -177,109 +185,108 @@ def head_patterns(
     if causal:
         marked = torch.zeros_like(real) if marked is None else marked
         marked[torch.arange(batch), real.int().argmax(1)] = True
-    texts = Texts(
+    facts = TokenFacts(
         repeats=_numbers("ids", ids, batch, count) if ids is not None else _as_numbers(names),
         special=marked,
         real=real,
         is_causal=causal,
         window=window,
     )
-    # (layers, 2, patterns, heads): the score, and that of even attention
-    found = each(maps, lambda layer: _means(*score_sums(layer, texts)).cpu())
+    # Twice (layers, patterns, heads): the scores, and those of even attention.
+    of_heads, of_even = torch.stack([_means(*score_sums(layer, facts)).cpu() for layer in maps], 1).numpy()
     scores, uniform = (
-        {pattern: found[:, kind, place].numpy() for place, pattern in enumerate(SCORES)} for kind in (0, 1)
+        {pattern: means[:, place] for place, pattern in enumerate(SCORES)} for means in (of_heads, of_even)
     )
     return HeadPatterns(_labels(scores, uniform), scores, uniform)
 
 
-SCORES = ("previous", "next", "self", "local", "special", "broad", "induction")
-
-
 @dataclass
-class Texts:
-    """What is known of the tokens, on the CPU, each (batch, tokens)."""
+class TokenFacts:
+    """What is known about the tokens of a batch; the tensors are on the CPU, each (batch, tokens)."""
 
     repeats: Tensor | None
-    """Numbers, the same for the same token."""
+    """Numbers that are the same for the same token."""
     special: Tensor | None
+    """Which tokens are special."""
     real: Tensor
-    """Which are no padding."""
+    """Which tokens are not padding."""
     is_causal: bool
     window: int
+    """How far "local" reaches, in tokens, to either side."""
 
 
 def _labels(scores: dict[str, Floats], uniform: dict[str, Floats]) -> npt.NDArray[np.str_]:
     labels = np.where(scores["broad"] >= _BROAD, "broad", "mixed").astype("<U9")
-    for pattern in reversed([pattern for pattern in _WORDS if pattern in scores and pattern != "broad"]):
-        labels[_gain(scores[pattern], uniform[pattern]) >= _HALF] = pattern
+    for pattern in reversed([pattern for pattern in _PATTERNS if pattern in scores and pattern != "broad"]):
+        labels[_gain(scores[pattern], uniform[pattern]) >= _GAIN] = pattern
     return labels
 
 
 def _gain(score: Floats, even: Floats) -> Floats:
-    """How far a score is on the way from that of even attention to 1; 0 where there is no such way."""
-    way = 1 - even
-    return np.where(way > 1e-6, (score - even) / np.maximum(way, 1e-6), 0)  # NaN compares as False
+    """Where a score is between even attention (0) and all attention (1); 0 where even attention is all."""
+    room = 1 - even
+    return np.where(room > 1e-6, (score - even) / np.maximum(room, 1e-6), 0)  # NaN compares as False
 
 
 def is_causal(maps: list[AttentionMap], real: Tensor) -> bool:
-    """Whether the first token of each text sees only itself: in a map that is not causal no softmax hides all keys."""
-    firsts = real.int().argmax(1).tolist()  # behind padding on the left
+    """Whether the first token of each text sees only itself, which no softmax gives without a causal mask."""
+    firsts = real.int().argmax(1).tolist()  # the first after padding on the left
     if real.shape[1] == 1:
         return False
-    is_told = False
+    is_known = False
     for layer in maps:
         for text, first in enumerate(firsts):
             row = layer.rows([first])[text, :, 0]
             if bool((row[:, :first] > 0).any()) or bool((row[:, first + 1 :] > 0).any()):
                 return False
-            is_told |= bool((row[:, first] > 0).any())  # a row of zeros is a masked query's, and tells nothing
-    return is_told
+            is_known |= bool((row[:, first] > 0).any())  # the row of a masked query is zeros, and shows nothing
+    return is_known
 
 
 def _means(sums: Tensor, counts: Tensor) -> Tensor:
-    """(2, patterns, heads): each score in the mean over the queries of all texts, and that of even attention."""
+    """(2, patterns, heads): the mean of each score over the queries of all texts, and that of even attention."""
     total, counted = sums.sum(2), counts.sum(1)
     return torch.where(has_evidence(counted)[:, None], total / counted[:, None], math.nan)
 
 
 def has_evidence(counts: Tensor) -> Tensor:
-    """Of which patterns, (patterns, ...), enough queries have a say."""
+    """For which patterns, (patterns, ...), there are enough queries."""
     least = torch.ones(len(SCORES), *[1] * (counts.ndim - 1), device=counts.device)
     least[SCORES.index("induction")] = _REPEATS
     return counts >= least
 
 
-def score_sums(layer: AttentionMap, texts: Texts) -> tuple[Tensor, Tensor]:
-    """The scores added up over each text's queries, and how many these are.
+def score_sums(layer: AttentionMap, facts: TokenFacts) -> tuple[Tensor, Tensor]:
+    """The sum of the scores over the queries of each text, and the number of these queries.
 
-    Both float64: (2, patterns, batch, heads), of the heads and of one that attends evenly; and (patterns, batch).
+    Both float64: (2, patterns, batch, heads), of the heads and of a head that attends evenly; and (patterns, batch).
     """
     batch, heads, count, _ = layer.shape
     device = layer.device
-    real = texts.real.to(device)
-    special, repeats = (None if known is None else known.to(device) for known in (texts.special, texts.repeats))
+    real = facts.real.to(device)
+    special, repeats = (None if known is None else known.to(device) for known in (facts.special, facts.repeats))
     total = torch.zeros(2, len(SCORES), batch, heads, dtype=torch.float64, device=device)
     counted = torch.zeros(len(SCORES), batch, dtype=torch.float64, device=device)
     keys = torch.arange(count, device=device)
     for part, rows in layer.chunks():
         queries = keys[part, None]
-        seen = real[:, None] & (keys <= queries) if texts.is_causal else real[:, None].expand(-1, len(queries), -1)
+        seen = real[:, None] & (keys <= queries) if facts.is_causal else real[:, None].expand(-1, len(queries), -1)
         visible = seen.sum(-1)  # (batch, some queries)
         even = seen.to(rows.dtype) / visible.clamp(min=1)[..., None]
-        both = torch.cat([rows, even[:, None]], 1)  # as one more head
+        both = torch.cat([rows, even[:, None]], 1)  # even attention as one more head
         anywhere = torch.ones_like(queries[:, 0], dtype=torch.bool)
-        before, behind = (real.roll(shift, 1)[:, part] for shift in (1, -1))  # whether the neighbour is no padding
-        # Which keys, (some queries, keys) or with the batch before; and which queries have such a key.
+        before, after = (real.roll(shift, 1)[:, part] for shift in (1, -1))  # whether the neighbour is not padding
+        # The keys of each pattern, ([batch,] some queries, keys), and which queries have such a key.
         where = {
             "previous": (keys == queries - 1, before & (queries[:, 0] > 0)),
-            "next": (keys == queries + 1, behind & (queries[:, 0] < count - 1)),
+            "next": (keys == queries + 1, after & (queries[:, 0] < count - 1)),
             "self": (keys == queries, anywhere),
-            "local": ((keys - queries).abs() <= texts.window, anywhere),
+            "local": ((keys - queries).abs() <= facts.window, anywhere),
         }
         if special is not None:
             where["special"] = special[:, None], anywhere
         if repeats is not None:
-            # Key k is one where k - 1 holds the query's token and k comes before the query.
+            # A key is a target if the token before it is the query's token and it comes before the query.
             targets = torch.zeros_like(real)[:, None] & (keys == queries)
             targets[..., 1:] = (repeats[:, part, None] == repeats[:, None, :-1]) & real[:, None, :-1]
             targets &= keys < queries
@@ -289,8 +296,10 @@ def score_sums(layer: AttentionMap, texts: Texts) -> tuple[Tensor, Tensor]:
                 has_key = visible > 1
                 values = torch.special.entr(both).sum(-1) / visible.clamp(min=2).to(rows.dtype).log()[:, None]
             elif pattern in where:
-                which, has_key = where[pattern]
-                values = (both * (which if which.ndim == 2 else which[:, None])).sum(-1)  # (batch, heads + 1, queries)
+                wanted, has_key = where[pattern]
+                values = (both * (wanted if wanted.ndim == 2 else wanted[:, None])).sum(
+                    -1
+                )  # (batch, heads + 1, queries)
             else:
                 continue
             counts = real[:, part] & has_key
@@ -302,45 +311,46 @@ def score_sums(layer: AttentionMap, texts: Texts) -> tuple[Tensor, Tensor]:
 
 
 def _names(tokens: Any, batch: int, count: int) -> list[list[str]] | None:
-    """The texts of the tokens, a list for each text."""
+    """The words of the tokens, a list for each text."""
     if tokens is None:
         return None
-    lists = [list(tokens)] * batch if all(isinstance(token, str) for token in tokens) else [list(one) for one in tokens]
-    if len(lists) != batch or any(len(one) != count for one in lists):
+    is_shared = all(isinstance(token, str) for token in tokens)
+    lists = [list(tokens)] * batch if is_shared else [list(words) for words in tokens]
+    if len(lists) != batch or any(len(words) != count for words in lists):
         raise ValueError(
-            f"tokens is a list of {count} texts, or {batch} such lists, one for each text; this has "
-            f"{sorted({len(one) for one in lists})} in {len(lists)} lists"
+            f"tokens is a list of {count} words, or {batch} such lists, one for each text; this has "
+            f"{sorted({len(words) for words in lists})} in {len(lists)} lists"
         )
     return lists
 
 
-def _numbers(what: str, values: Any, batch: int, count: int) -> Tensor:
-    """Whole numbers for each token, (batch, tokens), on the CPU."""
+def _numbers(name: str, values: Any, batch: int, count: int) -> Tensor:
+    """The argument of that name as integers for each token, (batch, tokens), on the CPU."""
     numbers = torch.as_tensor(values).detach().cpu()
     if numbers.shape not in ((batch, count), (1, count), (count,)):
-        raise ValueError(f"{what} has the shape ({batch}, {count}) or ({count},), not {tuple(numbers.shape)}")
+        raise ValueError(f"{name} has the shape ({batch}, {count}) or ({count},), not {tuple(numbers.shape)}")
     return numbers.expand(batch, count)
 
 
 def _as_numbers(names: list[list[str]] | None) -> Tensor | None:
-    """The same number for the same text."""
+    """The same number for the same word, (batch, tokens)."""
     if names is None:
         return None
     known: dict[str, int] = {}
-    return torch.tensor([[known.setdefault(token, len(known)) for token in one] for one in names])
+    return torch.tensor([[known.setdefault(token, len(known)) for token in words] for words in names])
 
 
 def _special(special: Any, names: list[list[str]] | None, batch: int, count: int) -> Tensor | None:
-    """Which tokens are special, (batch, tokens); None where there is none."""
+    """Which tokens are special, (batch, tokens); None if no token is."""
     if isinstance(special, (str, int)):
         special = [special]
     wanted = {entry for entry in special if isinstance(entry, str)} if special is not None else _SPECIAL
     if special is not None and wanted and names is None:
-        raise ValueError(f"special={list(special)!r} has names: pass tokens, or the numbers of places")
-    found = torch.tensor([[token in wanted for token in one] for one in names or [[""] * count] * batch])
-    for place in special or ():
-        if not isinstance(place, str):
-            if not -count <= place < count:
-                raise ValueError(f"special={list(special)!r} has the place {place}, and there are {count} tokens")
-            found[:, place] = True
-    return found if bool(found.any()) else None
+        raise ValueError(f"special={list(special)!r} has names: pass tokens=, or positions")
+    is_special = torch.tensor([[token in wanted for token in words] for words in names or [[""] * count] * batch])
+    for position in special or ():
+        if not isinstance(position, str):
+            if not -count <= position < count:
+                raise ValueError(f"special={list(special)!r} has the position {position}, and there are {count} tokens")
+            is_special[:, position] = True
+    return is_special if bool(is_special.any()) else None

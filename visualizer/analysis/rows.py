@@ -1,4 +1,8 @@
-"""What the rows of a map say: how broadly a query looks, how far, how surely, and at what."""
+"""What the rows of a map say: how broadly a query looks, how far, how surely, and at what.
+
+Each analysis is two functions: `..._of` has the formula for one layer, which a statistic can use too, and the public
+one applies it to every layer by `per_layer`.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,25 @@ import torch
 from torch import Tensor
 
 from ..maps import AttentionMap, without_autograd
-from .reading import Fusion, as_tensor, check_heads, each, fused, given, layers_of, name, patches
+from .reading import Fusion, as_tensor, check_heads, fused, layer_label, layers_of, like_input, patches, per_layer
+
+__all__ = [
+    "TopKey",
+    "attention_distance",
+    "cls_attention",
+    "confidence",
+    "entropy",
+    "mass_mask",
+    "received",
+    "sink",
+    "top_keys",
+]
 
 _ROUNDING = 1e-12
 
 
 def entropy(attention: Any) -> Any:
-    """How broadly each query attends: the entropy of its row in nats, 0 for one key to ln(keys) for all alike.
+    """How broadly each query attends: the entropy of its row in nats, from 0 (one key) to ln(keys) (all keys alike).
 
     >>> import torch
     >>> from visualizer.analysis import entropy
@@ -26,12 +42,12 @@ def entropy(attention: Any) -> Any:
     - sum_j A_ij ln A_ij, with 0 ln 0 = 0.
 
     Returns:
-        (batch, heads, queries); with the layers first where there are several.
+        (batch, heads, queries); several layers are the first axis.
 
     Raises:
         ValueError: the layers differ in shape.
     """
-    return each(attention, entropy_of)
+    return per_layer(attention, entropy_of)
 
 
 def entropy_of(layer: AttentionMap) -> Tensor:
@@ -40,127 +56,129 @@ def entropy_of(layer: AttentionMap) -> Tensor:
 
 
 def _entropies(weights: Tensor) -> Tensor:
-    # entr takes three times as long. Below the least normal number a weight's own share is nothing too.
+    # torch.special.entr takes three times as long. A weight below the smallest normal number adds nothing either way.
     return 0 - weights.clamp(min=torch.finfo(weights.dtype).tiny).log_().mul_(weights).sum(-1)
 
 
 def received(attention: Any) -> Any:
-    """How much attention each key gets: the mean of its column, from 0 to 1; the keys' shares sum to one.
+    """How much attention each key gets: the mean of its column, from 0 to 1; over all keys the sum is 1.
 
     >>> import torch
     >>> from visualizer.analysis import received
     >>> received(torch.tensor([[1.0, 0.0], [0.5, 0.5]]).expand(1, 1, 2, 2))
     tensor([[[0.7500, 0.2500]]])
 
-    A first token that gets far more than 1/keys is an attention sink; `sink` has its share alone. Queries that attend
-    to nothing, because all keys are masked, do not count.
+    A first token that gets far more than 1/keys is an attention sink; `sink` gives the share of one key. Queries whose
+    keys are all masked attend to nothing and do not count.
 
     Returns:
-        (batch, heads, keys); with the layers first where there are several.
+        (batch, heads, keys); several layers are the first axis.
 
     Raises:
         ValueError: the layers differ in shape.
     """
-
-    return each(attention, received_of)
+    return per_layer(attention, received_of)
 
 
 def received_of(layer: AttentionMap, counts: Tensor | None = None) -> Tensor:
-    """What keys receive, (batch, heads, keys), from the queries that count, (batch, queries); None: from all."""
+    """What each key of one layer gets, (batch, heads, keys), from the queries that count, (batch, queries), or all."""
     batch, _, queries, _ = layer.shape
     counts = torch.ones(batch, queries) if counts is None else counts
     columns = layer.row_product(counts.to(layer.device, layer.dtype))
-    total = columns.sum(-1, keepdim=True)  # as many as there are queries that attend to something
+    total = columns.sum(-1, keepdim=True)  # how many queries attend to something
     return columns / total.masked_fill_(total == 0, 1)
 
 
 def sink(attention: Any, key: int = 0) -> Any:
-    """How much attention one key gets: the mean over the queries of what they give it, 0 to 1.
+    """How much attention one key gets: the mean over the queries of the weights that they give it, from 0 to 1.
 
     >>> import torch
     >>> from visualizer.analysis import sink
     >>> sink(torch.tensor([[1.0, 0.0], [0.5, 0.5]]).expand(1, 1, 2, 2))
     tensor([[0.7500]])
 
-    Trained models send what a head has no use for to the first token (Xiao et al. 2023,
-    https://arxiv.org/abs/2309.17453), BERT to its [SEP]: heads with a large sink do little.
+    In trained models a head sends attention that it has no use for to the first token (Xiao et al. 2023,
+    https://arxiv.org/abs/2309.17453), in BERT to [SEP]. A head with a large sink does little.
 
     Args:
         attention: one map, or layers of one shape.
         key: which key; -1 is the last.
 
     Returns:
-        (batch, heads); with the layers first where there are several.
+        (batch, heads); several layers are the first axis.
 
     Raises:
         ValueError: the layers differ in shape.
         IndexError: there is no such key.
     """
+    return per_layer(attention, lambda layer: sink_of(layer, key))
 
-    def share(layer: AttentionMap) -> Tensor:
-        keys = layer.shape[3]
-        if not -keys <= operator.index(key) < keys:
-            raise IndexError(f"there is no key {key}: the map has {keys} keys")
-        return received_of(layer)[..., key]
 
-    return each(attention, share)
+def sink_of(layer: AttentionMap, key: int) -> Tensor:
+    """What one key of one layer receives, (batch, heads)."""
+    keys = layer.shape[3]
+    if not -keys <= operator.index(key) < keys:
+        raise IndexError(f"there is no key {key}: the map has {keys} keys")
+    return received_of(layer)[..., key]
 
 
 def confidence(attention: Any) -> Any:
-    """How sure a head is: the largest weight of each row, in the mean over the queries, 1/keys to 1.
+    """How sure a head is: the mean over the queries of the largest weight in the row, from 1/keys to 1.
 
     >>> import torch
     >>> from visualizer.analysis import confidence
     >>> confidence(torch.tensor([[1.0, 0.0], [0.5, 0.5]]).expand(1, 1, 2, 2))
     tensor([[0.7500]])
 
-    Voita et al. 2019 (https://arxiv.org/abs/1905.09418). Queries that attend to nothing, because all keys are masked,
-    do not count.
+    Voita et al. 2019 (https://arxiv.org/abs/1905.09418). Queries whose keys are all masked attend to nothing and do not
+    count.
 
     Returns:
-        (batch, heads); with the layers first where there are several.
+        (batch, heads); several layers are the first axis.
 
     Raises:
         ValueError: the layers differ in shape.
     """
+    return per_layer(attention, confidence_of)
 
-    def surest(layer: AttentionMap) -> Tensor:
-        largest = layer.reduce(lambda rows: rows.amax(-1))
-        return largest.sum(-1) / (largest > 0).sum(-1).clamp(min=1)
 
-    return each(attention, surest)
+def confidence_of(layer: AttentionMap) -> Tensor:
+    """How sure the heads of one layer are, (batch, heads)."""
+    largest = layer.reduce(lambda rows: rows.amax(-1))
+    return largest.sum(-1) / (largest > 0).sum(-1).clamp(min=1)
 
 
 def cls_attention(attention: Any, query: int = 0, *, prefix_tokens: int = 1) -> Any:
-    """What the class token attends to among the patches: its row without the tokens before them.
+    """What the class token attends to among the patches: its row without the prefix tokens.
 
     >>> import torch
     >>> from visualizer.analysis import cls_attention
     >>> cls_attention(torch.randn(1, 6, 197, 197).softmax(-1)).shape
     torch.Size([1, 6, 196])
 
-    The weights are as the layer has them, so they sum to one less what goes to the tokens that are left out.
+    The weights are not scaled: they sum to one minus what the prefix tokens get.
 
     Args:
         attention: one map, or layers of one shape.
-        query: the token whose row it is.
+        query: the token whose row is wanted.
         prefix_tokens: how many keys come before the patches.
 
     Returns:
-        (batch, heads, keys - prefix_tokens); with the layers first where there are several.
+        (batch, heads, keys - prefix_tokens); several layers are the first axis.
 
     Raises:
         ValueError: no patch is left, or the layers differ in shape.
         IndexError: there is no such query.
     """
+    return per_layer(attention, lambda layer: cls_attention_of(layer, query, prefix_tokens))
 
-    def row(layer: AttentionMap) -> Tensor:
-        keys = layer.shape[3]
-        if not 0 <= prefix_tokens < keys:
-            raise ValueError(f"prefix_tokens={prefix_tokens!r} does not leave a patch among {keys} keys")
-        return layer.rows([query])[:, :, 0, prefix_tokens:]
 
-    return each(attention, row)
+def cls_attention_of(layer: AttentionMap, query: int, prefix_tokens: int) -> Tensor:
+    """One row of one layer without the prefix tokens, (batch, heads, patches)."""
+    keys = layer.shape[3]
+    if not 0 <= prefix_tokens < keys:
+        raise ValueError(f"prefix_tokens={prefix_tokens!r} does not leave a patch among {keys} keys")
+    return layer.rows([query])[:, :, 0, prefix_tokens:]
 
 
 def attention_distance(
@@ -171,7 +189,7 @@ def attention_distance(
     prefix_tokens: int | None = None,
     renormalise: bool = True,
 ) -> Any:
-    """How far a head looks over the picture: the mean distance of a patch to what it attends to, weighted.
+    """How far a head looks over the picture: the mean distance between a patch and the patches that it attends to.
 
     >>> import torch
     >>> from visualizer.analysis import attention_distance
@@ -181,32 +199,32 @@ def attention_distance(
     >>> attention_distance(torch.eye(196).expand(1, 1, 196, 196))  # each patch sees itself
     tensor([[0.]])
 
-    The mean over the patches i of sum_j A_ij * patch_size * |x_i - x_j|, with x a patch's (row, column): Dosovitskiy et
-    al. 2021, fig. 7 (https://arxiv.org/abs/2010.11929); Raghu et al. 2021 (https://arxiv.org/abs/2108.08810).
+    The mean over the patches i of sum_j A_ij * patch_size * |x_i - x_j|, where x is a patch's (row, column):
+    Dosovitskiy et al. 2021, fig. 7 (https://arxiv.org/abs/2010.11929); Raghu et al. 2021
+    (https://arxiv.org/abs/2108.08810).
 
     Args:
         attention: one map of self-attention over patches, or layers of one shape.
-        grid: (rows, columns) of patches; None: the square that `prefix_tokens` leave.
-        patch_size: the side of a patch, in the unit that the distance is to have: pixels; 1 gives patches.
-        prefix_tokens: how many tokens come before the patches; None: what the grid leaves over, or none or one where
-            that leaves a square. They are left out, as queries and as keys.
-        renormalise: whether a row's weights are scaled to sum to one over the patches; a row that gives them nothing
-            then stays out of the mean (and a head where all are so has NaN). Else what goes to the tokens before them
-            counts as distance 0.
+        grid: (rows, columns) of patches; None: the square that is left behind `prefix_tokens`.
+        patch_size: the side of a patch in pixels, for a distance in pixels; 1 gives patches.
+        prefix_tokens: how many tokens come before the patches; None: those that the grid leaves over; without a grid 0
+            or 1, whichever leaves a square. They are left out, as queries and as keys.
+        renormalise: whether a row's weights are scaled to sum to one over the patches. A row that gives the patches
+            nothing is then left out of the mean; a head with no other rows has NaN. If False, attention to prefix
+            tokens counts as distance 0.
 
     Returns:
-        (batch, heads), in the unit of `patch_size`; with the layers first where there are several.
+        (batch, heads), in the unit of `patch_size`; several layers are the first axis.
 
     Raises:
         ValueError: queries and keys are not the same tokens, the grid does not fit them, or the layers differ in shape.
     """
-
     check_patch_size(patch_size)
-    return each(attention, lambda layer: distance_of(layer, grid, patch_size, prefix_tokens, renormalise))
+    return per_layer(attention, lambda layer: distance_of(layer, grid, patch_size, prefix_tokens, renormalise))
 
 
 def check_patch_size(patch_size: float) -> None:
-    """Raise ValueError unless this is the side of a patch."""
+    """Raise ValueError unless this is one number above 0."""
     if not isinstance(patch_size, (int, float)) or patch_size <= 0:
         raise ValueError(f"patch_size={patch_size!r} is one number above 0: the side of a square patch")
 
@@ -218,17 +236,19 @@ def distance_of(
     """The mean distance of one layer's heads, (batch, heads); see `attention_distance`."""
     batch, heads, queries, keys = layer.shape
     if queries != keys:
-        raise ValueError(f"distances are those within one grid of patches, not of {queries} queries to {keys} keys")
+        raise ValueError(
+            f"distances need queries and keys that are the same patches, not {queries} queries and {keys} keys"
+        )
     rows, columns, prefix = patches(keys, grid, prefix_tokens)
     row = torch.arange(rows, device=layer.device, dtype=layer.dtype).repeat_interleave(columns)
     column = torch.arange(columns, device=layer.device, dtype=layer.dtype).repeat(rows)
     total = torch.zeros(batch, heads, dtype=layer.dtype, device=layer.device)
     counted = torch.zeros_like(total)
     for part, weights in layer.chunks():
-        own = slice(max(part.start - prefix, 0), max(part.stop - prefix, 0))  # as patches
+        patch = slice(max(part.start - prefix, 0), max(part.stop - prefix, 0))  # these queries, counted as patches
         weights = weights[:, :, max(prefix - part.start, 0) :, prefix:]
-        apart = torch.hypot(row[own, None] - row, column[own, None] - column)  # (some queries, patches)
-        # Both sums in one reading of the weights: of what they are a product with, queries are the batch.
+        apart = torch.hypot(row[patch, None] - row, column[patch, None] - column)  # (some queries, patches)
+        # One product gives both sums, so that the weights are read once. Its batch axis is the queries.
         factors = torch.stack([apart, torch.ones_like(apart)], -1)
         distances, mass = torch.bmm(weights.flatten(0, 1).transpose(0, 1), factors).unbind(-1)
         if renormalise:
@@ -242,26 +262,26 @@ def distance_of(
 
 @without_autograd
 def mass_mask(weights: Any, share: float = 0.6) -> Any:
-    """Which patches hold most of the attention: the fewest that together have a share of it.
+    """Which patches hold most of the attention: the fewest patches that together have a given share of it.
 
     >>> import torch
     >>> from visualizer.analysis import mass_mask
     >>> mass_mask(torch.tensor([0.1, 0.5, 0.2, 0.2]))
     tensor([False,  True,  True, False])
 
-    So DINO shows what a class token looks at, with 0.6: Caron et al. 2021 (https://arxiv.org/abs/2104.14294).
+    Caron et al. 2021 (https://arxiv.org/abs/2104.14294) show what a class token looks at in this way, with share 0.6.
 
     Args:
-        weights: (..., patches), none of them negative: what `cls_attention` gives, or a row of a rollout or relevance
-            without its prefix tokens. They need not sum to one: the share is one of what there is.
-        share: from above 0 to 1.
+        weights: (..., patches), none of them negative: from `cls_attention`, or a row of a rollout or relevance without
+            the prefix tokens. They need not sum to one: the share is a share of their sum.
+        share: above 0, at most 1.
 
     Returns:
-        bool, of the shape of the weights and on their device. Of patches that are alike the first are taken; where
-        all weights are 0 there are none.
+        bool, with the shape of the weights and on their device. Of equal patches the first are taken; where all weights
+        are 0, no patch is.
 
     Raises:
-        ValueError: a weight is negative or no number, or the share is out of its range.
+        ValueError: a weight is negative, NaN or infinite, or the share is out of its range.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share!r} is a share from above 0 to 1")
@@ -269,26 +289,26 @@ def mass_mask(weights: Any, share: float = 0.6) -> Any:
     values = values.double()
     if values.ndim == 0 or not bool((values >= 0).all()) or not bool(values.isfinite().all()):
         raise ValueError(
-            f"weights are (..., patches) and not negative, and these, of the shape {tuple(values.shape)}, "
+            f"weights are (..., patches) and not negative; these, of the shape {tuple(values.shape)}, "
             + ("have no axis" if values.ndim == 0 else "hold a negative number, NaN or infinity")
         )
     ordered = values.sort(dim=-1, descending=True, stable=True)
     before = ordered.values.cumsum(-1) - ordered.values
     total = ordered.values.sum(-1, keepdim=True)
-    # Six tenths of ten that are alike are six of them, whatever the last bit of their sum is.
+    # 0.6 of ten equal weights are six of them, whatever the last bit of their sum is.
     is_needed = (before < total * (share - _ROUNDING)) & (ordered.values > 0)
-    return given(torch.zeros_like(is_needed).scatter(-1, ordered.indices, is_needed), is_array)
+    return like_input(torch.zeros_like(is_needed).scatter(-1, ordered.indices, is_needed), is_array)
 
 
 class TopKey(NamedTuple):
     """One of the keys that a query attends to most."""
 
     token: str
-    """Its text, or its number where no tokens were given."""
+    """Its text; its number if no tokens were passed."""
     weight: float
-    """What the query gives it, from 0 to 1."""
+    """How much the query attends to it, from 0 to 1."""
     key: int
-    """Where it is among the keys."""
+    """Its number among the keys."""
 
 
 @without_autograd
@@ -301,7 +321,7 @@ def top_keys(
     heads: Fusion | int = "mean",
     batch: int = 0,
 ) -> list[list[TopKey]]:
-    """What a token attends to most in each layer: for every layer its best keys, best first.
+    """The keys that a token attends to most, for each layer, best first.
 
     >>> import torch
     >>> from visualizer.analysis import top_keys
@@ -312,46 +332,45 @@ def top_keys(
 
     Args:
         attention: one map, or several as layers.
-        query: the token's number, or its text where there are tokens; -1 is the last.
+        query: the token's number (-1 is the last), or its text if `tokens` are passed.
         tokens: the text of each key.
-        k: how many keys; where there are fewer, all.
+        k: how many keys, or all if there are fewer.
         heads: how the heads of a layer become one map, or the number of one head.
         batch: which image or text.
 
     Returns:
-        For each layer (one for a single map) a list of (token, weight, key).
+        For each layer (a single map is one) a list of (token, weight, key).
 
     Raises:
-        ValueError: there is not one token for each key, or none of the text, or more than one.
+        ValueError: there is not one token for each key, or not exactly one token with the query's text.
         IndexError: there is no such query, head or batch.
     """
-    maps, _, _ = layers_of(attention)
     if isinstance(heads, str):
         check_heads(heads)
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k={k!r}: pass how many keys, 1 or more")
-    found = []
-    for number, layer in enumerate(maps):
-        images, own_heads, queries, keys = layer.shape
+    best_keys = []
+    for number, layer in enumerate(layers_of(attention).layers):
+        images, count, queries, keys = layer.shape
         if tokens is not None and len(tokens) != keys:
-            raise ValueError(f"there are {len(tokens)} tokens for the {keys} keys of {name(number, layer)}")
-        for what, index, size in (("batch", batch, images), ("head", heads, own_heads)):
+            raise ValueError(f"there are {len(tokens)} tokens for the {keys} keys of {layer_label(number, layer)}")
+        for axis, index, size in (("batch", batch, images), ("head", heads, count)):
             if not isinstance(index, str) and not -size <= operator.index(index) < size:
-                raise IndexError(f"there is no {what} {index}: {name(number, layer)} has {size} of them")
-        rows = layer.rows([_the_query(query, tokens, queries)])
+                raise IndexError(f"there is no {axis} {index}: {layer_label(number, layer)} has {size} of them")
+        rows = layer.rows([_query_number(query, tokens, queries)])
         row = fused(rows, heads)[batch, 0] if isinstance(heads, str) else rows[batch, heads, 0]
         best = row.topk(min(k, keys))
-        found.append(
+        best_keys.append(
             [
                 TopKey(str(key) if tokens is None else str(tokens[key]), weight, key)
                 for weight, key in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ]
         )
-    return found
+    return best_keys
 
 
-def _the_query(query: int | str, tokens: Sequence[str] | None, queries: int) -> int:
-    """The number of a query that is told by number or by its text."""
+def _query_number(query: int | str, tokens: Sequence[str] | None, queries: int) -> int:
+    """The number of a query, which was chosen by its number or by its text."""
     if not isinstance(query, str):
         return operator.index(query)
     if tokens is None or len(tokens) != queries:
@@ -361,5 +380,5 @@ def _the_query(query: int | str, tokens: Sequence[str] | None, queries: int) -> 
         listing = ", ".join(map(repr, tokens[:30])) + (" ..." if len(tokens) > 30 else "")
         raise ValueError(f"there is no token {query!r} among {listing}")
     if len(places) > 1:
-        raise ValueError(f"the token {query!r} is there {len(places)} times, as numbers {places}: pass one of these")
+        raise ValueError(f"there are {len(places)} tokens {query!r}, at {places}: pass one of these numbers")
     return places[0]

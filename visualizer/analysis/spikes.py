@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from ..maps import without_autograd
-from .reading import as_tensor, given
+from .reading import as_tensor, like_input
+
+__all__ = ["spike_rate", "spike_scores"]
 
 
 @without_autograd
 def spike_rate(spikes: Any, axes: str = "time batch heads tokens channels", keep: str = "batch tokens") -> Any:
-    """How often neurons fire: the share of ones, 0 to 1, as a mean over all axes but those that are kept.
+    """How often neurons fire: the share of ones, 0 to 1, as the mean over all axes except those to keep.
 
     >>> import torch
     >>> from visualizer.analysis import spike_rate
@@ -25,39 +27,39 @@ def spike_rate(spikes: Any, axes: str = "time batch heads tokens channels", keep
     >>> spike_rate(torch.ones(4, 2, 3, 14, 14), "time batch channels rows columns", "batch rows columns").shape
     torch.Size([2, 14, 14])
 
-    The maps of firing rates in Yao et al. 2023, fig. 3 (https://arxiv.org/abs/2307.01694), are those of the value
-    before and after it is masked by query and key.
+    Yao et al. 2023, fig. 3 (https://arxiv.org/abs/2307.01694) show maps of the firing rates of the value, before and
+    after query and key mask it.
 
     Args:
         spikes: a tensor or an array of 0 and 1.
-        axes: the names of its axes, in order, with spaces between them; any names will do.
-        keep: the names of the axes of the result, in the order that it is to have; "" for one rate of all.
+        axes: the names of its axes, in order, with spaces between them; you choose the names.
+        keep: the names of the axes of the result, in order; "" for one rate of all neurons.
 
     Returns:
-        The rates, with the axes of `keep`; float64 for float64 and else float32, on the device of the spikes.
+        The rates, with the axes of `keep`; float64 for float64, else float32, on the device of the spikes.
 
     Raises:
-        ValueError: the names do not fit the axes, or there are other values than 0 and 1: membrane potentials,
+        ValueError: the names do not fit the axes, or there are values other than 0 and 1, such as membrane potentials,
             real-valued activations, rates, or spikes that count to more than one.
     """
     values, is_array = as_tensor(spikes)
     names, kept = axes.split(), keep.split()
     if len(names) != values.ndim or len(set(names)) != len(names):
         raise ValueError(
-            f"axes={axes!r} is to name the {values.ndim} axes of spikes of the shape {tuple(values.shape)}, each once"
+            f"axes={axes!r} must name each of the {values.ndim} axes of spikes of the shape {tuple(values.shape)} once"
         )
     if not set(kept) <= set(names) or len(set(kept)) != len(kept):
-        raise ValueError(f"keep={keep!r} is to name axes of {axes!r}, each once")
+        raise ValueError(f"keep={keep!r} must name axes of {axes!r}, each at most once")
     values = _as_spikes("spikes", values)
-    over = [axis for axis, name in enumerate(names) if name not in kept]
-    rates = values.mean(over) if over else values
-    left = [name for name in names if name in kept]
-    return given(rates.permute([left.index(name) for name in kept]), is_array)
+    reduced = [axis for axis, name in enumerate(names) if name not in kept]
+    rates = values.mean(reduced) if reduced else values
+    remaining = [name for name in names if name in kept]
+    return like_input(rates.permute([remaining.index(name) for name in kept]), is_array)
 
 
 @without_autograd
 def spike_scores(query: Any, key: Any, scale: float = 0.125) -> Any:
-    """How much each token's query spikes meet each token's key spikes: the attention map that spikes imply.
+    """How often each token's query spikes meet each token's key spikes: the attention map that the spikes imply.
 
     >>> import torch
     >>> from visualizer.analysis import spike_scores
@@ -65,22 +67,22 @@ def spike_scores(query: Any, key: Any, scale: float = 0.125) -> Any:
     >>> spike_scores(query, key).shape  # (batch, heads, queries, keys)
     torch.Size([1, 8, 49, 49])
 
-    The mean over the time steps of scale * q k^T. Such attention has no softmax: rows do not sum to one. Where a model
-    multiplies k^T v first (Meta-SpikeFormer, Yao et al. 2024, https://arxiv.org/abs/2404.03663) it never makes this
-    map, and the output is that of the map all the same: q (k^T v) = (q k^T) v.
+    The mean over the time steps of scale * q k^T. Such attention has no softmax: rows do not sum to one. A model that
+    multiplies k^T v first (Meta-SpikeFormer, Yao et al. 2024, https://arxiv.org/abs/2404.03663) never makes this map,
+    but its output is the same: q (k^T v) = (q k^T) v.
 
     Args:
         query, key: spikes, 0 and 1, of the shape (time, batch, heads, tokens, channels).
-        scale: what the model multiplies by; 0.125 in Spikformer and in Meta-SpikeFormer.
+        scale: the factor in the model; 0.125 in Spikformer and in Meta-SpikeFormer.
 
     Returns:
-        (batch, heads, queries, keys), from 0 to scale * channels; float64 for float64 and else float32, on the
-        device of the spikes.
+        (batch, heads, queries, keys), from 0 to scale * channels; float64 for float64, else float32, on the device of
+        the spikes.
 
     Raises:
-        ValueError: the shapes do not fit, or there are other values than 0 and 1.
+        ValueError: the shapes do not fit, or there are values other than 0 and 1.
     """
-    (queries, of_arrays), (keys, also) = as_tensor(query), as_tensor(key)
+    (queries, is_query_array), (keys, is_key_array) = as_tensor(query), as_tensor(key)
     for name, spikes in (("query", queries), ("key", keys)):
         if spikes.ndim != 5:
             raise ValueError(
@@ -94,19 +96,19 @@ def spike_scores(query: Any, key: Any, scale: float = 0.125) -> Any:
     # The sum over time and the one over channels are one sum.
     sides = (_as_spikes(name, spikes) for name, spikes in (("query", queries), ("key", keys)))
     left, right = (spikes.permute(1, 2, 3, 0, 4).flatten(3) for spikes in sides)
-    return given(left @ right.mT * (scale / len(queries)), of_arrays and also)
+    return like_input(left @ right.mT * (scale / len(queries)), is_query_array and is_key_array)
 
 
 def _as_spikes(name: str, values: Tensor) -> Tensor:
-    """The spikes as numbers; ValueError where there are other values than 0 and 1."""
+    """The spikes as floats; raises ValueError if there are values other than 0 and 1."""
     working = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
     if working.numel() == 0:
-        raise ValueError(f"{name} of the shape {tuple(values.shape)} hold nothing")
+        raise ValueError(f"{name} of the shape {tuple(values.shape)} hold no values")
     wrong = working[(working != 0) & (working != 1)]
     if len(wrong):
         raise ValueError(
             f"{name} are 0 and 1, and {len(wrong)} of these {working.numel()} values are neither, such as "
-            f"{wrong[0].item():.6g}: these are no spikes but what comes before or after them (membrane potentials, "
+            f"{wrong[0].item():.6g}: these are not spikes but what comes before or after them (membrane potentials, "
             "rates, currents), or spikes that count to more than one"
         )
     return working

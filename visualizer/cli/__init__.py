@@ -1,11 +1,12 @@
-"""The command `visualizer`: attention out of scripts and saved files, without writing code.
+"""The command `visualizer`: record, draw and explore attention without writing code.
 
     visualizer run --var attn script.py
     visualizer info captured.safetensors
     visualizer plot captured.safetensors --kind heads --layer 3
 
-Results go to stdout, messages to stderr. Exit status: 0 done; 1 nothing was found or the work failed; 2 a wrong
-argument, a file that cannot be read, or a missing package, said in one line; `run` has the status of its script.
+Results go to stdout, messages to stderr. The exit status is 0 when the work is done; 1 when it failed or found nothing;
+2 after a wrong argument, a file that cannot be read, or a missing package, which one line on stderr names. `run` ends
+with the status of its script.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import NoReturn
 
 from ..errors import UnsupportedPythonError
 from . import demo, doctor, explore, info, plot, run, stats
-from .outcome import Mistake, tell
+from .outcome import Mistake, say
 
 _COMMANDS = (run, stats, info, plot, explore, demo, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status.
+    """Run the command and return its exit status. Without arguments, those of the process are used.
 
     >>> main(["demo", "--layer", "99"])
     2
@@ -34,24 +35,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         script = options.run(options)
     except Mistake as mistake:
-        tell(mistake)
+        say(mistake)
         return mistake.status
     except UnsupportedPythonError as error:
-        tell(error)
+        say(error)
         return 1
     except ImportError as error:
         if error.name is None or error.name.partition(".")[0] == "visualizer":
             raise
         advice = "" if "pip install" in str(error) else ': pip install "get-local[demo]"'
-        tell(f"{error}{advice}")
+        say(f"{error}{advice}")
         return 2
-    except BrokenPipeError:  # whoever read the results has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+    except BrokenPipeError:  # the reader of the results, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more when it ends
         return 1
     except KeyboardInterrupt:
-        tell("interrupted")
+        say("interrupted")
         return 130
-    return 0 if script is None else script()  # out here what a user's script raises is the script's
+    return 0 if script is None else script()  # outside the try: errors of the script are not errors of the command
 
 
 class _Parser(argparse.ArgumentParser):

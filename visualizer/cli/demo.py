@@ -1,17 +1,15 @@
-"""`visualizer demo`: attention of real models on real input, drawn."""
+"""`visualizer demo`: pictures of what real models attend to."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import sys
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .outcome import Mistake, save, writable, write
+from .saved import reading_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,21 +17,44 @@ if TYPE_CHECKING:
     from .outcome import Commands
 
 TEXT = "The cat sat on the mat because it was tired."
-TEXT_LAYER, TEXT_HEAD = 3, 1  # where "it" finds the cat
-IMAGE_SIZE, PATCH, LAYERS = 448, 14, 12  # of the vision model; known before it is loaded, so that errors come at once
+MINILM = "all-MiniLM-L6-v2"
+TEXT_LAYER, TEXT_HEAD = 3, 1  # where "it" attends to the cat
+VIT = "DINOv2-type ViT-S/14"
+IMAGE_SIZE, PATCH, LAYERS = 448, 14, 12  # of the vision model, here so that wrong arguments fail before it is loaded
 
 
-@dataclass
-class _Picture:
-    """One picture of the demo: how it is drawn, and what the index says of it."""
+class _Picture(NamedTuple):
+    """A call of a function of `plot`, and what the index says of it."""
 
-    file: str
+    function: str
+    arguments: tuple[str, ...]  # the names of what the model made, in order
+    keywords: dict[str, Any]
     title: str
     model: str
-    layer: int
     head: str
-    call: str
-    draw: Callable[[], Figure]
+    size: tuple[float, float] | None = (6, 5)  # in inches; None: the function makes a grid of panels
+
+    @property
+    def file(self) -> str:
+        return f"{self.function}.png"
+
+    @property
+    def call(self) -> str:
+        keywords = (f"{name}={value!r}" for name, value in self.keywords.items())
+        return f"plot.{self.function}({', '.join([*self.arguments, *keywords])})"
+
+    def draw(self, values: dict[str, Any]) -> Figure:
+        """Draw it with the values of the arguments."""
+        from matplotlib.figure import Figure
+
+        from .. import plot
+
+        keywords = dict(self.keywords)
+        if self.size is not None:
+            keywords["ax"] = Figure(figsize=self.size, layout="compressed").add_subplot()
+        drawn = getattr(plot, self.function)(*(values[name] for name in self.arguments), **keywords)
+        figure: Figure = getattr(drawn, "figure", drawn)
+        return figure
 
 
 def add_to(commands: Commands) -> None:
@@ -42,15 +63,13 @@ def add_to(commands: Commands) -> None:
         "demo",
         help="draw what a vision transformer and a small BERT attend to",
         description="Runs a DINOv2-type ViT-S/14 on a photograph and MiniLM on a sentence, captures their attention "
-        "with get_local, and writes five pictures and an index.md that says what made each.",
+        "with get_local, and writes five pictures and an index.md with the Python that made each.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument(
-        "--image", metavar="FILE", help="a photograph of your own, instead of scikit-image's cup of coffee"
-    )
-    demo.add_argument("--text", default=TEXT, help="a sentence")
-    demo.add_argument("--layer", type=int, default=LAYERS - 1, help=f"of the vision model, 0 to {LAYERS - 1}")
-    demo.add_argument("--out", metavar="DIR", default="visualizer-demo", help="where the pictures go")
+    demo.add_argument("--image", metavar="FILE", help="a photograph, in place of scikit-image's cup of coffee")
+    demo.add_argument("--text", default=TEXT, help="the sentence for the text model")
+    demo.add_argument("--layer", type=int, default=LAYERS - 1, help=f"layer of the vision model, 0 to {LAYERS - 1}")
+    demo.add_argument("--out", metavar="DIR", default="visualizer-demo", help="the folder for the pictures")
     demo.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     demo.set_defaults(run=_demo)
 
@@ -60,24 +79,27 @@ def _demo(options: argparse.Namespace) -> None:
         raise Mistake(f"there is no layer {options.layer}: the vision model has layers 0 to {LAYERS - 1}")
     if not options.text.strip():
         raise Mistake("the text is empty: --text takes a sentence")
-    if any("\ud800" <= character <= "\udfff" for character in options.text):  # bytes that were no text
+    if any("\ud800" <= character <= "\udfff" for character in options.text):  # from bytes that are not UTF-8
         raise Mistake("the text is not valid Unicode")
     images, pixels, name = _read(options.image)
     folder = writable(options.out)
+    import matplotlib
     from tqdm import tqdm
 
-    with tqdm(total=7, leave=False, disable=options.quiet or None) as bar:  # None: where nobody is watching
+    matplotlib.use("agg")  # there may be no screen
+    with tqdm(total=7, leave=False, disable=options.quiet or None) as bar:  # None: no bar unless on a terminal
         bar.set_description("running the vision model")
         vision = _vision_attention(images)
         bar.update()
         bar.set_description("running the text model")
         text, tokens = _text_attention(options.text)
         bar.update()
-        pictures = _pictures(vision, pixels, name, text, tokens, options)
+        values = {VIT: {"maps": vision, "pixels": pixels}, MINILM: {"maps": text, "tokens": tokens}}
+        pictures = _pictures(options, len(tokens))
         for picture in pictures:
             bar.set_description(f"drawing {picture.file}")
-            figure = picture.draw()
-            with bar.external_write_mode(sys.stderr):  # there may be something to say of its characters
+            figure = picture.draw(values[picture.model])
+            with bar.external_write_mode(sys.stderr):  # save may print a line about missing characters
                 write(folder / picture.file, functools.partial(save, figure))
             bar.update()
     index = _index(pictures, name, options)
@@ -86,25 +108,13 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _read(image: str | None) -> tuple[Any, Any, str]:
-    """The vision model's input, the pixels that it sees, and what the picture is called."""
-    from PIL import Image
-
+    """The vision model's input, the pixels that it sees, and the picture's name."""
     from .. import models
 
-    if image == "":
-        raise Mistake("the picture has no name: --image takes a file")
-    path = models.photo("coffee") if image is None else Path(image)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PIL thinks of a picture that it can read all the same
-            images, pixels = models.prepare(path, size=IMAGE_SIZE, patch=PATCH)
-    except FileNotFoundError as error:
-        raise Mistake(f"there is no picture {path}") from error
-    except Image.DecompressionBombError as error:
-        raise Mistake(f"{path} is too large: {error}") from error
-    except (OSError, ValueError, TypeError, SyntaxError) as error:  # SyntaxError: what PIL raises for a broken PNG
-        raise Mistake(f"cannot read {path} as a picture: {error}") from error
-    return images, pixels, path.name
+    path = str(models.photo("coffee")) if image is None else image
+    with reading_picture(path):
+        images, pixels = models.prepare(path, size=IMAGE_SIZE, patch=PATCH)
+    return images, pixels, Path(path).name
 
 
 def _vision_attention(images: Any) -> Any:
@@ -131,7 +141,7 @@ def _text_attention(text: str) -> tuple[Any, list[str]]:
     model, tokenizer = models.minilm()
     from transformers.models.bert import modeling_bert
 
-    batch = tokenizer(text, return_tensors="pt", verbose=False)  # a text that is too long is told below
+    batch = tokenizer(text, return_tensors="pt", verbose=False)  # no warning of long texts: see below
     most = model.config.max_position_embeddings
     if batch["input_ids"].shape[1] > most:
         raise Mistake(f"the text has {batch['input_ids'].shape[1]} tokens; the text model takes {most} at most")
@@ -143,77 +153,25 @@ def _text_attention(text: str) -> tuple[Any, list[str]]:
     return get_local.cache["eager_attention_forward"], list(tokens)
 
 
-def _pictures(
-    vision: Any, pixels: Any, name: str, text: Any, tokens: list[str], options: argparse.Namespace
-) -> list[_Picture]:
-    from matplotlib.figure import Figure
-
-    from .. import plot
-
-    layer, vit = options.layer, "DINOv2-type ViT-S/14"
-    side = IMAGE_SIZE // PATCH
-    row, column = (20, 20) if options.image is None else (side // 2, side // 2)  # the spoon, or the middle
-
-    def alone(draw: Callable[[Any], Any], width: float = 6, height: float = 5) -> Callable[[], Figure]:
-        def figure() -> Figure:
-            figure = Figure(figsize=(width, height), layout="compressed")
-            draw(figure.add_subplot())
-            return figure
-
-        return figure
-
-    size = min(12.0, max(5.0, 0.32 * len(tokens) + 2))
+def _pictures(options: argparse.Namespace, tokens: int) -> list[_Picture]:
+    layer = {"layer": options.layer}
+    middle = IMAGE_SIZE // PATCH // 2
+    patch = {"query": (20, 20) if options.image is None else (middle, middle)}  # (20, 20): the spoon beside the cup
+    words = {"layer": TEXT_LAYER, "head": TEXT_HEAD}
+    side = min(12.0, max(5.0, 0.32 * tokens + 2))
+    maps, on_image, on_words = ("maps",), ("maps", "pixels"), ("maps", "tokens")
+    of_tokens = "Which token (row) attends to which (column)"
     return [
-        _Picture(
-            "head.png",
-            "One head: which patch (row) attends to which (column)",
-            vit,
-            layer,
-            "0",
-            f"plot.head(maps, layer={layer}, head=0)",
-            alone(lambda ax: plot.head(vision, layer=layer, head=0, ax=ax)),
-        ),
-        _Picture(
-            "heads.png",
-            "All heads of the layer",
-            vit,
-            layer,
-            "0 to 5",
-            f"plot.heads(maps, layer={layer})",
-            lambda: plot.heads(vision, layer=layer),
-        ),
-        _Picture(
-            "query.png",
-            "What one patch, the framed one, attends to",
-            vit,
-            layer,
-            "mean",
-            f"plot.query(maps, pixels, query=({row}, {column}), layer={layer})",
-            alone(lambda ax: plot.query(vision, pixels, query=(row, column), layer=layer, ax=ax)),
-        ),
-        _Picture(
-            "class_token.png",
-            "What the class token attends to",
-            vit,
-            layer,
-            "mean",
-            f"plot.class_token(maps, pixels, layer={layer})",
-            alone(lambda ax: plot.class_token(vision, pixels, layer=layer, ax=ax)),
-        ),
-        _Picture(
-            "tokens.png",
-            "Which token (row) attends to which (column)",
-            "all-MiniLM-L6-v2",
-            TEXT_LAYER,
-            str(TEXT_HEAD),
-            f"plot.tokens(maps, tokens, layer={TEXT_LAYER}, head={TEXT_HEAD})",
-            alone(lambda ax: plot.tokens(text, tokens, layer=TEXT_LAYER, head=TEXT_HEAD, ax=ax), size + 1, size),
-        ),
+        _Picture("head", maps, layer | {"head": 0}, "One head: which patch (row) attends to which (column)", VIT, "0"),
+        _Picture("heads", maps, layer, "All heads of the layer", VIT, "0 to 5", None),
+        _Picture("query", on_image, patch | layer, "What one patch, the framed one, attends to", VIT, "mean"),
+        _Picture("class_token", on_image, layer, "What the class token attends to", VIT, "mean"),
+        _Picture("tokens", on_words, words, of_tokens, MINILM, str(TEXT_HEAD), (side + 1, side)),
     ]
 
 
 def _index(pictures: list[_Picture], name: str, options: argparse.Namespace) -> str:
-    """What made each picture, as Markdown."""
+    """Markdown that shows the pictures, and how each was made."""
     lines = [
         "# What the models attended to",
         "",
@@ -227,7 +185,7 @@ def _index(pictures: list[_Picture], name: str, options: argparse.Namespace) -> 
             "",
             f"![{picture.title}]({picture.file})",
             "",
-            f"{picture.model}, layer {picture.layer}, head {picture.head}; `{picture.call}`",
+            f"{picture.model}, layer {picture.keywords['layer']}, head {picture.head}; `{picture.call}`",
         ]
     lines += [
         "",
@@ -263,5 +221,5 @@ def _source(image: str | None) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """The text with its Markdown characters escaped."""
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+!|" else " " if c in "\r\n" else c for c in text)

@@ -1,4 +1,4 @@
-"""`visualizer doctor`: what is installed here, and what can be had from a model before it runs."""
+"""`visualizer doctor`: what is installed, and what can be captured from a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from ..instrument import capture, compiler_trouble
 from ..instrument.unwrapping import functions_behind
 from ..rewrite import local_names
 from ..store import human, memory_of
-from .outcome import Fruitless, Mistake
+from .builder import build, is_builder
+from .outcome import Failure, Mistake
 
 if TYPE_CHECKING:
     from .outcome import Commands
@@ -34,20 +35,20 @@ EXTRAS = {
     "smollm2": ("accelerate", "gguf"),
     "stats": ("torchmetrics", "tqdm"),
 }
-"""As in pyproject.toml, which is not there where the package is installed."""
+"""The extras of pyproject.toml, which an installed package does not have."""
 
 _MAPS = ("attn", "attn_weights", "attention_probs", "attn_probs", "attention_weights", "attention", "weights")
-"""What libraries call the local that holds the weights."""
+"""The names that libraries give to the local with the weights."""
 
 
 def add_to(commands: Commands) -> None:
     """Add the command to the parser's."""
     doctor = commands.add_parser(
         "doctor",
-        help="what works here; with a model's name, what can be captured from it",
-        description="Lists versions, devices and missing extras. With a MODEL says which locals capture() finds in it "
-        "and whether attention() is needed: a name of timm, of visualizer.models, of the Hugging Face hub, a folder, "
-        "or package.module:function that builds one. It is built without weights where that is possible.",
+        help="say what works here, or what can be captured from a model",
+        description="Lists versions, devices and missing extras. With a MODEL it says which locals capture() finds "
+        "and whether attention() is needed. MODEL is a name of timm, of visualizer.models or of the Hugging Face hub, "
+        "a folder, or package.module:function, which returns a model. Weights are loaded only where they must be.",
     )
     doctor.add_argument("model", nargs="?", metavar="MODEL", help="such as vit_tiny_patch16_224, or my.package:build")
     doctor.add_argument("--json", action="store_true", help="as JSON")
@@ -62,12 +63,12 @@ def _doctor(options: argparse.Namespace) -> None:
         print("\n".join(_lines(report)))
     problems = report.get("problems")
     if problems:
-        raise Fruitless("; ".join(problems))
+        raise Failure("; ".join(problems))
 
 
 def _surroundings() -> dict[str, Any]:
     versions = {name: _installed(name) for name in LIBRARIES}
-    versions["get-local"] = sys.modules[__name__.partition(".")[0]].__version__  # in a clone there is no other
+    versions["get-local"] = sys.modules[__name__.partition(".")[0]].__version__  # a clone has no metadata
     extras = {extra: [name for name in names if _installed(name) is None] for extra, names in EXTRAS.items()}
     why_not = opcodes.why_unsupported()
     problems = [] if why_not is None else [f"get_local and capture cannot work on this Python: {why_not}"]
@@ -96,29 +97,29 @@ def _installed(distribution: str) -> str | None:
 def _devices() -> list[str]:
     try:
         import torch
-    except Exception as error:  # a build that does not fit this machine says so in its own ways
+    except Exception as error:  # a build for another machine raises all kinds of errors
         return [f"torch cannot be imported: {error}"]
     devices = [f"cpu: {os.cpu_count()} cores, {human(memory_of('cpu'))}"]
     for number in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(number)
-        devices.append(f"cuda:{number}: {found.name}, {human(found.total_memory)}")
+        device = torch.cuda.get_device_properties(number)
+        devices.append(f"cuda:{number}: {device.name}, {human(device.total_memory)}")
     if torch.backends.mps.is_available():
         devices.append("mps")
     return devices
 
 
 def _examined(name: str) -> dict[str, Any]:
-    with contextlib.redirect_stdout(io.StringIO()):  # what a library prints is no result of ours
+    with contextlib.redirect_stdout(io.StringIO()):  # stdout is for the report: libraries print there too
         model, source = _built(name)
     classes = _classes(model)
-    locals_found = {local: keys for local in _MAPS if (keys := _keys(model, local))}
+    keys_by_local = {local: keys for local in _MAPS if (keys := _keys(model, local))}
     fused = _why_fused(model)
     advice = []
-    usable = next(iter(locals_found), None)
+    usable = next(iter(keys_by_local), None)
     if usable is not None:
-        first, last = locals_found[usable][0], locals_found[usable][-1]
+        first, last = keys_by_local[usable][0], keys_by_local[usable][-1]
         when = f", after {fused[1]}," if fused else ""
-        advice.append(f'capture(model, "{usable}"){when} has {len(locals_found[usable])} keys, {first!r} to {last!r}')
+        advice.append(f'capture(model, "{usable}"){when} has {len(keys_by_local[usable])} keys, {first!r} to {last!r}')
     if fused:
         advice.append(f"as it is, {fused[0]}, so {'the local holds no weights' if usable else 'there is no local'}")
     if classes:
@@ -129,20 +130,25 @@ def _examined(name: str) -> dict[str, Any]:
     return {
         "model": f"{type(model).__qualname__} ({source})",
         "fused": bool(fused),
-        "locals": {local: len(keys) for local, keys in locals_found.items()},
+        "locals": {local: len(keys) for local, keys in keys_by_local.items()},
         "classes": classes,
         "advice": advice,
     }
 
 
 def _built(name: str) -> tuple[Any, str]:
-    """The model of a name, and where it is from; Mistake where there is none."""
+    """The model of that name, and where it comes from; Mistake where there is none."""
     import torch
 
     from .. import models
 
-    if ":" in name and not os.path.exists(name):
-        return _called(name), "built by " + name
+    if is_builder(name):
+        model = build(name)
+        if isinstance(model, (tuple, list)):  # a model with its tokenizer
+            model = model[0]
+        if not isinstance(model, torch.nn.Module):
+            raise Mistake(f"{name} returns a {type(model).__name__}, not an nn.Module")
+        return model, f"built by {name}"
     if name in models.MODELS:
         return models.load(name)[0], "visualizer.models, with its weights"
     with contextlib.suppress(ImportError):
@@ -169,7 +175,10 @@ def _built(name: str) -> tuple[Any, str]:
 
 
 def _configuration(transformers: Any, name: str) -> Any:
-    """A folder's or the cache's, else the hub's, if that answers at once: transformers itself would try for long."""
+    """The configuration in a folder or in the hub's cache, else the hub's.
+
+    The hub is asked first whether it has the model: where there is no network, transformers would try for long.
+    """
     try:
         return transformers.AutoConfig.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError):
@@ -190,32 +199,6 @@ def _imported(name: str) -> Any:
         raise ImportError(f"{name} cannot be imported: {error}", name=name) from error
 
 
-def _called(name: str) -> Any:
-    """What `package.module:function` builds."""
-    import torch
-
-    module, _, qualname = name.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module)
-        for part in qualname.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise Mistake(f"{name!r} leads nowhere: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not isinstance(found, torch.nn.Module):
-        try:
-            found = found()
-        except Exception as error:
-            raise Mistake(f"{name}() raised {type(error).__name__}: {error}") from error
-    if isinstance(found, (tuple, list)):  # a model with its tokenizer
-        found = found[0]
-    if not isinstance(found, torch.nn.Module):
-        raise Mistake(f"{name} gives a {type(found).__name__}, and no nn.Module")
-    return found
-
-
 def _keys(model: Any, local: str) -> list[str]:
     try:
         return list(capture(model, local))
@@ -224,18 +207,18 @@ def _keys(model: Any, local: str) -> list[str]:
 
 
 def _classes(model: Any) -> dict[str, list[str]]:
-    """The locals of the classes that are named after attention, or hold what may be weights."""
-    found: dict[str, list[str]] = {}
-    for kind in dict.fromkeys(map(type, model.modules())):
-        for function in list(functions_behind(kind))[-1:]:
+    """The locals of each class that is named after attention, or has a local that may hold weights."""
+    classes: dict[str, list[str]] = {}
+    for cls in dict.fromkeys(map(type, model.modules())):
+        for function in list(functions_behind(cls))[-1:]:
             names = [name for name in local_names(function.__code__) if name != "self"]
-            if re.search("attention|attn", kind.__name__, re.IGNORECASE) or set(names) & set(_MAPS):
-                found[kind.__qualname__] = names
-    return found
+            if re.search("attention|attn", cls.__name__, re.IGNORECASE) or set(names) & set(_MAPS):
+                classes[cls.__qualname__] = names
+    return classes
 
 
 def _why_fused(model: Any) -> tuple[str, str] | None:
-    """Why the weights are never made, and what would have them made; None where nothing says so."""
+    """Why the model makes no weights, and what to do so that it makes them; None where it seems to make them."""
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if implementation not in (None, "eager"):
         return f"its attention is {implementation!r}", 'model.set_attn_implementation("eager")'

@@ -1,4 +1,4 @@
-"""`visualizer explore`: a page to walk through a saved file's maps."""
+"""`visualizer explore`: a web page that shows the maps of a saved file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .outcome import Mistake, told_plainly, write
+from .outcome import Mistake, warnings_as_lines, write
 from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
 
 if TYPE_CHECKING:
@@ -18,13 +18,14 @@ def add_to(commands: Commands) -> None:
     """Add the command to the parser's."""
     explore = commands.add_parser(
         "explore",
-        help="make a page to walk through the maps of a saved file",
-        description="Makes one HTML page of all layers and heads of a saved file, to point at words or patches in.",
+        help="make a web page that shows the maps of a saved file",
+        description="Makes one HTML page with all layers and heads of a saved file. Point at a word or a patch to see "
+        "what it attends to.",
     )
     add_choice(explore)
-    explore.add_argument("--grid", type=grid_of, metavar="ROWSxCOLUMNS", help="of patches, where they are no square")
+    explore.add_argument("--grid", type=grid_of, metavar="ROWSxCOLUMNS", help="of patches; default: a square")
     explore.add_argument("--batch", type=int, metavar="N", help="which image or text; default: all")
-    explore.add_argument("--title", default="", help="what the page calls it")
+    explore.add_argument("--title", default="", help="the title of the page")
     explore.add_argument("-o", "--out", metavar="FILE", default="explorer.html", help="default: %(default)s")
     explore.add_argument("--open", action="store_true", help="show the page in the browser")
     explore.set_defaults(run=_explore)
@@ -36,9 +37,9 @@ def _explore(options: argparse.Namespace) -> None:
     results, path = read(options.file), Path(options.out)
     maps, image, tokens = choose(results, options), picture_of(options.image), tokens_of(results, options)
     if image is not None and options.tokens is None:
-        tokens = None  # those of the file are of a text, and the keys are patches
+        tokens = None  # the keys are patches; the tokens saved in the file would be those of a text
     try:
-        with told_plainly():
+        with warnings_as_lines():
             page = explore(maps, tokens, image, grid=options.grid, batch=options.batch, title=options.title)
             write(path, page.save)
     except (ValueError, TypeError, LookupError) as error:

@@ -1,4 +1,4 @@
-"""How a command ends, and what it says meanwhile: results on stdout, everything else, in lines of ours, on stderr."""
+"""How a command ends and what it says: results go to stdout, everything else goes to stderr, a line each."""
 
 from __future__ import annotations
 
@@ -20,44 +20,49 @@ if TYPE_CHECKING:
 
 
 class Mistake(Exception):
-    """What the user asked for cannot be done; the message is the one line to say so."""
+    """The command was used wrongly. The message is the one line that the user sees."""
 
     status = 2
 
 
-class Fruitless(Mistake):
-    """It was asked for rightly, and failed or brought nothing."""
+class Failure(Mistake):
+    """The command was used rightly, and the work failed or brought no result."""
 
     status = 1
 
 
-def tell(message: object) -> None:
-    """Say something on stderr, in one line."""
+def reason(error: Exception) -> str:
+    """The system's words for an error, without its number and the file's name; else the error's message."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def say(message: object) -> None:
+    """Print a message on stderr, in one line."""
     print(f"visualizer: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def writable(name: str) -> Path:
-    """The folder, made if need be, in which files can be written."""
+    """The folder of that name, made if it does not exist; Mistake where no file can be written in it."""
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:
-        raise Mistake(f"cannot write to {name}: {getattr(error, 'strerror', None) or error}") from error
+        raise Mistake(f"cannot write to {name}: {reason(error)}") from error
     return folder
 
 
 def write(path: Path, write_to: Callable[[Path], Any]) -> None:
-    """Have a file written; Mistake where it cannot be."""
+    """Call `write_to` with the path; Mistake where it cannot write there."""
     try:
         write_to(path)
     except OSError as error:
-        raise Mistake(f"cannot write {path}: {error.strerror or error}") from error
+        raise Mistake(f"cannot write {path}: {reason(error)}") from error
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Save a picture; characters that no font has are said in one line, not in one warning each."""
+    """Save a picture. One line names all characters that no font has, in place of a warning for each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         figure.savefig(path, dpi=150)
@@ -69,12 +74,15 @@ def save(figure: Figure, path: Path) -> None:
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if glyphs:
-        tell(f"{path.name} has boxes for {''.join(glyphs)}: no installed font has them")
+        say(f"{path.name} shows boxes for {''.join(glyphs)}: no installed font has them")
 
 
 @contextlib.contextmanager
-def told_plainly(quiet: bool = False) -> Iterator[None]:
-    """Have the package's own warnings said as lines of ours, without the place in the code that nobody here wrote."""
+def warnings_as_lines(quiet: bool = False) -> Iterator[None]:
+    """Print the package's warnings as plain lines: the place in the code means nothing to users of the command.
+
+    `quiet` drops them. Other warnings appear as Python shows them.
+    """
     from ..errors import VisualizerWarning
 
     with warnings.catch_warnings(record=True) as caught:
@@ -84,7 +92,7 @@ def told_plainly(quiet: bool = False) -> Iterator[None]:
         finally:
             for warning in caught:
                 if issubclass(warning.category, VisualizerWarning) and not quiet:
-                    tell(warning.message)
+                    say(warning.message)
     for warning in caught:
         if not issubclass(warning.category, VisualizerWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

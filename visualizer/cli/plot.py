@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .outcome import Mistake, save, told_plainly, write
+from .outcome import Mistake, save, warnings_as_lines, write
 from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
 
 if TYPE_CHECKING:
@@ -43,15 +43,15 @@ def add_to(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_choice(plot)
-    plot.add_argument("--kind", default="heads", metavar="KIND", help="one of these; default: heads")
+    plot.add_argument("--kind", default="heads", metavar="KIND", help="one of those above; default: heads")
     plot.add_argument("--layer", type=_choice, metavar="N", help="0 is the first, -1 the last; or mean, max, min")
-    plot.add_argument("--head", type=_choice, metavar="N", help="as --layer")
+    plot.add_argument("--head", type=_choice, metavar="N", help="a number, mean, max or min, as for --layer")
     plot.add_argument("--batch", type=_choice, metavar="N", help="which image or text; default: the first")
     plot.add_argument(
         "--query", type=_query, metavar="WHICH", help="a patch as ROW,COLUMN, a token's number, or a word"
     )
-    plot.add_argument("--grid", type=grid_of, metavar="ROWSxCOLUMNS", help="of patches, where they are no square")
-    plot.add_argument("--title", help="above the picture")
+    plot.add_argument("--grid", type=grid_of, metavar="ROWSxCOLUMNS", help="of patches; default: a square")
+    plot.add_argument("--title", help="what to write above the picture")
     plot.add_argument("-o", "--out", metavar="FILE", help="the picture: .png, .svg, .pdf; default: KIND.png")
     plot.set_defaults(run=_plot)
 
@@ -62,7 +62,7 @@ def _choice(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number, and not mean, max or min") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, mean, max or min") from None
 
 
 def _query(text: str) -> int | tuple[int, ...] | str:
@@ -74,33 +74,33 @@ def _query(text: str) -> int | tuple[int, ...] | str:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    path = Path(options.out or options.kind)
+    path = Path(options.out or f"{options.kind}.png")
     if path.is_dir():
-        raise Mistake(f"cannot write {options.out}: it is a folder")
+        raise Mistake(f"cannot write {path}: it is a folder")
     path = path if path.suffix else path.with_name(f"{path.name}.png")
     results: Any = read(options.file)
     image = picture_of(options.image)
-    given = {name: getattr(options, name) for name in _OPTIONS if getattr(options, name) is not None} | (
-        {} if image is None else {"image": image}
-    )
+    keywords = {name: getattr(options, name) for name in _OPTIONS if getattr(options, name) is not None}
+    if image is not None:
+        keywords["image"] = image
     import matplotlib
 
     matplotlib.use("agg")  # there may be no screen
     if results.saved().kind == "statistics":
-        draw, taken = _of_statistics(options.kind, results, given)
+        draw, accepted = _of_statistics(options.kind, results, keywords)
     elif options.kind in KINDS:
-        draw, taken = _drawing(options.kind, choose(results, options), tokens_of(results, options), given)
+        draw, accepted = _of_maps(options.kind, choose(results, options), tokens_of(results, options), keywords)
     else:
         raise Mistake(
-            f"argument --kind: invalid choice: {options.kind!r}: {options.file} has maps, no statistics (choose from "
+            f"argument --kind: invalid choice: {options.kind!r}: {options.file} has maps, not statistics (choose from "
             f"{', '.join(KINDS)})"
         )
-    strange = [name for name in given if name not in taken]
-    if strange:
-        others = ", ".join(f"--{name}" for name in _OPTIONS if name in taken)
-        raise Mistake(f"--kind {options.kind} has no use for --{strange[0]}; it takes {others or 'none of these'}")
+    unused = [name for name in keywords if name not in accepted]
+    if unused:
+        others = ", ".join(f"--{name}" for name in _OPTIONS if name in accepted)
+        raise Mistake(f"--kind {options.kind} has no use for --{unused[0]}; it takes {others}")
     try:
-        with told_plainly():
+        with warnings_as_lines():
             drawn = draw()
             figure = getattr(drawn, "figure", drawn)
             write(path, functools.partial(save, figure))
@@ -109,45 +109,46 @@ def _plot(options: argparse.Namespace) -> None:
     print(path)
 
 
-def _drawing(
-    kind: str, maps: list[Any], words: list[str] | None, given: dict[str, Any]
+def _of_maps(
+    kind: str, maps: list[Any], tokens: list[str] | None, keywords: dict[str, Any]
 ) -> tuple[Callable[[], Any], set[str]]:
-    """What draws it, and which options it takes."""
+    """A function that draws maps as this kind of picture, and the options that the kind accepts."""
     from .. import plot
 
     if kind in ("distance", "entropy", "patterns"):
-        return functools.partial(_measured, kind, maps, words, **given), {"title", *["grid"][kind != "distance" :]}
+        accepted = {"title", "grid"} if kind == "distance" else {"title"}
+        return functools.partial(_measured, kind, maps, tokens, **keywords), accepted
     function = getattr(plot, kind.replace("-", "_"))
     if kind == "tokens":
-        if words is None:
+        if tokens is None:
             raise Mistake("--kind tokens needs the words: --tokens The cat sat (the file has none)")
-        given = {**given, "tokens": words}
-    if kind == "query" and "query" not in given:
-        raise Mistake("--kind query needs --query: a patch as ROW,COLUMN, or a token's number")
-    if kind == "query" and isinstance(given["query"], str):
-        given = {**given, "query_tokens": words}
-    return functools.partial(function, maps, **given), set(inspect.signature(function).parameters)
+        keywords = {**keywords, "tokens": tokens}
+    if kind == "query" and "query" not in keywords:
+        raise Mistake("--kind query needs --query: a patch as ROW,COLUMN, a token's number, or a word")
+    if kind == "query" and isinstance(keywords["query"], str):
+        keywords = {**keywords, "query_tokens": tokens}
+    return functools.partial(function, maps, **keywords), set(inspect.signature(function).parameters)
 
 
-def _measured(kind: str, maps: list[Any], words: list[str] | None, grid: Any = None, title: str | None = None) -> Any:
+def _measured(kind: str, maps: list[Any], tokens: list[str] | None, grid: Any = None, title: str | None = None) -> Any:
     from .. import analysis, plot
 
     if kind == "patterns":
-        return plot.patterns(analysis.head_patterns(maps, words), title=title)
+        return plot.patterns(analysis.head_patterns(maps, tokens), title=title)
     if kind == "distance":
         return plot.distance(analysis.attention_distance(maps, grid), unit="patches", title=title)
-    ax = plot.distance(analysis.entropy(maps).mean(-1), title=title)  # dots of heads by layers, of another measure
+    ax = plot.distance(analysis.entropy(maps).mean(-1), title=title)  # a dot for each head, as for distances
     ax.set_ylabel("mean entropy (nats)")
     return ax
 
 
-def _of_statistics(kind: str, found: Collected, given: dict[str, Any]) -> tuple[Callable[[], Any], set[str]]:
-    """What draws a statistic, and which options it takes."""
+def _of_statistics(kind: str, statistics: Collected, keywords: dict[str, Any]) -> tuple[Callable[[], Any], set[str]]:
+    """A function that draws a statistic, and the options that it accepts."""
     from .. import plot
 
     name = kind.replace("-", "_")
-    if name not in found:
-        there = ", ".join(f"--kind {one.replace('_', '-')}" for one in found)
-        raise Mistake(f"the file has statistics, and none that --kind {kind} draws: there are {there}")
-    is_map = found[name].mean.ndim == 4
-    return functools.partial(plot.statistic, found, name, **given), {"title", *["layer"][: int(is_map)]}
+    if name not in statistics:
+        kinds = ", ".join(f"--kind {name.replace('_', '-')}" for name in statistics)
+        raise Mistake(f"the file has statistics, and none that --kind {kind} draws: there are {kinds}")
+    accepted = {"title", "layer"} if statistics[name].mean.ndim == 4 else {"title"}  # 4 axes: maps
+    return functools.partial(plot.statistic, statistics, name, **keywords), accepted

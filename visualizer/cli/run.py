@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import opcodes
 from ..instrument import capture
-from .outcome import Mistake, tell, told_plainly
+from .outcome import Mistake, reason, say, warnings_as_lines
 from .recording import Decorated, Models, Recording, Target, has_values, save, summary
 from .script import Program, show_own_frames_only
 
@@ -58,7 +58,7 @@ def _prepared(options: argparse.Namespace) -> Callable[[], int]:
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except (OSError, ValueError) as error:
-        raise Mistake(f"cannot write {options.out}: {getattr(error, 'strerror', None) or error}") from error
+        raise Mistake(f"cannot write {options.out}: {reason(error)}") from error
     name, *arguments = options.program
     program = Program(name, arguments, options.is_module)
     recording = _recording(options, program)
@@ -99,9 +99,9 @@ def _run(program: Program, recording: Recording, out: Path, options: argparse.Na
         recording.start()
         program.run(recording.on_define if isinstance(recording, Target) and recording.is_in_program else None)
     except Mistake as mistake:  # the program is a module that does not exist
-        with told_plainly():
+        with warnings_as_lines():
             recording.stop()
-        tell(mistake)
+        say(mistake)
         return mistake.status
     except SystemExit as end:
         status = _finish(recording, out, options)
@@ -117,20 +117,20 @@ def _run(program: Program, recording: Recording, out: Path, options: argparse.Na
 
 def _finish(recording: Recording, out: Path, options: argparse.Namespace) -> int:
     """Save the results; returns the exit status of a script that ended well itself."""
-    with told_plainly():
+    with warnings_as_lines():
         parts = [part for part in recording.stop() if has_values(part[1])]
     trouble = recording.trouble
     if trouble is not None:
-        tell(trouble if isinstance(trouble, Mistake) else f"not everything was captured: {trouble}")
+        say(trouble if isinstance(trouble, Mistake) else f"not everything was captured: {trouble}")
     elif not parts:
-        tell(f"nothing was captured: {recording.why_nothing()}")
+        say(f"nothing was captured: {recording.why_nothing()}")
     status = trouble.status if isinstance(trouble, Mistake) else 1 if trouble is not None or not parts else 0
     if parts:
         try:
             save(parts, out)
         except (OSError, TypeError, ValueError) as error:
-            tell(f"cannot save what was captured in {options.out}: {getattr(error, 'strerror', None) or error}")
+            say(f"cannot save what was captured in {options.out}: {reason(error)}")
             return 1
         if not options.quiet:
-            tell(f"{summary(parts)}, in {options.out}")
+            say(f"{summary(parts)}, in {options.out}")
     return status

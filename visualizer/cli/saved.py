@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,20 +17,20 @@ from ..errors import FileFormatError
 from ..loading import load
 from ..store import bytes_by_device
 from ..tensors import is_array
-from .outcome import Mistake
+from .outcome import Mistake, reason
 
 if TYPE_CHECKING:
     from ..store import Recorded
 
 
 def read(path: str) -> Recorded:
-    """What a file has, or all files that match a pattern; Mistake where it cannot be read."""
+    """The results in a file, or in all files that match a pattern; Mistake where they cannot be read."""
     try:
         return load(path)
     except FileFormatError as error:
         raise Mistake(error) from error
     except (OSError, ValueError) as error:
-        raise Mistake(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise Mistake(f"cannot read {path}: {reason(error)}") from error
 
 
 def values_by_key(results: Recorded) -> dict[str, list[Any]]:
@@ -109,16 +111,31 @@ def picture_of(path: str | None) -> Any:
     """The picture of --image, upright and in RGB; None where there is no --image."""
     if path is None:
         return None
-    try:
+    with reading_picture(path):
         from PIL import Image, ImageOps
-    except ImportError as error:
-        raise Mistake("--image needs Pillow: pip install pillow") from error
-    try:
+
         with Image.open(path) as file:
             return ImageOps.exif_transpose(file).convert("RGB")
+
+
+@contextlib.contextmanager
+def reading_picture(path: str) -> Iterator[None]:
+    """Turn whatever Pillow raises for a picture into a Mistake, and drop what it warns of."""
+    if not path:
+        raise Mistake("the picture has no name: --image takes a file")
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise Mistake("a picture is read by Pillow: pip install pillow") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except FileNotFoundError as error:
         raise Mistake(f"there is no picture {path}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise Mistake(f"{path} is too large: {error}") from error
+    except (OSError, ValueError, TypeError, SyntaxError) as error:  # SyntaxError: what Pillow raises for a broken PNG
         raise Mistake(f"cannot read {path} as a picture: {error}") from error
 
 

@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
-from .outcome import Mistake
+from .outcome import Mistake, reason
 
 OnDefine = Callable[[str, Any], None]
 """Called with each name that the program's own module defines, and its value."""
@@ -34,7 +34,7 @@ class Program:
                 with open(name, "rb") as file:
                     self._source = file.read()
             except (OSError, ValueError) as error:
-                raise Mistake(f"cannot read the script {name}: {getattr(error, 'strerror', None) or error}") from error
+                raise Mistake(f"cannot read the script {name}: {reason(error)}") from error
 
     @property
     def names(self) -> set[str]:

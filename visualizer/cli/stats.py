@@ -6,13 +6,13 @@ import argparse
 import contextlib
 import importlib
 import os
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .outcome import Fruitless, Mistake, tell, told_plainly, write
+from .builder import build, is_builder
+from .outcome import Failure, Mistake, reason, say, warnings_as_lines, write
 
 if TYPE_CHECKING:
     from ..statistics import Statistic
@@ -40,32 +40,32 @@ def add_to(commands: Commands) -> None:
         "package.module:function, which returns a model, and a tokenizer or a function from a picture's path to input",
     )
     data = stats.add_mutually_exclusive_group(required=True)
-    data.add_argument("--images", metavar="DIR", help="a folder, with those in it")
-    data.add_argument("--texts", metavar="FILE", help="one text a line, UTF-8")
+    data.add_argument("--images", metavar="DIR", help="a folder; the pictures in its folders count too")
+    data.add_argument("--texts", metavar="FILE", help="a UTF-8 file with one text per line")
     stats.add_argument("-o", "--out", metavar="FILE", default="stats.safetensors", help="default: %(default)s")
     stats.add_argument(
         "--measure",
         nargs="+",
-        type=lambda name: name.replace("-", "_"),  # as plot --kind has them
+        type=lambda name: name.replace("-", "_"),  # plot --kind has dashes
         metavar="NAME",
-        help="which statistics, of those below",
+        help="the statistics to collect, of those below",
     )
     stats.add_argument("--batch-size", type=_count, default=8, metavar="N", help="default: %(default)s")
     stats.add_argument("--size", type=_count, default=224, metavar="PIXELS", help="of pictures; default: %(default)s")
-    stats.add_argument("--length", type=_count, default=128, metavar="N", help="tokens of a text; default: %(default)s")
+    stats.add_argument("--length", type=_count, default=128, metavar="N", help="tokens per text; default: %(default)s")
     stats.add_argument("--limit", type=_count, metavar="N", help="only the first N pictures or texts")
     stats.add_argument("--device", metavar="NAME", help="cpu, cuda, mps; default: cuda where there is one")
-    stats.add_argument("--checkpoint", metavar="DIR", help="where a run that was stopped goes on from")
-    stats.add_argument("-q", "--quiet", action="store_true", help="no progress bar, nothing about what failed")
+    stats.add_argument("--checkpoint", metavar="DIR", help="save progress here; a stopped run goes on from it")
+    stats.add_argument("-q", "--quiet", action="store_true", help="no progress bar, and no lines about what failed")
     stats.set_defaults(run=_stats)
 
 
 class _Help(argparse.Action):
-    """Shows the help, with the statistics below the options. Their classes load torch, so only now."""
+    """Shows the help, with the statistics below the options. It looks them up only now, as that loads torch."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         try:
-            lines = [f"  {name:12} {one.about} ({_defaults(one)})" for name, one in _measures().items()]
+            lines = [f"  {name:12} {measure.about} ({_defaults(measure)})" for name, measure in _measures().items()]
             parser.epilog = "\n".join(["statistics of each head:", *lines])
         except Mistake as mistake:
             parser.epilog = str(mistake)
@@ -90,7 +90,7 @@ def _count(text: str) -> int:
     with contextlib.suppress(ValueError):
         if int(text) > 0:
             return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
 
 
 def _stats(options: argparse.Namespace) -> None:
@@ -121,10 +121,10 @@ def _stats(options: argparse.Namespace) -> None:
             }
         else:
             arguments, batches = {}, _Tokenized(items, options.batch_size, prepare, options.length)
-        statistics = [one.for_tokenizer(prepare if options.texts else None) for one in measures]
+        statistics = [measure.for_tokenizer(prepare if options.texts else None) for measure in measures]
         try:
-            with told_plainly(options.quiet):
-                found = collect(
+            with warnings_as_lines(options.quiet):
+                collected = collect(
                     model,
                     batches,
                     *statistics,
@@ -133,17 +133,17 @@ def _stats(options: argparse.Namespace) -> None:
                     **arguments,
                 )
         except (ValueError, RuntimeError, OSError) as error:
-            raise Fruitless(error) from error
+            raise Failure(error) from error
         if rank == 0:
             about = {"model": options.model, "data": options.images or options.texts}
-            write(out, lambda path: found.save(path, about))
+            write(out, lambda path: collected.save(path, about))
             print(out)
 
 
 def _chosen(options: argparse.Namespace) -> list[type[Statistic]]:
-    """The statistics that --measure names, or else those that suit the data."""
+    """The statistics that --measure names; without it, the defaults for the data."""
     measures, data = _measures(), "images" if options.images else "texts"
-    names = options.measure or [name for name, one in measures.items() if data in one.default_for]
+    names = options.measure or [name for name, measure in measures.items() if data in measure.default_for]
     for name in names:
         if name not in measures:
             raise Mistake(f"argument --measure: invalid choice: {name!r} (choose from {', '.join(measures)})")
@@ -152,14 +152,14 @@ def _chosen(options: argparse.Namespace) -> list[type[Statistic]]:
 
 @contextlib.contextmanager
 def _processes() -> Iterator[int]:
-    """Join the processes that torchrun started, if it did; gives this one's rank."""
+    """Join the processes that torchrun started, if any; yields the rank of this process."""
     import torch.distributed as distributed
 
-    is_one = int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ
-    if is_one or not distributed.is_available():
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ
+    if is_alone or not distributed.is_available():
         yield 0
         return
-    distributed.init_process_group("gloo")  # only moments are sent
+    distributed.init_process_group("gloo")  # for CPU tensors: the processes exchange only moments
     try:
         yield distributed.get_rank()
     finally:
@@ -182,7 +182,7 @@ def _lines(file: str) -> list[str]:
     try:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise Mistake(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+        raise Mistake(f"cannot read {file}: {reason(error)}") from error
     lines = [line for line in lines if line]
     if not lines:
         raise Mistake(f"there is no text in {file}")
@@ -194,8 +194,11 @@ def _model(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
     from .. import models
 
     name = options.model
-    if ":" in name and not os.path.exists(name):
-        return _called(name)
+    if is_builder(name):
+        built = build(name)
+        if not isinstance(built, tuple) or len(built) != 2:
+            raise Mistake(f"{name}() must return a model and what makes its input, not a {type(built).__name__}")
+        return built
     try:
         if options.texts or name in models.MODELS:
             model, prepare = models.load(name)
@@ -221,20 +224,6 @@ def _model(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
         raise Mistake(f"cannot load {name}: {error}") from error
 
 
-def _called(name: str) -> tuple[Any, Callable[..., Any]]:
-    module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise Mistake(f"{name!r} leads nowhere: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not isinstance(made, tuple) or len(made) != 2:
-        raise Mistake(f"{name}() gives a model and what makes its input, not a {type(made).__name__}")
-    return made
-
-
 def _opened(path: Path) -> Any:
     from PIL import Image
 
@@ -252,23 +241,23 @@ def _read(paths: list[Path], prepare: Callable[[Path], Any], quiet: bool) -> Any
             pictures.append(prepare(path))
         except (OSError, ValueError, SyntaxError) as error:
             if not quiet:
-                tell(f"{path} does not count: {error}")
+                say(f"{path} does not count: {error}")
     if not pictures:
         raise ValueError("no picture of this batch can be read")
     return torch.cat(pictures)
 
 
 def _identity(item: Any) -> Any:
-    """A text, or a picture's name and size. A picture's time changes when it is copied."""
+    """What tells an item from others: a text itself; a picture's name and size, as copying changes its time."""
     return (str(item), item.stat().st_size) if isinstance(item, Path) else item
 
 
 class _Batches:
-    """Pictures or texts, `size` at once."""
+    """Pictures or texts in batches of `size`."""
 
     def __init__(self, items: list[Any], size: int, settings: str) -> None:
         self._items, self._size = items, size
-        # By this a checkpoint knows that the data are the same.
+        # A checkpoint compares it, to go on only with the same data in the same batches.
         self.fingerprint = f"{zlib.crc32(repr([_identity(item) for item in items]).encode()):08x} by {size}, {settings}"
 
     def __len__(self) -> int:
@@ -280,7 +269,7 @@ class _Batches:
 
 
 class _Tokenized(_Batches):
-    """Batches of texts, as a tokenizer makes them."""
+    """Batches of texts, tokenized."""
 
     def __init__(self, items: list[Any], size: int, tokenizer: Any, length: int) -> None:
         super().__init__(items, size, f"{length}")
@@ -290,7 +279,7 @@ class _Tokenized(_Batches):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for texts in super().__iter__():
-            made = self._tokenizer(
+            encoded = self._tokenizer(
                 texts, return_tensors="pt", padding=True, truncation=True, max_length=self._length, verbose=False
             )
-            yield dict(made)
+            yield dict(encoded)

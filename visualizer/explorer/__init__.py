@@ -1,7 +1,7 @@
 """`explore(maps)`: one page to walk through all layers and heads, for a notebook, a file or a browser.
 
-`data` makes bytes of the maps, `page` makes the page of the bytes; what runs in the browser is in `explore.html`,
-`explore.css` and `explore.js`.
+`sides` reads what the queries and keys are, `coding` turns the maps into bytes, and `page` makes the page of both. The
+files `explore.html`, `explore.css` and `explore.js` run in the browser.
 """
 
 from .page import Explorer, explore

@@ -1,7 +1,7 @@
-"""The page: what the maps are of, their bytes, and the files that run in the browser, in one HTML text.
+"""The page: labels, coded maps, and the files that run in the browser, in one HTML text.
 
-Nothing in it is loaded from anywhere, and a content security policy holds it to that. Tokens and titles reach the page
-as JSON in a block that does not run, and the document as text; script and style are allowed by their hashes.
+The page loads nothing, and its content security policy enforces that: script and style are allowed by their hashes.
+Tokens and titles reach the page as JSON in a block that does not run, and the document as text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import re
 import tempfile
 import webbrowser
 from base64 import b64encode
@@ -27,13 +26,15 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
-from ..plot.places import read_grid, read_image
-from .data import NOTHING, SPECIAL, STEP, Example, Side, code_maps, pack, read_maps, shown
+from ..analysis.reading import maps_of
+from ..maps import AttentionMap
+from ..reading import check_not_empty
+from .coding import NOTHING, STEP, Example, code_maps, pack
+from .sides import Side, printable, read_sides
 
 MAX_BYTES = 30_000_000
-"""Of a page; maps that would take more are reduced, and the page says how."""
+"""The most bytes of a page; larger maps are reduced, and the page says how."""
 
-_PICTURE_SIDE = 768  # pixels: more than the page gives a picture
 _FRAME_HEIGHT = 860
 
 
@@ -49,7 +50,7 @@ def explore(
     batch: int | Sequence[int] | None = None,
     title: str = "",
 ) -> Explorer:
-    """A page to walk through the maps of all layers and heads: in a notebook as it is, or saved, or opened.
+    """A page to walk through the maps of all layers and heads: shown in a notebook, saved to a file or opened.
 
     >>> import torch
     >>> from visualizer import explore
@@ -64,66 +65,71 @@ def explore(
     that loads nothing; `?` on it lists its keys.
 
     Args:
-        maps: one map or layers of one shape: an `AttentionMap` or several, what `attention`, `capture` or `load`
-            gave, a model's tuple of attentions, a tensor or an array (queries, keys), (heads, queries, keys), (batch,
+        maps: one map, or layers of one shape: an `AttentionMap` or several; the result of `attention`, `capture` or
+            `load`; a model's tuple of attentions; a tensor or an array (queries, keys), (heads, queries, keys), (batch,
             heads, queries, keys) or (layers, batch, heads, queries, keys). Rows sum to one.
-        tokens: the words, one for each query, which are the keys too.
-        image: the picture that the keys are patches of, and the queries too where they are as many: an array or
-            tensor (height, width, channels) or (channels, height, width), of integers to 255 or floats to 1, or a PIL
-            image.
+        tokens: the words of a text, one for each query; the keys are the same tokens.
+        image: the picture whose patches are the keys, and the queries too if there are as many: an array or tensor
+            (height, width, channels) or (channels, height, width), of integers to 255 or floats to 1, or a PIL image.
         query_tokens, key_tokens: the words of one side alone, in cross-attention; `image` is then the other side.
         grid: (rows, columns) of patches; None: the square that the tokens make, with or without a class token.
         prefix_tokens: how many tokens come before the patches, or their names.
-        batch: which images or texts of the batch, one or several; None: all. Words and pictures are then lists, one
-            entry for each of the whole batch.
-        title: what stands at the top, and what the example is called where a page has several.
+        batch: which images or texts of the batch, one or several; None: all. For several, `tokens` and `image` are
+            lists with one entry for each image or text of the whole batch.
+        title: the heading of the page, and the name of the example on a page with several.
 
     Returns:
-        An `Explorer`. The maps are read at once, to one byte a weight.
+        An `Explorer`. It holds one byte for each weight and keeps no reference to the maps.
 
     Raises:
-        ValueError: there are no maps, or layers of several shapes; words or grid do not fit them; or the numbers are no
-            attention weights (below zero, infinite).
-        TypeError: `maps` or `image` is of another type.
+        ValueError: there are no maps, or layers have different shapes; words or grid do not fit them; or the numbers
+            are not attention weights (negative or infinite).
+        TypeError: `maps` or `image` has another type.
         IndexError: there is no such image in the batch.
     """
-    layers = read_maps(maps)
+    layers = _read_layers(maps)
     size, _, queries, keys = layers[0].shape
     images = _images(batch, size)
     if tokens is not None and (image is not None or query_tokens is not None or key_tokens is not None):
         raise ValueError(
-            "tokens= names the queries and keys of a text, so there is no place for image=, query_tokens= or "
-            "key_tokens= beside it: in cross-attention name one side by query_tokens= or key_tokens="
+            "tokens= names both queries and keys, so image=, query_tokens= and key_tokens= cannot be passed with it: "
+            "in cross-attention name one side by query_tokens= or key_tokens="
         )
     if image is not None and any(layer.kind == "window" for layer in layers):
         raise ValueError("these layers attend within windows, which are parts of the picture: pass no image")
-    given = {"tokens": tokens, "query_tokens": query_tokens, "key_tokens": key_tokens, "image": image}
-    each = {name: _for_each(name, value, images, size) for name, value in given.items()}
+    named = {"tokens": tokens, "query_tokens": query_tokens, "key_tokens": key_tokens, "image": image}
+    of_each = {name: _for_each(name, value, images, size) for name, value in named.items()}
     sides = [
-        _sides(queries, keys, *(each[name][at] for name in given), grid=grid, prefix_tokens=prefix_tokens)
+        read_sides(
+            queries,
+            keys,
+            **{name: values[at] for name, values in of_each.items()},
+            grid=grid,
+            prefix_tokens=prefix_tokens,
+        )
         for at in range(len(images))
     ]
     names = [title if len(images) == 1 else f"{title} {number}".strip() for number in images]
-    return Explorer(code_maps(layers, images, sides, [shown(name) if name else "" for name in names]))
+    return Explorer(code_maps(layers, images, sides, [printable(name) if name else "" for name in names]))
 
 
 class Explorer:
-    """A page about attention maps; made by `explore`. The last line of a notebook's cell shows it.
+    """A page about attention maps; made by `explore`. A notebook shows it as the last line of a cell.
 
-    `page + other` has the examples of both.
+    `page + other` is a page with the examples of both.
     """
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = list(examples)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the page to a file, and have its path."""
+        """Write the page to a file; returns its path."""
         path = Path(path)
         path.write_text(self.html, encoding="utf-8", newline="\n")
         return path
 
     def open(self) -> Path:
-        """Show the page in a browser, and have the path of the temporary file that it is in."""
+        """Show the page in a browser; returns the path of the temporary file."""
         path = self.save(Path(tempfile.mkdtemp(prefix="visualizer-")) / "explorer.html")
         webbrowser.open(path.as_uri())
         return path
@@ -134,7 +140,7 @@ class Explorer:
         return _page(self._examples)
 
     def _repr_html_(self) -> str:
-        # The frame lies over the picture, which is seen where a viewer of notebooks drops frames.
+        # The frame covers the picture, which is visible where a viewer of notebooks removes frames.
         return (
             f'<div style="position:relative;height:{_FRAME_HEIGHT}px;overflow:hidden">{_still(self._examples[0])}'
             '<iframe sandbox="allow-scripts allow-downloads" title="Attention explorer" '
@@ -152,6 +158,20 @@ class Explorer:
         return f"<Explorer: {first}>" if count == 1 else f"<Explorer: {count} examples, the first of {first}>"
 
 
+def _read_layers(maps: Any) -> list[AttentionMap]:
+    """The layers in whatever holds attention; raises ValueError if they have different shapes or an empty axis."""
+    layers: list[AttentionMap] = maps_of(maps).layers
+    check_not_empty(layers)
+    for number, layer in enumerate(layers):
+        if layer.shape != layers[0].shape:
+            raise ValueError(
+                f"a page shows layers of one shape, (batch, heads, queries, keys): layer 0 has {layers[0].shape}, "
+                f"layer {number} has {layer.shape}. Make a page for each shape, and add them: explore(some) "
+                "+ explore(others)"
+            )
+    return layers
+
+
 def _images(batch: int | Sequence[int] | None, size: int) -> list[int]:
     if batch is None:
         return list(range(size))
@@ -165,82 +185,23 @@ def _images(batch: int | Sequence[int] | None, size: int) -> list[int]:
 
 
 def _for_each(name: str, value: Any, images: Sequence[int], size: int) -> list[Any]:
-    """What belongs to each of the chosen images: out of a list for the whole batch, or the value of the only one."""
+    """The argument of that name for each chosen image: entries of a list for the whole batch, or the value for one."""
     if value is None:
         return [None] * len(images)
     if isinstance(value, (list, tuple)) and len(value) == size and not isinstance(value[0], (str, int, float)):
         return [value[number] for number in images]
     if len(images) > 1:
         raise ValueError(
-            f"{name}= is a list of {size}, one for each image or text of the batch; or choose one of them by batch=0"
+            f"{name}= must be a list of {size}, one for each image or text of the batch; or choose one by batch=0"
         )
     return [value]
 
 
-def _sides(
-    queries: int,
-    keys: int,
-    tokens: Sequence[Any] | None,
-    query_tokens: Sequence[Any] | None,
-    key_tokens: Sequence[Any] | None,
-    image: Any,
-    *,
-    grid: tuple[int, int] | None,
-    prefix_tokens: int | Sequence[str] | None,
-) -> tuple[Side, Side]:
-    has_picture = image is not None or grid is not None or prefix_tokens is not None
-
-    def words(name: str, given: Sequence[Any] | None, size: int) -> Side:
-        if given is None:
-            return Side([str(number) for number in range(size)], [])
-        if len(given) != size:
-            raise ValueError(
-                f"{name} has {len(given)} words, and there are {size} {'keys' if name == 'key_tokens' else 'queries'}: "
-                "special tokens and padding count"
-            )
-        labels = [shown(token) for token in given]
-        return Side(labels, [at for at, token in enumerate(given) if re.fullmatch(SPECIAL, str(token))])
-
-    def patches(size: int) -> Side:
-        found = read_grid(size, grid=grid, prefix_tokens=prefix_tokens)
-        prefix = [shown(name) for name in found.prefix]
-        picture = None if image is None else _jpeg(image)
-        return Side(prefix, list(range(len(prefix))), (found.rows, found.columns), picture)
-
-    if query_tokens is not None or key_tokens is not None:
-        if query_tokens is not None and key_tokens is not None and has_picture:
-            raise ValueError("query_tokens= and key_tokens= name both sides: the picture would have no place")
-        query_is_picture = query_tokens is None and has_picture
-        key_is_picture = key_tokens is None and has_picture
-        return (
-            patches(queries) if query_is_picture else words("query_tokens", query_tokens, queries),
-            patches(keys) if key_is_picture else words("key_tokens", key_tokens, keys),
-        )
-    if tokens is not None and queries != keys:
-        raise ValueError(
-            f"tokens= names queries and keys at once, but these are {queries} queries over {keys} keys: pass "
-            "query_tokens= and key_tokens="
-        )
-    if has_picture:
-        side = patches(keys)
-        return (side if queries == keys else words("query_tokens", None, queries)), side
-    side = words("tokens", tokens, keys)
-    return (side if queries == keys else words("query_tokens", None, queries)), side
-
-
-def _jpeg(image: Any) -> bytes:
-    pixels = Image.fromarray(np.rint(255 * read_image(image)).astype(np.uint8))
-    pixels.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
-    file = io.BytesIO()
-    pixels.save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
 def _page(examples: Sequence[Example]) -> str:
     stills = _still(examples[0])
-    pictures: list[bytes] = []  # each once, however many examples and sides it has
+    pictures: list[bytes] = []  # each once, even if several examples or sides have it
 
-    def side_of(side: Side) -> dict[str, Any]:
+    def described(side: Side) -> dict[str, Any]:
         if side.picture is not None and side.picture not in pictures:
             pictures.append(side.picture)
         return {
@@ -257,12 +218,12 @@ def _page(examples: Sequence[Example]) -> str:
         about.append(
             {
                 "title": example.title,
-                "layers": [shown(path) if path else "" for path in example.layers],
+                "layers": [printable(path) if path else "" for path in example.layers],
                 "shape": example.codes.shape,
                 "top": example.top.shape[3],
                 "same": queries is keys,
                 "multiplies": example.is_one_space,
-                "sides": [side_of(queries), side_of(keys)],
+                "sides": [described(queries), described(keys)],
             }
         )
     script, style = (_resource(name) for name in ("explore.js", "explore.css"))
@@ -290,7 +251,7 @@ def _resource(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names what may run."""
+    """The name of a script or style in a content security policy."""
     return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
@@ -299,7 +260,7 @@ def _block(name: str, data: bytes) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON in which nothing can end a script block or begin a tag; all but ASCII is escaped, line separators too."""
+    """JSON that can neither end a script block nor begin a tag; all non-ASCII is escaped, line separators too."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -310,7 +271,7 @@ def _colours(name: str) -> str:
 
 
 def _still(example: Example) -> str:
-    """A picture of all heads for where no script runs: an img tag."""
+    """A picture of all heads, for viewers that run no script: an img tag."""
     layers, heads, queries, keys = example.codes.shape
     table = np.exp(-STEP * np.arange(256, dtype=np.float32))
     table[NOTHING] = 0
@@ -319,11 +280,11 @@ def _still(example: Example) -> str:
         weights = table[example.codes[:, :, 0]] * example.top[:, :, 0, :1]
         cells = weights[..., len(key_side.labels) :].reshape(layers, heads, *key_side.grid)
         cells = cells / np.maximum(cells.max((2, 3), keepdims=True), 4 / keys)
-        what = f"what {key_side.labels[0] if key_side.labels else 'the first patch'} attends to"
+        caption = f"what {key_side.labels[0] if key_side.labels else 'the first patch'} attends to"
     else:
         down, across = (np.linspace(0, count, min(count, 32) + 1).astype(int)[:-1] for count in (queries, keys))
         cells = table[np.minimum.reduceat(np.minimum.reduceat(example.codes, down, axis=2), across, axis=3)]
-        what = "queries down and keys across"
+        caption = "queries down and keys across"
     colours = mpl.colormaps["viridis"](cells, bytes=True)[..., :3]  # (layers, heads, rows, columns, 3)
     rows, columns = cells.shape[2:]
     scale = max(1, math.ceil(48 / max(rows, columns)))
@@ -333,7 +294,7 @@ def _still(example: Example) -> str:
     sheet = framed.swapaxes(1, 2).reshape(layers * high, heads * wide, 3)
     file = io.BytesIO()
     Image.fromarray(sheet).quantize(64).save(file, "PNG", optimize=True)
-    text = f"Attention of {layers} layers, down, and {heads} heads, across: {what}. Open the page where scripts run."
+    text = f"Attention of {layers} layers, down, and {heads} heads, across: {caption}. Open the page where scripts run."
     return (
         f'<img alt="{html.escape(text)}" title="{html.escape(text)}" '
         f'src="data:image/png;base64,{b64encode(file.getvalue()).decode()}">'

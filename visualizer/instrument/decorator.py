@@ -63,6 +63,7 @@ class GetLocal:
         self._active = False
         self._keep: Keep = "numpy"
         self._origins: dict[tuple[Any, ...], _Origin] = {}
+        self._bases: set[str] = set()
         self._decorated: weakref.WeakKeyDictionary[FunctionType, list[Channel]] = weakref.WeakKeyDictionary()
 
     def __call__(self, *names: str, at: At = "return", keep: Keep | None = None) -> Callable[[T], T]:
@@ -246,9 +247,8 @@ class GetLocal:
         identity = (module, name, line)
         if identity in self._origins:
             return self._origins[identity]
-        taken = {origin.base for origin in self._origins.values()}
         candidates = (name, f"{module}.{name}", f"{module}.{name}@{line}")
-        return _Origin(identity, next(base for base in candidates if base not in taken))
+        return _Origin(identity, next(base for base in candidates if base not in self._bases))
 
     def _channel(
         self, origin: _Origin, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None
@@ -262,6 +262,7 @@ class GetLocal:
 
     def _register(self, origin: _Origin, function: FunctionType, channel: Channel) -> None:
         self._origins[origin.identity] = origin
+        self._bases.add(origin.base)
         arguments = (channel.names, channel.at, _identity(channel.keep))
         if arguments not in origin.channels:
             self._store.add(channel)

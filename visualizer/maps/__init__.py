@@ -5,8 +5,8 @@ softmax(scale * q_i . K^T + bias), so what reads a map row by row (a rollout, an
 runs in the memory of a few rows.
 """
 
-from .attention_map import AttentionMap, maps_of
+from .attention_map import AttentionMap
 from .gradients import Gradient
 from .sources import Factors, Keys, Weights, without_autograd
 
-__all__ = ["AttentionMap", "Factors", "Gradient", "Keys", "Weights", "maps_of", "without_autograd"]
+__all__ = ["AttentionMap", "Factors", "Gradient", "Keys", "Weights", "without_autograd"]

@@ -1,6 +1,6 @@
-"""Real weights and real pictures out of installed packages: no model hub, the same pictures everywhere.
+"""Trained weights and photographs from installed packages: no model hub, and the same results everywhere.
 
-A plain vision transformer stands here with its attention decorated, as a user would write one::
+Here is a plain vision transformer with its attention decorated, as a user would write it::
 
     from visualizer import get_local
     from visualizer.models import dinov2_small, photo, prepare
@@ -11,9 +11,9 @@ A plain vision transformer stands here with its attention decorated, as a user w
         model(images)
     get_local.cache["PlainAttention.forward"][-1]     # last layer, (1, 6, 1025, 1025)
 
-``dinov2_small`` and ``vit_from_npz`` fill it with trained weights, ``minilm`` loads a small BERT, ``smollm2`` a
-small language model, and ``load`` any of these by its name in ``MODELS``, or a text model of the hub. Whatever
-a function needs beyond torch and numpy it imports itself, and says what to install.
+``dinov2_small`` and ``vit_from_npz`` fill it with trained weights. ``minilm`` loads a small BERT, ``smollm2`` a
+small language model. ``load`` loads each of them by its name in ``MODELS``, or a text model of the hub. If a
+function needs more than torch and numpy, it imports that itself, and its error says what to install.
 """
 
 from .names import MODELS, Weights, load

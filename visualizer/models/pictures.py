@@ -1,4 +1,4 @@
-"""Photographs that are free to use, and any picture as a model wants it."""
+"""Photographs that are free to use, and any picture as input for a model."""
 
 import os
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ PHOTOS: Mapping[str, str] = {
     "coffee": "coffee.png: photograph by Rachel Michetti, courtesy of Pikolo Espresso Bar, CC0",
     "rocket": "rocket.jpg: SpaceX, public domain",
 }
-"""The photographs that ``photo`` finds: by name, the file and whose it is; all free to copy and change."""
+"""The photographs that ``photo`` finds: by name, the file and who made it. All are free to copy and change."""
 
 
 def photo(name: str) -> Path:
-    """Where an example photograph lies: one of ``PHOTOS``, inside the installed scikit-image.
+    """The path of an example photograph: one of ``PHOTOS``, inside the installed scikit-image.
 
     >>> photo("chelsea").name
     'chelsea.png'
@@ -35,7 +35,7 @@ def photo(name: str) -> Path:
     Raises:
         ValueError: no such name in ``PHOTOS``.
         ImportError: scikit-image is not installed.
-        FileNotFoundError: it came without the file; the wheels on PyPI have all five.
+        FileNotFoundError: this scikit-image has no such file; the wheels on PyPI have all five.
     """
     if name not in PHOTOS:
         raise ValueError(f"no photograph called {name!r}; there are {', '.join(PHOTOS)}")
@@ -53,22 +53,22 @@ def prepare(
     mean: float | tuple[float, float, float] = (0.485, 0.456, 0.406),
     std: float | tuple[float, float, float] = (0.229, 0.224, 0.225),
 ) -> tuple[Tensor, npt.NDArray[np.uint8]]:
-    """A picture as a batch of one for the model, and as the very pixels that its patches cover.
+    """A picture as a batch of one for the model, and the exact pixels that its patches cover.
 
     >>> images, pixels = prepare(np.zeros((300, 451, 3), np.uint8), size=(224, 448))
     >>> images.shape, pixels.shape, pixels.dtype
     (torch.Size([1, 3, 224, 448]), (224, 448, 3), dtype('uint8'))
 
-    The middle of the picture is cut out in the shape asked for, as large as it goes, and resampled.
-    Photographs are turned upright, grey and palette pictures become RGB, what is transparent becomes white.
+    The picture is cropped around its centre, as large as the wanted shape allows, and resampled.
+    Photographs are turned upright, grey and palette pictures become RGB, transparent pixels become white.
 
     Args:
         picture: a PIL image, a file's path, or an array (height, width), (height, width, 3) or
             (height, width, 4), of uint8 or of floats from 0 to 1.
-        size: in pixels, a side of the square, or (height, width); multiples of ``patch``.
+        size: the side of a square in pixels, or (height, width); multiples of ``patch``.
         patch: side of the model's patches in pixels.
-        mean: of the model's training pictures, on a scale from 0 to 1, for all channels or for red, green and
-            blue; ImageNet's by default.
+        mean: the mean of the model's training pictures, on a scale from 0 to 1, for all channels or for red, green
+            and blue; ImageNet's by default.
         std: standard deviation, likewise.
 
     Returns:
@@ -77,7 +77,7 @@ def prepare(
     Raises:
         ImportError: Pillow is not installed.
         OSError: the file is missing or no picture.
-        TypeError: the array is of another type: what value is white cannot be known.
+        TypeError: the array has another dtype, so the value of white is not known.
         ValueError: the size is not a multiple of the patch, an array has another shape or values outside 0 to
             1, or the picture has more than 8 bits a channel.
     """
@@ -108,7 +108,7 @@ def prepare(
 
 
 def _as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """An array that PIL reads as a picture, of uint8."""
+    """The array as uint8, which PIL reads as a picture."""
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or not array.size:
         raise ValueError(f"a picture is (height, width) or (height, width, 3 or 4), not {array.shape}")
     if array.dtype == np.uint8:
@@ -116,6 +116,6 @@ def _as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     if not np.issubdtype(array.dtype, np.floating):
         raise TypeError(f"a picture is an array of uint8, or of floats from 0 to 1, not of {array.dtype}")
     low, high = array.min(), array.max()
-    if not 0 <= low <= high <= 1:  # false for nan as well
+    if not 0 <= low <= high <= 1:  # false for NaN too
         raise ValueError(f"a picture of floats goes from 0 to 1, this one from {low} to {high}")
     return (array * 255).round().astype(np.uint8)

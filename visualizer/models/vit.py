@@ -1,4 +1,4 @@
-"""A plain vision transformer, its attention decorated as a user would."""
+"""A plain vision transformer. Its attention is decorated as a user would do it."""
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,9 @@ from ..instrument import get_local
 
 
 class PlainAttention(nn.Module):
-    """Multi-head self-attention that spells its softmax out, so that a local holds the weights.
+    """Multi-head self-attention that computes its softmax in the open, so that a local holds the weights.
 
-    It is not called Attention, so that the key ``Attention.forward`` stays free for a model of your own.
+    It is not called Attention, so that the key ``Attention.forward`` stays free for your own model.
 
     The local ``attn`` of ``forward`` is (batch, heads, queries, keys) after the softmax: rows sum to one.
 
@@ -29,8 +29,8 @@ class PlainAttention(nn.Module):
 
     @get_local("attn")
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (batch, N, width) after each has gathered from all; same shape, dtype and device."""
-        # N tokens, the width split over the heads: d = width / heads
+        """Tokens (batch, N, width) after attention; same shape, dtype and device."""
+        # N tokens; the width is split over the heads: d = width / heads
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
         k = self.key(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
         v = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
@@ -41,7 +41,7 @@ class PlainAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One encoder layer: attention, then a perceptron, each normed before and added to what came in.
+    """One encoder layer: attention, then a perceptron, each after a LayerNorm and with a residual connection.
 
     >>> Block(width=8, heads=2, hidden=16, layer_scale=True)(torch.zeros(1, 5, 8)).shape
     torch.Size([1, 5, 8])
@@ -128,8 +128,8 @@ class VisionTransformer(nn.Module):
         device.
 
         Raises:
-            ValueError: the shape is another, or height and width are not whole numbers of patches: the rest
-                of the picture would be dropped without a word, and a map laid over it would be off.
+            ValueError: another shape, or height or width is not a whole number of patches. The rest of the picture
+                would be dropped silently, and a map drawn over it would be shifted.
         """
         sides = images.shape[2:]
         if images.ndim != 4 or images.shape[1] != 3 or any(side % self.patch or not side for side in sides):

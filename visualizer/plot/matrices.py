@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
+from ..reading import Array
 from .canvas import axes_of, colour_bar, full_rows, label_ticks, panels, write_title
 from .look import Keywords, Look, Scale, exceeds, matrix_top
-from .reading import Array, Choice, select, select_all
+from .reading import Choice, select, select_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

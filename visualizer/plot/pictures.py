@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
+from ..reading import Array, as_numbers
 from .canvas import LABEL, axes_of, lay_out, panel_size, panels, write_title
 from .look import Blend, Colours, Keywords, OverPicture, Scale
 from .over_picture import draw_row, figure_size, spread
 from .places import Grid, Patches, Size, Window, grid_of, picture_of, read_grid, read_window, whole_grid, word_index
-from .reading import Array, Choice, Reduction, Selection, as_numbers, head_words, read_layers, select, token_axes
+from .reading import Choice, Reduction, Selection, head_words, read_layers, select, token_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,9 +183,7 @@ def rollout(
     grid = grid_of(options, keys, picture)
     token = grid.token(query, queries, keys)
     last = select(layers, layer=-1, batch=batch, head=heads, query=token).weights[0]
-    # AttentionMaps as they are: a rollout computes some of their rows at a time.
-    whole = [one if hasattr(one, "row_product") else one[(None,) * (4 - len(one.shape))] for one in layers]
-    rolled = analysis.rollout(whole, query=token, heads=heads, residual=residual, discard=discard)
+    rolled = analysis.rollout(layers, query=token, heads=heads, residual=residual, discard=discard)
     rolled = as_numbers(rolled)[batch]
 
     width, height = panel_size(grid.size(picture), 3.2)
@@ -308,7 +307,7 @@ def _select_in_window(
 ) -> Selection:
     """What the query attends to in its window, as one row over the whole grid."""
     maps = layers[layer or 0]
-    images, left = divmod(int(maps.shape[0]) if len(maps.shape) == 4 else 1, window.count)
+    images, left = divmod(int(maps.shape[0]), window.count)
     if left or not -images <= batch < images:
         raise ValueError(
             f"maps of {images * window.count + left} windows, shape {tuple(maps.shape)}, and {window.count} windows an "

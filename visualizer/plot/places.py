@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from .reading import Array, as_numbers, is_array
+from ..reading import Array, as_numbers, is_array
 
 Size: TypeAlias = int | tuple[int, int]
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..reading import Array
 from .canvas import axes_of
 from .matrices import heads
-from .reading import Array, Choice
+from .reading import Choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

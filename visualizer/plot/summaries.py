@@ -1,4 +1,4 @@
-"""What was measured of a model, as pictures: `distance`, `filters`, `positions`, `spikes`, `patterns`."""
+"""Pictures of what was measured of a model: `distance`, `filters`, `positions`, `spikes`, `patterns`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
+from ..reading import Array, as_numbers
 from .canvas import axes_of, colour_bar, full_rows, label_ticks, mosaic, panel_size, panels, write_title
 from .look import Colours, Keywords, Scale, exceeds
 from .places import read_grid
-from .reading import Array, as_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ _POSITIONS = Keywords(Scale, vmin=-1, vmax=1)
 _SPIKES = Keywords(Colours, cmap="inferno")
 
 # Okabe and Ito's colours can be told apart with any colour vision (https://jfly.uni-koeln.de/color/). Each label of
-# analysis.head_patterns has one, the same in every picture; other labels take those that are left.
+# analysis.head_patterns has the same colour in every picture; other labels take the colours that are left.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 _KNOWN = ("previous", "next", "self", "local", "special", "induction", "broad")
 _NONE = ("mixed", "other", "none", "")
@@ -39,12 +39,12 @@ def distance(distances: Any, *, unit: str = "pixels", ax: Axes | None = None, ti
     (24, 'mean attention distance (pixels)')
 
     Args:
-        distances: what `analysis.attention_distance` gives, (layers, heads) or (layers, batch, heads), of which the
-            mean over the images is drawn; or a list with one of (heads,) or (batch, heads) per layer, whose numbers of
-            heads may differ. Heads without a distance (NaN) have no dot.
-        unit: the unit of the distances: "pixels" where `attention_distance` had the `patch_size`, else "patches".
-        ax: the axes to draw on; None: those of a new figure.
-        title: None: none.
+        distances: the result of `analysis.attention_distance`, (layers, heads) or (layers, batch, heads); the mean over
+            the images is drawn. Or a list with an array (heads,) or (batch, heads) for each layer; layers may differ in
+            their number of heads. Heads without a distance (NaN) have no dot.
+        unit: the unit of the distances: "pixels" if `attention_distance` had the `patch_size`, else "patches".
+        ax: the axes to draw on; None: a new figure.
+        title: None: no title.
 
     Raises:
         ValueError: another shape, or distances below zero.
@@ -80,7 +80,7 @@ def distance(distances: Any, *, unit: str = "pixels", ax: Axes | None = None, ti
 
 
 def _mean_of_images(one: Array) -> Array:
-    """(heads,) of (heads,) or (batch, heads); the mean of those that have a value."""
+    """(heads,) from (heads,) or (batch, heads): the mean over the images that have a value."""
     if one.ndim == 1:
         return one
     known = np.isfinite(one)
@@ -97,12 +97,12 @@ def filters(components: Any, *, columns: int = 7, ax: Axes | None = None, title:
     '28 filters, each from its lowest value to its highest'
 
     Args:
-        components: what `analysis.filter_components` gives, (count, channels, height, width), of one channel (grey) or
-            three (red, green, blue). Each is scaled to 0..1 by its own lowest and highest value, so that tiles cannot
-            be compared in strength.
+        components: the result of `analysis.filter_components`, (count, channels, height, width), with one channel
+            (grey) or three (red, green, blue). Each is scaled to 0..1 by its own lowest and highest value, so the
+            strengths of two tiles cannot be compared.
         columns: the number of tiles in a row.
         ax: as in `distance`.
-        title: None: what the tiles are.
+        title: None: a title that says what the tiles are.
 
     Raises:
         ValueError: another shape, or values that are not finite.
@@ -137,15 +137,15 @@ def positions(similarity: Any, *, every: int = 1, ax: Axes | None = None, **opti
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('input patch column', 'input patch row')
 
-    The tile at (row, column) has the similarity of that patch's embedding with those of all patches.
+    The tile at (row, column) shows how similar that patch's embedding is to the embedding of each patch.
 
     Args:
-        similarity: what `analysis.position_similarity` gives, cosine similarities (rows, columns, rows, columns); or a
-            part of its first two axes, whose tiles then have no numbers.
-        every: 5 shows the tile of every fifth patch of a large grid, from the third on; each still has all patches.
+        similarity: the result of `analysis.position_similarity`, cosine similarities (rows, columns, rows, columns). Or
+            a part of it along the first two axes; the tiles then have no numbers.
+        every: 5 shows the tile of every fifth patch of a large grid, from the third on; each tile has all patches.
         ax, title: as in `distance`.
         cmap, cbar: as in `head`.
-        vmin, vmax: the ends of the colour scale, by default those of a cosine; None: the lowest and the highest value.
+        vmin, vmax: the ends of the colour scale, by default -1 and 1; None: the lowest and the highest value.
 
     Raises:
         ValueError: another shape, or no tile left.
@@ -192,19 +192,20 @@ def spikes(
     >>> [ax.get_title() for ax in figure.axes[7:9]]
     ['block 7\\nmean 0.50', 'mean 0.10']
 
-    All maps have one colour scale from 0, so that before and after can be compared.
+    All maps share one colour scale from 0, so that before and after can be compared.
 
     Args:
-        rates: what `analysis.spike_rate` gives for each block, 0 to 1: (blocks, tokens) or (blocks, rows, columns), or
-            a list with one of (tokens,) or (rows, columns) per block; or a dict of name -> these, one row of maps each.
+        rates: the results of `analysis.spike_rate` for all blocks, from 0 to 1: (blocks, tokens) or (blocks, rows,
+            columns), or a list with an array (tokens,) or (rows, columns) for each block. A dict of these by name has
+            one row of maps for each name.
         grid: (rows, columns) of patches; None: the square that the tokens form.
-        columns: the number of maps in a row; None: up to eight, or all that a name of a dict has.
+        columns: the number of maps in a row; None: up to eight, or all maps of a name.
         vmax: the end of the colour scale; None: the highest rate.
         cmap, cbar: as in `head`.
-        title: above all maps; None: none.
+        title: the title above all maps; None: no title.
 
     Raises:
-        ValueError: another shape, tokens that form no grid, or values that are no rates.
+        ValueError: another shape, tokens that do not form a grid, or values that are not rates.
     """
     look = _SPIKES.look(options)
     series = dict(rates) if isinstance(rates, Mapping) else {"": rates}
@@ -261,17 +262,17 @@ def _blocks(name: Any, values: Any, grid: tuple[int, int] | None) -> list[Array]
 
 
 def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) -> Axes:
-    """What each head does, as a map of layers x heads: a colour per pattern, its name in the cell and in the legend.
+    """The pattern of each head, in a table of layers x heads: a colour and a name for each pattern, with a legend.
 
     >>> ax = patterns([["previous", "broad"], ["special", "induction"]])
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
     ['previous (1)', 'special (1)', 'induction (1)', 'broad (1)']
 
     Args:
-        found: what `analysis.head_patterns` gives, or the labels alone, (layers, heads) of text.
+        found: the result of `analysis.head_patterns`, or its labels alone, (layers, heads) of text.
 
     Raises:
-        ValueError: labels that are no table of text, or more than eight different ones.
+        ValueError: labels that are not a table of text, or more than eight different labels.
     """
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
@@ -313,7 +314,7 @@ def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) ->
 
 
 def _colours_of(labels: Sequence[str]) -> dict[str, str]:
-    """A colour for each label that there is, those of `head_patterns` first."""
+    """A colour for each label, the labels of `head_patterns` first."""
     colours = {label: colour for label, colour in zip(_KNOWN, _COLOURS, strict=False) if label in labels}
     others = [label for label in labels if label not in _KNOWN and label not in _NONE]
     left = [colour for colour in reversed(_COLOURS) if colour not in colours.values()]
@@ -326,7 +327,7 @@ def _colours_of(labels: Sequence[str]) -> dict[str, str]:
 
 
 def _write_in_cells(ax: Axes, labels: Any, colours: Mapping[str, str]) -> None:
-    """Each cell's label, where the longest of them can be read in a cell."""
+    """Write each cell's label, if the longest label is readable in its cell."""
     from matplotlib.colors import to_rgb
 
     box = ax.get_window_extent()

@@ -239,7 +239,7 @@ class Patterns(Statistic):
         if is_causal:
             special = torch.zeros_like(real) if special is None else special
             special[torch.arange(batch), real.int().argmax(1)] = True
-        known = patterns.Texts(repeats=ids, special=special, real=real, is_causal=is_causal, window=self.window)
+        known = patterns.TokenFacts(repeats=ids, special=special, real=real, is_causal=is_causal, window=self.window)
         sums, counts = patterns.score_sums(layer, known)
         means = sums[0] / counts[..., None]  # (patterns, batch, heads)
         return means.masked_fill(~patterns.has_evidence(counts)[..., None], math.nan).permute(1, 2, 0)

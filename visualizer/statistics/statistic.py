@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError('visualizer.statistics needs torchmetrics: pip install "get-local[stats]"') from error
 
-from ..analysis.reading import layers_of
+from ..analysis.reading import layers_of, without_nan
 from ..maps import AttentionMap, without_autograd
 from .moments import Moments, empty_state, merge_states, state_of, to_one_shape
 from .tokens import Tokens
@@ -109,7 +109,7 @@ class Statistic(Metric):
         are the tokens' numbers, for `Patterns`.
         """
         mask, ids = (None if value is None else torch.as_tensor(value) for value in (attention_mask, ids))
-        self.add([self.reduced(layer, Tokens(mask, ids)) for layer in layers_of(attention)[0]])
+        self.add([self.reduced(layer, Tokens(mask, ids)) for layer in layers_of(attention).layers])
 
     @without_autograd
     def reduced(self, layer: AttentionMap, tokens: Tokens) -> Tensor:
@@ -149,7 +149,7 @@ def measured(layer: AttentionMap, tokens: Tokens, statistics: Sequence[Statistic
         ValueError: these are no weights, a statistic cannot read them, or its `of` gave another shape.
     """
     if layer.is_dense:
-        [clean], _, _ = layers_of(layer)
+        clean = without_nan(layer)
         if clean is not layer:
             # An image without a single number, as where a model overflows, is no sample. Cleaning made it zeros.
             has_numbers = ~layer.rows(slice(None)).isnan().flatten(1).all(1)

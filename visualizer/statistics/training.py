@@ -1,4 +1,4 @@
-"""Statistics during training, every so many steps: entropy that collapses shows before the loss does."""
+"""Statistics during training, every so many steps. When entropy collapses, it shows before the loss does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Monitor", "lightning_callback", "trainer_callback"]
 
 
 class Monitor:
-    """Statistics of the attention in every so many steps of a training, to be logged. In between it does nothing.
+    """Statistics of the attention, measured every so many training steps, for a logger. Other steps are not touched.
 
     >>> import torch
     >>> from visualizer.statistics import Entropy, Monitor
@@ -40,17 +40,17 @@ class Monitor:
     >>> list(values)
     ['attention/entropy/layers.0.self_attn', 'attention/entropy/layers.1.self_attn']
 
-    A number is a layer's mean over images or texts, its calls in the step, and heads. A layer without any, for example
-    because all its weights are NaN, is left out. Calls that gradient checkpointing repeats in the backward pass do not
-    count. An argument "attention_mask", (batch, tokens), says what is padding. The model runs as it does in training;
-    measured are the weights before dropout. In a measured step, modules that `torch.compile` has compiled run
-    uncompiled. Of several processes each measures its own share of the batch.
+    Each number is the mean of a layer over images or texts, calls in the step, and heads. A layer without numbers, for
+    example because all its weights are NaN, is left out. Calls that gradient checkpointing repeats in the backward pass
+    do not count. An argument "attention_mask", (batch, tokens), says what is padding. The model runs as it does in
+    training; the weights are measured before dropout. In a measured step, modules that `torch.compile` has compiled run
+    uncompiled. Each of several processes measures its own share of the batch.
 
     Args:
         model: the model, or a part of it.
-        statistics: those with one number a head: not `Received`, `Patterns` and `MeanMap`.
-        every: every so many steps one is measured, step 0 first.
-        prefix: what the names begin with.
+        statistics: statistics with one number for each head: not `Received`, `Patterns` or `MeanMap`.
+        every: measure one step in this many, step 0 first.
+        prefix: the beginning of each name.
 
     Raises:
         TypeError: `model` is no `nn.Module`, or `statistics` holds something else.
@@ -58,9 +58,9 @@ class Monitor:
     """
 
     model: nn.Module
-    """What is measured from the next step on; may be changed."""
+    """The model that the next steps measure; you may change it."""
     last: Collected | None = None
-    """The last step that was measured, head by head: `monitor.last["entropy"].minimum`."""
+    """The results of the last measured step, head by head: `monitor.last["entropy"].minimum`."""
 
     def __init__(self, model: nn.Module, *statistics: Statistic, every: int = 50, prefix: str = "attention/") -> None:
         check_statistics(model, statistics)
@@ -98,7 +98,7 @@ class Monitor:
 
 
 def _as_one_call(calls: list[tuple[int, list[Tensor]]]) -> tuple[int, list[Tensor]]:
-    """The calls of a layer in a step as one, for a layer that runs several times."""
+    """Merge the calls of a layer that runs several times in a step."""
     sizes, states = zip(*calls, strict=True)
     return sum(sizes), [merge_states(torch.stack(to_one_shape([*parts]))) for parts in zip(*states, strict=True)]
 
@@ -108,9 +108,9 @@ def lightning_callback(*statistics: Statistic, every: int = 50, prefix: str = "a
 
         trainer = lightning.Trainer(callbacks=[lightning_callback(Entropy(), Sink(), every=50)])
 
-    For the numbers and the arguments see `Monitor`; the callback's own is its attribute `monitor`. Steps are those of
-    Lightning's own logs, however many optimizers there are: every=50 measures those that log_every_n_steps=50 logs, 49,
-    99 and so on. If gradients are accumulated, the first batch of a step is measured.
+    For the numbers and the arguments see `Monitor`; the callback has one as its attribute `monitor`. Steps are counted
+    as in Lightning's own logs, for any number of optimizers: every=50 measures the steps that log_every_n_steps=50
+    logs, 49, 99 and so on. If gradients are accumulated, the first batch of a step is measured.
 
     Raises:
         ImportError: neither lightning nor pytorch_lightning is installed.
@@ -128,7 +128,7 @@ def lightning_callback(*statistics: Statistic, every: int = 50, prefix: str = "a
             self.monitor.model, self._step = pl_module, -1
 
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            # Lightning's own callbacks log by this number; `global_step` counts the step of each optimizer.
+            # Lightning's own callbacks log this number; `global_step` counts the steps of all optimizers.
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             if step != self._step:
                 self._step = step
@@ -140,7 +140,7 @@ def lightning_callback(*statistics: Statistic, every: int = 50, prefix: str = "a
             for logger in trainer.loggers if values else ():
                 logger.log_metrics(values, step=self._step)
 
-        def on_train_epoch_end(self, *_: Any) -> None:  # a batch that is skipped has no end of its own
+        def on_train_epoch_end(self, *_: Any) -> None:  # `on_train_batch_end` is not called for a skipped batch
             self._open.close()
             self._step = -1
 
@@ -151,7 +151,7 @@ def lightning_callback(*statistics: Statistic, every: int = 50, prefix: str = "a
 
 
 def _lightning_bases() -> list[Any]:
-    """Lightning's classes of callbacks: it comes under two names, and neither accepts the other's callbacks."""
+    """Lightning's callback classes: it has two package names, and neither accepts callbacks of the other."""
     names = ("lightning.pytorch", "pytorch_lightning")
     used = [sys.modules[name] for name in names if sys.modules.get(name)]
     for name in () if used else names:
@@ -168,13 +168,13 @@ def trainer_callback(trainer: Any, *statistics: Statistic, every: int = 50, pref
 
         trainer.add_callback(trainer_callback(trainer, Entropy(), Sink(), every=50))
 
-    For the numbers and the arguments see `Monitor`; the callback's own is its attribute `monitor`. Steps are those of
-    the `Trainer`'s own logs: every=50 measures those that logging_steps=50 logs, 50, 100 and so on. If gradients are
-    accumulated, the first batch of a step is measured.
+    For the numbers and the arguments see `Monitor`; the callback has one as its attribute `monitor`. Steps are counted
+    as in the `Trainer`'s own logs: every=50 measures the steps that logging_steps=50 logs, 50, 100 and so on. If
+    gradients are accumulated, the first batch of a step is measured.
 
     Args:
         trainer: the `Trainer` that the callback is added to. transformers does not pass it to callbacks.
-        statistics, every, prefix: those of `Monitor`.
+        statistics, every, prefix: as for `Monitor`.
 
     Raises:
         ImportError: transformers is not installed.
@@ -191,12 +191,12 @@ def trainer_callback(trainer: Any, *statistics: Statistic, every: int = 50, pref
             self.monitor.model = model
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            # Callbacks do not learn of errors. A `with` around the one call of `training_step` does.
+            # Callbacks are not called for errors, so a `with` around the call of `training_step` ends the measurement.
             if (state.global_step + 1) % every == 0:
                 self._measure_next(state.global_step + 1)
 
         def _measure_next(self, step: int) -> None:
-            replaced, run = vars(trainer).get("training_step"), trainer.training_step  # somebody may have set one
+            replaced, run = vars(trainer).get("training_step"), trainer.training_step  # the user may have set one
 
             @functools.wraps(run)
             def once(*args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,15 @@ from ..tensors import is_array, is_container, is_foreign_tensor, is_tensor, kind
 
 NO_LIMIT = math.inf
 """As `max_bytes`: keep whatever there is."""
+
+
+class Purse:
+    """How many bytes may be taken without asking."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, left: float) -> None:
+        self.left = left
 
 
 class Budget:
@@ -32,47 +42,130 @@ class Budget:
     def __init__(self, max_bytes: float | None = None) -> None:
         self.max_bytes = max_bytes
         """The most on each device; None: a quarter of its memory."""
-        self.used: dict[str, int] = {}
+        self.purse = Purse(0)
+        """What is left on the CPU, from which channels take without asking."""
         self._limits: dict[str, float] = {}
+        self._left: dict[str, float] = {}
 
     def allow(self, max_bytes: float | None) -> None:
         """Set the limit anew; what is used stays."""
+        used = {device: self.limit(device) - self.room(device) for device in self._limits}
         self.max_bytes = max_bytes
+        self.clear()
         self._limits.clear()
+        self.discount({device: -size for device, size in used.items()})
 
     def limit(self, device: str) -> float:
         """How many bytes values may take on a device."""
         if device not in self._limits:
-            self._limits[device] = memory_of(device) // 4 if self.max_bytes is None else self.max_bytes
+            limit = memory_of(device) // 4 if self.max_bytes is None else self.max_bytes
+            self._limits[device] = limit
+            self._set(device, limit)
         return self._limits[device]
 
     def room(self, device: str) -> float:
         """How many bytes more may be kept on a device; negative where there are too many."""
-        return self.limit(device) - self.used.get(device, 0)
+        self.limit(device)
+        return self.purse.left if device == "cpu" else self._left[device]
 
     def add(self, sizes: dict[str, int]) -> str | None:
         """Count a value; the device on which there are too many bytes now, or None."""
-        for device, size in sizes.items():
-            self.used[device] = self.used.get(device, 0) + size
+        self.discount({device: -size for device, size in sizes.items()})
         return self.exceeded(sizes)
 
-    def discount(self, sizes: dict[str, int]) -> None:
+    def discount(self, sizes: dict[str, float] | dict[str, int]) -> None:
         """Count a value no more."""
         for device, size in sizes.items():
-            self.used[device] = self.used.get(device, 0) - size
+            self.limit(device)
+            if device == "cpu":
+                self.purse.left += size
+            else:
+                self._left[device] += size
 
-    def exceeded(self, devices: dict[str, int]) -> str | None:
+    def exceeded(self, devices: Iterable[str]) -> str | None:
         """The first of these devices on which there are too many bytes, or None."""
         return next((device for device in devices if self.room(device) < 0), None)
 
     def clear(self) -> None:
         """Start over with nothing kept."""
-        self.used.clear()
+        for device, limit in self._limits.items():
+            self._set(device, limit)
+
+    def _set(self, device: str, left: float) -> None:
+        if device == "cpu":
+            self.purse.left = left
+        else:
+            self._left[device] = left
 
     def why_full(self, device: str) -> str:
         """The limit of a device for a message, with where it comes from: "1,000 bytes on cpu (max_bytes)"."""
         origin = "a quarter of its memory" if self.max_bytes is None else "max_bytes"
         return f"{self.limit(device):,} bytes on {device} ({origin})"
+
+
+ROW_BYTES = 48
+"""What the list and the columns of a store take for a value."""
+ARRAY_BYTES = 208
+"""What a small array takes beside its elements and its row."""
+TENSOR_BYTES = 544
+"""What a small tensor takes beside its elements and its row."""
+
+
+LARGEST = 2**60
+NUMBER_BYTES = 32 + ROW_BYTES
+"""What a float or a bool takes, or an int below `LARGEST`."""
+_NUMBERS = frozenset((float, int, bool))
+
+
+def resident_bytes(value: Any) -> dict[str, int]:
+    """How many bytes of memory it takes to keep a value, by device: its own, the objects around them, and its row."""
+    kind = kind_of(value)
+    if kind == "other":
+        return {"cpu": object_bytes(value)}
+    sizes = bytes_by_device(value)
+    more = ROW_BYTES + (ARRAY_BYTES if kind == "array" else TENSOR_BYTES if kind == "tensor" else 0)
+    if kind == "container":
+        more += _objects_in(value)
+    return {**sizes, "cpu": sizes.get("cpu", 0) + more}
+
+
+def resident_bytes_of(values: list[Any]) -> dict[str, int]:
+    """What it takes to keep several values."""
+    try:
+        if _NUMBERS.issuperset(map(type, values)) and (not values or -LARGEST < min(values) <= max(values) < LARGEST):
+            return {"cpu": len(values) * NUMBER_BYTES}
+    except Exception:  # the class of a value has code that fails
+        pass
+    sizes: dict[str, int] = defaultdict(int)
+    for value in values:
+        for device, size in resident_bytes(value).items():
+            sizes[device] += size
+    return sizes
+
+
+def object_bytes(value: Any) -> int:
+    """What it takes to keep a value that is neither an array nor a tensor nor a container."""
+    return _rounded(_size_of(value)) + ROW_BYTES
+
+
+def _rounded(size: int) -> int:
+    return size + 15 & ~15  # as Python allocates memory
+
+
+def _objects_in(value: Any) -> int:
+    """What the arrays and tensors in a container take beside their elements."""
+    more, seen, values = 0, set[int](), [value]
+    try:
+        while values:
+            item = values.pop()
+            kind = kind_of(item)
+            if kind == "container" and id(item) not in seen:
+                seen.add(id(item))
+                values.extend(item.values() if isinstance(item, dict) else item)
+            more += ARRAY_BYTES if kind == "array" else TENSOR_BYTES if kind == "tensor" else 0
+    except Exception:  # the class of a container has code that fails
+        pass
+    return more
 
 
 def bytes_by_device(value: Any) -> dict[str, int]:

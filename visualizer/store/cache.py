@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator
+from collections.abc import ItemsView, Iterable, Iterator
+from sys import getsizeof
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnknownKeyError, did_you_mean
@@ -18,14 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import ValuesView
 
 _NAMED = 12  # keys in an error message
+_NUMBERS = frozenset((int, float, bool))
 
 
 class Cache(Recorded, dict[str, list[Any]]):
     """Captured values: a dict from key to the list of values, in call order.
 
     Reading it first waits for values that are on their way, from a GPU for example. The error about a missing key lists
-    the keys. A list that you hold grows with the calls; with keep="graph", and for values on a GPU, it grows when the
-    cache is read. Printed, the cache is a table of keys, calls, shapes, types and bytes.
+    the keys. A list that you hold grows with the calls; values on a GPU come into it when the cache is read. Printed,
+    the cache is a table of keys, calls, shapes, types and bytes.
     """
 
     def __init__(self, store: Store, title: str) -> None:
@@ -191,22 +193,40 @@ class Cache(Recorded, dict[str, list[Any]]):
     def table(self) -> tuple[str, list[tuple[str, ...]]]:
         """A line that sums everything up, and the rows of the table; the first row has the column names."""
         self.store.fetch()
-        calls: dict[str, set[int]] = {}
-        for record in self.store.records():
-            calls.setdefault(record.key, set()).add(record.call)
+        self.store.reconcile()
         rows: list[tuple[str, ...]] = [("key", "calls", "shape", "dtype", "bytes")]
         total = values_in_all = 0
         for key, values in list(super().items()):
-            size = sum(sum(bytes_by_device(value).values()) for value in values)
+            size = _bytes_of(values)
             total, values_in_all = total + size, values_in_all + len(values)
-            called = len(calls.get(key, ())) or len(values)
+            called = self.store.calls_of(key) or len(values)
             count = f"{called}" if called == len(values) else f"{called} ({len(values)} values)"
-            cells = [_shape_and_dtype(value) for value in values]
+            cells = dict.fromkeys(_shapes_and_dtypes(values))
             shapes, dtypes = (_few(dict.fromkeys(column)) for column in zip(*cells, strict=True)) if cells else ("", "")
             rows.append((key or "''", count, shapes, dtypes, human(size)))
         keys = f"{len(self)} key{'' if len(self) == 1 else 's'}"
         head = f"{self._title}: {keys}, {values_in_all} value{'' if values_in_all == 1 else 's'}, {human(total)}"
         return head, rows
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    try:
+        return _NUMBERS.issuperset(map(type, values))
+    except Exception:  # a class whose own code fails
+        return False
+
+
+def _bytes_of(values: list[Any]) -> int:
+    if _are_numbers(values):
+        return sum(map(getsizeof, values))
+    return sum(sum(bytes_by_device(value).values()) for value in values)
+
+
+def _shapes_and_dtypes(values: list[Any]) -> Iterable[tuple[str, str]]:
+    """The shape and the dtype of each value, but once for all numbers of a type that follow each other."""
+    if _are_numbers(values):
+        return [("", cls.__name__) for cls in dict.fromkeys(map(type, values))]
+    return map(_shape_and_dtype, values)
 
 
 def _shape_and_dtype(value: Any) -> tuple[str, str]:

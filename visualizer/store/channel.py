@@ -1,9 +1,9 @@
 """Brings captured values from rewritten code into a store.
 
 Rewritten code calls `receive(key, value)`. The key names a `Channel`, which brings the variables of one function into
-one `Store`. The store keeps them in lists by key, within its limits. A channel that converts what it keeps files each
-value at once. One that keeps the object itself (`keep="graph"`) only appends it to what has arrived at the store, which
-is atomic without a lock. The store files it when somebody reads, or when what waits has grown heavy.
+one `Store`. The store keeps them in lists by key, within its limits. Whatever `keep` is, the channel converts a value
+at once and hands it to the store as a `Put`. Where the store has opened a run for the channel, the next value of that
+thread is appended to its list directly: see `Store`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 from ..errors import warn
 from ..rewrite import At, assigned_lines, deletes
 from ..tensors import Keep, is_array, is_tensor, keeper, runs_foreign_code, why_unreal
-from .budget import bytes_by_device
-from .store import BATCH, Arrived, Call, Store
+from .budget import LARGEST, NUMBER_BYTES, Purse
+from .quick import SMALL_ARRAY, Quick, is_light, quick_keeper
+from .store import Call, Put, Store
 
 _listening: dict[str, Channel] = {}
 
@@ -39,18 +40,16 @@ def receive(key: str, value: Any) -> None:
         return
     if _keeping and get_ident() in _keeping:
         return
-    arrived = channel.arrived
     try:
-        if arrived is None or value is None or value is receive:
-            channel.deliver(value)
-        else:
-            arrived.append((channel, value, get_ident()))
-            cls = type(value)  # compared by identity, because a class may have its own __eq__ or __hash__
-            if cls is not int and cls is not float:
-                channel.store.count_pending(bytes_by_device(value))
-            elif len(arrived) > channel.store.weigh_after:
-                channel.store.weigh_after += BATCH
-                channel.store.count_pending({"cpu": BATCH * 32})
+        cls = type(value)  # compared by identity, because a class may have its own __eq__ or __hash__
+        if cls is float or (cls is int and -LARGEST < value < LARGEST):
+            thread, purse = get_ident(), channel.purse
+            left = purse.left - NUMBER_BYTES
+            if left >= 0 and channel.thread == thread:  # see `Store`: nothing comes between here and the append
+                purse.left = left
+                channel.append(value)
+                return
+        channel.deliver(value)
     except RecursionError:  # our own call must not make the user's function hit the recursion limit
         skipped = channel.store.skipped_near_recursion_limit
         skipped[channel] = skipped.get(channel, 0) + 1
@@ -101,12 +100,17 @@ class Channel:
         """The original code of the function, for messages."""
         self.made: tuple[CodeType, tuple[str, ...], CodeType] | None = None
         """The last rewriting that had this channel as its last: the original code, the sites, and the result."""
-        self.arrived: Arrived | None = None
-        """Takes the values as they are; None if each has to be converted or counted at once."""
+        self.thread = 0
+        """The thread that may append to its list directly now, or 0; the store alone opens and closes."""
+        self.append: Callable[[Any], None] = _ignore
+        """Appends to the list, for that thread."""
+        self.purse = Purse(0)
+        """How many bytes it may append."""
         self.deliver: Callable[[Any], None] = _ignore
         """Convert and file what the rewritten code delivers."""
         self._keep: Keep = "numpy"
         self._convert: Callable[[Any, list[Any]], Any] = lambda value, copies: value
+        self._quick: Quick = quick_keeper("numpy")
         self._frames: dict[int, tuple[Call, str | None]] = {}
         self._warned: set[str] = set()
         self._has_warned = False
@@ -119,11 +123,10 @@ class Channel:
     def connect(self, default: Keep) -> None:
         """Receive what the rewritten code delivers from now on; `default` is for a channel without its own `keep`."""
         self._keep = default if self.keep is None else self.keep
-        self._convert = keeper(self._keep)
+        self._convert, self._quick = keeper(self._keep), quick_keeper(self._keep)
         if _listening.get(self.site) is not self:
             self._frames.clear()  # their calls went on, or ended, without a listener
         self.deliver = self._assignments() if self.at == "assign" else self._returns()
-        self.choose_path()
         self.store.switch(self, True)
         _listening[self.site] = self
 
@@ -133,12 +136,6 @@ class Channel:
             return
         self.deliver = _ignore  # the closure would hold the channel, and with it the store and its values
         self.store.switch(self, False)
-
-    def choose_path(self) -> None:
-        """Let values wait unconverted where none needs any work, and convert and file each at once elsewhere."""
-        is_plain = self._keep == "graph" and self.at == "return" and len(self.names) == 1 and self.owner is None
-        may_wait = is_plain and self.store.limit is None and not self.store.is_full
-        self.arrived = self.store.arrived if may_wait else None
 
     def name_values(self, value: Any) -> list[tuple[str, Any]]:
         """The variables with their values, of what was put; unbound variables are left out."""
@@ -151,7 +148,8 @@ class Channel:
             return
         copies: list[Any] = []
         kept = [self._kept(name, value, copies, path) for name, value in zip(self.names, values, strict=True)]
-        self.store.put(self, kept, None, None, path, copies)
+        light = not copies and all(map(is_light, kept))
+        self.store.put(Put(self, kept, get_ident(), module=path, copies=copies, is_light=light))
 
     def pass_over(self, name: str, reason: str) -> None:
         """Warn, once, that a value is not recorded because it has no numbers; `reason` is that of `why_unreal`."""
@@ -160,10 +158,31 @@ class Channel:
             warn(f"{name!r} of {self.place()} {reason}: such calls are not recorded.")
 
     def _returns(self) -> Callable[[Any], None]:
-        accept, path_of = self.accept, self.path_of
+        accept, path_of, quick, store = self.accept, self.path_of, self._quick, self.store
+
+        is_copied = self._keep in ("numpy", "tensor")
+        array: Any = None
+        dtype: Any = None
 
         def deliver_one(value: Any) -> None:
-            accept((value,), None)
+            nonlocal array, dtype
+            if type(value) is array and value.dtype is dtype and not store.is_full:  # as the last one
+                kept: Any = value.copy()
+                size: int = kept.nbytes + SMALL_ARRAY
+            else:
+                kept, size = quick(value)
+                if not size or store.is_full:
+                    accept((value,), None)
+                    return
+                if is_copied and is_array(value):
+                    array, dtype = type(value), value.dtype
+            thread, purse = get_ident(), self.purse
+            left = purse.left - size
+            if left >= 0 and self.thread == thread:  # see `Store`: nothing comes between here and the append
+                purse.left = left
+                self.append(kept)
+            else:
+                store.put(Put(self, (kept,), thread, is_light=is_light(kept), may_append=True))
 
         def deliver_all(values: tuple[Any, ...]) -> None:
             accept(values, None)
@@ -204,7 +223,8 @@ class Channel:
                     return  # the call of another object, or one whose object is not known
                 copies: list[Any] = []
                 kept = self._guarded(name, value, copies)
-                store.put(self, (name, kept), call, line, path, copies)
+                light = not copies and is_light(kept)
+                store.put(Put(self, (name, kept), get_ident(), call, line, path, copies, light))
 
         return deliver
 

@@ -174,6 +174,8 @@ def _read(file: BufferedReader, name: str) -> Saved:
         if key not in keys:
             raise ValueError(f"a record of {key!r}, which is no key")
         where = _checked(call, int), _checked(line, int, type(None)), _checked(thread, int)
+        if not all(abs(number or 0) < 2**63 for number in where[:2]):
+            raise ValueError(f"call {call} and line {line}, which no run has")
         records.append(Record(key, _checked(variable, str), value_of(slot), *where, _checked(module, str, type(None))))
     kind: Any = content.get("kind") or _kind_of(records)
     if kind not in get_args(Kind):

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import copy
 import weakref
-from _thread import get_ident
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, Protocol
 
 from ..errors import warn
-from ..tensors import is_array, is_tensor
-from .budget import Budget, bytes_by_device
+from .budget import Budget, Purse, resident_bytes, resident_bytes_of
 from .locks import ForkSafeLock
 from .records import Record
+from .shelf import Shelf, call_order, listed
 
-BATCH = 4096
-"""How many numbers may wait before they are weighed: to weigh each takes longer than to keep it."""
+_SMALL = 16_384
+"""The bytes of values beyond a limit that may wait to be dropped together: to drop each alone takes long."""
 
 
 class Source(Protocol):
     """Where values come from: the part of a `Channel` that the store knows."""
 
     calls: count[int]
+    thread: int
+    append: Any
+    purse: Purse
 
     key_of: Callable[[str, str | None], str]
 
-    def choose_path(self) -> None:
-        """Look at the store's limits again, and choose how values go into it."""
-
-    def name_values(self, value: Any) -> Iterable[tuple[str, Any]]:
+    def name_values(self, values: Any) -> Iterable[tuple[str, Any]]:
         """The variables with their values, of what was put."""
 
     def place(self) -> str:
@@ -46,31 +45,63 @@ class Call:
 
     __slots__ = ("began", "calls", "number")
 
-    _begun = count()
-
     def __init__(self, source: Source) -> None:
-        self.calls, self.began = source.calls, next(self._begun)
+        self.calls, self.began = source.calls, next(call_order)
         self.number = next(self.calls)
 
 
-Arrived = deque[tuple[Any, ...]]
-"""What has arrived and is not filed yet, in order: tuples that begin with (source, value, thread).
+class Put:
+    """Values of one call that have arrived and are not filed yet."""
 
-A value that was put has (call or None, line, module, copies under way, their bytes) behind it. A bool in that place
-marks where the source starts or stops being recorded: a call in another thread may deliver its value after the switch.
-"""
+    __slots__ = ("call", "copies", "is_light", "line", "may_append", "module", "size", "source", "thread", "values")
+
+    def __init__(
+        self,
+        source: Source,
+        values: Any,
+        thread: int,
+        call: Call | None = None,
+        line: int | None = None,
+        module: str | None = None,
+        copies: Sequence[Any] = (),
+        is_light: bool = False,
+        may_append: bool = False,
+    ) -> None:
+        self.source, self.values, self.thread, self.module = source, values, thread, module
+        self.call, self.line = call, line
+        """The call, if it may have several values, and the line that assigned this one."""
+        self.copies = copies
+        """Events of copies from a GPU that are under way."""
+        self.is_light = is_light
+        """Whether the values are numbers, strings, arrays: nobody minds if those beyond a limit go a little later."""
+        self.may_append = may_append
+        """Whether the source's next value may be appended to its list directly."""
+        self.size = 0
+
+
+class Switch:
+    """Marks where a source starts or stops being recorded: a call in another thread may deliver after the switch."""
+
+    __slots__ = ("is_on", "source")
+
+    def __init__(self, source: Source, is_on: bool) -> None:
+        self.source, self.is_on = source, is_on
+
 
 _Lists = dict[str, list[Any]]
 """A `Cache`, through which users read. The store calls only dict's own methods on it, for `Cache` has others."""
-
-_Entry = tuple[Record, dict[str, int], Call | None]
-"""A record, the bytes it takes, and its call if that may have several values."""
 
 
 class Store:
     """Captured values under their keys, within the limits on calls and bytes.
 
-    The store holds its records, but its cache only weakly: who drops the cache drops the values at once.
+    The store holds its cache only weakly: who drops the cache drops the values at once.
+
+    Every value comes as a `Put`. When one is filed and nothing keeps the next of its channel from following it (no
+    other thread, nobody who holds the list, no limit that is near), the channel gets an open run: until the run is
+    closed, it appends to the list directly. It does so only while `source.thread` is the thread that calls: comparing
+    the thread and appending happen without a switch of threads, signals or finalizers between them, because the
+    interpreter allows those only after calls and at jumps backward. Whoever sets `thread` to 0 ends the appending.
     """
 
     def __init__(self, state: str, *, clear: str = "clear()", off: str = "stop()") -> None:
@@ -80,28 +111,26 @@ class Store:
         """What a user calls to empty the store and to switch capture off, for messages."""
         self.limit: int | None = None
         self.is_full = False
-        self.arrived: Arrived = deque()
-        """Any thread may append to it without a lock."""
-        self.weigh_after = BATCH
-        """How many values may wait before the numbers among them are weighed."""
+        self.arrived: deque[Put | Switch] = deque()
+        """What is not filed yet, in order. Any thread may append to it without a lock."""
         self.skipped_near_recursion_limit: dict[Source, int] = {}
         """How many calls had no room left for ours below the recursion limit, by source; the next reader is warned."""
+        self.budget = Budget()
         self._cache: Callable[[], _Lists | None] = lambda: None
         self._lock = ForkSafeLock()
-        self._budget = Budget()
-        self._left: dict[str, float] = {}
-        """How many bytes may still wait, by device, since the last filing."""
         self._under_way = 0
-        self._sources: list[Source] = []
+        self._sources: dict[Source, None] = {}
         self._recorded: set[Source] = set()
         self._failure: BaseException | None = None
         self._messages: list[str] = []
-        self._records: dict[str, deque[_Entry]] = {}
+        self._shelves: dict[str, Shelf] = {}
+        self._unfinished: dict[Shelf, None] = {}
+        """Those that somebody may append to, or that may be beyond the limit."""
 
     @property
     def max_bytes(self) -> float | None:
         """How many bytes of values to keep on each device; None: a quarter of its memory."""
-        return self._budget.max_bytes
+        return self.budget.max_bytes
 
     @property
     def cache(self) -> dict[str, list[Any]]:
@@ -116,17 +145,17 @@ class Store:
     def add(self, source: Source) -> None:
         """Know a source: its calls are counted anew when the cache is cleared."""
         with self._lock:
-            self._sources.append(source)
+            self._sources[source] = None
 
     def remove(self, source: Source) -> None:
         """Forget a source that delivers nothing any more."""
         with self._lock:
-            if source in self._sources:
-                self._sources.remove(source)
+            self._sources.pop(source, None)
 
     def switch(self, source: Source, on: bool) -> None:
         """Start or stop filing what a source delivers; what it has delivered before is filed all the same."""
-        self.arrived.append((source, None, 0, on))
+        self.arrived.append(Switch(source, on))
+        source.thread = 0
 
     def abandon(self) -> None:
         """Drop what is not filed. Nobody can read it any more, and it holds the sources, which hold the store."""
@@ -134,12 +163,14 @@ class Store:
             self.arrived.clear()
             self._recorded.clear()
             self._sources.clear()
+            self._shelves.clear()
+            self._unfinished.clear()
 
     def open(self, key: str) -> None:
         """Give a key its empty list, unless it has one."""
         with self._lock:
-            dict.setdefault(self.cache, key, [])
-            self._records.setdefault(key, deque())
+            if key not in self._shelves:
+                self._shelves[key] = Shelf(key, listed(dict.setdefault(self.cache, key, [])))
 
     def rename(self, old: str, new: str) -> None:
         """Move what is under one key to another."""
@@ -147,17 +178,20 @@ class Store:
         with self._working():
             if old in self.cache:
                 dict.__setitem__(self.cache, new, dict.pop(self.cache, old))
-                self._records[new] = self._records.pop(old, deque())
-                for record, *_ in self._records[new]:
-                    record.key = new
+                shelf = self._shelves.pop(old, None)
+                if shelf is not None:
+                    self._close(shelf)
+                    shelf.key, self._shelves[new] = new, shelf
 
     def drop_if_empty(self, key: str) -> None:
         """Forget a key that nothing was recorded under."""
         self.file_pending()
         with self._working():
-            if key in self.cache and not _listed(dict.__getitem__(self.cache, key)):
+            if key in self.cache and not listed(dict.__getitem__(self.cache, key)):
                 dict.pop(self.cache, key)
-                self._records.pop(key, None)
+                shelf = self._shelves.pop(key, None)
+                if shelf is not None:
+                    self._close(shelf)
 
     def clear(self, sources: Iterable[Source] = ()) -> None:
         """Start over with empty lists under the same keys; lists that were read before keep their values.
@@ -166,23 +200,25 @@ class Store:
         """
         self.file_pending()
         with self._working():
-            self._failure, self._records = None, {}
-            self._budget.clear()
+            for shelf in self._shelves.values():
+                self._close(shelf)
+            self._failure, self._shelves, self._unfinished = None, {}, {}
+            self.budget.clear()
             for key in list(self.cache):
                 dict.__setitem__(self.cache, key, [])
-                self._records[key] = deque()
+                self._shelves[key] = Shelf(key, dict.__getitem__(self.cache, key))
             for source in [*self._sources, *sources]:
                 source.calls = count()
-            self._reopen()
+            self.is_full = False
         self._warn()
 
     def configure(self, limit: int | None, max_bytes: float | None) -> None:
         """Set the limits for what is recorded from now on."""
         with self._lock:
-            self._file_arrived()
+            self.close()
             self.limit = limit
-            self._budget.allow(max_bytes)
-            self._reopen()
+            self.budget.allow(max_bytes)
+            self.is_full = False
 
     def records(self) -> list[Record]:
         """Every value with where it comes from, in the order of the keys, then of the calls."""
@@ -190,7 +226,14 @@ class Store:
         with self._lock:
             self.reconcile()
             with self._working():
-                return [record for key in self.cache for record, *_ in self._records.get(key, ())]
+                return [record for shelf in self._read() for record in shelf.records()]
+
+    def calls_of(self, key: str) -> int:
+        """How many calls have values under a key."""
+        shelf = self._shelves.get(key)
+        if shelf is None:
+            return 0
+        return len(set(shelf.calls)) if shelf.unsorted else shelf.size
 
     def reconcile(self, *keys: str) -> None:
         """Match the records to the lists of these keys, or of all: a user may have changed the lists."""
@@ -199,26 +242,19 @@ class Store:
             if cache is None or self._lock.depth:
                 return
             with self._working():
-                for key in keys or [*self._records, *(key for key in cache if key not in self._records)]:
-                    values, records = dict.get(cache, key), self._records.get(key)
-                    if (
-                        isinstance(values, list)
-                        and records is not None
-                        and len(records) == len(values)
-                        and all(record.value is value for (record, *_), value in zip(records, values, strict=False))
-                    ):
-                        continue
+                for key in keys or [*self._shelves, *(key for key in cache if key not in self._shelves)]:
+                    shelf = self._shelves.get(key)
                     if key in cache:
                         self._reconcile_key(cache, key, keeps_type=True)
-                    else:
-                        for _, sizes, _ in self._records.pop(key, ()):
-                            self._budget.discount(sizes)
+                    elif shelf is not None:
+                        self._close(shelf)
+                        self._discount(self._shelves.pop(key).filed)
 
     def last(self, key: str) -> Any:
         """The newest value that is filed under a key, or None."""
-        records = self._records.get(key)
+        shelf = self._shelves.get(key)
         try:
-            return records[-1][0].value if records else None
+            return shelf.values[-1] if shelf else None
         except IndexError:  # another thread has just cleared it
             return None
 
@@ -241,10 +277,21 @@ class Store:
         with self._lock:
             self._file_arrived()
 
+    def close(self) -> None:
+        """File everything that has arrived, and have every list within its limit, and its columns filled."""
+        with self._lock:
+            self._file_arrived()
+            if not self._lock.depth:
+                with self._working():
+                    for shelf in list(self._unfinished):
+                        self._close(shelf)
+                        self._tighten(shelf)
+                        self._unfinished.pop(shelf, None)
+
     def fetch(self) -> None:
         """File everything that has arrived, and raise what a `keep` function raised meanwhile."""
         with self._lock:
-            self._file_arrived()
+            self.close()
             failure, self._failure = self._failure, None
             skipped, self.skipped_near_recursion_limit = self.skipped_near_recursion_limit, {}
         self._warn()
@@ -253,37 +300,21 @@ class Store:
         if failure is not None:
             raise failure
 
-    def put(
-        self,
-        source: Source,
-        value: Any,
-        call: Call | None,
-        line: int | None,
-        module: str | None = None,
-        copies: Sequence[Any] = (),
-    ) -> None:
-        """File one call's value; see `Arrived`. A value whose copies are under way is filed when they are complete."""
-        size = sum(sum(bytes_by_device(item).values()) for _, item in source.name_values(value)) if copies else 0
-        self._under_way += size
-        self.arrived.append((source, value, get_ident(), (call, line, module, copies, size)))
-        self._try_filing(wait=size > 0 and self._under_way > self._budget.room("cpu"))
-
-    def count_pending(self, sizes: dict[str, int]) -> None:
-        """Count what has just arrived, and file all that waits before it can outgrow the budget."""
-        for device, size in sizes.items():
-            left = self._left.get(device)
-            self._left[device] = left = (self._budget.room(device) if left is None else left) - size
-            if left < 0:
-                self._try_filing(wait=False)
-                return
+    def put(self, put: Put) -> None:
+        """File one call's values. Those whose copies are under way are filed when the copies are complete."""
+        if put.copies:
+            put.size = sum(sum(resident_bytes(value).values()) for _, value in put.source.name_values(put.values))
+            self._under_way += put.size
+        self.arrived.append(put)
+        put.source.thread = 0  # the next value may not overtake this one
+        self._try_filing(wait=put.size > 0 and self._under_way > self.budget.room("cpu"))
 
     def restore(self, keys: Iterable[str], records: Iterable[Record]) -> None:
         """Take in what was recorded elsewhere."""
         for key in keys:
             self.open(key)
         for record in records:
-            self._records[record.key].append((record, {}, None))
-            dict.__getitem__(self.cache, record.key).append(record.value)
+            self._shelves[record.key].restore([record])
 
     @contextmanager
     def _working(self) -> Iterator[None]:
@@ -312,114 +343,134 @@ class Store:
         """
         if self._lock.depth:
             return
-        self._lock.depth, left, self._left = 1, self._left, {}
+        self._lock.depth = 1
         try:
             for _ in range(len(self.arrived)):  # what other threads add meanwhile waits for the next time
                 if not self.arrived:  # a finalizer of a value has just dropped the cache
                     return
-                source, value, thread, *more = self.arrived[0]
-                known = more[0] if more else None
-                if known is True:
-                    self._recorded.add(source)
-                elif known is False:
-                    self._recorded.discard(source)
-                elif known is not None and known[3]:
-                    if not wait and not all(under_way.query() for under_way in known[3]):
-                        self._left = left  # what came later waits too, to keep the order of the calls
-                        return
-                    for under_way in known[3]:
+                event = self.arrived[0]
+                if isinstance(event, Put) and event.copies:
+                    if not wait and not all(under_way.query() for under_way in event.copies):
+                        return  # what came later waits too, to keep the order of the calls
+                    for under_way in event.copies:
                         under_way.synchronize()
-                    self._under_way = max(0, self._under_way - known[4])
+                    self._under_way = max(0, self._under_way - event.size)
                 self.arrived.popleft()
-                if isinstance(known, bool) or source not in self._recorded:
-                    continue
-                call, line, module, *_ = (None, None, None) if known is None else known
-                if call is None:
-                    number = next(source.calls)
+                if isinstance(event, Put):
+                    self._file(event)
+                elif event.is_on:
+                    self._recorded.add(event.source)
                 else:
-                    if call.calls is not source.calls:  # the call began before the cache was cleared
-                        call.calls, call.number = source.calls, next(source.calls)
-                    number = call.number
-                for variable, item in source.name_values((value,) if known is None else value):
-                    if not self.is_full:
-                        key = source.key_of(variable, module)
-                        self._file(Record(key, variable, item, number, line, thread, module), call)
+                    self._recorded.discard(event.source)
         finally:
             self._lock.depth = 0
-            self.weigh_after = len(self.arrived) + BATCH
 
-    def _file(self, record: Record, call: Call | None) -> None:
+    def _file(self, put: Put) -> None:
+        source, call = put.source, put.call
         cache = self._cache()
-        if cache is None:
+        if cache is None or source not in self._recorded:
             return
-        key, sizes = record.key, bytes_by_device(record.value)
-        values, records = dict.get(cache, key), self._records.get(key)
-        if not isinstance(values, list) or records is None or len(records) != len(values):
-            values, records = self._reconcile_key(cache, key)
-        records.append((record, sizes, call))
-        values.append(record.value)
-        exceeded = self._budget.add(sizes)
-        if self.limit is not None:
-            records = self._trim(key, values, records, self.limit)
-            exceeded = self._budget.exceeded(sizes)
-        if exceeded is not None and records and records[-1][0] is record:
-            records.pop()
-            values.pop()
-            self._budget.discount(sizes)
-            self._stop(key, exceeded)
+        shelves = [
+            (variable, value, self._shelf(cache, source.key_of(variable, put.module)))
+            for variable, value in source.name_values(put.values)
+        ]  # closing their runs sets the number of the source's next call
+        if call is None:
+            number = next(source.calls)
+        else:
+            if call.calls is not source.calls:  # the call began before the cache was cleared
+                call.calls, call.number = source.calls, next(source.calls)
+            number = call.number
+        for variable, value, shelf in shelves:
+            if self.is_full:
+                return
+            origin = variable, put.thread, put.module
+            shelf.add(value, number, put.line, None if call is None else call.began, origin)
+            sizes = resident_bytes(value)
+            exceeded = self.budget.add(sizes)
+            shelf.is_light, slack = shelf.is_light and put.is_light, 0
+            if self.limit is not None:
+                size = max(1, sizes.get("cpu", 0))
+                slack = max(self.limit // 4, _SMALL // size) if shelf.is_light and not shelf.is_held else 0
+                self._discount(shelf.trim(self.limit, slack))
+                if shelf.is_loose:
+                    self._unfinished[shelf] = None
+            if exceeded is not None:
+                exceeded = self._make_room(cache, exceeded)
+            if exceeded is not None and shelf.size and shelf.filed[-1] is value:
+                shelf.take_last()
+                self.budget.discount(sizes)
+                self._stop(shelf.key, exceeded)
+            elif put.may_append and not shelf.is_held and shelf.size == len(shelf.values):
+                self._open(source, shelf, number + 1, origin, slack * sizes.get("cpu", 0))
 
-    def _reconcile_key(self, cache: _Lists, key: str, keeps_type: bool = False) -> tuple[list[Any], deque[_Entry]]:
-        """The list under a key, whatever the user has put there, and the records of its values."""
-        values = _listed(dict.get(cache, key, ()))
+    def _open(self, source: Source, shelf: Shelf, number: int, origin: tuple[str, int, str | None], slack: int) -> None:
+        """Let the thread that this value came from append the next ones to the list directly."""
+        if self.limit is None:
+            source.purse = self.budget.purse
+        else:
+            slack = min(slack, int(max(0, self.budget.room("cpu"))))
+            if slack <= 0:
+                return
+            self.budget.purse.left -= slack
+            source.purse = Purse(slack)
+        self._unfinished[shelf] = None
+        shelf.open(source, number, origin)
+        if not self.arrived:  # no call between this look and the next line: nothing can come between them
+            source.thread = origin[1]
+
+    def _close(self, shelf: Shelf) -> None:
+        if shelf.run is not None:
+            source: Any = shelf.run[0]
+            shelf.close()
+            if source.purse is not self.budget.purse:
+                left, source.purse.left = source.purse.left, 0
+                self.budget.purse.left += left
+
+    def _shelf(self, cache: _Lists, key: str) -> Shelf:
+        """The shelf of a key, in order, and with nobody who appends to it."""
+        shelf = self._shelves.get(key)
+        if shelf is not None and dict.get(cache, key) is shelf.values:
+            self._close(shelf)
+            if shelf.size == len(shelf.values):
+                return shelf
+        return self._reconcile_key(cache, key)
+
+    def _reconcile_key(self, cache: _Lists, key: str, keeps_type: bool = False) -> Shelf:
+        """The shelf of a key, in order, whatever the user has made of the list."""
+        values = listed(dict.get(cache, key, ()))
         if not keeps_type or key not in cache:
             dict.__setitem__(cache, key, values)
-        known: dict[int, deque[_Entry]] = defaultdict(deque)
-        variable = ""
-        for entry in self._records.get(key, ()):
-            known[id(entry[0].value)].append(entry)
-            variable = entry[0].variable
-        records: deque[_Entry] = deque()
-        for value in values:
-            same = known.get(id(value))
-            records.append(same.popleft() if same else (Record(key, variable, value, -1, None, 0), {}, None))
-        for removed in known.values():
-            for _, sizes, _ in removed:
-                self._budget.discount(sizes)
-        self._records[key] = records
-        return values, records
+        shelf = self._shelves.get(key)
+        if shelf is None:
+            shelf = self._shelves[key] = Shelf(key, [])
+        self._close(shelf)
+        self._discount(shelf.match(values))
+        return shelf
 
-    def _trim(self, key: str, values: list[Any], records: deque[_Entry], limit: int) -> deque[_Entry]:
-        """Drop the oldest calls beyond the limit. A call has one value at its return, any number by assignments."""
-        newest = records[-1][2]
-        if newest is None:
-            kept = list(range(max(0, len(records) - limit), len(records)))
-        elif len(records) > 1 and records[-2][2] is newest:
-            return records  # this call has been counted
-        else:
-            # Calls may interleave, so the values of an old call can lie anywhere.
-            began = sorted({call.began for _, _, call in records if call is not None})[-limit:]
-            others = [place for place, (_, _, call) in enumerate(records) if call is None]  # at their return
-            spare = set(others[len(others) - (limit - len(began)) :] if limit > len(began) else ())
-            kept = [
-                place
-                for place, (_, _, call) in enumerate(records)
-                if (place in spare if call is None else call.began >= began[0])
-            ]
-        if len(kept) < len(records):
-            staying, entries = set(kept), list(records)
-            for place, (_, sizes, _) in enumerate(entries):
-                if place not in staying:
-                    self._budget.discount(sizes)
-            values[:] = [values[place] for place in kept]
-            self._records[key] = records = deque(entries[place] for place in kept)
-        return records
+    def _make_room(self, cache: _Lists, device: str) -> str | None:
+        """Discount what users have removed, and drop what is beyond the limit; the device if that does not do."""
+        for key in list(self._shelves):
+            shelf = self._reconcile_key(cache, key, keeps_type=True) if key in cache else self._shelves[key]
+            self._tighten(shelf)
+        return self.budget.exceeded([device])
+
+    def _tighten(self, shelf: Shelf) -> None:
+        """Drop the calls that were let stay beyond the limit for a while."""
+        if self.limit is not None and shelf.is_loose:
+            self._discount(shelf.trim(self.limit, 0))
+
+    def _read(self) -> list[Shelf]:
+        return [self._shelves[key] for key in self.cache if key in self._shelves]
+
+    def _discount(self, values: list[Any]) -> None:
+        self.budget.discount(resident_bytes_of(values))
 
     def _stop(self, key: str, device: str) -> None:
         self.is_full = True
-        for source in self._sources:
-            source.choose_path()
+        for shelf in self._shelves.values():
+            self._close(shelf)
         self._messages.append(
-            f"captured values would take more than {self._budget.why_full(device)}: {key!r} and all that follows is "
+            f"captured values would take more than {self.budget.why_full(device)}: {key!r} and all that follows is "
             f"not recorded, until {self.clear_call}. If capture was left on by mistake, call {self.stop_call}; else "
             "keep less (limit=, keep=) or allow more (max_bytes=)."
         )
@@ -428,16 +479,3 @@ class Store:
         """Issue the warnings that came up, without the lock: showing a warning may wait for a thread that reads."""
         while self._messages and not self._lock.depth:
             warn(self._messages.pop(0))
-
-    def _reopen(self) -> None:
-        self.is_full = False
-        for source in self._sources:
-            source.choose_path()
-
-
-def _listed(values: Any) -> list[Any]:
-    """A list of what the user has put in a list's place; of an array its rows."""
-    if isinstance(values, list):
-        return values
-    has_rows = (is_array(values) or is_tensor(values)) and values.ndim > 0
-    return list(values) if has_rows or isinstance(values, (tuple, deque)) else [values]

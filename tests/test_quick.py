@@ -1,0 +1,77 @@
+"""Common values are kept without detours, and as any others are."""
+
+import weakref
+
+import pytest
+
+np = pytest.importorskip("numpy", reason="engine only: numpy is not in this environment")
+torch = pytest.importorskip("torch", reason="engine only: torch is not in this environment")
+
+from visualizer.store.budget import resident_bytes  # noqa: E402
+from visualizer.store.quick import quick_keeper  # noqa: E402
+from visualizer.tensors import keeper  # noqa: E402
+
+COMMON = {
+    "number": 1.5,
+    "large number": 10**40,
+    "bool": True,
+    "text": "text",
+    "array": np.arange(6.0).reshape(2, 3),
+    "view": np.arange(6.0).reshape(2, 3).T[::2],
+    "record array": np.zeros(2, [("a", "f4"), ("b", "i8")]),
+    "tensor": torch.arange(6.0).reshape(2, 3),
+    "0-d tensor": torch.tensor(3),
+    "transposed": torch.arange(6.0).reshape(2, 3).mT,
+    "with a gradient": torch.ones(2, requires_grad=True),
+    "parameter": torch.nn.Parameter(torch.ones(2)),
+}
+OTHERS = {
+    "array of objects": np.array([[1], "a"], object),
+    "bfloat16": torch.ones(2, dtype=torch.bfloat16),
+    "conjugate": torch.ones(2, dtype=torch.complex64).conj(),
+    "sparse": torch.ones(2).to_sparse(),
+    "meta": torch.ones(2, device="meta"),
+    "list": [1],
+    "object": weakref.WeakSet(),
+}
+
+
+def same(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, np.ndarray):
+        assert (one.dtype, one.shape, one.tolist()) == (other.dtype, other.shape, other.tolist())
+    elif isinstance(one, torch.Tensor):
+        assert (one.dtype, one.requires_grad, one.tolist()) == (other.dtype, other.requires_grad, other.tolist())
+    else:
+        assert one is other
+
+
+@pytest.mark.parametrize("keep", ["numpy", "tensor", "graph"])
+@pytest.mark.parametrize("value", COMMON.values(), ids=COMMON)
+def test_common_values_are_kept_as_by_the_keeper(keep, value):
+    kept, size = quick_keeper(keep)(value)
+    same(keeper(keep)(value, []), kept)
+    assert {"cpu": size} == resident_bytes(kept)
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        assert (kept is value) == (keep == "graph")
+        one, other = (v.detach().numpy() if isinstance(v, torch.Tensor) else v for v in (kept, value))
+        assert np.shares_memory(one, other) == (keep == "graph")
+
+
+@pytest.mark.parametrize("value", OTHERS.values(), ids=OTHERS)
+def test_others_take_the_long_way(value):
+    assert (None, 0) == quick_keeper("numpy")(value)
+
+
+def test_nothing_is_copied_where_tensors_have_no_numbers():
+    found = []
+
+    def look(x):
+        found.append(quick_keeper("numpy")(x))
+        return x.sum()
+
+    torch.func.vmap(look)(torch.ones(2, 3))
+    torch.func.grad(look)(torch.ones(3))
+    torch.fx.experimental.proxy_tensor.make_fx(look)(torch.ones(3))
+    assert [(None, 0)] * 3 == found
+    assert (None, 0) == quick_keeper(lambda value: value)(1.5), "whose own code runs"

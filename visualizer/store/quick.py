@@ -1,0 +1,69 @@
+"""Keeps the common values without detours: numbers, strings, plain arrays, plain tensors on the CPU.
+
+`keeper` decides for every value; what is here decides the same for these, and takes a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from ..tensors import Keep, is_plain_torch, kind_of
+from .budget import ARRAY_BYTES, ROW_BYTES, TENSOR_BYTES, object_bytes
+
+SMALL_ARRAY, _TENSOR = ARRAY_BYTES + ROW_BYTES, TENSOR_BYTES + ROW_BYTES
+
+Quick = Callable[[Any], tuple[Any, int]]
+"""From a value to what is kept of it and the bytes that it takes on the CPU; (None, 0) for all but common values."""
+
+_NOT_QUICK: tuple[Any, int] = (None, 0)
+
+
+def quick_keeper(keep: Keep) -> Quick:
+    """A function that keeps common values as `keeper(keep)` does."""
+    if callable(keep):
+        return lambda value: _NOT_QUICK
+    torch: ModuleType | None = None
+    is_graph, to_numpy = keep == "graph", keep == "numpy"
+
+    def quick(value: Any) -> tuple[Any, int]:
+        nonlocal torch
+        kind = kind_of(value)
+        if kind == "array":
+            if is_graph:
+                return value, value.nbytes + SMALL_ARRAY
+            if not value.dtype.hasobject:
+                kept = value.copy()
+                return kept, kept.nbytes + SMALL_ARRAY
+        elif kind == "tensor":
+            torch = torch or sys.modules["torch"]
+            cls = type(value)
+            if (cls is torch.Tensor or cls is torch.nn.Parameter) and value.is_cpu:
+                if is_graph:
+                    return (value, value.nbytes + _TENSOR) if value.layout is torch.strided else _NOT_QUICK
+                if is_plain_torch(torch):
+                    try:
+                        kept = value.detach().numpy().copy() if to_numpy else value.detach().clone()
+                    except (TypeError, RuntimeError):  # numpy lacks the type, or it is no tensor of plain numbers
+                        return _NOT_QUICK
+                    return kept, kept.nbytes + (SMALL_ARRAY if to_numpy else _TENSOR)
+        elif kind == "other" and _is_plain(type(value)):
+            return value, object_bytes(value)
+        return _NOT_QUICK
+
+    return quick
+
+
+def is_light(value: Any) -> bool:
+    """Whether nobody minds if a value beyond a limit goes a little later: a number, a string, a plain array."""
+    kind, cls = kind_of(value), type(value)
+    if kind == "tensor":
+        return cls is sys.modules["torch"].Tensor and value.is_cpu and not value.requires_grad
+    return (kind == "array" and not value.dtype.hasobject) or _is_plain(cls)
+
+
+def _is_plain(cls: Any) -> bool:
+    # Compared by identity, because a class may have its own __eq__ or __hash__.
+    return cls is float or cls is int or cls is bool or cls is str or cls is bytes or cls is complex
