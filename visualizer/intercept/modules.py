@@ -87,7 +87,8 @@ def as_native(call: ModuleCall, output: Any) -> Any:
         return None
     if torch.is_grad_enabled() and (src.requires_grad or any(one.requires_grad for one in encoder.parameters())):
         return None
-    if not torch.backends.mha.get_fastpath_enabled():
+    mha = getattr(torch.backends, "mha", None)  # since torch 2.3
+    if mha is not None and not mha.get_fastpath_enabled():
         return None
     is_padding = padding != 0
     if not torch._nested_tensor_from_mask_left_aligned(src, ~is_padding):

@@ -24,9 +24,11 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from ..errors import warn
 from ..instrument import Uncompiled, named_modules
 from ..tensors import why_unreal
+from . import interface
 from .axes import Order, Output
 from .copies import AttentionCall
-from .kernels import KERNELS, as_computed, in_four_axes, multi_head_attention, name_of
+from .interface import attention_interface
+from .kernels import KERNELS, FusedCall, as_computed, in_four_axes, multi_head_attention, name_of
 from .modules import (
     ModuleCall,
     arguments_named,
@@ -116,6 +118,7 @@ class Watch:
                 module.register_forward_pre_hook(_Hook(self._begin_call, path, known), prepend=True, with_kwargs=True),
                 module.register_forward_hook(_Hook(self._end_call, path, known), always_call=True),
             ]
+        interface.begin(self)
         if scripted:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
             warn(
@@ -137,6 +140,7 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._uncompiled.end()
+        interface.end(self)
         thread = self._thread
         self._file_settled(1)
         thread.forget()
@@ -232,6 +236,18 @@ class Watch:
             self._file_settled()
         return output
 
+    def seen_calls(self) -> int | None:
+        """How many attention calls were seen in this thread; None outside of a module's call."""
+        thread = self._thread
+        return thread.count if thread.calls else None
+
+    def see_interface(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
+        """Record a call of a kernel that transformers knows by this name, in which nothing else was seen."""
+        with self._unharmed(), _aside():
+            fused = attention_interface(result, *args, **kwargs)
+            self._see_call(name, fused, Order(tuple(fused.query.shape[:2]), (False, True)))
+        self._file_settled()
+
     @contextmanager
     def _unharmed(self) -> Iterator[None]:
         """The model does not see an error of ours: a warning says, once for each module, what is not recorded."""
@@ -247,8 +263,11 @@ class Watch:
                 )
 
     def _see_fused(self, name: str, output: Any, args: Any, kwargs: Any) -> None:
-        seen = fused = KERNELS[name](output, *args, **kwargs)
-        calls = self._thread.calls
+        self._see_call(name, KERNELS[name](output, *args, **kwargs))
+
+    def _see_call(self, name: str, seen: FusedCall, order: Order | None = None) -> None:
+        """Record a fused call; `order` tells its axes apart where the kernel itself does."""
+        fused, calls = seen, self._thread.calls
         path = calls[-1].path
         if self._is_refused(path, fused.query):
             return
@@ -258,6 +277,7 @@ class Watch:
             kind = kind_of(calls, fused.query.shape[2], fused.key.shape[2])
             call = AttentionCall(path, kind, fused, None, self._thread.count)
             output = Output(seen.output.shape)
+            output.order = order
             if groups > 1:  # the model's own way of calling tells them apart
                 output.order = Order(tuple(fused.query.shape[:2]), (False, True))
             self._await(name, call, seen.output, output)
