@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from ..plot.places import read_grid, read_image
+from ..store import check_destination
 from .data import NOTHING, SPECIAL, STEP, Example, Side, code_maps, pack, read_maps, shown
 
 MAX_BYTES = 30_000_000
@@ -117,8 +118,9 @@ class Explorer:
         self._examples = list(examples)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the page to a file, and have its path."""
+        """Write the page to an HTML file, and have its path; another format's suffix is a ValueError."""
         path = Path(path)
+        check_destination(path, "html")
         path.write_text(self.html, encoding="utf-8", newline="\n")
         return path
 
