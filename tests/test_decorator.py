@@ -3,6 +3,7 @@ test_decorator_modules.py."""
 
 import gc
 import importlib
+import subprocess
 import sys
 import textwrap
 import types
@@ -108,6 +109,40 @@ class TestAsItsUsersKnowIt:
         forward(2)
         assert [4] == values
         assert [6] == gl.cache["forward"] == cache["forward"]
+
+
+class TestTheOriginalsNames:
+    """Programs that were written for the original Visualizer go on to work."""
+
+    def test_the_import(self):
+        from visualizer.visualizer import get_local as original
+
+        assert original is get_local
+
+    def test_in_a_fresh_process(self):
+        code = "import visualizer.visualizer as v; from visualizer.visualizer import get_local; print(v.get_local)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert (0, "") == (done.returncode, done.stderr)
+
+    def test_is_activate(self, gl):
+        assert gl.is_activate is False
+        with gl.activate():
+            assert gl.is_activate is True
+
+    @pytest.mark.parametrize("keep", ["numpy", "graph"])
+    def test_the_cache_may_be_assigned(self, gl, keep):
+        forward = make(gl, "attn", keep=keep)
+        gl.activate()
+        forward(1), forward(2)
+        before = gl.cache["forward"]
+        gl.cache = {}
+        assert {} == gl.cache
+        assert [4, 6] == before
+        forward(3)
+        assert {"forward": [8]} == gl.cache
+        gl.cache = {"mine": [1]}
+        forward(4)
+        assert {"mine": [1], "forward": [10]} == gl.cache
 
 
 class TestSwitching:

@@ -25,6 +25,7 @@ maps["blocks.3.attn"].dense()                # (batch, heads, queries, keys)
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,9 @@ __all__ = [
 _LAZY = {"AttentionMap": ".maps", "attention": ".intercept", "explore": ".explorer", "load": ".loading"}
 _ROOMS = ("analysis", "models", "plot", "statistics")
 
+# The original Visualizer was imported as `from visualizer.visualizer import get_local`.
+sys.modules[f"{__name__}.visualizer"] = sys.modules[__name__]
+
 
 def __getattr__(name: str) -> Any:
     # These load on first use: they import torch and matplotlib, which capture does not need.
@@ -78,6 +82,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_LAZY[name], __name__), name)
     if name in _ROOMS:
         return import_module(f".{name}", __name__)
+    if name == "visualizer":
+        return sys.modules[__name__]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -29,6 +29,7 @@ from PIL import Image
 from ..analysis.reading import maps_of
 from ..maps import AttentionMap
 from ..reading import check_not_empty
+from ..store import check_destination
 from .coding import NOTHING, STEP, Example, code_maps, pack
 from .sides import Side, printable, read_sides
 
@@ -123,8 +124,9 @@ class Explorer:
         self._examples = list(examples)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the page to a file; returns its path."""
+        """Write the page to an HTML file; returns its path. Another format's suffix is a ValueError."""
         path = Path(path)
+        check_destination(path, "html")
         path.write_text(self.html, encoding="utf-8", newline="\n")
         return path
 

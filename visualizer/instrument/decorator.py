@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import FunctionType
 from typing import Any, TypeVar
@@ -177,6 +177,13 @@ class GetLocal:
         self._store.fetch()
         return self._cache
 
+    @cache.setter
+    def cache(self, lists: Mapping[str, list[Any]]) -> None:
+        self._store.fetch()
+        for key in list(self._cache):
+            del self._cache[key]
+        self._cache.update(lists)
+
     @property
     def records(self) -> list[Record]:
         """The values of the cache, each with where it comes from: key, variable, call, line, thread.
@@ -196,6 +203,11 @@ class GetLocal:
     @property
     def is_active(self) -> bool:
         """Whether decorated functions are captured now."""
+        return self._active
+
+    @property
+    def is_activate(self) -> bool:
+        """The name that `is_active` had in the original Visualizer."""
         return self._active
 
     def __repr__(self) -> str:

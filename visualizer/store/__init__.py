@@ -6,6 +6,7 @@
 from .budget import NO_LIMIT, Budget, bytes_by_device, memory_of
 from .cache import Cache
 from .channel import Channel, listener, receive
+from .destination import check_destination
 from .locks import ForkSafeLock
 from .records import Record, Saved
 from .results import Recorded
@@ -26,6 +27,7 @@ __all__ = [
     "as_html",
     "as_text",
     "bytes_by_device",
+    "check_destination",
     "human",
     "listener",
     "memory_of",

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple, get_args
 
 from ..errors import FileFormatError
 from ..tensors import is_array, is_tensor
+from .destination import check_destination, special
 from .records import Kind, Record, Saved
 
 _VERSION = 1
@@ -74,6 +76,7 @@ class _Entry(NamedTuple):
 
 def write(path: str | PathLike[str], saved: Saved) -> None:
     """Write a file that `read` reads; see `Recorded.save`. Records of other keys than `saved.keys` are left out."""
+    check_destination(path, "safetensors")
     about = saved.about
     if not issubclass(type(about), dict):
         raise TypeError(f"about must be a dict, such as {{'tokens': ['a', 'cat']}}, not {type(about).__name__}")
@@ -122,6 +125,10 @@ def write(path: str | PathLike[str], saved: Saved) -> None:
 def read(path: str | PathLike[str]) -> Saved:
     """Read what `write` wrote; see `visualizer.load`."""
     name = os.fspath(path)
+    with contextlib.suppress(OSError):  # opening says what is wrong
+        mode = os.stat(name).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe waits for somebody who writes
+            raise _refusal(name, f"is {special(mode)}, not a file", _OTHERS)
     with open(path, "rb") as file:
         try:
             return _read(file, name)

@@ -47,8 +47,9 @@ class Recorded(ABC):
         Raises:
             TypeError: a value is not made of arrays, dense tensors, numbers, strings, None, and lists, tuples, sets and
                 dicts of these. The message names its key; nothing is written.
-            ValueError: what is not in arrays takes more than 100 MB, which is the limit of the format.
-            OSError: the file cannot be written.
+            ValueError: the suffix of the path says another format (`x.pt`, `x.csv`), or what is not in arrays takes
+                more than 100 MB, which is the limit of the format.
+            OSError: the file cannot be written; the path is a folder, a device or a named pipe.
         """
         from .files import write  # takes time to load, and most programs save nothing
 
