@@ -286,6 +286,38 @@ class TestSeen:
         assert [one.shape for one in maps] == [(2, 2, 5, 5), (2, 2, 5, 7)] * 2
         assert maps[0].dense().triu(1).abs().max() == 0
 
+    def test_self_attention_beside_hidden_states_of_an_encoder_is_self(self, x):
+        class Layer(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attn = Fused()
+
+            def forward(self, x, encoder_hidden_states):
+                return self.attn(x) + encoder_hidden_states.mean()
+
+        model = Layer()
+        with attention(model) as maps:
+            model(x, encoder_hidden_states=torch.randn(2, 7, 8))
+        assert maps["attn"].kind == "self"
+
+    def test_a_core_that_is_handed_query_and_key_asks_the_module_around_it(self, x):
+        class Core(nn.Module):
+            def forward(self, q, k):
+                return F.scaled_dot_product_attention(q, k, k)
+
+        class Layer(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.core = Core()
+
+            def forward(self, x, encoder_hidden_states):
+                return self.core(x, encoder_hidden_states)
+
+        model = Layer()
+        with attention(model) as maps:
+            model(x, encoder_hidden_states=torch.randn(2, 5, 8))
+        assert maps["core"].kind == "cross"
+
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, within its compiler
     @pytest.mark.parametrize("is_first", [True, False], ids=["compiled before", "compiled inside"])
     @pytest.mark.parametrize("backend", ["eager", "inductor"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -22,18 +23,29 @@ class ModuleCall(NamedTuple):
 
 def kind_of(calls: Sequence[ModuleCall], queries: int, keys: int) -> Literal["self", "cross", "window"] | None:
     """Where the keys come from, as far as the calls under way tell; the last call is the innermost."""
-    for call in reversed(calls[-2:]):
+    for number, call in enumerate(reversed(calls[-2:])):
         is_cross = getattr(call.module, "is_cross_attention", None)
         if isinstance(is_cross, bool):
             return "cross" if is_cross else "self"
-        if any(call.kwargs.get(name) is not None for name in ("encoder_hidden_states", "key_value_states")):
+        # What the module around was given is of this call if it is handed queries and keys, not hidden states.
+        is_of_call = number == 0 or _is_handed_keys(calls[-1])
+        names = ("encoder_hidden_states", "key_value_states")
+        if is_of_call and any(call.kwargs.get(name) is not None for name in names):
             return "cross"
         if isinstance(call.module, nn.MultiheadAttention):
             inputs = [*call.args, *(call.kwargs[name] for name in ("query", "key") if name in call.kwargs)]
             return "self" if inputs[0] is inputs[1] else "cross"
-        if getattr(call.module, "window_size", None):
+        window = getattr(call.module, "window_size", None)
+        # BEiT, whose attention is global, calls the whole grid its window; the class token is not in it.
+        if window and queries == (window**2 if isinstance(window, int) else math.prod(window)):
             return "window"
     return "self" if queries == keys else None
+
+
+def _is_handed_keys(call: ModuleCall) -> bool:
+    """Whether a module is given several tensors of tokens."""
+    values = [*call.args, *(value for name, value in call.kwargs.items() if "mask" not in name)]
+    return sum(isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3 for value in values) > 1
 
 
 def heads_of(call: ModuleCall, tensor: Tensor) -> int | None:
