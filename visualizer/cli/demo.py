@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .outcome import Mistake, save, writable, write
+from .outcome import Mistake, save, trying_to, writable
 from .saved import reading_picture
 
 if TYPE_CHECKING:
@@ -100,10 +99,11 @@ def _demo(options: argparse.Namespace) -> None:
             bar.set_description(f"drawing {picture.file}")
             figure = picture.draw(values[picture.model])
             with bar.external_write_mode(sys.stderr):  # save may print a line about missing characters
-                write(folder / picture.file, functools.partial(save, figure))
+                save(figure, folder / picture.file)
             bar.update()
     index = _index(pictures, name, options)
-    write(folder / "index.md", lambda path: path.write_text(index, encoding="utf-8"))
+    with trying_to(f"write {folder / 'index.md'}"):
+        (folder / "index.md").write_text(index, encoding="utf-8")
     print(folder / "index.md")
 
 

@@ -7,7 +7,7 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .outcome import Mistake, warnings_as_lines, write
+from .outcome import Mistake, trying_to, warnings_as_lines
 from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def _explore(options: argparse.Namespace) -> None:
     try:
         with warnings_as_lines():
             page = explore(maps, tokens, image, grid=options.grid, batch=options.batch, title=options.title)
-            write(path, page.save)
+            with trying_to(f"write {path}"):
+                page.save(path)
     except (ValueError, TypeError, LookupError) as error:
         raise Mistake(as_options(str(error))) from error
     print(path)

@@ -7,9 +7,9 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import argparse
@@ -41,29 +41,30 @@ def say(message: object) -> None:
     print(f"visualizer: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def trying_to(task: str) -> Iterator[None]:
+    """Turn an error of the system, or a wrong value, into a Mistake: "cannot {task}: {reason}"."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise Mistake(f"cannot {task}: {reason(error)}") from error
+
+
 def writable(name: str) -> Path:
     """The folder of that name, made if it does not exist; Mistake where no file can be written in it."""
     folder = Path(name)
-    try:
+    with trying_to(f"write to {name}"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, ValueError) as error:
-        raise Mistake(f"cannot write to {name}: {reason(error)}") from error
-    return folder
-
-
-def write(path: Path, write_to: Callable[[Path], Any]) -> None:
-    """Call `write_to` with the path; Mistake where it cannot write there."""
-    try:
-        write_to(path)
-    except OSError as error:
-        raise Mistake(f"cannot write {path}: {reason(error)}") from error
+            return folder
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Save a picture. One line names all characters that no font has, in place of a warning for each."""
-    with warnings.catch_warnings(record=True) as caught:
+    """Save a picture; Mistake where it cannot be written.
+
+    One line names all characters that no font has, in place of a warning for each.
+    """
+    with trying_to(f"write {path}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         figure.savefig(path, dpi=150)
     glyphs: dict[str, None] = {}

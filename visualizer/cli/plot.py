@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .outcome import Mistake, save, warnings_as_lines, write
+from .outcome import Mistake, save, warnings_as_lines
 from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def _plot(options: argparse.Namespace) -> None:
     try:
         with warnings_as_lines():
             drawn = draw()
-            figure = getattr(drawn, "figure", drawn)
-            write(path, functools.partial(save, figure))
+            save(getattr(drawn, "figure", drawn), path)
     except (ValueError, TypeError, LookupError) as error:
         raise Mistake(as_options(str(error))) from error
     print(path)

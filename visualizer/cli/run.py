@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import opcodes
 from ..instrument import capture
-from .outcome import Mistake, reason, say, warnings_as_lines
+from .outcome import Mistake, reason, say, trying_to, warnings_as_lines
 from .recording import Decorated, Models, Recording, Target, has_values, save, summary
 from .script import Program, show_own_frames_only
 
@@ -52,13 +52,11 @@ def _prepared(options: argparse.Namespace) -> Callable[[], int]:
         if value is not None and value < 1:
             raise Mistake(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     out = Path(options.out).absolute()
-    try:
+    with trying_to(f"write {options.out}"):
         if out.is_dir():
             raise Mistake(f"cannot write {options.out}: it is a folder")
         with tempfile.TemporaryFile(dir=out.parent):
             pass
-    except (OSError, ValueError) as error:
-        raise Mistake(f"cannot write {options.out}: {reason(error)}") from error
     name, *arguments = options.program
     program = Program(name, arguments, options.is_module)
     recording = _recording(options, program)

@@ -17,7 +17,7 @@ from ..errors import FileFormatError
 from ..loading import load
 from ..store import bytes_by_device
 from ..tensors import is_array
-from .outcome import Mistake, reason
+from .outcome import Mistake, trying_to
 
 if TYPE_CHECKING:
     from ..store import Recorded
@@ -25,12 +25,11 @@ if TYPE_CHECKING:
 
 def read(path: str) -> Recorded:
     """The results in a file, or in all files that match a pattern; Mistake where they cannot be read."""
-    try:
-        return load(path)
-    except FileFormatError as error:
-        raise Mistake(error) from error
-    except (OSError, ValueError) as error:
-        raise Mistake(f"cannot read {path}: {reason(error)}") from error
+    with trying_to(f"read {path}"):
+        try:
+            return load(path)
+        except FileFormatError as error:
+            raise Mistake(error) from error
 
 
 def values_by_key(results: Recorded) -> dict[str, list[Any]]:

@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
-from .outcome import Mistake, reason
+from .outcome import Mistake, trying_to
 
 OnDefine = Callable[[str, Any], None]
 """Called with each name that the program's own module defines, and its value."""
@@ -30,11 +30,8 @@ class Program:
         self._is_folder = not is_module and (os.path.isdir(name) or zipfile.is_zipfile(name))
         self._source = b""
         if not is_module and not self._is_folder:
-            try:
-                with open(name, "rb") as file:
-                    self._source = file.read()
-            except (OSError, ValueError) as error:
-                raise Mistake(f"cannot read the script {name}: {reason(error)}") from error
+            with trying_to(f"read the script {name}"), open(name, "rb") as file:
+                self._source = file.read()
 
     @property
     def names(self) -> set[str]:

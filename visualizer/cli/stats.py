@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .builder import build, is_builder
-from .outcome import Failure, Mistake, reason, say, warnings_as_lines, write
+from .outcome import Failure, Mistake, say, trying_to, warnings_as_lines
 
 if TYPE_CHECKING:
     from ..statistics import Statistic
@@ -136,7 +136,8 @@ def _stats(options: argparse.Namespace) -> None:
             raise Failure(error) from error
         if rank == 0:
             about = {"model": options.model, "data": options.images or options.texts}
-            write(out, lambda path: collected.save(path, about))
+            with trying_to(f"write {out}"):
+                collected.save(out, about)
             print(out)
 
 
@@ -179,11 +180,9 @@ def _pictures(folder: str) -> list[Path]:
 
 
 def _lines(file: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise Mistake(f"cannot read {file}: {reason(error)}") from error
-    lines = [line for line in lines if line]
+    with trying_to(f"read {file}"):
+        text = Path(file).read_text(encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise Mistake(f"there is no text in {file}")
     return lines
