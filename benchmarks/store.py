@@ -179,7 +179,7 @@ def main() -> None:
     for keep in ("numpy", "graph"):
         read, records, shown = reading(keep)
         line(f'reading a million numbers, keep="{keep}", a value, beside an append', read, 12)
-        line("making a Record of each", records, 40)
+        print(f"{'making a Record of each':66}{records:10.2f} x", flush=True)
         line("repr of them", shown, 1, "s")
     few, many = functions(1000), functions(8000)
     line("decorating 8,000 functions, beside 1,000", many[0] / few[0], 10)

@@ -177,6 +177,25 @@ def test_one_head():
     assert not maps[0].axes_assumed
 
 
+def test_one_head_and_windows():
+    """As in the first blocks of Hiera: (batch, 1 head, windows, tokens, width)."""
+
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+        def forward(self, x):
+            q = x.view(2, 3, 5, 1, 8).permute(0, 3, 1, 2, 4)
+            return self.proj(F.scaled_dot_product_attention(q, q, q).transpose(1, 3).reshape(2, 15, 8))
+
+    model = Single()
+    with attention(model) as maps:
+        model(torch.randn(2, 15, 8))
+    assert maps[0].shape == (6, 1, 5, 5)
+    assert not maps[0].axes_assumed
+
+
 def test_the_output_of_a_module_is_joined_by_the_one_around_it():
     class Core(nn.Module):
         def forward(self, q, k, v):

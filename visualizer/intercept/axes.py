@@ -129,7 +129,7 @@ class Output:
         features = set().union(*map(_origins, mixed)) if mixed else set()
         lead = [factor for axis in self._axes[:-2] for factor in axis.smallest()]
         are_heads = tuple(factor in features for factor in lead)
-        has_one_head = is_linear and (len(self._axes) <= 3 or self._axes[-3].size == 1)
+        has_one_head = is_linear and (len(self._axes) != 4 or self._axes[-3].size == 1)
         if any(are_heads) or has_one_head:
             self.order = Order(tuple(factor.size for factor in lead), are_heads)
 
