@@ -1,4 +1,4 @@
-"""Files what channels deliver under their keys, within the limits on calls and bytes."""
+"""Puts the values that channels deliver into the lists of a cache, and stops at the limits on calls and bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .records import Record
 from .shelf import Shelf, call_order, listed
 
 _SMALL = 16_384
-"""The bytes of values beyond a limit that may wait to be dropped together: to drop each alone takes long."""
+"""Values beyond a limit are dropped together once they take so many bytes: to drop each alone takes long."""
 
 
 class Source(Protocol):
@@ -31,7 +31,7 @@ class Source(Protocol):
     key_of: Callable[[str, str | None], str]
 
     def name_values(self, values: Any) -> Iterable[tuple[str, Any]]:
-        """The variables with their values, of what was put."""
+        """(variable, value) for each value of a `Put`."""
 
     def place(self) -> str:
         """The function, file and line, for messages."""
@@ -40,7 +40,7 @@ class Source(Protocol):
 class Call:
     """A call whose values come one by one.
 
-    Its number is counted anew when the cache is cleared; `began` orders the calls of all channels.
+    Its number starts at 0 again when the cache is cleared. `began` never does: it sorts the calls of all channels.
     """
 
     __slots__ = ("began", "calls", "number")
@@ -51,7 +51,7 @@ class Call:
 
 
 class Put:
-    """Values of one call that have arrived and are not filed yet."""
+    """Values of one call that are not in the lists yet."""
 
     __slots__ = ("call", "copies", "is_light", "line", "may_append", "module", "size", "source", "thread", "values")
 
@@ -80,7 +80,7 @@ class Put:
 
 
 class Switch:
-    """Marks where a source starts or stops being recorded: a call in another thread may deliver after the switch."""
+    """The place in the queue from which a source is recorded, or no longer: another thread may deliver after that."""
 
     __slots__ = ("is_on", "source")
 
@@ -95,13 +95,13 @@ _Lists = dict[str, list[Any]]
 class Store:
     """Captured values under their keys, within the limits on calls and bytes.
 
-    The store holds its cache only weakly: who drops the cache drops the values at once.
+    The store has only a weak reference to its cache: when the cache goes, the values go at once.
 
-    Every value comes as a `Put`. When one is filed and nothing keeps the next of its channel from following it (no
-    other thread, nobody who holds the list, no limit that is near), the channel gets an open run: until the run is
-    closed, it appends to the list directly. It does so only while `source.thread` is the thread that calls: comparing
-    the thread and appending happen without a switch of threads, signals or finalizers between them, because the
-    interpreter allows those only after calls and at jumps backward. Whoever sets `thread` to 0 ends the appending.
+    A value comes as a `Put` through one queue; to file it is to put it into its list. If nothing can come between it
+    and the next value of its channel (no other thread, nobody who holds the list, no limit that is near), the channel
+    gets an open run: until the run is closed, it appends to the list directly. It does so only while `source.thread` is
+    the thread that calls. Between comparing the thread and appending, the interpreter runs no other thread, signal
+    handler or finalizer: it does so only after calls and at jumps backward. Whoever sets `thread` to 0 ends the run.
     """
 
     def __init__(self, state: str, *, clear: str = "clear()", off: str = "stop()") -> None:
@@ -114,7 +114,7 @@ class Store:
         self.arrived: deque[Put | Switch] = deque()
         """What is not filed yet, in order. Any thread may append to it without a lock."""
         self.skipped_near_recursion_limit: dict[Source, int] = {}
-        """How many calls had no room left for ours below the recursion limit, by source; the next reader is warned."""
+        """For each source, how many calls came too close to the recursion limit to be recorded; the next read warns."""
         self.budget = Budget()
         self._cache: Callable[[], _Lists | None] = lambda: None
         self._lock = ForkSafeLock()
@@ -134,7 +134,7 @@ class Store:
 
     @property
     def cache(self) -> dict[str, list[Any]]:
-        """The lists by key; every way of reading but `in`, `len` and iteration fetches first."""
+        """The lists by key. Reading them files what waits first, except by `in`, `len` and iteration."""
         cache = self._cache()
         return {} if cache is None else cache
 
@@ -158,7 +158,7 @@ class Store:
         source.thread = 0
 
     def abandon(self) -> None:
-        """Drop what is not filed. Nobody can read it any more, and it holds the sources, which hold the store."""
+        """Drop what waits: nobody can read it, and it refers to the sources, which would keep the store alive."""
         with self._lock:
             self.arrived.clear()
             self._recorded.clear()
@@ -196,7 +196,7 @@ class Store:
     def clear(self, sources: Iterable[Source] = ()) -> None:
         """Start over with empty lists under the same keys; lists that were read before keep their values.
 
-        Calls are counted from 0 again, those of `sources` too, which are not being recorded.
+        Calls are counted from 0 again, also those of `sources`: further sources, which are not recorded now.
         """
         self.file_pending()
         with self._working():
@@ -261,8 +261,8 @@ class Store:
     def fail(self, error: BaseException) -> None:
         """Remember an error of a `keep` function: the captured function may swallow it.
 
-        A copy is remembered, because the traceback would hold on to the function's locals. A RecursionError is left
-        out: the captured function itself met the limit.
+        A copy is remembered, because the traceback would hold on to the function's locals. A RecursionError is not:
+        the user's own function went too deep.
         """
         if isinstance(error, RecursionError):
             return
@@ -327,7 +327,7 @@ class Store:
                 self._lock.depth -= 1
 
     def _try_filing(self, wait: bool) -> None:
-        # Do not wait for the lock here. Who holds it, perhaps this very thread further up, files what waits.
+        # Do not wait for the lock. Whoever has it, perhaps an outer call in this very thread, files what waits.
         if self._lock.acquire(blocking=False):
             try:
                 self._file_arrived(wait)
@@ -448,14 +448,14 @@ class Store:
         return shelf
 
     def _make_room(self, cache: _Lists, device: str) -> str | None:
-        """Discount what users have removed, and drop what is beyond the limit; the device if that does not do."""
+        """Discount what users have removed, and drop what is beyond the limit; the device if it is still too full."""
         for key in list(self._shelves):
             shelf = self._reconcile_key(cache, key, keeps_type=True) if key in cache else self._shelves[key]
             self._tighten(shelf)
         return self.budget.exceeded([device])
 
     def _tighten(self, shelf: Shelf) -> None:
-        """Drop the calls that were let stay beyond the limit for a while."""
+        """Drop the calls beyond the limit."""
         if self.limit is not None and shelf.is_loose:
             self._discount(shelf.trim(self.limit, 0))
 
@@ -476,6 +476,6 @@ class Store:
         )
 
     def _warn(self) -> None:
-        """Issue the warnings that came up, without the lock: showing a warning may wait for a thread that reads."""
+        """Issue the warnings that came up, without the lock: while one is shown, another thread may need the lock."""
         while self._messages and not self._lock.depth:
             warn(self._messages.pop(0))
