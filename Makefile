@@ -6,8 +6,8 @@ PYTHON ?= python
 help:  ## list the chores
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-test:  ## the tests, README's examples among them
-	$(PYTHON) -m pytest -n auto --dist loadgroup
+test:  ## the tests, README's examples and the slow ones among them
+	$(PYTHON) -m pytest -n auto --dist loadgroup -m "not long"
 
 lint:  ## ruff
 	$(PYTHON) -m ruff check

@@ -321,6 +321,7 @@ class TestSeen:
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, within its compiler
     @pytest.mark.parametrize("is_first", [True, False], ids=["compiled before", "compiled inside"])
     @pytest.mark.parametrize("backend", ["eager", "inductor"])
+    @pytest.mark.slow
     def test_a_compiled_model(self, x, backend, is_first):
         fused, opened = pair(2)
         compiled = torch.compile(fused, backend=backend, fullgraph=True)

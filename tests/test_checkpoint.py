@@ -44,6 +44,7 @@ class TestCheckpoints:
         return collect(Looking(), texts(10), *all_statistics(), **kwargs)
 
     @pytest.mark.parametrize("how, when, done", [("SIGKILL", 7, 6), ("SIGINT", 5, 5), ("in writing", 4, 4)])
+    @pytest.mark.slow
     def test_a_run_that_is_killed_goes_on(self, how, when, done, tmp_path):
         """Killed for real, once in the middle of a writing; the numbers are those of a run that was not."""
         [ended] = run(1, killed, tmp_path, how, when)

@@ -31,6 +31,7 @@ def demo(tmp_path_factory):
     return folder / "visualizer-demo", done
 
 
+@pytest.mark.slow
 def test_the_demo_writes_five_pictures_and_an_index(demo):
     folder, done = demo
     assert (0, "visualizer-demo/index.md\n") == (done.returncode, done.stdout.replace(os.sep, "/")), done.stderr

@@ -99,7 +99,7 @@ WRONG = [
     (["plot", "text.safetensors", "--kind", "headz"], "invalid choice: 'headz'"),
     (
         ["plot", "text.safetensors", "--kind", "head", "--layer", "0"],
-        "maps has 2 heads and none is chosen: pass --head",
+        "there are 2 heads and none is chosen: pass --head",
     ),
     (["plot", "text.safetensors", "--layer", "3"], "--layer 3 is out of range"),
     (["plot", "text.safetensors", "--layer", "first"], "'first' is not a number, mean, max or min"),

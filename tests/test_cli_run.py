@@ -316,6 +316,7 @@ def test_a_model_that_saves_copies_and_compiles_itself_does_so(tmp_path):
 
 
 @pytest.mark.parametrize("option", [["--var", "attn"], ["--attention"]])
+@pytest.mark.slow
 def test_a_model_may_first_be_called_as_it_is_compiled(option, tmp_path):
     (tmp_path / "script.py").write_text(
         f"{MODEL}\n@torch.compile(backend='eager', fullgraph=True)\ndef step(x): return model(x) + 1\nstep(x), step(x)"
@@ -469,6 +470,7 @@ def test_values_that_no_file_can_hold_are_said_by_name(tmp_path):
     assert 1 == done.stderr.count("\n")
 
 
+@pytest.mark.slow
 def test_a_timm_vit_is_captured_without_a_change_to_its_script(tmp_path):
     model = (
         "import timm, torch\ntimm.layers.set_fused_attn(False)\ntorch.manual_seed(0)\n"
@@ -490,6 +492,7 @@ def test_a_timm_vit_is_captured_without_a_change_to_its_script(tmp_path):
         assert np.allclose(found[key][0], maps[key].numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_documentations_examples_print_what_it_says(tmp_path):
     text = (Path(__file__).parent.parent / "docs" / "command-line.md").read_text(encoding="utf-8")
     (tmp_path / "look.py").write_text(text.split("```python\n")[1].split("```")[0])

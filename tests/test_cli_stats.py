@@ -137,6 +137,7 @@ def test_of_texts(tmp_path, monkeypatch, capsys):
     assert load("stats.safetensors")["entropy"].maximum.max() <= np.log(4) + 1e-6
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(folder):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(folder)])}
     assert 0 == cli.main([*IMAGES, "-o", "one.safetensors"])

@@ -51,11 +51,13 @@ print("done")
 
 
 @pytest.mark.parametrize("statements", ["get_local.activate(); import torch", "import torch; get_local.activate()"])
+@pytest.mark.slow
 def test_activation_before_torch_or_its_compiler_is_loaded(statements):
     """Here it is loaded in all other tests. Its import leaves nothing of ours behind in the import system."""
     assert ["done"] == in_a_fresh_process(SWITCHED.format(statements=statements))
 
 
+@pytest.mark.slow
 def test_switching_while_other_threads_run_and_compile():
     """In a process of its own: what it proves is that the process does not crash."""
     code = """

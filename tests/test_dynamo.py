@@ -117,6 +117,7 @@ def values(found):
 @each_backend
 @with_or_without_breaks
 @pytest.mark.parametrize("keep", ["numpy", "graph"])
+@pytest.mark.slow
 def test_a_compiled_model_captures_what_the_plain_one_does(backend, fullgraph, keep):
     model, x = model_of(2), images()
     fast = torch.compile(model, backend=backend, fullgraph=fullgraph)
@@ -205,6 +206,7 @@ def test_with_dynamic_shapes_one_graph_is_enough():
 
 
 @each_backend
+@pytest.mark.slow
 def test_a_loss_on_a_captured_map_of_a_compiled_model_reaches_its_weights(backend):
     model, x, aim = model_of(1), images(), torch.rand(5)
 
@@ -225,6 +227,7 @@ def test_a_loss_on_a_captured_map_of_a_compiled_model_reaches_its_weights(backen
         pytest.param("inductor", "numpy", marks=NEEDS_COMPILER),  # seconds each, and its graphs are aot_eager's
     ],
 )
+@pytest.mark.slow
 def test_training_goes_on_as_without_capture(backend, keep):
     model, x = model_of(1), images()
     fast = torch.compile(model, backend=backend)
@@ -507,7 +510,7 @@ def test_other_objects_are_refused_in_one_graph_and_end_it_otherwise(name):
 
     x = images()
     with capture(inner, name) as found:
-        with pytest.raises(Unsupported, match=f"{name} of .*inner cannot be captured within a graph: it is no tensor"):
+        with pytest.raises(Unsupported, match=f"{name} of .*inner cannot be captured within a graph: only tensors"):
             torch.compile(lambda x: inner(x) + 1, backend="eager", fullgraph=True)(x)
         torch.testing.assert_close(x.softmax(-1) + 2, torch.compile(lambda x: inner(x) + 1, backend="eager")(x))
     [value] = values(found)

@@ -695,6 +695,7 @@ class TestFiles:
         assert rows[9][1].startswith("'="), "no spreadsheet takes it for a formula"
 
     @pytest.mark.parametrize("kind", ["words", "patches", "cross"])
+    @pytest.mark.slow
     def test_png_has_the_panels(self, open_page, tmp_path, kind):
         options = {"words": {"tokens": WORDS}, "patches": {"grid": (2, 3)}, "cross": {"query_tokens": WORDS}}[kind]
         tab = open_page(explore(random_maps(2, 1, 3, 7, 7), **options))
@@ -924,6 +925,7 @@ HOVER = """async (tokens) => {
 
 @needs_browser
 @pytest.mark.parametrize(("tokens", "megabytes", "seconds"), [(197, 8, 1), (512, 30, 2)])
+@pytest.mark.slow
 def test_budgets(chromium, tmp_path, tokens, megabytes, seconds):
     """12 layers of 12 heads. The best of some rounds counts: others also take the processor's caches."""
     maps = random_maps(12, 1, 12, tokens, tokens)

@@ -115,6 +115,7 @@ class TestAProcessThatFails:
         assert max(one.seconds for one in ended) < 30
 
     @pytest.mark.parametrize("bad", [0, 1])
+    @pytest.mark.slow
     def test_that_dies_is_named_by_the_others(self, bad, tmp_path):
         ended = run(3, one_dies, bad, 5.0, tmp_path / "run", has_server=bad == 0)
         assert 7 == ended[bad].code
@@ -125,12 +126,14 @@ class TestAProcessThatFails:
             assert "checkpoint" in message
             assert ended[rank].seconds < 30
 
+    @pytest.mark.slow
     def test_that_dies_is_told_from_one_that_is_slow(self):
         ended = run(3, one_dies_and_one_is_slow, 5.0)
         for one in ended[1:]:
             assert "but rank 0 died, or gives no sign of life for 5 s" in str(one.error)
             assert one.seconds < 30
 
+    @pytest.mark.slow
     def test_that_hangs_is_told_from_one_that_is_slow(self):
         """The slow one needs longer than the time, and it gets on meanwhile."""
         ended = run(3, one_hangs_and_one_is_slow, 5.0, seconds=15)
@@ -138,12 +141,14 @@ class TestAProcessThatFails:
             assert "rank 2 hangs: it did no batch within 5 s" in str(one.error)
             assert "rank 0" not in str(one.error).partition("but")[2]
 
+    @pytest.mark.slow
     def test_whoever_is_done_waits_for_one_that_gets_on(self):
         """For longer than the time that one batch may take."""
         [none, whole] = values(2, all_in_one, 3.0)
         assert difference(none, whole) == 0
         assert 27 == whole.samples
 
+    @pytest.mark.slow
     def test_that_stands_still_with_the_store_in_it(self):
         """Its sockets stay open, and whoever asks the store waits for ever."""
         ended = run(2, one_stands_still, 5.0, has_server=True, seconds=15)
@@ -156,6 +161,7 @@ class TestAProcessThatFails:
             assert isinstance(one.error, ValueError)
             assert said in str(one.error)
 
+    @pytest.mark.slow
     def test_while_another_waits_for_one_more(self):
         """The first has come, waits for the third, and is killed there: the third is well."""
         ended = run(3, one_dies_waiting, 5.0)
@@ -185,6 +191,7 @@ class TestAProcessThatFails:
         assert "rank 1 failed, with KeyboardInterrupt" in str(ended[0].error)
         assert ended[0].seconds < 30
 
+    @pytest.mark.slow
     def test_that_never_collects(self):
         ended = run(2, one_stays_away, 5.0)
         assert "rank 0 of 2 is here, but rank 1 did not come within 5 s" in str(ended[0].error)

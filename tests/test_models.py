@@ -392,6 +392,7 @@ def test_the_weights_of_eager_attention_are_captured_by_one_line(minilm):
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(maps, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_smollm2_is_loaded_right(smollm2):
     """It knows a capital, and in (13, 8) "it" means the cat: the weights, their order and the tokenizer are right."""
     model, tokenizer = smollm2
@@ -428,6 +429,7 @@ def test_the_weights_of_smollm2_are_captured_by_their_paths(smollm2):
 
 
 @pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.slow
 def test_each_name_of_the_table_gives_a_model_and_what_makes_its_input(name, monkeypatch, capfd):
     """The package is there, and what the table says of layers and heads is so; no hub is asked, nothing is printed."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -578,6 +580,7 @@ def test_a_missing_package_is_named_with_what_to_install(call, hidden, distribut
     assert error.value.name == distribution
 
 
+@pytest.mark.slow
 def test_importing_models_brings_torch_and_nothing_else_that_is_heavy():
     others = "{'onnx', 'PIL', 'transformers', 'huggingface_hub', 'skimage'}"
     code = f"import sys, visualizer.models; print(*{others} & sys.modules.keys())"

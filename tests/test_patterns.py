@@ -298,6 +298,7 @@ class TestTrainedHeads:
         for name in found.scores:
             np.testing.assert_allclose(found.scores[name], again.scores[name], atol=2e-6)
 
+    @pytest.mark.slow
     def test_of_smollm2(self, smollm2):
         """On random tokens, twice: its induction heads, and the sink at the first token that most heads have."""
         model, _ = smollm2

@@ -321,6 +321,7 @@ class TestEverythingStaysOnTheFigure:
             pytest.param(lambda: plot.filters(np.random.default_rng(0).random((28, 3, 8, 8))).figure, id="filters"),
         ],
     )
+    @pytest.mark.slow
     def test_labels_titles_and_legends(self, draw):
         figure = draw()
         for _ in range(3):

@@ -49,6 +49,7 @@ class TestProcessesEqualOne:
         for found in values(ranks, in_turn, batches):
             assert difference(expected, found) < ALIKE
 
+    @pytest.mark.slow
     def test_loaders_that_are_split_are_not_split_again(self):
         expected = alone(texts(8))
         for found in values(2, of_loaders):
@@ -145,6 +146,7 @@ def untouched(rank, folder):
 
 
 class TestCheckpoints:
+    @pytest.mark.slow
     def test_a_run_of_two_goes_on(self, tmp_path):
         """One died behind its first writing; the other had finished its share."""
         expected = alone(texts(9))
@@ -170,6 +172,7 @@ class TestCheckpoints:
         with pytest.warns(VisualizerWarning, match="of a run of 2 processes the files of these are missing: 0"):
             assert 4 == load(tmp_path / "rank-*.safetensors").batches
 
+    @pytest.mark.slow
     def test_under_torchrun(self, tmp_path):
         script = Path(__file__).with_name("ranks.py")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
