@@ -105,7 +105,7 @@ def make(x, y):
     return reads, reads_and_assigns, deletes, one_of_many
 
 
-reads, reads_and_assigns, _, one_of_many = make(1, 2)
+(reads, reads_and_assigns, *_), one_of_many = make(1, 2), make(1, 2)[-1]  # a cell of its own: whatever runs before it
 case("x", call())(reads)
 case("x y z", call(5, assigns=[("y", 2, 5), ("z", 3, 6)]), call("a", assigns=[("y", 2, "a")]))(reads_and_assigns)
 case("x w y", call(7, assigns=[("w", 1, 7)]))(one_of_many)
