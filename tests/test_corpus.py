@@ -48,13 +48,17 @@ def is_refused(case: Case) -> bool:
 ACCEPTED = [case for case in CASES if not is_refused(case)]
 BY_NAME = {case.name: case for case in CASES}
 
-each_case = pytest.mark.parametrize("case", ACCEPTED, ids=lambda case: case.name)
-each_case_with_names = pytest.mark.parametrize(
-    "case", [case for case in ACCEPTED if case.names], ids=lambda case: case.name
-)
+
+def param(case: Case, *values: str) -> Any:
+    """The largest of the generated functions takes seconds in each test."""
+    marks = [pytest.mark.slow] if len(case.function.__code__.co_code) > 100_000 else []
+    return pytest.param(case, *values, id="-".join((case.name, *values)), marks=marks)
+
+
+each_case = pytest.mark.parametrize("case", [param(case) for case in ACCEPTED])
+each_case_with_names = pytest.mark.parametrize("case", [param(case) for case in ACCEPTED if case.names])
 each_single = pytest.mark.parametrize(
-    ("case", "name"),
-    [pytest.param(case, name, id=f"{case.name}-{name}") for case in ACCEPTED for name in case.singles],
+    ("case", "name"), [param(case, name) for case in ACCEPTED for name in case.singles]
 )
 
 

@@ -827,7 +827,7 @@ class TestHostileFiles:
     @pytest.mark.parametrize(
         "nodes",
         [
-            pytest.param([["tuple", []], *(["tuple", [[i]]] for i in range(300_000))], id="deep"),
+            pytest.param([["tuple", []], *(["tuple", [[i]]] for i in range(100_000))], id="deep"),
             pytest.param([["tuple", []], *(["tuple", [[i], [i]]] for i in range(300))], id="doubling"),
             pytest.param([["tuple", [1] * 100_000], ["tuple", [[0]] * 900]], id="wide"),
         ],
