@@ -225,7 +225,7 @@ def test_a_loss_on_a_captured_map_of_a_compiled_model_reaches_its_weights(backen
     [
         *((backend, keep) for backend in ("eager", "aot_eager") for keep in ("numpy", "tensor", mean)),
         # of inductor one, for each takes seconds, and its graphs are aot_eager's
-        pytest.param("inductor", "numpy", marks=[NEEDS_COMPILER, pytest.mark.slow]),
+        pytest.param("inductor", "numpy", marks=NEEDS_COMPILER),
     ],
 )
 @pytest.mark.slow
