@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..maps import AttentionMap, without_autograd
+from ..reading import Reduction
 from .gradients import Rows, with_gradients
-from .reading import (
-    Fusion,
+from .layers import (
     check_heads,
     check_residual,
     check_tokens,
@@ -32,7 +32,7 @@ def rollout(
     attention: Any,
     query: int | Sequence[int] | Tensor | None = None,
     *,
-    heads: Fusion = "mean",
+    heads: Reduction = "mean",
     residual: float = 0.5,
     discard: float = 0.0,
 ) -> Any:
@@ -92,7 +92,7 @@ def attention_flow(
     query: int = 0,
     *,
     keys: int | Sequence[int] | Tensor | None = None,
-    heads: Fusion = "mean",
+    heads: Reduction = "mean",
     residual: float = 0.5,
 ) -> Any:
     """How much of each token of the input can flow into a query through all layers: the attention flow.
@@ -393,7 +393,7 @@ def _from_the_last(
     return like_input(flow[:, 0] if _is_one_token(query) else flow, as_array)
 
 
-def _mixed_rows(layer: AttentionMap, heads: Fusion, residual: float, discard: float) -> Rows:
+def _mixed_rows(layer: AttentionMap, heads: Reduction, residual: float, discard: float) -> Rows:
     """Rows of Ã: the fused map without its smallest entries, with the residual connection; each row is read once."""
     tokens = layer.shape[3]
     dropped = int(discard * tokens * tokens)
@@ -454,7 +454,7 @@ def _with_residual(rows: Tensor, queries: slice | Tensor, residual: float) -> Te
     return rows
 
 
-def _capacities(layer: AttentionMap, image: int, heads: Fusion, residual: float) -> tuple[Tensor, Tensor]:
+def _capacities(layer: AttentionMap, image: int, heads: Reduction, residual: float) -> tuple[Tensor, Tensor]:
     """The entries of one image's Ã that are not 0: places (2, entries), and multiples of 1 / _UNIT (entries,)."""
     entries = []
     for part in layer.parts():

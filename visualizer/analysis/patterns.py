@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..maps import AttentionMap, without_autograd
 from ..store import as_html, as_text
-from .reading import layer_label, layers_of
+from .layers import layer_label, layers_of
 
 __all__ = ["HeadPatterns", "head_patterns"]
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..maps import AttentionMap, without_autograd
-from .reading import Fusion, as_tensor, check_heads, fused, layer_label, layers_of, like_input, patches, per_layer
+from ..places import grid_of
+from ..reading import Reduction
+from .layers import as_tensor, check_heads, fused, layer_label, layers_of, like_input, per_layer
 
 __all__ = [
     "TopKey",
@@ -239,9 +241,10 @@ def distance_of(
         raise ValueError(
             f"distances need queries and keys that are the same patches, not {queries} queries and {keys} keys"
         )
-    rows, columns, prefix = patches(keys, grid, prefix_tokens)
-    row = torch.arange(rows, device=layer.device, dtype=layer.dtype).repeat_interleave(columns)
-    column = torch.arange(columns, device=layer.device, dtype=layer.dtype).repeat(rows)
+    places = grid_of(keys, {"grid": grid, "prefix_tokens": prefix_tokens})
+    prefix = len(places.prefix)
+    row = torch.arange(places.rows, device=layer.device, dtype=layer.dtype).repeat_interleave(places.columns)
+    column = torch.arange(places.columns, device=layer.device, dtype=layer.dtype).repeat(places.rows)
     total = torch.zeros(batch, heads, dtype=layer.dtype, device=layer.device)
     counted = torch.zeros_like(total)
     for part, weights in layer.chunks():
@@ -318,7 +321,7 @@ def top_keys(
     tokens: Sequence[str] | None = None,
     *,
     k: int = 3,
-    heads: Fusion | int = "mean",
+    heads: Reduction | int = "mean",
     batch: int = 0,
 ) -> list[list[TopKey]]:
     """The keys that a token attends to most, for each layer, best first.

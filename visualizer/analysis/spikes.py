@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..maps import without_autograd
-from .reading import as_tensor, like_input
+from .layers import as_tensor, like_input
 
 __all__ = ["spike_rate", "spike_scores"]
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ..maps import without_autograd
-from .reading import as_tensor, like_input, patches
+from ..places import grid_of
+from .layers import as_tensor, like_input
 
 __all__ = ["filter_components", "position_similarity"]
 
@@ -46,10 +47,10 @@ def position_similarity(
         table = table[0]
     if table.ndim != 2 or 0 in table.shape:
         raise ValueError(f"positions are (tokens, width) or (1, tokens, width), these are {tuple(table.shape)}")
-    rows, columns, prefix = patches(len(table), grid, prefix_tokens)
-    table = table[prefix:].to(torch.float64 if table.dtype == torch.float64 else torch.float32)
+    places = grid_of(len(table), {"grid": grid, "prefix_tokens": prefix_tokens})
+    table = table[len(places.prefix) :].to(torch.float64 if table.dtype == torch.float64 else torch.float32)
     unit = torch.nn.functional.normalize(table, dim=-1)
-    return like_input((unit @ unit.mT).view(rows, columns, rows, columns), is_array)
+    return like_input((unit @ unit.mT).view(places.rows, places.columns, places.rows, places.columns), is_array)
 
 
 @without_autograd

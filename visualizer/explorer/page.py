@@ -26,7 +26,7 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
-from ..analysis.reading import maps_of
+from ..analysis.layers import maps_of
 from ..maps import AttentionMap
 from ..reading import check_not_empty
 from ..store import check_destination

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..plot.places import read_grid, read_image
+from ..places import grid_of, read_image
 
 _PICTURE_SIDE = 768  # pixels, more than the page gives to a picture
 # Tokens that are not words, as tokenizers write them: [CLS], <s>, <|endoftext|>.
@@ -73,7 +73,7 @@ def read_sides(
     has_picture = image is not None or grid is not None or prefix_tokens is not None
 
     def patches(size: int) -> Side:
-        places = read_grid(size, grid=grid, prefix_tokens=prefix_tokens)
+        places = grid_of(size, {"grid": grid, "prefix_tokens": prefix_tokens})
         prefix = [printable(name) for name in places.prefix]
         picture = None if image is None else _jpeg(image)
         return Side(prefix, list(range(len(prefix))), (places.rows, places.columns), picture)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..places import Grid
 from ..reading import Array
 from .canvas import LABEL, axes_of, colour_bar
 from .look import Look, exceeds, row_top
-from .places import Grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

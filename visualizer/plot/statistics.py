@@ -9,7 +9,7 @@ import numpy as np
 from ..reading import Array
 from .canvas import axes_of
 from .matrices import heads
-from .reading import Choice
+from .selection import Choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

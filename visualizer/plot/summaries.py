@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
+from ..places import grid_of
 from ..reading import Array, as_numbers
 from .canvas import axes_of, colour_bar, full_rows, label_ticks, mosaic, panel_size, panels, write_title
 from .look import Colours, Keywords, Scale, exceeds
-from .places import read_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -242,7 +242,7 @@ def _blocks(name: Any, values: Any, grid: tuple[int, int] | None) -> list[Array]
     for number, one in enumerate(values):
         block = as_numbers(one, what)
         if block.ndim == 1 and block.size:
-            shape = read_grid(block.size, grid=grid, prefix_tokens=0)
+            shape = grid_of(block.size, {"grid": grid, "prefix_tokens": 0})
             block = block.reshape(shape.rows, shape.columns)
         if block.ndim != 2 or not block.size or (grid is not None and block.shape != tuple(grid)):
             raise ValueError(

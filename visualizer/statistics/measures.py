@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..analysis import patterns, rows
-from ..analysis.reading import Fusion, check_heads, fused
+from ..analysis.layers import check_heads, fused
 from ..maps import AttentionMap
+from ..reading import Reduction
 from .statistic import Statistic
 from .tokens import Tokens
 
@@ -267,7 +268,7 @@ class MeanMap(Statistic):
     about = "its mean map"
     label = "mean attention weight"
 
-    def __init__(self, heads: Fusion | None = None, *, name: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, heads: Reduction | None = None, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
         if heads is not None:
             check_heads(heads)
