@@ -76,11 +76,10 @@ def like_input(result: Tensor, as_array: bool) -> Any:
     return result.numpy() if as_array else result
 
 
-def as_tensor(values: Any) -> tuple[Tensor, bool]:
-    """Numbers in whatever holds them, detached, and whether they were an array (or a list)."""
-    if isinstance(values, Tensor):
-        return values.detach(), False
-    return torch.from_numpy(np.array(values)), True
+def as_floats(values: Any) -> tuple[Tensor, bool]:
+    """Numbers in whatever holds them as a detached tensor of float64 or float32, and whether they were an array."""
+    tensor = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32), not isinstance(values, Tensor)
 
 
 def fused(rows: Tensor, heads: Reduction) -> Tensor:

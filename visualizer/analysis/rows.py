@@ -1,7 +1,7 @@
 """What the rows of a map say: how broadly a query looks, how far, how surely, and at what.
 
 Each analysis is two functions: `..._of` has the formula for one layer, which a statistic can use too, and the public
-one applies it to every layer by `per_layer`.
+one applies it to every layer by `per_layer`, which raises ValueError for layers of different shapes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..maps import AttentionMap, without_autograd
 from ..places import grid_of
 from ..reading import Reduction
-from .layers import as_tensor, check_heads, fused, layer_label, layers_of, like_input, per_layer
+from .layers import as_floats, check_heads, fused, layer_label, layers_of, like_input, per_layer
 
 __all__ = [
     "TopKey",
@@ -44,10 +44,7 @@ def entropy(attention: Any) -> Any:
     - sum_j A_ij ln A_ij, with 0 ln 0 = 0.
 
     Returns:
-        (batch, heads, queries); several layers are the first axis.
-
-    Raises:
-        ValueError: the layers differ in shape.
+        (batch, heads, queries); several layers, of one shape, are the first axis.
     """
     return per_layer(attention, entropy_of)
 
@@ -74,10 +71,7 @@ def received(attention: Any) -> Any:
     keys are all masked attend to nothing and do not count.
 
     Returns:
-        (batch, heads, keys); several layers are the first axis.
-
-    Raises:
-        ValueError: the layers differ in shape.
+        (batch, heads, keys); several layers, of one shape, are the first axis.
     """
     return per_layer(attention, received_of)
 
@@ -136,10 +130,7 @@ def confidence(attention: Any) -> Any:
     count.
 
     Returns:
-        (batch, heads); several layers are the first axis.
-
-    Raises:
-        ValueError: the layers differ in shape.
+        (batch, heads); several layers, of one shape, are the first axis.
     """
     return per_layer(attention, confidence_of)
 
@@ -288,7 +279,7 @@ def mass_mask(weights: Any, share: float = 0.6) -> Any:
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share!r} is a share from above 0 to 1")
-    values, is_array = as_tensor(weights)
+    values, is_array = as_floats(weights)
     values = values.double()
     if values.ndim == 0 or not bool((values >= 0).all()) or not bool(values.isfinite().all()):
         raise ValueError(
