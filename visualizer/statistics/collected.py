@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..errors import warn
 from ..store import Record, Recorded, Saved, stacked
+from .base import Statistic, with_layers
 from .measures import MEASURES
 from .moments import Moments, empty_state, merge_states, to_one_shape
-from .statistic import Statistic, with_layers
 
 __all__ = ["Collected"]
 

@@ -17,7 +17,7 @@ from ..analysis import patterns, rows
 from ..analysis.layers import check_heads, fused
 from ..maps import AttentionMap
 from ..reading import Reduction
-from .statistic import Statistic
+from .base import Statistic
 from .tokens import Tokens
 
 __all__ = ["Confidence", "Distance", "Entropy", "MeanMap", "Patterns", "PrefixMass", "Received", "Sink"]
