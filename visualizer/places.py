@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from .errors import few
 from .reading import Array, as_numbers, is_array
 
 Size: TypeAlias = int | tuple[int, int]
@@ -209,8 +210,7 @@ def word_index(word: str, tokens: Sequence[str]) -> int:
         return places[0]
     if places:
         raise ValueError(f"query={word!r} stands {len(places)} times in query_tokens: pass its index, one of {places}")
-    few = ", ".join(map(repr, tokens[:12])) + (f" and {len(tokens) - 12} more" if len(tokens) > 12 else "")
-    raise ValueError(f"query={word!r} is not in query_tokens: {few}")
+    raise ValueError(f"query={word!r} is not in query_tokens: {few(tokens, 12)}")
 
 
 @dataclass(frozen=True)

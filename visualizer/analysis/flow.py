@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import few
 from ..maps import AttentionMap, without_autograd
 from ..reading import Reduction
 from .gradients import Rows, with_gradients
@@ -298,7 +299,7 @@ def cross_relevance(
     if len(pairs) != len(maps) or not all(map(_is_pair, pairs)):
         raise ValueError(
             f"streams needs a pair (stream of the queries, stream of the keys) for each of {len(maps)} layers, and has "
-            f"{len(pairs)} entries: {pairs[:4]}{' ...' if len(pairs) > 4 else ''}"
+            f"{len(pairs)} entries: {few(pairs)}"
         )
     sizes = _sizes(maps, pairs)
     first = maps[0]

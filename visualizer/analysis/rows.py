@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import few
 from ..maps import AttentionMap, without_autograd
 from ..places import grid_of
 from ..reading import Reduction
@@ -371,8 +372,7 @@ def _query_number(query: int | str, tokens: Sequence[str] | None, queries: int) 
         raise ValueError(f"query={query!r} is a text: pass the tokens of the {queries} queries, or a number")
     places = [place for place, token in enumerate(tokens) if token == query]
     if not places:
-        listing = ", ".join(map(repr, tokens[:30])) + (" ..." if len(tokens) > 30 else "")
-        raise ValueError(f"there is no token {query!r} among {listing}")
+        raise ValueError(f"there is no token {query!r} among {few(tokens, 30)}")
     if len(places) > 1:
         raise ValueError(f"there are {len(places)} tokens {query!r}, at {places}: pass one of these numbers")
     return places[0]

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .builder import build, is_builder
 from .outcome import Failure, Mistake, say, trying_to, warnings_as_lines, writable
+from .script import build, is_builder
 
 if TYPE_CHECKING:
     from ..statistics import Statistic
