@@ -18,7 +18,7 @@ PACKAGE = ROOT / "visualizer"
 
 # Each room imports only from rooms before it. A folder is one room.
 ROOMS = (
-    "errors", "opcodes", "proof", "rewrite", "tensors", "store", "instrument", "reading", "maps", "intercept",
+    "errors", "opcodes", "proof", "rewrite", "tensors", "store", "instrument", "reading", "places", "maps", "intercept",
     "analysis", "statistics", "loading", "plot", "explorer", "models", "cli", "__main__", "__init__",
 )  # fmt: skip
 

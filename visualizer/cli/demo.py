@@ -80,8 +80,15 @@ def _demo(options: argparse.Namespace) -> None:
         raise Mistake("the text is empty: --text takes a sentence")
     if any("\ud800" <= character <= "\udfff" for character in options.text):  # from bytes that are not UTF-8
         raise Mistake("the text is not valid Unicode")
-    images, pixels, name = _read(options.image)
-    folder = writable(options.out)
+    from .. import models
+
+    picture = str(models.photo("coffee")) if options.image is None else options.image
+    with reading_picture(picture):
+        images, pixels = models.prepare(picture, size=IMAGE_SIZE, patch=PATCH)
+    folder = Path(options.out)
+    with trying_to(f"write to {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    index = writable(str(folder / "index.md"))
     import matplotlib
     from tqdm import tqdm
 
@@ -95,26 +102,15 @@ def _demo(options: argparse.Namespace) -> None:
         bar.update()
         values = {VIT: {"maps": vision, "pixels": pixels}, MINILM: {"maps": text, "tokens": tokens}}
         pictures = _pictures(options, len(tokens))
-        for picture in pictures:
-            bar.set_description(f"drawing {picture.file}")
-            figure = picture.draw(values[picture.model])
+        for one in pictures:
+            bar.set_description(f"drawing {one.file}")
+            figure = one.draw(values[one.model])
             with bar.external_write_mode(sys.stderr):  # save may print a line about missing characters
-                save(figure, folder / picture.file)
+                save(figure, folder / one.file)
             bar.update()
-    index = _index(pictures, name, options)
-    with trying_to(f"write {folder / 'index.md'}"):
-        (folder / "index.md").write_text(index, encoding="utf-8")
-    print(folder / "index.md")
-
-
-def _read(image: str | None) -> tuple[Any, Any, str]:
-    """The vision model's input, the pixels that it sees, and the picture's name."""
-    from .. import models
-
-    path = str(models.photo("coffee")) if image is None else image
-    with reading_picture(path):
-        images, pixels = models.prepare(path, size=IMAGE_SIZE, patch=PATCH)
-    return images, pixels, Path(path).name
+    with trying_to(f"write {index}"):
+        index.write_text(_index(pictures, Path(picture).name, options), encoding="utf-8")
+    print(index)
 
 
 def _vision_attention(images: Any) -> Any:
@@ -172,6 +168,7 @@ def _pictures(options: argparse.Namespace, tokens: int) -> list[_Picture]:
 
 def _index(pictures: list[_Picture], name: str, options: argparse.Namespace) -> str:
     """Markdown that shows the pictures, and how each was made."""
+    source = 'models.photo("coffee")' if options.image is None else repr(options.image)
     lines = [
         "# What the models attended to",
         "",
@@ -197,7 +194,7 @@ def _index(pictures: list[_Picture], name: str, options: argparse.Namespace) -> 
         "from visualizer import get_local, models, plot",
         "",
         '# the vision model: its attention is decorated with @get_local("attn")',
-        f"images, pixels = models.prepare({_source(options.image)}, size={IMAGE_SIZE})",
+        f"images, pixels = models.prepare({source}, size={IMAGE_SIZE})",
         "with get_local.activate(), torch.inference_mode():",
         "    models.dinov2_small()(images)",
         'maps = get_local.cache["PlainAttention.forward"]  # one array per layer, (1, 6, 1025, 1025)',
@@ -214,10 +211,6 @@ def _index(pictures: list[_Picture], name: str, options: argparse.Namespace) -> 
         "",
     ]
     return "\n".join(lines)
-
-
-def _source(image: str | None) -> str:
-    return 'models.photo("coffee")' if image is None else repr(image)
 
 
 def _escaped(text: str) -> str:

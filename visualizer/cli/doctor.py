@@ -22,8 +22,8 @@ from ..instrument import capture, compiler_trouble
 from ..instrument.unwrapping import functions_behind
 from ..rewrite import local_names
 from ..store import human, memory_of
-from .builder import build, is_builder
 from .outcome import Failure, Mistake
+from .script import build, is_builder
 
 if TYPE_CHECKING:
     from .outcome import Commands

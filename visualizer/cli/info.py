@@ -38,15 +38,12 @@ def _info(options: argparse.Namespace) -> None:
     table = repr(results)[1:-1]  # without the brackets of a repr, and without load('...') before it
     print(f"{options.file}: {table.removeprefix(f'load({options.file!r}): ')}")
     if is_statistics:
-        _print_layers(results)
+        statistics: Any = results
+        print(f"layers: {', '.join(path or repr('') for path in statistics.paths)}")
+        for number, why in statistics.failed:
+            print(f"batch {number} failed: {why}")
     for name, value in results.about.items():
         print(f"about {name}: {_shortened(value)}")
-
-
-def _print_layers(statistics: Any) -> None:
-    print(f"layers: {', '.join(path or repr('') for path in statistics.paths)}")
-    for number, why in statistics.failed:
-        print(f"batch {number} failed: {why}")
 
 
 def _moments(statistics: Any) -> dict[str, Any]:

@@ -51,12 +51,12 @@ def trying_to(task: str) -> Iterator[None]:
 
 
 def writable(name: str) -> Path:
-    """The folder of that name, made if it does not exist; Mistake where no file can be written in it."""
-    folder = Path(name)
-    with trying_to(f"write to {name}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+    """The path of a file to write, checked before the work begins; Mistake where it cannot be written."""
+    path = Path(name)
+    if path.is_dir():
+        raise Mistake(f"cannot write {name}: it is a folder")
+    with trying_to(f"write {name}"), tempfile.TemporaryFile(dir=path.absolute().parent):
+        return path
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -31,6 +31,9 @@ MAX_CODES = 160_000_000
 
 Array: TypeAlias = npt.NDArray[np.float32]
 
+WEIGHTS: Array = np.where(np.arange(256) == NOTHING, 0, np.exp(-STEP * np.arange(256))).astype(np.float32)
+"""The weight of each code, as a share of the largest weight of its row."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -196,9 +199,7 @@ def pack(example: Example, budget: int) -> tuple[bytes, list[str]]:
         kept = max(TOP, min(kept - 1, int(kept * min(0.95, max(0.5, left / max(1, size))))))
     if kept == keys:
         return packed, []
-    table = np.exp(-STEP * np.arange(256, dtype=np.float32))
-    table[NOTHING] = 0
-    share = float((table[_cut(sample, kept)].sum(1) / np.maximum(table[sample].sum(1), 1e-9)).mean())
+    share = float((WEIGHTS[_cut(sample, kept)].sum(1) / np.maximum(WEIGHTS[sample].sum(1), 1e-9)).mean())
     return packed, [
         f"The maps are too large for one page: of each row the {kept} largest of {keys} weights are here, "
         f"{100 * share:.3g} % of the attention; the others count as zero. Fewer layers leave more."

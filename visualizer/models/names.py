@@ -4,8 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..errors import warn
-from .packages import not_installed
+from ..errors import not_installed, warn
 from .pictures import prepare
 from .texts import minilm, smollm2, text_model
 from .weights import dinov2_small

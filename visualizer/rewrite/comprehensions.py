@@ -13,7 +13,7 @@ from bytecode import Instr
 from bytecode.instr import TryBegin, TryEnd
 
 from .. import opcodes
-from .disassembly import variable_of
+from ..opcodes import variable_of
 
 
 def borrowed(items: Sequence[Any], start: int) -> dict[str, set[int]]:

@@ -1,4 +1,4 @@
-"""Puts hook calls into a function's bytecode."""
+"""`Writer` puts hook calls into a function's bytecode."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from bytecode import Instr, Label
 from bytecode.instr import InstrLocation, TryBegin, TryEnd
 
 from .. import opcodes
-from .captures import HOOK, Capture
-from .disassembly import disassemble, instructions, line_of, variable_of
 from .line_table import line_table
-from .variables import Variables
+from .locals import HOOK, Capture
+from .variables import Variables, disassemble, instructions
 
 
 class Writer:
@@ -91,8 +90,8 @@ class Writer:
                     self._put(items, opcodes.build_tuple(1, nowhere))
                 self._put(items, opcodes.call_hook(nowhere))
             elif self._variables.assigns(item, capture.names):
-                name, at = str(variable_of(item)), item.location
-                line = line_of(item)
+                name, at = str(opcodes.variable_of(item)), item.location
+                line = opcodes.line_of(item)
                 self._put(items, opcodes.load_hook(HOOK, at))
                 self._put(items, opcodes.load_constant(capture.key, at))
                 self._put(items, opcodes.load_constant(name, at))

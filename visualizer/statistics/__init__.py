@@ -5,14 +5,14 @@ are torchmetrics metrics, which work alone as well.
 """
 # ruff: noqa: F403
 
-from . import collected, collecting, measures, moments, statistic, tokens, training
+from . import base, collected, collecting, measures, moments, tokens, training
+from .base import *
 from .collected import *
 from .collecting import *
 from .measures import *
 from .moments import *
-from .statistic import *
 from .tokens import *
 from .training import *
 
-__all__ = [*collected.__all__, *collecting.__all__, *measures.__all__, *moments.__all__]
-__all__ += [*statistic.__all__, *tokens.__all__, *training.__all__]
+__all__ = [*base.__all__, *collected.__all__, *collecting.__all__, *measures.__all__, *moments.__all__]
+__all__ += [*tokens.__all__, *training.__all__]

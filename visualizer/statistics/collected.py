@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import warn
+from ..errors import few, warn
 from ..store import Record, Recorded, Saved, stacked
+from .base import Statistic, with_layers
 from .measures import MEASURES
 from .moments import Moments, empty_state, merge_states, to_one_shape
-from .statistic import Statistic, with_layers
 
 __all__ = ["Collected"]
 
@@ -227,8 +227,3 @@ def without_states(parts: Sequence[Collected]) -> Collected:
     whole.failed = [failure for part in parts for failure in part.failed]
     whole.is_complete = all(part.is_complete for part in parts)
     return whole
-
-
-def few(paths: Sequence[str]) -> str:
-    """The first paths of many, for a message."""
-    return ", ".join(map(repr, paths[:3])) + (" ..." if len(paths) > 3 else "")

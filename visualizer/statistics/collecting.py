@@ -16,11 +16,11 @@ from ..errors import warn
 from ..instrument import named_modules
 from ..intercept import attention
 from ..store import NO_LIMIT
+from .base import Statistic, check_statistics, measured
 from .checkpoint import Checkpoint
 from .collected import Collected, Origin
 from .heartbeat import Stopped
-from .ranks import Batch, Ranks
-from .statistic import Statistic, check_statistics, measured
+from .processes import Batch, Processes
 from .tokens import Tokens, tokens_of_call
 
 __all__ = ["collect"]
@@ -107,9 +107,9 @@ def collect(
         raise TypeError(f"batches is a {type(batches).__name__}, one batch: pass an iterable of such, as [batch]")
     found, file = Collected(statistics), Checkpoint(checkpoint, every)
     is_sharded, fingerprint, data = _is_sharded(model), _fingerprint(model), _size(batches)
-    ranks = Ranks(timeout)
-    is_in_step = is_sharded and ranks.count > 1
-    found.origin = Origin([os.urandom(8).hex()], ranks.rank, ranks.count, fingerprint, data, is_in_step)
+    processes = Processes(timeout)
+    is_in_step = is_sharded and processes.count > 1
+    found.origin = Origin([os.urandom(8).hex()], processes.rank, processes.count, fingerprint, data, is_in_step)
     found.is_complete = False
 
     def begin() -> tuple[bool, Any, Any]:
@@ -118,20 +118,23 @@ def collect(
         return found.is_complete, list(found.settings.items()), None if is_sharded else fingerprint
 
     def run() -> None:
-        share = ranks.share(batches, is_share)
-        todo = ranks.in_step(share, found.tried) if is_in_step else share.behind(found.tried)
-        with _bar(share.size, found.tried, progress and not ranks.rank) as bar:
+        from tqdm import tqdm
+
+        share = processes.share(batches, is_share)
+        todo = processes.in_step(share, found.tried) if is_in_step else share.behind(found.tried)
+        is_hidden = None if progress and not processes.rank else True  # None: hidden where there is no terminal
+        with tqdm(total=share.size, initial=found.tried, unit="batch", disable=is_hidden) as bar:
             _run(model, statistics, todo, call, found, file, bar, is_in_step)
 
     try:
-        are_complete, settings, models = zip(*ranks.all_gather(begin), strict=True)
+        are_complete, settings, models = zip(*processes.all_gather(begin), strict=True)
         _check_alike("statistics", settings)
         _check_alike("models", models)
         if not all(are_complete):
-            ranks.all_gather(run, is_in_step)
-        found = ranks.merge(found)
+            processes.all_gather(run, is_in_step)
+        found = processes.merge(found)
     finally:
-        ranks.close()
+        processes.close()
     if not found.paths:
         file.remove()  # it says that all is done, and the next run is to try again
         why = f"{len(found.failed)} failed, with {found.failed[0][1]}" if found.failed else "there were none"
@@ -147,12 +150,6 @@ def _check_alike(what: str, by_rank: Sequence[Any]) -> None:
             f"the processes have different {what}, rank 0 {by_rank[0]} and rank {other} {by_rank[other]}: "
             "pass the same to collect in each"
         )
-
-
-def _bar(size: int | None, done: int, is_shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=size, initial=done, unit="batch", disable=None if is_shown else True)  # None: without a terminal
 
 
 def _run(

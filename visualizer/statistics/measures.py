@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..analysis import patterns, rows
-from ..analysis.reading import Fusion, check_heads, fused
+from ..analysis.layers import check_heads, fused
 from ..maps import AttentionMap
-from .statistic import Statistic
+from ..reading import Reduction
+from .base import Statistic
 from .tokens import Tokens
 
 __all__ = ["Confidence", "Distance", "Entropy", "MeanMap", "Patterns", "PrefixMass", "Received", "Sink"]
@@ -235,12 +236,7 @@ class Patterns(Statistic):
         special = None
         if ids is not None and self.special_ids is not None:
             special = torch.isin(ids, torch.tensor(self.special_ids, dtype=ids.dtype))
-        is_causal = patterns.is_causal([layer], real)
-        if is_causal:
-            special = torch.zeros_like(real) if special is None else special
-            special[torch.arange(batch), real.int().argmax(1)] = True
-        known = patterns.TokenFacts(repeats=ids, special=special, real=real, is_causal=is_causal, window=self.window)
-        sums, counts = patterns.score_sums(layer, known)
+        sums, counts = patterns.score_sums(layer, patterns.facts_of([layer], ids, special, real, self.window))
         means = sums[0] / counts[..., None]  # (patterns, batch, heads)
         return means.masked_fill(~patterns.has_evidence(counts)[..., None], math.nan).permute(1, 2, 0)
 
@@ -267,7 +263,7 @@ class MeanMap(Statistic):
     about = "its mean map"
     label = "mean attention weight"
 
-    def __init__(self, heads: Fusion | None = None, *, name: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, heads: Reduction | None = None, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
         if heads is not None:
             check_heads(heads)

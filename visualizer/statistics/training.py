@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ..intercept import attention
 from ..maps import AttentionMap
 from ..store import NO_LIMIT
+from .base import Statistic, check_statistics, measured
 from .collected import Collected
 from .moments import merge_states, to_one_shape
-from .statistic import Statistic, check_statistics, measured
 from .tokens import Tokens, tokens_of_call
 
 __all__ = ["Monitor", "lightning_callback", "trainer_callback"]

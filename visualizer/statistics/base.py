@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError('visualizer.statistics needs torchmetrics: pip install "get-local[stats]"') from error
 
-from ..analysis.reading import layers_of, without_nan
+from ..analysis.layers import layers_of, without_nan
 from ..maps import AttentionMap, without_autograd
 from .moments import Moments, empty_state, merge_states, state_of, to_one_shape
 from .tokens import Tokens
