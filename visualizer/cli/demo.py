@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .outcome import Mistake, save, trying_to, writable
+from .outcome import Mistake, destination, save, trying_to, writable
 from .saved import reading_picture
 
 if TYPE_CHECKING:
@@ -102,9 +102,10 @@ def _demo(options: argparse.Namespace) -> None:
                 save(figure, folder / picture.file)
             bar.update()
     index = _index(pictures, name, options)
-    with trying_to(f"write {folder / 'index.md'}"):
-        (folder / "index.md").write_text(index, encoding="utf-8")
-    print(folder / "index.md")
+    page = destination(str(folder / "index.md"), "md")
+    with trying_to(f"write {page}"):
+        page.write_text(index, encoding="utf-8")
+    print(page)
 
 
 def _read(image: str | None) -> tuple[Any, Any, str]:

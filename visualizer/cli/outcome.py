@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..store import check_destination
+
 if TYPE_CHECKING:
     import argparse
 
@@ -59,6 +61,15 @@ def writable(name: str) -> Path:
             return folder
 
 
+def destination(name: str, suffix: str) -> Path:
+    """The path of that name; Mistake unless a file of the format `suffix` can be written there."""
+    path = Path(name)
+    with trying_to(f"write {name}"):
+        check_destination(path, suffix)
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            return path
+
+
 def save(figure: Figure, path: Path) -> None:
     """Save a picture; Mistake where it cannot be written.
 
@@ -66,6 +77,7 @@ def save(figure: Figure, path: Path) -> None:
     """
     with trying_to(f"write {path}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        check_destination(path, "png")
         figure.savefig(path, dpi=150)
     glyphs: dict[str, None] = {}
     for warning in caught:

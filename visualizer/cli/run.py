@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import opcodes
 from ..instrument import capture
-from .outcome import Mistake, reason, say, trying_to, warnings_as_lines
+from .outcome import Mistake, destination, reason, say, warnings_as_lines
 from .recording import Decorated, Models, Recording, Target, has_values, save, summary
 from .script import Program, show_own_frames_only
 
@@ -51,12 +50,7 @@ def _prepared(options: argparse.Namespace) -> Callable[[], int]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise Mistake(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    out = Path(options.out).absolute()
-    with trying_to(f"write {options.out}"):
-        if out.is_dir():
-            raise Mistake(f"cannot write {options.out}: it is a folder")
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
+    out = destination(options.out, "safetensors").absolute()
     name, *arguments = options.program
     program = Program(name, arguments, options.is_module)
     recording = _recording(options, program)

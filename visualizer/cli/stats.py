@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .builder import build, is_builder
-from .outcome import Failure, Mistake, say, trying_to, warnings_as_lines
+from .outcome import Failure, Mistake, destination, say, trying_to, warnings_as_lines
 
 if TYPE_CHECKING:
     from ..statistics import Statistic
@@ -94,10 +94,7 @@ def _count(text: str) -> int:
 
 
 def _stats(options: argparse.Namespace) -> None:
-    out = Path(options.out)
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        why = "it is a folder" if out.is_dir() else "there is no such folder"
-        raise Mistake(f"cannot write {options.out}: {why}")
+    out = destination(options.out, "safetensors")
     items: list[Any] = _pictures(options.images) if options.images else _lines(options.texts)
     items = items[: options.limit]
     measures = _chosen(options)
