@@ -401,7 +401,7 @@ WRONG = [
     (["run", "--max-bytes", "many", "script.py"], "invalid int value"),
     (["run", "--nonsense", "script.py"], "--nonsense"),
     (["run", "-o", "missing/x.safetensors", "script.py"], "cannot write missing/x.safetensors"),
-    (["run", "-o", "empty", "script.py"], "it is a folder"),
+    (["run", "-o", "empty", "script.py"], "'empty' is a folder"),
     (["run", "--target", "script:double", "--var", "dubled", "script.py"], "did you mean 'doubled'?"),
     (["run", "--target", "script:double.inner", "--var", "x", "script.py"], "there is no 'inner'"),
     (["run", "--target", "json:lods", "--var", "x", "imports.py"], "did you mean 'loads'?"),

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .outcome import Mistake, save, trying_to, writable
+from .outcome import Mistake, destination, save, trying_to
 from .saved import reading_picture
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _demo(options: argparse.Namespace) -> None:
     folder = Path(options.out)
     with trying_to(f"write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    index = writable(str(folder / "index.md"))
+    index = destination(str(folder / "index.md"), "md")
     import matplotlib
     from tqdm import tqdm
 
