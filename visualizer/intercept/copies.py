@@ -93,9 +93,7 @@ class Copies:
             source = Weights(arranged(weights))
             if gradient is not None:
                 gradient.arrange(
-                    source.shape,
-                    None,
-                    lambda incoming: arranged(ordered(incoming).expand(*lead, *multiplied[-2:])),
+                    lambda incoming: arranged(ordered(incoming).expand(*lead, *multiplied[-2:])), source.shape
                 )
             made = AttentionMap.from_source(source, path=call.path, kind=call.kind, gradient=gradient)
             made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=call.kind) for part in parts)
@@ -111,7 +109,8 @@ class Copies:
             mask, more = self._kept_mask(mask)
             sizes = _sum(sizes, more)
         functions = fused.score_mod, fused.mask_mod
-        source = Factors(query, keys, key.shape[2], fused.scale, mask, fused.causal, *functions)
+        modifiers = None if fused.modifiers is None else fused.modifiers.mapped(_copied)
+        source = Factors(query, keys, key.shape[2], fused.scale, mask, fused.causal, *functions, modifiers)
         evidence = None
         if not fused.dropout:
             output = fused.output.detach().reshape(*source.shape[:3], fused.output.shape[-1])
@@ -120,7 +119,11 @@ class Copies:
             "there was dropout on the weights, whose pattern a fused kernel does not tell: the gradient is known with "
             "model.eval(), or without attention dropout"
         )
-        gradient = self._gradient_of(fused.output, source.shape, fused.value, reason if fused.dropout else None)
+        returned = fused.output if fused.returned is None else fused.returned
+        as_output, values = fused.as_output, fused.value.detach()
+        gradient = self._gradient_of(returned, source.shape, values, reason if fused.dropout else None)
+        if gradient is not None and as_output is not None:
+            gradient.arrange(as_output)
 
         def map_of(order: Order | None) -> AttentionMap:
             made_of = source
@@ -128,14 +131,15 @@ class Copies:
             if order is not None and not is_known and not source.has_functions:
                 made_of = source.arranged(order.arranged)
                 if gradient is not None:
-                    values = fused.value.detach()
-                    values = values.repeat_interleave(source.shape[1] // values.shape[1], 1)
-                    gradient.arrange(made_of.shape, _copied(order.arranged(values)), order.arranged)
+                    whole = values.repeat_interleave(source.shape[1] // values.shape[1], 1)
+                    arranged = order.arranged if as_output is None else lambda one: order.arranged(as_output(one))
+                    gradient.arrange(arranged, made_of.shape, _copied(order.arranged(whole)))
                 is_known = True
             made = AttentionMap.from_source(made_of, path=call.path, kind=call.kind, gradient=gradient)
             made.axes_assumed = not is_known and math.prod(source.shape[:2]) > 1
             return made
 
+        sizes = _sum(sizes, _sizes(*([] if modifiers is None else modifiers.tensors())))
         return Copy(map_of, _sum(sizes, _sizes(query, *([] if gradient is None else gradient.tensors()))), evidence)
 
     def _kept_keys(self, path: str, key: Tensor, queries: int) -> tuple[Keys, dict[str, int]]:

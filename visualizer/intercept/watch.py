@@ -24,10 +24,9 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from ..errors import warn
 from ..instrument import Uncompiled, named_modules
 from ..tensors import why_unreal
-from . import interface
+from . import functions
 from .axes import Order, Output
 from .copies import AttentionCall
-from .interface import attention_interface
 from .kernels import KERNELS, FusedCall, as_computed, in_four_axes, multi_head_attention, name_of
 from .modules import (
     ModuleCall,
@@ -118,7 +117,7 @@ class Watch:
                 module.register_forward_pre_hook(_Hook(self._begin_call, path, known), prepend=True, with_kwargs=True),
                 module.register_forward_hook(_Hook(self._end_call, path, known), always_call=True),
             ]
-        interface.begin(self)
+        functions.begin(self)
         if scripted:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
             warn(
@@ -140,7 +139,7 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._uncompiled.end()
-        interface.end(self)
+        functions.end(self)
         thread = self._thread
         self._file_settled(1)
         thread.forget()
@@ -215,7 +214,7 @@ class Watch:
         if name in KERNELS:
             output = func(*args, **kwargs)
             with self._unharmed():
-                self._see_fused(name, output, args, kwargs)
+                self._see_fused(name, lambda: KERNELS[name](output, *args, **kwargs))
         elif name == _MULTI_HEAD:
             before, thread.heads = thread.heads, args[4] if len(args) > 4 else kwargs.get("num_heads")
             try:
@@ -241,11 +240,10 @@ class Watch:
         thread = self._thread
         return thread.count if thread.calls else None
 
-    def see_interface(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
-        """Record a call of a kernel that transformers knows by this name, in which nothing else was seen."""
-        with self._unharmed(), _aside():
-            fused = attention_interface(result, *args, **kwargs)
-            self._see_call(name, fused, Order(tuple(fused.query.shape[:2]), (False, True)))
+    def see_function(self, name: str, describe: Callable[[], FusedCall]) -> None:
+        """Record a call of a function in Python that attends, in which nothing else was seen."""
+        with self._unharmed():
+            self._see_fused(name, describe)
         self._file_settled()
 
     @contextmanager
@@ -262,23 +260,21 @@ class Watch:
                     f"{type(error).__name__}: {error}"
                 )
 
-    def _see_fused(self, name: str, output: Any, args: Any, kwargs: Any) -> None:
-        self._see_call(name, KERNELS[name](output, *args, **kwargs))
-
-    def _see_call(self, name: str, seen: FusedCall, order: Order | None = None) -> None:
-        """Record a fused call; `order` tells its axes apart where the kernel itself does."""
-        fused, calls = seen, self._thread.calls
+    def _see_fused(self, name: str, describe: Callable[[], FusedCall]) -> None:
+        """Record a fused call."""
+        with _aside():
+            seen = describe()
+        calls = self._thread.calls
         path = calls[-1].path
-        if self._is_refused(path, fused.query):
+        if self._is_refused(path, seen.query):
             return
         with _aside():
-            groups = packed_groups(calls[-1], fused.query, fused.key)
-            fused = in_four_axes(as_computed(fused), self._heads_of(fused.query), groups)
+            groups = 1 if seen.has_heads else packed_groups(calls[-1], seen.query, seen.key)
+            fused = in_four_axes(as_computed(seen), self._heads_of(seen.query), groups)
             kind = kind_of(calls, fused.query.shape[2], fused.key.shape[2])
             call = AttentionCall(path, kind, fused, None, self._thread.count)
             output = Output(seen.output.shape)
-            output.order = order
-            if groups > 1:  # the model's own way of calling tells them apart
+            if seen.has_heads or groups > 1:  # the kernel, or the model's own way of calling it, tells them apart
                 output.order = Order(tuple(fused.query.shape[:2]), (False, True))
             self._await(name, call, seen.output, output)
 

@@ -139,6 +139,21 @@ class AttentionMap:
         return isinstance(self.source, Weights)
 
     @property
+    def sequences(self) -> tuple[AttentionMap, ...]:
+        """Of each sequence that was packed into one call, its own map, (1, heads, its queries, its keys); else ().
+
+        The map itself then has one batch of all tokens, as the call had, and is zero between the sequences. These are
+        views of it.
+
+        >>> import torch
+        >>> from visualizer import AttentionMap
+        >>> AttentionMap(torch.eye(4).expand(1, 1, 4, 4)).sequences
+        ()
+        """
+        sources = [] if isinstance(self.source, Weights) else self.source.of_sequences()
+        return tuple(AttentionMap.from_source(source, path=self.path, kind=self.kind) for source in sources)
+
+    @property
     def nbytes(self) -> int:
         """The bytes that it holds, with a mask and keys that it shares with other maps."""
         tensors = self.source.tensors() + ([] if self.gradient is None else self.gradient.tensors())
