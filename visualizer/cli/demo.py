@@ -80,11 +80,7 @@ def _demo(options: argparse.Namespace) -> None:
         raise Mistake("the text is empty: --text takes a sentence")
     if any("\ud800" <= character <= "\udfff" for character in options.text):  # from bytes that are not UTF-8
         raise Mistake("the text is not valid Unicode")
-    from .. import models
-
-    picture = str(models.photo("coffee")) if options.image is None else options.image
-    with reading_picture(picture):
-        images, pixels = models.prepare(picture, size=IMAGE_SIZE, patch=PATCH)
+    images, pixels, name = _read(options.image)
     folder = Path(options.out)
     with trying_to(f"write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,8 +105,18 @@ def _demo(options: argparse.Namespace) -> None:
                 save(figure, folder / one.file)
             bar.update()
     with trying_to(f"write {index}"):
-        index.write_text(_index(pictures, Path(picture).name, options), encoding="utf-8")
+        index.write_text(_index(pictures, name, options), encoding="utf-8")
     print(index)
+
+
+def _read(image: str | None) -> tuple[Any, Any, str]:
+    """The vision model's input, the pixels that it sees, and the picture's name."""
+    from .. import models
+
+    path = str(models.photo("coffee")) if image is None else image
+    with reading_picture(path):
+        images, pixels = models.prepare(path, size=IMAGE_SIZE, patch=PATCH)
+    return images, pixels, Path(path).name
 
 
 def _vision_attention(images: Any) -> Any:
