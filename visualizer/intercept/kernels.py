@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..maps import may_be_autocast
+
 
 @dataclass(frozen=True)
 class FusedCall:
@@ -159,12 +161,8 @@ def as_computed(call: FusedCall) -> FusedCall:
     return call if dtype is None else replace(call, query=call.query.to(dtype), key=call.key.to(dtype))
 
 
-# A quick answer, which is nearly always no.
-_may_be_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-
-
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    if tensor.dtype == torch.float64 or not _may_be_autocast():
+    if tensor.dtype == torch.float64 or not may_be_autocast():
         return None
     device = tensor.device.type
     with suppress(TypeError, AttributeError, RuntimeError):  # other devices; torch before 2.4 has other functions

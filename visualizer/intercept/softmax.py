@@ -120,14 +120,16 @@ class Tracing:
         """Find out what the model does with the axes of an attention call's output."""
         self._follow(tensor, (output, output.layout if layout is None else layout))
 
-    def before(self, func: Any, args: Any, kwargs: Any) -> Callable[[Any], Product | None]:
+    def before(self, func: Any, args: Any, kwargs: Any) -> Callable[[Any], Product | None] | None:
         """Look at the arguments of a function that is about to run.
 
         Returns what to call with its result, which finds out what that is, and returns the product of weights with
-        values if it is one.
+        values if it is one. None if the result is of no interest.
         """
         name = name_of(func)
         known = list(self._known_in([*args, *kwargs.values()]))
+        if not known and name not in _PRODUCTS:
+            return None
         weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
         changed = args[0] if args and _is_in_place(name, args, kwargs) else None
         if changed is not None:
