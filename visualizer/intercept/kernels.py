@@ -136,6 +136,8 @@ def in_four_axes(call: FusedCall, heads: int | None, groups: int) -> FusedCall:
         groups: how many query heads lie on the axis of queries, each with a single query.
     """
     lead, mask = call.output.shape[:-2], call.mask
+    if groups == 1 and len(lead) == 2 and call.query.shape[:-2] == call.key.shape[:-2] == call.value.shape[:-2] == lead:
+        return call  # as nearly always
     if mask is not None and len(lead) != 2:
         mask = four_axes(mask.expand(*lead, *mask.shape[-2:]), heads)
     query, key, value = (four_axes(_broadcast(tensor, lead), heads) for tensor in (call.query, call.key, call.value))

@@ -130,6 +130,8 @@ class Tracing:
         known = list(self._known_in([*args, *kwargs.values()]))
         if not known and name not in _PRODUCTS:
             return None
+        if name not in _PRODUCTS and all(isinstance(origin, tuple) for _, origin in known):
+            return lambda result: self._follow_all(func, args, kwargs, known, result)
         weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
         changed = args[0] if args and _is_in_place(name, args, kwargs) else None
         if changed is not None:
@@ -154,9 +156,7 @@ class Tracing:
         undropped: Tensor | None,
         result: Any,
     ) -> Product | None:
-        for tensor, origin in known:
-            if isinstance(origin, tuple):
-                self._follow_on(func, args, kwargs, tensor, origin, result)
+        self._follow_all(func, args, kwargs, known, result)
         if name in _PRODUCTS:
             if weights:
                 return self._product(name, args, kwargs, result, weights)
@@ -173,6 +173,13 @@ class Tracing:
                 if origin is _SCORES and _has_same_places(name, tensor, result):
                     self._follow(result, _SCORES)
         return None
+
+    def _follow_all(
+        self, func: Any, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any
+    ) -> None:
+        for tensor, origin in known:
+            if isinstance(origin, tuple):
+                self._follow_on(func, args, kwargs, tensor, origin, result)
 
     def _follow_on(
         self, func: Any, args: Any, kwargs: Any, tensor: Tensor, origin: tuple[Output, Any], result: Any

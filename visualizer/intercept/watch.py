@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from ..errors import warn
 from ..instrument import Uncompiled, named_modules
-from ..tensors import why_unreal
+from ..tensors import is_plain_torch, why_unreal
 from . import interface
 from .axes import Order, Output
 from .copies import AttentionCall
@@ -329,6 +329,9 @@ class Watch:
 
     def _is_refused(self, path: str, example: Tensor) -> bool:
         """Whether a call's tensors cannot be recorded; a warning says why, once for each module."""
+        if type(example) is Tensor and example.is_cpu and not example.is_nested and is_plain_torch(torch):
+            self._attended.add(path)  # as nearly always
+            return False
         reason = why_unreal(example)
         if reason is None and torch._C._functorch.is_functorch_wrapped_tensor(example):
             reason = "was inside a transform of torch.func, such as vmap"
