@@ -29,7 +29,7 @@ _KEEPS_ORDER = frozenset(
     )
 )
 _CUTS = frozenset(("__getitem__", "narrow", "slice", "split", "chunk", "cat", "concat", "tensor_split", "pad"))
-_MIXES_LAST = frozenset(("linear", "matmul", "__matmul__", "mm"))
+_MIXES_LAST = frozenset(("linear", "matmul", "__matmul__", "mm", "addmm"))
 _MIXES_CHANNELS = frozenset(("conv1d", "conv2d", "conv3d"))
 
 
@@ -114,8 +114,9 @@ class Output:
         return None
 
     def _note(self, name: str, args: Any, tensor: Tensor, layout: _Layout) -> None:
-        is_first = len(args) > 0 and args[0] is tensor
-        is_linear = is_first and name in _MIXES_LAST and getattr(args[1], "ndim", 2) <= 2
+        place = 1 if name == "addmm" else 0  # behind the bias
+        is_first = len(args) > place and args[place] is tensor
+        is_linear = is_first and name in _MIXES_LAST and getattr(args[place + 1], "ndim", 2) <= 2
         mixed: list[list[_Factor]]
         if is_linear:
             mixed = [layout[-1]]

@@ -120,14 +120,18 @@ class Tracing:
         """Find out what the model does with the axes of an attention call's output."""
         self._follow(tensor, (output, output.layout if layout is None else layout))
 
-    def before(self, func: Any, args: Any, kwargs: Any) -> Callable[[Any], Product | None]:
+    def before(self, func: Any, args: Any, kwargs: Any) -> Callable[[Any], Product | None] | None:
         """Look at the arguments of a function that is about to run.
 
         Returns what to call with its result, which finds out what that is, and returns the product of weights with
-        values if it is one.
+        values if it is one. None if the result is of no interest.
         """
         name = name_of(func)
         known = list(self._known_in([*args, *kwargs.values()]))
+        if not known and name not in _PRODUCTS:
+            return None
+        if name not in _PRODUCTS and all(isinstance(origin, tuple) for _, origin in known):
+            return lambda result: self._follow_all(func, args, kwargs, known, result)
         weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
         changed = args[0] if args and _is_in_place(name, args, kwargs) else None
         if changed is not None:
@@ -152,9 +156,7 @@ class Tracing:
         undropped: Tensor | None,
         result: Any,
     ) -> Product | None:
-        for tensor, origin in known:
-            if isinstance(origin, tuple):
-                self._follow_on(func, args, kwargs, tensor, origin, result)
+        self._follow_all(func, args, kwargs, known, result)
         if name in _PRODUCTS:
             if weights:
                 return self._product(name, args, kwargs, result, weights)
@@ -171,6 +173,11 @@ class Tracing:
                 if origin is _SCORES and _has_same_places(name, tensor, result):
                     self._follow(result, _SCORES)
         return None
+
+    def _follow_all(self, func: Any, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any) -> None:
+        for tensor, origin in known:
+            if isinstance(origin, tuple):
+                self._follow_on(func, args, kwargs, tensor, origin, result)
 
     def _follow_on(
         self, func: Any, args: Any, kwargs: Any, tensor: Tensor, origin: tuple[Output, Any], result: Any

@@ -9,8 +9,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import FrameType
@@ -23,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from ..errors import warn
 from ..instrument import Uncompiled, named_modules
-from ..tensors import why_unreal
+from ..tensors import is_plain_torch, why_unreal
 from . import functions
 from .axes import Order, Output
 from .copies import AttentionCall
@@ -206,7 +205,9 @@ class Watch:
     def looks_at(self, func: Any) -> bool:
         """Whether a function that is called now may have to do with attention."""
         thread = self._thread
-        return bool(thread.calls) and (_begins_attention(func) or bool(thread.tracing.lineage))
+        if not thread.calls:
+            return False
+        return _begins_attention(func) or (bool(thread.tracing.lineage) and not _returns_no_tensor(func))
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions for a module, and record it if it attends."""
@@ -246,19 +247,18 @@ class Watch:
             self._see_fused(name, describe)
         self._file_settled()
 
-    @contextmanager
-    def _unharmed(self) -> Iterator[None]:
+    def _unharmed(self) -> _Unharmed:
         """The model does not see an error of ours: a warning says, once for each module, what is not recorded."""
-        try:
-            yield
-        except Exception as error:
-            path = self._thread.calls[-1].path
-            if path not in self._refused:
-                self._refused.add(path)
-                warn(
-                    f"an attention of {path!r} is not recorded, for an error that the model does not see: "
-                    f"{type(error).__name__}: {error}"
-                )
+        return _Unharmed(self._refuse)
+
+    def _refuse(self, error: Exception) -> None:
+        path = self._thread.calls[-1].path
+        if path not in self._refused:
+            self._refused.add(path)
+            warn(
+                f"an attention of {path!r} is not recorded, for an error that the model does not see: "
+                f"{type(error).__name__}: {error}"
+            )
 
     def _see_fused(self, name: str, describe: Callable[[], FusedCall]) -> None:
         """Record a fused call."""
@@ -325,6 +325,9 @@ class Watch:
 
     def _is_refused(self, path: str, example: Tensor) -> bool:
         """Whether a call's tensors cannot be recorded; a warning says why, once for each module."""
+        if type(example) is Tensor and example.is_cpu and not example.is_nested and is_plain_torch(torch):
+            self._attended.add(path)  # as nearly always
+            return False
         reason = why_unreal(example)
         if reason is None and torch._C._functorch.is_functorch_wrapped_tensor(example):
             reason = "was inside a transform of torch.func, such as vmap"
@@ -338,14 +341,50 @@ class Watch:
         return reason is not None
 
 
-@contextmanager
-def _aside() -> Iterator[None]:
+class _Unharmed:
+    """Hands an error to a function in place of the caller. Not a generator: it is entered at each step."""
+
+    __slots__ = ("_refuse",)
+
+    def __init__(self, refuse: Callable[[Exception], None]) -> None:
+        self._refuse = refuse
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self._refuse(error)
+        return True
+
+
+class _aside:
     """What is computed within is seen by no mode, such as that of another recording, and has no graph.
 
     Copies made in inference mode could not be worked on outside of it.
     """
-    with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
-        yield
+
+    __slots__ = ("_entered",)
+
+    def __enter__(self) -> None:
+        self._entered: list[Any] = [torch._C.DisableTorchFunction()]
+        self._entered[0].__enter__()
+        for is_on, leave in _LEFT:
+            if is_on():
+                self._entered.append(leave())
+                self._entered[-1].__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        for entered in reversed(self._entered):
+            entered.__exit__(None, None, None)
+
+
+# In this order: leaving inference mode brings gradients back.
+_LEFT: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
+    (torch.is_inference_mode_enabled, lambda: torch.inference_mode(False)),
+    (torch.is_grad_enabled, torch.no_grad),
+)
 
 
 _MULTI_HEAD = "multi_head_attention_forward"
@@ -356,6 +395,17 @@ def _begins_attention(func: Any) -> bool:
     """Whether a function attends, or may be the first to; all others mean something only after a product."""
     name = name_of(func)
     return name in KERNELS or name == _MULTI_HEAD or may_begin(name)
+
+
+_NO_TENSOR = frozenset(("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item"))
+_ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_nested"))
+
+
+@lru_cache(maxsize=4096)
+def _returns_no_tensor(func: Any) -> bool:
+    """Whether a function, or the reading of an attribute, makes no tensor that could be followed."""
+    name = name_of(func)
+    return name in _NO_TENSOR or (name == "__get__" and getattr(func.__self__, "__name__", "") in _ATTRIBUTES)
 
 
 class _Hook:
@@ -382,11 +432,13 @@ def _idle_hook() -> _Hook:
 
 def _has_ended(frame: FrameType | None) -> bool:
     """Whether a frame has run to its end, by an error say."""
-    if frame is not None:
-        with suppress(RuntimeError):  # it is running
-            frame.clear()
-            return True
-    return False
+    if frame is None:
+        return False
+    try:
+        frame.clear()
+    except RuntimeError:  # it is running
+        return False
+    return True
 
 
 def _remove(mode: TorchFunctionMode) -> None:
