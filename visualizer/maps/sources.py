@@ -44,6 +44,9 @@ def slices(count: int, size: int) -> Iterator[slice]:
 class Weights:
     """Weights that exist, (batch, heads, queries, keys)."""
 
+    kept = "weights"
+    """What is held, in words."""
+
     def __init__(self, weights: Tensor) -> None:
         self._weights = weights
         batch, heads, queries, keys = weights.shape
@@ -116,6 +119,9 @@ class Factors:
         score_mod, mask_mod: flex_attention's functions of (score, batch, head, query, key) and of
             (batch, head, query, key).
     """
+
+    kept = "query and key"
+    """What is held, in words."""
 
     def __init__(
         self,
