@@ -7,7 +7,7 @@ before they are multiplied with the values: masked, mixed, subtracted. The map i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .axes import Output, einsum_labels
 from .kernels import name_of
+from .lineage import Lineage
 
 _PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm"))
 _DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_", "feature_dropout", "alpha_dropout"))
@@ -113,12 +114,12 @@ class Tracing:
     """Follows scores, weights and the outputs of attention calls from function to function, in one thread."""
 
     def __init__(self) -> None:
-        self.lineage: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
-        """By their ids, the tensors that are followed, and what they are."""
+        self.lineage = Lineage()
+        """The tensors that are followed, and what they are."""
 
     def follow_output(self, tensor: Tensor, output: Output, layout: Any = None) -> None:
         """Find out what the model does with the axes of an attention call's output."""
-        self._follow(tensor, (output, output.layout if layout is None else layout))
+        self.lineage.follow(tensor, (output, output.layout if layout is None else layout))
 
     def before(self, func: Any, args: Any, kwargs: Any) -> Callable[[Any], Product | None] | None:
         """Look at the arguments of a function that is about to run.
@@ -127,7 +128,7 @@ class Tracing:
         values if it is one. None if the result is of no interest.
         """
         name = name_of(func)
-        known = list(self._known_in([*args, *kwargs.values()]))
+        known = list(self.lineage.known_in([*args, *kwargs.values()]))
         if not known and name not in _PRODUCTS:
             return None
         if name not in _PRODUCTS and all(isinstance(origin, tuple) for _, origin in known):
@@ -160,18 +161,18 @@ class Tracing:
         if name in _PRODUCTS:
             if weights:
                 return self._product(name, args, kwargs, result, weights)
-            self._follow(result, _SCORES)
+            self.lineage.follow(result, _SCORES)
         elif name in ("softmax", "_softmax"):
             axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if any(origin is _SCORES for _, origin in known) and result.ndim >= 2 and axis in (-1, result.ndim - 1):
-                self._follow(result, _Weights((Softmax(result),)))
+                self.lineage.follow(result, _Weights((Softmax(result),)))
         elif weights:
             made = result if changed is None else changed
             self._carry_weights(func, name, args, kwargs, made, weights, undropped)
         elif isinstance(result, Tensor) and result.ndim > 1 and name not in _ENDS:
             for tensor, origin in known:
                 if origin is _SCORES and _has_same_places(name, tensor, result):
-                    self._follow(result, _SCORES)
+                    self.lineage.follow(result, _SCORES)
         return None
 
     def _follow_all(self, func: Any, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any) -> None:
@@ -224,7 +225,7 @@ class Tracing:
             return
         if not any(_has_same_places(name, one, result) for one, _ in weights):
             if result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
-                self._follow(result, _View(origin))
+                self.lineage.follow(result, _View(origin))
             return
         softmaxes = tuple(dict.fromkeys(softmax for _, item in weights for softmax in item.softmaxes))
         for softmax in softmaxes:
@@ -244,7 +245,7 @@ class Tracing:
         elif any(item.without_dropout is not None for _, item in weights):
             made.without_dropout = _without_dropout(func, args, kwargs, weights, result is tensor)
             made.before_dropout = origin.before_dropout
-        self._follow(result, made)
+        self.lineage.follow(result, made)
 
     def _product(
         self, name: str, args: Any, kwargs: Any, result: Any, weights: Sequence[tuple[Tensor, _Weights]]
@@ -270,21 +271,6 @@ class Tracing:
             origin.without_dropout is not None,
             origin.without_dropout is not None and origin.without_dropout is not source,
         )
-
-    def _follow(self, tensor: Any, origin: Any) -> None:
-        if isinstance(tensor, Tensor):
-            lineage, number = self.lineage, id(tensor)
-            lineage[number] = weakref.ref(tensor, lambda _: lineage.pop(number, None)), origin
-
-    def _known_in(self, items: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
-        """The tensors that are followed, among a function's arguments."""
-        for item in items:
-            known = self.lineage.get(id(item))
-            tensor = None if known is None else known[0]()
-            if known is not None and tensor is not None and tensor is item:
-                yield tensor, known[1]
-            elif isinstance(item, (list, tuple)):
-                yield from self._known_in(item)
 
 
 def _is_in_place(name: str, args: Any, kwargs: Any) -> bool:

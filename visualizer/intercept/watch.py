@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from ..errors import warn
 from ..instrument import Uncompiled, named_modules
 from ..tensors import is_plain_torch, why_unreal
-from . import functions
+from . import extensions, functions
 from .axes import Order, Output
 from .copies import AttentionCall
 from .kernels import KERNELS, FusedCall, as_computed, in_four_axes, multi_head_attention, name_of
@@ -39,6 +39,7 @@ from .modules import (
     kind_of,
     packed_groups,
 )
+from .sampling import SAMPLING_KERNELS, SampledCall, Sampling, may_read_cells, may_sample
 from .softmax import Product, Tracing, may_begin
 
 File = Callable[[Order | None, str], None]
@@ -54,6 +55,7 @@ class _Thread(threading.local):
         self.is_in_block = False  # by a mode that ends with the recording
         self.heads: int | None = None  # of the nn.MultiheadAttention under way
         self.tracing = Tracing()
+        self.sampling = Sampling()
         self.pending = deque[_Pending]()
         self.filing: tuple[ModuleCall, ...] | None = None  # the calls that were under way when the map was made
         self.count = 0
@@ -64,6 +66,7 @@ class _Thread(threading.local):
         self.calls.clear()
         self.pending.clear()
         self.tracing.lineage.clear()
+        self.sampling.lineage.clear()
         self.frame = None
 
 
@@ -117,6 +120,7 @@ class Watch:
                 module.register_forward_hook(_Hook(self._end_call, path, known), always_call=True),
             ]
         functions.begin(self)
+        extensions.begin(self)
         if scripted:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
             warn(
@@ -139,6 +143,7 @@ class Watch:
             handle.remove()
         self._uncompiled.end()
         functions.end(self)
+        extensions.end(self)
         thread = self._thread
         self._file_settled(1)
         thread.forget()
@@ -202,12 +207,15 @@ class Watch:
             thread.is_watched = False
             _remove(self._mode)
 
-    def looks_at(self, func: Any) -> bool:
+    def looks_at(self, func: Any, args: Any) -> bool:
         """Whether a function that is called now may have to do with attention."""
         thread = self._thread
         if not thread.calls:
             return False
-        return _begins_attention(func) or (bool(thread.tracing.lineage) and not _returns_no_tensor(func))
+        if _begins_attention(func) or may_read_cells(func, args):
+            return True
+        follows = bool(thread.tracing.lineage) or bool(thread.sampling.lineage)
+        return follows and not _returns_no_tensor(func)
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions for a module, and record it if it attends."""
@@ -216,6 +224,10 @@ class Watch:
             output = func(*args, **kwargs)
             with self._unharmed():
                 self._see_fused(name, lambda: KERNELS[name](output, *args, **kwargs))
+        elif name in SAMPLING_KERNELS:
+            output = func(*args, **kwargs)
+            with self._unharmed():
+                self._see_sampled(name, SAMPLING_KERNELS[name](output, *args, **kwargs))
         elif name == _MULTI_HEAD:
             before, thread.heads = thread.heads, args[4] if len(args) > 4 else kwargs.get("num_heads")
             try:
@@ -232,6 +244,9 @@ class Watch:
                 product = None if after is None else after(output)
                 if product is not None:
                     self._see_product(name, product)
+                sampled = thread.sampling.after(func, args, kwargs, output)
+                if sampled is not None:
+                    self._see_sampled("the sum over its points", sampled)
         if thread.pending:
             self._file_settled()
         return output
@@ -245,6 +260,14 @@ class Watch:
         """Record a call of a function in Python that attends, in which nothing else was seen."""
         with self._unharmed():
             self._see_fused(name, describe)
+        self._file_settled()
+
+    def see_sampled(self, name: str, describe: Callable[[], SampledCall]) -> None:
+        """Record a deformable attention of a compiled kernel, in which nothing else was seen."""
+        with self._unharmed():
+            with _aside():
+                sampled = describe()
+            self._see_sampled(name, sampled)
         self._file_settled()
 
     def _unharmed(self) -> _Unharmed:
@@ -289,6 +312,19 @@ class Watch:
             output = Output(product.output.shape)
             layout = [output.layout[place] for place in product.places]
             self._await(f"softmax and {name}", call, product.returned, output, layout)
+
+    def _see_sampled(self, name: str, sampled: SampledCall) -> None:
+        calls, weights = self._thread.calls, sampled.weights
+        path = calls[-1].path
+        if self._is_refused(path, weights):
+            return
+        with _aside():
+            kind = kind_of(calls, weights.shape[-2], sum(height * width for height, width in sampled.sizes))
+            call = AttentionCall(path, kind, sampled, self._heads_of(weights), self._thread.count)
+            output = Output(sampled.output.shape)
+            output.order = sampled.order
+            layout = [output.layout[place] for place in sampled.places]
+            self._await(name, call, sampled.returned, output, layout)
 
     def _await(self, kernel: str, call: AttentionCall, returned: Tensor, output: Output, layout: Any = None) -> None:
         """Record a call, and file its map once the model has told its axes apart."""
@@ -394,7 +430,7 @@ _MULTI_HEAD = "multi_head_attention_forward"
 def _begins_attention(func: Any) -> bool:
     """Whether a function attends, or may be the first to; all others mean something only after a product."""
     name = name_of(func)
-    return name in KERNELS or name == _MULTI_HEAD or may_begin(name)
+    return name in KERNELS or name == _MULTI_HEAD or may_begin(name) or may_sample(name)
 
 
 _NO_TENSOR = frozenset(("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item"))
@@ -463,6 +499,6 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         watch = self._watch()
-        if watch is None or not watch.looks_at(func):  # nearly always
+        if watch is None or not watch.looks_at(func, args):  # nearly always
             return func(*args, **kwargs)
         return watch.see(func, args, kwargs)

@@ -50,6 +50,9 @@ def slices(count: int, size: int) -> Iterator[slice]:
 class Weights:
     """Weights that exist, (batch, heads, queries, keys)."""
 
+    kept = "weights"
+    """What is held, in words."""
+
     def __init__(self, weights: Tensor) -> None:
         self._weights = weights
         batch, heads, queries, keys = weights.shape
@@ -177,6 +180,9 @@ class Factors:
             (batch, head, query, key).
         modifiers: what else happens to the scores; None: nothing.
     """
+
+    kept = "query and key"
+    """What is held, in words."""
 
     def __init__(
         self,
