@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from .. import opcodes
 from ..errors import warn
-from ..rewrite import At
+from ..rewrite import At, original_of
 from ..store import Cache, Channel, Record, Store
 from ..tensors import Keep, check_keep
 from . import compiled, patches
@@ -269,7 +269,7 @@ class GetLocal:
         channel = origin.channels.get((names, at, _identity(keep)))
         if channel is None:
             channel = Channel(self._store, patches.new_site(function), names, at, keep, origin.key)
-        channel.code = function.__code__
+        channel.code = original_of(function.__code__)
         return channel
 
     def _register(self, origin: _Origin, function: FunctionType, channel: Channel) -> None:

@@ -1,7 +1,9 @@
 """Rewrite a code object so that named locals reach a hook, and prove that nothing else changed.
 
 Pure: (code, names, at, key) -> code. Nothing here knows a store or a tensor; the rewritten code looks the hook up as a
-global of its function, under the name `HOOK`, so any function of two arguments will do.
+global or builtin of its function, under the name `HOOK`, so any function of two arguments will do. Where there is none,
+as in a process that the code was sent to, it does without. It carries the original, as data, for whoever wants that
+back: `original_of`.
 
     at="return"  before every return, while the result waits on the stack: hook(key, value), or
                  hook(key, (value1, value2, ...)) for several names; for an unbound name the value is the hook itself
@@ -19,7 +21,7 @@ The `bytecode` package is loaded when the first function is taken apart, for no 
 
 from .captures import HOOK, At, Capture
 from .locals import assigned_lines, assigns, deletes, local_names, rebinds
-from .rewriting import rewrite, rewrite_for
+from .rewriting import original_of, rewrite, rewrite_for
 
 __all__ = [
     "HOOK",
@@ -29,6 +31,7 @@ __all__ = [
     "assigns",
     "deletes",
     "local_names",
+    "original_of",
     "rebinds",
     "rewrite",
     "rewrite_for",

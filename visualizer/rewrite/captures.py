@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 At = Literal["return", "assign"]
 
 HOOK = "__get_local__"
-"""The global name under which rewritten code finds its hook."""
+"""The global or builtin name under which rewritten code finds its hook."""
 
 
 class Capture(NamedTuple):

@@ -8,7 +8,7 @@ from types import CodeType
 from .. import opcodes
 from ..errors import RewriteError, UnknownLocalError
 from ..proof import prove, refusal
-from .captures import At, Capture
+from .captures import HOOK, At, Capture
 from .locals import local_names
 
 
@@ -53,4 +53,22 @@ def rewrite_for(code: CodeType, captures: Sequence[Capture]) -> CodeType:
     except Exception as error:
         raise RewriteError(refusal(code, f"the bytecode package cannot put it together again: {error!r}")) from error
     prove(code, rewritten, writer.injected_indices())
-    return rewritten
+    # Behind its other constants the code carries the original, wherever it is copied to: see `original_of`.
+    return rewritten.replace(co_consts=(*rewritten.co_consts, (HOOK, code, rewritten.co_code)))
+
+
+def original_of(code: CodeType) -> CodeType:
+    """The code that `rewrite` made this from, in this process or in another; any other code is its own original.
+
+    >>> def scale(x):
+    ...     attn = 2 * x
+    ...     return attn
+    >>> original_of(rewrite(scale.__code__, ["attn"], key="scale")) is scale.__code__ is original_of(scale.__code__)
+    True
+
+    Code that another tool has made from rewritten code, with instructions of its own, is no longer ours.
+    """
+    mark = code.co_consts[-1] if code.co_consts else None
+    if type(mark) is tuple and len(mark) == 3 and mark[0] == HOOK and mark[2] == code.co_code:
+        return original_of(mark[1])
+    return code
