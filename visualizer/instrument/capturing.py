@@ -151,6 +151,7 @@ class Captured(Cache):
             compiled.recompile()
         for message in messages:
             warn(message)
+        self.store.report()
 
     def clear(self) -> None:
         """Start over: empty lists under the same keys, calls counted from 0. Lists that you hold keep their values."""

@@ -144,7 +144,7 @@ def _install(function: FunctionType, patch: _Patch, channels: list[Channel]) -> 
     # Among the builtins, not the function's globals: tools that pickle functions by value take its globals along, and
     # the hook would have to be imported wherever they arrive. The name stays when the capture ends, for a change of the
     # builtins slows the whole process down for a moment.
-    builtins = function.__builtins__
+    builtins = function.__builtins__  # type: ignore[attr-defined]
     if builtins.get(HOOK) is not receive:
         builtins[HOOK] = receive
     function.__code__ = patch.installed = code
