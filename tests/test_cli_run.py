@@ -67,7 +67,7 @@ PROGRAMS = {
     "arguments and names": """
 import sys, os
 print(sys.argv, __name__, __file__, __spec__, __package__, __doc__, sys.path[0], __builtins__)
-print(sorted(vars().keys() - {"__get_local__"}), sys.modules["__main__"].__dict__ is globals(), locals() is globals())
+print(sorted(vars().keys()), sys.modules["__main__"].__dict__ is globals(), locals() is globals())
 print(type(__loader__).__name__, __loader__.name, __loader__.path, __cached__, "__annotations__" in vars())
 """,
     "its parser's error": """

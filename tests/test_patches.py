@@ -1,13 +1,23 @@
 """Code that is swapped: all of it or none, whatever other tools do to it meanwhile."""
 
+import asyncio
+import builtins
+import marshal
+import multiprocessing
+import os
+import subprocess
 import sys
+import textwrap
 import threading
+import types
 import warnings
+from pathlib import Path
 
 import pytest
 
 from visualizer import RewriteError, VisualizerWarning, capture
 from visualizer.instrument import GetLocal, patches
+from visualizer.rewrite import HOOK
 
 
 @pytest.fixture
@@ -155,3 +165,197 @@ def test_a_finalizer_does_not_wait_for_another_thread_that_is_switching():
     may_end.set()
     thread.join()
     assert [thread] == done
+
+
+def add(x):
+    a, b = x, 10 * x
+    return a + b
+
+
+class Adder:
+    def add(self, x):
+        a, b = x, 10 * x
+        return a + b
+
+
+def adding(x):
+    a, b = x, 10 * x
+    yield a
+    yield b
+
+
+async def add_soon(x):
+    a, b = x, 10 * x
+    await asyncio.sleep(0)
+    return a + b
+
+
+def make_adder(by):
+    def add(x):
+        a, b = x, by * x
+        return a + b
+
+    return add
+
+
+ADDERS = [add, Adder.add, adding, add_soon, make_adder(10), lambda x, a=1: (b := 10 * x) + x]
+"""Whatever of them is called with 2 gives 22, or 2 and 20."""
+
+RUN_THEM = """
+import asyncio, marshal, pickle, sys, types
+def run(function):
+    result = function(*[None] * (function.__qualname__ == "Adder.add"), 2)
+    if isinstance(result, types.GeneratorType):
+        return sum(result)
+    return result if isinstance(result, int) else asyncio.run(result)
+"""
+
+
+def in_a_process(code, *, without_visualizer=False, data=b""):
+    """What a fresh Python prints that is given the data; one without this package cannot import it."""
+    alone = "import sys; sys.modules['visualizer'] = None\n" if without_visualizer else ""
+    text = f"{alone}{RUN_THEM}{textwrap.dedent(code)}"
+    done = subprocess.run([sys.executable, "-c", text], input=data, capture_output=True, timeout=120, check=False)
+    assert (0, b"") == (done.returncode, done.stderr)
+    return done.stdout.decode().split()
+
+
+def captured_by_a_worker(function):
+    """What a worker gets from a function that came by value; whether it has other code then, and whether rewritten."""
+    before = function.__code__
+    with capture(function, "b") as found:
+        assert 22 == function(2)
+    own = function.__code__
+    assert 22 == function(2)
+    return [*found.values()], before is not own, HOOK in own.co_names
+
+
+@pytest.fixture
+def cloudpickle():
+    return pytest.importorskip("cloudpickle", reason="engine only: cloudpickle is not in this environment")
+
+
+class TestByValue:
+    """Rewritten code that leaves its function, or its process."""
+
+    LOADED = "functions = pickle.load(sys.stdin.buffer)\n"
+
+    def pickled(self, cloudpickle, at):
+        this = sys.modules[__name__]
+        cloudpickle.register_pickle_by_value(this)
+        try:
+            with capture(ADDERS, "a") if at == "return" else capture(ADDERS[:-1], "a", at=at):
+                return cloudpickle.dumps(ADDERS)
+        finally:
+            cloudpickle.unregister_pickle_by_value(this)
+
+    @pytest.mark.parametrize("at", ["return", "assign"])
+    def test_a_process_without_this_package_loads_and_runs_it(self, cloudpickle, at):
+        data = self.pickled(cloudpickle, at)
+        assert b"visualizer" not in data.replace(str(Path(__file__).parent.parent).encode(), b"")
+        code = f"{self.LOADED}print(*map(run, functions))"
+        assert ["22"] * 6 == in_a_process(code, without_visualizer=True, data=data)
+
+    @pytest.mark.parametrize("at", ["return", "assign"])
+    def test_a_process_with_it_records_nothing_until_it_captures_for_itself(self, cloudpickle, at):
+        code = f"""{self.LOADED}
+            from visualizer import capture
+            def other(x):
+                a = "another function's"
+                return 22
+            with capture(other, "a") as others:
+                print(*map(run, functions))
+            with capture(functions, "b") as found:
+                print(*map(run, functions))
+            print(*map(run, functions))
+            print(sum(others.values(), []), len(found), {{*sum(found.values(), [])}})
+            print(any("{HOOK}" in function.__code__.co_names for function in functions))
+        """.replace("\n            ", "\n")
+        assert [*["22"] * 18, "[]", "6", "{20}", "False"] == in_a_process(code, data=self.pickled(cloudpickle, at))
+
+    def test_functions_and_classes_of_main(self, cloudpickle):
+        """They always go by value."""
+        code = """
+            import cloudpickle
+            from visualizer import capture
+            class Adder:
+                def add(self, x):
+                    a, b = x, 10 * x
+                    return a + b
+            def add(x):
+                a, b = x, 10 * x
+                return Adder().add(x)
+            with capture([add, Adder], "a"):
+                print(cloudpickle.dumps([add, Adder.add]).hex())
+        """
+        [text] = in_a_process(code)
+        code = f"{self.LOADED}print(*map(run, functions))"
+        assert ["22", "22"] == in_a_process(code, without_visualizer=True, data=bytes.fromhex(text))
+
+    def test_joblib(self):
+        joblib = pytest.importorskip("joblib", reason="engine only: joblib is not in this environment")
+
+        def add(x):  # a function in a function goes by value
+            a, b = x, 10 * x
+            return a + b
+
+        with capture(add, "a") as found:
+            worked = joblib.Parallel(2)([joblib.delayed(captured_by_a_worker)(add), joblib.delayed(add)(2)])
+        assert [([[20]], True, False), 22] == worked
+        assert [[]] == [*found.values()]
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+    @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+    def test_a_forked_child_has_keys_of_its_own(self):
+        """What parent and child capture after the fork must not meet under one key."""
+        receiving, sending = multiprocessing.get_context("fork").Pipe(duplex=False)
+        child = os.fork()
+        if child == 0:
+            with capture(add, "b") as found:
+                code = marshal.loads(receiving.recv_bytes())
+                types.FunctionType(code, globals())(2)
+                os._exit(sum(map(len, found.values())))
+        with capture(add, "a"):
+            sending.send_bytes(marshal.dumps(add.__code__))
+        assert 0 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def test_marshalled_code(self):
+        with capture(add, "a"), capture(add, "b", at="assign"):
+            data = marshal.dumps(add.__code__)
+        code = "print(run(types.FunctionType(marshal.load(sys.stdin.buffer), {})))"
+        assert ["22"] == in_a_process(code, without_visualizer=True, data=data)
+
+    @pytest.mark.parametrize("at", ["return", "assign"])
+    @pytest.mark.parametrize("space", [{}, {"__builtins__": {}}], ids=["no globals", "no builtins"])
+    def test_a_function_of_the_same_code_does_what_the_original_does(self, space, at):
+        with capture(add, "a", at=at) as found:
+            twin = types.FunctionType(add.__code__, space)
+            assert 22 == twin(2)
+            count = sum(map(len, found.values()))
+        assert count == (0 if space else 1), "it is recorded where the hook is in reach, and runs anyway"
+        assert 22 == twin(2)
+        assert count == sum(map(len, found.values()))
+
+    def test_a_function_of_the_same_code_is_captured_by_itself(self):
+        with capture(add, "a") as found:
+            twin = types.FunctionType(add.__code__, globals(), "twin")
+            with capture(twin, "b") as twins:
+                twin(2), add(3)
+            assert (22, 33) == (twin(2), add(3))
+        assert ([[2, 3, 2, 3]], [[20]]) == ([*found.values()], [*twins.values()])
+        with capture(twin, "b") as twins:
+            twin(2)
+        assert [[20]] == [*twins.values()]
+
+    def test_a_function_with_builtins_of_its_own_is_captured(self):
+        space = {"__builtins__": {}}
+        exec("def f(x):\n    attn = 2 * x\n    return attn", space)
+        with capture(space["f"], "attn") as found:
+            space["f"](1)
+        assert {"f": [2]} == found
+
+    def test_nothing_is_left_in_the_globals(self):
+        with capture(add, "a"):
+            add(1)
+            assert not hasattr(sys.modules[__name__], HOOK)
+        assert hasattr(builtins, HOOK), "for generators that are suspended in rewritten code"

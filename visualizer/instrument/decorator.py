@@ -10,8 +10,8 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 from .. import opcodes
-from ..errors import warn
-from ..rewrite import At
+from ..errors import shown, warn
+from ..rewrite import At, original_of
 from ..store import Cache, Channel, Record, Store
 from ..tensors import Keep, check_keep
 from . import compiled, patches
@@ -237,8 +237,8 @@ class GetLocal:
                 both = [name for name in other.names if name in names]
                 messages.append(
                     f"{patches.place_of(function)} was decorated for {', '.join(both)} before, with at={other.at!r} "
-                    f"and keep={other.keep!r}; the new get_local({', '.join(map(repr, names))}, at={at!r}, "
-                    f"keep={keep!r}) takes its place."
+                    f"and keep={shown(repr, other.keep)}; the new get_local({', '.join(map(repr, names))}, at={at!r}, "
+                    f"keep={shown(repr, keep)}) takes its place."
                 )
             channels = [*(c for c in channels if c not in replaced), *new]
             self._decorated[function] = channels
@@ -269,7 +269,7 @@ class GetLocal:
         channel = origin.channels.get((names, at, _identity(keep)))
         if channel is None:
             channel = Channel(self._store, patches.new_site(function), names, at, keep, origin.key)
-        channel.code = function.__code__
+        channel.code = original_of(function.__code__)
         return channel
 
     def _register(self, origin: _Origin, function: FunctionType, channel: Channel) -> None:
@@ -328,6 +328,8 @@ class GetLocal:
                 compiled.recompile()
         for message in messages:
             warn(message)
+        if not active:
+            self._store.report()
 
 
 class Activation:

@@ -1,7 +1,9 @@
 """Rewrite a code object so that named locals reach a hook, and prove that nothing else changed.
 
 Pure: (code, names, at, key) -> code. Nothing here knows a store or a tensor; the rewritten code looks the hook up as a
-global of its function, under the name `HOOK`, so any function of two arguments will do.
+global or builtin of its function, under the name `HOOK`, so any function of two arguments will do. Where there is none,
+as in a process that the code was sent to, it does without. It carries the original, as data, for whoever wants that
+back: `original_of`.
 
     at="return"  before every return, while the result waits on the stack: hook(key, value), or
                  hook(key, (value1, value2, ...)) for several names; for an unbound name the value is the hook itself
@@ -35,6 +37,7 @@ __all__ = [
     "assigns",
     "deletes",
     "local_names",
+    "original_of",
     "rebinds",
     "rewrite",
     "rewrite_for",
@@ -82,4 +85,22 @@ def rewrite_for(code: CodeType, captures: Sequence[Capture]) -> CodeType:
     except Exception as error:
         raise RewriteError(refusal(code, f"the bytecode package cannot put it together again: {error!r}")) from error
     prove(code, rewritten, writer.injected_indices())
-    return rewritten
+    # Behind its other constants the code carries the original, wherever it is copied to: see `original_of`.
+    return rewritten.replace(co_consts=(*rewritten.co_consts, (HOOK, code, rewritten.co_code)))
+
+
+def original_of(code: CodeType) -> CodeType:
+    """The code that `rewrite` made this from, in this process or in another; any other code is its own original.
+
+    >>> def scale(x):
+    ...     attn = 2 * x
+    ...     return attn
+    >>> original_of(rewrite(scale.__code__, ["attn"], key="scale")) is scale.__code__ is original_of(scale.__code__)
+    True
+
+    Code that another tool has made from rewritten code, with instructions of its own, is no longer ours.
+    """
+    mark = code.co_consts[-1] if code.co_consts else None
+    if type(mark) is tuple and len(mark) == 3 and mark[0] == HOOK and mark[2] == code.co_code:
+        return original_of(mark[1])
+    return code
