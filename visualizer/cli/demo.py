@@ -8,13 +8,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from .outcome import Mistake, save, trying_to, writable
+from .outcome import Commands, Mistake, save, trying_to, writable
 from .saved import reading_picture
-
-if TYPE_CHECKING:
-    from .outcome import Commands
 
 TEXT = "The cat sat on the mat because it was tired."
 MINILM = "all-MiniLM-L6-v2"
