@@ -1,4 +1,4 @@
-"""How a command ends and what it says: results go to stdout, everything else goes to stderr, a line each."""
+"""How a command ends and what it says: results go to stdout, everything else to stderr, one line each."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ MODELS: Mapping[str, Weights] = {
 """The models that ``load`` finds without a network: by short name, what they are and where their weights are."""
 
 _T = TypeVar("_T")
-_SECONDS = 3.0  # how long the hub may take to answer; without a network transformers itself tries for 23 s
+_SECONDS = 3.0  # how long the hub may take to answer; without a network, transformers itself tries for 23 s
 
 
 def load(name: str) -> tuple[Any, Any]:

@@ -47,7 +47,7 @@ class Collected(Recorded, Mapping[str, Moments]):
     paths: tuple[str, ...]
     """The modules that the layers are, in the order of their calls."""
     samples: int
-    """How many images or texts were seen: of each batch the smallest that a layer saw, as windows are more."""
+    """How many images or texts were seen: of each batch the smallest number that a layer saw, as windows are more."""
     batches: int
     """How many batches counted."""
     failed: list[tuple[int, str]]
@@ -59,7 +59,7 @@ class Collected(Recorded, Mapping[str, Moments]):
     labels: dict[str, str]
     """What a plot writes at the axis of each statistic."""
     number_names: dict[str, tuple[str, ...]]
-    """What the numbers of a head are called, for statistics where each is something else, such as `Patterns`."""
+    """What the numbers of a head are called, for statistics where each has a meaning of its own, such as `Patterns`."""
     origin: Origin
     is_complete: bool
     """Whether the run came to the end of its data."""
@@ -177,7 +177,7 @@ def _described(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
     labels = {name: name.replace("_", " ") for name in settings}
     number_names: dict[str, tuple[str, ...]] = dict.fromkeys(settings, ())
     for name, arguments in settings.items():
-        with suppress(KeyError, TypeError, ValueError):  # somebody's own class, perhaps with the name of one of ours
+        with suppress(KeyError, TypeError, ValueError):  # a user's own class, perhaps with the name of one of ours
             statistic = classes[arguments["statistic"]](**{k: v for k, v in arguments.items() if k != "statistic"})
             labels[name], number_names[name] = statistic.label, statistic.number_names
     return {"labels": labels, "number names": number_names}
