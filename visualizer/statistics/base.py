@@ -61,7 +61,7 @@ class Statistic(Metric):
     axes: ClassVar[int] = 0
     """How many axes the number has besides those of images and heads."""
     number_names: ClassVar[tuple[str, ...]] = ()
-    """What the numbers along one further axis are called, where each has its own meaning: a plot has panels for them."""
+    """What the numbers along one further axis are called, where each has its own meaning: a plot has a panel each."""
     about: ClassVar[str] = ""
     """What it says of a head, in a line for `visualizer stats --help`."""
     default_for: ClassVar[tuple[Literal["images", "texts"], ...]] = ()

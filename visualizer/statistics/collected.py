@@ -21,6 +21,8 @@ from .moments import Moments, empty_state, merge_states, to_one_shape
 __all__ = ["Collected"]
 
 _VARIABLE = "statistics moments"  # in a file's records; no local variable is called so
+_FACTS = ("paths", "samples", "batches", "failed", "settings", "labels", "number_names", "is_complete")
+"""The attributes of a `Collected` that a file has as plain data, under these names with spaces."""
 
 
 @dataclass
@@ -141,17 +143,7 @@ class Collected(Recorded, Mapping[str, Moments]):
             Record(name, _VARIABLE, state.detach().cpu().numpy(), number, None, 0)
             for number, (name, state) in enumerate(self.states.items())
         ]
-        content = {
-            "part": asdict(self.origin),
-            "paths": list(self.paths),
-            "samples": self.samples,
-            "batches": self.batches,
-            "failed": [list(one) for one in self.failed],
-            "settings": self.settings,
-            "labels": self.labels,
-            "number names": {name: list(names) for name, names in self.number_names.items()},
-            "is complete": self.is_complete,
-        }
+        content = {name.replace("_", " "): getattr(self, name) for name in _FACTS} | {"part": asdict(self.origin)}
         about = self.about if about is None else about
         return Saved("statistics", tuple(self), records, {"statistics": content, "about": about})
 
@@ -163,11 +155,9 @@ class Collected(Recorded, Mapping[str, Moments]):
             content = {**content, **_described(content["settings"])}
         found = Collected([], Origin(**content["part"]))
         found.states = {record.key: torch.from_numpy(np.array(record.value)) for record in saved.records}
-        found.settings, found.labels = content["settings"], content["labels"]
-        found.number_names = {name: tuple(names) for name, names in content["number names"].items()}
-        found.paths, found.samples, found.batches = tuple(content["paths"]), content["samples"], content["batches"]
-        found.failed = [(number, why) for number, why in content["failed"]]
-        found.is_complete, found.about = content["is complete"], saved.about["about"]
+        found.about = saved.about["about"]
+        for name in _FACTS:
+            setattr(found, name, content[name.replace("_", " ")])
         return found
 
 
