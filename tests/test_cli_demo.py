@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,8 +101,9 @@ def test_on_a_users_own_input(tmp_path, capsys):
     ("terminal", "options", "is_shown"), [(True, [], True), (True, ["--quiet"], False), (False, [], False)]
 )
 def test_progress_is_for_terminals(terminal, options, is_shown, monkeypatch, tmp_path, capsys):
-    for name, done in (("_read", (None, None, "x")), ("_vision_attention", None), ("_text_attention", ("", []))):
-        monkeypatch.setattr(cli.demo, name, lambda *_, done=done: done)
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
+    made = {"batch": {"input_ids": np.zeros((1, 13))}, "model": model}
+    monkeypatch.setattr(cli.demo, "_run", lambda _, names: names.update(made))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(cli.demo, "_pictures", lambda *_: [])
     monkeypatch.chdir(tmp_path)

@@ -169,7 +169,7 @@ def _read_sides(options: Patches, picture: Array | None) -> tuple[int, int, str]
     high, wide = pair_of("patch_size", patch_size)
     source = f"an image of {size[0]} x {size[1]} pixels in patches of {high} x {wide}"
     if size[0] % high or size[1] % wide:
-        raise ValueError(f"{source} leaves a rest: image_size= is the size that the model saw")
+        raise ValueError(f"{source} leaves a remainder: image_size= is the size that the model saw")
     return size[0] // high, size[1] // wide, source
 
 
@@ -209,7 +209,7 @@ def word_index(word: str, tokens: Sequence[str]) -> int:
     if len(places) == 1:
         return places[0]
     if places:
-        raise ValueError(f"query={word!r} stands {len(places)} times in query_tokens: pass its index, one of {places}")
+        raise ValueError(f"query={word!r} occurs {len(places)} times in query_tokens: pass its index, one of {places}")
     raise ValueError(f"query={word!r} is not in query_tokens: {few(tokens, 12)}")
 
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 import webbrowser
-from typing import TYPE_CHECKING
 
-from .outcome import Mistake, destination, trying_to, warnings_as_lines
+from .outcome import Commands, Mistake, destination, trying_to, warnings_as_lines
 from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
-
-if TYPE_CHECKING:
-    from .outcome import Commands
 
 
 def add_to(commands: Commands) -> None:

@@ -7,11 +7,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ..tensors import is_array, is_tensor
+from .outcome import Commands
 from .saved import is_map, read, size_of, values_by_key
 
 if TYPE_CHECKING:
     from ..store import Recorded
-    from .outcome import Commands
 
 _KINDS = {"values": "captured values", "maps": "attention maps"}
 

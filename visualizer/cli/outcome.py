@@ -1,7 +1,8 @@
-"""How a command ends and what it says: results go to stdout, everything else goes to stderr, a line each."""
+"""How a command ends and what it says: results go to stdout, everything else to stderr, one line each."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import re
 import sys
@@ -9,16 +10,15 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..store import check_destination
 
 if TYPE_CHECKING:
-    import argparse
-
     from matplotlib.figure import Figure
 
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What a command adds its parser to."""
 
 
 class Mistake(Exception):

@@ -9,12 +9,11 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .outcome import Mistake, destination, save, warnings_as_lines
+from .outcome import Commands, Mistake, destination, save, warnings_as_lines
 from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
 
 if TYPE_CHECKING:
     from ..statistics import Collected
-    from .outcome import Commands
 
 KINDS = {
     "head": "one head's matrix",

@@ -182,7 +182,7 @@ class Models:
                 self._uncompiled.end()
             for _, _, recorder in self._models:
                 with warnings.catch_warnings():
-                    if not len(recorder):  # it is a loss, say: nobody expects attention of it
+                    if not len(recorder):  # a loss, for example: nobody expects attention from it
                         warnings.simplefilter("ignore", VisualizerWarning)
                     recorder.stop()
             return [(name, recorder) for _, name, recorder in self._models]

@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import opcodes
 from ..instrument import capture
-from .outcome import Mistake, destination, reason, say, warnings_as_lines
+from .outcome import Commands, Mistake, destination, reason, say, warnings_as_lines
 from .recording import Decorated, Models, Recording, Target, has_values, save, summary
 from .script import Program, show_own_frames_only
-
-if TYPE_CHECKING:
-    from .outcome import Commands
 
 
 def add_to(commands: Commands) -> None:

@@ -1,4 +1,4 @@
-"""The user's own code: a program, run as Python itself runs it, or a function that builds a model."""
+"""The code of the user: a program, run as Python itself runs it, tracebacks too; or a function that builds a model."""
 
 from __future__ import annotations
 

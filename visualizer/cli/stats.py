@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .outcome import Failure, Mistake, destination, say, trying_to, warnings_as_lines
+from .outcome import Commands, Failure, Mistake, destination, say, trying_to, warnings_as_lines
 from .script import build, is_builder
 
 if TYPE_CHECKING:
     from ..statistics import Statistic
-    from .outcome import Commands
 
 
 def add_to(commands: Commands) -> None:

@@ -70,8 +70,10 @@ def code_maps(
         len(layers) * heads * -(-queries // factor) * -(-keys // factor) > MAX_CODES or -(-keys // factor) > most_keys
     ):
         factor += 1
-    pooled = [_pooled(pair, factor) for pair in sides]
-    examples = []
+    pooled, examples = [], []
+    for query_side, key_side in sides:
+        first = query_side.pool(factor)
+        pooled.append((first, first if key_side is query_side else key_side.pool(factor)))
     for title, ((query_side, _), (key_side, _)) in zip(titles, pooled, strict=True):
         shape = len(layers), heads, query_side.size, key_side.size
         count = min(TOP, shape[3])
@@ -103,16 +105,6 @@ def code_maps(
             _code(example, number, slice(0, whole.shape[1]), whole)
     check.warn("shown as zeros", "shown")
     return examples
-
-
-def _pooled(
-    pair: tuple[Side, Side], factor: int
-) -> tuple[tuple[Side, npt.NDArray[np.intp]], tuple[Side, npt.NDArray[np.intp]]]:
-    if factor == 1:
-        nowhere = np.empty(0, np.intp)
-        return (pair[0], nowhere), (pair[1], nowhere)
-    first = pair[0].pool(factor)
-    return first, first if pair[1] is pair[0] else pair[1].pool(factor)
 
 
 def _pooling_notes(factor: int, queries: Side, keys: Side) -> list[str]:

@@ -42,6 +42,8 @@ class Side:
 
     def pool(self, factor: int) -> tuple[Side, npt.NDArray[np.intp]]:
         """The side with that many words (or patches along each side) in one; and for each token its group."""
+        if factor == 1:
+            return self, np.arange(self.size)
         if self.grid is None:
             groups = np.arange(self.size) // factor
             parts = [self.labels[start : start + factor] for start in range(0, self.size, factor)]

@@ -135,7 +135,7 @@ def _draw_swatches(ax: Axes, weights: Array, grid: Grid, scale: ScalarMappable, 
 
 
 def _hatch(ax: Axes, blank: npt.NDArray[np.bool_], has_picture: bool, size: tuple[float, float]) -> None:
-    """Hatch patches of (height, width), whose weight is not known; that is no weight of zero."""
+    """Hatch the patches, of (height, width), whose weight is not known: unknown is not zero."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 

@@ -1,7 +1,7 @@
 """The weights that a plot draws, as numpy arrays: those of the chosen layers, heads and queries.
 
-An axis is chosen by an index or by a named reduction. It is never dropped because its length is 1, or a batch of one
-image and a model of one head could be confused. Only the chosen layers are converted, and of an `AttentionMap` only the
+An axis is chosen by an index or by a named reduction. An axis of length 1 stays, so that a batch of one image and a
+model of one head cannot be confused. Only the chosen layers are converted, and of an `AttentionMap` only the
 rows that are drawn are computed.
 """
 

@@ -1,4 +1,4 @@
-"""Statistics of attention over a whole data set: what adds up, so that no map is kept.
+"""Statistics of attention over a whole data set. Only numbers that add up are kept, no map.
 
 `collect` runs a model over a data set, on one process or many. `Monitor` measures steps of a training. The statistics
 are torchmetrics metrics, which work alone as well.

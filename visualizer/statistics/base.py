@@ -61,7 +61,7 @@ class Statistic(Metric):
     axes: ClassVar[int] = 0
     """How many axes the number has besides those of images and heads."""
     number_names: ClassVar[tuple[str, ...]] = ()
-    """What the numbers along one further axis are called, where each is something else: a plot has a panel for each."""
+    """What the numbers along one further axis are called, where each has its own meaning: a plot has a panel each."""
     about: ClassVar[str] = ""
     """What it says of a head, in a line for `visualizer stats --help`."""
     default_for: ClassVar[tuple[Literal["images", "texts"], ...]] = ()
@@ -113,7 +113,7 @@ class Statistic(Metric):
 
     @without_autograd
     def reduced(self, layer: AttentionMap, tokens: Tokens) -> Tensor:
-        """The moments of one layer's call, (5, heads, ...): single samples are not in them any more."""
+        """The moments of one layer's call, (5, heads, ...): they no longer contain single samples."""
         values = self.of(layer, tokens)
         if values.ndim != 2 + self.axes:
             raise ValueError(

@@ -56,8 +56,8 @@ def collect(
     >>> found.save("/tmp/entropy.safetensors")  # doctest: +SKIP
 
     Each call of attention, fused or not, is reduced to its moments at once, so no map outlives its call. The model runs
-    without gradients and in eval mode, and has its own mode back at the end. Autocast around `collect` applies; modules
-    that `torch.compile` has compiled run uncompiled.
+    without gradients and in eval mode, and returns to its own mode at the end. Autocast around `collect` applies;
+    modules that `torch.compile` has compiled run uncompiled.
 
     **Many processes.** Under `torchrun` or `accelerate launch`, with `torch.distributed` initialised, each process runs
     its share of the batches, and each returns the statistics of all. If one fails, the others stop after their present
@@ -73,8 +73,8 @@ def collect(
         batches: any iterable: a `DataLoader`, a generator, a tensor of batches. The model gets a mapping as keyword
             arguments, the first entry of a tuple or list, and anything else as it is; tensors are moved to its device.
             A mapping's "attention_mask" says what is padding, its "input_ids" which tokens repeat.
-        statistics: what to measure. Those you pass stay as they are.
-        call: how to call the model otherwise: `lambda model, batch: model.encode(batch["image"])`.
+        statistics: what to measure. The objects that you pass are not changed.
+        call: how to call the model, if not as above: `lambda model, batch: model.encode(batch["image"])`.
         checkpoint: a folder. What is known is written there every so many batches, as rank-0.safetensors, in one step.
             A run that is started again skips the batches that are done; batches must come in the same order and be as
             many. If the run in the folder is finished, its result is returned at once.
@@ -163,7 +163,7 @@ def _run(
     is_in_step: bool,
 ) -> None:
     """Run the model over this process's batches, add each to `found` or note that it failed, and write the file."""
-    # On the meta device are parameters that accelerate holds elsewhere until they are needed.
+    # Parameters on the meta device are those that accelerate keeps elsewhere until they are needed.
     device = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
     tokens, failures = Tokens(), 0
 
@@ -192,7 +192,7 @@ def _run(
                     found.failed.append((batch.number, f"{type(error).__name__}: {error}"))
                     warn(f"batch {batch.number} failed and does not count: {found.failed[-1][1]}")
                 bar.update()
-                if not failures:  # if failures end the run, as when a GPU hangs, it goes on behind the last good batch
+                if not failures:  # so a run that failures end, as when a GPU hangs, resumes behind the last good batch
                     file.write_if_due(found)
         found.is_complete = True
     except (Stopped, KeyboardInterrupt):

@@ -115,7 +115,7 @@ class Sink(Statistic):
     array([[0.75]])
 
     Args:
-        key: the position, counted from the first token that is no padding; 0: where language models send the attention
+        key: the position, counted from the first token that is not padding; 0: where language models send the attention
             that they have no use for.
     """
 
@@ -174,7 +174,7 @@ class Received(Statistic):
     array([[[0.75, 0.25]]])
 
     The arrays are (layers, heads, positions), with as many positions as the longest text has. Positions are counted
-    from a text's first token that is no padding; each has as many samples as there are texts of that length.
+    from a text's first token that is not padding; each has as many samples as there are texts of that length.
     """
 
     axes = 1
@@ -252,7 +252,7 @@ class MeanMap(Statistic):
     array([[0.75, 0.25],
            [0.25, 0.75]])
 
-    Tokens of a text are counted from the first that is no padding; each has as many samples as there are texts of that
+    Tokens of a text are counted from the first that is not padding; each has as many samples as there are texts of that
     length. Memory: five numbers of eight bytes for each weight, 224 MB for 12 layers of 12 heads of 197 tokens.
 
     Args:
@@ -277,7 +277,7 @@ class MeanMap(Statistic):
 
 
 def _mean(values: Tensor, real: Tensor | None) -> Tensor:
-    """(batch, heads) of (batch, heads, queries), over the queries that are no padding."""
+    """(batch, heads) of (batch, heads, queries), over the queries that are not padding."""
     if real is None:
         return values.mean(-1)
     counts = real.to(values.device, values.dtype)[:, None]
@@ -285,12 +285,12 @@ def _mean(values: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _received(layer: AttentionMap, tokens: Tokens) -> Tensor:
-    """(batch, heads, positions), counted from each text's first token that is no padding."""
+    """(batch, heads, positions), counted from each text's first token that is not padding."""
     return _aligned(rows.received_of(layer, tokens.queries(layer)), tokens.keys(layer), -1)
 
 
 def _aligned(values: Tensor, real: Tensor | None, axis: int) -> Tensor:
-    """Values along an axis of tokens, turned so that each text's first token that is no padding comes first; the
+    """Values along an axis of tokens, turned so that each text's first token that is not padding comes first; the
     padding is NaN."""
     if real is None:
         return values
