@@ -123,6 +123,8 @@ class Store:
         self._recorded: set[Source] = set()
         self._failure: BaseException | None = None
         self._messages: list[str] = []
+        self._shared: weakref.WeakSet[type] = weakref.WeakSet()
+        """The classes whose objects are kept by reference, as far as the user was told."""
         self._shelves: dict[str, Shelf] = {}
         self._unfinished: dict[Shelf, None] = {}
         """Those that somebody may append to, or that may be beyond the limit."""
@@ -271,6 +273,19 @@ class Store:
             self._failure.__notes__ = list(error.__notes__)
         except Exception:  # an exception that cannot be copied
             self._failure = RuntimeError(f"{error!r} {' '.join(error.__notes__)}")
+
+    def tell_shared(self, cls: type, where: str) -> None:
+        """Warn, once for each class, that its objects are kept by reference."""
+        try:
+            if cls in self._shared:
+                return
+            self._shared.add(cls)
+        except Exception:  # its metaclass has no hash, or one that fails
+            return
+        self._messages.append(
+            f"{where} is or holds a {cls.__qualname__}, which is kept by reference, because no safe way to copy it is "
+            "known: later changes to it show in what was captured. To keep a copy or a part, pass keep= a function."
+        )
 
     def file_pending(self) -> None:
         """File everything that has arrived."""
