@@ -273,10 +273,56 @@ class TestKeep:
             return "done"
 
         values = [Lazy(), Odd(), weakref.proxy(Thing())]
-        with gl.activate():
+        with gl.activate(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is or holds a .*(Lazy|proxy)", VisualizerWarning)
             assert ["done"] * 3 == [forward(value) for value in values]
         [kept] = gl.cache.values()
         assert list(map(id, values)) == list(map(id, kept))
+
+    def test_each_class_that_is_kept_by_reference_is_told_once(self, gl):
+        class Memory:
+            def __init__(self, items):
+                self.items = items
+
+        @gl("memory", "state", at="assign")
+        def forward(x):
+            memory = Memory([x])
+            state = {"memory": memory, "x": (x, str)}
+            memory = Memory([0])
+            state["memory"].items.append(5)
+            return x
+
+        gl.activate()
+        with pytest.warns(
+            VisualizerWarning, match="'memory' or 'state' of .*forward.*is or holds a .*Memory.*later"
+        ) as told:
+            forward(1), forward(2)
+        assert 1 == len(told)
+        assert [1, 5] == gl.cache[next(key for key in gl.cache if "state" in key)][0]["memory"].items
+        gl.activate(keep=lambda value: value)
+        forward(3)  # what a user's function makes is the user's
+
+    def test_a_copy_that_runs_the_captured_function_is_not_recorded(self, gl):
+        class Grid:
+            shape = (2,)
+
+            def __init__(self, rows):
+                self.rows = rows
+
+            @gl("rows")
+            def copy(self):
+                rows = list(self.rows)
+                return Grid(rows)
+
+        @gl("grid")
+        def forward(rows):
+            grid = Grid(rows)
+            return None
+
+        gl.activate()
+        forward([1]), forward([2])
+        of_copy, of_forward = gl.cache.values()
+        assert ([], [[1], [2]]) == (of_copy, [grid.rows for grid in of_forward])
 
 
 class Items(list):

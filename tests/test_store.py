@@ -149,6 +149,7 @@ class TestLimits:
                     assert len(alive) <= 11
         assert 10 == sum(map(len, gl.cache.values())) == len(alive)
 
+    @pytest.mark.filterwarnings("ignore:.*is or holds a .*Value")
     @pytest.mark.parametrize("first", ["graph", "numpy"])
     def test_whatever_is_kept_of_values_they_share_the_budget_in_the_order_of_the_calls(self, gl, first):
         class Value:

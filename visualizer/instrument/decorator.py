@@ -124,7 +124,8 @@ class GetLocal:
                 and 8-bit floats as float32. "tensor": tensors detached and copied, on their device. "graph": the object
                 itself, for losses and gradients. A callable, such as `lambda a: a.mean(1)`: a detached copy of what it
                 returns, tensors on their device; what it calls is not recorded. In all but "graph", arrays are copied,
-                and so are containers with what is in them; other objects are kept as they are.
+                tables of pandas, sparse matrices, and containers and dataclasses with what is in them. Other objects
+                are kept by reference, so that later changes show in them; a warning says so once for each class.
             limit: how many of the most recent calls to keep per key; None: all.
             max_bytes: how many bytes of values to keep on each device; None: a quarter of its memory. When it is used
                 up, nothing more is recorded, and one warning says so.

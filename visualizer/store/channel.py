@@ -145,7 +145,7 @@ class Channel:
     def connect(self, default: Keep) -> None:
         """Receive what the rewritten code delivers from now on; `default` is for a channel without its own `keep`."""
         self._keep = default if self.keep is None else self.keep
-        self._convert, self._quick = keeper(self._keep), quick_keeper(self._keep)
+        self._convert, self._quick = keeper(self._keep, self._tell_shared), quick_keeper(self._keep)
         if _listening.get(self.site) is not self:
             self._frames.clear()  # their calls went on, or ended, without a listener
         self.deliver = self._assignments() if self.at == "assign" else self._returns()
@@ -295,6 +295,9 @@ class Channel:
         finally:
             if thread is not None:
                 _keeping.discard(thread)
+
+    def _tell_shared(self, cls: type) -> None:
+        self.store.tell_shared(cls, f"{' or '.join(map(repr, self.names))} of {self.place()}")
 
     def place(self) -> str:
         """The function, file and line, for messages."""

@@ -125,6 +125,8 @@ class Store:
         self._messages: list[str] = []
         self._postponed: list[str] = []
         self._missed: dict[tuple[Source, str, type], list[Any]] = {}
+        self._shared: weakref.WeakSet[type] = weakref.WeakSet()
+        """The classes whose objects are kept by reference, as far as the user was told."""
         self._shelves: dict[str, Shelf] = {}
         self._unfinished: dict[Shelf, None] = {}
         """Those that somebody may append to, or that may be beyond the limit."""
@@ -307,6 +309,19 @@ class Store:
                 f"{cls.__name__}: {text.removesuffix('.')}.{way_out}"
             )
         self._warn()
+
+    def tell_shared(self, cls: type, where: str) -> None:
+        """Warn, once for each class, that its objects are kept by reference."""
+        try:
+            if cls in self._shared:
+                return
+            self._shared.add(cls)
+        except Exception:  # its metaclass has no hash, or one that fails
+            return
+        self._messages.append(
+            f"{where} is or holds a {cls.__qualname__}, which is kept by reference, because no safe way to copy it is "
+            "known: later changes to it show in what was captured. To keep a copy or a part, pass keep= a function."
+        )
 
     def file_pending(self) -> None:
         """File everything that has arrived."""
