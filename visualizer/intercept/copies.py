@@ -71,8 +71,8 @@ class Copies:
         multiplied = weights.shape
         lead = multiplied[:-2] if product.values is None else product.output.shape[:-2]
         weights = weights.expand(*lead, *multiplied[-2:])  # the same weights may serve several heads
-        parts = []
-        if not _is_softmax(product):
+        parts, is_softmax = [], _is_softmax(product)
+        if not is_softmax:
             parts = [_copied(one.weights) for one in product.softmaxes if one.weights is not None]
         evidence = None
         if product.values is not None and not product.has_dropout:
@@ -100,7 +100,7 @@ class Copies:
                 )
             made = AttentionMap.from_source(source, path=call.path, kind=call.kind, gradient=gradient)
             made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=call.kind) for part in parts)
-            made.axes_assumed = order is None and math.prod(lead) > 1
+            made.is_softmax, made.axes_assumed = is_softmax, order is None and math.prod(lead) > 1
             return made
 
         return Copy(map_of, _sizes(weights, *parts), evidence)
@@ -208,7 +208,7 @@ def _is_softmax(product: Product) -> bool:
     """Whether what was multiplied is what one softmax made, its first keys, or both in another shape."""
     if product.is_softmax:
         return True
-    made = product.softmaxes[0].weights
+    made = product.softmaxes[0].weights if product.softmaxes else None
     if len(product.softmaxes) > 1 or made is None or made.numel() != product.weights.numel():
         return False
     return torch.equal(made.detach().to(product.weights.dtype).reshape(product.weights.shape), product.weights)

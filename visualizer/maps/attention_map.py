@@ -47,9 +47,11 @@ class AttentionMap:
     attention `Samples`, whose `points` and `weights` say where each query looks and how much."""
     gradient: Gradient | None
     """What `grad_rows` reads; None if no gradient was recorded."""
+    is_softmax: bool
+    """Whether the weights are simply one softmax, or as good as one: no weight is negative and rows sum to one. False
+    where they were mixed, subtracted or changed before they were multiplied with the values, or made by a sigmoid."""
     softmaxes: tuple[AttentionMap, ...]
-    """The softmaxes that the weights were made of, where they are not simply one softmax: mixed, subtracted, or changed
-    before they were multiplied with the values, so that rows may not sum to one. Else ()."""
+    """The softmaxes that the weights were made of, where they are not simply one. Else ()."""
     axes_assumed: bool
     """Whether heads and batch could not be told apart by what the model did, and were assumed by their position."""
 
@@ -66,7 +68,7 @@ class AttentionMap:
             )
         self.source = Weights(weights.detach())
         self.path, self.kind, self.gradient = path, kind, None
-        self.softmaxes, self.axes_assumed = (), False
+        self.is_softmax, self.softmaxes, self.axes_assumed = True, (), False
 
     @classmethod
     def from_query_key(
@@ -122,7 +124,7 @@ class AttentionMap:
         """The map of weights, or of query and key, that are prepared already."""
         made = cls.__new__(cls)
         made.source, made.path, made.kind, made.gradient = source, path, kind, gradient
-        made.softmaxes, made.axes_assumed = (), False
+        made.is_softmax, made.softmaxes, made.axes_assumed = True, (), False
         return made
 
     @property
@@ -304,7 +306,7 @@ class AttentionMap:
         gradient = None if self.gradient is None else self.gradient.to(device)
         moved = AttentionMap.from_source(self.source.to(device), path=self.path, kind=self.kind, gradient=gradient)
         moved.softmaxes = tuple(part.to(device) for part in self.softmaxes)
-        moved.axes_assumed = self.axes_assumed
+        moved.is_softmax, moved.axes_assumed = self.is_softmax, self.axes_assumed
         return moved
 
     def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
@@ -312,6 +314,8 @@ class AttentionMap:
         packed = {"path": self.path, "kind": self.kind, **self.source.packed(shared)}
         if self.softmaxes:
             packed["softmaxes"] = [part.packed(shared) for part in self.softmaxes]
+        if not self.is_softmax:
+            packed["is_softmax"] = False
         return packed | ({"axes_assumed": True} if self.axes_assumed else {})
 
     @classmethod
@@ -324,6 +328,7 @@ class AttentionMap:
             source = (Samples if "cells" in packed else Factors).unpacked(packed)
         made = cls.from_source(source, path=packed["path"], kind=packed["kind"])
         made.softmaxes = tuple(map(cls.unpacked, packed.get("softmaxes", ())))
+        made.is_softmax = packed.get("is_softmax", not made.softmaxes)
         made.axes_assumed = packed.get("axes_assumed", False)
         return made
 
@@ -366,8 +371,8 @@ class AttentionMap:
         kind = f", {self.kind}" if self.kind else ""
         how = "dense" if self.is_dense else f"from {self.source.kept}"
         dtype = str(self.source.dtype).removeprefix("torch.")
-        made = "" if not self.softmaxes else f", made of {len(self.softmaxes)} softmax"
-        made += "es" if len(self.softmaxes) > 1 else ""
+        count = len(self.softmaxes)
+        made = "" if self.is_softmax else f", made of {count or 'no'} softmax" + ("es" if count > 1 else "")
         assumed = ", axes assumed" if self.axes_assumed else ""
         return f"<AttentionMap{place} {self.shape}{kind}, {how}, {dtype}, {self.device}{made}{assumed}>"
 
