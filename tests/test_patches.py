@@ -56,6 +56,82 @@ def test_what_another_tool_put_in_place_stays_with_a_warning(gl):
     assert {"forward": ["other"]} == gl.cache
 
 
+def without_the_local(x):
+    return x
+
+
+def with_it_as_a_parameter(attn):
+    return attn
+
+
+class TestReplacedBeforeActivation:
+    """One function whose code another tool has replaced keeps no other from being captured."""
+
+    @pytest.mark.parametrize(
+        ("other", "at", "said"),
+        [
+            (without_the_local, "return", "it has no local 'attn' now"),
+            (with_it_as_a_parameter, "assign", "it has no assignment to 'attn' now"),
+        ],
+    )
+    def test_without_the_local(self, gl, other, at, said):
+        functions = [make(gl, "attn", at=at) for _ in range(3)]
+        codes = [function.__code__ for function in functions]
+        functions[1].__code__ = other.__code__
+        with pytest.warns(VisualizerWarning, match="replaced by another tool since") as caught:
+            gl.activate()
+        [message] = [str(one.message) for one in caught]
+        assert said in message
+        assert f"forward ({__file__}:{other.__code__.co_firstlineno})" in message
+        assert gl.is_active
+        assert [5, 2, 7] == [function(x) for x, function in zip([1, 2, 2], functions, strict=True)]
+        gl.deactivate()
+        assert [codes[0], other.__code__, codes[2]] == [function.__code__ for function in functions]
+        assert functions[1].__code__ is other.__code__
+        assert {"forward": [4, 6]} == gl.cache
+        functions[1].__code__ = codes[1]  # as a mock or a debugger does at its end
+        with gl.activate():
+            functions[1](3)
+        assert {"forward": [4, 6, 8]} == gl.cache
+
+    def test_by_code_that_cannot_be_rewritten(self, gl, monkeypatch):
+        functions = [make(gl, "attn"), make(gl, "attn")]
+        code = functions[1].__code__ = functions[1].__code__.replace(co_name="other")
+        module = sys.modules["visualizer.instrument.patches"]
+        real = module.rewrite_for
+
+        def refuse(rewritten, captures):
+            if rewritten is code:
+                raise RewriteError("there is no proof")
+            return real(rewritten, captures)
+
+        monkeypatch.setattr(module, "rewrite_for", refuse)
+        with pytest.warns(VisualizerWarning, match="there is no proof"):
+            gl.activate()
+        assert [5, 5] == [function(1) for function in functions]
+        gl.deactivate()
+        assert functions[1].__code__ is code
+        assert {"forward": [4]} == gl.cache
+
+    def test_by_code_that_has_the_local(self, gl):
+        forward, other = make(gl, "attn"), make(GetLocal(), "attn")
+        forward.__code__ = other.__code__.replace(co_name="reloaded")
+        with gl.activate():
+            forward(1)
+        assert {"forward": [4]} == gl.cache
+
+    def test_where_warnings_are_errors_all_others_are_captured(self, gl):
+        functions = [make(gl, "attn") for _ in range(2)]
+        functions[0].__code__ = without_the_local.__code__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(VisualizerWarning):
+                gl.activate()
+            functions[1](1)
+            gl.deactivate()
+        assert {"forward": [4]} == gl.cache
+
+
 def test_a_copy_of_rewritten_code_does_not_record_twice(gl):
     forward = make(gl, "attn")
     gl.activate()
