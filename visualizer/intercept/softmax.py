@@ -58,17 +58,17 @@ class Softmax:
         self._copy: Tensor | None = None
         self._recorded: list[tuple[int, int]] = []
 
-    def is_recorded(self, part: Tensor) -> bool:
-        """Whether these of the weights are in a map already; from now on they are."""
+    def take(self, part: Tensor) -> bool:
+        """Put a part of the weights, or all, into a map; False if they are in one already."""
         begin = part.data_ptr() if is_plain_torch(torch) else 0
         end = begin + max(1, part.numel() * part.element_size())
         weights = self._reference()
         is_part = weights is not None and part.numel() < weights.numel()
         overlaps = any(begin < other_end and other_begin < end for other_begin, other_end in self._recorded)
         if overlaps or (self._recorded and not is_part):
-            return True
+            return False
         self._recorded.append((begin, end))
-        return False
+        return True
 
     def hold(self) -> None:
         """Keep the tensor alive, now that others are made of it."""
@@ -289,7 +289,8 @@ class Tracing:
         self, name: str, args: Any, kwargs: Any, result: Any, weights: Sequence[tuple[Tensor, _Weights]]
     ) -> Product | None:
         tensor, origin = weights[0]
-        if all([softmax.is_recorded(tensor) for softmax in origin.softmaxes]):
+        taken = [softmax.take(tensor) for softmax in origin.softmaxes]
+        if not any(taken):
             return None
         shown = tensor if origin.without_dropout is None else origin.without_dropout
         order, values, output, places = _operands(name, args, kwargs, tensor, result)
