@@ -174,16 +174,26 @@ class Store:
             if key not in self._shelves:
                 self._shelves[key] = Shelf(key, listed(dict.setdefault(self.cache, key, [])))
 
-    def rename(self, old: str, new: str) -> None:
-        """Move what is under one key to another."""
-        self.file_pending()
-        with self._working():
-            if old in self.cache:
-                dict.__setitem__(self.cache, new, dict.pop(self.cache, old))
-                shelf = self._shelves.pop(old, None)
-                if shelf is not None:
-                    self._close(shelf)
-                    shelf.key, self._shelves[new] = new, shelf
+    def rename(self, change: Callable[[], dict[str, str]]) -> dict[str, str]:
+        """Have sources use other keys, and move what is under the old ones.
+
+        `change` makes the sources do so; it returns the new key for each old one that is another now, and so does this.
+        Nothing is filed meanwhile.
+        """
+        with self._lock:
+            self._file_arrived()
+            with self._working():
+                renamed = change()
+                for key in renamed.keys() & self._shelves.keys():
+                    self._close(self._shelves[key])
+                if renamed:
+                    lists = {renamed.get(key, key): values for key, values in dict.items(self.cache)}
+                    dict.clear(self.cache)
+                    dict.update(self.cache, lists)
+                    self._shelves = {renamed.get(key, key): shelf for key, shelf in self._shelves.items()}
+                    for key, shelf in self._shelves.items():
+                        shelf.key = key
+                return renamed
 
     def drop_if_empty(self, key: str) -> None:
         """Forget a key that nothing was recorded under."""
