@@ -126,6 +126,8 @@ class Store:
         self._shared: weakref.WeakSet[type] = weakref.WeakSet()
         """The classes whose objects are kept by reference, as far as the user was told."""
         self._shelves: dict[str, Shelf] = {}
+        self._emptied: set[str] = set()
+        """The keys whose values a user has taken out, some or all."""
         self._unfinished: dict[Shelf, None] = {}
         """Those that somebody may append to, or that may be beyond the limit."""
 
@@ -214,6 +216,8 @@ class Store:
         with self._working():
             for shelf in self._shelves.values():
                 self._close(shelf)
+                if shelf.size:
+                    self._emptied.add(shelf.key)
             self._failure, self._shelves, self._unfinished = None, {}, {}
             self.budget.clear()
             for key in list(self.cache):
@@ -239,6 +243,17 @@ class Store:
             self.reconcile()
             with self._working():
                 return [record for shelf in self._read() for record in shelf.records()]
+
+    def unheard(self) -> list[str]:
+        """The keys that nothing was ever recorded under; none if recording stopped early, which the user is told."""
+        with self._lock:
+            if self.is_full or self._failure is not None:
+                return []
+            puts = [event for event in self.arrived if isinstance(event, Put)]
+            waiting = {p.source.key_of(name, p.module) for p in puts for name, _ in p.source.name_values(p.values)}
+            filed = {key for key, shelf in self._shelves.items() if shelf.size or shelf.run is not None}
+            heard = waiting | filed | self._emptied
+            return [key for key, values in dict.items(self.cache) if key not in heard and not len(listed(values))]
 
     def calls_of(self, key: str) -> int:
         """How many calls have values under a key."""
@@ -469,7 +484,9 @@ class Store:
         if shelf is None:
             shelf = self._shelves[key] = Shelf(key, [])
         self._close(shelf)
-        self._discount(shelf.match(values))
+        if gone := shelf.match(values):
+            self._emptied.add(key)
+            self._discount(gone)
         return shelf
 
     def _make_room(self, cache: _Lists, device: str) -> str | None:
