@@ -167,6 +167,7 @@ class TestStack:
         with pytest.raises(ValueError, match=r"'attend_1' cannot be stacked on 'attend_0': shape \(3, 5\) on"):
             self.captured([(2, 5), (3, 5)]).stack()
 
+    @pytest.mark.filterwarnings("ignore:nothing was recorded under")
     def test_nothing_to_stack(self):
         with pytest.raises(ValueError, match="did not run, or had nothing to record"):
             self.captured([(2, 5)] * 2, calls=0).stack()
@@ -248,6 +249,7 @@ class TestKeys:
 
     def test_a_missing_key_says_what_there_is(self):
         with capture(attend, "attn") as found:
+            attend(1)
             with pytest.raises(UnknownKeyError, match=r"did you mean 'attend'\? The keys are: 'attend'; .*is running"):
                 found["atend"]
         with pytest.raises(KeyError, match="not running"):

@@ -108,8 +108,9 @@ class TestMistakes:
             capture(getattr(one, method), "attn")
         for part in (f"Loses.{method} ({__file__}:{line})", "'self'", f"capture(Loses.{method}, 'attn')"):
             assert part in str(caught.value)
-        with capture(getattr(one, method), "attn", at="assign") as found, capture(Loses, "attn") as both:
-            getattr(one, method)(1), getattr(Loses(), method)(2)
+        with capture(getattr(one, method), "attn", at="assign") as found:
+            with pytest.warns(VisualizerWarning, match="3 of 4 keys"), capture(Loses, "attn") as both:
+                getattr(one, method)(1), getattr(Loses(), method)(2)
         assert [1] == found[f"Loses.{method}"]
         assert [1, 2] == both[f"Loses.{method}"]
         with pytest.raises(TypeError, match="whose call"):
@@ -282,6 +283,99 @@ class TestSeveralAtOnce:
         assert "while keeping 'attn'" in caught.value.__notes__[0]
 
 
+class TestKeysWithoutValues:
+    """The end of the `with` says which, why, and the way out; printing shows them too."""
+
+    def message(self, *arguments, run=lambda: None, **options):
+        with pytest.warns(VisualizerWarning, match="nothing was recorded under") as told:
+            with capture(*arguments, **options) as found:
+                run()
+        assert 1 == len(told)
+        assert __file__ == told[0].filename
+        return str(told[0].message), found
+
+    def test_nothing_was_called(self):
+        message, found = self.message(attend, "attn")
+        place = f"attend ({__file__}:{attend.__code__.co_firstlineno})"
+        assert f"under 1 of 1 keys ('attend'): no call of {place} returned. Call the model inside" in message
+        assert "0 (not reached)" in repr(found)
+        with found:
+            pass  # it was told
+
+    def test_some_of_many(self):
+        def make(number):
+            def function(x):
+                return x
+
+            function.__qualname__ = f"function_{number}"
+            return function
+
+        functions = [make(number) for number in range(12)]
+        message, found = self.message(functions, "x", run=lambda: [functions[7](1), functions[0](1)])
+        assert (
+            "10 of 12 keys ('function_1', 'function_2', 'function_3', 'function_4' and 6 more): no call of" in message
+        )
+        assert "The usual causes: a branch that the model did not take" in message
+        assert 10 == repr(found).count("not reached")
+        assert 900 > len(message)
+
+    def test_a_line_that_was_not_reached(self):
+        def forward(x):
+            if x > 5:
+                attn = x
+            return x
+
+        line = forward.__code__.co_firstlineno + 2
+        message, _ = self.message(forward, "attn", at="assign", run=lambda: forward(1))
+        assert f"came to line {line}, which assigns 'attn'" in message
+
+    def test_objects_that_were_not_called(self):
+        class Layer:
+            def forward(self, x):
+                return x
+
+        called, other = Layer(), Layer()
+        called_only = [called.forward, other.forward]
+        message, found = self.message(called_only, "x", run=lambda: called.forward(1))
+        assert "on these objects returned" in message
+        assert [1, 0] == [len(values) for values in found.values()]
+
+    @pytest.mark.parametrize("keep", ["numpy", "graph"])
+    @pytest.mark.parametrize(
+        "take",
+        [
+            *(lambda found: found.clear(), lambda found: found["attend"].clear(), lambda found: found.pop("attend")),
+            *(lambda found: found.__setitem__("attend", []), lambda found: None),
+        ],
+    )
+    def test_what_the_user_has_taken_out_was_recorded(self, keep, take):
+        with capture(attend, "attn", keep=keep) as found:
+            attend(1), attend(2), attend(3)
+            take(found)
+        assert "not reached" not in repr(found)
+
+    def test_what_was_told_otherwise_is_not_told_again(self):
+        def forward(x):
+            if x > 5:
+                attn = x
+            return x
+
+        with pytest.warns(VisualizerWarning, match="was not bound") as told, capture(forward, "attn"):
+            forward(1)
+        assert 1 == len(told)
+        with pytest.warns(VisualizerWarning, match="captured values would take more") as told:
+            with capture([attend, forward], "x", max_bytes=1):
+                attend(1)
+        assert 1 == len(told)
+        with pytest.raises(ZeroDivisionError), capture(forward, "x", keep=lambda x: 1 / 0):
+            forward(1)
+
+    def test_an_error_inside_is_enough(self):
+        with pytest.raises(ZeroDivisionError), capture(attend, "attn"):
+            1 / 0
+
+
+@pytest.mark.filterwarnings("ignore:.*is or holds a .*Value")
 class TestMemory:
     def test_what_was_captured_goes_with_what_holds_it(self):
         """At once, by counting references: on a GPU the collector comes too late."""

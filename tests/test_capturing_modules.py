@@ -96,8 +96,7 @@ class TestPaths:
         assert {"attn": 1} == {key: len(values) for key, values in one.items()}
 
     def test_several_names_wherever_each_is(self, x):
-        with capture(Model(2), "q", "attn", "block") as found:
-            pass
+        found = capture(Model(2), "q", "attn", "block")
         expected = ["block", *(f"blocks.{i}.attn:{name}" for i in range(2) for name in ("q", "attn"))]
         assert [":block", *expected[1:]] == list(found)
 
@@ -295,17 +294,17 @@ class TestWrappers:
             def forward(self, x):
                 return self.module(x)
 
-        with capture(Holder(), "attn") as found:
-            pass
-        assert ["module"] == list(found)
+        assert ["module"] == list(capture(Holder(), "attn"))
 
+    @pytest.mark.filterwarnings("ignore:nothing was recorded under")
     def test_the_copies_that_data_parallel_makes_are_told(self, x):
         model = Model(1)
         replica = copy.deepcopy(model)
         for module in replica.modules():
             module._is_replica = True
-        with capture(model, "attn") as found, pytest.warns(VisualizerWarning, match="DataParallel") as caught:
-            replica(x), replica(x)
+        with capture(model, "attn") as found:
+            with pytest.warns(VisualizerWarning, match="DataParallel") as caught:
+                replica(x), replica(x)
         assert 1 == len(caught)
         assert [[]] == list(found.values())
 
@@ -596,3 +595,22 @@ class Runs(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return self.model(self.x)
+
+
+def test_what_torch_runs_natively_says_how_it_is_seen_all_the_same():
+    layer = nn.TransformerEncoderLayer(16, 2, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False).eval()
+    x = torch.randn(1, 5, 16)
+    with torch.no_grad(), pytest.warns(VisualizerWarning, match="under 6 of 6 keys .*self_attn") as told:
+        with capture(encoder, "attn_output_weights") as found:
+            encoder(x)
+    assert "visualizer.attention(model)" in str(told[0].message)
+    assert 6 == repr(found).count("not reached")
+    assert "torch.backends.mha.set_fastpath_enabled(False)" in str(told[0].message)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), capture(encoder, "attn_output") as found:
+            encoder(x)
+        assert 6 == sum(map(len, found.values()))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import types
 import warnings
 import weakref
 
@@ -333,22 +332,6 @@ class TestKeys:
         gl.activate()
         forward(1)
         assert {"forward": [4]} == gl.cache
-
-    def test_one_name_in_two_modules(self, gl, tmp_path, monkeypatch):
-        monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setitem(sys.modules, "gl_for_modules", types.SimpleNamespace(gl=gl))
-        text = """
-            from gl_for_modules import gl
-            class Attention:
-                @gl("attn")
-                def forward(self, x):
-                    attn = x
-                    return attn
-        """
-        first, second = (write_module(tmp_path, name, text) for name in ("first_module", "second_module"))
-        gl.activate()
-        second.Attention().forward(2), first.Attention().forward(1)
-        assert {"Attention.forward": [1], "second_module.Attention.forward": [2]} == gl.cache
 
     def test_a_cell_run_again_goes_on_under_its_key(self, gl):
         gl.activate()

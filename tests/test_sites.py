@@ -65,12 +65,14 @@ class TestTargets:
             attend(1)
         assert {"attend": [4]} == found
 
+    @pytest.mark.filterwarnings("ignore:nothing was recorded under", "ignore:.*is or holds a Derived")
     def test_a_class_is_its_methods_that_have_the_local(self):
         with capture(Derived, "attn") as found:
             Derived().score(1), Derived().other(2), Base().score(3)
         assert {"Base.score": 1, "Derived.other": 1} == {key: len(values) for key, values in found.items()}
         assert [-2] == found["Derived.other"]
 
+    @pytest.mark.filterwarnings("ignore:nothing was recorded under")
     def test_an_inherited_method_is_captured_only_for_the_class(self):
         derived = Derived()
         with capture(Derived, "x") as found:

@@ -13,6 +13,7 @@ from ..store import Cache, Channel, Store, listener
 from ..tensors import Keep, check_keep
 from . import compiled, patches
 from .arguments import check_at, check_count, check_max_bytes, check_names
+from .explanations import never_reached
 from .sites import Site, beginning, sites_of
 from .untraced import never_compiled
 
@@ -74,6 +75,9 @@ def capture(
         RewriteError: here or at the start: a function cannot be rewritten with proof. Then nothing has changed.
         UnsupportedPythonError: this interpreter's bytecode is not known.
 
+    At the end of the `with`, a warning names the keys that nothing was recorded under: their functions did not run, or
+    torch ran something native in their place.
+
     Any number of captures may overlap, on the same functions and with `get_local`, and end in any order: each records
     for itself. When the last one ends, the functions get their own code objects back. Calls in other threads are
     recorded too, each with its thread.
@@ -105,7 +109,9 @@ class Captured(Cache):
         super().__init__(store, title)
         self._limits = limit, max_bytes
         self._pairs: list[tuple[weakref.ref[FunctionType], Channel]] = []
-        self._is_running = False
+        self._sources: dict[str, tuple[str, Channel]] = {}
+        """For each key, the variable and the channel that its values come from."""
+        self._is_running = self._has_run = self._has_warned = False
         # For the finalizer. A channel's `keep` may refer to this very object, which would then never be dropped.
         self._weak_pairs: list[tuple[weakref.ref[FunctionType], weakref.ref[Channel]]] = []
         weakref.finalize(self, _abandon, self._weak_pairs, weakref.ref(store))
@@ -137,6 +143,7 @@ class Captured(Cache):
             for _, channel in pairs:
                 channel.connect("numpy")
             self._is_running, self.store.state = True, "capture is running"
+            self._has_run = True
             compiled.recompile()
         return self
 
@@ -165,8 +172,30 @@ class Captured(Cache):
     def __enter__(self) -> Captured:
         return self.start()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        was_running = self._is_running
         self.stop()
+        if was_running and error is None and not self._has_warned:
+            missing = {key: self._sources[key] for key in self._unreached()}
+            if missing:
+                self._has_warned = True
+                warn(never_reached(missing, len(self)))
+
+    def table(self) -> tuple[str, list[tuple[str, ...]]]:
+        """A line that sums everything up, and the rows of the table; the first row has the column names.
+
+        Once it has run, the row of a key without values says so.
+        """
+        head, rows = super().table()
+        if self._has_run and not self._is_running:
+            unreached = {key or "''" for key in self._unreached()}
+            rows = [(row[0], "0 (not reached)", *row[2:]) if row[0] in unreached else row for row in rows]
+        return head, rows
+
+    def _unreached(self) -> list[str]:
+        """The keys without values of which no warning has told why."""
+        found = [key for key in self.store.unheard() if key in self._sources]
+        return [key for key in found if not self._sources[key][1].was_told(self._sources[key][0])]
 
     def _add(self, site: Site, at: At, keep: Keep, several: bool) -> None:
         base = site.base  # `key` must not refer to the site, which would keep the function alive
@@ -178,6 +207,8 @@ class Captured(Cache):
         site_key = patches.new_site(site.function)
         channel = Channel(self.store, site_key, site.names, at, keep, key, site.owner, path_of)
         channel.code = original_of(site.function.__code__)
+        for path in ("",) if site.owners is None else site.owners.paths or ("",):
+            self._sources.update({key(name, path): (name, channel) for name in site.names})
         self._pairs.append((weakref.ref(site.function), channel))
         self._weak_pairs.append((weakref.ref(site.function), weakref.ref(channel)))
 

@@ -18,25 +18,13 @@ from . import compiled, patches
 from .arguments import check_at, check_count, check_max_bytes, check_names
 from .explanations import why_shared
 from .functions_with import has_local
+from .origins import Origin, Origins
 from .sites import function_with
 from .untraced import never_compiled
 
 T = TypeVar("T")
 
 _OFF = "capture is not active: get_local.activate() before the calls"
-
-
-class _Origin:
-    """One function in the source, however many times it is defined: its key, and what its decorators capture."""
-
-    def __init__(self, identity: tuple[Any, ...], base: str) -> None:
-        self.identity, self.base = identity, base
-        self.variables: list[str] = []
-        self.channels: dict[tuple[Any, ...], Channel] = {}
-        """One for each set of the decorator's arguments; all definitions of the function share them."""
-
-    def key(self, variable: str, _: str | None = None) -> str:
-        return self.base if self.variables == [variable] else f"{self.base}:{variable}"
 
 
 class _Decorated(NamedTuple):
@@ -71,8 +59,7 @@ class GetLocal:
         self._cache = Cache(self._store, "get_local.cache")
         self._active = False
         self._keep: Keep = "numpy"
-        self._origins: dict[tuple[Any, ...], _Origin] = {}
-        self._bases: set[str] = set()
+        self._origins = Origins()
         self._decorated: weakref.WeakKeyDictionary[FunctionType, _Decorated] = weakref.WeakKeyDictionary()
 
     def __call__(self, *names: str, at: At = "return", keep: Keep | None = None) -> Callable[[T], T]:
@@ -98,6 +85,9 @@ class GetLocal:
         The decorated object may be a function or method, a staticmethod, classmethod or property, a function wrapped by
         functools.wraps (`@torch.no_grad()`), or an `nn.Module` class, which means its `forward`. The key in
         `get_local.cache` is the function's `__qualname__`; with several names, the qualname, a colon and the name.
+        Where several functions have one `__qualname__`, their keys have the module before it, or the line behind it
+        ("module.qualname", "qualname@line"). The short key still reads the one that has values; where several have, it
+        is an error that names them.
 
         Raises:
             UnknownLocalError: the function has no such local; the message lists what it has.
@@ -233,7 +223,7 @@ class GetLocal:
             if set(names) <= {name for channel in same for name in channel.names}:
                 return
             replaced = [channel for channel in channels if set(channel.names) & set(names)]
-            origin = self._origin(function)
+            origin = self._origins.of(function)
             new = [self._channel(origin, function, names, at, keep)]
             for other in replaced:  # its other names are captured as before
                 rest = tuple(name for name in other.names if name not in names)
@@ -254,7 +244,7 @@ class GetLocal:
                 )
             channels = [*(c for c in channels if c not in replaced), *new]
             self._decorated[function] = _Decorated(original_of(function.__code__), channels)
-            self._name_keys(origin, [name for channel in channels for name in channel.names])
+            self._name_keys(origin, function, [name for channel in channels for name in channel.names])
             for channel in new:
                 if self._active:
                     channel.connect(self._keep)
@@ -263,19 +253,8 @@ class GetLocal:
         for message in messages:
             warn(message)
 
-    def _origin(self, function: FunctionType) -> _Origin:
-        """The function in the source that this is a definition of."""
-        module, name = function.__module__ or "?", function.__qualname__
-        # Two lambdas in one scope have the same qualified name; only their lines tell them apart.
-        line = function.__code__.co_firstlineno if name.endswith("<lambda>") else None
-        identity = (module, name, line)
-        if identity in self._origins:
-            return self._origins[identity]
-        candidates = (name, f"{module}.{name}", f"{module}.{name}@{line}")
-        return _Origin(identity, next(base for base in candidates if base not in self._bases))
-
     def _channel(
-        self, origin: _Origin, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None
+        self, origin: Origin, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None
     ) -> Channel:
         """The origin's channel for these arguments of the decorator; a new one is not registered yet."""
         channel = origin.channels.get((names, at, _identity(keep)))
@@ -284,9 +263,7 @@ class GetLocal:
         channel.code = original_of(function.__code__)
         return channel
 
-    def _register(self, origin: _Origin, function: FunctionType, channel: Channel) -> None:
-        self._origins[origin.identity] = origin
-        self._bases.add(origin.base)
+    def _register(self, origin: Origin, function: FunctionType, channel: Channel) -> None:
         arguments = (channel.names, channel.at, _identity(channel.keep))
         if arguments not in origin.channels:
             self._store.add(channel)
@@ -295,25 +272,25 @@ class GetLocal:
             else:  # `keep` is a closure that is made anew with each function, so the channel goes with the function
                 weakref.finalize(function, _disconnect_later, channel).atexit = False
 
-    def _name_keys(self, origin: _Origin, variables: list[str]) -> None:
-        """Give each variable of the origin its key, and move lists that another definition had named otherwise."""
-        captured = [name for channel in origin.channels.values() for name in channel.names]
-        everything = dict.fromkeys([*origin.variables, *variables, *captured])
-        old = {variable: origin.key(variable) for variable in everything}
+    def _name_keys(self, origin: Origin, function: FunctionType, variables: list[str]) -> None:
+        """Give each variable of the origin its key, and move lists that this definition names otherwise."""
+
+        def rename() -> dict[str, str]:
+            known = [(each, v) for each in self._origins.named(origin.name) for v in each.captured]
+            before = [each.key(variable) for each, variable in known]
+            origin.variables = variables
+            self._origins.add(origin, function)
+            after = [each.key(variable) for each, variable in known]
+            return {old: new for old, new in zip(before, after, strict=True) if old != new}
+
         store = self._store
-        store.file_pending()  # what has arrived belongs under the old keys
-        origin.variables = variables
-        for variable in everything:
-            if old[variable] != origin.key(variable) and variable not in variables:
-                store.drop_if_empty(old[variable])
-        moving = [v for v in everything if old[v] != origin.key(v) and old[v] in store.cache]
-        # Two lists may trade places (`f` and `f:q`), so all move out before any moves in.
-        for variable in moving:
-            store.rename(old[variable], f"\0{variable}")
-        for variable in moving:
-            store.rename(f"\0{variable}", origin.key(variable))
+        renamed = store.rename(rename)
+        for variable in origin.captured:
+            if variable not in variables and origin.key(variable) in renamed.values():
+                store.drop_if_empty(origin.key(variable))
         for variable in variables:
             store.open(origin.key(variable))
+        self._cache.namesakes.update(self._origins.namesakes(origin.name))
 
     @never_compiled
     def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: float | None) -> None:

@@ -9,7 +9,8 @@ from types import FunctionType
 from typing import Any
 
 from ..errors import UnknownLocalError, did_you_mean
-from ..rewrite import At, local_names
+from ..rewrite import At, assigned_lines, local_names
+from ..store import Channel
 from .functions_with import has_local
 from .module_paths import module_classes
 from .patches import place_of
@@ -17,6 +18,8 @@ from .unwrapping import definer_of_forward, functions_behind, is_called
 
 _LISTED = 60
 """How many functions a message lists."""
+_KEYS, _REASONS = 4, 3
+"""How many keys without values a message names, and how many of their functions."""
 
 MethodsByClass = dict[type, dict[str, list[FunctionType]]]
 """The functions behind each method of each class."""
@@ -113,6 +116,42 @@ def unknown_local(target: Any, function: FunctionType, names: tuple[str, ...]) -
                 "put @get_local beneath the decorator, or functools.wraps into it."
             )
     return message
+
+
+def never_reached(missing: dict[str, tuple[str, Channel]], keys: int) -> str:
+    """Nothing was recorded under some of the keys; `missing` has their variables and channels."""
+    named = ", ".join(map(repr, list(missing)[:_KEYS]))
+    more = f" and {len(missing) - _KEYS} more" if len(missing) > _KEYS else ""
+    reasons = list(dict.fromkeys(_what_did_not_happen(*source) for source in missing.values()))
+    if len(reasons) > _REASONS:
+        reasons[_REASONS:] = [f"so it is with {len(reasons) - _REASONS} more functions"]
+    if any(_is_bypassed(channel) for _, channel in missing.values()):
+        way_out = (
+            "In eval mode torch runs its own attention and encoder layers natively, without the Python code inside: "
+            "visualizer.attention(model) has their weights all the same, and after "
+            "torch.backends.mha.set_fastpath_enabled(False) that code runs."
+        )
+    elif len(missing) == keys:
+        way_out = "Call the model inside the `with`; what runs in other processes is not seen."
+    else:
+        way_out = "The usual causes: a branch that the model did not take, or a part that it did not call."
+    return f"nothing was recorded under {len(missing)} of {keys} keys ({named}{more}): {'; '.join(reasons)}. {way_out}"
+
+
+def _what_did_not_happen(variable: str, channel: Channel) -> str:
+    lines = assigned_lines(channel.code, variable) if channel.at == "assign" and channel.code is not None else ()
+    end = f"came to line {' or '.join(map(str, lines))}, which assigns {variable!r}" if lines else "returned"
+    return f"no call of {channel.place()}{'' if channel.owner is None else ' on these objects'} {end}"
+
+
+def _is_bypassed(channel: Channel) -> bool:
+    """Whether torch may run something native in place of a function."""
+    torch, code = sys.modules.get("torch"), channel.code
+    if torch is None or code is None:
+        return False
+    *_, package, name = code.co_filename.replace("\\", "/").rpartition("/torch/nn/")
+    is_torchs = package and name in ("functional.py", "modules/activation.py", "modules/transformer.py")
+    return bool(is_torchs and torch.backends.mha.get_fastpath_enabled())
 
 
 def nowhere_in(module: Any) -> str:

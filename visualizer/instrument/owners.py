@@ -35,6 +35,11 @@ class Owners:
         """Whether the object has a path already."""
         return id(owner) in self._paths
 
+    @property
+    def paths(self) -> list[str]:
+        """The paths of the objects that are alive."""
+        return list(self._paths.values())
+
     def path_of(self, owner: Any) -> str | None:
         """The path of the object, or None where its calls are not recorded."""
         path = self._paths.get(id(owner))

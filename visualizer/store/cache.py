@@ -6,11 +6,12 @@ from collections.abc import ItemsView, Iterable, Iterator
 from sys import getsizeof
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnknownKeyError, did_you_mean
+from ..errors import UnknownKeyError, did_you_mean, warn
 from ..tensors import is_array, is_tensor, shape_of
 from .budget import bytes_by_device
 from .records import Record, Saved
 from .results import Recorded
+from .shelf import listed
 from .stacking import stacked
 from .store import Store
 from .tables import human
@@ -34,6 +35,8 @@ class Cache(Recorded, dict[str, list[Any]]):
         super().__init__()
         self.store = store
         """What files the values here."""
+        self.namesakes: dict[str, dict[str, str]] = {}
+        """For each name that several functions have: their keys, each with the function's file and line."""
         self._title, self.about = title, {}
         store.fill(self)
 
@@ -105,18 +108,50 @@ class Cache(Recorded, dict[str, list[Any]]):
         self.store.fetch()
         return super().__getitem__(key)
 
+    def _longer(self, key: str) -> list[str]:
+        """The keys that a name stands for which several functions have: those with values, or else all."""
+        if super().__contains__(key):
+            return []
+        keys = [longer for longer in self.namesakes.get(key, ()) if dict.__contains__(self, longer)]
+        return list(filter(self._has_values, keys)) or keys
+
+    def _which(self, key: str) -> list[str]:
+        """The key that a name stands for, or all if there is nothing under any; an error if several have values."""
+        keys = self._longer(key)
+        if len(keys) > 1 and any(map(self._has_values, keys)):
+            places = [f"{longer!r} ({self.namesakes[key][longer]})" for longer in keys]
+            raise UnknownKeyError(f"{len(keys)} functions named {key!r} were recorded: read {' or '.join(places)}")
+        return keys
+
+    def _has_values(self, key: str) -> bool:
+        return len(listed(dict.__getitem__(self, key))) > 0
+
+    def __contains__(self, key: Any) -> bool:
+        return super().__contains__(key) or len(self._longer(key)) > 0
+
     def __missing__(self, key: str) -> list[Any]:
+        keys = self._which(key)
+        if len(keys) > 1:
+            warn(
+                f"several functions are named {key!r}, and none has run: this list stays empty. Read again after the "
+                f"calls, or read {' or '.join(map(repr, keys))}."
+            )
+            return []
+        if keys:
+            return super().__getitem__(keys[0])
         keys = list(self)
         named = ", ".join(map(repr, keys[:_NAMED])) or "none yet"
         if len(keys) > _NAMED:
             named += f" and {len(keys) - _NAMED} more"
-        hint = did_you_mean(keys, str(key)) or "."
-        raise UnknownKeyError(f"nothing was captured under {key!r}{hint} The keys are: {named}; {self.store.state}")
+        longer = [each for each in keys if f".{key}@" in f".{each}@"]
+        hint = f"; did you mean {' or '.join(map(repr, longer[:_NAMED]))}?" if longer else did_you_mean(keys, str(key))
+        what = f"nothing was captured under {key!r}{hint or '.'}"
+        raise UnknownKeyError(f"{what} The keys are: {named}; {self.store.state}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The list under a key, or the default."""
         self.store.fetch()
-        return super().get(key, default)
+        return self[key] if self._longer(key) else super().get(key, default)
 
     # An __iter__ in Python makes dict(cache) and {**cache} read through __getitem__.
     def __iter__(self) -> Iterator[str]:
@@ -137,9 +172,10 @@ class Cache(Recorded, dict[str, list[Any]]):
     def pop(self, *args: Any) -> Any:
         """Remove a key, and return its list."""
         self.store.fetch()
-        values = super().pop(*args)
-        self.store.reconcile(args[0])
-        return values
+        keys = self._which(args[0]) or args[:1]
+        values = [super(Cache, self).pop(key, *args[1:]) for key in keys]
+        self.store.reconcile(*keys)
+        return values[0]
 
     def popitem(self) -> tuple[str, list[Any]]:
         """Remove the last key, and return it with its list."""
@@ -149,14 +185,16 @@ class Cache(Recorded, dict[str, list[Any]]):
         return key, values
 
     def __delitem__(self, key: str) -> None:
-        self.store.fetch()
-        super().__delitem__(key)
-        self.store.reconcile(key)
+        self.pop(key)
 
     def __setitem__(self, key: str, values: list[Any]) -> None:
         self.store.fetch()
-        super().__setitem__(key, values)
-        self.store.reconcile(key)
+        keys = self._longer(key) or [key]
+        if len(keys) > 1 and len(listed(values)):
+            raise UnknownKeyError(f"several functions are named {key!r}: set {' or '.join(map(repr, keys))}")
+        for place in keys:
+            super().__setitem__(place, values if place is keys[0] else [])
+        self.store.reconcile(*keys)
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         """The list under a key; without one, the default is put there and returned."""

@@ -299,6 +299,10 @@ class Channel:
     def _tell_shared(self, cls: type) -> None:
         self.store.tell_shared(cls, f"{' or '.join(map(repr, self.names))} of {self.place()}")
 
+    def was_told(self, name: str) -> bool:
+        """Whether a warning said that calls had no value of this variable, or none with numbers."""
+        return self._has_warned or name in self._warned
+
     def place(self) -> str:
         """The function, file and line, for messages."""
         code = self.code

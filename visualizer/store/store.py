@@ -128,6 +128,8 @@ class Store:
         self._shared: weakref.WeakSet[type] = weakref.WeakSet()
         """The classes whose objects are kept by reference, as far as the user was told."""
         self._shelves: dict[str, Shelf] = {}
+        self._emptied: set[str] = set()
+        """The keys whose values a user has taken out, some or all."""
         self._unfinished: dict[Shelf, None] = {}
         """Those that somebody may append to, or that may be beyond the limit."""
 
@@ -177,16 +179,26 @@ class Store:
             if key not in self._shelves:
                 self._shelves[key] = Shelf(key, listed(dict.setdefault(self.cache, key, [])))
 
-    def rename(self, old: str, new: str) -> None:
-        """Move what is under one key to another."""
-        self.file_pending()
-        with self._working():
-            if old in self.cache:
-                dict.__setitem__(self.cache, new, dict.pop(self.cache, old))
-                shelf = self._shelves.pop(old, None)
-                if shelf is not None:
-                    self._close(shelf)
-                    shelf.key, self._shelves[new] = new, shelf
+    def rename(self, change: Callable[[], dict[str, str]]) -> dict[str, str]:
+        """Have sources use other keys, and move what is under the old ones.
+
+        `change` makes the sources do so; it returns the new key for each old one that is another now, and so does this.
+        Nothing is filed meanwhile.
+        """
+        with self._lock:
+            self._file_arrived()
+            with self._working():
+                renamed = change()
+                for key in renamed.keys() & self._shelves.keys():
+                    self._close(self._shelves[key])
+                if renamed:
+                    lists = {renamed.get(key, key): values for key, values in dict.items(self.cache)}
+                    dict.clear(self.cache)
+                    dict.update(self.cache, lists)
+                    self._shelves = {renamed.get(key, key): shelf for key, shelf in self._shelves.items()}
+                    for key, shelf in self._shelves.items():
+                        shelf.key = key
+                return renamed
 
     def drop_if_empty(self, key: str) -> None:
         """Forget a key that nothing was recorded under."""
@@ -207,6 +219,8 @@ class Store:
         with self._working():
             for shelf in self._shelves.values():
                 self._close(shelf)
+                if shelf.size:
+                    self._emptied.add(shelf.key)
             self._failure, self._shelves, self._unfinished = None, {}, {}
             self.budget.clear()
             for key in list(self.cache):
@@ -232,6 +246,17 @@ class Store:
             self.reconcile()
             with self._working():
                 return [record for shelf in self._read() for record in shelf.records()]
+
+    def unheard(self) -> list[str]:
+        """The keys that nothing was ever recorded under; none if recording stopped early, which the user is told."""
+        with self._lock:
+            if self.is_full or self._failure is not None:
+                return []
+            puts = [event for event in self.arrived if isinstance(event, Put)]
+            waiting = {p.source.key_of(name, p.module) for p in puts for name, _ in p.source.name_values(p.values)}
+            filed = {key for key, shelf in self._shelves.items() if shelf.size or shelf.run is not None}
+            heard = waiting | filed | self._emptied
+            return [key for key, values in dict.items(self.cache) if key not in heard and not len(listed(values))]
 
     def calls_of(self, key: str) -> int:
         """How many calls have values under a key."""
@@ -492,7 +517,9 @@ class Store:
         if shelf is None:
             shelf = self._shelves[key] = Shelf(key, [])
         self._close(shelf)
-        self._discount(shelf.match(values))
+        if gone := shelf.match(values):
+            self._emptied.add(key)
+            self._discount(gone)
         return shelf
 
     def _make_room(self, cache: _Lists, device: str) -> str | None:
