@@ -55,7 +55,7 @@ class Writer:
             elif isinstance(item, TryEnd) and item.entry is region and part is not None:
                 item = TryEnd(part)
                 region = part = None
-            elif isinstance(item, Instr) and opcodes.returns(item):
+            elif isinstance(item, Instr) and item.name in opcodes.RETURNS:
                 at = item.location
                 self._put(items, opcodes.load_hook(HOOK, at))
                 self._put(items, opcodes.load_constant(capture.key, at))
@@ -79,7 +79,7 @@ class Writer:
             items.append(item)
             if not isinstance(item, Instr):
                 continue
-            if opcodes.starts(item) and not has_started:
+            if item.name in opcodes.STARTS and not has_started:
                 has_started = True
                 self._put(items, opcodes.load_hook(HOOK, nowhere))
                 self._put(items, opcodes.load_constant(capture.key, nowhere))
