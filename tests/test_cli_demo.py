@@ -44,10 +44,12 @@ def test_the_demo_writes_five_pictures_and_an_index(demo):
         assert pixels.std() > 10, f"{name} is blank"
 
 
+@pytest.mark.slow
 def test_it_is_quiet_in_a_pipe(demo):
     assert "" == demo[1].stderr
 
 
+@pytest.mark.slow
 def test_the_index_says_for_each_picture_what_made_it(demo):
     text = (demo[0] / "index.md").read_text(encoding="utf-8")
     for name in PICTURES:
@@ -60,6 +62,7 @@ def test_the_index_says_for_each_picture_what_made_it(demo):
     assert "coffee.png" in text
 
 
+@pytest.mark.slow
 def test_the_python_of_the_index_runs(demo, tmp_path):
     """The maps, and then each picture's own call, as the index has them."""
     text = (demo[0] / "index.md").read_text(encoding="utf-8")
@@ -71,6 +74,7 @@ def test_the_python_of_the_index_runs(demo, tmp_path):
     assert 6 == len(space["maps"])
 
 
+@pytest.mark.slow
 def test_on_a_users_own_input(tmp_path, capsys):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
     picture.save(tmp_path / "my photo_[1].jpg")

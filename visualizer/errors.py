@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 
 class VisualizerError(Exception):
@@ -71,6 +72,14 @@ def few(names: Sequence[str], most: int = 3) -> str:
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + more
+
+
+def shown(show: Callable[[Any], str], value: Any) -> str:
+    """`repr` or `str` of a user's object for a message, or the name of its class where that fails."""
+    try:
+        return show(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
 
 
 def did_you_mean(known: Iterable[str], *names: str) -> str:

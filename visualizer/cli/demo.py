@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .outcome import Commands, Mistake, save, trying_to, writable
+from .outcome import Commands, Mistake, destination, save, trying_to
 from .saved import reading_picture
 
 TEXT = "The cat sat on the mat because it was tired."
@@ -89,7 +89,7 @@ def _demo(options: argparse.Namespace) -> None:
     folder = Path(options.out)
     with trying_to(f"write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    index = writable(str(folder / "index.md"))
+    index = destination(str(folder / "index.md"), "md")
     import matplotlib
     from tqdm import tqdm
 

@@ -83,7 +83,7 @@ def _value(value: Any) -> dict[str, Any]:
         row = {"shape": list(map(int, value.shape)), "dtype": str(value.dtype).removeprefix("torch.")}
     row["bytes"] = size_of(value)
     if is_map(value):
-        row |= {"kept as": "weights" if value.is_dense else "query and key", "attention": value.kind}
+        row |= {"kept as": value.source.kept, "attention": value.kind}
     return row
 
 

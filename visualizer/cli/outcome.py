@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from ..store import check_destination
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -50,13 +52,13 @@ def trying_to(task: str) -> Iterator[None]:
         raise Mistake(f"cannot {task}: {reason(error)}") from error
 
 
-def writable(name: str) -> Path:
-    """The path of a file to write, checked before the work begins; Mistake where it cannot be written."""
+def destination(name: str, suffix: str) -> Path:
+    """The path of that name; Mistake unless a file of the format `suffix` can be written there."""
     path = Path(name)
-    if path.is_dir():
-        raise Mistake(f"cannot write {name}: it is a folder")
-    with trying_to(f"write {name}"), tempfile.TemporaryFile(dir=path.absolute().parent):
-        return path
+    with trying_to(f"write {name}"):
+        check_destination(path, suffix)
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            return path
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -66,6 +68,7 @@ def save(figure: Figure, path: Path) -> None:
     """
     with trying_to(f"write {path}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        check_destination(path, "png")
         figure.savefig(path, dpi=150)
     glyphs: dict[str, None] = {}
     for warning in caught:

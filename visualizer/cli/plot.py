@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .outcome import Commands, Mistake, save, warnings_as_lines, writable
+from .outcome import Commands, Mistake, destination, save, warnings_as_lines
 from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _query(text: str) -> int | tuple[int, ...] | str:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    path = writable(options.out or f"{options.kind}.png")
+    path = destination(options.out or f"{options.kind}.png", "png")
     path = path if path.suffix else path.with_name(f"{path.name}.png")
     results: Any = read(options.file)
     image = picture_of(options.image)

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import opcodes
 from ..instrument import capture
-from .outcome import Commands, Mistake, reason, say, warnings_as_lines, writable
+from .outcome import Commands, Mistake, destination, reason, say, warnings_as_lines
 from .recording import Decorated, Models, Recording, Target, has_values, save, summary
 from .script import Program, show_own_frames_only
 
@@ -47,7 +47,7 @@ def _prepared(options: argparse.Namespace) -> Callable[[], int]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise Mistake(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    out = writable(options.out).absolute()  # the program may change the working directory
+    out = destination(options.out, "safetensors").absolute()
     name, *arguments = options.program
     program = Program(name, arguments, options.is_module)
     recording = _recording(options, program)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .outcome import Commands, Failure, Mistake, say, trying_to, warnings_as_lines, writable
+from .outcome import Commands, Failure, Mistake, destination, say, trying_to, warnings_as_lines
 from .script import build, is_builder
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _count(text: str) -> int:
 
 
 def _stats(options: argparse.Namespace) -> None:
-    out = writable(options.out)
+    out = destination(options.out, "safetensors")
     items: list[Any] = _pictures(options.images) if options.images else _lines(options.texts)
     items = items[: options.limit]
     measures = _chosen(options)

@@ -9,8 +9,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import FrameType
@@ -23,11 +22,10 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from ..errors import warn
 from ..instrument import Uncompiled, named_modules
-from ..tensors import why_unreal
-from . import interface
+from ..tensors import is_plain_torch, why_unreal
+from . import extensions, functions
 from .axes import Order, Output
 from .copies import AttentionCall
-from .interface import attention_interface
 from .kernels import KERNELS, FusedCall, as_computed, in_four_axes, multi_head_attention, name_of
 from .modules import (
     ModuleCall,
@@ -41,6 +39,7 @@ from .modules import (
     kind_of,
     packed_groups,
 )
+from .sampling import SAMPLING_KERNELS, SampledCall, Sampling, may_read_cells, may_sample
 from .softmax import Product, Tracing, may_begin
 
 File = Callable[[Order | None, str], None]
@@ -56,6 +55,7 @@ class _Thread(threading.local):
         self.is_in_block = False  # by a mode that ends with the recording
         self.heads: int | None = None  # of the nn.MultiheadAttention under way
         self.tracing = Tracing()
+        self.sampling = Sampling()
         self.pending = deque[_Pending]()
         self.filing: tuple[ModuleCall, ...] | None = None  # the calls that were under way when the map was made
         self.count = 0
@@ -66,6 +66,7 @@ class _Thread(threading.local):
         self.calls.clear()
         self.pending.clear()
         self.tracing.lineage.clear()
+        self.sampling.lineage.clear()
         self.frame = None
 
 
@@ -118,7 +119,8 @@ class Watch:
                 module.register_forward_pre_hook(_Hook(self._begin_call, path, known), prepend=True, with_kwargs=True),
                 module.register_forward_hook(_Hook(self._end_call, path, known), always_call=True),
             ]
-        interface.begin(self)
+        functions.begin(self)
+        extensions.begin(self)
         if scripted:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
             warn(
@@ -140,7 +142,8 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._uncompiled.end()
-        interface.end(self)
+        functions.end(self)
+        extensions.end(self)
         thread = self._thread
         self._file_settled(1)
         thread.forget()
@@ -204,10 +207,15 @@ class Watch:
             thread.is_watched = False
             _remove(self._mode)
 
-    def looks_at(self, func: Any) -> bool:
+    def looks_at(self, func: Any, args: Any) -> bool:
         """Whether a function that is called now may have to do with attention."""
         thread = self._thread
-        return bool(thread.calls) and (_begins_attention(func) or bool(thread.tracing.lineage))
+        if not thread.calls:
+            return False
+        if _begins_attention(func) or may_read_cells(func, args):
+            return True
+        follows = bool(thread.tracing.lineage) or bool(thread.sampling.lineage)
+        return follows and not _returns_no_tensor(func)
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions for a module, and record it if it attends."""
@@ -215,7 +223,11 @@ class Watch:
         if name in KERNELS:
             output = func(*args, **kwargs)
             with self._unharmed():
-                self._see_fused(name, output, args, kwargs)
+                self._see_fused(name, lambda: KERNELS[name](output, *args, **kwargs))
+        elif name in SAMPLING_KERNELS:
+            output = func(*args, **kwargs)
+            with self._unharmed():
+                self._see_sampled(name, SAMPLING_KERNELS[name](output, *args, **kwargs))
         elif name == _MULTI_HEAD:
             before, thread.heads = thread.heads, args[4] if len(args) > 4 else kwargs.get("num_heads")
             try:
@@ -232,6 +244,9 @@ class Watch:
                 product = None if after is None else after(output)
                 if product is not None:
                     self._see_product(name, product)
+                sampled = thread.sampling.after(func, args, kwargs, output)
+                if sampled is not None:
+                    self._see_sampled("the sum over its points", sampled)
         if thread.pending:
             self._file_settled()
         return output
@@ -241,44 +256,48 @@ class Watch:
         thread = self._thread
         return thread.count if thread.calls else None
 
-    def see_interface(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
-        """Record a call of a kernel that transformers knows by this name, in which nothing else was seen."""
-        with self._unharmed(), _aside():
-            fused = attention_interface(result, *args, **kwargs)
-            self._see_call(name, fused, Order(tuple(fused.query.shape[:2]), (False, True)))
+    def see_function(self, name: str, describe: Callable[[], FusedCall]) -> None:
+        """Record a call of a function in Python that attends, in which nothing else was seen."""
+        with self._unharmed():
+            self._see_fused(name, describe)
         self._file_settled()
 
-    @contextmanager
-    def _unharmed(self) -> Iterator[None]:
+    def see_sampled(self, name: str, describe: Callable[[], SampledCall]) -> None:
+        """Record a deformable attention of a compiled kernel, in which nothing else was seen."""
+        with self._unharmed():
+            with _aside():
+                sampled = describe()
+            self._see_sampled(name, sampled)
+        self._file_settled()
+
+    def _unharmed(self) -> _Unharmed:
         """The model does not see an error of ours: a warning says, once for each module, what is not recorded."""
-        try:
-            yield
-        except Exception as error:
-            path = self._thread.calls[-1].path
-            if path not in self._refused:
-                self._refused.add(path)
-                warn(
-                    f"an attention of {path!r} is not recorded, for an error that the model does not see: "
-                    f"{type(error).__name__}: {error}"
-                )
+        return _Unharmed(self._refuse)
 
-    def _see_fused(self, name: str, output: Any, args: Any, kwargs: Any) -> None:
-        self._see_call(name, KERNELS[name](output, *args, **kwargs))
+    def _refuse(self, error: Exception) -> None:
+        path = self._thread.calls[-1].path
+        if path not in self._refused:
+            self._refused.add(path)
+            warn(
+                f"an attention of {path!r} is not recorded, for an error that the model does not see: "
+                f"{type(error).__name__}: {error}"
+            )
 
-    def _see_call(self, name: str, seen: FusedCall, order: Order | None = None) -> None:
-        """Record a fused call; `order` tells its axes apart where the kernel itself does."""
-        fused, calls = seen, self._thread.calls
+    def _see_fused(self, name: str, describe: Callable[[], FusedCall]) -> None:
+        """Record a fused call."""
+        with _aside():
+            seen = describe()
+        calls = self._thread.calls
         path = calls[-1].path
-        if self._is_refused(path, fused.query):
+        if self._is_refused(path, seen.query):
             return
         with _aside():
-            groups = packed_groups(calls[-1], fused.query, fused.key)
-            fused = in_four_axes(as_computed(fused), self._heads_of(fused.query), groups)
+            groups = 1 if seen.has_heads else packed_groups(calls[-1], seen.query, seen.key)
+            fused = in_four_axes(as_computed(seen), self._heads_of(seen.query), groups)
             kind = kind_of(calls, fused.query.shape[2], fused.key.shape[2])
             call = AttentionCall(path, kind, fused, None, self._thread.count)
             output = Output(seen.output.shape)
-            output.order = order
-            if groups > 1:  # the model's own way of calling tells them apart
+            if seen.has_heads or groups > 1:  # the kernel, or the model's own way of calling it, tells them apart
                 output.order = Order(tuple(fused.query.shape[:2]), (False, True))
             self._await(name, call, seen.output, output)
 
@@ -293,6 +312,19 @@ class Watch:
             output = Output(product.output.shape)
             layout = [output.layout[place] for place in product.places]
             self._await(f"softmax and {name}", call, product.returned, output, layout)
+
+    def _see_sampled(self, name: str, sampled: SampledCall) -> None:
+        calls, weights = self._thread.calls, sampled.weights
+        path = calls[-1].path
+        if self._is_refused(path, weights):
+            return
+        with _aside():
+            kind = kind_of(calls, weights.shape[-2], sum(height * width for height, width in sampled.sizes))
+            call = AttentionCall(path, kind, sampled, self._heads_of(weights), self._thread.count)
+            output = Output(sampled.output.shape)
+            output.order = sampled.order
+            layout = [output.layout[place] for place in sampled.places]
+            self._await(name, call, sampled.returned, output, layout)
 
     def _await(self, kernel: str, call: AttentionCall, returned: Tensor, output: Output, layout: Any = None) -> None:
         """Record a call, and file its map once the model has told its axes apart."""
@@ -329,6 +361,9 @@ class Watch:
 
     def _is_refused(self, path: str, example: Tensor) -> bool:
         """Whether a call's tensors cannot be recorded; a warning says why, once for each module."""
+        if type(example) is Tensor and example.is_cpu and not example.is_nested and is_plain_torch(torch):
+            self._attended.add(path)  # as nearly always
+            return False
         reason = why_unreal(example)
         if reason is None and torch._C._functorch.is_functorch_wrapped_tensor(example):
             reason = "was inside a transform of torch.func, such as vmap"
@@ -342,14 +377,50 @@ class Watch:
         return reason is not None
 
 
-@contextmanager
-def _aside() -> Iterator[None]:
+class _Unharmed:
+    """Hands an error to a function in place of the caller. Not a generator: it is entered at each step."""
+
+    __slots__ = ("_refuse",)
+
+    def __init__(self, refuse: Callable[[Exception], None]) -> None:
+        self._refuse = refuse
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self._refuse(error)
+        return True
+
+
+class _aside:
     """What is computed within is seen by no mode, such as that of another recording, and has no graph.
 
     Copies made in inference mode could not be worked on outside of it.
     """
-    with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
-        yield
+
+    __slots__ = ("_entered",)
+
+    def __enter__(self) -> None:
+        self._entered: list[Any] = [torch._C.DisableTorchFunction()]
+        self._entered[0].__enter__()
+        for is_on, leave in _LEFT:
+            if is_on():
+                self._entered.append(leave())
+                self._entered[-1].__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        for entered in reversed(self._entered):
+            entered.__exit__(None, None, None)
+
+
+# In this order: leaving inference mode brings gradients back.
+_LEFT: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
+    (torch.is_inference_mode_enabled, lambda: torch.inference_mode(False)),
+    (torch.is_grad_enabled, torch.no_grad),
+)
 
 
 _MULTI_HEAD = "multi_head_attention_forward"
@@ -359,7 +430,18 @@ _MULTI_HEAD = "multi_head_attention_forward"
 def _begins_attention(func: Any) -> bool:
     """Whether a function attends, or may be the first to; all others mean something only after a product."""
     name = name_of(func)
-    return name in KERNELS or name == _MULTI_HEAD or may_begin(name)
+    return name in KERNELS or name == _MULTI_HEAD or may_begin(name) or may_sample(name)
+
+
+_NO_TENSOR = frozenset(("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item"))
+_ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_nested"))
+
+
+@lru_cache(maxsize=4096)
+def _returns_no_tensor(func: Any) -> bool:
+    """Whether a function, or the reading of an attribute, makes no tensor that could be followed."""
+    name = name_of(func)
+    return name in _NO_TENSOR or (name == "__get__" and getattr(func.__self__, "__name__", "") in _ATTRIBUTES)
 
 
 class _Hook:
@@ -386,11 +468,13 @@ def _idle_hook() -> _Hook:
 
 def _has_ended(frame: FrameType | None) -> bool:
     """Whether a frame has run to its end, by an error say."""
-    if frame is not None:
-        with suppress(RuntimeError):  # it is running
-            frame.clear()
-            return True
-    return False
+    if frame is None:
+        return False
+    try:
+        frame.clear()
+    except RuntimeError:  # it is running
+        return False
+    return True
 
 
 def _remove(mode: TorchFunctionMode) -> None:
@@ -415,6 +499,6 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         watch = self._watch()
-        if watch is None or not watch.looks_at(func):  # nearly always
+        if watch is None or not watch.looks_at(func, args):  # nearly always
             return func(*args, **kwargs)
         return watch.see(func, args, kwargs)

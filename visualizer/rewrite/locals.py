@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 At = Literal["return", "assign"]
 
 HOOK = "__get_local__"
-"""The global name under which rewritten code finds its hook."""
+"""The global or builtin name under which rewritten code finds its hook."""
 
 
 class Capture(NamedTuple):

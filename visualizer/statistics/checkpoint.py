@@ -32,6 +32,8 @@ class Checkpoint:
         """
         if self._folder is None:
             return new
+        if self._folder.exists() and not self._folder.is_dir():
+            raise NotADirectoryError(f"{str(self._folder)!r} is no folder: checkpoint= takes a folder, new or old")
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file = self._folder / f"rank-{new.origin.rank}.safetensors"
         found = _resumed(self._file, new) if self._file.exists() else new
