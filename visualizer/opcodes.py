@@ -45,11 +45,23 @@ KNOWN_RETURNS = RETURNS | {"RETURN_GENERATOR"}
 JUMPS = frozenset({*dis.hasjrel, *dis.hasjabs, *getattr(dis, "hasjump", ())})
 """The numbers of the operations that jump."""
 
-_STORES = frozenset({"STORE_FAST", "STORE_DEREF"})
-_DELETES = frozenset({"DELETE_FAST", "DELETE_DEREF"})
-_SAVE_AND_UNBIND = "LOAD_FAST_AND_CLEAR"
+STARTS = frozenset({"RESUME"})
+"""Here the function's body starts; in a generator it also goes on here after a yield."""
 
-_FILLERS = frozenset({"EXTENDED_ARG", "CACHE"})
+MAKES_CELL = frozenset({"MAKE_CELL"})
+"""This puts a variable into a cell."""
+
+STORES = frozenset({"STORE_FAST", "STORE_DEREF"})
+"""These give a variable a value."""
+
+DELETES = frozenset({"DELETE_FAST", "DELETE_DEREF"})
+"""These are the work of a `del`."""
+
+BORROWS = frozenset({"LOAD_FAST_AND_CLEAR"})
+"""Here a comprehension saves a variable of the function on the stack, to use the name for its own."""
+
+FILLERS = frozenset({"EXTENDED_ARG", "CACHE"})
+"""These only belong to another instruction: they widen its argument, or leave room for its cache."""
 
 _PAIRS = {
     "STORE_FAST_STORE_FAST": ("STORE_FAST", "STORE_FAST"),
@@ -94,11 +106,6 @@ def require_supported() -> None:
         )
 
 
-def is_filler(operation: str) -> bool:
-    """Whether an instruction only belongs to another one: it widens its argument, or leaves room for its cache."""
-    return operation in _FILLERS
-
-
 def halves(operation: str, argument: Any, shown: str) -> list[tuple[str, Any, str]]:
     """The one or two steps of an instruction, as (operation, argument, argument as `dis` shows it)."""
     if operation in _PAIRS:
@@ -138,42 +145,12 @@ def unknown_returns(instructions: Iterable[Instr]) -> set[str]:
 def may_borrow(code: CodeType) -> bool:
     """Whether a comprehension in the function may borrow its variables: cheap, and False only where none does."""
     # Half of the bytes are arguments, and one of those may equal the opcode.
-    return COMPREHENSIONS_ARE_INLINED and dis.opmap.get(_SAVE_AND_UNBIND, -1) in code.co_code
-
-
-def starts(instr: Instr) -> bool:
-    """Whether the function's body starts here; in a generator also where it goes on after a yield."""
-    return instr.name == "RESUME"
-
-
-def returns(instr: Instr) -> bool:
-    """Whether it ends the call with a result."""
-    return instr.name in RETURNS
+    return COMPREHENSIONS_ARE_INLINED and any(dis.opmap.get(name, -1) in code.co_code for name in BORROWS)
 
 
 def jumps(instr: Instr) -> bool:
     """Whether execution may go on at the label that it names."""
     return instr.has_jump() and instr.name not in _SHAM_JUMPS
-
-
-def makes_cell(instr: Instr) -> bool:
-    """Whether it puts a variable into a cell."""
-    return instr.name == "MAKE_CELL"
-
-
-def stores(instr: Instr) -> bool:
-    """Whether it gives a variable a value."""
-    return instr.name in _STORES
-
-
-def deletes(instr: Instr) -> bool:
-    """Whether it is the work of a `del`."""
-    return instr.name in _DELETES
-
-
-def borrows(instr: Instr) -> bool:
-    """Whether a comprehension saves a variable of the function on the stack, to use the name for its own."""
-    return instr.name == _SAVE_AND_UNBIND
 
 
 def slot_after(instr: Instr, slot: int, depth: int) -> int | None:

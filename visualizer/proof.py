@@ -47,7 +47,7 @@ def _steps(code: CodeType, dropped: set[int]) -> list[_Step]:
     index = -1
     for instruction in dis.get_instructions(code):
         step_at[instruction.offset] = len(drafts)  # a jump to a filler leads to the instruction that it belongs to
-        if opcodes.is_filler(instruction.opname):
+        if instruction.opname in opcodes.FILLERS:
             continue
         index += 1
         if index in dropped:

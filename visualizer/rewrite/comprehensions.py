@@ -25,7 +25,7 @@ def borrowed(items: Sequence[Any], start: int) -> dict[str, set[int]]:
 
     From each instruction that saves a variable, it follows every path until the saved value leaves the stack.
     """
-    saves = [(i, item) for i, item in enumerate(items) if isinstance(item, Instr) and opcodes.borrows(item)]
+    saves = [(i, item) for i, item in enumerate(items) if isinstance(item, Instr) and item.name in opcodes.BORROWS]
     if not saves:
         return {}
     paths = Paths(items, start)

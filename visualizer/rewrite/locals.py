@@ -95,8 +95,8 @@ def deletes(code: CodeType, name: str) -> bool:
     (True, False)
     """
     of_name = _instructions_on(code, name)
-    stored = [instr.location for instr in of_name if opcodes.stores(instr)]
-    return any(opcodes.deletes(instr) and instr.location not in stored for instr in of_name)
+    stored = [instr.location for instr in of_name if instr.name in opcodes.STORES]
+    return any(instr.name in opcodes.DELETES and instr.location not in stored for instr in of_name)
 
 
 @lru_cache(maxsize=256)  # capture() asks this of the same function each time, and taking code apart takes a millisecond
@@ -109,7 +109,7 @@ def rebinds(code: CodeType, name: str) -> bool:
     >>> rebinds(scale.__code__, "self"), rebinds(scale.__code__, "x")
     (True, False)
     """
-    is_changed = any(opcodes.stores(instr) or opcodes.deletes(instr) for instr in _instructions_on(code, name))
+    is_changed = any(instr.name in opcodes.STORES | opcodes.DELETES for instr in _instructions_on(code, name))
     # A comprehension that borrows the name puts its value back, so the stores alone prove nothing.
     if is_changed and (assigns(code, name) or deletes(code, name)):
         return True

@@ -50,10 +50,9 @@ class Variables:
         self._position = {id(item): index for index, item in enumerate(self._items)}
         stars = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
         self._parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + stars]
-        self._start = next((i for i, instr in self._instructions() if opcodes.starts(instr)), 0)
-        self._cells = {
-            variable_of(instr) for i, instr in self._instructions() if i < self._start and opcodes.makes_cell(instr)
-        }
+        self._start = next((i for i, instr in self._instructions() if instr.name in opcodes.STARTS), 0)
+        before = (instr for i, instr in self._instructions() if i < self._start)
+        self._cells = {variable_of(instr) for instr in before if instr.name in opcodes.MAKES_CELL}
         self._free = set(bytecode.freevars)
         self._borrowed = borrowed(self._items, self._start) if opcodes.COMPREHENSIONS_ARE_INLINED else {}
 
@@ -74,7 +73,7 @@ class Variables:
             name in self._parameters
             and self.storage(name) is Storage.FRAME
             and not any(
-                variable_of(instr) == name and (opcodes.deletes(instr) or opcodes.borrows(instr))
+                variable_of(instr) == name and instr.name in opcodes.DELETES | opcodes.BORROWS
                 for _, instr in self._instructions()
             )
         )
@@ -85,7 +84,7 @@ class Variables:
             return True
         inside = self._borrowed[name]
         return any(
-            variable_of(instr) == name and index not in inside and not opcodes.borrows(instr)
+            variable_of(instr) == name and index not in inside and instr.name not in opcodes.BORROWS
             for index, instr in self._instructions()
             if index > self._start  # before it, cells are made, for the variables of comprehensions too
         )
@@ -93,7 +92,7 @@ class Variables:
     def assigns(self, instr: Instr, names: Sequence[str]) -> bool:
         """Whether an instruction is the store of an assignment to one of the names."""
         name, index = variable_of(instr), self._position.get(id(instr))
-        if index is None or not opcodes.stores(instr) or name is None or name not in names:
+        if index is None or instr.name not in opcodes.STORES or name is None or name not in names:
             return False
         return index not in self._borrowed.get(name, set()) and not self._ends_except_clause(index, instr)
 
@@ -106,7 +105,7 @@ class Variables:
         following = next((item for item in self._items[index + 1 : index + 6] if isinstance(item, Instr)), None)
         return (
             following is not None
-            and opcodes.deletes(following)
+            and following.name in opcodes.DELETES
             and variable_of(following) == variable_of(store)
             and following.location == store.location
         )

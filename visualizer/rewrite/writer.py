@@ -72,7 +72,7 @@ class Writer:
         items = _Items()
         names = capture.names if capture.owner is None else (capture.owner, *capture.names)
         for item in self._bytecode:
-            if isinstance(item, Instr) and opcodes.returns(item):
+            if isinstance(item, Instr) and item.name in opcodes.RETURNS:
                 at = item.location
                 absent = self._put_hook_and_key(items, capture.key, 1, at)
                 for count, name in enumerate(names):
@@ -87,7 +87,7 @@ class Writer:
     def _call_at_assignments(self, capture: Capture) -> None:
         old, items = list(self._bytecode), _Items()
         nowhere = InstrLocation(None, None, None, None)  # no line: tracers must not see one before the body's first
-        start = next(i for i, item in enumerate(old) if isinstance(item, Instr) and opcodes.starts(item))
+        start = next(i for i, item in enumerate(old) if isinstance(item, Instr) and item.name in opcodes.STARTS)
         depths = Paths(old, start).depths
         for index, item in enumerate(old):
             items.append(item)
