@@ -46,11 +46,12 @@ def attention(
     >>> maps["layers.1.self_attn"].dense().shape
     torch.Size([1, 2, 5, 5])
 
-    It sees `F.scaled_dot_product_attention` under any name, `flex_attention`, `nn.MultiheadAttention` and what is built
-    on it, the kernels registered in transformers' `AttentionInterface`, a softmax over the last axis between two
-    matrix products, and deformable attention, of whose map `source` has the points and their weights. The weights are what is multiplied with the values, without dropout; where that is not one softmax,
-    `softmaxes` of the map has the softmaxes it was made of. Heads and batch are told apart by what the model does with
-    the output; where that does not tell, `axes_assumed` of the map says so.
+    It sees `F.scaled_dot_product_attention` under any name, `flex_attention`, `nn.MultiheadAttention` and what is
+    built on it, the kernels registered in transformers' `AttentionInterface`, a softmax over the last axis between
+    two matrix products, and deformable attention, of whose map `source` has the points and their weights. The
+    weights are what is multiplied with the values, without dropout; where that is not one softmax, `softmaxes` of
+    the map has the softmaxes it was made of. Heads and batch are told apart by what the model does with the output;
+    where that does not tell, `axes_assumed` of the map says so.
 
     Each map is proven: some of its rows, times the values, must be what the kernel returned, as far as its type can
     tell. A map that is not the one that was used is not kept, and a warning says by how much it was wrong.

@@ -41,7 +41,8 @@ class AttentionMap:
     path: str
     """The path of the module that attended; "" for the model itself, or if it is not known."""
     kind: str | None
-    """"self", "cross" or "window" (its batch is images x windows); None if the call did not say."""
+    """Where queries and keys come from: "self", one sequence; "cross", two; "joint", two that are joined and attend to
+    each other and themselves; "window", one, cut into windows (its batch is images x windows). None: not known."""
     source: Weights | Factors | Samples
     """What the rows come from: the weights, or the query and key that they are computed from; of a deformable
     attention `Samples`, whose `points` and `weights` say where each query looks and how much."""
@@ -50,6 +51,8 @@ class AttentionMap:
     softmaxes: tuple[AttentionMap, ...]
     """The softmaxes that the weights were made of, where they are not simply one softmax: mixed, subtracted, or changed
     before they were multiplied with the values, so that rows may not sum to one. Else ()."""
+    joined: dict[str, slice]
+    """Of joint attention, which tokens come from which input of the module, by the input's name; else {}."""
     axes_assumed: bool
     """Whether heads and batch could not be told apart by what the model did, and were assumed by their position."""
 
@@ -66,7 +69,7 @@ class AttentionMap:
             )
         self.source = Weights(weights.detach())
         self.path, self.kind, self.gradient = path, kind, None
-        self.softmaxes, self.axes_assumed = (), False
+        self.softmaxes, self.joined, self.axes_assumed = (), {}, False
 
     @classmethod
     def from_query_key(
@@ -122,7 +125,7 @@ class AttentionMap:
         """The map of weights, or of query and key, that are prepared already."""
         made = cls.__new__(cls)
         made.source, made.path, made.kind, made.gradient = source, path, kind, gradient
-        made.softmaxes, made.axes_assumed = (), False
+        made.softmaxes, made.joined, made.axes_assumed = (), {}, False
         return made
 
     @property
@@ -289,7 +292,7 @@ class AttentionMap:
         gradient = None if self.gradient is None else self.gradient.to(device)
         moved = AttentionMap.from_source(self.source.to(device), path=self.path, kind=self.kind, gradient=gradient)
         moved.softmaxes = tuple(part.to(device) for part in self.softmaxes)
-        moved.axes_assumed = self.axes_assumed
+        moved.joined, moved.axes_assumed = self.joined, self.axes_assumed
         return moved
 
     def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
@@ -297,6 +300,8 @@ class AttentionMap:
         packed = {"path": self.path, "kind": self.kind, **self.source.packed(shared)}
         if self.softmaxes:
             packed["softmaxes"] = [part.packed(shared) for part in self.softmaxes]
+        if self.joined:
+            packed["joined"] = [[name, part.start, part.stop] for name, part in self.joined.items()]
         return packed | ({"axes_assumed": True} if self.axes_assumed else {})
 
     @classmethod
@@ -309,6 +314,7 @@ class AttentionMap:
             source = (Samples if "cells" in packed else Factors).unpacked(packed)
         made = cls.from_source(source, path=packed["path"], kind=packed["kind"])
         made.softmaxes = tuple(map(cls.unpacked, packed.get("softmaxes", ())))
+        made.joined = {name: slice(start, stop) for name, start, stop in packed.get("joined", ())}
         made.axes_assumed = packed.get("axes_assumed", False)
         return made
 
