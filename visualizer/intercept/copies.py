@@ -16,6 +16,8 @@ from ..store import bytes_by_device
 from .axes import Order
 from .evidence import Evidence, of_fused, of_samples, of_weights
 from .kernels import FusedCall, four_axes
+from .modules import are_windows
+from .provenance import Origin
 from .sampling import SampledCall
 from .softmax import Product
 
@@ -25,7 +27,9 @@ class AttentionCall:
     """An attention call of a module."""
 
     path: str
-    kind: str | None
+    origin: Origin
+    shapes: list[tuple[int, ...]]
+    """Of what the calls under way were given, see `shapes_of`."""
     computed: FusedCall | Product | SampledCall
     """What it computed; of a fused call with four axes, by the assumption below."""
     heads: int | None
@@ -98,9 +102,9 @@ class Copies:
                 gradient.arrange(
                     lambda incoming: arranged(ordered(incoming).expand(*lead, *multiplied[-2:])), source.shape
                 )
-            made = AttentionMap.from_source(source, path=call.path, kind=call.kind, gradient=gradient)
-            made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=call.kind) for part in parts)
-            made.is_softmax, made.axes_assumed = is_softmax, order is None and math.prod(lead) > 1
+            made = _map_of(call, source, gradient, order is None and math.prod(lead) > 1)
+            made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=made.kind) for part in parts)
+            made.is_softmax = is_softmax
             return made
 
         return Copy(map_of, _sizes(weights, *parts), evidence)
@@ -138,9 +142,7 @@ class Copies:
                     arranged = order.arranged if as_output is None else lambda one: order.arranged(as_output(one))
                     gradient.arrange(arranged, made_of.shape, _copied(order.arranged(whole)))
                 is_known = True
-            made = AttentionMap.from_source(made_of, path=call.path, kind=call.kind, gradient=gradient)
-            made.axes_assumed = not is_known and math.prod(source.shape[:2]) > 1
-            return made
+            return _map_of(call, made_of, gradient, not is_known and math.prod(source.shape[:2]) > 1)
 
         sizes = _sum(sizes, _sizes(*([] if modifiers is None else modifiers.tensors())))
         return Copy(map_of, _sum(sizes, _sizes(query, *([] if gradient is None else gradient.tensors()))), evidence)
@@ -158,9 +160,7 @@ class Copies:
 
         def map_of(order: Order | None) -> AttentionMap:
             made_of = source if order is None else source.arranged(order.arranged)
-            made = AttentionMap.from_source(made_of, path=call.path, kind=call.kind, gradient=gradient)
-            made.axes_assumed = order is None and batch * heads > 1
-            return made
+            return _map_of(call, made_of, gradient, order is None and batch * heads > 1)
 
         return Copy(map_of, _sizes(cells, weights), evidence)
 
@@ -198,6 +198,18 @@ class Copies:
         gradient = Gradient(shape, None if values is None else _copied(values), reason)
         output.register_hook(gradient.accumulate)  # type: ignore[no-untyped-call]
         return gradient
+
+
+def _map_of(
+    call: AttentionCall, source: Weights | Factors | Samples, gradient: Gradient | None, axes_assumed: bool
+) -> AttentionMap:
+    batch, _, queries, _ = source.shape
+    kind = call.origin.kind
+    if kind == "self" and not axes_assumed and are_windows(batch, queries, call.shapes):
+        kind = "window"
+    made = AttentionMap.from_source(source, path=call.path, kind=kind, gradient=gradient)
+    made.joined, made.axes_assumed = call.origin.joined, axes_assumed
+    return made
 
 
 def _copied(tensor: Tensor) -> Tensor:

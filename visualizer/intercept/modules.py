@@ -1,12 +1,13 @@
-"""The module calls under way, and what they say about an attention call: its path, its kind, its heads."""
+"""The module calls under way, and what they say about an attention call: its path, its inputs, its heads."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,31 +22,53 @@ class ModuleCall(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def kind_of(calls: Sequence[ModuleCall], queries: int, keys: int) -> Literal["self", "cross", "window"] | None:
-    """Where the keys come from, as far as the calls under way tell; the last call is the innermost."""
-    for number, call in enumerate(reversed(calls[-2:])):
-        is_cross = getattr(call.module, "is_cross_attention", None)
-        if isinstance(is_cross, bool):
-            return "cross" if is_cross else "self"
-        # What the module around was given is of this call if it is handed queries and keys, not hidden states.
-        is_of_call = number == 0 or _is_handed_keys(calls[-1])
-        names = ("encoder_hidden_states", "key_value_states")
-        if is_of_call and any(call.kwargs.get(name) is not None for name in names):
-            return "cross"
-        if isinstance(call.module, nn.MultiheadAttention):
-            inputs = [*call.args, *(call.kwargs[name] for name in ("query", "key") if name in call.kwargs)]
-            return "self" if inputs[0] is inputs[1] else "cross"
-        window = getattr(call.module, "window_size", None)
-        # BEiT, whose attention is global, calls the whole grid its window; the class token is not in it.
-        if window and queries == (window**2 if isinstance(window, int) else math.prod(window)):
-            return "window"
-    return "self" if queries == keys else None
+def inputs_of(call: ModuleCall) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of numbers that a module's call is given, with the names of the arguments."""
+    names = _argument_names(type(call.module).forward)
+    for place, value in enumerate(call.args):
+        yield from _tensors_in(names[min(place, len(names) - 1)] if names else str(place), value)
+    for name, value in call.kwargs.items():
+        yield from _tensors_in(name, value)
 
 
-def _is_handed_keys(call: ModuleCall) -> bool:
-    """Whether a module is given several tensors of tokens."""
-    values = [*call.args, *(value for name, value in call.kwargs.items() if "mask" not in name)]
-    return sum(isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3 for value in values) > 1
+def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.ndim > 1:
+            yield name, value
+    elif isinstance(value, (list, tuple, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(name, one)
+
+
+@lru_cache(maxsize=4096)
+def _argument_names(forward: Any) -> list[str]:
+    return [*inspect.signature(forward).parameters][1:]
+
+
+def shapes_of(calls: Sequence[ModuleCall]) -> list[tuple[int, ...]]:
+    """The shapes of the first tensor of tokens or pixels that each call under way was given, the innermost first."""
+    firsts = (next((tensor for _, tensor in inputs_of(call) if tensor.ndim > 2), None) for call in reversed(calls))
+    return [tuple(first.shape) for first in firsts if first is not None]
+
+
+def are_windows(batch: int, queries: int, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether the batch of a map is images x windows: a module was given fewer images, of more tokens each.
+
+    Args:
+        batch, queries: of the map.
+        shapes: see `shapes_of`.
+    """
+    for number, (first, *rest) in enumerate(shapes):
+        if first == batch:
+            continue
+        if not batch > first > 0 or batch % first or (first == queries and rest[:1] == [batch]):
+            return False  # not split, or (tokens, batch, width)
+        inner = shapes[number - 1]
+        within = rest if number == 0 else [inner[-1], inner[1 if len(inner) == 4 else -1]]
+        counts = {width: math.prod(rest) // width for width in rest if width}
+        is_covered = batch // first * queries in counts.values()
+        return is_covered or any(count > queries and width in within for width, count in counts.items())
+    return False
 
 
 def heads_of(call: ModuleCall, tensor: Tensor) -> int | None:

@@ -40,6 +40,8 @@ class SampledCall:
     """(..., queries, points)."""
     counts: tuple[int, ...]
     """How many of the points lie on each level."""
+    made_of: tuple[Tensor, Tensor]
+    """What the model made of its queries, the weights, and of its keys, the values."""
     order: Order | None = None
     """Which axes are heads, where the kernel's own arguments say so."""
 
@@ -82,6 +84,7 @@ def ms_deform_attn_forward(
         cells.transpose(1, 2).flatten(3, 4),
         attention_weights.transpose(1, 2).flatten(3),
         (attention_weights.shape[-1],) * len(sizes),
+        (attention_weights, value),
         Order((batch, heads), (False, True)),
     )
 
@@ -186,7 +189,7 @@ def _of_grid(
     if mode == "nearest":
         cells = cells.round()
     lead, width, queries, points = map(Factor, (values.shape[0], values.shape[1], *grid.shape[1:3]))
-    level = _Level(values.detach(), cells, lead, width, (queries, points))
+    level = _Level(values, cells, lead, width, (queries, points))
     return _Read((level,), [[lead], [width], [queries], [points]])
 
 
@@ -211,7 +214,7 @@ def _of_index(values: Any, index: Any) -> _Read | None:
         return None
     lead, width, places = map(Factor, (values.shape[0], values.shape[1], x.shape[1]))
     cells = torch.stack([x, y], -1).to(values.dtype if values.dtype == torch.float64 else torch.float32)
-    level = _Level(values.detach(), cells, lead, width, (places,))
+    level = _Level(values, cells, lead, width, (places,))
     return _Read((level,), [[lead], [places], [width]])
 
 
@@ -239,7 +242,7 @@ def _weighted(read: _Read, tensor: Tensor, args: Any, result: Tensor) -> _Read |
     others = [item for item in args if isinstance(item, Tensor) and item is not tensor]
     if len(others) != 1 or read.weights is not None or result.shape != tensor.shape:
         return None
-    return replace(read, weights=others[0].detach())
+    return replace(read, weights=others[0])
 
 
 def _summed(
@@ -262,7 +265,7 @@ def _summed(
     if weights.shape[widths[0]] != 1 or [part for axis in lead for part in parts[axis]] != of_lead:
         return None
     weights = weights.expand(*(1 if axis in widths else size for axis, size in enumerate(tensor.shape)))
-    weights = weights.permute(*widths, *lead, queries, *over)[0].flatten(len(lead) + 1)
+    weights = weights.detach().permute(*widths, *lead, queries, *over)[0].flatten(len(lead) + 1)
     if not ((weights.sum(-1, dtype=torch.float32) - 1).abs() < _ROUNDING).all():
         return None
     sizes = weights.shape[:-1]
@@ -273,10 +276,11 @@ def _summed(
         result.permute(order),
         result,
         tuple(order.index(axis) for axis in range(len(kept))),
-        tuple(level.values.reshape(*sizes[:-1], *level.values.shape[1:]) for level in read.levels),
+        tuple(level.values.detach().reshape(*sizes[:-1], *level.values.shape[1:]) for level in read.levels),
         torch.cat(cells, -2),
         weights,
         tuple(one.shape[-2] for one in cells),
+        (read.weights, read.levels[0].values),
     )
 
 

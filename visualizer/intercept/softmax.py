@@ -118,6 +118,8 @@ class Product:
     """`places[i]` is the axis of the output that is axis i of `returned`."""
     weights: Tensor
     """What is multiplied, without dropout."""
+    made_of: Tensor
+    """What was multiplied itself."""
     values: Tensor | None
     """None if they are not known."""
     source: Tensor
@@ -300,6 +302,7 @@ class Tracing:
             result,
             places,
             shown.permute(order),
+            tensor,
             values,
             tensor if source is None else source,
             order,

@@ -36,9 +36,10 @@ from .modules import (
     is_called_attention,
     is_compiled,
     is_within,
-    kind_of,
     packed_groups,
+    shapes_of,
 )
+from .provenance import Origin, Provenance
 from .sampling import SAMPLING_KERNELS, SampledCall, Sampling, may_read_cells, may_sample
 from .softmax import Product, Tracing, may_begin
 
@@ -56,6 +57,7 @@ class _Thread(threading.local):
         self.heads: int | None = None  # of the nn.MultiheadAttention under way
         self.tracing = Tracing()
         self.sampling = Sampling()
+        self.provenance = Provenance()
         self.pending = deque[_Pending]()
         self.filing: tuple[ModuleCall, ...] | None = None  # the calls that were under way when the map was made
         self.count = 0
@@ -67,6 +69,7 @@ class _Thread(threading.local):
         self.pending.clear()
         self.tracing.lineage.clear()
         self.sampling.lineage.clear()
+        self.provenance.clear()
         self.frame = None
 
 
@@ -217,6 +220,15 @@ class Watch:
         follows = bool(thread.tracing.lineage) or bool(thread.sampling.lineage)
         return follows and not _returns_no_tensor(func)
 
+    def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Note where a tensor comes from that a module has made."""
+        thread = self._thread
+        if thread.calls:
+            try:
+                thread.provenance.note(func, args, kwargs, result)
+            except Exception as error:
+                self._refuse(error)
+
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions for a module, and record it if it attends."""
         thread, name = self._thread, name_of(func)
@@ -294,8 +306,8 @@ class Watch:
         with _aside():
             groups = 1 if seen.has_heads else packed_groups(calls[-1], seen.query, seen.key)
             fused = in_four_axes(as_computed(seen), self._heads_of(seen.query), groups)
-            kind = kind_of(calls, fused.query.shape[2], fused.key.shape[2])
-            call = AttentionCall(path, kind, fused, None, self._thread.count)
+            origin = self._thread.provenance.of_query_and_key(seen.query, seen.key, calls)
+            call = self._call(origin, fused, None)
             output = Output(seen.output.shape)
             if seen.has_heads or groups > 1:  # the kernel, or the model's own way of calling it, tells them apart
                 output.order = Order(tuple(fused.query.shape[:2]), (False, True))
@@ -307,8 +319,8 @@ class Watch:
         if self._is_refused(path, weights):
             return
         with _aside():
-            kind = kind_of(calls, weights.shape[-2], weights.shape[-1])
-            call = AttentionCall(path, kind, product, self._heads_of(weights), self._thread.count)
+            origin = self._thread.provenance.of_weights(product.made_of, calls)
+            call = self._call(origin, product, self._heads_of(weights))
             output = Output(product.output.shape)
             layout = [output.layout[place] for place in product.places]
             self._await(f"softmax and {name}", call, product.returned, output, layout)
@@ -319,12 +331,16 @@ class Watch:
         if self._is_refused(path, weights):
             return
         with _aside():
-            kind = kind_of(calls, weights.shape[-2], sum(height * width for height, width in sampled.sizes))
-            call = AttentionCall(path, kind, sampled, self._heads_of(weights), self._thread.count)
+            origin = self._thread.provenance.of_query_and_key(*sampled.made_of, calls)
+            call = self._call(origin, sampled, self._heads_of(weights))
             output = Output(sampled.output.shape)
             output.order = sampled.order
             layout = [output.layout[place] for place in sampled.places]
             self._await(name, call, sampled.returned, output, layout)
+
+    def _call(self, origin: Origin, computed: Any, heads: int | None) -> AttentionCall:
+        calls = self._thread.calls
+        return AttentionCall(calls[-1].path, origin, shapes_of(calls), computed, heads, self._thread.count)
 
     def _await(self, kernel: str, call: AttentionCall, returned: Tensor, output: Output, layout: Any = None) -> None:
         """Record a call, and file its map once the model has told its axes apart."""
@@ -499,6 +515,9 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         watch = self._watch()
-        if watch is None or not watch.looks_at(func, args):  # nearly always
+        if watch is None:
             return func(*args, **kwargs)
-        return watch.see(func, args, kwargs)
+        looks_at = watch.looks_at(func, args)
+        result = watch.see(func, args, kwargs) if looks_at else func(*args, **kwargs)
+        watch.note(func, args, kwargs, result)
+        return result

@@ -41,7 +41,8 @@ class AttentionMap:
     path: str
     """The path of the module that attended; "" for the model itself, or if it is not known."""
     kind: str | None
-    """"self", "cross" or "window" (its batch is images x windows); None if the call did not say."""
+    """Where queries and keys come from: "self", one sequence; "cross", two; "joint", two that are joined and attend to
+    each other and themselves; "window", one, cut into windows (its batch is images x windows). None: not known."""
     source: Weights | Factors | Samples
     """What the rows come from: the weights, or the query and key that they are computed from; of a deformable
     attention `Samples`, whose `points` and `weights` say where each query looks and how much."""
@@ -52,6 +53,8 @@ class AttentionMap:
     where they were mixed, subtracted or changed before they were multiplied with the values, or made by a sigmoid."""
     softmaxes: tuple[AttentionMap, ...]
     """The softmaxes that the weights were made of, where they are not simply one. Else ()."""
+    joined: dict[str, slice]
+    """Of joint attention, which tokens come from which input of the module, by the input's name; else {}."""
     axes_assumed: bool
     """Whether heads and batch could not be told apart by what the model did, and were assumed by their position."""
 
@@ -68,7 +71,7 @@ class AttentionMap:
             )
         self.source = Weights(weights.detach())
         self.path, self.kind, self.gradient = path, kind, None
-        self.is_softmax, self.softmaxes, self.axes_assumed = True, (), False
+        self.is_softmax, self.softmaxes, self.joined, self.axes_assumed = True, (), {}, False
 
     @classmethod
     def from_query_key(
@@ -124,7 +127,7 @@ class AttentionMap:
         """The map of weights, or of query and key, that are prepared already."""
         made = cls.__new__(cls)
         made.source, made.path, made.kind, made.gradient = source, path, kind, gradient
-        made.is_softmax, made.softmaxes, made.axes_assumed = True, (), False
+        made.is_softmax, made.softmaxes, made.joined, made.axes_assumed = True, (), {}, False
         return made
 
     @property
@@ -306,7 +309,7 @@ class AttentionMap:
         gradient = None if self.gradient is None else self.gradient.to(device)
         moved = AttentionMap.from_source(self.source.to(device), path=self.path, kind=self.kind, gradient=gradient)
         moved.softmaxes = tuple(part.to(device) for part in self.softmaxes)
-        moved.is_softmax, moved.axes_assumed = self.is_softmax, self.axes_assumed
+        moved.is_softmax, moved.joined, moved.axes_assumed = self.is_softmax, self.joined, self.axes_assumed
         return moved
 
     def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
@@ -316,6 +319,8 @@ class AttentionMap:
             packed["softmaxes"] = [part.packed(shared) for part in self.softmaxes]
         if not self.is_softmax:
             packed["is_softmax"] = False
+        if self.joined:
+            packed["joined"] = [[name, part.start, part.stop] for name, part in self.joined.items()]
         return packed | ({"axes_assumed": True} if self.axes_assumed else {})
 
     @classmethod
@@ -329,6 +334,7 @@ class AttentionMap:
         made = cls.from_source(source, path=packed["path"], kind=packed["kind"])
         made.softmaxes = tuple(map(cls.unpacked, packed.get("softmaxes", ())))
         made.is_softmax = packed.get("is_softmax", not made.softmaxes)
+        made.joined = {name: slice(start, stop) for name, start, stop in packed.get("joined", ())}
         made.axes_assumed = packed.get("axes_assumed", False)
         return made
 
