@@ -271,6 +271,23 @@ def test_two_softmaxes_mixed(x):
     assert "made of 2 softmaxes" in repr(found)
 
 
+def test_convit():
+    """Its positions have a softmax of their own, of what a layer computes and no product."""
+    import timm
+
+    model = timm.create_model("convit_tiny", img_size=64, depth=2, local_up_to_layer=1).eval()
+    kept = []
+    model.blocks[0].attn.attn_drop.register_forward_pre_hook(lambda _, args: kept.append(args[0].clone()))
+    with torch.no_grad(), attention(model) as maps:
+        model(torch.randn(1, 3, 64, 64))
+    assert torch.equal(maps["blocks.0.attn"].dense(), kept[0])
+    content, position = maps["blocks.0.attn"].softmaxes
+    gate = torch.sigmoid(model.blocks[0].attn.gating_param).view(1, -1, 1, 1)
+    mixed = (1 - gate) * content.dense() + gate * position.dense()
+    assert (mixed / mixed.sum(-1, keepdim=True) - kept[0]).abs().max() < 1e-6
+    assert maps["blocks.1.attn"].is_softmax
+
+
 def test_a_difference_of_softmaxes(x):
     found = map_of(lambda x: scores(x).softmax(-1) - 0.5 * scores(x, 3).softmax(-1), x)
     assert len(found.softmaxes) == 2

@@ -22,11 +22,10 @@ from .kernels import name_of
 
 _PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm"))
 _MAKES_SCORES = frozenset(("cdist", "inner", "tensordot", "addbmm"))  # besides the products
-_PUTS = frozenset(
-    ("cat", "concat", "concatenate", "__setitem__", "copy_", "index_copy_", "index_put_", "slice_scatter")
-)
+_PUTS = frozenset(("cat", "concat", "__setitem__", "copy_", "index_copy_", "index_put_", "slice_scatter"))
 """Functions that put a tensor into a larger one."""
 _CUTS = frozenset(("__getitem__", "narrow", "slice", "split", "chunk", "unbind", "select", "index_select"))
+_SOFTMAXES = frozenset(("softmax", "_softmax"))
 _DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_", "feature_dropout", "alpha_dropout"))
 _ENDS = frozenset(("layer_norm", "group_norm", "batch_norm", "rms_norm", "conv1d", "conv3d", "embedding", "bilinear"))
 """After these functions a tensor is no longer scores or weights, even if its shape is the same."""
@@ -47,9 +46,11 @@ def may_begin(name: str) -> bool:
 class Softmax:
     """The output of a softmax over scores, or of what stands in its place."""
 
-    def __init__(self, weights: Tensor, is_normalised: bool = True) -> None:
+    def __init__(self, weights: Tensor, is_normalised: bool = True, is_of_scores: bool = True) -> None:
         self.is_normalised = is_normalised
         """Whether its rows sum to one."""
+        self.is_of_scores = is_of_scores
+        """Whether it is known to be of scores. Others count where they are mixed with one that is, as in ConViT."""
         self.is_changed = False
         """Whether it, or what was made of it, was changed in place."""
         self._reference = weakref.ref(weights)
@@ -154,9 +155,9 @@ class Tracing:
         """
         name = name_of(func)
         known = list(self._known_in([*args, *kwargs.values()]))
-        if not known and not may_begin(name):
+        if not known and not may_begin(name) and name not in _SOFTMAXES:
             return None
-        if not may_begin(name) and all(isinstance(origin, tuple) for _, origin in known):
+        if known and not may_begin(name) and all(isinstance(origin, tuple) for _, origin in known):
             return lambda result: self._follow_all(func, args, kwargs, known, result)
         weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
         changed = args[0] if args and _is_in_place(name, args, kwargs) else None
@@ -187,6 +188,8 @@ class Tracing:
     ) -> Product | None:
         self._follow_all(func, args, kwargs, known, result)
         made = result if changed is None else changed
+        if name in _PRODUCTS:
+            weights = [one for one in weights if any(softmax.is_of_scores for softmax in one[1].softmaxes)]
         if name in _PRODUCTS and len(weights) < 2 and (name != "einsum" or _operand_count(args) > 1):
             if not weights:
                 weights = _scores_as_weights(name, args, known)
@@ -195,9 +198,9 @@ class Tracing:
             self._follow(result, _SCORES)
         elif name in _MAKES_SCORES:
             self._follow(result, _SCORES)
-        elif name in ("softmax", "_softmax") and _is_over_last(args, kwargs, result):
-            if any(origin is _SCORES or isinstance(origin, _Weights) for _, origin in known):
-                self._follow(result, _Weights((Softmax(result),)))
+        elif name in _SOFTMAXES and _is_over_last(args, kwargs, result):
+            is_of_scores = any(origin is _SCORES or isinstance(origin, _Weights) for _, origin in known)
+            self._follow(result, _Weights((Softmax(result, is_of_scores=is_of_scores),)))
         elif weights:
             self._carry_weights(func, name, args, kwargs, made, weights, undropped)
         elif name not in _ENDS:
@@ -288,7 +291,8 @@ class Tracing:
         self, name: str, args: Any, kwargs: Any, result: Any, weights: Sequence[tuple[Tensor, _Weights]]
     ) -> Product | None:
         tensor, origin = weights[0]
-        if all([softmax.is_recorded(tensor) for softmax in origin.softmaxes]):
+        are_recorded = [softmax.is_recorded(tensor) for softmax in origin.softmaxes]
+        if all(are_recorded):
             return None
         shown = tensor if origin.without_dropout is None else origin.without_dropout
         order, values, output, places = _operands(name, args, kwargs, tensor, result)
