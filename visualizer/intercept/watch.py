@@ -9,7 +9,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import FrameType
@@ -42,8 +42,8 @@ from .modules import (
 )
 from .softmax import Product, Tracing, may_begin
 
-File = Callable[[Order | None, str], None]
-"""Keeps the map of a call whose axes are known now; the text says which kernel ran."""
+File = Callable[[Order | None, str], Callable[[], None] | None]
+"""Makes the map of a call whose axes are known now, and returns what keeps it; the text says which kernel ran."""
 
 
 class _Thread(threading.local):
@@ -126,12 +126,8 @@ class Watch:
             )
 
     def enter(self) -> None:
-        """Let the mode last until `end`, for a `with` block.
-
-        A mode that lasts for a module's call is left behind by KeyboardInterrupt, for which torch calls no hooks; and a
-        `with torch.device(...)` around it then ends this mode in place of its own.
-        """
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        """Let the mode last until `end`, for a `with` block: a call's own has to begin and to end each time."""
+        _add(self._mode)
         self._thread.is_in_block = True
 
     def end(self) -> None:
@@ -176,7 +172,7 @@ class Watch:
             if torch._C._current_graph_task_id() != -1:
                 return  # in a backward pass checkpointing computes again what has been seen
             if not thread.is_in_block:
-                self._mode.__enter__()  # type: ignore[no-untyped-call]
+                _add(self._mode)
                 thread.is_watched = True
             thread.frame = sys._getframe(2)  # behind the hook
         thread.calls.append(ModuleCall(path, module, args, kwargs))
@@ -249,12 +245,12 @@ class Watch:
             self._see_call(name, fused, Order(tuple(fused.query.shape[:2]), (False, True)))
         self._file_settled()
 
-    def _unharmed(self) -> _Unharmed:
+    def _unharmed(self, calls: Sequence[ModuleCall] = ()) -> _Unharmed:
         """The model does not see an error of ours: a warning says, once for each module, what is not recorded."""
-        return _Unharmed(self._refuse)
+        return _Unharmed(self._refuse, calls or self._thread.calls)
 
-    def _refuse(self, error: Exception) -> None:
-        path = self._thread.calls[-1].path
+    def _refuse(self, calls: Sequence[ModuleCall], error: Exception) -> None:
+        path = calls[-1].path
         if path not in self._refused:
             self._refused.add(path)
             warn(
@@ -269,7 +265,7 @@ class Watch:
         """Record a fused call; `order` tells its axes apart where the kernel itself does."""
         fused, calls = seen, self._thread.calls
         path = calls[-1].path
-        if self._is_refused(path, fused.query):
+        if _has_ended(self._thread.frame) or self._is_refused(path, fused.query):
             return
         with _aside():
             groups = packed_groups(calls[-1], fused.query, fused.key)
@@ -285,7 +281,7 @@ class Watch:
     def _see_product(self, name: str, product: Product) -> None:
         weights, calls = product.weights, self._thread.calls
         path = calls[-1].path
-        if self._is_refused(path, weights):
+        if _has_ended(self._thread.frame) or self._is_refused(path, weights):
             return
         with _aside():
             kind = kind_of(calls, weights.shape[-2], weights.shape[-1])
@@ -319,7 +315,11 @@ class Watch:
             thread.filing = first.calls
             try:
                 with _aside():
-                    first.file(first.output.order, first.kernel)
+                    keep = None
+                    with self._unharmed(first.calls):
+                        keep = first.file(first.output.order, first.kernel)
+                    if keep is not None:
+                        keep()  # which may call the user's own function
             finally:
                 thread.filing = None
 
@@ -348,10 +348,10 @@ class Watch:
 class _Unharmed:
     """Hands an error to a function in place of the caller. Not a generator: it is entered at each step."""
 
-    __slots__ = ("_refuse",)
+    __slots__ = ("_calls", "_refuse")
 
-    def __init__(self, refuse: Callable[[Exception], None]) -> None:
-        self._refuse = refuse
+    def __init__(self, refuse: Callable[[Sequence[ModuleCall], Exception], None], calls: Sequence[ModuleCall]) -> None:
+        self._refuse, self._calls = refuse, calls
 
     def __enter__(self) -> None:
         pass
@@ -359,7 +359,7 @@ class _Unharmed:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
         if not isinstance(error, Exception):
             return False
-        self._refuse(error)
+        self._refuse(self._calls, error)
         return True
 
 
@@ -435,7 +435,7 @@ def _idle_hook() -> _Hook:
 
 
 def _has_ended(frame: FrameType | None) -> bool:
-    """Whether a frame has run to its end, by an error say."""
+    """Whether a frame has run to its end, such as that of a call that was interrupted: what follows is not of it."""
     if frame is None:
         return False
     try:
@@ -443,6 +443,21 @@ def _has_ended(frame: FrameType | None) -> bool:
     except RuntimeError:  # it is running
         return False
     return True
+
+
+def _add(mode: TorchFunctionMode) -> None:
+    """Begin a mode in this thread below the others, each of which ends by taking the uppermost away, as its own.
+
+    For KeyboardInterrupt torch calls no hooks: a mode above the others would be taken away in place of that of a
+    `with torch.device(...)` around the call, which would go on for the rest of the process. The default device stays
+    below: torch asks for it there.
+    """
+    above = [_pop_mode() for _ in range(_len_torch_function_stack())]  # type: ignore[no-untyped-call]
+    default = getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
+    if above and above[-1] is default:
+        _push_mode(above.pop())  # type: ignore[no-untyped-call]
+    for other in (mode, *reversed(above)):
+        _push_mode(other)  # type: ignore[no-untyped-call]
 
 
 def _remove(mode: TorchFunctionMode) -> None:

@@ -134,7 +134,7 @@ class Factors:
         mask_mod: Callable[..., Tensor] | None = None,
     ) -> None:
         self._query, self.keys, self._length = query, keys, length
-        self._scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+        self._scale = 1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale)
         if mask is not None and mask.requires_grad:  # a mask without a graph stays one object, shared in a file too
             mask = mask.detach()
         self.mask, self._causal = mask, causal
@@ -164,7 +164,7 @@ class Factors:
         query = self._query[:, :, queries].to(dtype) * self._scale
         key = self.keys.first(self._length).to(dtype)
         batch, heads, count, width = query.shape
-        groups = heads // key.shape[1]
+        groups = heads // max(1, key.shape[1])
         query = query.reshape(batch * key.shape[1], groups * count, width)  # consecutive heads share a key head
         scores = torch.bmm(query, key.flatten(0, 1).mT).view(batch, heads, count, self._length)
         may_be_empty = False
@@ -254,6 +254,11 @@ class Factors:
                 "a map with a score_mod or block_mask cannot move: its functions hold tensors; take dense()"
             )
         return Factors(self._query.to(device), keys, self._length, self._scale, mask, self._causal, *functions)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.has_functions:  # which cannot be pickled
+            return Weights, (self.packed({})["weights"],)
+        return super().__reduce_ex__(protocol)
 
     def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
         """As tensors and numbers, for a file. `shared` has the keys that several maps share, by their Keys."""
