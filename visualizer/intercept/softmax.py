@@ -56,18 +56,16 @@ class Softmax:
         self._reference = weakref.ref(weights)
         self._held: Tensor | None = None
         self._copy: Tensor | None = None
-        self._recorded: list[tuple[int, int]] = []
+        self._recorded = set[Any]()
 
     def is_recorded(self, part: Tensor) -> bool:
         """Whether these of the weights are in a map already; from now on they are."""
-        begin = part.data_ptr() if is_plain_torch(torch) else 0
-        end = begin + max(1, part.numel() * part.element_size())
         weights = self._reference()
-        is_part = weights is not None and part.numel() < weights.numel()
-        overlaps = any(begin < other_end and other_begin < end for other_begin, other_end in self._recorded)
-        if overlaps or (self._recorded and not is_part):
+        is_part = weights is not None and part.numel() < weights.numel() and is_plain_torch(torch)
+        which = (part.data_ptr(), part.shape, part.stride()) if is_part else None
+        if self._recorded and (None in self._recorded or which in self._recorded or not is_part):
             return True
-        self._recorded.append((begin, end))
+        self._recorded.add(which)
         return False
 
     def hold(self) -> None:
@@ -174,6 +172,25 @@ class Tracing:
                 undropped = undropped.detach().clone()
         return lambda result: self._after(func, name, args, kwargs, known, weights, changed, undropped, result)
 
+    def after_scripted(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Find out what a scripted function made, of which nothing but its arguments and its result is seen.
+
+        A result of another shape than every argument comes from a product in it. Its numbers tell whether a softmax
+        was there too.
+        """
+        if not isinstance(result, Tensor) or result.ndim < 2 or not result.is_floating_point():
+            return
+        known = list(self._known_in([*args, *kwargs.values()]))
+        weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
+        if weights:
+            self._carry_weights(function, "", args, kwargs, result, weights, None)
+            return
+        given = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
+        if any(origin is _SCORES for _, origin in known) or all(item.shape != result.shape for item in given):
+            made = _weights_of_scores(result) if is_plain_torch(torch) and not bool((result < 0).any()) else None
+            is_softmax = made is not None and made.softmaxes[0].is_normalised
+            self._follow(result, made if is_softmax else _SCORES)
+
     def _after(
         self,
         func: Any,
@@ -269,7 +286,7 @@ class Tracing:
         softmaxes = tuple(dict.fromkeys(softmax for _, item in weights for softmax in item.softmaxes))
         for softmax in softmaxes:
             softmax.hold()
-        is_cut = name in ("__getitem__", "narrow", "slice") and _is_beginning(tensor, result)
+        is_cut = name in ("__getitem__", "narrow", "slice") and _is_without_sink(tensor, result)
         keeps = len(weights) == 1 and (
             (name in _SAME_NUMBERS and result.shape[-1] == tensor.shape[-1])
             or is_cut
@@ -399,9 +416,14 @@ def _has_same_places(name: str, before: Tensor, after: Tensor) -> bool:
     return after.shape[:-1] == before.shape[:-1] and after.shape[-1] > 1  # fewer keys, or one more: an attention sink
 
 
-def _is_beginning(whole: Tensor, part: Tensor) -> bool:
-    """Whether a part is the whole, or its first keys."""
-    return part.shape[:-1] == whole.shape[:-1] and part.data_ptr() == whole.data_ptr()
+def _is_without_sink(whole: Tensor, part: Tensor) -> bool:
+    """Whether a part is the whole, perhaps without an attention sink behind the keys.
+
+    More than one key is no sink: in Longformer the softmax goes over keys near by and keys of all, and each of the two
+    parts is multiplied with values of its own.
+    """
+    is_near = part.shape[-1] >= whole.shape[-1] - 1
+    return is_near and part.shape[:-1] == whole.shape[:-1] and part.data_ptr() == whole.data_ptr()
 
 
 def _without_dropout(

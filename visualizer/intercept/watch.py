@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _len_torch_function_stack
+from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from ..errors import warn
@@ -104,6 +104,7 @@ class Watch:
         self._attended: set[str] = set()  # the paths of modules with maps
         self._refused: set[str] = set()  # the paths of modules whose calls cannot be recorded
         self._uncompiled = Uncompiled()
+        self._has_ended = False
         self._handles: list[Any] = []
         scripted = []
         for path, module in modules:
@@ -118,6 +119,7 @@ class Watch:
                 module.register_forward_hook(_Hook(self._end_call, path, known), always_call=True),
             ]
         interface.begin(self)
+        _see_scripted(True)
         if scripted:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
             warn(
@@ -136,6 +138,9 @@ class Watch:
             handle.remove()
         self._uncompiled.end()
         interface.end(self)
+        if not self._has_ended:
+            self._has_ended = True
+            _see_scripted(False)
         thread = self._thread
         self._file_settled(1)
         thread.forget()
@@ -232,6 +237,12 @@ class Watch:
         if thread.pending:
             self._file_settled()
         return output
+
+    def see_scripted(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Take note of what a scripted function returned."""
+        if self._thread.calls:
+            with self._unharmed(), _aside():
+                self._thread.tracing.after_scripted(function, args, kwargs, result)
 
     def seen_calls(self) -> int | None:
         """How many attention calls were seen in this thread; None outside of a module's call."""
@@ -472,16 +483,40 @@ def _remove(mode: TorchFunctionMode) -> None:
         _push_mode(other)  # type: ignore[no-untyped-call]
 
 
+_ScriptFunction: Any = torch.jit.ScriptFunction
+_call_script = _ScriptFunction.__call__
+_scripted_lock = threading.RLock()  # a recording that nobody holds any more may end in the middle of anything
+_watches = 0
+
+
+def _see_scripted(is_on: bool) -> None:
+    """Have the calls of scripted functions seen, which no mode of torch sees, as long as anything is watched."""
+    global _watches
+    with _scripted_lock:
+        _watches += 1 if is_on else -1
+        _ScriptFunction.__call__ = _called_script if _watches else _call_script
+
+
+def _called_script(function: Any, *args: Any, **kwargs: Any) -> Any:
+    result = _call_script(function, *args, **kwargs)
+    for place in range(_len_torch_function_stack()):
+        mode = _get_function_stack_at(place)
+        watch = mode.watch() if isinstance(mode, _Mode) else None
+        if watch is not None:
+            watch.see_scripted(function, args, kwargs, result)
+    return result
+
+
 class _Mode(TorchFunctionMode):
     """Shows a watch what torch's functions are called with; several threads may be in it."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
-        self._watch = weakref.ref(watch)
+        self.watch = weakref.ref(watch)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        watch = self._watch()
+        watch = self.watch()
         if watch is None or not watch.looks_at(func):  # nearly always
             return func(*args, **kwargs)
         return watch.see(func, args, kwargs)
