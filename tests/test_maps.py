@@ -1,6 +1,7 @@
 """Attention maps: dense ones and those of query and key answer alike, and as an explicit softmax in float64 does."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visualizer import AttentionMap
-from visualizer.maps import Factors, Gradient, Keys, attention_map
+from visualizer.maps import Factors, Gradient, Keys, Modifiers, attention_map
 
 B, H, Q, K, D = 2, 4, 7, 9, 8
 
@@ -477,6 +478,59 @@ class TestFlex:
     def parts(self):
         query, key = factors()
         return query, Keys(key), K
+
+
+class TestModifiers:
+    """What kernels such as flash attention do to scores: two sequences in one, windows, a softcap, slopes and sinks."""
+
+    SPANS = torch.tensor([[0, 1], [0, 2], [0, 3], [3, 4], [4, 6], [5, 9], [2, 2]])  # of Q queries among K keys
+    MODIFIERS = Modifiers(
+        softcap=1.5,
+        spans=SPANS[None, None],
+        slopes=torch.linspace(0, 1, B * H).view(B, H, 1, 1),
+        places=torch.arange(Q).view(1, 1, Q, 1),
+        sequences=torch.tensor([[0, 3, 0, 3], [3, 7, 3, 9]]),
+    )
+
+    def by_the_book(self, query, key, sinks=None):
+        scores = torch.einsum("bhqd,bhkd->bhqk", query, key.repeat_interleave(2, 1)).double() / D**0.5
+        scores = 1.5 * (scores / 1.5).tanh()
+        scores -= self.MODIFIERS.slopes.double() * (torch.arange(Q)[:, None] - torch.arange(K)).abs()
+        terms = torch.zeros_like(scores)
+        for number, (first, behind) in enumerate(self.SPANS.tolist()):
+            terms[:, :, number, first:behind] = scores[:, :, number, first:behind].exp()
+        totals = terms.sum(-1, keepdim=True)
+        return terms / (totals.where(totals > 0, 1) if sinks is None else totals + sinks.double().exp())
+
+    @pytest.mark.parametrize("sinks", [None, torch.linspace(-1, 2, H).view(1, H, 1, 1)], ids=["", "sinks"])
+    def test_weights_are_those_by_the_book(self, sinks):
+        query, key = factors(key_heads=2)
+        factored = Factors(query, Keys(key), K, modifiers=replace(self.MODIFIERS, sinks=sinks))
+        expected = self.by_the_book(query, key, sinks)
+        packed = factored.packed({})
+        for one in (factored, factored.to("cpu"), Factors.unpacked(packed)):
+            attention = AttentionMap.from_source(one, path="blocks.0", kind="self")
+            close(expected, attention.dense())
+            close(expected[:, :, [5, 1]], attention.rows([5, 1]))
+            close(expected.sum(2), attention.row_product(torch.ones(B, Q)), 1e-5)
+            [first, second] = attention.sequences
+            close(expected[:, :, :3, :3], first.dense())
+            close(expected[:, :, 3:6, 3:], second.rows(slice(0, 3)))
+            assert (second.path, second.kind, second.shape) == ("blocks.0", "self", (B, H, 4, 6))
+        close(expected[1:, 2:], factored.of_head(1, 1).rows(slice(None)))
+        close(expected.transpose(0, 1), factored.arranged(lambda tensor: tensor.transpose(0, 1)).rows(slice(None)))
+
+    def test_a_mask_is_cut_too(self):
+        query, key = factors()
+        mask = torch.rand(B, 1, Q, K, generator=torch.Generator().manual_seed(0)) < 0.8
+        factored = Factors(query, Keys(key), K, mask=mask, modifiers=replace(self.MODIFIERS, softcap=0.0))
+        attention = AttentionMap.from_source(factored)
+        close(attention.dense()[:, :, :3, :3], attention.sequences[0].dense())
+
+    def test_a_map_without_any_is_written_as_before(self):
+        query, key = factors()
+        assert "modifiers" not in Factors(query, Keys(key), K).packed({})
+        assert AttentionMap.from_query_key(query, key).sequences == ()
 
 
 class TestKeys:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..maps import AttentionMap, Factors, Gradient, Keys, Weights
+from ..maps import AttentionMap, Factors, Gradient, Keys, Samples, Weights
 from ..store import bytes_by_device
 from .axes import Order
-from .evidence import Evidence, of_fused, of_weights
+from .evidence import Evidence, of_fused, of_samples, of_weights
 from .kernels import FusedCall, four_axes
+from .sampling import SampledCall
 from .softmax import Product
 
 
@@ -25,7 +26,7 @@ class AttentionCall:
 
     path: str
     kind: str | None
-    computed: FusedCall | Product
+    computed: FusedCall | Product | SampledCall
     """What it computed; of a fused call with four axes, by the assumption below."""
     heads: int | None
     """How many heads are assumed to share the first of three axes."""
@@ -61,6 +62,8 @@ class Copies:
         """What is kept of an attention call."""
         if isinstance(call.computed, FusedCall):
             return self._of_fused(call, call.computed)
+        if isinstance(call.computed, SampledCall):
+            return self._of_samples(call, call.computed)
         return self._of_product(call, call.computed)
 
     def _of_product(self, call: AttentionCall, product: Product) -> Copy:
@@ -93,9 +96,7 @@ class Copies:
             source = Weights(arranged(weights))
             if gradient is not None:
                 gradient.arrange(
-                    source.shape,
-                    None,
-                    lambda incoming: arranged(ordered(incoming).expand(*lead, *multiplied[-2:])),
+                    lambda incoming: arranged(ordered(incoming).expand(*lead, *multiplied[-2:])), source.shape
                 )
             made = AttentionMap.from_source(source, path=call.path, kind=call.kind, gradient=gradient)
             made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=call.kind) for part in parts)
@@ -111,7 +112,8 @@ class Copies:
             mask, more = self._kept_mask(mask)
             sizes = _sum(sizes, more)
         functions = fused.score_mod, fused.mask_mod
-        source = Factors(query, keys, key.shape[2], fused.scale, mask, fused.causal, *functions)
+        modifiers = None if fused.modifiers is None else fused.modifiers.mapped(_copied)
+        source = Factors(query, keys, key.shape[2], fused.scale, mask, fused.causal, *functions, modifiers)
         evidence = None
         if not fused.dropout:
             output = fused.output.detach().reshape(*source.shape[:3], fused.output.shape[-1])
@@ -120,7 +122,11 @@ class Copies:
             "there was dropout on the weights, whose pattern a fused kernel does not tell: the gradient is known with "
             "model.eval(), or without attention dropout"
         )
-        gradient = self._gradient_of(fused.output, source.shape, fused.value, reason if fused.dropout else None)
+        returned = fused.output if fused.returned is None else fused.returned
+        as_output, values = fused.as_output, fused.value.detach()
+        gradient = self._gradient_of(returned, source.shape, values, reason if fused.dropout else None)
+        if gradient is not None and as_output is not None:
+            gradient.arrange(as_output)
 
         def map_of(order: Order | None) -> AttentionMap:
             made_of = source
@@ -128,15 +134,35 @@ class Copies:
             if order is not None and not is_known and not source.has_functions:
                 made_of = source.arranged(order.arranged)
                 if gradient is not None:
-                    values = fused.value.detach()
-                    values = values.repeat_interleave(source.shape[1] // values.shape[1], 1)
-                    gradient.arrange(made_of.shape, _copied(order.arranged(values)), order.arranged)
+                    whole = values.repeat_interleave(source.shape[1] // values.shape[1], 1)
+                    arranged = order.arranged if as_output is None else lambda one: order.arranged(as_output(one))
+                    gradient.arrange(arranged, made_of.shape, _copied(order.arranged(whole)))
                 is_known = True
             made = AttentionMap.from_source(made_of, path=call.path, kind=call.kind, gradient=gradient)
             made.axes_assumed = not is_known and math.prod(source.shape[:2]) > 1
             return made
 
+        sizes = _sum(sizes, _sizes(*([] if modifiers is None else modifiers.tensors())))
         return Copy(map_of, _sum(sizes, _sizes(query, *([] if gradient is None else gradient.tensors()))), evidence)
+
+    def _of_samples(self, call: AttentionCall, sampled: SampledCall) -> Copy:
+        weights = four_axes(_copied(sampled.weights), call.heads)
+        cells = _copied(sampled.cells).reshape(*weights.shape, 2)
+        source = Samples(cells, weights, sampled.sizes, sampled.counts)
+        batch, heads = weights.shape[:2]
+        values = [value.detach().reshape(batch, heads, *value.shape[-3:]) for value in sampled.values]
+        output = sampled.output.detach().reshape(*weights.shape[:3], -1)
+        evidence = of_samples(source, values, output, call.number)
+        reason = "the gradient by the weights of a deformable attention is not recorded"
+        gradient = self._gradient_of(sampled.output, source.shape, None, reason)
+
+        def map_of(order: Order | None) -> AttentionMap:
+            made_of = source if order is None else source.arranged(order.arranged)
+            made = AttentionMap.from_source(made_of, path=call.path, kind=call.kind, gradient=gradient)
+            made.axes_assumed = order is None and batch * heads > 1
+            return made
+
+        return Copy(map_of, _sizes(cells, weights), evidence)
 
     def _kept_keys(self, path: str, key: Tensor, queries: int) -> tuple[Keys, dict[str, int]]:
         """The keys of a call, and the bytes that they add. Of a growing cache only the new keys are copied."""

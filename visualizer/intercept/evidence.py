@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..maps import Factors, without_autograd
+from ..maps import Factors, Samples, without_autograd
 
 _ROWS = 2
 _ROUNDING = {torch.float32: 16, torch.float64: 16}  # steps of the output's type at the largest value; others: 4
@@ -67,6 +67,18 @@ def of_weights(weights: Tensor, values: Tensor, output: Tensor, number: int) -> 
     chosen = _some(weights.shape[-2], number)
     dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
     return Evidence(weights[..., chosen, :].to(dtype), values, output[..., chosen, :], lambda: 0.0)
+
+
+@without_autograd
+def of_samples(source: Samples, values: Sequence[Tensor], output: Tensor, number: int) -> Evidence | None:
+    """The evidence for points: values (batch, heads, width, height, width of a level) of each level."""
+    batch, heads, queries, keys = source.shape
+    if not (batch * heads * queries * keys and output.numel()):
+        return None
+    chosen, image, head = _some(queries, number), number % batch, number // batch % heads
+    cells = torch.cat([level[image, head].flatten(1) for level in values], 1).mT
+    one = source.of_head(image, head)
+    return Evidence(one.rows(chosen)[0, 0], cells, output[image, head, chosen], source.largest_side)
 
 
 def _some(queries: int, number: int) -> slice:

@@ -9,7 +9,7 @@ others are those of a sigmoid, a relu and the like.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..tensors import is_plain_torch
 from .axes import Output, einsum_labels
 from .kernels import name_of
+from .lineage import Lineage
 
 _PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm"))
 _MAKES_SCORES = frozenset(("cdist", "inner", "tensordot", "addbmm"))  # besides the products
@@ -58,15 +59,15 @@ class Softmax:
         self._copy: Tensor | None = None
         self._recorded = set[Any]()
 
-    def is_recorded(self, part: Tensor) -> bool:
-        """Whether these of the weights are in a map already; from now on they are."""
+    def take(self, part: Tensor) -> bool:
+        """Put a part of the weights, or all, into a map; False if they are in one already."""
         weights = self._reference()
         is_part = weights is not None and part.numel() < weights.numel() and is_plain_torch(torch)
         which = (part.data_ptr(), part.shape, part.stride()) if is_part else None
         if self._recorded and (None in self._recorded or which in self._recorded or not is_part):
-            return True
+            return False
         self._recorded.add(which)
-        return False
+        return True
 
     def hold(self) -> None:
         """Keep the tensor alive, now that others are made of it."""
@@ -138,12 +139,12 @@ class Tracing:
     """Follows scores, weights and the outputs of attention calls from function to function, in one thread."""
 
     def __init__(self) -> None:
-        self.lineage: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
-        """By their ids, the tensors that are followed, and what they are."""
+        self.lineage = Lineage()
+        """The tensors that are followed, and what they are."""
 
     def follow_output(self, tensor: Tensor, output: Output, layout: Any = None) -> None:
         """Find out what the model does with the axes of an attention call's output."""
-        self._follow(tensor, (output, output.layout if layout is None else layout))
+        self.lineage.follow(tensor, (output, output.layout if layout is None else layout))
 
     def before(self, func: Any, args: Any, kwargs: Any) -> Callable[[Any], Product | None] | None:
         """Look at the arguments of a function that is about to run.
@@ -152,7 +153,7 @@ class Tracing:
         values if it is one. None if the result is of no interest.
         """
         name = name_of(func)
-        known = list(self._known_in([*args, *kwargs.values()]))
+        known = list(self.lineage.known_in([*args, *kwargs.values()]))
         if not known and not may_begin(name) and name not in _SOFTMAXES:
             return None
         if known and not may_begin(name) and all(isinstance(origin, tuple) for _, origin in known):
@@ -180,7 +181,7 @@ class Tracing:
         """
         if not isinstance(result, Tensor) or result.ndim < 2 or not result.is_floating_point():
             return
-        known = list(self._known_in([*args, *kwargs.values()]))
+        known = list(self.lineage.known_in([*args, *kwargs.values()]))
         weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
         if weights:
             self._carry_weights(function, "", args, kwargs, result, weights, None)
@@ -189,7 +190,7 @@ class Tracing:
         if any(origin is _SCORES for _, origin in known) or all(item.shape != result.shape for item in given):
             made = _weights_of_scores(result) if is_plain_torch(torch) and not bool((result < 0).any()) else None
             is_softmax = made is not None and made.softmaxes[0].is_normalised
-            self._follow(result, made if is_softmax else _SCORES)
+            self.lineage.follow(result, made if is_softmax else _SCORES)
 
     def _after(
         self,
@@ -212,12 +213,12 @@ class Tracing:
                 weights = _scores_as_weights(name, args, known)
             if weights:
                 return self._product(name, args, kwargs, result, weights)
-            self._follow(result, _SCORES)
+            self.lineage.follow(result, _SCORES)
         elif name in _MAKES_SCORES:
-            self._follow(result, _SCORES)
+            self.lineage.follow(result, _SCORES)
         elif name in _SOFTMAXES and _is_over_last(args, kwargs, result):
             is_of_scores = any(origin is _SCORES or isinstance(origin, _Weights) for _, origin in known)
-            self._follow(result, _Weights((Softmax(result, is_of_scores=is_of_scores),)))
+            self.lineage.follow(result, _Weights((Softmax(result, is_of_scores=is_of_scores),)))
         elif weights:
             self._carry_weights(func, name, args, kwargs, made, weights, undropped)
         elif name not in _ENDS:
@@ -225,7 +226,7 @@ class Tracing:
                 if isinstance(one, Tensor) and one.ndim > 1:
                     for tensor, origin in known:
                         if origin is _SCORES and _has_same_places(name, tensor, one):
-                            self._follow(one, _SCORES)
+                            self.lineage.follow(one, _SCORES)
         return None
 
     def _follow_all(self, func: Any, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any) -> None:
@@ -281,7 +282,7 @@ class Tracing:
             return
         if not any(_has_same_places(name, one, result) for one, _ in weights):
             if result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
-                self._follow(result, _View(origin))
+                self.lineage.follow(result, _View(origin))
             return
         softmaxes = tuple(dict.fromkeys(softmax for _, item in weights for softmax in item.softmaxes))
         for softmax in softmaxes:
@@ -302,14 +303,14 @@ class Tracing:
         elif any(item.without_dropout is not None for _, item in weights):
             made.without_dropout = _without_dropout(func, args, kwargs, weights, result is tensor)
             made.before_dropout = origin.before_dropout
-        self._follow(result, made)
+        self.lineage.follow(result, made)
 
     def _product(
         self, name: str, args: Any, kwargs: Any, result: Any, weights: Sequence[tuple[Tensor, _Weights]]
     ) -> Product | None:
         tensor, origin = weights[0]
-        are_recorded = [softmax.is_recorded(tensor) for softmax in origin.softmaxes]
-        if all(are_recorded):
+        taken = [softmax.take(tensor) for softmax in origin.softmaxes]
+        if not any(taken):
             return None
         shown = tensor if origin.without_dropout is None else origin.without_dropout
         order, values, output, places = _operands(name, args, kwargs, tensor, result)
@@ -327,21 +328,6 @@ class Tracing:
             origin.without_dropout is not None,
             origin.without_dropout is not None and origin.without_dropout is not source,
         )
-
-    def _follow(self, tensor: Any, origin: Any) -> None:
-        if isinstance(tensor, Tensor):
-            lineage, number = self.lineage, id(tensor)
-            lineage[number] = weakref.ref(tensor, lambda _: lineage.pop(number, None)), origin
-
-    def _known_in(self, items: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
-        """The tensors that are followed, among a function's arguments."""
-        for item in items:
-            known = self.lineage.get(id(item))
-            tensor = None if known is None else known[0]()
-            if known is not None and tensor is not None and tensor is item:
-                yield tensor, known[1]
-            elif isinstance(item, (list, tuple)):
-                yield from self._known_in(item)
 
 
 def _is_over_last(args: Any, kwargs: Any, result: Tensor) -> bool:

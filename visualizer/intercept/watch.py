@@ -23,10 +23,9 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from ..errors import warn
 from ..instrument import Uncompiled, named_modules
 from ..tensors import is_plain_torch, why_unreal
-from . import interface
+from . import extensions, functions
 from .axes import Order, Output
 from .copies import AttentionCall
-from .interface import attention_interface
 from .kernels import KERNELS, FusedCall, as_computed, in_four_axes, multi_head_attention, name_of
 from .modules import (
     ModuleCall,
@@ -40,6 +39,7 @@ from .modules import (
     kind_of,
     packed_groups,
 )
+from .sampling import SAMPLING_KERNELS, SampledCall, Sampling, may_read_cells, may_sample
 from .softmax import Product, Tracing, may_begin
 
 File = Callable[[Order | None, str], Callable[[], None] | None]
@@ -55,6 +55,7 @@ class _Thread(threading.local):
         self.is_in_block = False  # by a mode that ends with the recording
         self.heads: int | None = None  # of the nn.MultiheadAttention under way
         self.tracing = Tracing()
+        self.sampling = Sampling()
         self.pending = deque[_Pending]()
         self.filing: tuple[ModuleCall, ...] | None = None  # the calls that were under way when the map was made
         self.count = 0
@@ -65,6 +66,7 @@ class _Thread(threading.local):
         self.calls.clear()
         self.pending.clear()
         self.tracing.lineage.clear()
+        self.sampling.lineage.clear()
         self.frame = None
 
 
@@ -118,7 +120,8 @@ class Watch:
                 module.register_forward_pre_hook(_Hook(self._begin_call, path, known), prepend=True, with_kwargs=True),
                 module.register_forward_hook(_Hook(self._end_call, path, known), always_call=True),
             ]
-        interface.begin(self)
+        functions.begin(self)
+        extensions.begin(self)
         _see_scripted(True)
         if scripted:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
@@ -137,7 +140,8 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._uncompiled.end()
-        interface.end(self)
+        functions.end(self)
+        extensions.end(self)
         if not self._has_ended:
             self._has_ended = True
             _see_scripted(False)
@@ -204,12 +208,15 @@ class Watch:
             thread.is_watched = False
             _remove(self._mode)
 
-    def looks_at(self, func: Any) -> bool:
+    def looks_at(self, func: Any, args: Any) -> bool:
         """Whether a function that is called now may have to do with attention."""
         thread = self._thread
         if not thread.calls:
             return False
-        return _begins_attention(func) or (bool(thread.tracing.lineage) and not _returns_no_tensor(func))
+        if _begins_attention(func) or may_read_cells(func, args):
+            return True
+        follows = bool(thread.tracing.lineage) or bool(thread.sampling.lineage)
+        return follows and not _returns_no_tensor(func)
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions for a module, and record it if it attends."""
@@ -217,7 +224,11 @@ class Watch:
         if name in KERNELS:
             output = func(*args, **kwargs)
             with self._unharmed():
-                self._see_fused(name, output, args, kwargs)
+                self._see_fused(name, lambda: KERNELS[name](output, *args, **kwargs))
+        elif name in SAMPLING_KERNELS:
+            output = func(*args, **kwargs)
+            with self._unharmed():
+                self._see_sampled(name, SAMPLING_KERNELS[name](output, *args, **kwargs))
         elif name == _MULTI_HEAD:
             before, thread.heads = thread.heads, args[4] if len(args) > 4 else kwargs.get("num_heads")
             try:
@@ -234,6 +245,9 @@ class Watch:
                 product = None if after is None else after(output)
                 if product is not None:
                     self._see_product(name, product)
+                sampled = thread.sampling.after(func, args, kwargs, output)
+                if sampled is not None:
+                    self._see_sampled("the sum over its points", sampled)
         if thread.pending:
             self._file_settled()
         return output
@@ -249,11 +263,18 @@ class Watch:
         thread = self._thread
         return thread.count if thread.calls else None
 
-    def see_interface(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
-        """Record a call of a kernel that transformers knows by this name, in which nothing else was seen."""
-        with self._unharmed(), _aside():
-            fused = attention_interface(result, *args, **kwargs)
-            self._see_call(name, fused, Order(tuple(fused.query.shape[:2]), (False, True)))
+    def see_function(self, name: str, describe: Callable[[], FusedCall]) -> None:
+        """Record a call of a function in Python that attends, in which nothing else was seen."""
+        with self._unharmed():
+            self._see_fused(name, describe)
+        self._file_settled()
+
+    def see_sampled(self, name: str, describe: Callable[[], SampledCall]) -> None:
+        """Record a deformable attention of a compiled kernel, in which nothing else was seen."""
+        with self._unharmed():
+            with _aside():
+                sampled = describe()
+            self._see_sampled(name, sampled)
         self._file_settled()
 
     def _unharmed(self, calls: Sequence[ModuleCall] = ()) -> _Unharmed:
@@ -261,7 +282,7 @@ class Watch:
         return _Unharmed(self._refuse, calls or self._thread.calls)
 
     def _refuse(self, calls: Sequence[ModuleCall], error: Exception) -> None:
-        path = calls[-1].path
+        path = calls[-1].path if calls else ""
         if path not in self._refused:
             self._refused.add(path)
             warn(
@@ -269,23 +290,21 @@ class Watch:
                 f"{type(error).__name__}: {error}"
             )
 
-    def _see_fused(self, name: str, output: Any, args: Any, kwargs: Any) -> None:
-        self._see_call(name, KERNELS[name](output, *args, **kwargs))
-
-    def _see_call(self, name: str, seen: FusedCall, order: Order | None = None) -> None:
-        """Record a fused call; `order` tells its axes apart where the kernel itself does."""
-        fused, calls = seen, self._thread.calls
+    def _see_fused(self, name: str, describe: Callable[[], FusedCall]) -> None:
+        """Record a fused call."""
+        with _aside():
+            seen = describe()
+        calls = self._thread.calls
         path = calls[-1].path
-        if _has_ended(self._thread.frame) or self._is_refused(path, fused.query):
+        if _has_ended(self._thread.frame) or self._is_refused(path, seen.query):
             return
         with _aside():
-            groups = packed_groups(calls[-1], fused.query, fused.key)
-            fused = in_four_axes(as_computed(fused), self._heads_of(fused.query), groups)
+            groups = 1 if seen.has_heads else packed_groups(calls[-1], seen.query, seen.key)
+            fused = in_four_axes(as_computed(seen), self._heads_of(seen.query), groups)
             kind = kind_of(calls, fused.query.shape[2], fused.key.shape[2])
             call = AttentionCall(path, kind, fused, None, self._thread.count)
             output = Output(seen.output.shape)
-            output.order = order
-            if groups > 1:  # the model's own way of calling tells them apart
+            if seen.has_heads or groups > 1:  # the kernel, or the model's own way of calling it, tells them apart
                 output.order = Order(tuple(fused.query.shape[:2]), (False, True))
             self._await(name, call, seen.output, output)
 
@@ -300,6 +319,19 @@ class Watch:
             output = Output(product.output.shape)
             layout = [output.layout[place] for place in product.places]
             self._await(f"softmax and {name}", call, product.returned, output, layout)
+
+    def _see_sampled(self, name: str, sampled: SampledCall) -> None:
+        calls, weights = self._thread.calls, sampled.weights
+        path = calls[-1].path
+        if self._is_refused(path, weights):
+            return
+        with _aside():
+            kind = kind_of(calls, weights.shape[-2], sum(height * width for height, width in sampled.sizes))
+            call = AttentionCall(path, kind, sampled, self._heads_of(weights), self._thread.count)
+            output = Output(sampled.output.shape)
+            output.order = sampled.order
+            layout = [output.layout[place] for place in sampled.places]
+            self._await(name, call, sampled.returned, output, layout)
 
     def _await(self, kernel: str, call: AttentionCall, returned: Tensor, output: Output, layout: Any = None) -> None:
         """Record a call, and file its map once the model has told its axes apart."""
@@ -409,7 +441,7 @@ _MULTI_HEAD = "multi_head_attention_forward"
 def _begins_attention(func: Any) -> bool:
     """Whether a function attends, or may be the first to; all others mean something only after a product."""
     name = name_of(func)
-    return name in KERNELS or name == _MULTI_HEAD or may_begin(name)
+    return name in KERNELS or name == _MULTI_HEAD or may_begin(name) or may_sample(name)
 
 
 _NO_TENSOR = frozenset(("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item"))
@@ -517,6 +549,6 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         watch = self.watch()
-        if watch is None or not watch.looks_at(func):  # nearly always
+        if watch is None or not watch.looks_at(func, args):  # nearly always
             return func(*args, **kwargs)
         return watch.see(func, args, kwargs)

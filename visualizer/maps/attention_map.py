@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .gradients import Gradient
+from .samples import Samples
 from .sources import Factors, Keys, Weights, computed_in, slices, without_autograd
 
 CHUNK = 2**23
@@ -41,8 +42,9 @@ class AttentionMap:
     """The path of the module that attended; "" for the model itself, or if it is not known."""
     kind: str | None
     """"self", "cross" or "window" (its batch is images x windows); None if the call did not say."""
-    source: Weights | Factors
-    """The weights, or the query and key that they are computed from."""
+    source: Weights | Factors | Samples
+    """What the rows come from: the weights, or the query and key that they are computed from; of a deformable
+    attention `Samples`, whose `points` and `weights` say where each query looks and how much."""
     gradient: Gradient | None
     """What `grad_rows` reads; None if no gradient was recorded."""
     is_softmax: bool
@@ -112,7 +114,12 @@ class AttentionMap:
 
     @classmethod
     def from_source(
-        cls, source: Weights | Factors, *, path: str = "", kind: str | None = None, gradient: Gradient | None = None
+        cls,
+        source: Weights | Factors | Samples,
+        *,
+        path: str = "",
+        kind: str | None = None,
+        gradient: Gradient | None = None,
     ) -> AttentionMap:
         """The map of weights, or of query and key, that are prepared already."""
         made = cls.__new__(cls)
@@ -139,6 +146,21 @@ class AttentionMap:
     def is_dense(self) -> bool:
         """Whether the weights exist; otherwise each reading computes them."""
         return isinstance(self.source, Weights)
+
+    @property
+    def sequences(self) -> tuple[AttentionMap, ...]:
+        """Of each sequence that was packed into one call, its own map, (1, heads, its queries, its keys); else ().
+
+        The map itself then has one batch of all tokens, as the call had, and is zero between the sequences. These are
+        views of it.
+
+        >>> import torch
+        >>> from visualizer import AttentionMap
+        >>> AttentionMap(torch.eye(4).expand(1, 1, 4, 4)).sequences
+        ()
+        """
+        sources = self.source.of_sequences() if isinstance(self.source, Factors) else []
+        return tuple(AttentionMap.from_source(source, path=self.path, kind=self.kind) for source in sources)
 
     @property
     def nbytes(self) -> int:
@@ -299,7 +321,11 @@ class AttentionMap:
     @classmethod
     def unpacked(cls, packed: dict[str, Any]) -> AttentionMap:
         """The map that `packed` was called on, without gradients."""
-        source = Weights(packed["weights"]) if "weights" in packed else Factors.unpacked(packed)
+        source: Weights | Factors | Samples
+        if "weights" in packed:
+            source = Weights(packed["weights"])
+        else:
+            source = (Samples if "cells" in packed else Factors).unpacked(packed)
         made = cls.from_source(source, path=packed["path"], kind=packed["kind"])
         made.softmaxes = tuple(map(cls.unpacked, packed.get("softmaxes", ())))
         made.is_softmax = packed.get("is_softmax", not made.softmaxes)
@@ -343,7 +369,7 @@ class AttentionMap:
     def __repr__(self) -> str:
         place = f" of {self.path!r}" if self.path else ""
         kind = f", {self.kind}" if self.kind else ""
-        how = "dense" if self.is_dense else "from query and key"
+        how = "dense" if self.is_dense else f"from {self.source.kept}"
         dtype = str(self.source.dtype).removeprefix("torch.")
         count = len(self.softmaxes)
         made = "" if self.is_softmax else f", made of {count or 'no'} softmax" + ("es" if count > 1 else "")

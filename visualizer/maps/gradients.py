@@ -32,10 +32,15 @@ class Gradient:
         return self._incoming is None and self._reason is None
 
     def arrange(
-        self, shape: tuple[int, int, int, int], values: Tensor | None, arrange: Callable[[Tensor], Tensor]
+        self,
+        arrange: Callable[[Tensor], Tensor],
+        shape: tuple[int, int, int, int] | None = None,
+        values: Tensor | None = None,
     ) -> None:
-        """Take another shape and other values, and make (batch, heads, queries, ...) of what arrives."""
-        self._shape, self._values, self._arrange = shape, values, arrange
+        """Make (batch, heads, queries, ...) of what arrives; and take another shape, and other values, if given."""
+        self._arrange = arrange
+        self._shape = self._shape if shape is None else shape
+        self._values = self._values if values is None else values
 
     def accumulate(self, incoming: Tensor) -> None:
         """Add the gradient of the output, or of the weights, that a backward pass brings."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -48,6 +49,9 @@ def slices(count: int, size: int) -> Iterator[slice]:
 
 class Weights:
     """Weights that exist, (batch, heads, queries, keys)."""
+
+    kept = "weights"
+    """What is held, in words."""
 
     def __init__(self, weights: Tensor) -> None:
         self._weights = weights
@@ -109,6 +113,60 @@ class Keys:
         return (self.buffer.shape[2] - before) * keys[:, :, :1].numel() * keys.element_size()
 
 
+@dataclass(frozen=True)
+class Modifiers:
+    """What kernels such as flash attention do to scores besides a mask. It takes no memory for pairs of tokens.
+
+    Tensors have the axes (batch or 1, heads or 1, queries or 1, ...).
+    """
+
+    softcap: float = 0.0
+    """Scores become softcap * tanh(score / softcap); 0: they stay."""
+    spans: Tensor | None = None
+    """(..., 2), integers: a query may attend to the keys from the first number up to the second, which is not one of
+    them. So causal attention, windows, padding and packed sequences are all the same."""
+    slopes: Tensor | None = None
+    """(..., 1), ALiBi: slope * |place - key| is taken off the scores."""
+    places: Tensor | None = None
+    """(..., 1): the number of the key at which each query stands, for the slopes."""
+    sinks: Tensor | None = None
+    """(..., 1): one more score for each query, which takes its share of the softmax and has no value."""
+    sequences: Tensor | None = None
+    """(sequences, 4), where several were packed into one: the first query of each and the one behind its last, the
+    first key and the one behind its last."""
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Modifiers:
+        """The same with what a function makes of each tensor that has the axes of the map."""
+        values = replace(self, sequences=None).packed()
+        changed: dict[str, Any] = {name: function(one) for name, one in values.items() if isinstance(one, Tensor)}
+        return replace(self, **changed)
+
+    def of_sequence(self, first_query: int, behind_queries: int, first_key: int, behind_keys: int) -> Modifiers:
+        """The same of one of the packed sequences."""
+        made = replace(self, sequences=None).mapped(lambda one: _rows(one, slice(first_query, behind_queries)))
+        spans = None if made.spans is None else (made.spans - first_key).clamp(0, behind_keys - first_key)
+        return replace(made, spans=spans, places=None if made.places is None else made.places - first_key)
+
+    def to(self, device: torch.device | str) -> Modifiers:
+        """The same on another device."""
+        sequences = None if self.sequences is None else self.sequences.to(device)
+        return replace(self.mapped(lambda tensor: tensor.to(device)), sequences=sequences)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are held."""
+        return [value for value in self.packed().values() if isinstance(value, Tensor)]
+
+    def packed(self) -> dict[str, Any]:
+        """As tensors and numbers, for a file: those that say something."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor) or value}
+
+
+def _rows(tensor: Tensor, queries: slice | Tensor) -> Tensor:
+    """Some queries of a tensor with the axes of a map, whose third may be of length 1."""
+    return tensor if tensor.shape[2] == 1 else tensor[:, :, queries]
+
+
 class Factors:
     """The query and key of a fused call, whose weights are softmax(scale * query . key^T + mask).
 
@@ -120,7 +178,11 @@ class Factors:
         causal: query i sees the keys 0 to i + causal: 0 for a decoder's square, None for no such bound.
         score_mod, mask_mod: flex_attention's functions of (score, batch, head, query, key) and of
             (batch, head, query, key).
+        modifiers: what else happens to the scores; None: nothing.
     """
+
+    kept = "query and key"
+    """What is held, in words."""
 
     def __init__(
         self,
@@ -132,6 +194,7 @@ class Factors:
         causal: int | None = None,
         score_mod: Callable[..., Tensor] | None = None,
         mask_mod: Callable[..., Tensor] | None = None,
+        modifiers: Modifiers | None = None,
     ) -> None:
         self._query, self.keys, self._length = query, keys, length
         self._scale = 1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale)
@@ -139,6 +202,7 @@ class Factors:
             mask = mask.detach()
         self.mask, self._causal = mask, causal
         self._score_mod, self._mask_mod = score_mod, mask_mod
+        self._modifiers = Modifiers() if modifiers is None else modifiers
         self.shape = query.shape[0], query.shape[1], query.shape[2], length
         self.dtype, self.device = query.dtype, query.device
         self._bias = None
@@ -154,6 +218,9 @@ class Factors:
     def rows(self, queries: slice | Tensor) -> Tensor:
         """The weights of some queries."""
         scores, may_be_empty = self.scores(queries)
+        if self._modifiers.sinks is not None:
+            sinks = _rows(self._modifiers.sinks, queries).to(scores.dtype).expand(*scores.shape[:3], 1)
+            return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
         empty = scores.amax(-1, keepdim=True) == -math.inf if may_be_empty else None
         torch.softmax(scores, -1, out=scores)  # in place: new memory costs more than the softmax
         return scores if empty is None else scores.masked_fill_(empty, 0)
@@ -167,16 +234,25 @@ class Factors:
         groups = heads // max(1, key.shape[1])
         query = query.reshape(batch * key.shape[1], groups * count, width)  # consecutive heads share a key head
         scores = torch.bmm(query, key.flatten(0, 1).mT).view(batch, heads, count, self._length)
-        may_be_empty = False
+        may_be_empty, modifiers = False, self._modifiers
+        if modifiers.softcap:
+            scores.div_(modifiers.softcap).tanh_().mul_(modifiers.softcap)
         if self.has_functions:
             scores, may_be_empty = self._modified(scores, queries), True
+        if modifiers.slopes is not None and modifiers.places is not None:
+            distance = (_rows(modifiers.places, queries) - torch.arange(self._length, device=self.device)).abs()
+            scores -= _rows(modifiers.slopes, queries).to(dtype) * distance
+        if modifiers.spans is not None:
+            spans, places = _rows(modifiers.spans, queries), torch.arange(self._length, device=self.device)
+            scores.masked_fill_((places < spans[..., :1]) | (places >= spans[..., 1:]), -math.inf)
+            may_be_empty = True
         if self._causal is not None:
             index = torch.arange(self.shape[2], device=self.device)[queries]
             hidden = torch.arange(self._length, device=self.device) > index[:, None] + self._causal
             scores.masked_fill_(hidden, -math.inf)
             may_be_empty |= self._causal < 0
         if self._bias is not None:
-            bias = self._bias if self._bias.shape[2] == 1 else self._bias[:, :, queries]
+            bias = _rows(self._bias, queries)
             if bias.dtype == torch.bool:
                 scores.masked_fill_(~bias, -math.inf)
             else:
@@ -209,19 +285,42 @@ class Factors:
         """
         keys = self.keys.first(self._length)
         groups = self.shape[1] // keys.shape[1]
-        heads, mask = slice(head * groups, (head + 1) * groups), self._bias
-        if mask is not None:
-            mask = mask if mask.shape[0] == 1 else mask[image : image + 1]
-            mask = mask if mask.shape[1] == 1 else mask[:, heads]
+        heads = slice(head * groups, (head + 1) * groups)
+
+        def part(tensor: Tensor) -> Tensor:
+            tensor = tensor if tensor.shape[0] == 1 else tensor[image : image + 1]
+            return tensor if tensor.shape[1] == 1 else tensor[:, heads]
+
+        mask, modifiers = None if self._bias is None else part(self._bias), self._modifiers.mapped(part)
         query, key = self._query[image : image + 1, heads], keys[image : image + 1, head : head + 1]
-        return Factors(query, Keys(key), self._length, self._scale, mask, self._causal)
+        return Factors(query, Keys(key), self._length, self._scale, mask, self._causal, None, None, modifiers)
+
+    def of_sequences(self) -> list[Factors]:
+        """Of each of the sequences that were packed into one, the same."""
+        if self._modifiers.sequences is None:
+            return []
+        made = []
+        for ends in self._modifiers.sequences.tolist():
+            queries, places = slice(*ends[:2]), slice(*ends[2:])
+            mask = None if self._bias is None else _rows(self._bias, queries)
+            if mask is not None and mask.shape[3] > 1:
+                mask = mask[..., places]
+            query, keys = self._query[:, :, queries], Keys(self.keys.first(self._length)[:, :, places])
+            modifiers = self._modifiers.of_sequence(*ends)
+            made.append(Factors(query, keys, keys.length, self._scale, mask, None, None, None, modifiers))
+        return made
 
     def arranged(self, arrange: Callable[[Tensor], Tensor]) -> Factors:
         """The same with other batch and heads; `arrange` makes them of a tensor that has those of this one."""
         lead, key = self.shape[:2], self.keys.first(self._length)
         key = key.repeat_interleave(lead[1] // key.shape[1], 1)
-        mask = None if self._bias is None else arrange(self._bias.expand(*lead, *self._bias.shape[2:]))
-        return Factors(arrange(self._query), Keys(arrange(key)), self._length, self._scale, mask, self._causal)
+
+        def expanded(tensor: Tensor) -> Tensor:
+            return arrange(tensor.expand(*lead, *tensor.shape[2:]))
+
+        mask, modifiers = None if self._bias is None else expanded(self._bias), self._modifiers.mapped(expanded)
+        query, keys = arrange(self._query), Keys(arrange(key))
+        return Factors(query, keys, self._length, self._scale, mask, self._causal, None, None, modifiers)
 
     @property
     def has_functions(self) -> bool:
@@ -236,13 +335,14 @@ class Factors:
         )
         scores, _ = magnitude.scores(queries)
         if self._bias is not None and self._bias.dtype != torch.bool:
-            scores += (self._bias if self._bias.shape[2] == 1 else self._bias[:, :, queries]).abs()
+            scores += _rows(self._bias, queries).abs()
         counting = scores[self.rows(queries) > _COUNTS]
         return float(counting.amax()) if counting.numel() else 0.0
 
     def tensors(self) -> list[Tensor]:
         """The tensors that are held; other maps may hold the mask and the keys too."""
-        return [self._query, self.keys.first(self._length), *([] if self.mask is None else [self.mask])]
+        mask = [] if self.mask is None else [self.mask]
+        return [self._query, self.keys.first(self._length), *mask, *self._modifiers.tensors()]
 
     def to(self, device: torch.device | str) -> Factors:
         """The same on another device."""
@@ -253,7 +353,8 @@ class Factors:
             raise ValueError(
                 "a map with a score_mod or block_mask cannot move: its functions hold tensors; take dense()"
             )
-        return Factors(self._query.to(device), keys, self._length, self._scale, mask, self._causal, *functions)
+        query, modifiers = self._query.to(device), self._modifiers.to(device)
+        return Factors(query, keys, self._length, self._scale, mask, self._causal, *functions, modifiers)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.has_functions:  # which cannot be pickled
@@ -266,10 +367,12 @@ class Factors:
             return {"weights": torch.cat([self.rows(part) for part in slices(self.shape[2], 256)], 2)}
         key = shared.setdefault(id(self.keys), self.keys.first(self.keys.length))
         rest = {"length": self._length, "scale": self._scale, "mask": self.mask, "causal": self._causal}
-        return {"query": self._query, "key": key, **rest}
+        modifiers = self._modifiers.packed()
+        return {"query": self._query, "key": key, **rest} | ({"modifiers": modifiers} if modifiers else {})
 
     @classmethod
     def unpacked(cls, packed: dict[str, Any]) -> Factors:
         """What `packed` made, as it was."""
-        values = (packed[name] for name in ("length", "scale", "mask", "causal"))
-        return cls(packed["query"], Keys(packed["key"]), *values)
+        length, scale, mask, causal = (packed[name] for name in ("length", "scale", "mask", "causal"))
+        modifiers = Modifiers(**packed.get("modifiers", {}))
+        return cls(packed["query"], Keys(packed["key"]), length, scale, mask, causal, modifiers=modifiers)

@@ -1,0 +1,159 @@
+"""Kernels that are Python functions, which no mode of torch sees: those of other libraries, and of transformers.
+
+While a model is watched, two kinds of function tell of their calls. Those registered in transformers'
+AttentionInterface are wrapped by the interface's own way to override one. Those of other libraries, such as
+`flash_attn_func`, are found by their names in all modules, and have their code swapped: so a call is seen however the
+function got there, imported by name, kept in an object, or wrapped. Where something that attends was seen inside of a
+call, that is what a map is made of; else the call itself. Whether it is right, its proof tells.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from functools import wraps
+from types import CodeType, FunctionType
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .kernels import FUNCTIONS, FusedCall, attention_interface
+
+
+class Watcher(Protocol):
+    """What is told of the calls."""
+
+    def seen_calls(self) -> int | None:
+        """How many attention calls were seen in this thread; None outside of a module's call."""
+
+    def see_function(self, name: str, describe: Callable[[], FusedCall]) -> None:
+        """Take note of a function's call in which no other was seen; `describe` says what it was."""
+
+
+_lock = threading.Lock()
+_watchers: list[weakref.ref[Any]] = []
+_wrapped: dict[str, tuple[Any, Any]] = {}  # the function before and its wrapper, by the name of the interface
+_swapped: dict[FunctionType, tuple[CodeType, CodeType, bool]] = {}  # the codes before and now; is the signature ours
+_here = threading.local()  # `is_hidden`: calls of other libraries' functions are a part of the one under way
+
+
+def begin(watcher: Watcher) -> None:
+    """Have a watcher told of the calls, of what is imported by now."""
+    with _lock:
+        _watchers.append(weakref.ref(watcher))
+        functions = _interface()
+        for name in [*functions]:
+            if name not in _wrapped:
+                original = functions[name]
+                wrapper = _wrapper(name, original)
+                _wrapped[name] = original, wrapper
+                functions[name] = wrapper
+        for module in [*sys.modules.values()]:
+            members = getattr(module, "__dict__", {})
+            for name, kernel in FUNCTIONS.items():
+                function = members.get(name)
+                if type(function) is FunctionType and function is not kernel and function not in _swapped:
+                    _swap(name, function)
+
+
+def end(watcher: Watcher) -> None:
+    """Have it told no more; with the last one the functions are again what they were."""
+    with _lock:
+        _watchers[:] = [known for known in _watchers if known() not in (None, watcher)]
+        if _watchers:
+            return
+        functions = _interface()
+        for name, (original, wrapper) in _wrapped.items():
+            if functions.get(name) is wrapper:
+                del functions[name]
+                if functions.get(name) is not original:  # it was an override itself
+                    functions[name] = original
+        for function, (code, ours, is_ours) in _swapped.items():
+            if function.__code__ is ours:  # else another tool has swapped it meanwhile
+                function.__code__ = code
+            if is_ours:
+                vars(function).pop("__signature__", None)
+        _wrapped.clear()
+        _swapped.clear()
+
+
+def _interface() -> Any:
+    return getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
+
+
+def _wrapper(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask", args[4] if len(args) > 4 else None)
+        # Flash attention takes the padding out, and packs the rest, which is not the shape that the model works with.
+        hides = isinstance(mask, Tensor) and mask.ndim == 2
+        return _observed(
+            name, function, args, kwargs, lambda result: attention_interface(result, *args, **kwargs), hides
+        )
+
+    return call
+
+
+def _swap(name: str, function: FunctionType) -> None:
+    """Swap the function's code for one that tells of its calls. The function object stays the same."""
+    code, describe, signature = function.__code__, FUNCTIONS[name], inspect.signature(function)
+    original = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    original.__kwdefaults__ = function.__kwdefaults__
+
+    def call(args: Any, kwargs: Any) -> Any:
+        def described(result: Any) -> FusedCall:
+            return describe(result, **signature.bind(*args, **kwargs).arguments)
+
+        return _observed(name, original, args, kwargs, described)
+
+    ours = _code_that_calls(call, code)
+    is_ours = "__signature__" not in vars(function)
+    if is_ours:  # transformers asks which arguments there are
+        function.__signature__ = signature  # type: ignore[attr-defined]
+    function.__code__ = ours
+    _swapped[function] = code, ours, is_ours
+
+
+_PLACE = 0.125  # a constant, in whose place the function comes that is to be called
+
+
+def _any_arguments(*args: Any, **kwargs: Any) -> Any:
+    call: Any = 0.125
+    return call(args, kwargs)
+
+
+def _code_that_calls(call: Callable[[Any, Any], Any], code: CodeType) -> CodeType:
+    """Code that hands its arguments to a function, for a function that has this code now."""
+    template = _any_arguments.__code__
+    constants = tuple(call if constant == _PLACE else constant for constant in template.co_consts)
+    names = {"co_name": code.co_name, "co_qualname": code.co_qualname, "co_freevars": code.co_freevars}
+    return template.replace(co_consts=constants, **names)  # type: ignore[arg-type]
+
+
+def _observed(
+    name: str,
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    describe: Callable[[Any], FusedCall],
+    hides: bool = False,
+) -> Any:
+    """Run a function, and tell of its call."""
+    is_hidden = getattr(_here, "is_hidden", False)
+    if is_hidden:
+        return function(*args, **kwargs)
+    with _lock:
+        watchers = [watcher for known in _watchers if (watcher := known()) is not None]
+    before = [watcher.seen_calls() for watcher in watchers]
+    _here.is_hidden = hides
+    try:
+        result = function(*args, **kwargs)
+    finally:
+        _here.is_hidden = False
+    for watcher, count in zip(watchers, before, strict=True):
+        if count is not None and watcher.seen_calls() == count:
+            watcher.see_function(name, lambda: describe(result))
+    return result
