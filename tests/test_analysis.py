@@ -176,7 +176,7 @@ class TestEntropy:
     def test_its_ends(self):
         close(np.full((1, 1, 8), math.log(8)), entropy(torch.full((1, 1, 8, 8), 1 / 8)))
         close(np.zeros((1, 1, 8)), entropy(torch.eye(8).expand(1, 1, 8, 8)), 0)
-        close(np.zeros((1, 1, 8)), entropy(torch.zeros(1, 1, 8, 8)), 0)
+        close(np.full((1, 1, 8), math.nan), entropy(torch.zeros(1, 1, 8, 8)), 0)
 
     def test_of_a_causal_map(self):
         """With equal scores, query i is as broad as the i + 1 keys that it sees."""

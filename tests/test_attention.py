@@ -11,10 +11,11 @@ import torch
 import torch.nn.attention.bias
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as by_another_name
 
 from visualizer import AttentionMap, UnknownKeyError, VisualizerWarning, attention, load
-from visualizer.intercept import kernels
+from visualizer.intercept import copies, evidence, kernels
 
 
 class Heads(nn.Module):
@@ -695,6 +696,182 @@ class TestLeftAsItWas:
         maps.stop()
         assert maps.paths == ("0.attn",)
         assert not maps[-1].axes_assumed or maps[-1].shape == (2, 2, 5, 5)
+
+    @pytest.mark.parametrize("begin", ["start", "with"])
+    @pytest.mark.parametrize("around", ["device", "mode"])
+    def test_an_interrupt_takes_no_mode_away(self, x, begin, around):
+        """Between start() and stop(), and inside a `with`, what is around the call ends what it began."""
+
+        class Around(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                return func(*args, **(kwargs or {}))
+
+        class Stops(nn.Module):
+            def forward(self, x):
+                raise KeyboardInterrupt
+
+        model = nn.Sequential(Block(Fused), Stops())
+        maps = attention(model)
+        maps.start() if begin == "start" else maps.__enter__()
+        with pytest.raises(KeyboardInterrupt), torch.device("meta") if around == "device" else Around():
+            model(x)
+        assert torch.empty(1).device.type == "cpu"
+        F.scaled_dot_product_attention(x, x, x)  # of nobody
+        maps.stop()
+        assert torch.overrides._get_current_function_mode() is None
+        assert maps.paths == ("0.attn",)
+        assert len(maps) == 1
+
+    @pytest.mark.parametrize("first", ["recording", "mode"])
+    def test_modes_that_end_out_of_order(self, x, first):
+        class Counts(torch.overrides.TorchFunctionMode):
+            calls = 0
+
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                Counts.calls += 1
+                return func(*args, **(kwargs or {}))
+
+        model, counts = model_of(depth=1), Counts()
+        maps = attention(model)
+        for one in (maps, counts) if first == "recording" else (counts, maps):
+            one.__enter__()
+        model(x)
+        for one in (maps, counts) if first == "recording" else (counts, maps):
+            one.__exit__(None, None, None)
+        assert torch.overrides._get_current_function_mode() is None
+        assert len(maps) == 1 and Counts.calls > 0
+
+    def test_the_default_device_changes_meanwhile(self, x):
+        model = model_of(depth=1)
+        try:
+            with attention(model) as maps:
+                torch.set_default_device("meta")
+                model(x)
+            assert torch.empty(1).device.type == "meta"
+            with attention(model) as others:
+                torch.set_default_device(None)
+                model(x)
+        finally:
+            torch.set_default_device(None)
+        assert torch.empty(1).device.type == "cpu"
+        assert torch.overrides._get_current_function_mode() is None
+        assert len(maps) == len(others) == 1
+
+    @pytest.mark.parametrize("which", ["record", "doubt", "map_of"])
+    def test_the_model_sees_no_error_of_any_step(self, x, which, monkeypatch):
+        def fails(*args, **kwargs):
+            raise IndexError("of ours")
+
+        target, name = {
+            "record": (copies.Copies, "of"),
+            "doubt": (evidence.Evidence, "doubt"),
+            "map_of": (copies.AttentionMap, "from_source"),
+        }[which]
+        model = model_of(depth=1)
+        before = model(x)
+        monkeypatch.setattr(target, name, fails)
+        with pytest.warns(VisualizerWarning, match="'0.attn' is not recorded.*IndexError: of ours") as warned:
+            with attention(model) as maps:
+                assert torch.equal(before, model(x))
+        assert len(maps) == 0 and len(warned) == 1
+
+    def test_a_generator_is_recorded_as_far_as_it_runs(self, x):
+        class Steps(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attn = Fused()
+
+            def forward(self, x):
+                for _ in range(3):
+                    yield self.attn(x)
+
+        model = Steps()
+        with attention(model) as maps:
+            steps = model(x)
+            next(steps)
+        list(steps)
+        assert len(maps) == 1
+        assert torch.overrides._get_current_function_mode() is None
+
+    @pytest.mark.parametrize("how", ["in place", ".data", "numpy"])
+    @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+    def test_a_mask_that_changes_between_two_calls(self, x, mode, how):
+        class Twice(nn.Module):
+            def forward(self, q, mask):
+                first = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+                {"in place": lambda: mask, ".data": lambda: mask.data, "numpy": mask.numpy}[how]()[..., 0] = -torch.inf
+                return first + F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+        model = Twice()
+        with mode(), attention(model) as maps:
+            model(x[:, None], torch.zeros(5, 5))
+        assert (maps[0].dense()[..., 0] > 0).all()
+        assert (maps[1].dense()[..., 0] == 0).all()
+
+    @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+    @pytest.mark.parametrize("kind", [Fused, Open, "flex"])
+    @pytest.mark.parametrize("gradients", [False, True])
+    @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda maps: pickle.loads(pickle.dumps(maps))])
+    def test_maps_copied_or_pickled(self, x, kind, gradients, copied):
+        class Flex(Heads):
+            def attend(self, q, k, v):
+                return flex_attention(q, k, v, score_mod=lambda score, *_: score * 2)
+
+        if kind == "flex" and gradients:
+            kind = Fused
+        model = model_of(Flex if kind == "flex" else kind, 2)
+        with torch.set_grad_enabled(gradients), attention(model, gradients=gradients) as maps:
+            model(x).square().sum().backward() if gradients else model(x)
+            meanwhile = copied(maps)
+        assert not meanwhile.is_running
+        for twins in (meanwhile, copied(maps), [copied(one) for one in maps]):
+            assert all(torch.equal(one.dense(), twin.dense()) for one, twin in zip(maps, twins, strict=True))
+        for one in maps if gradients else ():
+            assert torch.equal(one.grad_dense(), copied(one).grad_dense())
+
+    @pytest.mark.parametrize("is_open", [False, True])
+    @pytest.mark.parametrize(
+        ("shape", "keys"),
+        [((0, 2, 5, 8), 5), ((2, 0, 5, 8), 5), ((2, 2, 0, 8), 5), ((2, 2, 5, 8), 0), ((2, 2, 5, 0), 5)],
+        ids=["batch", "heads", "queries", "keys", "width"],
+    )
+    def test_nothing_of_something(self, shape, keys, is_open):
+        class Cross(nn.Module):
+            def forward(self, q, k):
+                return (q @ k.mT).softmax(-1) @ k if is_open else F.scaled_dot_product_attention(q, k, k)
+
+        model = Cross()
+        with attention(model) as maps:
+            model(torch.randn(shape), torch.randn(*shape[:2], keys, shape[3]))
+        assert maps[0].shape == (*shape[:3], keys)
+        assert maps[0].dense().shape == (*shape[:3], keys)
+
+    def test_two_threads_record_two_models(self, x):
+        models, found = [model_of(), model_of()], {}
+
+        def run(number):
+            with attention(models[number]) as maps:
+                for _ in range(5):
+                    models[number](x)
+            found[number] = len(maps)
+
+        threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == {0: 15, 1: 15}
+
+    @pytest.mark.parametrize("is_same", [False, True])
+    def test_two_recordings_at_once(self, x, is_same):
+        model = model_of()
+        other = model if is_same else model_of()
+        with attention(model) as one, attention(other) as two:
+            model(x)
+            if not is_same:
+                other(x)
+        assert len(one) == len(two) == 3
+        assert torch.overrides._get_current_function_mode() is None
 
     def test_stop_in_a_hook(self, x):
         model = model_of()

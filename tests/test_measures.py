@@ -143,8 +143,24 @@ def test_queries_that_attend_to_nothing_are_zeros_or_nan():
         for weights in (zeros, nans):
             maps = [AttentionMap(layer) for layer in weights]
             states.append(torch.stack([measured(layer, Tokens(), [statistic])[0] for layer in maps]))
-            assert 3 == states[-1][:, 0].min()
+            assert (2 if isinstance(statistic, MeanMap) else 3) == states[-1][:, 0].min()
         torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_means_leave_out_queries_that_attend_to_nothing():
+    weights = torch.full((1, 1, 1, 4, 4), 1 / 4)
+    weights[..., 1:3, :] = 0
+    for statistic, expected in ((Entropy(), math.log(4)), (Confidence(), 1 / 4), (Received(), 1 / 4)):
+        statistic.update(weights)
+        assert torch.tensor(statistic.compute().mean).sub(expected).abs().max() < 1e-6
+        masked = type(statistic)()
+        masked.update(weights, torch.tensor([[0, 1, 1, 1]]))
+        assert torch.tensor(masked.compute().mean).sub(expected).abs().nan_to_num(0).max() < 1e-6
+    map_ = MeanMap()
+    map_.update(weights)
+    map_.update(torch.full((1, 1, 1, 4, 4), 1 / 4))
+    assert map_.compute().count[0, 0, :, 0].tolist() == [2, 1, 1, 2]
+    assert (map_.compute().mean == 1 / 4).all()
 
 
 def test_a_text_without_tokens_has_no_prefix():

@@ -235,9 +235,23 @@ class TestResult:
     def test_evidence_of_one_token(self):
         """It has no neighbours, so no share of theirs is the largest."""
         expected = (
-            "mixed: it fits no pattern; the nearest is the token itself: 0.00 of its attention (1.00 if it were even)"
+            "mixed: it fits no pattern; the nearest is the token itself: 1.00 of its attention (1.00 if it were even)"
         )
-        assert expected == head_patterns(np.zeros((1, 1, 1, 1, 1))).evidence(0, 0)
+        assert expected == head_patterns(np.ones((1, 1, 1, 1, 1))).evidence(0, 0)
+
+    def test_evidence_of_a_head_that_attends_to_nothing(self):
+        found = head_patterns(np.zeros((1, 1, 1, 4, 4)))
+        assert found.evidence(0, 0) == "mixed: its queries attend to nothing"
+        assert all(np.isnan(score).all() for score in found.scores.values())
+
+    def test_queries_that_attend_to_nothing_do_not_count(self):
+        """Each head has its own."""
+        weights = np.stack([np.eye(6), np.eye(6)])[None, None]
+        weights[..., 1, 2:, :] = 0
+        weights[..., 0, 0, :] = 0
+        found = head_patterns(weights)
+        assert found.scores["self"].tolist() == [[1, 1]]
+        assert found.scores["broad"].tolist() == [[0, 0]]
 
     def test_its_table(self):
         weights = np.stack([mixed(IDEAL["previous"][0]), np.full((N, N), 1 / N)])

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visualizer import AttentionMap, attention, models
-from visualizer.analysis import TopKey, confidence, mass_mask, received, rollout, sink, top_keys
+from visualizer.analysis import (
+    TopKey,
+    attention_distance,
+    confidence,
+    entropy,
+    mass_mask,
+    received,
+    rollout,
+    sink,
+    top_keys,
+)
 
 
 def random_weights(*shape, seed=0):
@@ -65,8 +75,29 @@ class TestQueriesThatAttendToNothing:
         ):
             found = analysis(weights)
             np.testing.assert_allclose(by_hand(whole[:, 0, :, 2:]), found[:, 0], atol=1e-12)
-            np.testing.assert_array_equal(np.zeros_like(found[:, 1]), found[:, 1])
+            assert np.isnan(found[:, 1]).all()
             np.testing.assert_allclose(by_hand(whole[:, 2]), found[:, 2], atol=1e-12)
+
+    def test_the_numbers_of_such_a_row_are_none(self, masked):
+        whole, weights = self.weights(masked)
+        found = entropy(weights)
+        by_hand = -(whole * np.log(whole)).sum(-1)
+        assert np.isnan(found[:, 0, :, :2]).all() and np.isnan(found[:, 1]).all()
+        np.testing.assert_allclose(by_hand[:, 0, :, 2:], found[:, 0, :, 2:], atol=1e-12)
+        assert top_keys(weights, 0, batch=0) == [[], []]
+        assert len(top_keys(weights, 2, batch=0)[0]) == 3
+
+    @pytest.mark.parametrize("renormalise", [True, False])
+    def test_they_are_at_no_distance(self, masked, renormalise):
+        weights = np.zeros((1, 2, 5, 5))
+        weights[:, :, :, 1:] = 1 / 4
+        weights[:, :, 2] = 0
+        weights[:, 0, 2, 3] = 1
+        weights[:, 1, 2] = masked
+        first = (4 * (0 + 1 + 1 + 2**0.5) / 4) / 4  # each patch sees all alike
+        seen = attention_distance(weights, (2, 2), renormalise=renormalise)
+        np.testing.assert_allclose(seen[0, 1], first, atol=1e-6)
+        assert seen[0, 0] > first
 
     def test_they_receive_no_more_than_others_give_them(self, masked):
         """A rollout through them: only their residual connection carries anything."""

@@ -1,5 +1,7 @@
 """The open softmax: what may happen to scores and to weights. The map is what is multiplied with the values."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -237,6 +239,83 @@ def test_chunks_of_queries_put_together(x, is_filled):
     assert len(map_of(function, x).softmaxes) == 2
 
 
+@pytest.fixture(scope="module")
+def scripted():
+    """Functions that run without Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return {name: torch.jit.script(function) for name, function in SCRIPTS.items()}
+
+
+def script_scores(x: torch.Tensor) -> torch.Tensor:
+    return x @ x.transpose(-1, -2)
+
+
+def script_weights(x: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(x @ x.transpose(-1, -2), -1)
+
+
+def script_softmax(x: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(x * 0.5, -1)
+
+
+def script_floor(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(min=0.2)
+
+
+SCRIPTS = {"scores": script_scores, "weights": script_weights, "softmax": script_softmax, "floor": script_floor}
+
+
+@pytest.mark.parametrize("name", ["scores", "weights", "softmax", "floor", "changed"])
+def test_scripted_functions(x, name, scripted):
+    before = torch.jit.ScriptFunction.__call__
+    found = map_of(
+        {
+            "scores": lambda x: scripted["scores"](x).softmax(-1),
+            "weights": lambda x: scripted["weights"](x),
+            "softmax": lambda x: scripted["softmax"](scores(x)),
+            "floor": lambda x: scripted["floor"](scores(x)).softmax(-1),
+            "changed": lambda x: scripted["floor"](scores(x).softmax(-1)),
+        }[name],
+        x,
+    )
+    assert found.is_softmax == (name != "changed")
+    assert len(found.softmaxes) == (name == "changed")
+    assert torch.jit.ScriptFunction.__call__ == before
+
+
+def test_a_scripted_softmax_of_features_is_no_attention(x, scripted):
+    class LinearAttention(nn.Module):
+        def forward(self, x):
+            return scripted["softmax"](x) @ (x.mT @ x)
+
+    model = LinearAttention()
+    with pytest.warns(VisualizerWarning, match="LinearAttention"), attention(model) as maps:
+        model(x)
+    assert len(maps) == 0
+
+
+@pytest.mark.parametrize("cut", ["index", "split"])
+def test_a_softmax_over_two_sets_of_keys(x, cut):
+    """As in Longformer: neither part is one softmax, and none is dropped."""
+
+    class Joint(nn.Module):
+        def forward(self, x):
+            joint = torch.cat([x @ x[:, :3].mT, x @ x.mT], -1).softmax(-1)
+            self.weights = joint
+            near, far = (joint[..., :3], joint[..., 3:]) if cut == "index" else joint.split([3, 5], -1)
+            return near @ x[:, :3] + far @ x
+
+    model = Joint()
+    with attention(model) as maps:
+        model(x)
+    assert [one.shape for one in maps] == [(2, 1, 5, 3), (2, 1, 5, 5)]
+    for found, weights in zip(maps, model.weights.split([3, 5], -1), strict=True):
+        assert torch.equal(found.dense()[:, 0], weights)
+        assert not found.is_softmax
+        assert torch.equal(found.softmaxes[0].dense()[:, 0], model.weights)
+
+
 def test_distances(x):
     assert map_of(lambda x: (-torch.cdist(x, x)).softmax(-1), x).is_softmax
 
@@ -269,6 +348,23 @@ def test_two_softmaxes_mixed(x):
     assert len(found.softmaxes) == 2
     assert torch.equal(found.softmaxes[1].dense()[:, 0], scores(x, 3).softmax(-1))
     assert "made of 2 softmaxes" in repr(found)
+
+
+def test_convit():
+    """Its positions have a softmax of their own, of what a layer computes and no product."""
+    import timm
+
+    model = timm.create_model("convit_tiny", img_size=64, depth=2, local_up_to_layer=1).eval()
+    kept = []
+    model.blocks[0].attn.attn_drop.register_forward_pre_hook(lambda _, args: kept.append(args[0].clone()))
+    with torch.no_grad(), attention(model) as maps:
+        model(torch.randn(1, 3, 64, 64))
+    assert torch.equal(maps["blocks.0.attn"].dense(), kept[0])
+    content, position = maps["blocks.0.attn"].softmaxes
+    gate = torch.sigmoid(model.blocks[0].attn.gating_param).view(1, -1, 1, 1)
+    mixed = (1 - gate) * content.dense() + gate * position.dense()
+    assert (mixed / mixed.sum(-1, keepdim=True) - kept[0]).abs().max() < 1e-6
+    assert maps["blocks.1.attn"].is_softmax
 
 
 def test_a_difference_of_softmaxes(x):

@@ -71,6 +71,8 @@ class HeadPatterns:
                 for pattern, score in self.scores.items()
                 if pattern != "broad" and not np.isnan(score[layer, head])
             }
+            if not gains:
+                return "mixed: its queries attend to nothing"
             nearest = max(gains, key=gains.__getitem__)
             return f"mixed: it fits no pattern; the nearest is {self._share(nearest, layer, head)}"
         if label == "broad":
@@ -248,7 +250,7 @@ def _is_causal(maps: list[AttentionMap], real: Tensor) -> bool:
 def _means(sums: Tensor, counts: Tensor) -> Tensor:
     """(2, patterns, heads): the mean of each score over the queries of all texts, and that of even attention."""
     total, counted = sums.sum(2), counts.sum(1)
-    return torch.where(has_evidence(counted)[:, None], total / counted[:, None], math.nan)
+    return torch.where(has_evidence(counted), total / counted, math.nan)
 
 
 def has_evidence(counts: Tensor) -> Tensor:
@@ -261,14 +263,15 @@ def has_evidence(counts: Tensor) -> Tensor:
 def score_sums(layer: AttentionMap, facts: TokenFacts) -> tuple[Tensor, Tensor]:
     """The sum of the scores over the queries of each text, and the number of these queries.
 
-    Both float64: (2, patterns, batch, heads), of the heads and of a head that attends evenly; and (patterns, batch).
+    Both float64: (2, patterns, batch, heads), of the heads and of a head that attends evenly; and (patterns, batch,
+    heads). A query that attends to nothing in a head does not count there.
     """
     batch, heads, count, _ = layer.shape
     device = layer.device
     real = facts.real.to(device)
     special, repeats = (None if known is None else known.to(device) for known in (facts.special, facts.repeats))
     total = torch.zeros(2, len(SCORES), batch, heads, dtype=torch.float64, device=device)
-    counted = torch.zeros(len(SCORES), batch, dtype=torch.float64, device=device)
+    counted = torch.zeros(len(SCORES), batch, heads, dtype=torch.float64, device=device)
     keys = torch.arange(count, device=device)
     for part, rows in layer.chunks():
         queries = keys[part, None]
@@ -276,6 +279,7 @@ def score_sums(layer: AttentionMap, facts: TokenFacts) -> tuple[Tensor, Tensor]:
         visible = seen.sum(-1)  # (batch, some queries)
         even = seen.to(rows.dtype) / visible.clamp(min=1)[..., None]
         both = torch.cat([rows, even[:, None]], 1)  # even attention as one more head
+        attends = rows.amax(-1) > 0  # (batch, heads, some queries)
         anywhere = torch.ones_like(queries[:, 0], dtype=torch.bool)
         before, after = (real.roll(shift, 1)[:, part] for shift in (1, -1))  # whether the neighbour is not padding
         # The keys of each pattern, ([batch,] some queries, keys), and which queries have such a key.
@@ -304,11 +308,10 @@ def score_sums(layer: AttentionMap, facts: TokenFacts) -> tuple[Tensor, Tensor]:
                 )  # (batch, heads + 1, queries)
             else:
                 continue
-            counts = real[:, part] & has_key
-            sums = (values * counts[:, None]).sum(2, dtype=torch.float64)
-            total[0, place] += sums[:, :-1]
-            total[1, place] += sums[:, -1:]
-            counted[place] += counts.sum(1)
+            counts = attends & (real[:, part] & has_key)[:, None]
+            total[0, place] += (values[:, :-1] * counts).sum(2, dtype=torch.float64)
+            total[1, place] += (values[:, -1:] * counts).sum(2, dtype=torch.float64)
+            counted[place] += counts.sum(2)
     return total, counted
 
 

@@ -6,6 +6,7 @@ one applies it to every layer by `per_layer`, which raises ValueError for layers
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -42,10 +43,10 @@ def entropy(attention: Any) -> Any:
     >>> entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]]).expand(1, 1, 2, 2))
     tensor([[[0.0000, 0.6931]]])
 
-    - sum_j A_ij ln A_ij, with 0 ln 0 = 0.
+    - sum_j A_ij ln A_ij, with 0 ln 0 = 0. A query whose keys are all masked attends to nothing: NaN.
 
     Returns:
-        (batch, heads, queries); several layers, of one shape, are the first axis.
+        (batch, heads, queries); take means with `nanmean`. Several layers, of one shape, are the first axis.
     """
     return per_layer(attention, entropy_of)
 
@@ -57,7 +58,10 @@ def entropy_of(layer: AttentionMap) -> Tensor:
 
 def _entropies(weights: Tensor) -> Tensor:
     # torch.special.entr takes three times as long. A weight below the smallest normal number adds nothing either way.
-    return 0 - weights.clamp(min=torch.finfo(weights.dtype).tiny).log_().mul_(weights).sum(-1)
+    sums = weights.clamp(min=torch.finfo(weights.dtype).tiny).log_().mul_(weights).sum(-1)
+    # Only a row with one key, or with none, has a sum of 0.
+    is_empty = (sums == 0) & (weights.amax(-1) == 0) if weights.shape[-1] and bool((sums == 0).any()) else None
+    return 0 - sums if is_empty is None else (0 - sums).masked_fill_(is_empty, math.nan)
 
 
 def received(attention: Any) -> Any:
@@ -69,7 +73,7 @@ def received(attention: Any) -> Any:
     tensor([[[0.7500, 0.2500]]])
 
     A first token that gets far more than 1/keys is an attention sink; `sink` gives the share of one key. Queries whose
-    keys are all masked attend to nothing and do not count.
+    keys are all masked attend to nothing and do not count; where no query is left there is NaN.
 
     Returns:
         (batch, heads, keys); several layers, of one shape, are the first axis.
@@ -82,8 +86,7 @@ def received_of(layer: AttentionMap, counts: Tensor | None = None) -> Tensor:
     batch, _, queries, _ = layer.shape
     counts = torch.ones(batch, queries) if counts is None else counts
     columns = layer.row_product(counts.to(layer.device, layer.dtype))
-    total = columns.sum(-1, keepdim=True)  # how many queries attend to something
-    return columns / total.masked_fill_(total == 0, 1)
+    return columns / columns.sum(-1, keepdim=True)  # how many queries attend to something
 
 
 def sink(attention: Any, key: int = 0) -> Any:
@@ -128,7 +131,7 @@ def confidence(attention: Any) -> Any:
     tensor([[0.7500]])
 
     Voita et al. 2019 (https://arxiv.org/abs/1905.09418). Queries whose keys are all masked attend to nothing and do not
-    count.
+    count; where no query is left there is NaN.
 
     Returns:
         (batch, heads); several layers, of one shape, are the first axis.
@@ -139,7 +142,7 @@ def confidence(attention: Any) -> Any:
 def confidence_of(layer: AttentionMap) -> Tensor:
     """How sure the heads of one layer are, (batch, heads)."""
     largest = layer.reduce(lambda rows: rows.amax(-1))
-    return largest.sum(-1) / (largest > 0).sum(-1).clamp(min=1)
+    return largest.sum(-1) / (largest > 0).sum(-1)
 
 
 def cls_attention(attention: Any, query: int = 0, *, prefix_tokens: int = 1) -> Any:
@@ -205,7 +208,7 @@ def attention_distance(
             or 1, whichever leaves a square. They are left out, as queries and as keys.
         renormalise: whether a row's weights are scaled to sum to one over the patches. A row that gives the patches
             nothing is then left out of the mean; a head with no other rows has NaN. If False, attention to prefix
-            tokens counts as distance 0.
+            tokens counts as distance 0; a row that attends to nothing at all is left out.
 
     Returns:
         (batch, heads), in the unit of `patch_size`; several layers are the first axis.
@@ -241,7 +244,9 @@ def distance_of(
     counted = torch.zeros_like(total)
     for part, weights in layer.chunks():
         patch = slice(max(part.start - prefix, 0), max(part.stop - prefix, 0))  # these queries, counted as patches
-        weights = weights[:, :, max(prefix - part.start, 0) :, prefix:]
+        weights = weights[:, :, max(prefix - part.start, 0) :]
+        attends = weights[..., :prefix].sum(-1).flatten(0, 1).T > 0
+        weights = weights[..., prefix:]
         apart = torch.hypot(row[patch, None] - row, column[patch, None] - column)  # (some queries, patches)
         # One product gives both sums, so that the weights are read once. Its batch axis is the queries.
         factors = torch.stack([apart, torch.ones_like(apart)], -1)
@@ -250,7 +255,7 @@ def distance_of(
             distances = torch.where(mass > 0, distances / mass, 0)
             counted += (mass > 0).sum(0).view(batch, heads)
         else:
-            counted += len(distances)
+            counted += (attends | (mass > 0)).sum(0).view(batch, heads)
         total += distances.sum(0).view(batch, heads)
     return patch_size * total / counted
 
@@ -334,7 +339,8 @@ def top_keys(
         batch: which image or text.
 
     Returns:
-        For each layer (a single map is one) a list of (token, weight, key).
+        For each layer (a single map is one) a list of (token, weight, key); an empty one if the query attends to
+        nothing.
 
     Raises:
         ValueError: there is not one token for each key, or not exactly one token with the query's text.
@@ -354,7 +360,7 @@ def top_keys(
                 raise IndexError(f"there is no {axis} {index}: {layer_label(number, layer)} has {size} of them")
         rows = layer.rows([_query_number(query, tokens, queries)])
         row = fused(rows, heads)[batch, 0] if isinstance(heads, str) else rows[batch, heads, 0]
-        best = row.topk(min(k, keys))
+        best = row.topk(min(k, keys) if bool(row.any()) else 0)
         best_keys.append(
             [
                 TopKey(str(key) if tokens is None else str(tokens[key]), weight, key)

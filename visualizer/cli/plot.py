@@ -126,13 +126,16 @@ def _of_maps(
 
 
 def _measured(kind: str, maps: list[Any], tokens: list[str] | None, grid: Any = None, title: str | None = None) -> Any:
+    import torch
+
     from .. import analysis, plot
 
     if kind == "patterns":
         return plot.patterns(analysis.head_patterns(maps, tokens), title=title)
     if kind == "distance":
         return plot.distance(analysis.attention_distance(maps, grid), unit="patches", title=title)
-    ax = plot.distance(analysis.entropy(maps).mean(-1), title=title)  # a dot for each head, as for distances
+    means = torch.as_tensor(analysis.entropy(maps)).nanmean(-1)  # without queries that attend to nothing
+    ax = plot.distance(means, title=title)  # a dot for each head, as for distances
     ax.set_ylabel("mean entropy (nats)")
     return ax
 

@@ -781,7 +781,8 @@
       sum += weight;
       if (weight > 0) entropy -= weight * Math.log(weight);
     }
-    if (now.side === QUERIES) facts.push(`entropy ${entropy.toFixed(2)} of at most ${Math.log(weights.length).toFixed(2)} nats`);
+    if (now.side === QUERIES && !sum) facts.push("attends to nothing");
+    else if (now.side === QUERIES) facts.push(`entropy ${entropy.toFixed(2)} of at most ${Math.log(weights.length).toFixed(2)} nats`);
     else facts.push(`${((100 * sum) / weights.length).toPrecision(3)} % of all attention`);
     $("readout").replaceChildren(before, element("b", "", who), behind, element("span", "", ` · ${facts.join(" · ")}`));
   }

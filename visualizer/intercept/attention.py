@@ -48,9 +48,10 @@ def attention(
 
     It sees `F.scaled_dot_product_attention` under any name, `flex_attention`, `nn.MultiheadAttention` and what is built
     on it, the kernels registered in transformers' `AttentionInterface`, those of flash_attn and xformers, a softmax
-    over the last axis between two matrix products, and deformable attention, of whose map `source` has the points and
-    their weights. The weights are what is multiplied with the values, without dropout; where that is not one softmax,
-    `softmaxes` of the map has the softmaxes it was made of. Heads and batch are told apart by what the model does with
+    between two matrix products, or a sigmoid, a relu or whatever else makes scores weights that are not negative, and
+    deformable attention, of whose map `source` has the points and their weights. The weights are what is multiplied
+    with the values, without dropout; where that is not one softmax, `is_softmax` of the map is False, and `softmaxes`
+    has the softmaxes it was made of. Heads and batch are told apart by what the model does with
     the output; where that does not tell, `axes_assumed` of the map says so.
 
     Each map is proven: some of its rows, times the values, must be what the kernel returned, as far as its type can
@@ -348,8 +349,8 @@ class Maps(Recorded, Sequence[Any]):
             copy = self._copies.of(call)
         return lambda order, kernel: self._file(call.path, copy, order, kernel)
 
-    def _file(self, path: str, copy: Copy, order: Order | None, kernel: str) -> None:
-        """Keep a map, or what `keep` makes of it, if it is proven and as far as the budget allows."""
+    def _file(self, path: str, copy: Copy, order: Order | None, kernel: str) -> Callable[[], None] | None:
+        """Make a map and return what keeps it, if it is proven."""
         doubt = None if copy.evidence is None else copy.evidence.doubt()
         if doubt is not None:
             if path not in self._doubted:
@@ -358,11 +359,15 @@ class Maps(Recorded, Sequence[Any]):
                     f"the map of {path!r} is not kept, for it is not the one that was used: times the values it is not "
                     f"what {kernel} returned, {doubt}."
                 )
-            return
+            return None
+        value = copy.map_of(order)
+        return lambda: self._keep_map(path, value, copy.sizes)
+
+    def _keep_map(self, path: str, value: Any, sizes: dict[str, int]) -> None:
+        """Keep a map, or what `keep` makes of it, as far as the budget allows."""
         with self._lock:
             if self._is_full:
                 return
-            value, sizes = copy.map_of(order), copy.sizes
             if self._keep is not None:
                 try:
                     value = keeper(self._keep)(value)

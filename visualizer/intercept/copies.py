@@ -60,7 +60,7 @@ class Copies:
     def __init__(self, gradients: bool) -> None:
         self._gradients = gradients
         self._growing: dict[str, Keys] = {}
-        self._masks: dict[int, tuple[weakref.ref[Tensor], Any, Tensor]] = {}
+        self._masks: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def of(self, call: AttentionCall) -> Copy:
         """What is kept of an attention call."""
@@ -175,18 +175,18 @@ class Copies:
 
     def _kept_mask(self, mask: Tensor) -> tuple[Tensor, dict[str, int]]:
         """A copy of a mask, and the bytes that it adds; layers that are given the same mask share its copy."""
-        version = None if mask.is_inference() else mask._version
         number = id(mask)
         known = self._masks.get(number)
-        if known is not None and known[0]() is mask and known[1] == version:
-            return known[2], {}
         compact = mask.detach()
         for axis, step in enumerate(compact.stride()):
             if step == 0:  # expanded: one number is used for the whole axis
                 compact = compact.narrow(axis, 0, 1)
+        # Its numbers are compared: changes by .data or numpy, and in inference mode all, leave no trace.
+        if known is not None and known[0]() is mask and torch.equal(known[1], compact):
+            return known[1], {}
         kept = _copied(compact)
         masks = self._masks
-        masks[number] = weakref.ref(mask, lambda _: masks.pop(number, None)), version, kept
+        masks[number] = weakref.ref(mask, lambda _: masks.pop(number, None)), kept
         return kept, _sizes(kept)
 
     def _gradient_of(

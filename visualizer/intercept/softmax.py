@@ -23,11 +23,10 @@ from .lineage import Lineage
 
 _PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm"))
 _MAKES_SCORES = frozenset(("cdist", "inner", "tensordot", "addbmm"))  # besides the products
-_PUTS = frozenset(
-    ("cat", "concat", "concatenate", "__setitem__", "copy_", "index_copy_", "index_put_", "slice_scatter")
-)
+_PUTS = frozenset(("cat", "concat", "__setitem__", "copy_", "index_copy_", "index_put_", "slice_scatter"))
 """Functions that put a tensor into a larger one."""
 _CUTS = frozenset(("__getitem__", "narrow", "slice", "split", "chunk", "unbind", "select", "index_select"))
+_SOFTMAXES = frozenset(("softmax", "_softmax"))
 _DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_", "feature_dropout", "alpha_dropout"))
 _ENDS = frozenset(("layer_norm", "group_norm", "batch_norm", "rms_norm", "conv1d", "conv3d", "embedding", "bilinear"))
 """After these functions a tensor is no longer scores or weights, even if its shape is the same."""
@@ -48,26 +47,26 @@ def may_begin(name: str) -> bool:
 class Softmax:
     """The output of a softmax over scores, or of what stands in its place."""
 
-    def __init__(self, weights: Tensor, is_normalised: bool = True) -> None:
+    def __init__(self, weights: Tensor, is_normalised: bool = True, is_of_scores: bool = True) -> None:
         self.is_normalised = is_normalised
         """Whether its rows sum to one."""
+        self.is_of_scores = is_of_scores
+        """Whether it is known to be of scores. Others count where they are mixed with one that is, as in ConViT."""
         self.is_changed = False
         """Whether it, or what was made of it, was changed in place."""
         self._reference = weakref.ref(weights)
         self._held: Tensor | None = None
         self._copy: Tensor | None = None
-        self._recorded: list[tuple[int, int]] = []
+        self._recorded = set[Any]()
 
     def take(self, part: Tensor) -> bool:
         """Put a part of the weights, or all, into a map; False if they are in one already."""
-        begin = part.data_ptr() if is_plain_torch(torch) else 0
-        end = begin + max(1, part.numel() * part.element_size())
         weights = self._reference()
-        is_part = weights is not None and part.numel() < weights.numel()
-        overlaps = any(begin < other_end and other_begin < end for other_begin, other_end in self._recorded)
-        if overlaps or (self._recorded and not is_part):
+        is_part = weights is not None and part.numel() < weights.numel() and is_plain_torch(torch)
+        which = (part.data_ptr(), part.shape, part.stride()) if is_part else None
+        if self._recorded and (None in self._recorded or which in self._recorded or not is_part):
             return False
-        self._recorded.append((begin, end))
+        self._recorded.add(which)
         return True
 
     def hold(self) -> None:
@@ -157,9 +156,9 @@ class Tracing:
         """
         name = name_of(func)
         known = list(self.lineage.known_in([*args, *kwargs.values()]))
-        if not known and not may_begin(name):
+        if not known and not may_begin(name) and name not in _SOFTMAXES:
             return None
-        if not may_begin(name) and all(isinstance(origin, tuple) for _, origin in known):
+        if known and not may_begin(name) and all(isinstance(origin, tuple) for _, origin in known):
             return lambda result: self._follow_all(func, args, kwargs, known, result)
         weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
         changed = args[0] if args and _is_in_place(name, args, kwargs) else None
@@ -176,6 +175,25 @@ class Tracing:
                 undropped = undropped.detach().clone()
         return lambda result: self._after(func, name, args, kwargs, known, weights, changed, undropped, result)
 
+    def after_scripted(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Find out what a scripted function made, of which nothing but its arguments and its result is seen.
+
+        A result of another shape than every argument comes from a product in it. Its numbers tell whether a softmax
+        was there too.
+        """
+        if not isinstance(result, Tensor) or result.ndim < 2 or not result.is_floating_point():
+            return
+        known = list(self.lineage.known_in([*args, *kwargs.values()]))
+        weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
+        if weights:
+            self._carry_weights(function, "", args, kwargs, result, weights, None)
+            return
+        given = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
+        if any(origin is _SCORES for _, origin in known) or all(item.shape != result.shape for item in given):
+            made = _weights_of_scores(result) if is_plain_torch(torch) and not bool((result < 0).any()) else None
+            is_softmax = made is not None and made.softmaxes[0].is_normalised
+            self.lineage.follow(result, made if is_softmax else _SCORES)
+
     def _after(
         self,
         func: Any,
@@ -190,6 +208,8 @@ class Tracing:
     ) -> Product | None:
         self._follow_all(func, args, kwargs, known, result)
         made = result if changed is None else changed
+        if name in _PRODUCTS:
+            weights = [one for one in weights if any(softmax.is_of_scores for softmax in one[1].softmaxes)]
         if name in _PRODUCTS and len(weights) < 2 and (name != "einsum" or _operand_count(args) > 1):
             if not weights:
                 weights = _scores_as_weights(name, args, known)
@@ -198,9 +218,9 @@ class Tracing:
             self.lineage.follow(result, _SCORES)
         elif name in _MAKES_SCORES:
             self.lineage.follow(result, _SCORES)
-        elif name in ("softmax", "_softmax") and _is_over_last(args, kwargs, result):
-            if any(origin is _SCORES or isinstance(origin, _Weights) for _, origin in known):
-                self.lineage.follow(result, _Weights((Softmax(result),)))
+        elif name in _SOFTMAXES and _is_over_last(args, kwargs, result):
+            is_of_scores = any(origin is _SCORES or isinstance(origin, _Weights) for _, origin in known)
+            self.lineage.follow(result, _Weights((Softmax(result, is_of_scores=is_of_scores),)))
         elif weights:
             self._carry_weights(func, name, args, kwargs, made, weights, undropped)
         elif name not in _ENDS:
@@ -269,7 +289,7 @@ class Tracing:
         softmaxes = tuple(dict.fromkeys(softmax for _, item in weights for softmax in item.softmaxes))
         for softmax in softmaxes:
             softmax.hold()
-        is_cut = name in ("__getitem__", "narrow", "slice") and _is_beginning(tensor, result)
+        is_cut = name in ("__getitem__", "narrow", "slice") and _is_without_sink(tensor, result)
         keeps = len(weights) == 1 and (
             (name in _SAME_NUMBERS and result.shape[-1] == tensor.shape[-1])
             or is_cut
@@ -385,9 +405,14 @@ def _has_same_places(name: str, before: Tensor, after: Tensor) -> bool:
     return after.shape[:-1] == before.shape[:-1] and after.shape[-1] > 1  # fewer keys, or one more: an attention sink
 
 
-def _is_beginning(whole: Tensor, part: Tensor) -> bool:
-    """Whether a part is the whole, or its first keys."""
-    return part.shape[:-1] == whole.shape[:-1] and part.data_ptr() == whole.data_ptr()
+def _is_without_sink(whole: Tensor, part: Tensor) -> bool:
+    """Whether a part is the whole, perhaps without an attention sink behind the keys.
+
+    More than one key is no sink: in Longformer the softmax goes over keys near by and keys of all, and each of the two
+    parts is multiplied with values of its own.
+    """
+    is_near = part.shape[-1] >= whole.shape[-1] - 1
+    return is_near and part.shape[:-1] == whole.shape[:-1] and part.data_ptr() == whole.data_ptr()
 
 
 def _without_dropout(

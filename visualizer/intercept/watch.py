@@ -9,7 +9,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import FrameType
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _len_torch_function_stack
+from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from ..errors import warn
@@ -43,8 +43,8 @@ from .provenance import Origin, Provenance
 from .sampling import SAMPLING_KERNELS, SampledCall, Sampling, may_read_cells, may_sample
 from .softmax import Product, Tracing, may_begin
 
-File = Callable[[Order | None, str], None]
-"""Keeps the map of a call whose axes are known now; the text says which kernel ran."""
+File = Callable[[Order | None, str], Callable[[], None] | None]
+"""Makes the map of a call whose axes are known now, and returns what keeps it; the text says which kernel ran."""
 
 
 class _Thread(threading.local):
@@ -109,6 +109,7 @@ class Watch:
         self._attended: set[str] = set()  # the paths of modules with maps
         self._refused: set[str] = set()  # the paths of modules whose calls cannot be recorded
         self._uncompiled = Uncompiled()
+        self._has_ended = False
         self._handles: list[Any] = []
         scripted = []
         for path, module in modules:
@@ -124,6 +125,7 @@ class Watch:
             ]
         functions.begin(self)
         extensions.begin(self)
+        _see_scripted(True)
         if scripted:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
             warn(
@@ -132,12 +134,8 @@ class Watch:
             )
 
     def enter(self) -> None:
-        """Let the mode last until `end`, for a `with` block.
-
-        A mode that lasts for a module's call is left behind by KeyboardInterrupt, for which torch calls no hooks; and a
-        `with torch.device(...)` around it then ends this mode in place of its own.
-        """
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        """Let the mode last until `end`, for a `with` block: a call's own has to begin and to end each time."""
+        _add(self._mode)
         self._thread.is_in_block = True
 
     def end(self) -> None:
@@ -147,6 +145,9 @@ class Watch:
         self._uncompiled.end()
         functions.end(self)
         extensions.end(self)
+        if not self._has_ended:
+            self._has_ended = True
+            _see_scripted(False)
         thread = self._thread
         self._file_settled(1)
         thread.forget()
@@ -183,7 +184,7 @@ class Watch:
             if torch._C._current_graph_task_id() != -1:
                 return  # in a backward pass checkpointing computes again what has been seen
             if not thread.is_in_block:
-                self._mode.__enter__()  # type: ignore[no-untyped-call]
+                _add(self._mode)
                 thread.is_watched = True
             thread.frame = sys._getframe(2)  # behind the hook
         thread.calls.append(ModuleCall(path, module, args, kwargs))
@@ -263,6 +264,12 @@ class Watch:
             self._file_settled()
         return output
 
+    def see_scripted(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Take note of what a scripted function returned."""
+        if self._thread.calls:
+            with self._unharmed(), _aside():
+                self._thread.tracing.after_scripted(function, args, kwargs, result)
+
     def seen_calls(self) -> int | None:
         """How many attention calls were seen in this thread; None outside of a module's call."""
         thread = self._thread
@@ -282,12 +289,12 @@ class Watch:
             self._see_sampled(name, sampled)
         self._file_settled()
 
-    def _unharmed(self) -> _Unharmed:
+    def _unharmed(self, calls: Sequence[ModuleCall] = ()) -> _Unharmed:
         """The model does not see an error of ours: a warning says, once for each module, what is not recorded."""
-        return _Unharmed(self._refuse)
+        return _Unharmed(self._refuse, calls or self._thread.calls)
 
-    def _refuse(self, error: Exception) -> None:
-        path = self._thread.calls[-1].path
+    def _refuse(self, calls: Sequence[ModuleCall], error: Exception) -> None:
+        path = calls[-1].path if calls else ""
         if path not in self._refused:
             self._refused.add(path)
             warn(
@@ -301,7 +308,7 @@ class Watch:
             seen = describe()
         calls = self._thread.calls
         path = calls[-1].path
-        if self._is_refused(path, seen.query):
+        if _has_ended(self._thread.frame) or self._is_refused(path, seen.query):
             return
         with _aside():
             groups = 1 if seen.has_heads else packed_groups(calls[-1], seen.query, seen.key)
@@ -316,7 +323,7 @@ class Watch:
     def _see_product(self, name: str, product: Product) -> None:
         weights, calls = product.weights, self._thread.calls
         path = calls[-1].path
-        if self._is_refused(path, weights):
+        if _has_ended(self._thread.frame) or self._is_refused(path, weights):
             return
         with _aside():
             origin = self._thread.provenance.of_weights(product.made_of, calls)
@@ -367,7 +374,11 @@ class Watch:
             thread.filing = first.calls
             try:
                 with _aside():
-                    first.file(first.output.order, first.kernel)
+                    keep = None
+                    with self._unharmed(first.calls):
+                        keep = first.file(first.output.order, first.kernel)
+                    if keep is not None:
+                        keep()  # which may call the user's own function
             finally:
                 thread.filing = None
 
@@ -396,10 +407,10 @@ class Watch:
 class _Unharmed:
     """Hands an error to a function in place of the caller. Not a generator: it is entered at each step."""
 
-    __slots__ = ("_refuse",)
+    __slots__ = ("_calls", "_refuse")
 
-    def __init__(self, refuse: Callable[[Exception], None]) -> None:
-        self._refuse = refuse
+    def __init__(self, refuse: Callable[[Sequence[ModuleCall], Exception], None], calls: Sequence[ModuleCall]) -> None:
+        self._refuse, self._calls = refuse, calls
 
     def __enter__(self) -> None:
         pass
@@ -407,7 +418,7 @@ class _Unharmed:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
         if not isinstance(error, Exception):
             return False
-        self._refuse(error)
+        self._refuse(self._calls, error)
         return True
 
 
@@ -483,7 +494,7 @@ def _idle_hook() -> _Hook:
 
 
 def _has_ended(frame: FrameType | None) -> bool:
-    """Whether a frame has run to its end, by an error say."""
+    """Whether a frame has run to its end, such as that of a call that was interrupted: what follows is not of it."""
     if frame is None:
         return False
     try:
@@ -491,6 +502,21 @@ def _has_ended(frame: FrameType | None) -> bool:
     except RuntimeError:  # it is running
         return False
     return True
+
+
+def _add(mode: TorchFunctionMode) -> None:
+    """Begin a mode in this thread below the others, each of which ends by taking the uppermost away, as its own.
+
+    For KeyboardInterrupt torch calls no hooks: a mode above the others would be taken away in place of that of a
+    `with torch.device(...)` around the call, which would go on for the rest of the process. The default device stays
+    below: torch asks for it there.
+    """
+    above = [_pop_mode() for _ in range(_len_torch_function_stack())]  # type: ignore[no-untyped-call]
+    default = getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
+    if above and above[-1] is default:
+        _push_mode(above.pop())  # type: ignore[no-untyped-call]
+    for other in (mode, *reversed(above)):
+        _push_mode(other)  # type: ignore[no-untyped-call]
 
 
 def _remove(mode: TorchFunctionMode) -> None:
@@ -505,16 +531,40 @@ def _remove(mode: TorchFunctionMode) -> None:
         _push_mode(other)  # type: ignore[no-untyped-call]
 
 
+_ScriptFunction: Any = torch.jit.ScriptFunction
+_call_script = _ScriptFunction.__call__
+_scripted_lock = threading.RLock()  # a recording that nobody holds any more may end in the middle of anything
+_watches = 0
+
+
+def _see_scripted(is_on: bool) -> None:
+    """Have the calls of scripted functions seen, which no mode of torch sees, as long as anything is watched."""
+    global _watches
+    with _scripted_lock:
+        _watches += 1 if is_on else -1
+        _ScriptFunction.__call__ = _called_script if _watches else _call_script
+
+
+def _called_script(function: Any, *args: Any, **kwargs: Any) -> Any:
+    result = _call_script(function, *args, **kwargs)
+    for place in range(_len_torch_function_stack()):
+        mode = _get_function_stack_at(place)
+        watch = mode.watch() if isinstance(mode, _Mode) else None
+        if watch is not None:
+            watch.see_scripted(function, args, kwargs, result)
+    return result
+
+
 class _Mode(TorchFunctionMode):
     """Shows a watch what torch's functions are called with; several threads may be in it."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
-        self._watch = weakref.ref(watch)
+        self.watch = weakref.ref(watch)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        watch = self._watch()
+        watch = self.watch()
         if watch is None:
             return func(*args, **kwargs)
         looks_at = watch.looks_at(func, args)

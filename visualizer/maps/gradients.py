@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,13 @@ class Gradient:
         batch, heads, count, width = incoming.shape
         grouped = incoming.reshape(batch, values.shape[1], heads // values.shape[1] * count, width)
         return (grouped @ values.mT).view(batch, heads, count, values.shape[2])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Arranged, for a copy or a file: what arranges it may be a function that no file can hold."""
+        state = vars(self).copy()
+        if self._arrange is not None and self._incoming is not None:
+            state["_incoming"] = self._arrange(self._incoming)
+        return state | {"_arrange": None}
 
     def tensors(self) -> list[Tensor]:
         """The tensors that are held."""

@@ -197,7 +197,7 @@ class Factors:
         modifiers: Modifiers | None = None,
     ) -> None:
         self._query, self.keys, self._length = query, keys, length
-        self._scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+        self._scale = 1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale)
         if mask is not None and mask.requires_grad:  # a mask without a graph stays one object, shared in a file too
             mask = mask.detach()
         self.mask, self._causal = mask, causal
@@ -231,7 +231,7 @@ class Factors:
         query = self._query[:, :, queries].to(dtype) * self._scale
         key = self.keys.first(self._length).to(dtype)
         batch, heads, count, width = query.shape
-        groups = heads // key.shape[1]
+        groups = heads // max(1, key.shape[1])
         query = query.reshape(batch * key.shape[1], groups * count, width)  # consecutive heads share a key head
         scores = torch.bmm(query, key.flatten(0, 1).mT).view(batch, heads, count, self._length)
         may_be_empty, modifiers = False, self._modifiers
@@ -355,6 +355,11 @@ class Factors:
             )
         query, modifiers = self._query.to(device), self._modifiers.to(device)
         return Factors(query, keys, self._length, self._scale, mask, self._causal, *functions, modifiers)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.has_functions:  # which cannot be pickled
+            return Weights, (self.packed({})["weights"],)
+        return super().__reduce_ex__(protocol)
 
     def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
         """As tensors and numbers, for a file. `shared` has the keys that several maps share, by their Keys."""

@@ -237,8 +237,8 @@ class Patterns(Statistic):
         if ids is not None and self.special_ids is not None:
             special = torch.isin(ids, torch.tensor(self.special_ids, dtype=ids.dtype))
         sums, counts = patterns.score_sums(layer, patterns.facts_of([layer], ids, special, real, self.window))
-        means = sums[0] / counts[..., None]  # (patterns, batch, heads)
-        return means.masked_fill(~patterns.has_evidence(counts)[..., None], math.nan).permute(1, 2, 0)
+        means = sums[0] / counts  # (patterns, batch, heads)
+        return means.masked_fill(~patterns.has_evidence(counts), math.nan).permute(1, 2, 0)
 
 
 class MeanMap(Statistic):
@@ -253,7 +253,8 @@ class MeanMap(Statistic):
            [0.25, 0.75]])
 
     Tokens of a text are counted from the first that is not padding; each has as many samples as there are texts of that
-    length. Memory: five numbers of eight bytes for each weight, 224 MB for 12 layers of 12 heads of 197 tokens.
+    length. A query that attends to nothing is no sample. Memory: five numbers of eight bytes for each weight, 224 MB
+    for 12 layers of 12 heads of 197 tokens.
 
     Args:
         heads: how the heads of a layer become one map, "mean", "max" or "min"; None: each head has its own.
@@ -273,15 +274,13 @@ class MeanMap(Statistic):
         """(batch, heads, queries, keys); one head where `heads` makes one map of them."""
         weights = layer.dense()
         weights = weights if self.heads is None else fused(weights, self.heads)[:, None]
+        weights = weights.masked_fill((weights == 0).all(-1, keepdim=True), math.nan)
         return _aligned(_aligned(weights, tokens.queries(layer), -2), tokens.keys(layer), -1)
 
 
 def _mean(values: Tensor, real: Tensor | None) -> Tensor:
-    """(batch, heads) of (batch, heads, queries), over the queries that are not padding."""
-    if real is None:
-        return values.mean(-1)
-    counts = real.to(values.device, values.dtype)[:, None]
-    return (values * counts).sum(-1) / counts.sum(-1)
+    """(batch, heads) of (batch, heads, queries), over the queries that are not padding and have a number."""
+    return (values if real is None else values.masked_fill(~real.to(values.device)[:, None], math.nan)).nanmean(-1)
 
 
 def _received(layer: AttentionMap, tokens: Tokens) -> Tensor:
