@@ -179,13 +179,20 @@ class Maps(Recorded, Sequence[Any]):
             )
             if not is_there:
                 yield f"no attention was seen in {layer!r}, one of the layers to record; it was in {_some(paths)}."
-        for name, unmapped in watch.without_maps().items():
+        for (name, calls_unseen), unmapped in watch.without_maps().items():
             more = f" and {len(unmapped) - 1} more" if len(unmapped) > 1 else ""
-            yield (
-                f"{name} ({unmapped[0]!r}{more}) ran, but no softmax of it stands between two matrix products: it has "
-                "no map here. Linear attention has none at all; a kernel of another library is not seen: switch it off "
-                '(attn_implementation="sdpa" in transformers).'
-            )
+            where = f"{name} ({unmapped[0]!r}{more})"
+            if calls_unseen:
+                yield (
+                    f"{where} called a function that is not torch's, and not known here, with what may be query, key "
+                    "and value: if that attends, it has no map here. Choose a kernel that is seen, such as "
+                    'attn_implementation="sdpa" in transformers.'
+                )
+            else:
+                yield (
+                    f"{where} ran, but no softmax of it stands between two matrix products, and it called no kernel: "
+                    "it has no map here. Linear attention has none at all."
+                )
 
     def __enter__(self) -> Maps:
         was_running = self.is_running

@@ -27,6 +27,7 @@ from ..tensors import why_unreal
 from . import functions
 from .axes import Order, Output
 from .copies import AttentionCall
+from .gaps import Gap
 from .kernels import KERNELS, FusedCall, as_computed, in_four_axes, multi_head_attention, name_of
 from .modules import (
     ModuleCall,
@@ -51,6 +52,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.calls: list[ModuleCall] = []
+        self.gaps: list[Gap | None] = []  # of each call; None once it attended, or was looked through before
         self.is_watched = False  # by a mode that ends with the outermost call
         self.is_in_block = False  # by a mode that ends with the recording
         self.heads: int | None = None  # of the nn.MultiheadAttention under way
@@ -63,6 +65,7 @@ class _Thread(threading.local):
     def forget(self) -> None:
         """Forget the calls under way, which have ended."""
         self.calls.clear()
+        self.gaps.clear()
         self.pending.clear()
         self.tracing.lineage.clear()
         self.frame = None
@@ -101,6 +104,9 @@ class Watch:
         self._thread = _Thread()
         self._mode = _Mode(self)
         self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
+        self._called_unseen: dict[str, str] = {}  # the classes of modules that called what may attend, by their paths
+        # The classes of modules of which one called nothing unseen, and the paths of those that attended.
+        self._looked_through: set[type | str] = set()
         self._attended: set[str] = set()  # the paths of modules with maps
         self._refused: set[str] = set()  # the paths of modules whose calls cannot be recorded
         self._uncompiled = Uncompiled()
@@ -150,16 +156,21 @@ class Watch:
     @property
     def has_seen_attention(self) -> bool:
         """Whether anything ran that attends, or is called attention."""
-        return bool(self._ran or self._attended or self._refused)
+        return bool(self._ran or self._called_unseen or self._attended or self._refused)
 
-    def without_maps(self) -> dict[str, list[str]]:
-        """By their class, the paths of the modules that are called attention, and ran without a map."""
-        found: dict[str, list[str]] = {}
-        for path, name in self._ran.items():
-            near = any(is_within(path, other) or is_within(other, path) for other in self._attended)
-            has_inner = any(is_within(other, path) for other in self._ran if other != path)
+    def without_maps(self) -> dict[tuple[str, bool], list[str]]:
+        """The paths of modules that ran without a map, and are called attention or called what may attend.
+
+        They come by their class and whether they called a function that is not torch's.
+        """
+        found: dict[tuple[str, bool], list[str]] = {}
+        ran = self._ran | self._called_unseen
+        for path, name in ran.items():
+            known = {*self._attended, *self._refused}
+            near = any(is_within(path, other) or is_within(other, path) for other in known)
+            has_inner = any(is_within(other, path) for other in ran if other != path)
             if not near and not has_inner:
-                found.setdefault(name, []).append(path)
+                found.setdefault((name, path in self._called_unseen), []).append(path)
         return found
 
     def call_arguments(self, name: str) -> list[Any]:
@@ -180,6 +191,12 @@ class Watch:
                 thread.is_watched = True
             thread.frame = sys._getframe(2)  # behind the hook
         thread.calls.append(ModuleCall(path, module, args, kwargs))
+        outer = thread.gaps[-1] if thread.gaps else None
+        is_known = type(module) in self._looked_through or path in self._looked_through
+        with torch._C.DisableTorchFunction():  # for the mode would see what looks at the tensors
+            if outer is not None:
+                outer.taken((args, kwargs))
+            thread.gaps.append(None if is_known else Gap(args, kwargs))
 
     def _end_call(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         thread = self._thread
@@ -189,7 +206,14 @@ class Watch:
             if thread.pending:
                 self._file_settled(len(thread.calls))
         finally:
-            call = thread.calls.pop()
+            call, gap = thread.calls.pop(), thread.gaps.pop()
+            outer = thread.gaps[-1] if thread.gaps else None
+            with torch._C.DisableTorchFunction():
+                if gap is not None and output is not None:
+                    self._note_unseen(call, gap.taken_unseen(output[0] if isinstance(output, tuple) else output))
+                    self._looked_through.add(path if path in self._called_unseen else type(module))
+                if outer is not None:
+                    outer.made(output)
             if is_called_attention(type(module).__qualname__):
                 self._ran[path] = type(module).__qualname__
             if not thread.calls:
@@ -207,6 +231,17 @@ class Watch:
         """Whether a function that is called now may have to do with attention."""
         thread = self._thread
         return bool(thread.calls) and (_begins_attention(func) or bool(thread.tracing.lineage))
+
+    def look_for_gaps(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Look whether something that is not seen ran before a function, which has run now."""
+        thread = self._thread
+        gap = thread.gaps[-1] if thread.gaps else None
+        if gap is not None:
+            self._note_unseen(thread.calls[-1], gap.saw(func, args, kwargs, result))
+
+    def _note_unseen(self, call: ModuleCall, count: int) -> None:
+        if count:
+            self._called_unseen.setdefault(call.path, type(call.module).__qualname__)
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions for a module, and record it if it attends."""
@@ -330,6 +365,9 @@ class Watch:
             reason = "was inside a transform of torch.func, such as vmap"
         if reason is None and example.is_nested:
             reason = "was a nested tensor"
+        if self._thread.gaps[-1] is not None:
+            self._thread.gaps[-1] = None
+            self._looked_through.add(path)
         if reason is None:
             self._attended.add(path)
         elif path not in self._refused:
@@ -411,6 +449,9 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         watch = self._watch()
-        if watch is None or not watch.looks_at(func):  # nearly always
+        if watch is None:
             return func(*args, **kwargs)
-        return watch.see(func, args, kwargs)
+        is_seen = watch.looks_at(func)
+        result = watch.see(func, args, kwargs) if is_seen else func(*args, **kwargs)  # nearly always
+        watch.look_for_gaps(func, args, kwargs, result)
+        return result
