@@ -1,7 +1,7 @@
 # Every chore has its one line here; PYTHON is the environment it runs in.
 PYTHON ?= python
 .DEFAULT_GOAL := help
-.PHONY: help test lint types doctest notebooks pictures bench cpython proofs ci
+.PHONY: help test lint types doctest notebooks pictures bench cpython proofs menagerie ci
 
 help:  ## list the chores
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,7 +20,7 @@ doctest:  ## the examples in the docstrings
 
 notebooks:  ## run every notebook from top to bottom
 	$(PYTHON) -c 'import nbclient'  # without it the test would only be skipped
-	$(PYTHON) -m pytest -n auto tests/test_notebooks.py
+	$(PYTHON) -m pytest -n auto -m slow tests/test_notebooks.py
 
 pictures:  ## make the pictures in assets/ anew
 	$(PYTHON) -m visualizer demo --out assets
@@ -35,6 +35,9 @@ cpython:  ## CPython's own tests under the engine, on this Python; a quarter of 
 
 proofs:  ## the long proofs on every Python that is found; CHROOT=DIR adds those in DIR
 	$(PYTHON) tests/proofs.py $(if $(CHROOT),--chroot $(CHROOT))
+
+menagerie:  ## compare every architecture that eight libraries build, and write docs/menagerie.md; goes on where it was
+	PYTHONPATH=tests $(PYTHON) -m menagerie $(if $(AGAIN),--again)
 
 ci:  ## what every change must pass, in fresh environments
 	.ci/run

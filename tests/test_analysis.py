@@ -258,14 +258,14 @@ class TestDistance:
         ("shape", "options", "said"),
         [
             ((5, 9), {}, ["not 5 queries and 9 keys"]),
-            ((15, 15), {"prefix_tokens": 2}, ["15 tokens: less 2 prefix tokens", "grid=(rows, columns)"]),
-            ((48, 48), {}, ["48 tokens: less 0 or 1 prefix tokens", "prefix_tokens= of a square with registers"]),
+            ((15, 15), {"prefix_tokens": 2}, ["15 tokens, 2 of them prefix tokens: 13 is not", "grid=(rows, columns)"]),
+            ((48, 48), {}, ["48 tokens: neither 48 nor 47 is a square", "prefix_tokens= says how many"]),
             ((295, 295), {}, ["295 tokens"]),  # 14 x 21 patches and a class token, or 17 x 17 behind six
             ((5, 5), {"patch_size": 0}, ["patch_size=0 is one number above 0"]),
             ((5, 5), {"patch_size": (16, 16)}, ["patch_size=(16, 16) is one number"]),
-            ((5, 5), {"prefix_tokens": -4}, ["less -4"]),
-            ((5, 5), {"grid": (2, 3)}, ["grid=(2, 3) makes 6 patches, which does not fit 5 tokens"]),
-            ((7, 7), {"grid": (2, 3), "prefix_tokens": 0}, ["does not fit 7 tokens behind 0 prefix tokens"]),
+            ((5, 5), {"prefix_tokens": -4}, ["prefix_tokens=-4 does not leave a patch among 5 tokens"]),
+            ((5, 5), {"grid": (2, 3)}, ["grid=(2, 3) makes 2 x 3 = 6 patches, which does not fit 5 tokens"]),
+            ((7, 7), {"grid": (2, 3), "prefix_tokens": 0}, ["does not fit 7 tokens, 0 of them prefix tokens"]),
             ((7, 7), {"grid": (-2, -3)}, ["grid=(-2, -3)"]),
         ],
     )

@@ -1,10 +1,14 @@
 """From rewritten code into a store: what is delivered, converted, numbered, and warned of."""
 
 import asyncio
+import functools
 import gc
 import itertools
+import signal
 import threading
+import warnings
 import weakref
+from collections import deque
 
 import pytest
 
@@ -269,10 +273,199 @@ class TestKeep:
             return "done"
 
         values = [Lazy(), Odd(), weakref.proxy(Thing())]
-        with gl.activate():
+        with gl.activate(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is or holds a .*(Lazy|proxy)", VisualizerWarning)
             assert ["done"] * 3 == [forward(value) for value in values]
         [kept] = gl.cache.values()
         assert list(map(id, values)) == list(map(id, kept))
+
+    def test_each_class_that_is_kept_by_reference_is_told_once(self, gl):
+        class Memory:
+            def __init__(self, items):
+                self.items = items
+
+        @gl("memory", "state", at="assign")
+        def forward(x):
+            memory = Memory([x])
+            state = {"memory": memory, "x": (x, str)}
+            memory = Memory([0])
+            state["memory"].items.append(5)
+            return x
+
+        gl.activate()
+        with pytest.warns(
+            VisualizerWarning, match="'memory' or 'state' of .*forward.*is or holds a .*Memory.*later"
+        ) as told:
+            forward(1), forward(2)
+        assert 1 == len(told)
+        assert [1, 5] == gl.cache[next(key for key in gl.cache if "state" in key)][0]["memory"].items
+        gl.activate(keep=lambda value: value)
+        forward(3)  # what a user's function makes is the user's
+
+    def test_a_copy_that_runs_the_captured_function_is_not_recorded(self, gl):
+        class Grid:
+            shape = (2,)
+
+            def __init__(self, rows):
+                self.rows = rows
+
+            @gl("rows")
+            def copy(self):
+                rows = list(self.rows)
+                return Grid(rows)
+
+        @gl("grid")
+        def forward(rows):
+            grid = Grid(rows)
+            return None
+
+        gl.activate()
+        forward([1]), forward([2])
+        of_copy, of_forward = gl.cache.values()
+        assert ([], [[1], [2]]) == (of_copy, [grid.rows for grid in of_forward])
+
+
+class Items(list):
+    """Its items cannot be read."""
+
+    def __iter__(self):
+        raise OSError("the file is closed.")
+
+
+class Names(dict):
+    def values(self):
+        raise MemoryError
+
+
+class Silent(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+class Text(deque):
+    def __iter__(self):
+        raise Silent
+
+
+class TestFailures:
+    """What fails in recording is said at the end, or to whoever reads, and never to the function."""
+
+    @pytest.mark.parametrize("at", ["return", "assign"])
+    @pytest.mark.parametrize("several", [False, True])
+    @pytest.mark.parametrize(
+        ("make_value", "said"),
+        [(Items, "OSError: the file is closed. "), (Names, "MemoryError: . "), (Text, "<Silent>")],
+    )
+    def test_a_value_that_cannot_be_copied(self, gl, make_value, said, several, at):
+        def forward(value):
+            attn = value
+            number = 1
+            return number + 1
+
+        gl("attn", *["number"][: int(several)], at=at)(forward)
+        gl.activate()
+        assert [2, 2] == [forward(make_value([])), forward(make_value([]))]
+        with pytest.warns(VisualizerWarning, match="2 values of .*forward") as caught:
+            gl.deactivate()
+        [message] = [str(one.message) for one in caught]
+        for part in (said, "forward (", "forward:attn'" if several else "forward'", __file__, "keep='graph'"):
+            assert part in message
+        values = [*gl.cache.values()]
+        assert ([[], [1, 1]] if several else [[]]) == values, "the other variables of the call are recorded"
+
+    def test_it_is_said_to_whoever_reads_first_and_once(self, gl):
+        @gl("x")
+        def forward(x):
+            return "done"
+
+        with gl.activate():
+            assert ["done", "done"] == [forward(Items()), forward(0)]
+            with pytest.warns(VisualizerWarning, match="1 values"):
+                assert [[0]] == [*gl.cache.values()]
+            assert [[0]] == [*gl.cache.values()]
+
+    @pytest.mark.parametrize("names", [("x",), ("x", "q")])
+    @pytest.mark.parametrize("at", ["return", "assign"])
+    def test_a_store_that_fails(self, gl, monkeypatch, names, at):
+        def fail(value):
+            raise MemoryError("no room")
+
+        def forward(start):
+            x = q = start
+            return x + q
+
+        gl(*names, at=at)(forward)
+        gl.activate()
+        with monkeypatch.context() as patch:
+            patch.setattr("visualizer.store.store.resident_bytes", fail)
+            assert 10 == forward(5)
+        with pytest.warns(VisualizerWarning, match="could not be recorded under .*MemoryError: no room"):
+            gl.deactivate()
+        with gl.activate():
+            assert 14 == forward(7)
+        assert all(values[-1] == 7 for values in gl.cache.values())
+
+    def test_the_error_of_a_keep_reaches_the_function_whatever_the_repr_of_it_does(self, gl):
+        class Keep:
+            def __call__(self, value):
+                raise ValueError("by keep")
+
+            def __repr__(self):
+                raise RuntimeError("by repr")
+
+        forward = make(gl, "attn", keep=Keep())
+        with gl.activate():
+            with pytest.raises(ValueError, match="by keep") as caught:
+                forward(1)
+            assert "keep=<Keep>" in caught.value.__notes__[0]
+            with pytest.raises(ValueError, match="by keep"):
+                assert gl.cache
+        with pytest.warns(VisualizerWarning, match=r"keep=<Keep>; the new"):
+            gl("attn")(forward)
+
+    def test_what_a_handler_of_a_signal_raises_is_for_the_program(self, gl):
+        class Handler:
+            def __call__(self, *_):
+                raise TimeoutError
+
+            def method(self, *_):
+                raise TimeoutError
+
+        class Slow(list):
+            def __iter__(self):
+                signal.raise_signal(signal.SIGINT)
+                return super().__iter__()
+
+        forward = gl("value")(lambda value: "done")
+        before = signal.getsignal(signal.SIGINT)
+        gl.activate()
+        try:
+            for handler in (Handler(), Handler().method, functools.partial(Handler.method, None)):
+                signal.signal(signal.SIGINT, handler)
+                with pytest.raises(TimeoutError):
+                    forward(Slow())
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @pytest.mark.parametrize("keep", ["numpy", "graph"])
+    def test_warnings_as_errors(self, gl, keep):
+        @gl("attn", "x", keep=keep)
+        def forward(x):
+            if x > 2:
+                attn = x
+            return x
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            gl.activate(max_bytes=500)
+            assert [*range(20)] == [forward(x) for x in range(20)]
+            for part in ("'attn' was not bound", "would take more than 500 bytes"):
+                with pytest.raises(VisualizerWarning, match=part):
+                    assert gl.cache
+            attn, x = gl.cache.values()
+            assert [0, 1, 2, 3] == x[:4]
+            assert [3, 4] == attn[:2]
+            gl.deactivate()
 
 
 class TestCalls:

@@ -34,7 +34,7 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch, tmp_path, capsys)
 
 
 def test_an_error_of_our_own_is_no_wrong_argument(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli.demo, "_read", lambda image: 1 / 0)
+    monkeypatch.setattr(cli.demo, "_run", lambda *_: 1 / 0)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ZeroDivisionError):
         cli.main(["demo"])

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,10 +44,12 @@ def test_the_demo_writes_five_pictures_and_an_index(demo):
         assert pixels.std() > 10, f"{name} is blank"
 
 
+@pytest.mark.slow
 def test_it_is_quiet_in_a_pipe(demo):
     assert "" == demo[1].stderr
 
 
+@pytest.mark.slow
 def test_the_index_says_for_each_picture_what_made_it(demo):
     text = (demo[0] / "index.md").read_text(encoding="utf-8")
     for name in PICTURES:
@@ -59,6 +62,7 @@ def test_the_index_says_for_each_picture_what_made_it(demo):
     assert "coffee.png" in text
 
 
+@pytest.mark.slow
 def test_the_python_of_the_index_runs(demo, tmp_path):
     """The maps, and then each picture's own call, as the index has them."""
     text = (demo[0] / "index.md").read_text(encoding="utf-8")
@@ -70,6 +74,7 @@ def test_the_python_of_the_index_runs(demo, tmp_path):
     assert 6 == len(space["maps"])
 
 
+@pytest.mark.slow
 def test_on_a_users_own_input(tmp_path, capsys):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
     picture.save(tmp_path / "my photo_[1].jpg")
@@ -96,8 +101,9 @@ def test_on_a_users_own_input(tmp_path, capsys):
     ("terminal", "options", "is_shown"), [(True, [], True), (True, ["--quiet"], False), (False, [], False)]
 )
 def test_progress_is_for_terminals(terminal, options, is_shown, monkeypatch, tmp_path, capsys):
-    for name, done in (("_read", (None, None, "x")), ("_vision_attention", None), ("_text_attention", ("", []))):
-        monkeypatch.setattr(cli.demo, name, lambda *_, done=done: done)
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
+    made = {"batch": {"input_ids": np.zeros((1, 13))}, "model": model}
+    monkeypatch.setattr(cli.demo, "_run", lambda _, names: names.update(made))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(cli.demo, "_pictures", lambda *_: [])
     monkeypatch.chdir(tmp_path)

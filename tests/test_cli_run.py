@@ -67,7 +67,7 @@ PROGRAMS = {
     "arguments and names": """
 import sys, os
 print(sys.argv, __name__, __file__, __spec__, __package__, __doc__, sys.path[0], __builtins__)
-print(sorted(vars().keys() - {"__get_local__"}), sys.modules["__main__"].__dict__ is globals(), locals() is globals())
+print(sorted(vars().keys()), sys.modules["__main__"].__dict__ is globals(), locals() is globals())
 print(type(__loader__).__name__, __loader__.name, __loader__.path, __cached__, "__annotations__" in vars())
 """,
     "its parser's error": """
@@ -401,7 +401,7 @@ WRONG = [
     (["run", "--max-bytes", "many", "script.py"], "invalid int value"),
     (["run", "--nonsense", "script.py"], "--nonsense"),
     (["run", "-o", "missing/x.safetensors", "script.py"], "cannot write missing/x.safetensors"),
-    (["run", "-o", "empty", "script.py"], "it is a folder"),
+    (["run", "-o", "empty", "script.py"], "'empty' is a folder"),
     (["run", "--target", "script:double", "--var", "dubled", "script.py"], "did you mean 'doubled'?"),
     (["run", "--target", "script:double.inner", "--var", "x", "script.py"], "there is no 'inner'"),
     (["run", "--target", "json:lods", "--var", "x", "imports.py"], "did you mean 'loads'?"),

@@ -72,7 +72,7 @@ WRONG = [
     (["plot", "picture.safetensors", "--kind", "query", "--query", "0,0", "--grid", "4"], "'4' is not like 14x14"),
     (["plot", "picture.safetensors", "--kind", "class-token", "--grid", "3x3", "--image", "none.jpg"], "none.jpg"),
     (["plot", "picture.safetensors", "--kind", "class-token", "--image", "text.safetensors"], "as a picture"),
-    (["plot", "maps.safetensors", "--kind", "class-token", "--key", "*.a", "--grid", "2x3"], "5 keys"),
+    (["plot", "maps.safetensors", "--kind", "class-token", "--key", "*.a", "--grid", "2x3"], "5 tokens"),
 ]
 
 

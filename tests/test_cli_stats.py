@@ -245,7 +245,7 @@ def test_help_lists_the_statistics(capsys):
         (["--model", "minilm", "--texts", "missing.txt"], "cannot read missing.txt: No such file"),
         (["--model", "minilm", "--texts", "blank.txt"], "there is no text in blank.txt"),
         (["--model", "builder_of_tests:build", "--images", "photos", "--limit", "0"], "'0' is not a number from 1 on"),
-        (["--model", "builder_of_tests:build", "--images", "photos", "-o", "no/x"], "there is no such folder"),
+        (["--model", "builder_of_tests:build", "--images", "photos", "-o", "no/x"], "cannot write no/x: No such file"),
         (["--model", "builder_of_tests:build", "--images", "photos", "--measure", "love"], "invalid choice: 'love'"),
         (["--model", "builder_of_tests:build", "--images", "photos", "--device", "abacus"], "--device abacus: "),
     ],

@@ -36,6 +36,7 @@ class TestMergingFiles:
         parts = run(count, in_turn, folder)
         assert [None] * count == [one.error for one in parts]
 
+    @pytest.mark.slow
     def test_a_run_of_several_that_lacks_one(self, tmp_path):
         for number in range(2):
             self.of_run(tmp_path / f"run-{number}")
@@ -61,6 +62,7 @@ class TestMergingFiles:
         collect(Looking(), pictures(3), Entropy()).save(tmp_path / "whole.safetensors")
         assert 21 == load(tmp_path / "*.safetensors").samples
 
+    @pytest.mark.slow
     def test_of_another_rank(self, tmp_path):
         self.of_run(tmp_path)
         (tmp_path / "rank-1.safetensors").write_bytes((tmp_path / "rank-0.safetensors").read_bytes())

@@ -48,13 +48,17 @@ def is_refused(case: Case) -> bool:
 ACCEPTED = [case for case in CASES if not is_refused(case)]
 BY_NAME = {case.name: case for case in CASES}
 
-each_case = pytest.mark.parametrize("case", ACCEPTED, ids=lambda case: case.name)
-each_case_with_names = pytest.mark.parametrize(
-    "case", [case for case in ACCEPTED if case.names], ids=lambda case: case.name
-)
+
+def param(case: Case, *values: str) -> Any:
+    """The largest of the generated functions takes seconds in each test."""
+    marks = [pytest.mark.slow] if len(case.function.__code__.co_code) > 100_000 else []
+    return pytest.param(case, *values, id="-".join((case.name, *values)), marks=marks)
+
+
+each_case = pytest.mark.parametrize("case", [param(case) for case in ACCEPTED])
+each_case_with_names = pytest.mark.parametrize("case", [param(case) for case in ACCEPTED if case.names])
 each_single = pytest.mark.parametrize(
-    ("case", "name"),
-    [pytest.param(case, name, id=f"{case.name}-{name}") for case in ACCEPTED for name in case.singles],
+    ("case", "name"), [param(case, name) for case in ACCEPTED for name in case.singles]
 )
 
 
@@ -73,16 +77,17 @@ def rewritten_code(case_name: str, names: tuple[str, ...], at: At) -> CodeType:
 
 
 @contextmanager
-def in_place(function: FunctionType, code: CodeType, hook: Hook) -> Iterator[None]:
-    """The function with this code and hook for a while, then as it was."""
+def in_place(function: FunctionType, code: CodeType, hook: Hook | None) -> Iterator[None]:
+    """The function with this code and hook, or none, for a while, then as it was."""
     original = function.__code__
-    function.__globals__[HOOK] = hook
+    if hook is not None:
+        function.__globals__[HOOK] = hook
     function.__code__ = code
     try:
         yield
     finally:
         function.__code__ = original
-        del function.__globals__[HOOK]
+        function.__globals__.pop(HOOK, None)
 
 
 @contextmanager
@@ -197,6 +202,17 @@ def hand_written(case: Case, call: Call, names: tuple[str, ...]) -> list[tuple[s
     return [None, *((each[0], each[1], show(each[2])) if each else None for each in chosen)]
 
 
+def check_without_hook(case: Case, at: At) -> None:
+    """As in a process that the code was sent to."""
+    code = marshal.loads(marshal.dumps(rewritten_code(case.name, case.names, at)))
+    for index, call in enumerate(case.calls):
+        expected = baseline(case.name, index)
+        with in_place(case.function, code, None):
+            actual = traced(case.function, call, case.names)
+        assert expected.behaviour == actual.behaviour
+        assert without_exceptions(expected.events) == without_exceptions(actual.events)
+
+
 def test_there_are_many_cases() -> None:
     assert len(CASES) >= 80
     # a case that is gone or renamed must not go on being excused
@@ -250,6 +266,13 @@ def test_one_name_at_assign(case: Case, name: str) -> None:
 @each_case_with_names
 def test_all_names_at_assign(case: Case) -> None:
     check_assignments(case, case.names)
+
+
+@pytest.mark.parametrize("at", ["return", "assign"])
+@each_case_with_names
+def test_without_a_hook(case: Case, at: At) -> None:
+    """Rewritten code does the same where there is none, as in a process that it was sent to."""
+    check_without_hook(case, at)
 
 
 @pytest.mark.parametrize("at", ["return", "assign"])

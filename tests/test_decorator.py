@@ -3,6 +3,7 @@ test_decorator_modules.py."""
 
 import gc
 import importlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -123,6 +124,31 @@ class TestTheOriginalsNames:
         code = "import visualizer.visualizer as v; from visualizer.visualizer import get_local; print(v.get_local)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert (0, "") == (done.returncode, done.stderr)
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            *("from visualizer.display import visualize_head", "from visualizer import visualize_head"),
+            *("from visualizer.display import *", "import visualizer.display as d; d.visualize_head"),
+            "import visualizer; visualizer.visualize_head([[1]])",
+        ],
+    )
+    def test_what_forks_had_says_what_replaces_it(self, line):
+        with pytest.raises(ImportError, match=r"no visualize_head: `from visualizer import plot` and write plot\.head"):
+            exec(line, {})
+
+    def test_what_replaces_it_is_there(self):
+        from visualizer import display
+
+        plot = pytest.importorskip("visualizer.plot", reason="engine only: matplotlib is not in this environment")
+        for name in display.__all__:
+            with pytest.raises(ImportError) as caught:
+                getattr(display, name)
+            for function in re.findall(r"plot\.(\w+)", str(caught.value)):
+                assert function in plot.__all__
+        for name in ("nonsense", "__wrapped__"):
+            for module in (display, sys.modules["visualizer"]):
+                assert not hasattr(module, name)
 
     def test_is_activate(self, gl):
         assert gl.is_activate is False

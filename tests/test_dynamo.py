@@ -34,7 +34,7 @@ Unsupported = torch._dynamo.exc.Unsupported
 
 HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
 NEEDS_COMPILER = pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
-INDUCTOR = pytest.param("inductor", marks=NEEDS_COMPILER)
+INDUCTOR = pytest.param("inductor", marks=[NEEDS_COMPILER, pytest.mark.slow])
 each_backend = pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
 with_or_without_breaks = pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "breaks allowed"])
 
@@ -224,7 +224,8 @@ def test_a_loss_on_a_captured_map_of_a_compiled_model_reaches_its_weights(backen
     ("backend", "keep"),
     [
         *((backend, keep) for backend in ("eager", "aot_eager") for keep in ("numpy", "tensor", mean)),
-        pytest.param("inductor", "numpy", marks=NEEDS_COMPILER),  # seconds each, and its graphs are aot_eager's
+        # of inductor one, for each takes seconds, and its graphs are aot_eager's
+        pytest.param("inductor", "numpy", marks=NEEDS_COMPILER),
     ],
 )
 @pytest.mark.slow

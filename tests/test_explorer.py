@@ -353,7 +353,7 @@ def written(weight):
 
 @needs_browser
 class TestNumbers:
-    @pytest.mark.parametrize("spread", [0.3, 1.0, 2.0])
+    @pytest.mark.parametrize("spread", [1.0, *(pytest.param(spread, marks=pytest.mark.slow) for spread in (0.3, 2.0))])
     def test_weights_on_the_page_are_those_of_the_arrays(self, open_page, spread):
         maps = random_maps(2, 1, 3, 80, 80, spread=spread)
         tab = open_page(explore(maps))

@@ -10,8 +10,7 @@ import pytest
 from ranks import Failing, Looking, difference, facts, fresh, run, texts, values
 from torch import distributed
 
-from visualizer.statistics import Confidence, Entropy, collect
-from visualizer.statistics import ranks as ranks_module
+from visualizer.statistics import Confidence, Entropy, collect, processes
 from visualizer.statistics.heartbeat import Failed, Heartbeat, Lost, Stopped
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
@@ -83,7 +82,7 @@ def one_fails_merging(rank, timeout):
         raise MemoryError("no more of it")
 
     if rank == 1:
-        ranks_module.gathered = fail
+        processes.gathered = fail
     return facts(collect(Looking(), texts(4), Entropy(), timeout=timeout))
 
 

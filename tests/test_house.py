@@ -18,8 +18,8 @@ PACKAGE = ROOT / "visualizer"
 
 # Each room imports only from rooms before it. A folder is one room.
 ROOMS = (
-    "errors", "opcodes", "proof", "rewrite", "tensors", "store", "instrument", "reading", "maps", "intercept",
-    "analysis", "statistics", "loading", "plot", "explorer", "models", "cli", "__main__", "__init__",
+    "errors", "opcodes", "proof", "rewrite", "tensors", "store", "instrument", "reading", "places", "maps", "intercept",
+    "analysis", "statistics", "loading", "plot", "explorer", "models", "cli", "display", "__main__", "__init__",
 )  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def opcode_literals(package: Path) -> list[str]:
 
 
 # Of these each tests the whole package, or what lies outside it.
-OF_THE_WHOLE = {"corpus", "cpython", "cuda", "generated", "house", "notebooks", "readme", "torture"}
+OF_THE_WHOLE = {"corpus", "cpython", "cuda", "generated", "house", "menagerie", "notebooks", "readme", "torture"}
 
 
 def unnamed_tests(package: Path, tests: Path) -> list[str]:

@@ -32,9 +32,9 @@ from visualizer.statistics import (
     Tokens,
     measures,
 )
+from visualizer.statistics.base import measured
 from visualizer.statistics.measures import MEASURES
 from visualizer.statistics.moments import empty_state, state_of
-from visualizer.statistics.statistic import measured
 
 CASES = {
     "entropy": (Entropy, entropy_by_hand),

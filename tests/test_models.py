@@ -409,6 +409,7 @@ def test_smollm2_is_loaded_right(smollm2):
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_the_induction_head_looks_behind_the_same_token(smollm2):
     """On random tokens that repeat, (18, 6) attends to what followed, above all heads: 0.85 where chance gives 0.03."""
     random = torch.randint(100, 40_000, (1, 25), generator=torch.Generator().manual_seed(0))
@@ -420,6 +421,7 @@ def test_the_induction_head_looks_behind_the_same_token(smollm2):
     assert scores.max() > 0.7
 
 
+@pytest.mark.slow
 def test_the_weights_of_smollm2_are_captured_by_their_paths(smollm2):
     model, tokenizer = smollm2
     batch = tokenizer("A cat.", return_tensors="pt")

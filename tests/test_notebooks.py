@@ -7,6 +7,7 @@ import pytest
 nbclient = pytest.importorskip("nbclient", reason="needs the notebooks extra")
 nbformat = pytest.importorskip("nbformat", reason="needs the notebooks extra")
 
+pytestmark = pytest.mark.slow
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 

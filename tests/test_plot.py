@@ -296,7 +296,7 @@ class TestRefusals:
             (lambda: plot.query(np.vstack([np.full(16, np.nan), maps_of(15, 16)]), query=0), ValueError, ["NaN"]),
             (lambda: plot.heads(maps_of(2, 5, 5), columns=0), ValueError, ["columns=0"]),
             (lambda: plot.class_token(maps_of(12, 12)), ValueError, ["12", "11", "grid=(rows, columns)"]),
-            (lambda: plot.class_token(maps_of(17, 17), grid=(5, 5)), ValueError, ["5 x 5 = 25", "17 keys"]),
+            (lambda: plot.class_token(maps_of(17, 17), grid=(5, 5)), ValueError, ["5 x 5 = 25", "17 tokens"]),
             (lambda: plot.query(maps_of(17, 17), query=(4, 0)), IndexError, ["(4, 0)", "4 rows and 4 columns"]),
             (lambda: plot.query(maps_of(17, 17), query=17), IndexError, ["17", "0 to 16"]),
             (lambda: plot.query(maps_of(17, 17), query=0, style="jet"), ValueError, ["'jet'", "'overlay', 'mask'"]),

@@ -329,7 +329,7 @@ class TestHighlight:
             (np.ones((2, 2)), TypeError, ["float64", "analysis.mass_mask", "threshold"]),
             (torch.ones(4, dtype=torch.uint8), TypeError, ["uint8"]),
             ([[0, 1]], TypeError, ["list"]),
-            (np.ones(5, bool), ValueError, ["5 keys", "grid="]),
+            (np.ones(5, bool), ValueError, ["5 tokens", "grid="]),
             (np.ones((1, 16), bool), ValueError, ["mask[0]"]),
         ],
     )

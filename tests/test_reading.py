@@ -9,8 +9,8 @@ import torch
 from matplotlib import pyplot as plt
 
 from visualizer import AttentionMap, VisualizerWarning, analysis, attention, capture, explore, plot
-from visualizer.analysis.reading import layers_of, maps_of, without_nan
-from visualizer.plot.reading import select_layers
+from visualizer.analysis.layers import layers_of, maps_of, without_nan
+from visualizer.plot.selection import select_layers
 from visualizer.reading import RowCheck, as_numbers, check_least, check_not_empty, layers_in
 from visualizer.statistics import MeanMap
 

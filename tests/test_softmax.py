@@ -110,6 +110,154 @@ def test_what_changes_no_number_leaves_one_softmax(x, change):
     assert map_of(lambda x: change(scores(x).softmax(-1)), x).softmaxes == ()
 
 
+def changed(weights, by):
+    by(weights)
+    return weights
+
+
+VIEWS = {
+    "another shape": lambda w: w.view(2, 25)[:, :3].zero_(),
+    "another order": lambda w: w.transpose(1, 2).mul_(2),
+    "split": lambda w: [part.mul_(2) for part in w.unbind(0)],
+    "a chunk": lambda w: w.chunk(2, 0)[0].zero_(),
+    "detached": lambda w: w.detach().mul_(2),
+    ".data": lambda w: w.data.mul_(2),
+    "the diagonal": lambda w: w.diagonal(dim1=-2, dim2=-1).fill_(0),
+    "by places": lambda w: w.index_put_((torch.tensor([0]), torch.tensor([1])), torch.zeros(5)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_weights_changed_in_place(x, name):
+    found = map_of(lambda x: changed(scores(x).softmax(-1), VIEWS[name]), x)
+    [softmax] = found.softmaxes
+    assert not found.is_softmax
+    assert torch.equal(softmax.dense()[:, 0], scores(x).softmax(-1))
+
+
+MADE_OF_WEIGHTS = {
+    "transposed by einsum": lambda w: torch.einsum("bij->bji", w),
+    "times itself": lambda w: w @ w,
+    "put together of parts": lambda w: torch.cat([w[..., :2], torch.zeros(2, 5, 1), w[..., 3:]], -1),
+    "the best only": lambda w: torch.zeros_like(w).scatter(-1, w.topk(2).indices, w.topk(2).values),
+}
+
+
+@pytest.mark.parametrize("name", MADE_OF_WEIGHTS)
+def test_weights_made_of_a_softmax(x, name):
+    found = map_of(lambda x: MADE_OF_WEIGHTS[name](scores(x).softmax(-1)), x)
+    [softmax] = found.softmaxes
+    assert torch.equal(softmax.dense()[:, 0], scores(x).softmax(-1))
+
+
+NORMALISED = {
+    "exp over its sum": lambda s: s.exp() / s.exp().sum(-1, keepdim=True),
+    "exp of a log-softmax": lambda s: F.log_softmax(s, -1).exp(),
+    "softmin": lambda s: F.softmin(s, -1),
+    "absolute numbers over their sum": lambda s: F.normalize(s.abs(), p=1, dim=-1),
+    "over the queries, turned": lambda s: s.softmax(-2).mT,
+    "a softmax of a softmax": lambda s: s.softmax(-1).softmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_what_is_as_good_as_a_softmax(x, name):
+    found = map_of(lambda x: NORMALISED[name](scores(x)), x)
+    assert found.is_softmax
+    assert (found.dense().sum(-1) - 1).abs().max() < 1e-6
+
+
+NO_SOFTMAX = {
+    "sigmoid": torch.sigmoid,
+    "relu": lambda s: torch.relu(s) / 5,
+    "its square": lambda s: torch.relu(s) ** 2,
+    "softplus": F.softplus,
+}
+
+
+@pytest.mark.parametrize("name", NO_SOFTMAX)
+def test_weights_that_no_softmax_made(x, name, tmp_path):
+    from visualizer import load
+
+    model = Written(lambda x: NO_SOFTMAX[name](scores(x)))
+    with attention(model) as maps:
+        model(x)
+    assert torch.equal(maps[0].dense()[:, 0], model.weights)
+    maps.save(tmp_path / "maps.safetensors")
+    for found in (maps[0], load(tmp_path / "maps.safetensors")[0], maps[0].to("cpu")):
+        assert (found.is_softmax, found.softmaxes) == (False, ())
+        assert "made of no softmax" in repr(found)
+
+
+def test_sigmoid_attention_before_dropout(x):
+    class Drops(nn.Module):
+        def forward(self, x):
+            self.weights = torch.sigmoid(x @ x.mT)
+            return F.dropout(self.weights, 0.5) @ x
+
+    model = Drops()
+    with attention(model) as maps:
+        model(x)
+    assert torch.equal(maps[0].dense()[:, 0], model.weights)
+
+
+@pytest.mark.parametrize("kind", ["layers", "linear attention", "signed"])
+def test_products_that_are_no_attention(x, kind):
+    class Products(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Parameter(torch.randn(8, 5)), nn.Parameter(torch.randn(8, 5))
+
+        def forward(self, x):
+            return {
+                "layers": lambda: torch.relu(x @ self.one) @ self.other.mT,
+                "linear attention": lambda: torch.relu(x) @ (torch.relu(x).mT @ x),
+                "signed": lambda: (x @ x.mT) @ x,
+            }[kind]()
+
+    model = Products()
+    with (
+        pytest.warns(VisualizerWarning, match="neither a fused kernel of torch nor a softmax"),
+        attention(model) as maps,
+    ):
+        model(x)
+    assert len(maps) == 0
+
+
+@pytest.mark.parametrize("is_filled", [False, True])
+def test_chunks_of_queries_put_together(x, is_filled):
+    def function(x):
+        parts = [part.softmax(-1) for part in scores(x).split(3, 1)]
+        if not is_filled:
+            return torch.cat(parts, 1)
+        whole = torch.empty(2, 5, 5)
+        whole[:, :3], whole[:, 3:] = parts
+        return whole
+
+    assert len(map_of(function, x).softmaxes) == 2
+
+
+def test_distances(x):
+    assert map_of(lambda x: (-torch.cdist(x, x)).softmax(-1), x).is_softmax
+
+
+def test_heads_multiplied_one_by_one(x):
+    """Each part of the weights has its own map."""
+
+    class Parts(nn.Module):
+        def forward(self, x):
+            self.weights = (x @ x.mT).softmax(-1)
+            return self.weights[0] @ x[0] + self.weights[1] @ x[1] + self.weights[1] @ x[0]
+
+    model = Parts()
+    with attention(model) as maps:
+        model(x)
+    assert len(maps) == 2
+    for found, weights in zip(maps, model.weights, strict=True):
+        assert torch.equal(found.dense()[0, 0], weights)
+        assert found.is_softmax
+
+
 def test_two_softmaxes_mixed(x):
     """As ConViT mixes content and position."""
 

@@ -149,6 +149,7 @@ class TestLimits:
                     assert len(alive) <= 11
         assert 10 == sum(map(len, gl.cache.values())) == len(alive)
 
+    @pytest.mark.filterwarnings("ignore:.*is or holds a .*Value")
     @pytest.mark.parametrize("first", ["graph", "numpy"])
     def test_whatever_is_kept_of_values_they_share_the_budget_in_the_order_of_the_calls(self, gl, first):
         class Value:
@@ -423,6 +424,7 @@ class TestThreads:
         finally:
             sys.setswitchinterval(interval)
 
+    @pytest.mark.slow
     def test_calls_are_numbered_from_0_by_whoever_clears(self):
         def work(n):
             attn = n
@@ -474,7 +476,7 @@ class TestAppendingDirectly:
     """One thread's plain values go into their list without a lock: none may be lost, doubled or torn for that."""
 
     @pytest.mark.parametrize("limit", [None, 50])
-    @pytest.mark.parametrize("at_once", [1, 2, 8])
+    @pytest.mark.parametrize("at_once", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
     def test_threads_that_take_turns_readers_and_a_hand_on_the_list(self, gl, limit, at_once):
         @gl("x")
         def forward(x):

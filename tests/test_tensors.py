@@ -1,8 +1,21 @@
 """What is kept of each kind of value."""
 
+import array
 import collections
+import dataclasses
+import datetime
+import decimal
+import enum
+import fractions
 import gc
+import http
+import io
+import pathlib
+import re
 import sys
+import threading
+import types
+import uuid
 import weakref
 
 import numpy as np
@@ -10,6 +23,7 @@ import pytest
 import torch
 
 from visualizer import tensors
+from visualizer.store import bytes_by_device
 from visualizer.tensors import check_keep, keeper
 
 to_numpy, to_tensor, itself = keeper("numpy"), keeper("tensor"), keeper("graph")
@@ -192,6 +206,181 @@ class TestContainers:
         thing = object()
         assert to_numpy(thing) is thing
         assert to_numpy([thing])[0] is thing
+
+
+@dataclasses.dataclass
+class Output:
+    attn: object
+    more: list = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frozen:
+    attn: object
+
+
+class Grid:
+    """Like an array: it has a shape, and a method that copies it."""
+
+    shape = (2,)
+
+    def __init__(self, values):
+        self.values = values
+
+    def copy(self, deep=False):
+        return Grid(list(self.values) if deep else self.values)
+
+
+class Own:
+    pass
+
+
+def told_of(value):
+    told = []
+    return keeper("numpy", told.append)(value), told
+
+
+class TestObjects:
+    """What has a safe copy is a snapshot; the rest is told."""
+
+    @pytest.mark.parametrize(
+        ("make", "change", "show"),
+        [
+            pytest.param(*each, id=name)
+            for name, each in {
+                "bytearray": (lambda: bytearray(b"ab"), lambda v: v.extend(b"c"), bytes),
+                "memoryview": (lambda: memoryview(bytearray(b"ab")), lambda v: v.__setitem__(0, 9), bytes),
+                "memoryview of floats": (
+                    lambda: memoryview(np.ones((2, 2))),
+                    lambda v: v.__setitem__((0, 0), 9),
+                    bytes,
+                ),
+                "array": (lambda: array.array("d", [1, 2]), lambda v: v.append(3), list),
+                "namespace": (lambda: types.SimpleNamespace(a=[1]), lambda v: v.a.append(2), lambda v: v.a),
+                "user dict": (lambda: collections.UserDict(a=[1]), lambda v: v["a"].append(2), lambda v: v["a"]),
+                "user list": (lambda: collections.UserList([[1]]), lambda v: v[0].append(2), lambda v: v[0]),
+                "chain map": (lambda: collections.ChainMap({"a": [1]}), lambda v: v["a"].append(2), lambda v: v["a"]),
+                "dataclass": (lambda: Output(np.ones(2)), lambda v: v.attn.fill(9), lambda v: v.attn.tolist()),
+                "its list": (lambda: Output(1, [2]), lambda v: v.more.append(9), lambda v: v.more),
+                "its attribute": (lambda: Output(1), lambda v: setattr(v, "attn", 2), lambda v: v.attn),
+                "frozen": (lambda: Frozen(np.ones(2)), lambda v: v.attn.fill(9), lambda v: v.attn.tolist()),
+                "in a list": (lambda: [Frozen([1])], lambda v: v[0].attn.append(9), lambda v: v[0].attn),
+                "like an array": (lambda: Grid([1]), lambda v: v.values.append(2), lambda v: v.values),
+            }.items()
+        ],
+    )
+    def test_snapshots(self, make, change, show):
+        value = make()
+        kept, told = told_of(value)
+        before = show(kept)
+        change(value)
+        assert type(value) is type(kept)
+        assert before == show(kept) != show(value)
+        assert [] == told
+
+    @pytest.mark.parametrize("kind", ["csr", "csc", "coo", "lil", "dok", "dia", "bsr"])
+    @pytest.mark.parametrize("interface", ["array", "matrix"])
+    def test_sparse_matrices_of_scipy(self, kind, interface):
+        sparse = pytest.importorskip("scipy.sparse", reason="engine only: scipy is not in this environment")
+        value = getattr(sparse, f"{kind}_{interface}")(np.eye(4))
+        [kept, [of_list]], told = told_of([value, [value]])
+        value *= 2
+        if kind in ("lil", "dok"):
+            value[0, 1] = 5
+        else:
+            value.data[:] = 7
+        for copy in (kept, of_list):
+            assert type(value) is type(copy)
+            assert np.eye(4).tolist() == copy.toarray().tolist()
+        assert [] == told
+        assert bytes_by_device(kept)["cpu"] >= 4 * 8
+
+    def test_tables_of_pandas(self):
+        pandas = pytest.importorskip("pandas", reason="engine only: pandas is not in this environment")
+        table = pandas.DataFrame({"a": [1.0, 2.0], "b": ["x", "y"]})
+        column = table["a"].copy()
+        (kept, of_dict, kept_column), told = told_of((table, {"table": table}, column))
+        table.loc[0, "a"] = column[0] = 9.0
+        table["new"] = 1
+        for copy in (kept, of_dict["table"]):
+            assert {"a": [1.0, 2.0], "b": ["x", "y"]} == copy.to_dict("list")
+        assert [1.0, 2.0] == kept_column.tolist()
+        assert [] == told
+        assert bytes_by_device(pandas.DataFrame({"a": np.ones(1000)}))["cpu"] >= 8000
+
+    def test_pictures(self):
+        image = pytest.importorskip("PIL.Image", reason="engine only: pillow is not in this environment")
+        picture = image.new("L", (2, 2))
+        kept, told = told_of(picture)
+        picture.putpixel((0, 0), 9)
+        assert (0, []) == (kept.getpixel((0, 0)), told)
+
+    def test_tensors_in_attributes_are_converted(self):
+        kept, _ = told_of(Output(torch.ones(2), [torch.zeros(1)]))
+        assert isinstance(kept.attn, np.ndarray)
+        assert isinstance(kept.more[0], np.ndarray)
+        assert 4000 <= bytes_by_device(told_of(Output(torch.ones(1000)))[0])["cpu"] <= 4500
+
+    def test_of_their_classes_no_code_runs(self):
+        @dataclasses.dataclass
+        class Stubborn:
+            attn: list
+
+            def __post_init__(self):
+                assert self.attn == [1], "it is made once"
+
+            def __setattr__(self, name, value):
+                assert "attn" not in vars(self), "and set once"
+                object.__setattr__(self, name, value)
+
+            def __getattr__(self, name):
+                raise AssertionError(name)
+
+        value = Stubborn([1])
+        kept, told = told_of(value)
+        value.attn.append(2)
+        assert ([1], []) == (kept.attn, told)
+
+    def test_those_that_refer_to_themselves_and_to_each_other(self):
+        one, two = Output(1), Output(2)
+        one.more.extend([one, two])
+        two.more.append(one)
+        kept, _ = told_of([one, two])
+        assert kept[0].more[0] is kept[0] is not one
+        assert kept[0].more[1] is kept[1]
+        assert kept[1].more[0] is kept[0]
+        assert bytes_by_device(kept)["cpu"] > 0
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            *(Own, lambda: (i for i in "ab"), lambda: io.StringIO("a"), lambda: {1: 2}.keys(), lambda: iter([1])),
+            *(lambda: torch.nn.Linear(1, 1), lambda: np.random.default_rng(0), lambda: types.MappingProxyType({})),
+            *(threading.Lock, lambda: dataclasses.make_dataclass("Net", [], bases=(torch.nn.Module,))()),
+            lambda: dataclasses.make_dataclass("Resource", [], namespace={"__del__": lambda self: None})(),
+            lambda: type("Broken", (Grid,), {"copy": lambda self: 1 / 0})([1]),
+        ],
+    )
+    def test_others_are_kept_by_reference_and_told(self, make):
+        value = make()
+        for wrapped in (value, [value], {"a": (value,)}):
+            kept, told = told_of(wrapped)
+            assert [type(value)] == told
+        assert value is kept["a"][0]
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            *(None, True, 3, 1.5, 1j, "a", b"a", range(3), slice(1), ..., object(), np.float32(1), np.dtype("f4")),
+            *(datetime.datetime(2020, 1, 1), datetime.timedelta(1), decimal.Decimal(1), fractions.Fraction(1, 2)),
+            *(pathlib.Path("a"), uuid.UUID(int=1), re.compile("a"), enum.Enum("Colour", "red").red, http.HTTPStatus.OK),
+            *(len, told_of, Own, types, [].append, torch.float32, torch.device("cpu"), torch.strided, torch.Size([1])),
+            type("Name", (str,), {})("a"),
+        ],
+    )
+    def test_what_never_changes_is_no_news(self, value):
+        kept, told = told_of([value])
+        assert (kept[0] is value, told) == (True, [])
 
 
 class TestArraysOfObjects:

@@ -680,6 +680,7 @@ def test_a_training_step_that_somebody_put_into_a_trainer_stays_there(tmp_path):
     assert own is trainer.training_step
 
 
+@pytest.mark.slow
 def test_a_compiled_training_by_transformers_has_the_same_numbers(tmp_path):
     model = make_bert()
     options = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2, "report_to": "none"}

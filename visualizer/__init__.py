@@ -29,6 +29,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import display
 from .errors import (
     FileFormatError,
     RewriteError,
@@ -84,6 +85,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f".{name}", __name__)
     if name == "visualizer":
         return sys.modules[__name__]
+    if name in display.__all__:  # as forks of it had
+        return getattr(display, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 
 class VisualizerError(Exception):
@@ -56,6 +57,29 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, VisualizerWarning, stacklevel=level)
+
+
+def not_installed(distribution: str, install: str = '"get-local[demo]"') -> ImportError:
+    """The error for a missing package; its message says what to give to `pip install`."""
+    return ImportError(f"{distribution} is not installed: pip install {install}", name=distribution)
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names, for a message.
+
+    >>> few(["a", "b", "c"]), few("abcde")
+    ("'a', 'b', 'c'", "'a', 'b', 'c' and 2 more")
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
+
+
+def shown(show: Callable[[Any], str], value: Any) -> str:
+    """`repr` or `str` of a user's object for a message, or the name of its class where that fails."""
+    try:
+        return show(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
 
 
 def did_you_mean(known: Iterable[str], *names: str) -> str:

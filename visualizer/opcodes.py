@@ -110,14 +110,24 @@ def halves(operation: str, argument: Any, shown: str) -> list[tuple[str, Any, st
 
 def split(instr: Instr) -> list[Instr]:
     """The instructions of one step each that do the same."""
-    from bytecode import Instr
-
     at = instr.location
     if instr.name in _PAIRS and isinstance(instr.arg, tuple):
-        return [Instr(half, name, location=at) for half, name in zip(_PAIRS[instr.name], instr.arg, strict=True)]
+        return [
+            step for half, name in zip(_PAIRS[instr.name], instr.arg, strict=True) for step in _one(half, name, at=at)
+        ]
     if instr.name == "RETURN_CONST":
-        return [*load_constant(instr.arg, at), Instr("RETURN_VALUE", location=at)]
+        return [*load_constant(instr.arg, at), *_one("RETURN_VALUE", at=at)]
     return [instr]
+
+
+def line_of(instr: Instr) -> int | None:
+    """The line of the source that an instruction belongs to."""
+    return instr.location.lineno if instr.location is not None else None
+
+
+def variable_of(instr: Instr) -> str | None:
+    """The name of the variable that an instruction on one variable works on."""
+    return instr.arg if isinstance(instr.arg, str) else getattr(instr.arg, "name", None)
 
 
 def unknown_returns(instructions: Iterable[Instr]) -> set[str]:
@@ -185,61 +195,51 @@ def slot_after(instr: Instr, slot: int, depth: int) -> int | None:
 
 def load_hook(hook: str, at: InstrLocation | None) -> list[Instr]:
     """Stack: ... -> ... hook, null. True adds the null, on the side of the hook where this version expects it."""
-    from bytecode import Instr
-
-    return [Instr("LOAD_GLOBAL", (True, hook), location=at)]
+    return _one("LOAD_GLOBAL", (True, hook), at=at)
 
 
 def load_marker(hook: str, at: InstrLocation | None) -> list[Instr]:
     """Stack: ... -> ... hook. The hook itself means "unbound", for no variable of the user's can hold it."""
-    from bytecode import Instr
-
-    return [Instr("LOAD_GLOBAL", (False, hook), location=at)]
+    return _one("LOAD_GLOBAL", (False, hook), at=at)
 
 
 def load_constant(value: Any, at: InstrLocation | None) -> list[Instr]:
     """Stack: ... -> ... value."""
-    from bytecode import Instr
-
-    return [Instr("LOAD_CONST", value, location=at)]
+    return _one("LOAD_CONST", value, at=at)
 
 
 def load_variable(name: str, storage: Storage, at: InstrLocation | None) -> list[Instr]:
     """Stack: ... -> ... value; an unbound variable raises NameError or UnboundLocalError."""
-    from bytecode import Instr
     from bytecode.instr import CellVar, FreeVar
 
-    if storage is Storage.FREE:
-        return [Instr("LOAD_DEREF", FreeVar(name), location=at)]
-    if storage is Storage.CELL:
-        return [Instr("LOAD_DEREF", CellVar(name), location=at)]
-    return [Instr("LOAD_FAST_CHECK" if LOADS_MUST_BE_CHECKED else "LOAD_FAST", name, location=at)]
+    if storage is Storage.FRAME:
+        return _one("LOAD_FAST_CHECK" if LOADS_MUST_BE_CHECKED else "LOAD_FAST", name, at=at)
+    return _one("LOAD_DEREF", FreeVar(name) if storage is Storage.FREE else CellVar(name), at=at)
 
 
 def build_tuple(count: int, at: InstrLocation | None) -> list[Instr]:
     """Stack: ... value1 .. valueN -> ... (value1, .., valueN)."""
-    from bytecode import Instr
-
-    return [Instr("BUILD_TUPLE", count, location=at)]
+    return _one("BUILD_TUPLE", count, at=at)
 
 
 def call_hook(at: InstrLocation | None) -> list[Instr]:
     """Stack: ... hook, null, key, value -> ... (the hook's result is dropped)."""
-    from bytecode import Instr
-
-    prepare = [Instr("PRECALL", 2, location=at)] if CALLS_ARE_PREPARED else []
-    return [*prepare, Instr("CALL", 2, location=at), *drop(at)]
+    prepare = _one("PRECALL", 2, at=at) if CALLS_ARE_PREPARED else []
+    return [*prepare, *_one("CALL", 2, at=at), *drop(at)]
 
 
 def drop(at: InstrLocation | None) -> list[Instr]:
     """Stack: ... value -> ..."""
-    from bytecode import Instr
-
-    return [Instr("POP_TOP", location=at)]
+    return _one("POP_TOP", at=at)
 
 
 def skip_to(label: Label, at: InstrLocation | None) -> list[Instr]:
     """Go on at a label further down."""
+    return _one("JUMP_FORWARD", label, at=at)
+
+
+def _one(operation: str, *argument: Any, at: InstrLocation | None) -> list[Instr]:
+    """A single instruction. `bytecode` is imported only now, because whoever never captures does not need it."""
     from bytecode import Instr
 
-    return [Instr("JUMP_FORWARD", label, location=at)]
+    return [Instr(operation, *argument, location=at)]

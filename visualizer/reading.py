@@ -11,7 +11,7 @@ Nothing is converted before it is needed, and torch is never imported: a tensor 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ import numpy.typing as npt
 from .errors import warn
 
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
+Reduction: TypeAlias = Literal["mean", "max", "min"]
+"""How several maps become one."""
 
 _AXES = "(queries, keys), (heads, queries, keys) or (batch, heads, queries, keys)"
 _ROW_SUM_TOLERANCE = 0.02  # rounding of a whole row in bfloat16 stays below it; logits and dropout do not

@@ -5,10 +5,17 @@ torch and numpy are looked up among the loaded modules, never imported: whoever 
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import copy
+import functools
+import inspect
 import sys
+import types
+import weakref
+from array import array as Array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 Keep = Literal["numpy", "tensor", "graph"] | Callable[[Any], Any]
@@ -27,7 +34,15 @@ def check_keep(keep: Any) -> None:
         raise TypeError(f"keep must be {choices}, not {keep!r}")
 
 
-def keeper(keep: Keep) -> Callable[..., Any]:
+Tell = Callable[[type], None]
+"""Is told the class of each object that is kept by reference, though it may change later."""
+
+
+def _ignore(_: type) -> None:
+    pass
+
+
+def keeper(keep: Keep, tell: Tell = _ignore) -> Callable[..., Any]:
     """A function that turns a captured value into what is stored of it.
 
     >>> keep = keeper("numpy")
@@ -42,9 +57,10 @@ def keeper(keep: Keep) -> Callable[..., Any]:
     "graph": the value itself.
     A callable: a snapshot of what it returns. It is not called for None.
 
-    In all but "graph", arrays are copied, and lists, tuples, dicts, sets and deques are copied with what they hold;
-    other objects are kept as they are. A tensor that cannot be an array (sparse, quantized, nested, meta) is a
-    TypeError under "numpy".
+    In all but "graph", arrays are copied, and so is what is like an array and has a method for it (tables of pandas,
+    sparse matrices, pictures). Lists, tuples, dicts, sets, deques and dataclasses are copied with what they hold. Other
+    objects are kept by reference, and `tell` gets their classes, unless such objects never change. A tensor that cannot
+    be an array (sparse, quantized, nested, meta) is a TypeError under "numpy".
 
     The function takes a list as second argument. With a list it does not wait for copies from a CUDA device. It queues
     them on the stream that the model runs on, so that nothing the model does later reaches them, into pinned memory,
@@ -53,12 +69,13 @@ def keeper(keep: Keep) -> Callable[..., Any]:
     if keep == "graph":
         return _itself
     if keep == "numpy":
-        return lambda value, copies=None: _snapshot(value, lambda tensor: _to_numpy(tensor, copies))
+        return lambda value, copies=None: _snapshot(value, lambda tensor: _to_numpy(tensor, copies), tell)
     if keep == "tensor":
-        return lambda value, copies=None: _snapshot(value, _to_tensor)
+        return lambda value, copies=None: _snapshot(value, _to_tensor, tell)
     reduce: Callable[[Any], Any] = keep
+    # What a function of the user makes is for the user to copy: mostly it is new, and nobody else has it.
     return lambda value, copies=None: (
-        None if value is None else _snapshot(_hidden_from_autograd(reduce, value), _to_tensor)
+        None if value is None else _snapshot(_hidden_from_autograd(reduce, value), _to_tensor, _ignore)
     )
 
 
@@ -126,7 +143,11 @@ def runs_foreign_code(keep: Keep, value: Any) -> bool:
     >>> runs_foreign_code(lambda value: value, 1), runs_foreign_code("numpy", 1)
     (True, False)
     """
-    return callable(keep) or (keep != "graph" and is_foreign_tensor(value))
+    if callable(keep) or keep == "graph":
+        return keep != "graph"
+    kind = kind_of(value)
+    is_object = kind == "other" and _way_to_copy(type(value)) is not _itself
+    return is_object or kind == "container" or is_foreign_tensor(value)
 
 
 def is_foreign_tensor(value: Any) -> bool:
@@ -279,39 +300,174 @@ def _queue_copy(tensor: Any, dtype: Any, copies: list[Any]) -> Any:
     return target.numpy()
 
 
-def _snapshot(value: Any, convert: Callable[[Any], Any]) -> Any:
-    """The value with its tensors converted, arrays copied and containers rebuilt, to any depth."""
+def _snapshot(value: Any, convert: Callable[[Any], Any], tell: Tell) -> Any:
+    """The value with its tensors converted, what can be copied copied, and containers rebuilt, to any depth."""
+    return _copied(value, convert, tell, {})
+
+
+def _copied(value: Any, convert: Callable[[Any], Any], tell: Tell, copies: dict[int, Any]) -> Any:
+    """A snapshot of what is in a container.
+
+    `copies` has the containers met so far, by id: a shared one stays shared, and one that holds itself holds itself.
+    """
     kind = kind_of(value)
     if kind in ("tensor", "fake tensor"):
         return convert(value)
     if kind == "array":
-        return _copy_array(value, convert)
-    if kind == "container":
-        return _copy_container(value, convert, {})
+        return _copy_array(value, convert, tell)
+    make_copy = _way_to_copy(type(value))
+    if kind == "container" and not isinstance(make_copy, functools.partial):  # a sparse matrix may be a dict too
+        return copies[id(value)] if id(value) in copies else _copy_container(value, convert, tell, copies)
+    if make_copy is _itself:
+        return value
+    try:
+        if make_copy is _copy_attributes:
+            return copies[id(value)] if id(value) in copies else _copy_attributes(value, convert, tell, copies)
+        if make_copy is not None:
+            return make_copy(value)
+    except Exception:  # its class has code that fails
+        pass
+    tell(type(value))
     return value
 
 
-def _copy_array(array: Any, convert: Callable[[Any], Any]) -> Any:
+def _copy_array(array: Any, convert: Callable[[Any], Any], tell: Tell) -> Any:
     """A copy of an array; in an array of objects, such as maps of several sizes, these are copied too."""
     copied = array.copy()
     if array.dtype == object:
         items = copied.reshape(-1)
         for i, item in enumerate(items):
             if item is not array:
-                items[i] = _snapshot(item, convert)
+                items[i] = _snapshot(item, convert, tell)
     return copied
 
 
-def _copy_container(value: Any, convert: Callable[[Any], Any], copies: dict[int, Any]) -> Any:
-    """A copy of a container and all it holds.
+_ATOMS = frozenset(
+    (
+        *(type(None), bool, int, float, complex, str, bytes, object, range, slice, type(...), type(NotImplemented)),
+        *(list, tuple, dict, set, frozenset, deque),
+        *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, types.CodeType, type),
+    )
+)
+"""Classes of objects that never change, or that are no data, for nobody takes a function for a snapshot; containers."""
 
-    `copies` has the containers met so far, by id: a shared one stays shared, and one that holds itself holds itself.
-    """
+_ways: weakref.WeakKeyDictionary[type, Callable[..., Any] | None] = weakref.WeakKeyDictionary()
+
+
+def _way_to_copy(cls: type) -> Callable[..., Any] | None:
+    """What copies objects of a class: `_itself` where they never change; None where nothing is known to be safe."""
+    try:
+        return _itself if cls in _ATOMS else _ways[cls]
+    except Exception:  # the class is not known yet, or its metaclass has no hash, or one that fails
+        pass
+    way = None
+    with contextlib.suppress(Exception):
+        way = _choose_way(cls)
+        _ways[cls] = way
+    return way
+
+
+_WITH_ATTRIBUTES = (types.SimpleNamespace, collections.UserDict, collections.UserList, collections.ChainMap)
+
+
+def _choose_way(cls: type) -> Callable[..., Any] | None:
+    def has(name: str) -> bool:
+        return any(name in vars(base) for base in cls.__mro__ if base not in (object, types.SimpleNamespace))
+
+    if issubclass(cls, (bytearray, Array)):
+        return copy.copy
+    if issubclass(cls, (memoryview, types.MappingProxyType)):  # each shows what something else holds
+        return _copy_view if cls is memoryview else None
+    if issubclass(cls, (type, types.ModuleType)) or any(map(_never_changes, cls.__mro__)):
+        return _itself
+    has_data = has("__dataclass_fields__") or has("__attrs_attrs__") or issubclass(cls, _WITH_ATTRIBUTES)
+    is_module = issubclass(cls, getattr(sys.modules.get("torch.nn"), "Module", ()))
+    if has_data and not is_module and _builtin_base(cls) in (object, types.SimpleNamespace):
+        # Whose class says how to copy it, or cleans up behind it, is more than its data.
+        own = ("__del__", "__deepcopy__", "__reduce__", "__reduce_ex__")
+        return None if any(map(has, own)) else _copy_attributes
+    method = next(filter(has, ("copy", "clone")), None)
+    if method is not None and any(map(has, ("shape", "__array__", "__array_interface__"))):
+        return functools.partial(_copy_by_method, method, "deep" in _parameters(getattr(cls, method)))
+    return None
+
+
+def _never_changes(cls: type) -> bool:
+    """Whether equal objects of a class hash alike for ever: only builtin classes and Python's own keep to that."""
+    is_builtin = _builtin_base(cls) is cls
+    is_pythons = cls.__module__.partition(".")[0] in sys.stdlib_module_names
+    hashes: Any = cls.__hash__
+    by_value = hashes is not None and hashes is not object.__hash__ and (is_builtin or is_pythons)
+    torch = sys.modules.get("torch")
+    return by_value or cls in (getattr(torch, "dtype", None), getattr(torch, "layout", None))
+
+
+def _builtin_base(cls: type) -> type:
+    """The first of a class and its bases that is written in C, as far as Python says so."""
+    return next(base for base in cls.__mro__ if not base.__flags__ & 1 << 9)  # Py_TPFLAGS_HEAPTYPE
+
+
+def _parameters(function: Any) -> Any:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a builtin that does not say
+        return ()
+
+
+def _copy_by_method(method: str, takes_deep: bool, value: Any) -> Any:
+    function = getattr(type(value), method)
+    return function(value, deep=True) if takes_deep else function(value)
+
+
+def _copy_view(view: memoryview) -> memoryview:
+    flat: Any = memoryview(view.tobytes())
+    copied: memoryview = flat if (view.format, view.ndim) == ("B", 1) else flat.cast(view.format, view.shape)
+    return copied
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """What the attributes of an object hold that `keeper` copies; {} for any other."""
+    way = _way_to_copy(type(value))
+    is_copied = way is _copy_attributes or isinstance(way, functools.partial)
+    return {**dict(_in_slots(value)), **_in_dict(value)} if is_copied else {}
+
+
+def _in_dict(value: Any) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return found
+
+
+def _in_slots(value: Any) -> Iterator[tuple[str, Any]]:
+    """The attributes that have slots, by the names of the slots."""
+    for base in type(value).__mro__:
+        for name, member in vars(base).items():
+            if type(member) is types.MemberDescriptorType and name != "__dict__":
+                try:
+                    yield name, object.__getattribute__(value, name)
+                except AttributeError:  # not set
+                    continue
+
+
+def _copy_attributes(value: Any, convert: Callable[[Any], Any], tell: Tell, copies: dict[int, Any]) -> Any:
+    """An object of the same class, of whose code nothing runs, with snapshots of all attributes."""
+    cls = type(value)
+    base: Any = _builtin_base(cls)
+    new = copies[id(value)] = base.__new__(cls)
+    for name, item in _in_slots(value):
+        object.__setattr__(new, name, _copied(item, convert, tell, copies))
+    for name, item in _in_dict(value).items():
+        _in_dict(new)[name] = _copied(item, convert, tell, copies)
+    return new
+
+
+def _copy_container(value: Any, convert: Callable[[Any], Any], tell: Tell, copies: dict[int, Any]) -> Any:
+    """A copy of a container and all it holds."""
 
     def follow(item: Any) -> Any:
-        if is_container(item):
-            return copies[id(item)] if id(item) in copies else _copy_container(item, convert, copies)
-        return _snapshot(item, convert)
+        return _copied(item, convert, tell, copies)
 
     def rebuilt(make: Callable[[], Any], plain: Callable[[], Any]) -> Any:
         # A subclass (a model's output, a named tuple) is rebuilt as such, or as its plain base if that fails.

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import few
 from ..maps import AttentionMap, without_autograd
+from ..reading import Reduction
 from .gradients import Rows, with_gradients
-from .reading import (
-    Fusion,
+from .layers import (
     check_heads,
     check_residual,
     check_tokens,
@@ -32,7 +33,7 @@ def rollout(
     attention: Any,
     query: int | Sequence[int] | Tensor | None = None,
     *,
-    heads: Fusion = "mean",
+    heads: Reduction = "mean",
     residual: float = 0.5,
     discard: float = 0.0,
 ) -> Any:
@@ -80,10 +81,9 @@ def rollout(
         raise ValueError(f"discard={discard!r} is a share from 0 up to, not including, 1")
     check_tokens(maps, "a rollout")
 
-    def through(number: int, flow: Tensor) -> Tensor:
-        return _times(maps[number], flow, _mixed_rows(maps[number], heads, residual, discard))
-
-    return _from_the_last(maps, query, read.are_arrays, through)
+    return _from_the_last(
+        maps, query, read.are_arrays, lambda number: _mixed_rows(maps[number], heads, residual, discard)
+    )
 
 
 @without_autograd
@@ -92,7 +92,7 @@ def attention_flow(
     query: int = 0,
     *,
     keys: int | Sequence[int] | Tensor | None = None,
-    heads: Fusion = "mean",
+    heads: Reduction = "mean",
     residual: float = 0.5,
 ) -> Any:
     """How much of each token of the input can flow into a query through all layers: the attention flow.
@@ -110,12 +110,10 @@ def attention_flow(
     scipy computes the flow in whole numbers, from capacities that are rounded to multiples of 2^-20.
 
     Args:
-        attention: the layers, from the first to the last, all with the same number of images and tokens.
+        attention, heads, residual: as in `rollout`.
         query: the token after the last layer; -1 is the last.
         keys: the tokens of the input, one or several; None for all. With 197 tokens and 12 layers one token takes
             10 to 20 ms and all take 2 to 4 s on one core of a CPU.
-        heads: how the heads of a layer become one map.
-        residual: the share of the residual connection, from 0 to 1.
 
     Returns:
         (batch, keys), or (batch,) for one key: 0 to 1, on the device of the last layer. The network of one image is in
@@ -185,33 +183,21 @@ def gradient_rollout(
     near the token itself. Compare the patches with each other, and leave the query's own entry out.
 
     Args:
-        attention: the layers, from the first to the last; `relevance` says which layers have gradients.
-        query: a token, several, or None for all; -1 is the last.
-        gradients: with the shapes and in the order of the maps; None: the gradients that belong to the maps.
+        attention, query, gradients: as in `relevance`, which raises the same errors.
         residual: the share of the residual connection, from 0 to 1.
 
     Returns:
-        (batch, keys) for one query; (batch, chosen queries, keys) for several; (batch, queries, keys) for all. Rows
-        sum to one.
-
-    Raises:
-        ValueError: as in `rollout`; or there are no gradients, or they have other shapes.
-        RuntimeError: no backward pass has reached a layer.
-        IndexError: there is no such query.
+        Of the shapes of `relevance`. Rows sum to one.
     """
     check_residual(residual)
     maps, grads, are_arrays = with_gradients(attention, gradients)
     check_tokens(maps, "a rollout")
 
-    def through(number: int, flow: Tensor) -> Tensor:
+    def mixed(number: int) -> Rows:
         layer, grad = maps[number], grads[number]
+        return lambda queries: _with_residual((layer.rows(queries) * grad(queries)).mean(1).relu_(), queries, residual)
 
-        def mixed(queries: slice | Tensor) -> Tensor:
-            return _with_residual((layer.rows(queries) * grad(queries)).mean(1).relu_(), queries, residual)
-
-        return _times(layer, flow, mixed)
-
-    return _from_the_last(maps, query, are_arrays, through)
+    return _from_the_last(maps, query, are_arrays, mixed)
 
 
 @without_autograd
@@ -259,11 +245,7 @@ def relevance(attention: Any, query: int | Sequence[int] | Tensor | None = None,
     """
     maps, grads, are_arrays = with_gradients(attention, gradients)
     check_tokens(maps, "relevance")
-
-    def through(number: int, flow: Tensor) -> Tensor:
-        return flow + _times(maps[number], flow, _relevant(maps[number], grads[number]))
-
-    return _from_the_last(maps, query, are_arrays, through)
+    return _from_the_last(maps, query, are_arrays, lambda number: _relevant(maps[number], grads[number]), is_added=True)
 
 
 @without_autograd
@@ -294,12 +276,12 @@ def cross_relevance(
       I + (R - I) with its rows normalised (a row of zeros stays a row of zeros).
 
     Args:
-        attention: the layers in the order in which they ran; `relevance` says which layers have gradients.
+        attention: the layers in the order in which they ran, with gradients as in `relevance`.
         streams: for each layer the names (stream of the queries, stream of the keys), in the same order. Layers that
             run side by side, so that neither reads what the other writes, stand together in an inner list. The two
             directions of a co-attention layer in LXMERT do so:
             [("text", "text"), ("image", "image"), [("text", "image"), ("image", "text")]].
-        gradients: with the shapes and in the order of the maps; None: the gradients that belong to the maps.
+        gradients: as in `relevance`.
 
     Returns:
         For each pair of streams (s, q) the relevance of the tokens of q to each token of s: (batch, tokens of s, tokens
@@ -317,7 +299,7 @@ def cross_relevance(
     if len(pairs) != len(maps) or not all(map(_is_pair, pairs)):
         raise ValueError(
             f"streams needs a pair (stream of the queries, stream of the keys) for each of {len(maps)} layers, and has "
-            f"{len(pairs)} entries: {pairs[:4]}{' ...' if len(pairs) > 4 else ''}"
+            f"{len(pairs)} entries: {few(pairs)}"
         )
     sizes = _sizes(maps, pairs)
     first = maps[0]
@@ -379,9 +361,9 @@ def _is_one_token(chosen: Any) -> bool:
 
 
 def _from_the_last(
-    maps: list[AttentionMap], query: Any, as_array: bool, through: Callable[[int, Tensor], Tensor]
+    maps: list[AttentionMap], query: Any, as_array: bool, matrix: Callable[[int], Rows], is_added: bool = False
 ) -> Any:
-    """Rows of a product of all layers, the last layer first; `through` multiplies them by the matrix of one layer."""
+    """Rows of the product of a matrix for each layer, the last layer first; `is_added`: of I + the matrix."""
     last = maps[-1]
     batch, _, tokens, _ = last.shape
     chosen = last.query_indices(slice(None) if query is None else query)
@@ -389,11 +371,13 @@ def _from_the_last(
     flow[:, torch.arange(len(chosen), device=last.device), chosen] = 1
     for number in reversed(range(len(maps))):
         layer = maps[number]
-        flow = through(number, flow.to(layer.device, torch.promote_types(flow.dtype, layer.dtype)))
+        flow = flow.to(layer.device, torch.promote_types(flow.dtype, layer.dtype))
+        product = _times(layer, flow, matrix(number))
+        flow = flow + product if is_added else product
     return like_input(flow[:, 0] if _is_one_token(query) else flow, as_array)
 
 
-def _mixed_rows(layer: AttentionMap, heads: Fusion, residual: float, discard: float) -> Rows:
+def _mixed_rows(layer: AttentionMap, heads: Reduction, residual: float, discard: float) -> Rows:
     """Rows of Ã: the fused map without its smallest entries, with the residual connection; each row is read once."""
     tokens = layer.shape[3]
     dropped = int(discard * tokens * tokens)
@@ -454,7 +438,7 @@ def _with_residual(rows: Tensor, queries: slice | Tensor, residual: float) -> Te
     return rows
 
 
-def _capacities(layer: AttentionMap, image: int, heads: Fusion, residual: float) -> tuple[Tensor, Tensor]:
+def _capacities(layer: AttentionMap, image: int, heads: Reduction, residual: float) -> tuple[Tensor, Tensor]:
     """The entries of one image's Ã that are not 0: places (2, entries), and multiples of 1 / _UNIT (entries,)."""
     entries = []
     for part in layer.parts():

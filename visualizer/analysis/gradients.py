@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..maps import AttentionMap
-from .reading import layer_label, layers_of, maps_of
+from .layers import layer_label, layers_of, maps_of
 
 Rows: TypeAlias = Callable[[slice | Tensor], Tensor]
 """A function of queries that gives their rows of a matrix, (batch, heads, chosen queries, keys)."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..maps import AttentionMap, without_autograd
 from ..store import as_html, as_text
-from .reading import layer_label, layers_of
+from .layers import layer_label, layers_of
 
 __all__ = ["HeadPatterns", "head_patterns"]
 
@@ -181,17 +181,8 @@ def head_patterns(
     )
     if not bool(real.any(1).all()):
         raise ValueError("attention_mask leaves a text without a token: it is 0 everywhere")
-    marked, causal = _special(special, names, batch, count), is_causal(maps, real)
-    if causal:
-        marked = torch.zeros_like(real) if marked is None else marked
-        marked[torch.arange(batch), real.int().argmax(1)] = True
-    facts = TokenFacts(
-        repeats=_numbers("ids", ids, batch, count) if ids is not None else _as_numbers(names),
-        special=marked,
-        real=real,
-        is_causal=causal,
-        window=window,
-    )
+    repeats = _numbers("ids", ids, batch, count) if ids is not None else _as_numbers(names)
+    facts = facts_of(maps, repeats, _special(special, names, batch, count), real, window)
     # Twice (layers, patterns, heads): the scores, and those of even attention.
     of_heads, of_even = torch.stack([_means(*score_sums(layer, facts)).cpu() for layer in maps], 1).numpy()
     scores, uniform = (
@@ -215,6 +206,17 @@ class TokenFacts:
     """How far "local" reaches, in tokens, to either side."""
 
 
+def facts_of(
+    maps: list[AttentionMap], repeats: Tensor | None, special: Tensor | None, real: Tensor, window: int
+) -> TokenFacts:
+    """What is known about the tokens of these layers. In a causal model each text's first token is special too."""
+    is_causal = _is_causal(maps, real)
+    if is_causal:
+        special = torch.zeros_like(real) if special is None else special
+        special[torch.arange(len(real)), real.int().argmax(1)] = True
+    return TokenFacts(repeats, special, real, is_causal, window)
+
+
 def _labels(scores: dict[str, Floats], uniform: dict[str, Floats]) -> npt.NDArray[np.str_]:
     labels = np.where(scores["broad"] >= _BROAD, "broad", "mixed").astype("<U9")
     for pattern in reversed([pattern for pattern in _PATTERNS if pattern in scores and pattern != "broad"]):
@@ -228,7 +230,7 @@ def _gain(score: Floats, even: Floats) -> Floats:
     return np.where(room > 1e-6, (score - even) / np.maximum(room, 1e-6), 0)  # NaN compares as False
 
 
-def is_causal(maps: list[AttentionMap], real: Tensor) -> bool:
+def _is_causal(maps: list[AttentionMap], real: Tensor) -> bool:
     """Whether the first token of each text sees only itself, which no softmax gives without a causal mask."""
     firsts = real.int().argmax(1).tolist()  # the first after padding on the left
     if real.shape[1] == 1:

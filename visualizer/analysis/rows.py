@@ -1,7 +1,7 @@
 """What the rows of a map say: how broadly a query looks, how far, how surely, and at what.
 
 Each analysis is two functions: `..._of` has the formula for one layer, which a statistic can use too, and the public
-one applies it to every layer by `per_layer`.
+one applies it to every layer by `per_layer`, which raises ValueError for layers of different shapes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import few
 from ..maps import AttentionMap, without_autograd
-from .reading import Fusion, as_tensor, check_heads, fused, layer_label, layers_of, like_input, patches, per_layer
+from ..places import grid_of
+from ..reading import Reduction
+from .layers import as_floats, check_heads, fused, layer_label, layers_of, like_input, per_layer
 
 __all__ = [
     "TopKey",
@@ -42,10 +45,7 @@ def entropy(attention: Any) -> Any:
     - sum_j A_ij ln A_ij, with 0 ln 0 = 0.
 
     Returns:
-        (batch, heads, queries); several layers are the first axis.
-
-    Raises:
-        ValueError: the layers differ in shape.
+        (batch, heads, queries); several layers, of one shape, are the first axis.
     """
     return per_layer(attention, entropy_of)
 
@@ -72,10 +72,7 @@ def received(attention: Any) -> Any:
     keys are all masked attend to nothing and do not count.
 
     Returns:
-        (batch, heads, keys); several layers are the first axis.
-
-    Raises:
-        ValueError: the layers differ in shape.
+        (batch, heads, keys); several layers, of one shape, are the first axis.
     """
     return per_layer(attention, received_of)
 
@@ -134,10 +131,7 @@ def confidence(attention: Any) -> Any:
     count.
 
     Returns:
-        (batch, heads); several layers are the first axis.
-
-    Raises:
-        ValueError: the layers differ in shape.
+        (batch, heads); several layers, of one shape, are the first axis.
     """
     return per_layer(attention, confidence_of)
 
@@ -239,9 +233,10 @@ def distance_of(
         raise ValueError(
             f"distances need queries and keys that are the same patches, not {queries} queries and {keys} keys"
         )
-    rows, columns, prefix = patches(keys, grid, prefix_tokens)
-    row = torch.arange(rows, device=layer.device, dtype=layer.dtype).repeat_interleave(columns)
-    column = torch.arange(columns, device=layer.device, dtype=layer.dtype).repeat(rows)
+    places = grid_of(keys, {"grid": grid, "prefix_tokens": prefix_tokens})
+    prefix = len(places.prefix)
+    row = torch.arange(places.rows, device=layer.device, dtype=layer.dtype).repeat_interleave(places.columns)
+    column = torch.arange(places.columns, device=layer.device, dtype=layer.dtype).repeat(places.rows)
     total = torch.zeros(batch, heads, dtype=layer.dtype, device=layer.device)
     counted = torch.zeros_like(total)
     for part, weights in layer.chunks():
@@ -285,7 +280,7 @@ def mass_mask(weights: Any, share: float = 0.6) -> Any:
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share!r} is a share from above 0 to 1")
-    values, is_array = as_tensor(weights)
+    values, is_array = as_floats(weights)
     values = values.double()
     if values.ndim == 0 or not bool((values >= 0).all()) or not bool(values.isfinite().all()):
         raise ValueError(
@@ -318,7 +313,7 @@ def top_keys(
     tokens: Sequence[str] | None = None,
     *,
     k: int = 3,
-    heads: Fusion | int = "mean",
+    heads: Reduction | int = "mean",
     batch: int = 0,
 ) -> list[list[TopKey]]:
     """The keys that a token attends to most, for each layer, best first.
@@ -377,8 +372,7 @@ def _query_number(query: int | str, tokens: Sequence[str] | None, queries: int) 
         raise ValueError(f"query={query!r} is a text: pass the tokens of the {queries} queries, or a number")
     places = [place for place, token in enumerate(tokens) if token == query]
     if not places:
-        listing = ", ".join(map(repr, tokens[:30])) + (" ..." if len(tokens) > 30 else "")
-        raise ValueError(f"there is no token {query!r} among {listing}")
+        raise ValueError(f"there is no token {query!r} among {few(tokens, 30)}")
     if len(places) > 1:
         raise ValueError(f"there are {len(places)} tokens {query!r}, at {places}: pass one of these numbers")
     return places[0]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..maps import without_autograd
-from .reading import as_tensor, like_input
+from .layers import as_floats, like_input
 
 __all__ = ["spike_rate", "spike_scores"]
 
@@ -42,7 +41,7 @@ def spike_rate(spikes: Any, axes: str = "time batch heads tokens channels", keep
         ValueError: the names do not fit the axes, or there are values other than 0 and 1, such as membrane potentials,
             real-valued activations, rates, or spikes that count to more than one.
     """
-    values, is_array = as_tensor(spikes)
+    values, is_array = as_floats(spikes)
     names, kept = axes.split(), keep.split()
     if len(names) != values.ndim or len(set(names)) != len(names):
         raise ValueError(
@@ -50,7 +49,7 @@ def spike_rate(spikes: Any, axes: str = "time batch heads tokens channels", keep
         )
     if not set(kept) <= set(names) or len(set(kept)) != len(kept):
         raise ValueError(f"keep={keep!r} must name axes of {axes!r}, each at most once")
-    values = _as_spikes("spikes", values)
+    _check_spikes("spikes", values)
     reduced = [axis for axis, name in enumerate(names) if name not in kept]
     rates = values.mean(reduced) if reduced else values
     remaining = [name for name in names if name in kept]
@@ -82,7 +81,7 @@ def spike_scores(query: Any, key: Any, scale: float = 0.125) -> Any:
     Raises:
         ValueError: the shapes do not fit, or there are values other than 0 and 1.
     """
-    (queries, is_query_array), (keys, is_key_array) = as_tensor(query), as_tensor(key)
+    (queries, is_query_array), (keys, is_key_array) = as_floats(query), as_floats(key)
     for name, spikes in (("query", queries), ("key", keys)):
         if spikes.ndim != 5:
             raise ValueError(
@@ -93,22 +92,21 @@ def spike_scores(query: Any, key: Any, scale: float = 0.125) -> Any:
             f"query {tuple(queries.shape)} and key {tuple(keys.shape)} do not fit: of (time, batch, heads, tokens, "
             "channels) only the tokens may differ"
         )
+    _check_spikes("query", queries)
+    _check_spikes("key", keys)
     # The sum over time and the one over channels are one sum.
-    sides = (_as_spikes(name, spikes) for name, spikes in (("query", queries), ("key", keys)))
-    left, right = (spikes.permute(1, 2, 3, 0, 4).flatten(3) for spikes in sides)
+    left, right = (spikes.permute(1, 2, 3, 0, 4).flatten(3) for spikes in (queries, keys))
     return like_input(left @ right.mT * (scale / len(queries)), is_query_array and is_key_array)
 
 
-def _as_spikes(name: str, values: Tensor) -> Tensor:
-    """The spikes as floats; raises ValueError if there are values other than 0 and 1."""
-    working = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
-    if working.numel() == 0:
+def _check_spikes(name: str, values: Tensor) -> None:
+    """Raise ValueError if there are values other than 0 and 1."""
+    if values.numel() == 0:
         raise ValueError(f"{name} of the shape {tuple(values.shape)} hold no values")
-    wrong = working[(working != 0) & (working != 1)]
+    wrong = values[(values != 0) & (values != 1)]
     if len(wrong):
         raise ValueError(
-            f"{name} are 0 and 1, and {len(wrong)} of these {working.numel()} values are neither, such as "
+            f"{name} are 0 and 1, and {len(wrong)} of these {values.numel()} values are neither, such as "
             f"{wrong[0].item():.6g}: these are not spikes but what comes before or after them (membrane potentials, "
             "rates, currents), or spikes that count to more than one"
         )
-    return working

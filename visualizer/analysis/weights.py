@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ..maps import without_autograd
-from .reading import as_tensor, like_input, patches
+from ..places import grid_of
+from .layers import as_floats, like_input
 
 __all__ = ["filter_components", "position_similarity"]
 
@@ -41,15 +42,14 @@ def position_similarity(
     Raises:
         ValueError: the positions have another shape, or the grid does not fit them.
     """
-    table, is_array = as_tensor(positions)
+    table, is_array = as_floats(positions)
     if table.ndim == 3 and len(table) == 1:
         table = table[0]
     if table.ndim != 2 or 0 in table.shape:
         raise ValueError(f"positions are (tokens, width) or (1, tokens, width), these are {tuple(table.shape)}")
-    rows, columns, prefix = patches(len(table), grid, prefix_tokens)
-    table = table[prefix:].to(torch.float64 if table.dtype == torch.float64 else torch.float32)
-    unit = torch.nn.functional.normalize(table, dim=-1)
-    return like_input((unit @ unit.mT).view(rows, columns, rows, columns), is_array)
+    places = grid_of(len(table), {"grid": grid, "prefix_tokens": prefix_tokens})
+    unit = torch.nn.functional.normalize(table[len(places.prefix) :], dim=-1)
+    return like_input((unit @ unit.mT).view(places.rows, places.columns, places.rows, places.columns), is_array)
 
 
 @without_autograd
@@ -77,7 +77,7 @@ def filter_components(weight: Any, count: int = 28) -> Any:
         ValueError: the weight has another shape, or `count` is too large: there is one component fewer than filters,
             and no more than numbers in a filter.
     """
-    filters, is_array = as_tensor(weight)
+    filters, is_array = as_floats(weight)
     if filters.ndim != 4 or 0 in filters.shape:
         raise ValueError(
             f"weight is a convolution's, (filters, channels, height, width); this one is {tuple(filters.shape)}"
@@ -89,4 +89,4 @@ def filter_components(weight: Any, count: int = 28) -> Any:
     components = torch.linalg.svd(flat - flat.mean(0), full_matrices=False).Vh[:count]
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
     components = (components * largest.sign()).view(count, *filters.shape[1:])
-    return like_input(components.to(torch.float64 if filters.dtype == torch.float64 else torch.float32), is_array)
+    return like_input(components.to(filters.dtype), is_array)

@@ -1,59 +1,59 @@
-"""`visualizer demo`: pictures of what real models attend to."""
+"""`visualizer demo`: pictures of what real models attend to.
+
+The demo runs the very Python that its index.md shows.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from .outcome import Mistake, save, trying_to, writable
+from .outcome import Commands, Mistake, destination, save, trying_to
 from .saved import reading_picture
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from .outcome import Commands
 
 TEXT = "The cat sat on the mat because it was tired."
 MINILM = "all-MiniLM-L6-v2"
-TEXT_LAYER, TEXT_HEAD = 3, 1  # where "it" attends to the cat
 VIT = "DINOv2-type ViT-S/14"
 IMAGE_SIZE, PATCH, LAYERS = 448, 14, 12  # of the vision model, here so that wrong arguments fail before it is loaded
 
+_PHOTOGRAPH = """\
+import torch
+from visualizer import get_local, models, plot
+
+images, pixels = models.prepare({image}, size={size})
+"""
+_VISION = """
+# the vision model: its attention is decorated with @get_local("attn")
+with get_local.activate(), torch.inference_mode():
+    models.dinov2_small()(images)
+maps = get_local.cache["PlainAttention.forward"]  # one array per layer, (1, 6, 1025, 1025)
+"""
+_TEXT = """
+# the text model: code that is not ours, so the decorator is called
+model, tokenizer = models.minilm()
+from transformers.models.bert import modeling_bert
+
+get_local("attn_weights")(modeling_bert.eager_attention_forward)
+batch = tokenizer({text!r}, return_tensors="pt", verbose=False)
+"""
+_WORDS = """\
+with get_local.activate(), torch.inference_mode():
+    model(**batch)
+maps = get_local.cache["eager_attention_forward"]  # one array per layer, (1, 12, tokens, tokens)
+tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
+"""
+
 
 class _Picture(NamedTuple):
-    """A call of a function of `plot`, and what the index says of it."""
+    """What the index says of a picture, and the Python that draws it."""
 
-    function: str
-    arguments: tuple[str, ...]  # the names of what the model made, in order
-    keywords: dict[str, Any]
+    file: str
     title: str
-    model: str
-    head: str
-    size: tuple[float, float] | None = (6, 5)  # in inches; None: the function makes a grid of panels
-
-    @property
-    def file(self) -> str:
-        return f"{self.function}.png"
-
-    @property
-    def call(self) -> str:
-        keywords = (f"{name}={value!r}" for name, value in self.keywords.items())
-        return f"plot.{self.function}({', '.join([*self.arguments, *keywords])})"
-
-    def draw(self, values: dict[str, Any]) -> Figure:
-        """Draw it with the values of the arguments."""
-        from matplotlib.figure import Figure
-
-        from .. import plot
-
-        keywords = dict(self.keywords)
-        if self.size is not None:
-            keywords["ax"] = Figure(figsize=self.size, layout="compressed").add_subplot()
-        drawn = getattr(plot, self.function)(*(values[name] for name in self.arguments), **keywords)
-        figure: Figure = getattr(drawn, "figure", drawn)
-        return figure
+    shown: str
+    """The model, the layer and the head."""
+    call: str
 
 
 def add_to(commands: Commands) -> None:
@@ -80,144 +80,104 @@ def _demo(options: argparse.Namespace) -> None:
         raise Mistake("the text is empty: --text takes a sentence")
     if any("\ud800" <= character <= "\udfff" for character in options.text):  # from bytes that are not UTF-8
         raise Mistake("the text is not valid Unicode")
-    images, pixels, name = _read(options.image)
-    folder = writable(options.out)
+    image = 'models.photo("coffee")' if options.image is None else repr(options.image)
+    photograph = _PHOTOGRAPH.format(image=image, size=IMAGE_SIZE)
+    text = _TEXT.format(text=options.text)
+    seen: dict[str, Any] = {}  # the names of the vision model's Python
+    with reading_picture("coffee.png" if options.image is None else options.image):
+        _run(photograph, seen)
+    folder = Path(options.out)
+    with trying_to(f"write to {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    index = destination(str(folder / "index.md"), "md")
     import matplotlib
     from tqdm import tqdm
 
     matplotlib.use("agg")  # there may be no screen
     with tqdm(total=7, leave=False, disable=options.quiet or None) as bar:  # None: no bar unless on a terminal
         bar.set_description("running the vision model")
-        vision = _vision_attention(images)
+        _run(_VISION, seen)
         bar.update()
         bar.set_description("running the text model")
-        text, tokens = _text_attention(options.text)
+        read = dict(seen)
+        _run(text, read)
+        count, most = read["batch"]["input_ids"].shape[1], read["model"].config.max_position_embeddings
+        if count > most:
+            raise Mistake(f"the text has {count} tokens; the text model takes {most} at most")
+        _run(_WORDS, read)
         bar.update()
-        values = {VIT: {"maps": vision, "pixels": pixels}, MINILM: {"maps": text, "tokens": tokens}}
-        pictures = _pictures(options, len(tokens))
-        for picture in pictures:
-            bar.set_description(f"drawing {picture.file}")
-            figure = picture.draw(values[picture.model])
+        pictures = _pictures(options)
+        for one in pictures:
+            bar.set_description(f"drawing {one.file}")
             with bar.external_write_mode(sys.stderr):  # save may print a line about missing characters
-                save(figure, folder / picture.file)
+                _draw(one, read if one.shown.startswith(MINILM) else seen, folder)
             bar.update()
-    index = _index(pictures, name, options)
-    with trying_to(f"write {folder / 'index.md'}"):
-        (folder / "index.md").write_text(index, encoding="utf-8")
-    print(folder / "index.md")
+    with trying_to(f"write {index}"):
+        index.write_text(_index(pictures, photograph + _VISION + text + _WORDS, options), encoding="utf-8")
+    print(index)
 
 
-def _read(image: str | None) -> tuple[Any, Any, str]:
-    """The vision model's input, the pixels that it sees, and the picture's name."""
-    from .. import models
-
-    path = str(models.photo("coffee")) if image is None else image
-    with reading_picture(path):
-        images, pixels = models.prepare(path, size=IMAGE_SIZE, patch=PATCH)
-    return images, pixels, Path(path).name
-
-
-def _vision_attention(images: Any) -> Any:
-    """The attention of every layer, a list of (1, 6, 1025, 1025): the class token, then 32 x 32 patches."""
-    import torch
-
-    from .. import models
+def _run(source: str, names: dict[str, Any]) -> None:
+    """Run a part of the index's Python, with nothing in the cache before."""
     from ..instrument import get_local
 
-    model = models.dinov2_small()
     get_local.clear()
-    with get_local.activate(), torch.inference_mode():
-        model(images)
-    return get_local.cache["PlainAttention.forward"]
+    exec(source, names)
 
 
-def _text_attention(text: str) -> tuple[Any, list[str]]:
-    """The attention of every layer, a list of (1, 12, tokens, tokens), and the tokens."""
-    import torch
+def _draw(picture: _Picture, names: dict[str, Any], folder: Path) -> None:
+    from matplotlib import pyplot as plt
 
-    from .. import models
-    from ..instrument import get_local
-
-    model, tokenizer = models.minilm()
-    from transformers.models.bert import modeling_bert
-
-    batch = tokenizer(text, return_tensors="pt", verbose=False)  # no warning of long texts: see below
-    most = model.config.max_position_embeddings
-    if batch["input_ids"].shape[1] > most:
-        raise Mistake(f"the text has {batch['input_ids'].shape[1]} tokens; the text model takes {most} at most")
-    get_local("attn_weights")(modeling_bert.eager_attention_forward)
-    get_local.clear()
-    with get_local.activate(), torch.inference_mode():
-        model(**batch)
-    tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
-    return get_local.cache["eager_attention_forward"], list(tokens)
+    drawn = eval(picture.call, names)
+    figure = getattr(drawn, "figure", drawn)
+    save(figure, folder / picture.file)
+    plt.close(figure)
 
 
-def _pictures(options: argparse.Namespace, tokens: int) -> list[_Picture]:
-    layer = {"layer": options.layer}
-    middle = IMAGE_SIZE // PATCH // 2
-    patch = {"query": (20, 20) if options.image is None else (middle, middle)}  # (20, 20): the spoon beside the cup
-    words = {"layer": TEXT_LAYER, "head": TEXT_HEAD}
-    side = min(12.0, max(5.0, 0.32 * tokens + 2))
-    maps, on_image, on_words = ("maps",), ("maps", "pixels"), ("maps", "tokens")
-    of_tokens = "Which token (row) attends to which (column)"
+def _pictures(options: argparse.Namespace) -> list[_Picture]:
+    layer, middle = options.layer, IMAGE_SIZE // PATCH // 2
+    patch = (20, 20) if options.image is None else (middle, middle)  # (20, 20): the spoon beside the cup
+    vision, mean = f"{VIT}, layer {layer}", f"{VIT}, layer {layer}, head mean"
     return [
-        _Picture("head", maps, layer | {"head": 0}, "One head: which patch (row) attends to which (column)", VIT, "0"),
-        _Picture("heads", maps, layer, "All heads of the layer", VIT, "0 to 5", None),
-        _Picture("query", on_image, patch | layer, "What one patch, the framed one, attends to", VIT, "mean"),
-        _Picture("class_token", on_image, layer, "What the class token attends to", VIT, "mean"),
-        _Picture("tokens", on_words, words, of_tokens, MINILM, str(TEXT_HEAD), (side + 1, side)),
+        _Picture(
+            "head.png",
+            "One head: which patch (row) attends to which (column)",
+            f"{vision}, head 0",
+            f"plot.head(maps, layer={layer}, head=0)",
+        ),
+        _Picture("heads.png", "All heads of the layer", f"{vision}, head 0 to 5", f"plot.heads(maps, layer={layer})"),
+        _Picture(
+            "query.png",
+            "What one patch, the framed one, attends to",
+            mean,
+            f"plot.query(maps, pixels, query={patch}, layer={layer})",
+        ),
+        _Picture(
+            "class_token.png",
+            "What the class token attends to",
+            mean,
+            f"plot.class_token(maps, pixels, layer={layer})",
+        ),
+        _Picture(
+            "tokens.png",
+            "Which token (row) attends to which (column)",
+            f"{MINILM}, layer 3, head 1",  # where "it" attends to the cat
+            "plot.tokens(maps, tokens, layer=3, head=1)",
+        ),
     ]
 
 
-def _index(pictures: list[_Picture], name: str, options: argparse.Namespace) -> str:
+def _index(pictures: list[_Picture], source: str, options: argparse.Namespace) -> str:
     """Markdown that shows the pictures, and how each was made."""
-    lines = [
-        "# What the models attended to",
-        "",
+    name = "coffee.png" if options.image is None else Path(options.image).name
+    text = (
+        "# What the models attended to\n\n"
         f"Photograph: {_escaped(name)}, {IMAGE_SIZE} x {IMAGE_SIZE} pixels as the model saw it. "
-        f"Text: “{_escaped(options.text)}”. Layers and heads are counted from 0. Nothing here is random.",
-    ]
-    for picture in pictures:
-        lines += [
-            "",
-            f"## {picture.title}",
-            "",
-            f"![{picture.title}]({picture.file})",
-            "",
-            f"{picture.model}, layer {picture.keywords['layer']}, head {picture.head}; `{picture.call}`",
-        ]
-    lines += [
-        "",
-        "## The maps",
-        "",
-        "```python",
-        "import torch",
-        "from transformers.models.bert import modeling_bert",
-        "from visualizer import get_local, models, plot",
-        "",
-        '# the vision model: its attention is decorated with @get_local("attn")',
-        f"images, pixels = models.prepare({_source(options.image)}, size={IMAGE_SIZE})",
-        "with get_local.activate(), torch.inference_mode():",
-        "    models.dinov2_small()(images)",
-        'maps = get_local.cache["PlainAttention.forward"]  # one array per layer, (1, 6, 1025, 1025)',
-        "",
-        "# the text model: code that is not ours, so the decorator is called",
-        'get_local("attn_weights")(modeling_bert.eager_attention_forward)',
-        "model, tokenizer = models.minilm()",
-        f'batch = tokenizer({options.text!r}, return_tensors="pt")',
-        "with get_local.activate(), torch.inference_mode():",
-        "    model(**batch)",
-        'maps = get_local.cache["eager_attention_forward"]  # one array per layer, (1, 12, tokens, tokens)',
-        'tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][0])',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _source(image: str | None) -> str:
-    return 'models.photo("coffee")' if image is None else repr(image)
+        f"Text: “{_escaped(options.text)}”. Layers and heads are counted from 0. Nothing here is random.\n"
+    )
+    for one in pictures:
+        text += f"\n## {one.title}\n\n![{one.title}]({one.file})\n\n{one.shown}; `{one.call}`\n"
+    return f"{text}\n## The maps\n\n```python\n{source}```\n"
 
 
 def _escaped(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
 import importlib
 import importlib.util
 import io
@@ -14,7 +15,7 @@ import platform
 import re
 import sys
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import opcodes
 from ..errors import UnknownLocalError
@@ -22,11 +23,8 @@ from ..instrument import capture, compiler_trouble
 from ..instrument.unwrapping import functions_behind
 from ..rewrite import local_names
 from ..store import human, memory_of
-from .builder import build, is_builder
-from .outcome import Failure, Mistake
-
-if TYPE_CHECKING:
-    from .outcome import Commands
+from .outcome import Commands, Failure, Mistake
+from .script import build, is_builder
 
 LIBRARIES = ("get-local", "bytecode", "numpy", "torch", "matplotlib", "transformers", "timm", "safetensors", "pillow")
 EXTRAS = {
@@ -158,13 +156,15 @@ def _built(name: str) -> tuple[Any, str]:
                 return timm.create_model(name.removeprefix("timm/"), pretrained=False), "timm, without weights"
     try:
         transformers = _imported("transformers")
-        config = _configuration(transformers, name)
+        config = models.names.from_hub(name, functools.partial(transformers.AutoConfig.from_pretrained, name))
         with torch.device("meta"):
             return transformers.AutoModel.from_config(config), "transformers, without weights"
     except ImportError as error:
         why = f"{error}"
     except (OSError, ValueError, KeyError) as error:
         why = str(error).partition("\n")[0]
+        if not os.path.isdir(name):
+            why = f"neither a model of timm nor a folder, and {why}"
     try:
         close = difflib.get_close_matches(name, [*models.MODELS, *_imported("timm").list_models()], n=2)
         if close:
@@ -172,24 +172,6 @@ def _built(name: str) -> tuple[Any, str]:
     except ImportError as error:
         why = f"{why}; nor could its name be looked up among those of timm: {error}"
     raise Mistake(f"there is no model {name!r}: {why}")
-
-
-def _configuration(transformers: Any, name: str) -> Any:
-    """The configuration in a folder or in the hub's cache, else the hub's.
-
-    The hub is asked first whether it has the model: where there is no network, transformers would try for long.
-    """
-    try:
-        return transformers.AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError):
-        if os.path.isdir(name):
-            raise
-    from ..models import names
-
-    why_not = names.why_not_the_hub(name)
-    if why_not is not None:
-        raise OSError(f"neither a model of timm nor a folder, and {why_not}")
-    return transformers.AutoConfig.from_pretrained(name)
 
 
 def _imported(name: str) -> Any:

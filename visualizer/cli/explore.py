@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 import webbrowser
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .outcome import Mistake, trying_to, warnings_as_lines
+from .outcome import Commands, Mistake, destination, trying_to, warnings_as_lines
 from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
-
-if TYPE_CHECKING:
-    from .outcome import Commands
 
 
 def add_to(commands: Commands) -> None:
@@ -34,7 +29,8 @@ def add_to(commands: Commands) -> None:
 def _explore(options: argparse.Namespace) -> None:
     from ..explorer import explore
 
-    results, path = read(options.file), Path(options.out)
+    path = destination(options.out, "html")
+    results = read(options.file)
     maps, image, tokens = choose(results, options), picture_of(options.image), tokens_of(results, options)
     if image is not None and options.tokens is None:
         tokens = None  # the keys are patches; the tokens saved in the file would be those of a text

@@ -7,11 +7,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ..tensors import is_array, is_tensor
+from .outcome import Commands
 from .saved import is_map, read, size_of, values_by_key
 
 if TYPE_CHECKING:
     from ..store import Recorded
-    from .outcome import Commands
 
 _KINDS = {"values": "captured values", "maps": "attention maps"}
 
@@ -38,15 +38,12 @@ def _info(options: argparse.Namespace) -> None:
     table = repr(results)[1:-1]  # without the brackets of a repr, and without load('...') before it
     print(f"{options.file}: {table.removeprefix(f'load({options.file!r}): ')}")
     if is_statistics:
-        _print_layers(results)
+        statistics: Any = results
+        print(f"layers: {', '.join(path or repr('') for path in statistics.paths)}")
+        for number, why in statistics.failed:
+            print(f"batch {number} failed: {why}")
     for name, value in results.about.items():
         print(f"about {name}: {_shortened(value)}")
-
-
-def _print_layers(statistics: Any) -> None:
-    print(f"layers: {', '.join(path or repr('') for path in statistics.paths)}")
-    for number, why in statistics.failed:
-        print(f"batch {number} failed: {why}")
 
 
 def _moments(statistics: Any) -> dict[str, Any]:
@@ -86,7 +83,7 @@ def _value(value: Any) -> dict[str, Any]:
         row = {"shape": list(map(int, value.shape)), "dtype": str(value.dtype).removeprefix("torch.")}
     row["bytes"] = size_of(value)
     if is_map(value):
-        row |= {"kept as": "weights" if value.is_dense else "query and key", "attention": value.kind}
+        row |= {"kept as": value.source.kept, "attention": value.kind}
     return row
 
 

@@ -1,7 +1,8 @@
-"""How a command ends and what it says: results go to stdout, everything else goes to stderr, a line each."""
+"""How a command ends and what it says: results go to stdout, everything else to stderr, one line each."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import re
 import sys
@@ -9,14 +10,15 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
+
+from ..store import check_destination
 
 if TYPE_CHECKING:
-    import argparse
-
     from matplotlib.figure import Figure
 
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What a command adds its parser to."""
 
 
 class Mistake(Exception):
@@ -50,13 +52,13 @@ def trying_to(task: str) -> Iterator[None]:
         raise Mistake(f"cannot {task}: {reason(error)}") from error
 
 
-def writable(name: str) -> Path:
-    """The folder of that name, made if it does not exist; Mistake where no file can be written in it."""
-    folder = Path(name)
-    with trying_to(f"write to {name}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+def destination(name: str, suffix: str) -> Path:
+    """The path of that name; Mistake unless a file of the format `suffix` can be written there."""
+    path = Path(name)
+    with trying_to(f"write {name}"):
+        check_destination(path, suffix)
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            return path
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -66,6 +68,7 @@ def save(figure: Figure, path: Path) -> None:
     """
     with trying_to(f"write {path}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        check_destination(path, "png")
         figure.savefig(path, dpi=150)
     glyphs: dict[str, None] = {}
     for warning in caught:

@@ -7,15 +7,13 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .outcome import Mistake, save, warnings_as_lines
+from .outcome import Commands, Mistake, destination, save, warnings_as_lines
 from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
 
 if TYPE_CHECKING:
     from ..statistics import Collected
-    from .outcome import Commands
 
 KINDS = {
     "head": "one head's matrix",
@@ -74,9 +72,7 @@ def _query(text: str) -> int | tuple[int, ...] | str:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    path = Path(options.out or f"{options.kind}.png")
-    if path.is_dir():
-        raise Mistake(f"cannot write {path}: it is a folder")
+    path = destination(options.out or f"{options.kind}.png", "png")
     path = path if path.suffix else path.with_name(f"{path.name}.png")
     results: Any = read(options.file)
     image = picture_of(options.image)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from ..errors import UnknownLocalError, VisualizerError, VisualizerWarning
 from ..instrument import Captured, Uncompiled, get_local
@@ -27,27 +27,13 @@ from .outcome import Mistake
 from .saved import size_of
 
 
-class Recording(Protocol):
-    """One way to record a program."""
-
-    trouble: Exception | None
-    """Why not everything was recorded; None where it was."""
-
-    def start(self) -> None:
-        """Record from now on, or as soon as there is something to record."""
-
-    def stop(self) -> list[tuple[str, Recorded]]:
-        """Stop, and return the results of each model under the name of its class."""
-
-    def why_nothing(self) -> str:
-        """Why nothing was recorded, and what to do about it."""
-
-
 class Decorated:
     """Records the functions that the program has decorated by `get_local`."""
 
+    trouble: Exception | None = None
+    """Why not everything was recorded; None where it was."""
+
     def __init__(self, limit: int | None, max_bytes: int | None) -> None:
-        self.trouble: Exception | None = None
         self._limits = limit, max_bytes
 
     def start(self) -> None:
@@ -76,8 +62,9 @@ class Target:
     `program_names` are the module names by which a user may mean the program itself.
     """
 
+    trouble: Exception | None = None
+
     def __init__(self, target: str, program_names: set[str], make: Callable[[str], Captured]) -> None:
-        self.trouble: Exception | None = None
         self._module, colon, self._qualname = target.partition(":")
         if not (self._module and colon and self._qualname):
             raise Mistake(f"{target!r} is no target: write package.module:function or package.module:Class.method")
@@ -130,8 +117,9 @@ class Models:
     without a result; `uncompiled` runs them without torch.compile.
     """
 
+    trouble: Exception | None = None
+
     def __init__(self, make: Callable[[Any], Any], nothing: str, *, uncompiled: bool = False) -> None:
-        self.trouble: Exception | None = None
         self._make, self._nothing = make, nothing
         self._has_to_run_uncompiled = uncompiled
         self._uncompiled: Uncompiled | None = None
@@ -194,7 +182,7 @@ class Models:
                 self._uncompiled.end()
             for _, _, recorder in self._models:
                 with warnings.catch_warnings():
-                    if not len(recorder):  # it is a loss, say: nobody expects attention of it
+                    if not len(recorder):  # a loss, for example: nobody expects attention from it
                         warnings.simplefilter("ignore", VisualizerWarning)
                     recorder.stop()
             return [(name, recorder) for _, name, recorder in self._models]
@@ -206,6 +194,11 @@ class Models:
         if self._without:
             return max(self._without.items(), key=lambda item: len(item[0]))[1]
         return "no model of torch was called" if self._known else "the script called no nn.Module"
+
+
+Recording: TypeAlias = Decorated | Target | Models
+"""A way to record a program. `start` records from now on, or as soon as there is something to record; `stop` returns
+the results of each model under the name of its class; `why_nothing` says why there is none, and what to do."""
 
 
 class _Call:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import opcodes
 from ..instrument import capture
-from .outcome import Mistake, reason, say, trying_to, warnings_as_lines
+from .outcome import Commands, Mistake, destination, reason, say, warnings_as_lines
 from .recording import Decorated, Models, Recording, Target, has_values, save, summary
 from .script import Program, show_own_frames_only
-
-if TYPE_CHECKING:
-    from .outcome import Commands
 
 
 def add_to(commands: Commands) -> None:
@@ -51,12 +47,7 @@ def _prepared(options: argparse.Namespace) -> Callable[[], int]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise Mistake(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    out = Path(options.out).absolute()
-    with trying_to(f"write {options.out}"):
-        if out.is_dir():
-            raise Mistake(f"cannot write {options.out}: it is a folder")
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
+    out = destination(options.out, "safetensors").absolute()
     name, *arguments = options.program
     program = Program(name, arguments, options.is_module)
     recording = _recording(options, program)
@@ -68,7 +59,13 @@ def _recording(options: argparse.Namespace, program: Program) -> Recording:
     if options.attention:
         if names or options.target or options.limit:
             raise Mistake("--attention finds the weights by itself: it takes no --var, --target or --limit")
-        return Models(_attention(options.max_bytes), "no attention was seen in it", uncompiled=True)
+
+        def recorder(model: Any) -> Any:
+            from ..intercept import attention  # the script has imported torch by now
+
+            return attention(model, max_bytes=options.max_bytes)
+
+        return Models(recorder, "no attention was seen in it", uncompiled=True)
     opcodes.require_supported()
     for name in names:
         if not name.isidentifier():
@@ -81,15 +78,6 @@ def _recording(options: argparse.Namespace, program: Program) -> Recording:
         nothing = "had no value in the local; if its attention is fused, --attention gets the weights all the same"
         return Models(lambda model: capture(model, *names, **limits), nothing)
     return Decorated(**limits)
-
-
-def _attention(max_bytes: int | None) -> Callable[[Any], Any]:
-    def make(model: Any) -> Any:
-        from ..intercept import attention  # the script has imported torch by now
-
-        return attention(model, max_bytes=max_bytes)
-
-    return make
 
 
 def _run(program: Program, recording: Recording, out: Path, options: argparse.Namespace) -> int:

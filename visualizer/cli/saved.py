@@ -8,12 +8,12 @@ import fnmatch
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import FileFormatError
+from ..errors import FileFormatError, few
 from ..loading import load
 from ..store import bytes_by_device
 from ..tensors import is_array
@@ -75,7 +75,7 @@ def choose(results: Recorded, options: argparse.Namespace) -> list[Any]:
     else:
         chosen = [key for key in values if fnmatch.fnmatchcase(key, options.key)]
     if not chosen:
-        raise Mistake(f"no key matches {options.key!r}: there are {_few([*values])}")
+        raise Mistake(f"no key matches {options.key!r}: there are {few([*values], 8)}")
     if len(chosen) == 1 and options.call is None:
         return values[chosen[0]]  # a function decorated by get_local, which every layer calls
     layers = []
@@ -143,11 +143,6 @@ def grid_of(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d+x\d+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not like 14x14, ROWSxCOLUMNS")
     return tuple(map(int, text.split("x")))
-
-
-def _few(names: Sequence[str]) -> str:
-    """The first names of many."""
-    return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def as_options(message: str) -> str:

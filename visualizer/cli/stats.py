@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .builder import build, is_builder
-from .outcome import Failure, Mistake, say, trying_to, warnings_as_lines
+from .outcome import Commands, Failure, Mistake, destination, say, trying_to, warnings_as_lines
+from .script import build, is_builder
 
 if TYPE_CHECKING:
     from ..statistics import Statistic
-    from .outcome import Commands
 
 
 def add_to(commands: Commands) -> None:
@@ -65,16 +64,14 @@ class _Help(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         try:
-            lines = [f"  {name:12} {measure.about} ({_defaults(measure)})" for name, measure in _measures().items()]
-            parser.epilog = "\n".join(["statistics of each head:", *lines])
+            parser.epilog = "statistics of each head:"
+            for name, measure in _measures().items():
+                default = f"default for {' and '.join(measure.default_for)}" if measure.default_for else "only if named"
+                parser.epilog += f"\n  {name:12} {measure.about} ({default})"
         except Mistake as mistake:
             parser.epilog = str(mistake)
         parser.print_help()
         parser.exit()
-
-
-def _defaults(measure: type[Statistic]) -> str:
-    return f"default for {' and '.join(measure.default_for)}" if measure.default_for else "only if named"
 
 
 def _measures() -> dict[str, type[Statistic]]:
@@ -94,10 +91,7 @@ def _count(text: str) -> int:
 
 
 def _stats(options: argparse.Namespace) -> None:
-    out = Path(options.out)
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        why = "it is a folder" if out.is_dir() else "there is no such folder"
-        raise Mistake(f"cannot write {options.out}: {why}")
+    out = destination(options.out, "safetensors")
     items: list[Any] = _pictures(options.images) if options.images else _lines(options.texts)
     items = items[: options.limit]
     measures = _chosen(options)
@@ -115,12 +109,12 @@ def _stats(options: argparse.Namespace) -> None:
         except (RuntimeError, AssertionError) as error:
             raise Mistake(f"--device {device}: {error}") from error
         if options.images:
-            batches = _Batches(items, options.batch_size, f"{options.size}")
+            batches = _batches(items, list, options.batch_size, options.size)  # read by the process that runs them
             arguments: dict[str, Any] = {
                 "call": lambda model, paths: model(_read(paths, prepare, options.quiet).to(device))
             }
         else:
-            arguments, batches = {}, _Tokenized(items, options.batch_size, prepare, options.length)
+            arguments, batches = {}, _tokenized(items, prepare, options.batch_size, options.length)
         statistics = [measure.for_tokenizer(prepare if options.texts else None) for measure in measures]
         try:
             with warnings_as_lines(options.quiet):
@@ -246,39 +240,20 @@ def _read(paths: list[Path], prepare: Callable[[Path], Any], quiet: bool) -> Any
     return torch.cat(pictures)
 
 
-def _identity(item: Any) -> Any:
-    """What tells an item from others: a text itself; a picture's name and size, as copying changes its time."""
-    return (str(item), item.stat().st_size) if isinstance(item, Path) else item
+def _batches(items: list[Any], collate: Callable[[list[Any]], Any], size: int, detail: int) -> Any:
+    """A loader of pictures or texts, with what tells these batches from others: a checkpoint compares it."""
+    from torch.utils.data import DataLoader
+
+    loader: Any = DataLoader(items, size, collate_fn=collate)  # type: ignore[arg-type]
+    # Of a picture its name and size, as copying changes its time.
+    known = [(str(item), item.stat().st_size) if isinstance(item, Path) else item for item in items]
+    loader.fingerprint = f"{zlib.crc32(repr(known).encode()):08x} by {size}, {detail}"
+    return loader
 
 
-class _Batches:
-    """Pictures or texts in batches of `size`."""
-
-    def __init__(self, items: list[Any], size: int, settings: str) -> None:
-        self._items, self._size = items, size
-        # A checkpoint compares it, to go on only with the same data in the same batches.
-        self.fingerprint = f"{zlib.crc32(repr([_identity(item) for item in items]).encode()):08x} by {size}, {settings}"
-
-    def __len__(self) -> int:
-        return -(-len(self._items) // self._size)
-
-    def __iter__(self) -> Iterator[Any]:
-        for start in range(0, len(self._items), self._size):
-            yield self._items[start : start + self._size]
-
-
-class _Tokenized(_Batches):
-    """Batches of texts, tokenized."""
-
-    def __init__(self, items: list[Any], size: int, tokenizer: Any, length: int) -> None:
-        super().__init__(items, size, f"{length}")
-        self._tokenizer, self._length = tokenizer, length
-        if getattr(tokenizer, "pad_token", "") is None:
-            tokenizer.pad_token = tokenizer.eos_token
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for texts in super().__iter__():
-            encoded = self._tokenizer(
-                texts, return_tensors="pt", padding=True, truncation=True, max_length=self._length, verbose=False
-            )
-            yield dict(encoded)
+def _tokenized(texts: list[str], tokenizer: Any, size: int, length: int) -> Any:
+    """A loader of texts, tokenized."""
+    if getattr(tokenizer, "pad_token", "") is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    options = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": length, "verbose": False}
+    return _batches(texts, lambda batch: dict(tokenizer(batch, **options)), size, length)

@@ -31,6 +31,9 @@ MAX_CODES = 160_000_000
 
 Array: TypeAlias = npt.NDArray[np.float32]
 
+WEIGHTS: Array = np.where(np.arange(256) == NOTHING, 0, np.exp(-STEP * np.arange(256))).astype(np.float32)
+"""The weight of each code, as a share of the largest weight of its row."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -67,8 +70,10 @@ def code_maps(
         len(layers) * heads * -(-queries // factor) * -(-keys // factor) > MAX_CODES or -(-keys // factor) > most_keys
     ):
         factor += 1
-    pooled = [_pooled(pair, factor) for pair in sides]
-    examples = []
+    pooled, examples = [], []
+    for query_side, key_side in sides:
+        first = query_side.pool(factor)
+        pooled.append((first, first if key_side is query_side else key_side.pool(factor)))
     for title, ((query_side, _), (key_side, _)) in zip(titles, pooled, strict=True):
         shape = len(layers), heads, query_side.size, key_side.size
         count = min(TOP, shape[3])
@@ -100,16 +105,6 @@ def code_maps(
             _code(example, number, slice(0, whole.shape[1]), whole)
     check.warn("shown as zeros", "shown")
     return examples
-
-
-def _pooled(
-    pair: tuple[Side, Side], factor: int
-) -> tuple[tuple[Side, npt.NDArray[np.intp]], tuple[Side, npt.NDArray[np.intp]]]:
-    if factor == 1:
-        nowhere = np.empty(0, np.intp)
-        return (pair[0], nowhere), (pair[1], nowhere)
-    first = pair[0].pool(factor)
-    return first, first if pair[1] is pair[0] else pair[1].pool(factor)
 
 
 def _pooling_notes(factor: int, queries: Side, keys: Side) -> list[str]:
@@ -196,9 +191,7 @@ def pack(example: Example, budget: int) -> tuple[bytes, list[str]]:
         kept = max(TOP, min(kept - 1, int(kept * min(0.95, max(0.5, left / max(1, size))))))
     if kept == keys:
         return packed, []
-    table = np.exp(-STEP * np.arange(256, dtype=np.float32))
-    table[NOTHING] = 0
-    share = float((table[_cut(sample, kept)].sum(1) / np.maximum(table[sample].sum(1), 1e-9)).mean())
+    share = float((WEIGHTS[_cut(sample, kept)].sum(1) / np.maximum(WEIGHTS[sample].sum(1), 1e-9)).mean())
     return packed, [
         f"The maps are too large for one page: of each row the {kept} largest of {keys} weights are here, "
         f"{100 * share:.3g} % of the attention; the others count as zero. Fewer layers leave more."

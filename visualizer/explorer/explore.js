@@ -50,7 +50,7 @@
       return (layer * this.heads + head) * this.queries + query;
     }
 
-    // Whether a weight is the very number, not one of 255 steps.
+    // Whether a weight is sent exactly, not as one of 255 steps.
     isExact(layer, head, query, key) {
       const first = this.row(layer, head, query) * this.count;
       return this.places.subarray(first, first + this.count).includes(key);
@@ -62,7 +62,7 @@
       return this.values[first] * table[this.codes[row * this.keys + key]];
     }
 
-    // What special keys leave of each row, by which it is divided where they are hidden.
+    // What is left of each row without its special keys. Where these are hidden, the row is divided by it.
     get rest() {
       if (!this._rest) {
         const rows = this.codes.length / this.keys, words = new Float32Array(this.keys);
@@ -213,7 +213,7 @@
     const own = ++asked, next = await Maps.load(number);
     const pictures = await Promise.all(page.examples[number].sides.map((side) => pictureOf(side.picture)));
     if (own !== asked) return false;
-    // From here on without a pause: what is drawn is all of one example.
+    // No await from here on, so that all that is drawn belongs to one example.
     const isOfOthers = example !== undefined && maps.sizes[state.side] !== next.sizes[state.side];
     maps = next;
     example = page.examples[number];
@@ -253,7 +253,7 @@
     $("notes").replaceChildren(...example.notes.map((note) => element("p", "", note)));
   }
 
-  // The place in the address, where the page has one: a reload or a copied link shows the same.
+  // Keeps what is shown in the address, where the page has one, so that a reload or a copied link shows the same.
   function remember() {
     const words = new URLSearchParams({ example: state.example, layer: state.layer, head: state.head });
     words.set(state.side === QUERIES ? "query" : "key", state.tokens.join(" "));
@@ -279,9 +279,9 @@
 
   const bytesOfHex = (text) => Uint8ClampedArray.from(text.match(/../g), (pair) => parseInt(pair, 16));
   const viridis = bytesOfHex(page.viridis), inferno = bytesOfHex(page.inferno);
-  let zoom = 0; // pixels of a canvas for one of the style sheet's, where it is not the screen's number
-  const SHADES = 20; // of a word's ground
-  const theme = {}; // the style sheet's colours, read anew with each layout: asking for them while drawing is slow
+  let zoom = 0; // canvas pixels for each CSS pixel; 0: as many as the screen has
+  const SHADES = 20; // of a word's background
+  const theme = {}; // the style sheet's colours, read again with each layout: reading them while drawing is slow
   function readTheme() {
     const style = getComputedStyle(document.documentElement);
     for (const name of ["ground", "panel", "ink", "soft", "accent", "mark", "on-mark"]) theme[name] = style.getPropertyValue(`--${name}`).trim();
@@ -338,7 +338,8 @@
     data[at + 3] = alpha;
   }
 
-  // The weight that gets the last colour: the largest, but of even attention not the solid colour of a peak.
+  // The weight that gets the last colour: the largest, but no less than four times an even share. Otherwise even
+  // attention would have the solid colour of a peak.
   function topOf(weights, first) {
     let top = Math.min(1, 4 / weights.length);
     for (let i = first; i < weights.length; i++) if (weights[i] > top) top = weights[i];
@@ -511,7 +512,7 @@
         const next = token + (key === "ArrowLeft" ? -1 : 1);
         return next >= 0 && next < this.spans.length ? next : token;
       }
-      // The nearest in the next line, as an editor has it.
+      // The nearest token in the next line, as in an editor.
       const here = this.spans[token], middle = here.offsetLeft + here.offsetWidth / 2, way = key === "ArrowUp" ? -1 : 1;
       let best = token, line = null, least = Infinity;
       for (let other = token + way; other >= 0 && other < this.spans.length; other += way) {
@@ -569,7 +570,7 @@
   // Every head in a cell, their mean in the last column: the chosen tokens' row (or column), or the whole map.
   const mosaic = { canvas: $("mosaic"), key: "" };
 
-  // Weights as the pixels of a cell: of several that share one, the largest.
+  // Weights as the pixels of a cell. Where several share a pixel, the largest counts.
   function shrink(weights, rows, columns, lines, bins, out) {
     if (rows === lines && columns === bins) return out.set(weights);
     out.fill(0);
@@ -787,7 +788,7 @@
 
   function draw() {
     const now = current(), weights = maps.weights(now.layer, now.head, now.side, now.tokens, now.hidden);
-    // Canvases first: choosing a font on one would have the browser style the changed words before all are changed.
+    // Canvases first: setting the font of a canvas makes the browser style all words that have changed until then.
     drawMosaic(now);
     drawMatrix(now);
     drawReadout(now, weights);
@@ -809,7 +810,7 @@
   function lay() {
     readTheme();
     for (const panel of panels) panel.layout();
-    // Asked for here, as that would lay out the words anew while they are painted.
+    // Read here and not in draw(), where it would make the browser lay out the words while they are painted.
     mosaic.room = $("heads").clientWidth;
     matrix.room = Math.min($("numbers").clientWidth, 560);
     draw();
@@ -960,7 +961,7 @@
     action();
   });
 
-  // ---- Files to take away -------------------------------------------------------------------------------------------
+  // ---- Downloads ----------------------------------------------------------------------------------------------------
 
   function download(blob, name) {
     const link = element("a");
@@ -1021,16 +1022,16 @@
     recall();
     await open(state.example);
   } catch (error) {
-    $("trouble").textContent = `The page could not be shown (${error.message}); a current Chrome, Edge, Firefox or Safari can.`;
+    $("trouble").textContent = `The page could not be shown (${error.message}). A current Chrome, Edge, Firefox or Safari can show it.`;
     throw error;
   }
   $("still").hidden = true;
   $("app").hidden = false;
-  $("accuracy").textContent = "The six largest weights of each row are exact. Others are marked ≈ and within 1.5 % of the true value; below 1/2000 of the row's largest they count as zero.";
+  $("accuracy").textContent = "The six largest weights of each row are exact. The others are marked ≈ and are within 1.5 % of the true value; those below 1/2000 of the row's largest count as zero.";
   lay();
   performance.mark("attention drawn");
   new ResizeObserver(() => lay()).observe($("sides"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => lay());
-  // For the browser's console: the weights of a query, or of a key (side 1), as the page has them.
+  // For the browser's console: the weights of a query, or of a key (side 1), as the page shows them.
   window.explorer = { state, weights: (layer, head, token, side = QUERIES) => maps.weights(layer, head, side, [token], false) };
 })();

@@ -26,11 +26,11 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
-from ..analysis.reading import maps_of
+from ..analysis.layers import maps_of
 from ..maps import AttentionMap
 from ..reading import check_not_empty
 from ..store import check_destination
-from .coding import NOTHING, STEP, Example, code_maps, pack
+from .coding import NOTHING, STEP, WEIGHTS, Example, code_maps, pack
 from .sides import Side, printable, read_sides
 
 MAX_BYTES = 30_000_000
@@ -275,17 +275,15 @@ def _colours(name: str) -> str:
 def _still(example: Example) -> str:
     """A picture of all heads, for viewers that run no script: an img tag."""
     layers, heads, queries, keys = example.codes.shape
-    table = np.exp(-STEP * np.arange(256, dtype=np.float32))
-    table[NOTHING] = 0
     key_side = example.sides[1]
     if key_side.grid:
-        weights = table[example.codes[:, :, 0]] * example.top[:, :, 0, :1]
+        weights = WEIGHTS[example.codes[:, :, 0]] * example.top[:, :, 0, :1]
         cells = weights[..., len(key_side.labels) :].reshape(layers, heads, *key_side.grid)
         cells = cells / np.maximum(cells.max((2, 3), keepdims=True), 4 / keys)
         caption = f"what {key_side.labels[0] if key_side.labels else 'the first patch'} attends to"
     else:
         down, across = (np.linspace(0, count, min(count, 32) + 1).astype(int)[:-1] for count in (queries, keys))
-        cells = table[np.minimum.reduceat(np.minimum.reduceat(example.codes, down, axis=2), across, axis=3)]
+        cells = WEIGHTS[np.minimum.reduceat(np.minimum.reduceat(example.codes, down, axis=2), across, axis=3)]
         caption = "queries down and keys across"
     colours = mpl.colormaps["viridis"](cells, bytes=True)[..., :3]  # (layers, heads, rows, columns, 3)
     rows, columns = cells.shape[2:]

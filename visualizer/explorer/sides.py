@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..plot.places import read_grid, read_image
+from ..places import grid_of, read_image
 
 _PICTURE_SIDE = 768  # pixels, more than the page gives to a picture
 # Tokens that are not words, as tokenizers write them: [CLS], <s>, <|endoftext|>.
@@ -42,6 +42,8 @@ class Side:
 
     def pool(self, factor: int) -> tuple[Side, npt.NDArray[np.intp]]:
         """The side with that many words (or patches along each side) in one; and for each token its group."""
+        if factor == 1:
+            return self, np.arange(self.size)
         if self.grid is None:
             groups = np.arange(self.size) // factor
             parts = [self.labels[start : start + factor] for start in range(0, self.size, factor)]
@@ -73,7 +75,7 @@ def read_sides(
     has_picture = image is not None or grid is not None or prefix_tokens is not None
 
     def patches(size: int) -> Side:
-        places = read_grid(size, grid=grid, prefix_tokens=prefix_tokens)
+        places = grid_of(size, {"grid": grid, "prefix_tokens": prefix_tokens})
         prefix = [printable(name) for name in places.prefix]
         picture = None if image is None else _jpeg(image)
         return Side(prefix, list(range(len(prefix))), (places.rows, places.columns), picture)
@@ -128,19 +130,12 @@ def printable(token: Any, longest: int = 200) -> str:
     text = text[:longest]
     if not text.strip(" "):
         return "␣" * len(text) + more if text else "‹empty›"
-    return "".join(_visible(text)) + more
+    return "".join(map(_visible, text)) + more
 
 
-def _visible(text: str) -> Iterator[str]:
-    for character in text:
-        number = ord(character)
-        if number < 32:
-            yield chr(0x2400 + number)
-        elif number == 127:
-            yield "␡"
-        elif (
-            not character.isprintable() and character != " "
-        ):  # bidi controls, zero width, lone surrogates, private use
-            yield f"‹{number:04X}›"
-        else:
-            yield character
+def _visible(character: str) -> str:
+    """The character, or a sign for one without ink: bidi controls, zero widths, lone surrogates, private use."""
+    number = ord(character)
+    if character.isprintable():
+        return character
+    return chr(0x2400 + number) if number < 32 else "␡" if number == 127 else f"‹{number:04X}›"

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import opcodes
 from ..errors import warn
-from ..rewrite import At
+from ..rewrite import At, original_of
 from ..store import Cache, Channel, Store, listener
 from ..tensors import Keep, check_keep
 from . import compiled, patches
@@ -151,6 +151,7 @@ class Captured(Cache):
             compiled.recompile()
         for message in messages:
             warn(message)
+        self.store.report()
 
     def clear(self) -> None:
         """Start over: empty lists under the same keys, calls counted from 0. Lists that you hold keep their values."""
@@ -176,7 +177,7 @@ class Captured(Cache):
         path_of = None if site.owners is None else site.owners.path_of
         site_key = patches.new_site(site.function)
         channel = Channel(self.store, site_key, site.names, at, keep, key, site.owner, path_of)
-        channel.code = site.function.__code__
+        channel.code = original_of(site.function.__code__)
         self._pairs.append((weakref.ref(site.function), channel))
         self._weak_pairs.append((weakref.ref(site.function), weakref.ref(channel)))
 

@@ -6,17 +6,18 @@ import atexit
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from types import FunctionType
-from typing import Any, TypeVar
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple, TypeVar
 
 from .. import opcodes
-from ..errors import warn
-from ..rewrite import At
+from ..errors import RewriteError, shown, warn
+from ..rewrite import At, local_names, original_of
 from ..store import Cache, Channel, Record, Store
 from ..tensors import Keep, check_keep
 from . import compiled, patches
 from .arguments import check_at, check_count, check_max_bytes, check_names
 from .explanations import why_shared
+from .functions_with import has_local
 from .sites import function_with
 from .untraced import never_compiled
 
@@ -36,6 +37,14 @@ class _Origin:
 
     def key(self, variable: str, _: str | None = None) -> str:
         return self.base if self.variables == [variable] else f"{self.base}:{variable}"
+
+
+class _Decorated(NamedTuple):
+    """What a decorated function has."""
+
+    code: CodeType
+    """Its own code when it was decorated."""
+    channels: list[Channel]
 
 
 class GetLocal:
@@ -64,7 +73,7 @@ class GetLocal:
         self._keep: Keep = "numpy"
         self._origins: dict[tuple[Any, ...], _Origin] = {}
         self._bases: set[str] = set()
-        self._decorated: weakref.WeakKeyDictionary[FunctionType, list[Channel]] = weakref.WeakKeyDictionary()
+        self._decorated: weakref.WeakKeyDictionary[FunctionType, _Decorated] = weakref.WeakKeyDictionary()
 
     def __call__(self, *names: str, at: At = "return", keep: Keep | None = None) -> Callable[[T], T]:
         """A decorator that returns the same function, marked so that its locals `names` can be captured.
@@ -124,14 +133,16 @@ class GetLocal:
                 and 8-bit floats as float32. "tensor": tensors detached and copied, on their device. "graph": the object
                 itself, for losses and gradients. A callable, such as `lambda a: a.mean(1)`: a detached copy of what it
                 returns, tensors on their device; what it calls is not recorded. In all but "graph", arrays are copied,
-                and so are containers with what is in them; other objects are kept as they are.
+                tables of pandas, sparse matrices, and containers and dataclasses with what is in them. Other objects
+                are kept by reference, so that later changes show in them; a warning says so once for each class.
             limit: how many of the most recent calls to keep per key; None: all.
             max_bytes: how many bytes of values to keep on each device; None: a quarter of its memory. When it is used
                 up, nothing more is recorded, and one warning says so.
 
         Raises:
             UnsupportedPythonError: this interpreter's bytecode is not known.
-            RewriteError: a decorated function cannot be rewritten with proof. Then nothing has changed.
+            RewriteError: a decorated function cannot be rewritten with proof. Then nothing has changed. Where another
+                tool has replaced the function's code since, a warning says so, and the others are captured.
             TypeError, ValueError: an argument is of the wrong kind. Then nothing has changed.
         """
         opcodes.require_supported()
@@ -216,7 +227,8 @@ class GetLocal:
     @never_compiled
     def _decorate(self, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None) -> None:
         with compiled.compiler_paused() if self._active else nullcontext(), patches.switching:
-            channels = self._decorated.get(function, [])
+            before = self._decorated.get(function)
+            channels = [] if before is None else before.channels
             same = [channel for channel in channels if (channel.at, _identity(channel.keep)) == (at, _identity(keep))]
             if set(names) <= {name for channel in same for name in channel.names}:
                 return
@@ -237,11 +249,11 @@ class GetLocal:
                 both = [name for name in other.names if name in names]
                 messages.append(
                     f"{patches.place_of(function)} was decorated for {', '.join(both)} before, with at={other.at!r} "
-                    f"and keep={other.keep!r}; the new get_local({', '.join(map(repr, names))}, at={at!r}, "
-                    f"keep={keep!r}) takes its place."
+                    f"and keep={shown(repr, other.keep)}; the new get_local({', '.join(map(repr, names))}, at={at!r}, "
+                    f"keep={shown(repr, keep)}) takes its place."
                 )
             channels = [*(c for c in channels if c not in replaced), *new]
-            self._decorated[function] = channels
+            self._decorated[function] = _Decorated(original_of(function.__code__), channels)
             self._name_keys(origin, [name for channel in channels for name in channel.names])
             for channel in new:
                 if self._active:
@@ -269,7 +281,7 @@ class GetLocal:
         channel = origin.channels.get((names, at, _identity(keep)))
         if channel is None:
             channel = Channel(self._store, patches.new_site(function), names, at, keep, origin.key)
-        channel.code = function.__code__
+        channel.code = original_of(function.__code__)
         return channel
 
     def _register(self, origin: _Origin, function: FunctionType, channel: Channel) -> None:
@@ -308,10 +320,13 @@ class GetLocal:
         if active:
             compiled.prepare()
         with compiled.compiler_paused(), patches.switching:
-            pairs = [(f, c) for f, channels in list(self._decorated.items()) for c in channels]
+            decorated = list(self._decorated.items())
+            pairs = [(function, channel) for function, (_, channels) in decorated for channel in channels]
             messages: list[str] = []
             if active and not self._active:
-                patches.attach(pairs)
+                replaced = {function for function, (code, _) in decorated if original_of(function.__code__) is not code}
+                patches.attach((function, channel) for function, channel in pairs if function not in replaced)
+                messages = _attach_replaced([pair for pair in pairs if pair[0] in replaced])
             elif self._active and not active:
                 messages = patches.detach(pairs)
             changes = bool(pairs) and (active, keep) != (self._active, self._keep)
@@ -328,6 +343,8 @@ class GetLocal:
                 compiled.recompile()
         for message in messages:
             warn(message)
+        if not active:
+            self._store.report()
 
 
 class Activation:
@@ -341,6 +358,24 @@ class Activation:
 
     def __exit__(self, *_: object) -> None:
         self._owner._switch(*self._before)
+
+
+def _attach_replaced(pairs: list[tuple[FunctionType, Channel]]) -> list[str]:
+    """Attach functions whose code another tool has replaced, as far as that code allows; what to warn of."""
+    messages = []
+    for function, channel in pairs:
+        try:
+            for name in channel.names:
+                if not has_local(function, name, channel.at):
+                    what = "assignment to" if name in local_names(function.__code__) else "local"
+                    raise RewriteError(f"it has no {what} {name!r} now")
+            patches.attach([(function, channel)])
+        except RewriteError as error:
+            messages.append(
+                f"the code of {patches.place_of(function)} was replaced by another tool since it was decorated for "
+                f"{', '.join(channel.names)}, and it is not captured: {error}."
+            )
+    return messages
 
 
 get_local = GetLocal()

@@ -7,14 +7,14 @@ listen to one function, and they may leave in any order: its code is made anew f
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from itertools import count
 from types import CodeType, FunctionType
 
-from ..rewrite import HOOK, Capture, rewrite_for
-from ..store import Channel, ForkSafeLock, receive
+from ..rewrite import HOOK, Capture, original_of, rewrite_for
+from ..store import Channel, ForkSafeLock, listener, receive
 
 
 class _Patch:
@@ -26,7 +26,6 @@ class _Patch:
 
 
 _patches: weakref.WeakKeyDictionary[FunctionType, _Patch] = weakref.WeakKeyDictionary()
-_numbers = count(1)
 
 _lock = ForkSafeLock()
 _deferred: deque[Callable[[], None]] = deque()
@@ -71,8 +70,8 @@ def _catch_up() -> None:
 
 
 def new_site(function: FunctionType) -> str:
-    """A key for a channel's hook calls that nobody else in the process has."""
-    return f"{function.__qualname__}#{next(_numbers)}"
+    """A key for a channel's hook calls that nobody else has: rewritten code may be sent to other processes."""
+    return f"{function.__qualname__}#{os.urandom(8).hex()}"
 
 
 def attach(pairs: Iterable[tuple[FunctionType, Channel]]) -> None:
@@ -87,14 +86,26 @@ def attach(pairs: Iterable[tuple[FunctionType, Channel]]) -> None:
             for function, channel in pairs:
                 patch = _patches.get(function)
                 if patch is None or function.__code__ is not patch.installed:
-                    # If another tool has swapped the code meanwhile, its code is the original from here on.
-                    patch = _Patch(function.__code__)
-                _install(function, patch, [*patch.channels, channel])
+                    patch = _found(function.__code__)
+                _install(function, patch, [*(other for other in patch.channels if other is not channel), channel])
                 _patches[function] = patch
                 attached.append((function, channel))
         except BaseException:
             detach(attached)
             raise
+
+
+def _found(code: CodeType) -> _Patch:
+    """The patch of a function whose code we did not put in place: from here on its code is the original.
+
+    Where that is a copy of rewritten code, from another process say, the original is in it. Channels of this process
+    that it brings something to, as a copy of a captured function does, go on to get that.
+    """
+    patch = _Patch(original_of(code))
+    if patch.original is not code:
+        found = (listener(constant) for constant in code.co_consts if isinstance(constant, str))
+        patch.channels = [channel for channel in found if channel is not None]
+    return patch
 
 
 def detach(pairs: Iterable[tuple[FunctionType, Channel]]) -> list[str]:
@@ -130,8 +141,12 @@ def _detach(function: FunctionType, channel: Channel) -> str | None:
 
 def _install(function: FunctionType, patch: _Patch, channels: list[Channel]) -> None:
     code = _rewritten(patch.original, tuple(channels)) if channels else patch.original
-    # The name stays when the capture ends, for a generator that is suspended in rewritten code still looks it up.
-    function.__globals__[HOOK] = receive
+    # Among the builtins, not the function's globals: tools that pickle functions by value take its globals along, and
+    # the hook would have to be imported wherever they arrive. The name stays when the capture ends, for a change of the
+    # builtins slows the whole process down for a moment.
+    builtins = function.__builtins__  # type: ignore[attr-defined]
+    if builtins.get(HOOK) is not receive:
+        builtins[HOOK] = receive
     function.__code__ = patch.installed = code
     patch.channels = channels
 

@@ -47,8 +47,9 @@ def attention(
     torch.Size([1, 2, 5, 5])
 
     It sees `F.scaled_dot_product_attention` under any name, `flex_attention`, `nn.MultiheadAttention` and what is built
-    on it, the kernels registered in transformers' `AttentionInterface`, and a softmax over the last axis between two
-    matrix products. The weights are what is multiplied with the values, without dropout; where that is not one softmax,
+    on it, the kernels registered in transformers' `AttentionInterface`, those of flash_attn and xformers, a softmax
+    over the last axis between two matrix products, and deformable attention, of whose map `source` has the points and
+    their weights. The weights are what is multiplied with the values, without dropout; where that is not one softmax,
     `softmaxes` of the map has the softmaxes it was made of. Heads and batch are told apart by what the model does with
     the output; where that does not tell, `axes_assumed` of the map says so.
 
@@ -322,7 +323,7 @@ class Maps(Recorded, Sequence[Any]):
                 dtype = str(first.source.dtype).removeprefix("torch.")
                 shapes = list(dict.fromkeys(str(item.shape) for item in values))
                 more = f" and {len(shapes) - 1} others" if len(shapes) > 1 else ""
-                kept = f"{'weights' if first.is_dense else 'query and key'}, {dtype}"
+                kept = f"{first.source.kept}, {dtype}"
                 rows.append((path or "''", str(len(values)), shapes[0] + more, first.kind or "", kept))
             else:
                 shape = str(tuple(first.shape)) if isinstance(first, Tensor) else ""

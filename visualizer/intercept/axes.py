@@ -29,7 +29,7 @@ _KEEPS_ORDER = frozenset(
     )
 )
 _CUTS = frozenset(("__getitem__", "narrow", "slice", "split", "chunk", "cat", "concat", "tensor_split", "pad"))
-_MIXES_LAST = frozenset(("linear", "matmul", "__matmul__", "mm"))
+_MIXES_LAST = frozenset(("linear", "matmul", "__matmul__", "mm", "addmm"))
 _MIXES_CHANNELS = frozenset(("conv1d", "conv2d", "conv3d"))
 
 
@@ -68,55 +68,57 @@ class Order:
         return sorted(self.are_heads) == list(self.are_heads)
 
 
-class _Factor:
+class Factor:
     """An axis, or a factor of one."""
 
-    def __init__(self, size: int, origins: Sequence[_Factor] = ()) -> None:
+    def __init__(self, size: int, origins: Sequence[Factor] = ()) -> None:
         self.size = size
         self.origins = origins or (self,)  # what it is a cut or a join of
-        self.parts: tuple[_Factor, ...] = ()
+        self.parts: tuple[Factor, ...] = ()
 
     def split(self, outer: int) -> None:
+        """Tell two factors apart, of which the outer one has that length."""
         kept = () if self.origins == (self,) else self.origins
-        self.parts = _Factor(outer, kept), _Factor(self.size // outer, kept)
+        self.parts = Factor(outer, kept), Factor(self.size // outer, kept)
 
-    def smallest(self) -> list[_Factor]:
+    def smallest(self) -> list[Factor]:
         """The factors that it has been split into, outermost first; none of an axis of length 1."""
         if self.size == 1:
             return []
         return [factor for part in self.parts for factor in part.smallest()] if self.parts else [self]
 
 
-_Layout = list[list[_Factor]]
+Layout = list[list[Factor]]
 
 
 class Output:
     """The output of an attention call, as the model's functions change its shape."""
 
     def __init__(self, shape: Sequence[int]) -> None:
-        self._axes = [_Factor(size) for size in shape]
-        self.layout: _Layout = [[axis] for axis in self._axes]
+        self._axes = [Factor(size) for size in shape]
+        self.layout: Layout = [[axis] for axis in self._axes]
         """The axes of the output itself, for `follow`."""
         self.order: Order | None = None
         """What is known of its axes."""
 
-    def follow(self, func: Any, args: Any, kwargs: Any, tensor: Tensor, layout: _Layout, result: Any) -> _Layout | None:
+    def follow(self, func: Any, args: Any, kwargs: Any, tensor: Tensor, layout: Layout, result: Any) -> Layout | None:
         """The axes of what a function made of a tensor with these axes; None if it is followed no further.
 
         Takes note where the function tells heads from batch.
         """
         name = name_of(func)
-        made = _layout_of(func, name, args, kwargs, tensor, layout, result)
+        made = layout_of(func, name, args, kwargs, tensor, layout, result)
         if made is not None:
             return made
         if self.order is None:
             self._note(name, args, tensor, layout)
         return None
 
-    def _note(self, name: str, args: Any, tensor: Tensor, layout: _Layout) -> None:
-        is_first = len(args) > 0 and args[0] is tensor
-        is_linear = is_first and name in _MIXES_LAST and getattr(args[1], "ndim", 2) <= 2
-        mixed: list[list[_Factor]]
+    def _note(self, name: str, args: Any, tensor: Tensor, layout: Layout) -> None:
+        place = 1 if name == "addmm" else 0  # behind the bias
+        is_first = len(args) > place and args[place] is tensor
+        is_linear = is_first and name in _MIXES_LAST and getattr(args[place + 1], "ndim", 2) <= 2
+        mixed: list[list[Factor]]
         if is_linear:
             mixed = [layout[-1]]
         elif name in _MIXES_CHANNELS and is_first and len(layout) > 2:
@@ -134,18 +136,19 @@ class Output:
             self.order = Order(tuple(factor.size for factor in lead), are_heads)
 
 
-def _origins(axis: Iterable[_Factor]) -> set[_Factor]:
+def _origins(axis: Iterable[Factor]) -> set[Factor]:
     """The factors of the output's own axes that are in an axis."""
-    found = set[_Factor]()
+    found = set[Factor]()
     for factor in axis:
         for small in factor.smallest():
             found |= {small} if small.origins == (small,) else _origins(small.origins)
     return found
 
 
-def _layout_of(
-    func: Any, name: str, args: Any, kwargs: Any, tensor: Tensor, layout: _Layout, result: Any
-) -> _Layout | None:
+def layout_of(
+    func: Any, name: str, args: Any, kwargs: Any, tensor: Tensor, layout: Layout, result: Any
+) -> Layout | None:
+    """The axes of what a function made of a tensor with these axes; None where it mixes them, or is not known."""
     if not isinstance(result, Tensor) or name in _MIXES_LAST or name in _MIXES_CHANNELS or name == "einsum":
         return None
     if name in _REORDERS and result.ndim == tensor.ndim:
@@ -157,18 +160,18 @@ def _layout_of(
         return _regrouped(layout, result.shape)
     if name in _CUTS and result.ndim == tensor.ndim:
         return [
-            axis if after == before else [_Factor(after, [small for factor in axis for small in factor.smallest()])]
+            axis if after == before else [Factor(after, [small for factor in axis for small in factor.smallest()])]
             for axis, before, after in zip(layout, tensor.shape, result.shape, strict=True)
         ]
     return None
 
 
-def _regrouped(layout: _Layout, shape: Sequence[int]) -> _Layout | None:
+def _regrouped(layout: Layout, shape: Sequence[int]) -> Layout | None:
     """The axes after a change of shape that leaves all numbers in their order; None if they do not fit it."""
     factors = [small for axis in layout for factor in axis for small in factor.smallest()]
-    made: _Layout = []
+    made: Layout = []
     for size in shape:
-        axis: list[_Factor] = []
+        axis: list[Factor] = []
         while size > 1:
             if not factors:
                 return None

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..maps import AttentionMap, Factors, Gradient, Keys, Weights
+from ..maps import AttentionMap, Factors, Gradient, Keys, Samples, Weights
 from ..store import bytes_by_device
 from .axes import Order
-from .evidence import Evidence, of_fused, of_weights
+from .evidence import Evidence, of_fused, of_samples, of_weights
 from .kernels import FusedCall, four_axes
+from .sampling import SampledCall
 from .softmax import Product
 
 
@@ -25,7 +26,7 @@ class AttentionCall:
 
     path: str
     kind: str | None
-    computed: FusedCall | Product
+    computed: FusedCall | Product | SampledCall
     """What it computed; of a fused call with four axes, by the assumption below."""
     heads: int | None
     """How many heads are assumed to share the first of three axes."""
@@ -61,6 +62,8 @@ class Copies:
         """What is kept of an attention call."""
         if isinstance(call.computed, FusedCall):
             return self._of_fused(call, call.computed)
+        if isinstance(call.computed, SampledCall):
+            return self._of_samples(call, call.computed)
         return self._of_product(call, call.computed)
 
     def _of_product(self, call: AttentionCall, product: Product) -> Copy:
@@ -68,8 +71,8 @@ class Copies:
         multiplied = weights.shape
         lead = multiplied[:-2] if product.values is None else product.output.shape[:-2]
         weights = weights.expand(*lead, *multiplied[-2:])  # the same weights may serve several heads
-        parts = []
-        if not _is_softmax(product):
+        parts, is_softmax = [], _is_softmax(product)
+        if not is_softmax:
             parts = [_copied(one.weights) for one in product.softmaxes if one.weights is not None]
         evidence = None
         if product.values is not None and not product.has_dropout:
@@ -97,7 +100,7 @@ class Copies:
                 )
             made = AttentionMap.from_source(source, path=call.path, kind=call.kind, gradient=gradient)
             made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=call.kind) for part in parts)
-            made.axes_assumed = order is None and math.prod(lead) > 1
+            made.is_softmax, made.axes_assumed = is_softmax, order is None and math.prod(lead) > 1
             return made
 
         return Copy(map_of, _sizes(weights, *parts), evidence)
@@ -141,6 +144,25 @@ class Copies:
 
         sizes = _sum(sizes, _sizes(*([] if modifiers is None else modifiers.tensors())))
         return Copy(map_of, _sum(sizes, _sizes(query, *([] if gradient is None else gradient.tensors()))), evidence)
+
+    def _of_samples(self, call: AttentionCall, sampled: SampledCall) -> Copy:
+        weights = four_axes(_copied(sampled.weights), call.heads)
+        cells = _copied(sampled.cells).reshape(*weights.shape, 2)
+        source = Samples(cells, weights, sampled.sizes, sampled.counts)
+        batch, heads = weights.shape[:2]
+        values = [value.detach().reshape(batch, heads, *value.shape[-3:]) for value in sampled.values]
+        output = sampled.output.detach().reshape(*weights.shape[:3], -1)
+        evidence = of_samples(source, values, output, call.number)
+        reason = "the gradient by the weights of a deformable attention is not recorded"
+        gradient = self._gradient_of(sampled.output, source.shape, None, reason)
+
+        def map_of(order: Order | None) -> AttentionMap:
+            made_of = source if order is None else source.arranged(order.arranged)
+            made = AttentionMap.from_source(made_of, path=call.path, kind=call.kind, gradient=gradient)
+            made.axes_assumed = order is None and batch * heads > 1
+            return made
+
+        return Copy(map_of, _sizes(cells, weights), evidence)
 
     def _kept_keys(self, path: str, key: Tensor, queries: int) -> tuple[Keys, dict[str, int]]:
         """The keys of a call, and the bytes that they add. Of a growing cache only the new keys are copied."""
@@ -186,7 +208,7 @@ def _is_softmax(product: Product) -> bool:
     """Whether what was multiplied is what one softmax made, its first keys, or both in another shape."""
     if product.is_softmax:
         return True
-    made = product.softmaxes[0].weights
+    made = product.softmaxes[0].weights if product.softmaxes else None
     if len(product.softmaxes) > 1 or made is None or made.numel() != product.weights.numel():
         return False
     return torch.equal(made.detach().to(product.weights.dtype).reshape(product.weights.shape), product.weights)

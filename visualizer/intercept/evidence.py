@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..maps import Factors, without_autograd
+from ..maps import Factors, Samples, without_autograd
 
 _ROWS = 2
 _ROUNDING = {torch.float32: 16, torch.float64: 16}  # steps of the output's type at the largest value; others: 4
@@ -17,25 +18,25 @@ class Evidence:
     """How far some rows of a map, times the values, are from the rows of the output; computed, not yet read."""
 
     def __init__(self, rows: Tensor, values: Tensor, output: Tensor, size_of_scores: Callable[[], float]) -> None:
-        product = rows @ values.to(rows.dtype)
-        # Where the kernel returns no number there is nothing to compare.
-        self._distance = torch.where(output.isnan(), 0, product - output.to(product.dtype)).abs().amax()
+        self._gap = torch.matmul(rows, values.to(rows.dtype)).sub_(output)
+        self._distance = torch.linalg.vector_norm(self._gap, math.inf)
         self._ends = values.aminmax()
-        self._rows, self._dtype, self._size_of_scores = rows, output.dtype, size_of_scores
+        self._rows, self._output, self._size_of_scores = rows, output, size_of_scores
 
     def doubt(self) -> str | None:
         """By how much the map is wrong, in words; None if it is right as far as the type of the output can tell."""
-        largest = max(-float(self._ends.min), float(self._ends.max))
-        distance, step = float(self._distance), torch.finfo(self._dtype).eps * largest
-        allowed = _ROUNDING.get(self._dtype, 4) * step
+        largest, dtype = max(-float(self._ends.min), float(self._ends.max)), self._output.dtype
+        distance, step = float(self._distance), torch.finfo(dtype).eps * largest
+        if math.isnan(distance):  # where the kernel returns no number there is nothing to compare
+            distance = float(self._gap.masked_fill(self._output.isnan(), 0).abs().amax())
+        allowed = _ROUNDING.get(dtype, 4) * step
         if not distance > allowed:
             return None
         # Scores are rounded too, the more the larger they are.
         allowed = allowed * max(1.0, float(self._rows.abs().sum(-1).amax())) + step * self._size_of_scores()
         if not distance > allowed:
             return None
-        dtype = str(self._dtype).removeprefix("torch.")
-        return f"by {distance:.2g}, where {dtype} allows {allowed:.2g}"
+        return f"by {distance:.2g}, where {str(dtype).removeprefix('torch.')} allows {allowed:.2g}"
 
 
 @without_autograd
@@ -66,6 +67,18 @@ def of_weights(weights: Tensor, values: Tensor, output: Tensor, number: int) -> 
     chosen = _some(weights.shape[-2], number)
     dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
     return Evidence(weights[..., chosen, :].to(dtype), values, output[..., chosen, :], lambda: 0.0)
+
+
+@without_autograd
+def of_samples(source: Samples, values: Sequence[Tensor], output: Tensor, number: int) -> Evidence | None:
+    """The evidence for points: values (batch, heads, width, height, width of a level) of each level."""
+    batch, heads, queries, keys = source.shape
+    if not (batch * heads * queries * keys and output.numel()):
+        return None
+    chosen, image, head = _some(queries, number), number % batch, number // batch % heads
+    cells = torch.cat([level[image, head].flatten(1) for level in values], 1).mT
+    one = source.of_head(image, head)
+    return Evidence(one.rows(chosen)[0, 0], cells, output[image, head, chosen], source.largest_side)
 
 
 def _some(queries: int, number: int) -> slice:

@@ -60,12 +60,12 @@ class Gap:
             if known is not None:
                 known.is_taken = True
 
-    def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
-        """Take note of a function that has run. Returns how many tensors something unseen took before, or 0."""
+    def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> bool:
+        """Take note of a function that has run; whether something unseen may have attended before it."""
         if _is_foreign(func):
-            return 0
+            return False
         first = args[0] if args else None
-        count = self.taken_unseen(first)
+        has_gap = self.is_of_gap(first)
         if isinstance(first, Tensor) and not self._is_known(first):
             self.made(first)
         made = tuple(copy(result)) if isinstance(result, _PARTS) else result  # as a tensor is unpacked
@@ -74,16 +74,16 @@ class Gap:
             if kwargs:
                 self.taken(kwargs)
             self.made(made)
-        return count
+        return has_gap
 
-    def taken_unseen(self, tensor: Any) -> int:
-        """How many tensors the unseen function took that made this one; 0 if there was none."""
+    def is_of_gap(self, tensor: Any) -> bool:
+        """Whether a tensor may be what an attention made that was not seen."""
         if not isinstance(tensor, Tensor) or isinstance(tensor, nn.Parameter) or self._is_known(tensor):
-            return 0
+            return False
         size = tensor.numel() if tensor.ndim > 1 and tensor.is_floating_point() else 0
         left = [known.size for known in self._known if not known.is_taken]
         may_attend = 3 * size in left or (size in left and (len(left) > 2 or sum(left) >= 3 * size))
-        return len(left) if size and may_attend and not self._is_view(tensor) else 0
+        return size > 0 and may_attend and not self._is_view(tensor)
 
     def _is_known(self, tensor: Tensor) -> bool:
         known = self._by_id.get(id(tensor))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..maps import Modifiers
+from ..maps import Modifiers, may_be_autocast
 from .spans import Places, ends_of, packed, unpacked
 
 
@@ -581,6 +581,8 @@ def in_four_axes(call: FusedCall, heads: int | None, groups: int) -> FusedCall:
     if call.has_heads:
         return call
     lead, mask = call.output.shape[:-2], call.mask
+    if groups == 1 and len(lead) == 2 and call.query.shape[:-2] == call.key.shape[:-2] == call.value.shape[:-2] == lead:
+        return call  # as nearly always
     if mask is not None and len(lead) != 2:
         mask = four_axes(mask.expand(*lead, *mask.shape[-2:]), heads)
     query, key, value = (four_axes(_broadcast(tensor, lead), heads) for tensor in (call.query, call.key, call.value))
@@ -606,12 +608,8 @@ def as_computed(call: FusedCall) -> FusedCall:
     return call if dtype is None else replace(call, query=call.query.to(dtype), key=call.key.to(dtype))
 
 
-# A quick answer, which is nearly always no.
-_may_be_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-
-
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    if tensor.dtype == torch.float64 or not _may_be_autocast():
+    if tensor.dtype == torch.float64 or not may_be_autocast():
         return None
     device = tensor.device.type
     with suppress(TypeError, AttributeError, RuntimeError):  # other devices; torch before 2.4 has other functions

@@ -1,23 +1,33 @@
-"""Attention without a fused kernel: a softmax of scores, whose weights a matrix product takes.
+"""Attention without a fused kernel: scores become weights, which a matrix product takes.
 
 The scores come from a matrix product. They may change in any way that leaves each in its place, and so may the weights
 before they are multiplied with the values: masked, mixed, subtracted. The map is what is multiplied, without dropout.
+Where no softmax is seen the numbers tell: weights are not negative. Rows that sum to one are as good as a softmax's;
+others are those of a sigmoid, a relu and the like.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..tensors import is_plain_torch
 from .axes import Output, einsum_labels
 from .kernels import name_of
+from .lineage import Lineage
 
 _PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm"))
+_MAKES_SCORES = frozenset(("cdist", "inner", "tensordot", "addbmm"))  # besides the products
+_PUTS = frozenset(
+    ("cat", "concat", "concatenate", "__setitem__", "copy_", "index_copy_", "index_put_", "slice_scatter")
+)
+"""Functions that put a tensor into a larger one."""
+_CUTS = frozenset(("__getitem__", "narrow", "slice", "split", "chunk", "unbind", "select", "index_select"))
 _DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_", "feature_dropout", "alpha_dropout"))
 _ENDS = frozenset(("layer_norm", "group_norm", "batch_norm", "rms_norm", "conv1d", "conv3d", "embedding", "bilinear"))
 """After these functions a tensor is no longer scores or weights, even if its shape is the same."""
@@ -32,18 +42,33 @@ _SAME_NUMBERS = frozenset(
 
 def may_begin(name: str) -> bool:
     """Whether a function of that name can be the first step of an attention: the scores, query times key."""
-    return name in _PRODUCTS
+    return name in _PRODUCTS or name in _MAKES_SCORES
 
 
 class Softmax:
-    """The output of a softmax over scores."""
+    """The output of a softmax over scores, or of what stands in its place."""
 
-    def __init__(self, weights: Tensor) -> None:
+    def __init__(self, weights: Tensor, is_normalised: bool = True) -> None:
+        self.is_normalised = is_normalised
+        """Whether its rows sum to one."""
+        self.is_changed = False
+        """Whether it, or what was made of it, was changed in place."""
         self._reference = weakref.ref(weights)
         self._held: Tensor | None = None
         self._copy: Tensor | None = None
-        self.keys = weights.shape[-1]
-        self.is_recorded = False
+        self._recorded: list[tuple[int, int]] = []
+
+    def take(self, part: Tensor) -> bool:
+        """Put a part of the weights, or all, into a map; False if they are in one already."""
+        begin = part.data_ptr() if is_plain_torch(torch) else 0
+        end = begin + max(1, part.numel() * part.element_size())
+        weights = self._reference()
+        is_part = weights is not None and part.numel() < weights.numel()
+        overlaps = any(begin < other_end and other_begin < end for other_begin, other_end in self._recorded)
+        if overlaps or (self._recorded and not is_part):
+            return False
+        self._recorded.append((begin, end))
+        return True
 
     def hold(self) -> None:
         """Keep the tensor alive, now that others are made of it."""
@@ -101,11 +126,13 @@ class Product:
     """Which axis of that tensor each axis of the weights is."""
     softmaxes: tuple[Softmax, ...]
     is_softmax: bool
+    """Whether the weights are known to be what one softmax made; else their numbers tell."""
     has_dropout: bool
     is_own: bool
     """Whether the weights are a copy that nothing else will change."""
 
 
+_SUMS_TO_ONE = 0.02  # rounding of a whole row in bfloat16 stays below it
 _SCORES = object()  # in a lineage: the tensor comes from a matrix product, and may be scores
 
 
@@ -113,26 +140,33 @@ class Tracing:
     """Follows scores, weights and the outputs of attention calls from function to function, in one thread."""
 
     def __init__(self) -> None:
-        self.lineage: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
-        """By their ids, the tensors that are followed, and what they are."""
+        self.lineage = Lineage()
+        """The tensors that are followed, and what they are."""
 
     def follow_output(self, tensor: Tensor, output: Output, layout: Any = None) -> None:
         """Find out what the model does with the axes of an attention call's output."""
-        self._follow(tensor, (output, output.layout if layout is None else layout))
+        self.lineage.follow(tensor, (output, output.layout if layout is None else layout))
 
-    def before(self, func: Any, args: Any, kwargs: Any) -> Callable[[Any], Product | None]:
+    def before(self, func: Any, args: Any, kwargs: Any) -> Callable[[Any], Product | None] | None:
         """Look at the arguments of a function that is about to run.
 
         Returns what to call with its result, which finds out what that is, and returns the product of weights with
-        values if it is one.
+        values if it is one. None if the result is of no interest.
         """
         name = name_of(func)
-        known = list(self._known_in([*args, *kwargs.values()]))
+        known = list(self.lineage.known_in([*args, *kwargs.values()]))
+        if not known and not may_begin(name):
+            return None
+        if not may_begin(name) and all(isinstance(origin, tuple) for _, origin in known):
+            return lambda result: self._follow_all(func, args, kwargs, known, result)
         weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
         changed = args[0] if args and _is_in_place(name, args, kwargs) else None
         if changed is not None:
             self._prepare_change(name, changed, known)
         undropped = None
+        is_dropped_scores = name in _DROPOUTS and not weights and known[0][1] is _SCORES
+        if is_dropped_scores and _drops(args, kwargs) and is_plain_torch(torch):
+            weights = [(known[0][0], _weights_of_scores(known[0][0]))]
         if weights and name in _DROPOUTS and _drops(args, kwargs):
             tensor, origin = weights[0]
             undropped = tensor if origin.without_dropout is None else origin.without_dropout
@@ -152,25 +186,33 @@ class Tracing:
         undropped: Tensor | None,
         result: Any,
     ) -> Product | None:
+        self._follow_all(func, args, kwargs, known, result)
+        made = result if changed is None else changed
+        if name in _PRODUCTS and len(weights) < 2 and (name != "einsum" or _operand_count(args) > 1):
+            if not weights:
+                weights = _scores_as_weights(name, args, known)
+            if weights:
+                return self._product(name, args, kwargs, result, weights)
+            self.lineage.follow(result, _SCORES)
+        elif name in _MAKES_SCORES:
+            self.lineage.follow(result, _SCORES)
+        elif name in ("softmax", "_softmax") and _is_over_last(args, kwargs, result):
+            if any(origin is _SCORES or isinstance(origin, _Weights) for _, origin in known):
+                self.lineage.follow(result, _Weights((Softmax(result),)))
+        elif weights:
+            self._carry_weights(func, name, args, kwargs, made, weights, undropped)
+        elif name not in _ENDS:
+            for one in made if isinstance(made, (list, tuple)) else (made,):
+                if isinstance(one, Tensor) and one.ndim > 1:
+                    for tensor, origin in known:
+                        if origin is _SCORES and _has_same_places(name, tensor, one):
+                            self.lineage.follow(one, _SCORES)
+        return None
+
+    def _follow_all(self, func: Any, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any) -> None:
         for tensor, origin in known:
             if isinstance(origin, tuple):
                 self._follow_on(func, args, kwargs, tensor, origin, result)
-        if name in _PRODUCTS:
-            if weights:
-                return self._product(name, args, kwargs, result, weights)
-            self._follow(result, _SCORES)
-        elif name in ("softmax", "_softmax"):
-            axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            if any(origin is _SCORES for _, origin in known) and result.ndim >= 2 and axis in (-1, result.ndim - 1):
-                self._follow(result, _Weights((Softmax(result),)))
-        elif weights:
-            made = result if changed is None else changed
-            self._carry_weights(func, name, args, kwargs, made, weights, undropped)
-        elif isinstance(result, Tensor) and result.ndim > 1 and name not in _ENDS:
-            for tensor, origin in known:
-                if origin is _SCORES and _has_same_places(name, tensor, result):
-                    self._follow(result, _SCORES)
-        return None
 
     def _follow_on(
         self, func: Any, args: Any, kwargs: Any, tensor: Tensor, origin: tuple[Output, Any], result: Any
@@ -194,8 +236,7 @@ class Tracing:
             if isinstance(whole, _Weights):
                 for softmax in whole.softmaxes:
                     softmax.save()
-                if name not in _DROPOUTS:
-                    whole.is_softmax = False
+                    softmax.is_changed |= name not in _DROPOUTS
                 if whole is not origin:  # a change through a view cannot be repeated on the copy without dropout
                     whole.without_dropout = None
 
@@ -213,11 +254,15 @@ class Tracing:
         tensor, origin = weights[0]
         if name == "native_dropout":
             result = result[0]
+        if isinstance(result, (list, tuple)):  # split, chunk, unbind
+            for one in result:
+                self._carry_weights(func, name, args, kwargs, one, weights, before)
+            return
         if not isinstance(result, Tensor) or result.ndim < 2 or not result.is_floating_point() or name in _ENDS:
             return
         if not any(_has_same_places(name, one, result) for one, _ in weights):
             if result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
-                self._follow(result, _View(origin))
+                self.lineage.follow(result, _View(origin))
             return
         softmaxes = tuple(dict.fromkeys(softmax for _, item in weights for softmax in item.softmaxes))
         for softmax in softmaxes:
@@ -226,6 +271,7 @@ class Tracing:
         keeps = len(weights) == 1 and (
             (name in _SAME_NUMBERS and result.shape[-1] == tensor.shape[-1])
             or is_cut
+            or (name in _CUTS and result.shape[-1] == tensor.shape[-1] and result.stride(-1) == tensor.stride(-1))
             or (name in ("permute", "transpose", "swapaxes") and result.stride(-1) == tensor.stride(-1))
         )
         made = _Weights(softmaxes, keeps and origin.is_softmax)
@@ -237,16 +283,15 @@ class Tracing:
         elif any(item.without_dropout is not None for _, item in weights):
             made.without_dropout = _without_dropout(func, args, kwargs, weights, result is tensor)
             made.before_dropout = origin.before_dropout
-        self._follow(result, made)
+        self.lineage.follow(result, made)
 
     def _product(
         self, name: str, args: Any, kwargs: Any, result: Any, weights: Sequence[tuple[Tensor, _Weights]]
     ) -> Product | None:
         tensor, origin = weights[0]
-        if len(weights) > 1 or all(softmax.is_recorded for softmax in origin.softmaxes):
+        taken = [softmax.take(tensor) for softmax in origin.softmaxes]
+        if not any(taken):
             return None
-        for softmax in origin.softmaxes:
-            softmax.is_recorded = True
         shown = tensor if origin.without_dropout is None else origin.without_dropout
         order, values, output, places = _operands(name, args, kwargs, tensor, result)
         source = tensor if origin.without_dropout is None else origin.before_dropout
@@ -258,26 +303,51 @@ class Tracing:
             values,
             tensor if source is None else source,
             order,
-            origin.softmaxes,
-            origin.is_softmax,
+            tuple(softmax for softmax in origin.softmaxes if softmax.is_normalised),
+            origin.is_softmax and not any(one.is_changed or not one.is_normalised for one in origin.softmaxes),
             origin.without_dropout is not None,
             origin.without_dropout is not None and origin.without_dropout is not source,
         )
 
-    def _follow(self, tensor: Any, origin: Any) -> None:
-        if isinstance(tensor, Tensor):
-            lineage, number = self.lineage, id(tensor)
-            lineage[number] = weakref.ref(tensor, lambda _: lineage.pop(number, None)), origin
 
-    def _known_in(self, items: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
-        """The tensors that are followed, among a function's arguments."""
-        for item in items:
-            known = self.lineage.get(id(item))
-            tensor = None if known is None else known[0]()
-            if known is not None and tensor is not None and tensor is item:
-                yield tensor, known[1]
-            elif isinstance(item, (list, tuple)):
-                yield from self._known_in(item)
+def _is_over_last(args: Any, kwargs: Any, result: Tensor) -> bool:
+    """Whether a softmax is taken over the keys, the last axis."""
+    axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    return result.ndim >= 2 and axis in (-1, result.ndim - 1)
+
+
+def _operand_count(args: Any) -> int:
+    """How many tensors an einsum takes."""
+    return len(args[1]) if len(args) == 2 and isinstance(args[1], (list, tuple)) else len(args) - 1
+
+
+def _weights_of_scores(scores: Tensor) -> _Weights:
+    """Scores that are used as weights, though no softmax was seen."""
+    numbers = scores.detach()
+    sums = numbers.sum(-1, dtype=torch.promote_types(numbers.dtype, torch.float32))
+    is_normalised = bool(((sums - 1).abs() < _SUMS_TO_ONE).logical_or(sums == 0).all()) and bool(sums.any())
+    return _Weights((Softmax(scores, is_normalised),))
+
+
+def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]) -> list[tuple[Tensor, _Weights]]:
+    """The scores that a product takes as its weights: its first operand, of which no number is negative.
+
+    Where linear attention multiplies key and value first, what comes of it is the second operand, or has negative ones.
+    A product with a parameter is a layer.
+    """
+    found = [tensor for tensor, origin in known if origin is _SCORES]
+    operands = args[1:] if name in ("einsum", "baddbmm") else args[::-1] if name == "__rmatmul__" else args
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = operands[0]
+    if len(found) != 1 or len(operands) != 2 or not is_plain_torch(torch):
+        return []
+    [scores], (first, second) = found, operands
+    is_layer = isinstance(second, nn.Parameter) or isinstance(getattr(second, "_base", None), nn.Parameter)
+    if first is not scores or is_layer or scores.ndim < 2 or not scores.numel() or not scores.is_floating_point():
+        return []
+    if name == "einsum" and _einsum_operands(args, scores, second)[0] != (*range(scores.ndim),):
+        return []
+    return [] if bool((scores.detach() < 0).any()) else [(scores, _weights_of_scores(scores))]
 
 
 def _is_in_place(name: str, args: Any, kwargs: Any) -> bool:
@@ -299,6 +369,10 @@ def _drops(args: Any, kwargs: Any) -> bool:
 
 def _has_same_places(name: str, before: Tensor, after: Tensor) -> bool:
     """Whether a function's result may have a number for each pair of query and key, as its argument has."""
+    if name in _CUTS and after.ndim == before.ndim and after.shape[-1] == before.shape[-1]:
+        return True
+    if name in _PUTS and after.ndim == before.ndim and after.numel() > before.numel():
+        return True
     if name in ("linear", "conv2d"):  # talking heads, (batch, queries, keys, heads) or (batch, heads, queries, keys)
         return after.ndim == 4 and after.numel() // after.shape[-1 if name == "linear" else 1] == (
             before.numel() // before.shape[-1 if name == "linear" else 1]

@@ -9,8 +9,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import FrameType
@@ -23,8 +22,8 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from ..errors import warn
 from ..instrument import Uncompiled, named_modules
-from ..tensors import why_unreal
-from . import functions
+from ..tensors import is_plain_torch, why_unreal
+from . import extensions, functions
 from .axes import Order, Output
 from .copies import AttentionCall
 from .gaps import Gap
@@ -41,6 +40,7 @@ from .modules import (
     kind_of,
     packed_groups,
 )
+from .sampling import SAMPLING_KERNELS, SampledCall, Sampling, may_read_cells, may_sample
 from .softmax import Product, Tracing, may_begin
 
 File = Callable[[Order | None, str], None]
@@ -57,6 +57,7 @@ class _Thread(threading.local):
         self.is_in_block = False  # by a mode that ends with the recording
         self.heads: int | None = None  # of the nn.MultiheadAttention under way
         self.tracing = Tracing()
+        self.sampling = Sampling()
         self.pending = deque[_Pending]()
         self.filing: tuple[ModuleCall, ...] | None = None  # the calls that were under way when the map was made
         self.count = 0
@@ -68,6 +69,7 @@ class _Thread(threading.local):
         self.gaps.clear()
         self.pending.clear()
         self.tracing.lineage.clear()
+        self.sampling.lineage.clear()
         self.frame = None
 
 
@@ -124,6 +126,7 @@ class Watch:
                 module.register_forward_hook(_Hook(self._end_call, path, known), always_call=True),
             ]
         functions.begin(self)
+        extensions.begin(self)
         if scripted:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
             warn(
@@ -146,6 +149,7 @@ class Watch:
             handle.remove()
         self._uncompiled.end()
         functions.end(self)
+        extensions.end(self)
         thread = self._thread
         self._file_settled(1)
         thread.forget()
@@ -192,33 +196,43 @@ class Watch:
             thread.frame = sys._getframe(2)  # behind the hook
         thread.calls.append(ModuleCall(path, module, args, kwargs))
         outer = thread.gaps[-1] if thread.gaps else None
-        is_known = type(module) in self._looked_through or path in self._looked_through
-        with torch._C.DisableTorchFunction():  # for the mode would see what looks at the tensors
-            if outer is not None:
-                outer.taken((args, kwargs))
-            thread.gaps.append(None if is_known else Gap(args, kwargs))
+        is_new = type(module) not in self._looked_through and path not in self._looked_through
+        thread.gaps.append(None)
+        if is_new or outer is not None:
+            with self._unharmed(), torch._C.DisableTorchFunction():  # the mode would see what looks at the tensors
+                if outer is not None:
+                    outer.taken((args, kwargs))
+                if is_new:
+                    thread.gaps[-1] = Gap(args, kwargs)
 
     def _end_call(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         thread = self._thread
         if not thread.calls or thread.calls[-1].module is not module:
             return None  # the call began before recording did
         try:
+            self._end_gap(path, module, output)
             if thread.pending:
                 self._file_settled(len(thread.calls))
         finally:
-            call, gap = thread.calls.pop(), thread.gaps.pop()
-            outer = thread.gaps[-1] if thread.gaps else None
-            with torch._C.DisableTorchFunction():
-                if gap is not None and output is not None:
-                    self._note_unseen(call, gap.taken_unseen(output[0] if isinstance(output, tuple) else output))
-                    self._looked_through.add(path if path in self._called_unseen else type(module))
-                if outer is not None:
-                    outer.made(output)
+            call = thread.calls.pop()
+            thread.gaps.pop()
             if is_called_attention(type(module).__qualname__):
                 self._ran[path] = type(module).__qualname__
             if not thread.calls:
                 self._leave(thread)
         return None if output is None else as_native(call, output)
+
+    def _end_gap(self, path: str, module: nn.Module, output: Any) -> None:
+        gaps = self._thread.gaps
+        gap, outer = gaps[-1], gaps[-2] if len(gaps) > 1 else None
+        if output is None or (gap is None and outer is None):
+            return
+        with self._unharmed(), torch._C.DisableTorchFunction():
+            if gap is not None:
+                self._note_unseen(gap.is_of_gap(output[0] if isinstance(output, tuple) else output))
+                self._looked_through.add(path if path in self._called_unseen else type(module))
+            if outer is not None:
+                outer.made(output)
 
     def _leave(self, thread: _Thread) -> None:
         """End what belongs to the outermost call."""
@@ -227,20 +241,27 @@ class Watch:
             thread.is_watched = False
             _remove(self._mode)
 
-    def looks_at(self, func: Any) -> bool:
+    def looks_at(self, func: Any, args: Any) -> bool:
         """Whether a function that is called now may have to do with attention."""
         thread = self._thread
-        return bool(thread.calls) and (_begins_attention(func) or bool(thread.tracing.lineage))
+        if not thread.calls:
+            return False
+        if _begins_attention(func) or may_read_cells(func, args):
+            return True
+        follows = bool(thread.tracing.lineage) or bool(thread.sampling.lineage)
+        return follows and not _returns_no_tensor(func)
 
     def look_for_gaps(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Look whether something that is not seen ran before a function, which has run now."""
         thread = self._thread
         gap = thread.gaps[-1] if thread.gaps else None
         if gap is not None:
-            self._note_unseen(thread.calls[-1], gap.saw(func, args, kwargs, result))
+            with self._unharmed():
+                self._note_unseen(gap.saw(func, args, kwargs, result))
 
-    def _note_unseen(self, call: ModuleCall, count: int) -> None:
-        if count:
+    def _note_unseen(self, has_gap: bool) -> None:
+        if has_gap:
+            call = self._thread.calls[-1]
             self._called_unseen.setdefault(call.path, type(call.module).__qualname__)
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -250,6 +271,10 @@ class Watch:
             output = func(*args, **kwargs)
             with self._unharmed():
                 self._see_fused(name, lambda: KERNELS[name](output, *args, **kwargs))
+        elif name in SAMPLING_KERNELS:
+            output = func(*args, **kwargs)
+            with self._unharmed():
+                self._see_sampled(name, SAMPLING_KERNELS[name](output, *args, **kwargs))
         elif name == _MULTI_HEAD:
             before, thread.heads = thread.heads, args[4] if len(args) > 4 else kwargs.get("num_heads")
             try:
@@ -266,6 +291,9 @@ class Watch:
                 product = None if after is None else after(output)
                 if product is not None:
                     self._see_product(name, product)
+                sampled = thread.sampling.after(func, args, kwargs, output)
+                if sampled is not None:
+                    self._see_sampled("the sum over its points", sampled)
         if thread.pending:
             self._file_settled()
         return output
@@ -281,19 +309,26 @@ class Watch:
             self._see_fused(name, describe)
         self._file_settled()
 
-    @contextmanager
-    def _unharmed(self) -> Iterator[None]:
+    def see_sampled(self, name: str, describe: Callable[[], SampledCall]) -> None:
+        """Record a deformable attention of a compiled kernel, in which nothing else was seen."""
+        with self._unharmed():
+            with _aside():
+                sampled = describe()
+            self._see_sampled(name, sampled)
+        self._file_settled()
+
+    def _unharmed(self) -> _Unharmed:
         """The model does not see an error of ours: a warning says, once for each module, what is not recorded."""
-        try:
-            yield
-        except Exception as error:
-            path = self._thread.calls[-1].path
-            if path not in self._refused:
-                self._refused.add(path)
-                warn(
-                    f"an attention of {path!r} is not recorded, for an error that the model does not see: "
-                    f"{type(error).__name__}: {error}"
-                )
+        return _Unharmed(self._refuse)
+
+    def _refuse(self, error: Exception) -> None:
+        path = self._thread.calls[-1].path
+        if path not in self._refused:
+            self._refused.add(path)
+            warn(
+                f"an attention of {path!r} is not recorded, for an error that the model does not see: "
+                f"{type(error).__name__}: {error}"
+            )
 
     def _see_fused(self, name: str, describe: Callable[[], FusedCall]) -> None:
         """Record a fused call."""
@@ -324,6 +359,19 @@ class Watch:
             output = Output(product.output.shape)
             layout = [output.layout[place] for place in product.places]
             self._await(f"softmax and {name}", call, product.returned, output, layout)
+
+    def _see_sampled(self, name: str, sampled: SampledCall) -> None:
+        calls, weights = self._thread.calls, sampled.weights
+        path = calls[-1].path
+        if self._is_refused(path, weights):
+            return
+        with _aside():
+            kind = kind_of(calls, weights.shape[-2], sum(height * width for height, width in sampled.sizes))
+            call = AttentionCall(path, kind, sampled, self._heads_of(weights), self._thread.count)
+            output = Output(sampled.output.shape)
+            output.order = sampled.order
+            layout = [output.layout[place] for place in sampled.places]
+            self._await(name, call, sampled.returned, output, layout)
 
     def _await(self, kernel: str, call: AttentionCall, returned: Tensor, output: Output, layout: Any = None) -> None:
         """Record a call, and file its map once the model has told its axes apart."""
@@ -360,14 +408,17 @@ class Watch:
 
     def _is_refused(self, path: str, example: Tensor) -> bool:
         """Whether a call's tensors cannot be recorded; a warning says why, once for each module."""
+        if self._thread.gaps[-1] is not None:
+            self._thread.gaps[-1] = None
+            self._looked_through.add(path)
+        if type(example) is Tensor and example.is_cpu and not example.is_nested and is_plain_torch(torch):
+            self._attended.add(path)  # as nearly always
+            return False
         reason = why_unreal(example)
         if reason is None and torch._C._functorch.is_functorch_wrapped_tensor(example):
             reason = "was inside a transform of torch.func, such as vmap"
         if reason is None and example.is_nested:
             reason = "was a nested tensor"
-        if self._thread.gaps[-1] is not None:
-            self._thread.gaps[-1] = None
-            self._looked_through.add(path)
         if reason is None:
             self._attended.add(path)
         elif path not in self._refused:
@@ -376,14 +427,50 @@ class Watch:
         return reason is not None
 
 
-@contextmanager
-def _aside() -> Iterator[None]:
+class _Unharmed:
+    """Hands an error to a function in place of the caller. Not a generator: it is entered at each step."""
+
+    __slots__ = ("_refuse",)
+
+    def __init__(self, refuse: Callable[[Exception], None]) -> None:
+        self._refuse = refuse
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self._refuse(error)
+        return True
+
+
+class _aside:
     """What is computed within is seen by no mode, such as that of another recording, and has no graph.
 
     Copies made in inference mode could not be worked on outside of it.
     """
-    with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
-        yield
+
+    __slots__ = ("_entered",)
+
+    def __enter__(self) -> None:
+        self._entered: list[Any] = [torch._C.DisableTorchFunction()]
+        self._entered[0].__enter__()
+        for is_on, leave in _LEFT:
+            if is_on():
+                self._entered.append(leave())
+                self._entered[-1].__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        for entered in reversed(self._entered):
+            entered.__exit__(None, None, None)
+
+
+# In this order: leaving inference mode brings gradients back.
+_LEFT: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
+    (torch.is_inference_mode_enabled, lambda: torch.inference_mode(False)),
+    (torch.is_grad_enabled, torch.no_grad),
+)
 
 
 _MULTI_HEAD = "multi_head_attention_forward"
@@ -393,7 +480,18 @@ _MULTI_HEAD = "multi_head_attention_forward"
 def _begins_attention(func: Any) -> bool:
     """Whether a function attends, or may be the first to; all others mean something only after a product."""
     name = name_of(func)
-    return name in KERNELS or name == _MULTI_HEAD or may_begin(name)
+    return name in KERNELS or name == _MULTI_HEAD or may_begin(name) or may_sample(name)
+
+
+_NO_TENSOR = frozenset(("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item"))
+_ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_nested"))
+
+
+@lru_cache(maxsize=4096)
+def _returns_no_tensor(func: Any) -> bool:
+    """Whether a function, or the reading of an attribute, makes no tensor that could be followed."""
+    name = name_of(func)
+    return name in _NO_TENSOR or (name == "__get__" and getattr(func.__self__, "__name__", "") in _ATTRIBUTES)
 
 
 class _Hook:
@@ -420,11 +518,13 @@ def _idle_hook() -> _Hook:
 
 def _has_ended(frame: FrameType | None) -> bool:
     """Whether a frame has run to its end, by an error say."""
-    if frame is not None:
-        with suppress(RuntimeError):  # it is running
-            frame.clear()
-            return True
-    return False
+    if frame is None:
+        return False
+    try:
+        frame.clear()
+    except RuntimeError:  # it is running
+        return False
+    return True
 
 
 def _remove(mode: TorchFunctionMode) -> None:
@@ -451,7 +551,7 @@ class _Mode(TorchFunctionMode):
         watch = self._watch()
         if watch is None:
             return func(*args, **kwargs)
-        is_seen = watch.looks_at(func)
+        is_seen = watch.looks_at(func, args)
         result = watch.see(func, args, kwargs) if is_seen else func(*args, **kwargs)  # nearly always
         watch.look_for_gaps(func, args, kwargs, result)
         return result

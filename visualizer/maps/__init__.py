@@ -7,6 +7,17 @@ runs in the memory of a few rows. `Maps`, what `attention(model)` returns, is in
 
 from .attention_map import AttentionMap
 from .gradients import Gradient
-from .sources import Factors, Keys, Modifiers, Weights, without_autograd
+from .samples import Samples
+from .sources import Factors, Keys, Modifiers, Weights, may_be_autocast, without_autograd
 
-__all__ = ["AttentionMap", "Factors", "Gradient", "Keys", "Modifiers", "Weights", "without_autograd"]
+__all__ = [
+    "AttentionMap",
+    "Factors",
+    "Gradient",
+    "Keys",
+    "Modifiers",
+    "Samples",
+    "Weights",
+    "may_be_autocast",
+    "without_autograd",
+]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .gradients import Gradient
+from .samples import Samples
 from .sources import Factors, Keys, Weights, computed_in, slices, without_autograd
 
 CHUNK = 2**23
@@ -41,13 +42,16 @@ class AttentionMap:
     """The path of the module that attended; "" for the model itself, or if it is not known."""
     kind: str | None
     """"self", "cross" or "window" (its batch is images x windows); None if the call did not say."""
-    source: Weights | Factors
-    """The weights, or the query and key that they are computed from."""
+    source: Weights | Factors | Samples
+    """What the rows come from: the weights, or the query and key that they are computed from; of a deformable
+    attention `Samples`, whose `points` and `weights` say where each query looks and how much."""
     gradient: Gradient | None
     """What `grad_rows` reads; None if no gradient was recorded."""
+    is_softmax: bool
+    """Whether the weights are simply one softmax, or as good as one: no weight is negative and rows sum to one. False
+    where they were mixed, subtracted or changed before they were multiplied with the values, or made by a sigmoid."""
     softmaxes: tuple[AttentionMap, ...]
-    """The softmaxes that the weights were made of, where they are not simply one softmax: mixed, subtracted, or changed
-    before they were multiplied with the values, so that rows may not sum to one. Else ()."""
+    """The softmaxes that the weights were made of, where they are not simply one. Else ()."""
     axes_assumed: bool
     """Whether heads and batch could not be told apart by what the model did, and were assumed by their position."""
 
@@ -64,7 +68,7 @@ class AttentionMap:
             )
         self.source = Weights(weights.detach())
         self.path, self.kind, self.gradient = path, kind, None
-        self.softmaxes, self.axes_assumed = (), False
+        self.is_softmax, self.softmaxes, self.axes_assumed = True, (), False
 
     @classmethod
     def from_query_key(
@@ -110,12 +114,17 @@ class AttentionMap:
 
     @classmethod
     def from_source(
-        cls, source: Weights | Factors, *, path: str = "", kind: str | None = None, gradient: Gradient | None = None
+        cls,
+        source: Weights | Factors | Samples,
+        *,
+        path: str = "",
+        kind: str | None = None,
+        gradient: Gradient | None = None,
     ) -> AttentionMap:
         """The map of weights, or of query and key, that are prepared already."""
         made = cls.__new__(cls)
         made.source, made.path, made.kind, made.gradient = source, path, kind, gradient
-        made.softmaxes, made.axes_assumed = (), False
+        made.is_softmax, made.softmaxes, made.axes_assumed = True, (), False
         return made
 
     @property
@@ -150,7 +159,7 @@ class AttentionMap:
         >>> AttentionMap(torch.eye(4).expand(1, 1, 4, 4)).sequences
         ()
         """
-        sources = [] if isinstance(self.source, Weights) else self.source.of_sequences()
+        sources = self.source.of_sequences() if isinstance(self.source, Factors) else []
         return tuple(AttentionMap.from_source(source, path=self.path, kind=self.kind) for source in sources)
 
     @property
@@ -297,7 +306,7 @@ class AttentionMap:
         gradient = None if self.gradient is None else self.gradient.to(device)
         moved = AttentionMap.from_source(self.source.to(device), path=self.path, kind=self.kind, gradient=gradient)
         moved.softmaxes = tuple(part.to(device) for part in self.softmaxes)
-        moved.axes_assumed = self.axes_assumed
+        moved.is_softmax, moved.axes_assumed = self.is_softmax, self.axes_assumed
         return moved
 
     def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
@@ -305,14 +314,21 @@ class AttentionMap:
         packed = {"path": self.path, "kind": self.kind, **self.source.packed(shared)}
         if self.softmaxes:
             packed["softmaxes"] = [part.packed(shared) for part in self.softmaxes]
+        if not self.is_softmax:
+            packed["is_softmax"] = False
         return packed | ({"axes_assumed": True} if self.axes_assumed else {})
 
     @classmethod
     def unpacked(cls, packed: dict[str, Any]) -> AttentionMap:
         """The map that `packed` was called on, without gradients."""
-        source = Weights(packed["weights"]) if "weights" in packed else Factors.unpacked(packed)
+        source: Weights | Factors | Samples
+        if "weights" in packed:
+            source = Weights(packed["weights"])
+        else:
+            source = (Samples if "cells" in packed else Factors).unpacked(packed)
         made = cls.from_source(source, path=packed["path"], kind=packed["kind"])
         made.softmaxes = tuple(map(cls.unpacked, packed.get("softmaxes", ())))
+        made.is_softmax = packed.get("is_softmax", not made.softmaxes)
         made.axes_assumed = packed.get("axes_assumed", False)
         return made
 
@@ -353,10 +369,10 @@ class AttentionMap:
     def __repr__(self) -> str:
         place = f" of {self.path!r}" if self.path else ""
         kind = f", {self.kind}" if self.kind else ""
-        how = "dense" if self.is_dense else "from query and key"
+        how = "dense" if self.is_dense else f"from {self.source.kept}"
         dtype = str(self.source.dtype).removeprefix("torch.")
-        made = "" if not self.softmaxes else f", made of {len(self.softmaxes)} softmax"
-        made += "es" if len(self.softmaxes) > 1 else ""
+        count = len(self.softmaxes)
+        made = "" if self.is_softmax else f", made of {count or 'no'} softmax" + ("es" if count > 1 else "")
         assumed = ", axes assumed" if self.axes_assumed else ""
         return f"<AttentionMap{place} {self.shape}{kind}, {how}, {dtype}, {self.device}{made}{assumed}>"
 

@@ -16,6 +16,9 @@ _COUNTS = 1e-4  # smaller weights change no sum of values by much
 P = ParamSpec("P")
 T = TypeVar("T")
 
+may_be_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+"""Whether autocast is on for any device: a quick answer, which is nearly always no."""
+
 
 def without_autograd(function: Callable[P, T]) -> Callable[P, T]:
     """The function, run without autograd and autocast.
@@ -26,6 +29,8 @@ def without_autograd(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not (torch.is_grad_enabled() or may_be_autocast()):  # entering them takes longer than a row does
+            return function(*args, **kwargs)
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args, **kwargs)
 
@@ -44,6 +49,9 @@ def slices(count: int, size: int) -> Iterator[slice]:
 
 class Weights:
     """Weights that exist, (batch, heads, queries, keys)."""
+
+    kept = "weights"
+    """What is held, in words."""
 
     def __init__(self, weights: Tensor) -> None:
         self._weights = weights
@@ -173,6 +181,9 @@ class Factors:
         modifiers: what else happens to the scores; None: nothing.
     """
 
+    kept = "query and key"
+    """What is held, in words."""
+
     def __init__(
         self,
         query: Tensor,
@@ -221,8 +232,8 @@ class Factors:
         key = self.keys.first(self._length).to(dtype)
         batch, heads, count, width = query.shape
         groups = heads // key.shape[1]
-        query = query.reshape(batch, key.shape[1], groups * count, width)  # consecutive heads share a key head
-        scores = (query @ key.mT).view(batch, heads, count, self._length)
+        query = query.reshape(batch * key.shape[1], groups * count, width)  # consecutive heads share a key head
+        scores = torch.bmm(query, key.flatten(0, 1).mT).view(batch, heads, count, self._length)
         may_be_empty, modifiers = False, self._modifiers
         if modifiers.softcap:
             scores.div_(modifiers.softcap).tanh_().mul_(modifiers.softcap)

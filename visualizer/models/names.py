@@ -1,11 +1,11 @@
 """Models by name: those that installed packages contain, and any text model of the hub."""
 
+import functools
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
-from ..errors import warn
-from .packages import not_installed
+from ..errors import not_installed, warn
 from .pictures import prepare
 from .texts import minilm, smollm2, text_model
 from .weights import dinov2_small
@@ -37,7 +37,8 @@ MODELS: Mapping[str, Weights] = {
 }
 """The models that ``load`` finds without a network: by short name, what they are and where their weights are."""
 
-_SECONDS = 3.0  # how long the hub may take to answer; without a network transformers itself tries for 23 s
+_T = TypeVar("_T")
+_SECONDS = 3.0  # how long the hub may take to answer; without a network, transformers itself tries for 23 s
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -68,26 +69,18 @@ def load(name: str) -> tuple[Any, Any]:
     short = next((short for short, weights in MODELS.items() if weights.hub == name), None)
     kind = "AutoModelForCausalLM" if short == "smollm2" else "AutoModel"
     try:
-        return text_model(name, kind, local_files_only=True)
-    except (OSError, ValueError) as error:  # a ValueError if the cache has the model but not its tokenizer
+        return from_hub(name, functools.partial(text_model, name, kind))
+    except OSError as error:
         if os.path.isdir(name):
             raise OSError(f"cannot load the folder {name!r}: {error}") from error
-    away = why_not_the_hub(name)
-    if away is None:
-        try:
-            return text_model(name, kind)
-        except OSError as error:
-            away, cause = f"the hub has it, and yet: {error}", error
-    else:
-        cause = None
-    if short is not None:
-        warn(f"{name!r} is not in the hub's cache, and {away}. It comes out of {MODELS[short].package} instead")
-        return _out_of_its_package(short)
-    known = ", ".join([*MODELS, *(weights.hub for weights in MODELS.values() if weights.hub)])
-    raise OSError(
-        f"cannot load {name!r}: it is no folder, it is not in the hub's cache, and {away}. Without a network "
-        f"there are {known}"
-    ) from cause
+        if short is not None:
+            warn(f"{name!r} is not in the hub's cache, and {error}. It comes out of {MODELS[short].package} instead")
+            return _out_of_its_package(short)
+        known = ", ".join([*MODELS, *(weights.hub for weights in MODELS.values() if weights.hub)])
+        raise OSError(
+            f"cannot load {name!r}: it is no folder, it is not in the hub's cache, and {error}. Without a network "
+            f"there are {known}"
+        ) from error
 
 
 def _out_of_its_package(short: str) -> tuple[Any, Any]:
@@ -96,18 +89,31 @@ def _out_of_its_package(short: str) -> tuple[Any, Any]:
     return minilm() if short == "minilm" else smollm2()
 
 
-def why_not_the_hub(name: str) -> str | None:
-    """Why the hub cannot give this model, in words; None if the hub has it."""
+def from_hub(name: str, load: Callable[..., _T]) -> _T:
+    """What `load` reads from a folder or the hub's cache, with `local_files_only=True`, or else from the hub.
+
+    The hub is asked first whether it has the model: where there is no network, transformers would try for long.
+
+    Raises OSError, which says why the folder cannot be read, or why the hub does not give the model.
+    """
+    try:
+        return load(local_files_only=True)
+    except (OSError, ValueError) as error:  # a ValueError if the cache has the model but not its tokenizer
+        if os.path.isdir(name):
+            raise OSError(error) from error
     try:
         import huggingface_hub
     except ImportError as error:
         raise not_installed("huggingface_hub") from error
     try:
         huggingface_hub.model_info(name, timeout=_SECONDS)
-    except huggingface_hub.errors.RepositoryNotFoundError:
-        return "the hub has no model of that name that you may see"
-    except huggingface_hub.errors.HFValidationError:
-        return "it cannot be a name on the hub"
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise OSError("the hub has no model of that name that you may see") from error
+    except huggingface_hub.errors.HFValidationError as error:
+        raise OSError("it cannot be a name on the hub") from error
     except Exception as error:  # which HTTP library raises here depends on the release of the client
-        return f"the hub cannot be reached ({type(error).__name__}: {error})"
-    return None
+        raise OSError(f"the hub cannot be reached ({type(error).__name__}: {error})") from error
+    try:
+        return load()
+    except OSError as error:
+        raise OSError(f"the hub has it, and yet: {error}") from error

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .packages import not_installed, package_folder
+from ..errors import not_installed
+from .weights import package_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image

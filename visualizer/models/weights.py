@@ -1,16 +1,26 @@
-"""Trained weights for the plain vision transformer: from an ONNX file, or an original JAX checkpoint."""
+"""Trained weights out of installed packages and files: for the plain vision transformer, from ONNX or JAX."""
 
+import importlib.util
 import math
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from .packages import not_installed, package_folder
+from ..errors import not_installed
 from .vit import VisionTransformer
+
+
+def package_folder(module: str, distribution: str, install: str = '"get-local[demo]"') -> Path:
+    """The folder of a package. It is found without an import, because these packages import much that is not needed."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise not_installed(distribution, install)
+    return Path(spec.origin).parent
 
 
 def dinov2_small() -> VisionTransformer:

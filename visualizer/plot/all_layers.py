@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
+from ..places import Grid, grid_of, picture_of
 from ..reading import Array
 from .canvas import LABEL, colour_bar, full_rows, mosaic, panel_size, panels, shrunk, write_title
 from .look import Keywords, Look, OverPicture, exceeds, matrix_top, row_top
 from .matrices import matrices
 from .over_picture import blend_over, frame_patch, lay_over
-from .places import Grid, grid_of, picture_of
-from .reading import Choice, head_words, read_layers, same_shape, select_layers, token_axes
+from .selection import Choice, head_words, read_layers, same_shape, select_layers, token_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +79,7 @@ def layers(
     if query is None:
         grid, token, end = None, None, matrix_top
     else:
-        grid = grid_of(options, keys, picture)
+        grid = grid_of(keys, options, picture)
         token = grid.token(query, queries, keys)
         words.append(f"query: {grid.name(token) if queries == keys else f'token {token}'}")
         # Where the scale is shared, one patch in one layer must not leave the others dark.

@@ -70,7 +70,7 @@ def panel_size(size: tuple[int, ...], side: float) -> tuple[float, float]:
 
 def colour_bar(figure: Any, image: Any, where: Any, is_cut: bool, label: str = LABEL) -> None:
     """Draw a colour bar beside some axes, pointed where weights lie past its end."""
-    aspect = max(20.0, 4.5 * getattr(figure, "figure", figure).get_size_inches()[1])  # no broader on a high figure
+    aspect = max(20.0, 4.5 * getattr(figure, "figure", figure).get_size_inches()[1])  # not broader on a high figure
     bar = figure.colorbar(image, ax=where, extend="max" if is_cut else "neither", shrink=0.9, aspect=aspect)
     bar.set_label(label, parse_math=False)
 
@@ -144,7 +144,7 @@ def _gaps(ax: Axes, rows: int, columns: int, high: float, wide: float) -> None:
 def label_ticks(ax: Axes, down: Sequence[str] | None, across: Sequence[str] | None, *, rotation: int = 90) -> None:
     """Write words along the y axis and along the x axis, as many as fit once the figure is laid out.
 
-    None leaves an axis as it is; no words take away its ticks.
+    None leaves an axis as it is; an empty list removes its ticks.
     """
     sides = [(ax.yaxis, down, 0), (ax.xaxis, across, rotation)]
     for _ in range(2):  # words take room from the axes, so that fewer words fit

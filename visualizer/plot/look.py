@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 import numpy as np
 
 from ..errors import did_you_mean
+from ..places import Patches
 from ..reading import Array
-from .places import Patches
 
 if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable

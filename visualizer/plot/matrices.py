@@ -12,7 +12,7 @@ import numpy as np
 from ..reading import Array
 from .canvas import axes_of, colour_bar, full_rows, label_ticks, panels, write_title
 from .look import Keywords, Look, Scale, exceeds, matrix_top
-from .reading import Choice, select, select_all
+from .selection import Choice, select
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +98,7 @@ def heads(
     Raises what `head` raises.
     """
     look = _OPTIONS.look(options)
-    chosen = select_all(maps, layer=layer, batch=batch)
+    chosen = select(maps, layer=layer, batch=batch, all_heads=True)
     names = [f"head {number}" for number in range(len(chosen.weights))]
     columns = full_rows(len(names), columns, math.ceil(math.sqrt(len(names) * 1.3)))
     figure = matrices(list(chosen.weights), names, look, share=share, columns=columns, size=(2.6, 2.7))

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..places import Grid
 from ..reading import Array
 from .canvas import LABEL, axes_of, colour_bar
 from .look import Look, exceeds, row_top
-from .places import Grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,19 +83,16 @@ def blend_over(patches: Array, picture: Array, scale: ScalarMappable, look: Look
 
 def spread(patches: Any, size: tuple[int, int], smooth: bool = False) -> Any:
     """Patches at a picture's size: each pixel has its patch's value, or one interpolated between patches' centres."""
-    places = []
-    for count, pixels in zip(patches.shape, size, strict=True):
-        centre = (np.arange(pixels) + 0.5) * count / pixels  # in patches, from the edge
-        places.append(np.clip(centre - 0.5, 0, count - 1) if smooth else np.floor(centre))
-    (y, x), (high, wide) = places, patches.shape
-    y0, x0 = y.astype(int), x.astype(int)
+    sides = list(zip(patches.shape, size, strict=True))
+    centres = [(np.arange(pixels) + 0.5) * count / pixels for count, pixels in sides]  # in patches, from the edge
     if not smooth:
-        return patches[np.ix_(y0, x0)]
-    y1, x1 = np.minimum(y0 + 1, high - 1), np.minimum(x0 + 1, wide - 1)
-    fy, fx = (y - y0)[:, None], (x - x0)[None, :]
-    upper = patches[np.ix_(y0, x0)] * (1 - fx) + patches[np.ix_(y0, x1)] * fx
-    lower = patches[np.ix_(y1, x0)] * (1 - fx) + patches[np.ix_(y1, x1)] * fx
-    return upper * (1 - fy) + lower * fy
+        return patches[np.ix_(*(centre.astype(int) for centre in centres))]
+    # (patches, pixels): how much of each patch is in a pixel, by its place between the two nearest patches' centres.
+    down, across = (
+        np.array([np.interp(centre - 0.5, range(count), one) for one in np.eye(count)], patches.dtype)
+        for centre, (count, _) in zip(centres, sides, strict=True)
+    )
+    return down.T @ patches @ across
 
 
 def frame_patch(ax: Axes, grid: Grid, token: int | None, size: tuple[int, int]) -> None:
@@ -138,7 +135,7 @@ def _draw_swatches(ax: Axes, weights: Array, grid: Grid, scale: ScalarMappable, 
 
 
 def _hatch(ax: Axes, blank: npt.NDArray[np.bool_], has_picture: bool, size: tuple[float, float]) -> None:
-    """Hatch patches of (height, width), whose weight is not known; that is no weight of zero."""
+    """Hatch the patches, of (height, width), whose weight is not known: unknown is not zero."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from ..reading import Array, as_numbers
+from ..places import Grid, Patches, Size, Window, grid_of, picture_of, read_window, whole_grid, word_index
+from ..reading import Array, Reduction, as_numbers
 from .canvas import LABEL, axes_of, lay_out, panel_size, panels, write_title
 from .look import Blend, Colours, Keywords, OverPicture, Scale
 from .over_picture import draw_row, figure_size, spread
-from .places import Grid, Patches, Size, Window, grid_of, picture_of, read_grid, read_window, whole_grid, word_index
-from .reading import Choice, Reduction, Selection, head_words, read_layers, select, token_axes
+from .selection import Choice, Selection, head_words, read_layers, select, token_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +93,7 @@ def query(
         place = read_window(patch, grid, keys, window, shift)
         chosen = _select_in_window(layers, layer, head, batch, place, grid)
     else:
-        grid = grid_of(options, keys, picture)
+        grid = grid_of(keys, options, picture)
         if query_tokens is not None:
             if isinstance(query_tokens, str) or len(query_tokens) != queries:
                 raise ValueError(
@@ -134,7 +134,7 @@ def class_token(
     """
     layers, picture = read_layers(maps), picture_of(image)
     queries, keys = token_axes(layers, layer)
-    grid = grid_of(options, keys, picture)
+    grid = grid_of(keys, options, picture)
     if grid.place(grid.token(token, queries, keys)) is not None:
         raise ValueError(
             f"token {token} of {keys} is a patch of the {grid.rows} x {grid.columns} grid: these maps have no class "
@@ -180,7 +180,7 @@ def rollout(
         raise TypeError(f"batch={batch!r}: pass the index of one image")
     layers, picture = read_layers(maps), picture_of(image)
     queries, keys = token_axes(layers, -1)
-    grid = grid_of(options, keys, picture)
+    grid = grid_of(keys, options, picture)
     token = grid.token(query, queries, keys)
     last = select(layers, layer=-1, batch=batch, head=heads, query=token).weights[0]
     rolled = analysis.rollout(layers, query=token, heads=heads, residual=residual, discard=discard)
@@ -331,7 +331,7 @@ def _on_grid(
 ) -> tuple[Array, Grid]:
     """The values as one row of tokens, and the grid on which these lie."""
     if values.ndim == 1 and len(values):
-        return values, read_grid(len(values), grid=grid, prefix_tokens=prefix_tokens)
+        return values, grid_of(len(values), {"grid": grid, "prefix_tokens": prefix_tokens})
     fits = values.ndim == 2 and 0 not in values.shape
     if not fits or grid not in (None, values.shape) or (len(values) == 1 and grid is None and values.shape[1] > 1):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Pictures of what was measured of a model: `distance`, `filters`, `positions`, `spikes`, `patterns`."""
+"""Pictures of what was measured of a model: `distance`, `filters`, `positions`, `spikes`, `patterns`, `statistic`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
+from ..places import grid_of
 from ..reading import Array, as_numbers
 from .canvas import axes_of, colour_bar, full_rows, label_ticks, mosaic, panel_size, panels, write_title
 from .look import Colours, Keywords, Scale, exceeds
-from .places import read_grid
+from .matrices import heads
+from .selection import Choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["distance", "filters", "patterns", "positions", "spikes"]
+    from ..statistics import Collected
+
+__all__ = ["distance", "filters", "patterns", "positions", "spikes", "statistic"]
 
 _POSITIONS = Keywords(Scale, vmin=-1, vmax=1)
 _SPIKES = Keywords(Colours, cmap="inferno")
@@ -61,32 +65,37 @@ def distance(distances: Any, *, unit: str = "pixels", ax: Axes | None = None, ti
             f"distances has layers of shape {shapes}; expected (heads,) or (batch, heads) for each, as "
             "analysis.attention_distance(maps) gives them"
         )
-    dots = [_mean_of_images(one) for one in layers]
-    y = np.concatenate(dots)
-    x = np.repeat(np.arange(len(dots)), [len(one) for one in dots])
-    known = np.isfinite(y)
-    if not known.any() or y[known].min() < 0:
-        raise ValueError("distances are numbers from 0, and these are " + ("below" if known.any() else "all NaN"))
-    ax = axes_of(ax, (6, 4))
-    ax.scatter(x[known], y[known], s=18, color=_COLOURS[0], alpha=0.8, linewidths=0)
-    step = max(1, math.ceil(len(dots) / 16))
-    ax.set_xticks(range(0, len(dots), step))
-    ax.set_xlim(-0.5, len(dots) - 0.5)
-    ax.set_ylim(0, 1.05 * float(y[known].max()) or 1)
-    ax.set_xlabel("network depth (layer)")
-    ax.set_ylabel(f"mean attention distance ({unit})", parse_math=False)
+    # The mean over the images that have a value.
+    dots = [one if one.ndim == 1 else np.ma.masked_invalid(one).mean(0).filled(np.nan) for one in layers]
+    every = np.concatenate(dots)
+    known = every[np.isfinite(every)]
+    if not known.size or known.min() < 0:
+        raise ValueError("distances are numbers from 0, and these are " + ("below" if known.size else "all NaN"))
+    ax = _dots(dots, f"mean attention distance ({unit})", ax)
     write_title(ax, title)
     return ax
 
 
-def _mean_of_images(one: Array) -> Array:
-    """(heads,) from (heads,) or (batch, heads): the mean over the images that have a value."""
-    if one.ndim == 1:
-        return one
-    known = np.isfinite(one)
-    count = known.sum(0)
-    total = np.where(known, one, 0).sum(0)
-    return np.asarray(np.where(count > 0, total / np.maximum(count, 1), np.nan))
+def _dots(layers: Sequence[Array], label: str, ax: Axes | None) -> Axes:
+    """A dot for each head over its layer, from (heads,) for each layer; NaN has none."""
+    y, x = np.concatenate(layers), np.repeat(np.arange(len(layers)), [len(one) for one in layers])
+    known = np.isfinite(y)
+    ax = axes_of(ax, (6, 4))
+    ax.scatter(x[known], y[known], s=18, color=_COLOURS[0], alpha=0.8, linewidths=0)
+    _at_whole_numbers(ax.xaxis)
+    ax.set_xlim(-0.5, len(layers) - 0.5)
+    if y[known].min() >= 0:
+        ax.set_ylim(0, 1.05 * float(y[known].max()) or 1)
+    ax.set_xlabel("network depth (layer)")
+    ax.set_ylabel(label, parse_math=False)
+    return ax
+
+
+def _at_whole_numbers(axis: Any) -> None:
+    """Put ticks at whole numbers alone: layers are counted."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def filters(components: Any, *, columns: int = 7, ax: Axes | None = None, title: str | None = None) -> Axes:
@@ -242,7 +251,7 @@ def _blocks(name: Any, values: Any, grid: tuple[int, int] | None) -> list[Array]
     for number, one in enumerate(values):
         block = as_numbers(one, what)
         if block.ndim == 1 and block.size:
-            shape = read_grid(block.size, grid=grid, prefix_tokens=0)
+            shape = grid_of(block.size, {"grid": grid, "prefix_tokens": 0})
             block = block.reshape(shape.rows, shape.columns)
         if block.ndim != 2 or not block.size or (grid is not None and block.shape != tuple(grid)):
             raise ValueError(
@@ -342,3 +351,84 @@ def _write_in_cells(ax: Axes, labels: Any, colours: Mapping[str, str]) -> None:
         is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         text = ax.text(column, row, labels[row, column], ha="center", va="center", fontsize=size, parse_math=False)
         text.set_color("white" if is_dark else "black")
+
+
+def statistic(
+    found: Collected, name: str, *, layer: Choice | None = None, ax: Axes | None = None, title: str | None = None
+) -> Axes | Figure:
+    """The means of one statistic over a data set, for each head.
+
+    >>> import torch
+    >>> from visualizer.statistics import Entropy, collect
+    >>> encoder = torch.nn.TransformerEncoderLayer(16, nhead=2, batch_first=True)
+    >>> model = torch.nn.TransformerEncoder(encoder, num_layers=3)
+    >>> found = collect(model, torch.randn(10, 8, 5, 16), Entropy())  # or visualizer.load("entropy.safetensors")
+    >>> ax = statistic(found, "entropy")
+    >>> ax.get_ylabel(), ax.get_title(), len(ax.collections[0].get_offsets())
+    ('mean entropy (nats)', 'mean of 80 samples', 6)
+
+    - One number a head, such as `Entropy` and `Distance`: a dot for each head, layer by layer; Axes.
+    - A number for each position, `Received`: layers down, positions across, the mean over the heads; Axes.
+    - Named numbers, `Patterns`: a panel for each, layers down, heads across; Figure.
+    - Whole maps, `MeanMap`: the heads of one layer as matrices, as by `heads`; Figure.
+
+    Args:
+        found: what `statistics.collect` gives, or `visualizer.load`.
+        name: which statistic of these.
+        layer: of `MeanMap`, as in `heads`; None: the last.
+        ax: where to draw; None: on a new figure. Only for the pictures that are one Axes.
+        title: None: how many samples it is the mean of, or which layer.
+
+    Raises:
+        KeyError: there is no statistic of that name.
+        ValueError: no sample has a number; or `layer` or `ax` was passed for a picture that has none.
+    """
+    means = found[name].mean
+    names = found.number_names.get(name, ())
+    is_map = means.ndim == 4
+    if layer is not None and not is_map:
+        raise ValueError(f"layer={layer!r}: the picture of {name!r} has all layers; leave layer= out")
+    if ax is not None and (is_map or names):
+        raise ValueError(f"the picture of {name!r} is a figure of several panels: leave ax= out")
+    if not np.isfinite(means).any():
+        raise ValueError(f"no sample has a number of {name!r}")
+    if is_map:
+        # heads() takes (layers, batch, heads, queries, keys).
+        return heads(means[:, None], layer=-1 if layer is None else layer, title=title)
+    title = f"mean of {found.samples:,} samples" if title is None else title
+    if names:
+        return _of_names(means, names, found.labels[name], title)
+    label = found.labels[name]
+    ax = _dots(list(means), label, ax) if means.ndim == 2 else _of_positions(means, label, ax)
+    write_title(ax, title)
+    return ax
+
+
+def _of_positions(means: Array, label: str, ax: Axes | None) -> Axes:
+    """(layers, heads, positions): layers down, positions across, in the mean over the heads."""
+    shares = np.ma.masked_invalid(means).mean(1).filled(np.nan)
+    ax = axes_of(ax, (7, max(2.5, 0.6 + 0.25 * len(shares))))
+    # One position often gets most of the attention: colours that are even would hide all others.
+    scale = "log" if np.nanmin(shares) >= 0 and np.nanmax(shares) > 0 else "linear"
+    image = ax.imshow(shares, aspect="auto", interpolation="none", norm=scale, cmap="viridis")
+    ax.figure.colorbar(image, ax=ax).set_label(label, parse_math=False)
+    _at_whole_numbers(ax.yaxis)
+    ax.set_xlabel("position")
+    ax.set_ylabel("layer")
+    return ax
+
+
+def _of_names(means: Array, names: tuple[str, ...], label: str, title: str) -> Figure:
+    """(layers, heads, names): a panel for each name, layers down, heads across."""
+    layers, count, _ = means.shape
+    columns = min(4, len(names))
+    figure, axes = panels(len(names), columns, (2.5, 0.8 + 2 * layers / count))
+    low, high = min(0.0, float(np.nanmin(means))), max(1.0, float(np.nanmax(means)))
+    for ax, name, scores in zip(axes, names, means.transpose(2, 0, 1), strict=True):
+        image = ax.imshow(scores, vmin=low, vmax=high, cmap="viridis", interpolation="none")
+        ax.set_title(name, parse_math=False)
+        ax.set(xlabel="head", ylabel="layer")
+        _at_whole_numbers(ax.yaxis)
+    figure.colorbar(image, ax=axes).set_label(label, parse_math=False)
+    write_title(figure, title)
+    return figure

@@ -6,14 +6,14 @@ to the comprehension for as long as the saved value lies on the stack.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from bytecode import Instr
-from bytecode.instr import TryBegin, TryEnd
 
 from .. import opcodes
-from .disassembly import variable_of
+from ..opcodes import variable_of
+from .paths import Paths
 
 
 def borrowed(items: Sequence[Any], start: int) -> dict[str, set[int]]:
@@ -28,72 +28,9 @@ def borrowed(items: Sequence[Any], start: int) -> dict[str, set[int]]:
     saves = [(i, item) for i, item in enumerate(items) if isinstance(item, Instr) and opcodes.borrows(item)]
     if not saves:
         return {}
-    paths = _Paths(items, start)
+    paths = Paths(items, start)
     inside: dict[str, set[int]] = {}
     for save, instr in saves:
         if save in paths.depths:  # otherwise it never runs
             inside.setdefault(str(variable_of(instr)), set()).update(paths.while_on_stack(save))
     return inside
-
-
-class _Paths:
-    """Where execution can go in a function's bytecode, and how many values the stack has there."""
-
-    def __init__(self, items: Sequence[Any], start: int) -> None:
-        self._items = items
-        self._position = {id(item): index for index, item in enumerate(items)}
-        self._regions: dict[int, TryBegin] = {}
-        region: TryBegin | None = None
-        for index, item in enumerate(items):
-            if isinstance(item, TryBegin):
-                region = item
-            elif isinstance(item, TryEnd):
-                region = None
-            elif region is not None:
-                self._regions[index] = region
-        self.depths: dict[int, int] = {}
-        """How many values the stack has at each position that execution can reach."""
-        ways = [(start, 0)]
-        while ways:
-            index, depth = ways.pop()
-            if index < len(items) and index not in self.depths:
-                self.depths[index] = depth
-                ways.extend((after, there) for after, there, _ in self._after(index))
-
-    def _after(self, index: int) -> Iterator[tuple[int, int, int]]:
-        """(position, depth of the stack there, how many of its values stay as they are) of each way on."""
-        item, depth = self._items[index], self.depths[index]
-        if not isinstance(item, Instr):
-            yield index + 1, depth, depth
-            return
-        if index in self._regions:
-            region = self._regions[index]
-            assert isinstance(region.stack_depth, int)
-            unwound = region.stack_depth
-            yield self._position[id(region.target)], unwound + region.push_lasti + 1, unwound
-        if opcodes.jumps(item):
-            left = depth + item.stack_effect(jump=True)
-            yield self._position[id(item.arg)], left, left
-        if not item.is_final():
-            left = depth + item.stack_effect(jump=False)
-            yield index + 1, left, left
-
-    def while_on_stack(self, push: int) -> set[int]:
-        """The positions of the instructions that run while the value that one pushes lies on the stack."""
-        inside: set[int] = set()
-        seen: set[tuple[int, int]] = set()
-        ways = [(push + 1, self.depths[push])]
-        while ways:
-            index, slot = ways.pop()
-            if (index, slot) in seen or index not in self.depths:
-                continue
-            seen.add((index, slot))
-            item = self._items[index]
-            if isinstance(item, Instr):
-                inside.add(index)
-                moved = opcodes.slot_after(item, slot, self.depths[index])
-                if moved is None:
-                    continue
-                slot = moved
-            ways.extend((after, slot) for after, _, kept in self._after(index) if kept > slot)
-        return inside

@@ -1,10 +1,13 @@
-"""What a function's code does with its locals, read without changing it."""
+"""Which locals are to be captured from a function, and what its code does with them, read without changing it.
+
+Nothing here imports `bytecode` before a function is taken apart.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from types import CodeType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .. import opcodes
 from ..errors import RewriteError
@@ -13,6 +16,24 @@ if TYPE_CHECKING:
     from bytecode import Instr
 
     from .variables import Variables
+
+At = Literal["return", "assign"]
+
+HOOK = "__get_local__"
+"""The global or builtin name under which rewritten code finds its hook."""
+
+
+class Capture(NamedTuple):
+    """Which locals go to the hook, and when."""
+
+    names: tuple[str, ...]
+    """Locals, out of `local_names(code)`."""
+    at: At
+    """"return": their values at every return. "assign": every value assigned to them."""
+    key: str
+    """The hook gets it with each value. It is a string, so that the code can still be marshalled."""
+    owner: str | None = None
+    """A parameter that goes before the values: the object whose method is called."""
 
 
 def local_names(code: CodeType) -> tuple[str, ...]:
@@ -49,9 +70,7 @@ def assigned_lines(code: CodeType, name: str) -> tuple[int, ...]:
     >>> [line - scale.__code__.co_firstlineno for line in lines]
     [2]
     """
-    from .disassembly import line_of
-
-    lines = {line_of(instr) for instr in _variables(code).assignments(name)}
+    lines = {opcodes.line_of(instr) for instr in _variables(code).assignments(name)}
     return tuple(sorted(line for line in lines if line is not None))
 
 
@@ -99,14 +118,13 @@ def rebinds(code: CodeType, name: str) -> bool:
 
 
 def _variables(code: CodeType) -> Variables:
-    from .disassembly import disassemble
-    from .variables import Variables
+    from .variables import Variables, disassemble
 
     return Variables(disassemble(code), code)
 
 
 def _instructions_on(code: CodeType, name: str) -> list[Instr]:
     """The instructions that work on one variable."""
-    from .disassembly import disassemble, instructions, variable_of
+    from .variables import disassemble, instructions
 
-    return [instr for instr in instructions(disassemble(code)) if variable_of(instr) == name]
+    return [instr for instr in instructions(disassemble(code)) if opcodes.variable_of(instr) == name]

@@ -1,20 +1,45 @@
-"""What kind of variable each name of a function is, and which instructions are the programmer's own assignments.
-
-locals.py asks the questions of other files; this file needs `bytecode`, which is loaded only for rewriting.
-"""
+"""A function taken apart: its instructions, what kind of variable each name is, and which stores are assignments."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
 from types import CodeType
+from typing import Any
 
 from bytecode import Bytecode, Instr
 
 from .. import opcodes
-from ..opcodes import Storage
+from ..errors import RewriteError
+from ..opcodes import Storage, variable_of
+from ..proof import refusal
 from .comprehensions import borrowed
-from .disassembly import variable_of
+
+
+def disassemble(code: CodeType) -> Bytecode:
+    """The instructions, labels and exception regions of a code object; RewriteError where that fails."""
+    try:
+        bytecode = Bytecode.from_code(code, conserve_exception_block_stackdepth=True)
+    except Exception as error:
+        raise RewriteError(refusal(code, f"the bytecode package could not take it apart: {error!r}")) from error
+    # The package numbers variables by their first use. Given all of them as arguments, it keeps their order.
+    bytecode.argnames = list(code.co_varnames)
+    # In code without a docstring a string that comes first would become one; the hook's key must not.
+    if not isinstance(bytecode.docstring, str):
+        bytecode.docstring = None
+    items: list[Any] = []
+    for item in bytecode:
+        items += opcodes.split(item) if isinstance(item, Instr) else [item]
+    bytecode[:] = items
+    unknown = opcodes.unknown_returns(instructions(bytecode))
+    if unknown:
+        raise RewriteError(refusal(code, f"it returns by {', '.join(sorted(unknown))}, which is not known"))
+    return bytecode
+
+
+def instructions(bytecode: Bytecode) -> Iterator[Instr]:
+    """The instructions alone, without labels and the borders of exception regions."""
+    return (item for item in bytecode if isinstance(item, Instr))
 
 
 class Variables:

@@ -32,21 +32,23 @@ class Checkpoint:
         """
         if self._folder is None:
             return new
+        if self._folder.exists() and not self._folder.is_dir():
+            raise NotADirectoryError(f"{str(self._folder)!r} is no folder: checkpoint= takes a folder, new or old")
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file = self._folder / f"rank-{new.origin.rank}.safetensors"
         found = _resumed(self._file, new) if self._file.exists() else new
         if not found.is_complete:
-            self.write(found)  # better now than after hours, if this cannot be done
+            self.write(found)  # if this cannot be done, it should fail now and not after hours
         return found
 
     def write(self, found: Collected) -> None:
-        """Write the file anew."""
+        """Write the file again."""
         if self._file is not None:
             found.save(self._file)
             self._written = found.tried
 
     def write_if_due(self, found: Collected) -> None:
-        """Write the file anew if `every` batches were tried since the last time."""
+        """Write the file again if `every` batches were tried since the last time."""
         if found.tried >= self._written + self._every:
             self.write(found)
 
@@ -61,7 +63,7 @@ def _resumed(file: Path, new: Collected) -> Collected:
     try:
         saved = read(file)
     except FileFormatError as error:
-        raise FileFormatError(f"{error}; or remove it, and this process's share begins anew") from error
+        raise FileFormatError(f"{error}; or remove it, and this process's share starts from the beginning") from error
     if saved.kind != "statistics":
         raise ValueError(f"{file} is no checkpoint of statistics: choose another folder")
     found = Collected.from_saved(saved)

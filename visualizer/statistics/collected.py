@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import warn
+from ..errors import few, warn
 from ..store import Record, Recorded, Saved, stacked
+from .base import Statistic, with_layers
 from .measures import MEASURES
 from .moments import Moments, empty_state, merge_states, to_one_shape
-from .statistic import Statistic, with_layers
 
 __all__ = ["Collected"]
 
 _VARIABLE = "statistics moments"  # in a file's records; no local variable is called so
+_FACTS = ("paths", "samples", "batches", "failed", "settings", "labels", "number_names", "is_complete")
+"""The attributes of a `Collected` that a file has as plain data, under these names with spaces."""
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Collected(Recorded, Mapping[str, Moments]):
     paths: tuple[str, ...]
     """The modules that the layers are, in the order of their calls."""
     samples: int
-    """How many images or texts were seen: of each batch the smallest that a layer saw, as windows are more."""
+    """How many images or texts were seen: of each batch the smallest number that a layer saw, as windows are more."""
     batches: int
     """How many batches counted."""
     failed: list[tuple[int, str]]
@@ -59,7 +61,7 @@ class Collected(Recorded, Mapping[str, Moments]):
     labels: dict[str, str]
     """What a plot writes at the axis of each statistic."""
     number_names: dict[str, tuple[str, ...]]
-    """What the numbers of a head are called, for statistics where each is something else, such as `Patterns`."""
+    """What the numbers of a head are called, for statistics where each has a meaning of its own, such as `Patterns`."""
     origin: Origin
     is_complete: bool
     """Whether the run came to the end of its data."""
@@ -141,17 +143,7 @@ class Collected(Recorded, Mapping[str, Moments]):
             Record(name, _VARIABLE, state.detach().cpu().numpy(), number, None, 0)
             for number, (name, state) in enumerate(self.states.items())
         ]
-        content = {
-            "part": asdict(self.origin),
-            "paths": list(self.paths),
-            "samples": self.samples,
-            "batches": self.batches,
-            "failed": [list(one) for one in self.failed],
-            "settings": self.settings,
-            "labels": self.labels,
-            "number names": {name: list(names) for name, names in self.number_names.items()},
-            "is complete": self.is_complete,
-        }
+        content = {name.replace("_", " "): getattr(self, name) for name in _FACTS} | {"part": asdict(self.origin)}
         about = self.about if about is None else about
         return Saved("statistics", tuple(self), records, {"statistics": content, "about": about})
 
@@ -163,11 +155,9 @@ class Collected(Recorded, Mapping[str, Moments]):
             content = {**content, **_described(content["settings"])}
         found = Collected([], Origin(**content["part"]))
         found.states = {record.key: torch.from_numpy(np.array(record.value)) for record in saved.records}
-        found.settings, found.labels = content["settings"], content["labels"]
-        found.number_names = {name: tuple(names) for name, names in content["number names"].items()}
-        found.paths, found.samples, found.batches = tuple(content["paths"]), content["samples"], content["batches"]
-        found.failed = [(number, why) for number, why in content["failed"]]
-        found.is_complete, found.about = content["is complete"], saved.about["about"]
+        found.about = saved.about["about"]
+        for name in _FACTS:
+            setattr(found, name, content[name.replace("_", " ")])
         return found
 
 
@@ -177,7 +167,7 @@ def _described(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
     labels = {name: name.replace("_", " ") for name in settings}
     number_names: dict[str, tuple[str, ...]] = dict.fromkeys(settings, ())
     for name, arguments in settings.items():
-        with suppress(KeyError, TypeError, ValueError):  # somebody's own class, perhaps with the name of one of ours
+        with suppress(KeyError, TypeError, ValueError):  # a user's own class, perhaps with the name of one of ours
             statistic = classes[arguments["statistic"]](**{k: v for k, v in arguments.items() if k != "statistic"})
             labels[name], number_names[name] = statistic.label, statistic.number_names
     return {"labels": labels, "number names": number_names}
@@ -227,8 +217,3 @@ def without_states(parts: Sequence[Collected]) -> Collected:
     whole.failed = [failure for part in parts for failure in part.failed]
     whole.is_complete = all(part.is_complete for part in parts)
     return whole
-
-
-def few(paths: Sequence[str]) -> str:
-    """The first paths of many, for a message."""
-    return ", ".join(map(repr, paths[:3])) + (" ..." if len(paths) > 3 else "")

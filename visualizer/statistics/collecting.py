@@ -16,11 +16,11 @@ from ..errors import warn
 from ..instrument import named_modules
 from ..intercept import attention
 from ..store import NO_LIMIT
+from .base import Statistic, check_statistics, measured
 from .checkpoint import Checkpoint
 from .collected import Collected, Origin
 from .heartbeat import Stopped
-from .ranks import Batch, Ranks
-from .statistic import Statistic, check_statistics, measured
+from .processes import Batch, Processes
 from .tokens import Tokens, tokens_of_call
 
 __all__ = ["collect"]
@@ -56,8 +56,8 @@ def collect(
     >>> found.save("/tmp/entropy.safetensors")  # doctest: +SKIP
 
     Each call of attention, fused or not, is reduced to its moments at once, so no map outlives its call. The model runs
-    without gradients and in eval mode, and has its own mode back at the end. Autocast around `collect` applies; modules
-    that `torch.compile` has compiled run uncompiled.
+    without gradients and in eval mode, and returns to its own mode at the end. Autocast around `collect` applies;
+    modules that `torch.compile` has compiled run uncompiled.
 
     **Many processes.** Under `torchrun` or `accelerate launch`, with `torch.distributed` initialised, each process runs
     its share of the batches, and each returns the statistics of all. If one fails, the others stop after their present
@@ -73,8 +73,8 @@ def collect(
         batches: any iterable: a `DataLoader`, a generator, a tensor of batches. The model gets a mapping as keyword
             arguments, the first entry of a tuple or list, and anything else as it is; tensors are moved to its device.
             A mapping's "attention_mask" says what is padding, its "input_ids" which tokens repeat.
-        statistics: what to measure. Those you pass stay as they are.
-        call: how to call the model otherwise: `lambda model, batch: model.encode(batch["image"])`.
+        statistics: what to measure. The objects that you pass are not changed.
+        call: how to call the model, if not as above: `lambda model, batch: model.encode(batch["image"])`.
         checkpoint: a folder. What is known is written there every so many batches, as rank-0.safetensors, in one step.
             A run that is started again skips the batches that are done; batches must come in the same order and be as
             many. If the run in the folder is finished, its result is returned at once.
@@ -107,9 +107,9 @@ def collect(
         raise TypeError(f"batches is a {type(batches).__name__}, one batch: pass an iterable of such, as [batch]")
     found, file = Collected(statistics), Checkpoint(checkpoint, every)
     is_sharded, fingerprint, data = _is_sharded(model), _fingerprint(model), _size(batches)
-    ranks = Ranks(timeout)
-    is_in_step = is_sharded and ranks.count > 1
-    found.origin = Origin([os.urandom(8).hex()], ranks.rank, ranks.count, fingerprint, data, is_in_step)
+    processes = Processes(timeout)
+    is_in_step = is_sharded and processes.count > 1
+    found.origin = Origin([os.urandom(8).hex()], processes.rank, processes.count, fingerprint, data, is_in_step)
     found.is_complete = False
 
     def begin() -> tuple[bool, Any, Any]:
@@ -118,20 +118,23 @@ def collect(
         return found.is_complete, list(found.settings.items()), None if is_sharded else fingerprint
 
     def run() -> None:
-        share = ranks.share(batches, is_share)
-        todo = ranks.in_step(share, found.tried) if is_in_step else share.behind(found.tried)
-        with _bar(share.size, found.tried, progress and not ranks.rank) as bar:
+        from tqdm import tqdm
+
+        share = processes.share(batches, is_share)
+        todo = processes.in_step(share, found.tried) if is_in_step else share.behind(found.tried)
+        is_hidden = None if progress and not processes.rank else True  # None: hidden where there is no terminal
+        with tqdm(total=share.size, initial=found.tried, unit="batch", disable=is_hidden) as bar:
             _run(model, statistics, todo, call, found, file, bar, is_in_step)
 
     try:
-        are_complete, settings, models = zip(*ranks.all_gather(begin), strict=True)
+        are_complete, settings, models = zip(*processes.all_gather(begin), strict=True)
         _check_alike("statistics", settings)
         _check_alike("models", models)
         if not all(are_complete):
-            ranks.all_gather(run, is_in_step)
-        found = ranks.merge(found)
+            processes.all_gather(run, is_in_step)
+        found = processes.merge(found)
     finally:
-        ranks.close()
+        processes.close()
     if not found.paths:
         file.remove()  # it says that all is done, and the next run is to try again
         why = f"{len(found.failed)} failed, with {found.failed[0][1]}" if found.failed else "there were none"
@@ -149,12 +152,6 @@ def _check_alike(what: str, by_rank: Sequence[Any]) -> None:
         )
 
 
-def _bar(size: int | None, done: int, is_shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=size, initial=done, unit="batch", disable=None if is_shown else True)  # None: without a terminal
-
-
 def _run(
     model: nn.Module,
     statistics: Sequence[Statistic],
@@ -166,7 +163,7 @@ def _run(
     is_in_step: bool,
 ) -> None:
     """Run the model over this process's batches, add each to `found` or note that it failed, and write the file."""
-    # On the meta device are parameters that accelerate holds elsewhere until they are needed.
+    # Parameters on the meta device are those that accelerate keeps elsewhere until they are needed.
     device = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
     tokens, failures = Tokens(), 0
 
@@ -195,7 +192,7 @@ def _run(
                     found.failed.append((batch.number, f"{type(error).__name__}: {error}"))
                     warn(f"batch {batch.number} failed and does not count: {found.failed[-1][1]}")
                 bar.update()
-                if not failures:  # if failures end the run, as when a GPU hangs, it goes on behind the last good batch
+                if not failures:  # so a run that failures end, as when a GPU hangs, resumes behind the last good batch
                     file.write_if_due(found)
         found.is_complete = True
     except (Stopped, KeyboardInterrupt):

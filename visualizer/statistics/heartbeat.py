@@ -1,9 +1,9 @@
-"""`Heartbeat`: processes that work each for itself tell one another that they live, get on, or fail.
+"""`Heartbeat`: processes that work independently tell one another that they live, make progress, or fail.
 
-They may come to a meeting hours apart, and nothing in torch waits for that. `monitored_barrier(wait_all_ranks=True)`
+They may arrive at a meeting hours apart, and nothing in torch waits so long. `monitored_barrier(wait_all_ranks=True)`
 counts its seconds from the first arrival, so that a longer share looks like a death; only rank 0 learns who is absent;
-it does not feel Ctrl-C, and hangs if the process with the store stands still. torchelastic's heartbeats are between its
-agents, one a machine, and exist under torchrun alone.
+it does not react to Ctrl-C, and hangs if the process with the store stands still. torchelastic's heartbeats are between
+its agents, one a machine, and exist under torchrun alone.
 
 So each process writes its signs into torch.distributed's store and reads those of the others. A thread does all the
 talking, because whoever asks the store hangs if the process that holds it hangs.
@@ -123,7 +123,7 @@ class Heartbeat:
             time.sleep(0.01)
 
     def meet(self, is_brief: bool = False) -> None:
-        """Wait until all have come here, as long as each of the others lives and gets on.
+        """Wait until all have come here, as long as each of the others lives and makes progress.
 
         Args:
             is_brief: wait no longer than it takes to notice that one died.

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..analysis import patterns, rows
-from ..analysis.reading import Fusion, check_heads, fused
+from ..analysis.layers import check_heads, fused
 from ..maps import AttentionMap
-from .statistic import Statistic
+from ..reading import Reduction
+from .base import Statistic
 from .tokens import Tokens
 
 __all__ = ["Confidence", "Distance", "Entropy", "MeanMap", "Patterns", "PrefixMass", "Received", "Sink"]
@@ -114,7 +115,7 @@ class Sink(Statistic):
     array([[0.75]])
 
     Args:
-        key: the position, counted from the first token that is no padding; 0: where language models send the attention
+        key: the position, counted from the first token that is not padding; 0: where language models send the attention
             that they have no use for.
     """
 
@@ -173,7 +174,7 @@ class Received(Statistic):
     array([[[0.75, 0.25]]])
 
     The arrays are (layers, heads, positions), with as many positions as the longest text has. Positions are counted
-    from a text's first token that is no padding; each has as many samples as there are texts of that length.
+    from a text's first token that is not padding; each has as many samples as there are texts of that length.
     """
 
     axes = 1
@@ -235,12 +236,7 @@ class Patterns(Statistic):
         special = None
         if ids is not None and self.special_ids is not None:
             special = torch.isin(ids, torch.tensor(self.special_ids, dtype=ids.dtype))
-        is_causal = patterns.is_causal([layer], real)
-        if is_causal:
-            special = torch.zeros_like(real) if special is None else special
-            special[torch.arange(batch), real.int().argmax(1)] = True
-        known = patterns.TokenFacts(repeats=ids, special=special, real=real, is_causal=is_causal, window=self.window)
-        sums, counts = patterns.score_sums(layer, known)
+        sums, counts = patterns.score_sums(layer, patterns.facts_of([layer], ids, special, real, self.window))
         means = sums[0] / counts[..., None]  # (patterns, batch, heads)
         return means.masked_fill(~patterns.has_evidence(counts)[..., None], math.nan).permute(1, 2, 0)
 
@@ -256,7 +252,7 @@ class MeanMap(Statistic):
     array([[0.75, 0.25],
            [0.25, 0.75]])
 
-    Tokens of a text are counted from the first that is no padding; each has as many samples as there are texts of that
+    Tokens of a text are counted from the first that is not padding; each has as many samples as there are texts of that
     length. Memory: five numbers of eight bytes for each weight, 224 MB for 12 layers of 12 heads of 197 tokens.
 
     Args:
@@ -267,7 +263,7 @@ class MeanMap(Statistic):
     about = "its mean map"
     label = "mean attention weight"
 
-    def __init__(self, heads: Fusion | None = None, *, name: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, heads: Reduction | None = None, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
         if heads is not None:
             check_heads(heads)
@@ -281,7 +277,7 @@ class MeanMap(Statistic):
 
 
 def _mean(values: Tensor, real: Tensor | None) -> Tensor:
-    """(batch, heads) of (batch, heads, queries), over the queries that are no padding."""
+    """(batch, heads) of (batch, heads, queries), over the queries that are not padding."""
     if real is None:
         return values.mean(-1)
     counts = real.to(values.device, values.dtype)[:, None]
@@ -289,12 +285,12 @@ def _mean(values: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _received(layer: AttentionMap, tokens: Tokens) -> Tensor:
-    """(batch, heads, positions), counted from each text's first token that is no padding."""
+    """(batch, heads, positions), counted from each text's first token that is not padding."""
     return _aligned(rows.received_of(layer, tokens.queries(layer)), tokens.keys(layer), -1)
 
 
 def _aligned(values: Tensor, real: Tensor | None, axis: int) -> Tensor:
-    """Values along an axis of tokens, turned so that each text's first token that is no padding comes first; the
+    """Values along an axis of tokens, turned so that each text's first token that is not padding comes first; the
     padding is NaN."""
     if real is None:
         return values

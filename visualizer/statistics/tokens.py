@@ -26,11 +26,11 @@ class Tokens:
     """The mask of the keys where these are other tokens, as a decoder's cross-attention looks at its encoder."""
 
     def queries(self, layer: AttentionMap) -> Tensor | None:
-        """Which queries are no padding, (batch, queries) as bool; None where nothing is known."""
+        """Which queries are not padding, (batch, queries) as bool; None where nothing is known."""
         return _is_real(self.mask, layer.shape[2])
 
     def keys(self, layer: AttentionMap) -> Tensor | None:
-        """Which keys are no padding, (batch, keys) as bool; None where nothing is known."""
+        """Which keys are not padding, (batch, keys) as bool; None where nothing is known."""
         return _is_real(self.key_mask if layer.kind == "cross" else self.mask, layer.shape[3])
 
     def of_images(self, chosen: Tensor) -> Tokens:

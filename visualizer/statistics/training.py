@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ..intercept import attention
 from ..maps import AttentionMap
 from ..store import NO_LIMIT
+from .base import Statistic, check_statistics, measured
 from .collected import Collected
 from .moments import merge_states, to_one_shape
-from .statistic import Statistic, check_statistics, measured
 from .tokens import Tokens, tokens_of_call
 
 __all__ = ["Monitor", "lightning_callback", "trainer_callback"]
@@ -35,7 +35,7 @@ class Monitor:
     >>> for step in range(101):
     ...     with monitor(step) as values:
     ...         loss = model(torch.randn(8, 5, 16)).square().mean()  # and the rest of the step
-    ...     for name, value in values.items():                       # empty but in steps 0, 50 and 100
+    ...     for name, value in values.items():                       # empty except in steps 0, 50, 100
     ...         pass                                                 # writer.add_scalar(name, value, step)
     >>> list(values)
     ['attention/entropy/layers.0.self_attn', 'attention/entropy/layers.1.self_attn']

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-from ..tensors import is_array, is_container, is_foreign_tensor, is_tensor, kind_of
+from ..tensors import attributes, is_array, is_container, is_foreign_tensor, is_tensor, kind_of
 
 NO_LIMIT = math.inf
 """As `max_bytes`: keep whatever there is."""
@@ -120,11 +120,11 @@ _NUMBERS = frozenset((float, int, bool))
 def resident_bytes(value: Any) -> dict[str, int]:
     """How many bytes of memory it takes to keep a value, by device: its own, the objects around them, and its row."""
     kind = kind_of(value)
-    if kind == "other":
+    if kind == "other" and not attributes(value):
         return {"cpu": object_bytes(value)}
     sizes = bytes_by_device(value)
     more = ROW_BYTES + (ARRAY_BYTES if kind == "array" else TENSOR_BYTES if kind == "tensor" else 0)
-    if kind == "container":
+    if kind in ("container", "other"):
         more += _objects_in(value)
     return {**sizes, "cpu": sizes.get("cpu", 0) + more}
 
@@ -152,6 +152,14 @@ def _rounded(size: int) -> int:
     return size + 15 & ~15  # as Python allocates memory
 
 
+def _parts(value: Any) -> Iterable[Any]:
+    """What a container holds, or an object whose attributes are copied."""
+    if is_container(value):
+        parts: Iterable[Any] = value.values() if isinstance(value, dict) else value
+        return parts
+    return attributes(value).values()
+
+
 def _objects_in(value: Any) -> int:
     """What the arrays and tensors in a container take beside their elements."""
     more, seen, values = 0, set[int](), [value]
@@ -159,9 +167,9 @@ def _objects_in(value: Any) -> int:
         while values:
             item = values.pop()
             kind = kind_of(item)
-            if kind == "container" and id(item) not in seen:
+            if kind in ("container", "other") and id(item) not in seen:
                 seen.add(id(item))
-                values.extend(item.values() if isinstance(item, dict) else item)
+                values.extend(_parts(item))
             more += ARRAY_BYTES if kind == "array" else TENSOR_BYTES if kind == "tensor" else 0
     except Exception:  # the class of a container has code that fails
         pass
@@ -171,11 +179,12 @@ def _objects_in(value: Any) -> int:
 def bytes_by_device(value: Any) -> dict[str, int]:
     """How many bytes a kept value takes on each device, e.g. {"cpu": 4096}.
 
-    Tensors and arrays count their elements, containers what they hold, anything else its own size.
+    Tensors and arrays count their elements, containers what they hold, and so do objects that are copied with their
+    attributes; anything else counts its own size.
     """
     try:
         kind = kind_of(value)
-        if kind == "other":  # first the common cases
+        if kind == "other" and not attributes(value):  # first the common cases
             return {"cpu": _size_of(value)}
         if kind == "array" and not value.dtype.hasobject:
             return {"cpu": value.nbytes}
@@ -205,13 +214,11 @@ def _sum_by_device(value: Any) -> dict[str, int]:
             if item.dtype == object and id(item) not in seen:
                 seen.add(id(item))
                 values.extend(item.flat)
-        elif is_container(item):
-            if id(item) not in seen:
-                seen.add(id(item))
-                counts["cpu"] += _size_of(item)
-                values.extend(item.values() if isinstance(item, dict) else item)
-        else:
+        elif id(item) not in seen:
             counts["cpu"] += _size_of(item)
+            if parts := [*_parts(item)]:
+                seen.add(id(item))
+                values.extend(parts)
     return dict(counts)
 
 

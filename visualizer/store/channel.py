@@ -9,14 +9,17 @@ thread is appended to its list directly: see `Store`.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from _thread import get_ident
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import count
+from traceback import walk_tb
 from types import CodeType
 from typing import Any
 
-from ..errors import warn
+from ..errors import VisualizerWarning, shown
 from ..rewrite import At, assigned_lines, deletes
 from ..tensors import Keep, is_array, is_tensor, keeper, runs_foreign_code, why_unreal
 from .budget import LARGEST, NUMBER_BYTES, Purse
@@ -27,6 +30,9 @@ _listening: dict[str, Channel] = {}
 
 _keeping: set[int] = set()
 """The threads that are running foreign code to convert a value. Calls of that code are not calls of the model."""
+
+_raised: dict[int, Exception] = {}
+"""By thread, what a `keep` function has just raised: of all errors in recording, these alone reach the program."""
 
 
 def receive(key: str, value: Any) -> None:
@@ -53,6 +59,9 @@ def receive(key: str, value: Any) -> None:
     except RecursionError:  # our own call must not make the user's function hit the recursion limit
         skipped = channel.store.skipped_near_recursion_limit
         skipped[channel] = skipped.get(channel, 0) + 1
+    except Exception as error:
+        if not channel.absorb(error):
+            raise
 
 
 def _ignore(value: Any) -> None:
@@ -62,10 +71,23 @@ def _ignore(value: Any) -> None:
 def _forget_other_threads() -> None:
     """In a forked child: a new thread may get the number of a thread that does not exist there."""
     _keeping.intersection_update({get_ident()})
+    _raised.clear()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_other_threads)
+
+
+def _is_of_signal_handler(error: Exception) -> bool:
+    """Whether a handler of a signal raised it, which came while we were recording, such as a timeout of the program."""
+    codes = set()
+    for number in signal.valid_signals():
+        handler: Any = signal.getsignal(number)
+        if callable(handler):
+            handler = getattr(handler, "func", handler)  # of a partial
+            method = handler if hasattr(handler, "__code__") else type(handler).__call__
+            codes.add(getattr(method, "__code__", None))
+    return any(frame.f_code in codes for frame, _ in walk_tb(error.__traceback__))
 
 
 def listener(key: str) -> Channel | None:
@@ -123,7 +145,7 @@ class Channel:
     def connect(self, default: Keep) -> None:
         """Receive what the rewritten code delivers from now on; `default` is for a channel without its own `keep`."""
         self._keep = default if self.keep is None else self.keep
-        self._convert, self._quick = keeper(self._keep), quick_keeper(self._keep)
+        self._convert, self._quick = keeper(self._keep, self._tell_shared), quick_keeper(self._keep)
         if _listening.get(self.site) is not self:
             self._frames.clear()  # their calls went on, or ended, without a listener
         self.deliver = self._assignments() if self.at == "assign" else self._returns()
@@ -155,7 +177,17 @@ class Channel:
         """Warn, once, that a value is not recorded because it has no numbers; `reason` is that of `why_unreal`."""
         if not self._has_warned:
             self._has_warned = True
-            warn(f"{name!r} of {self.place()} {reason}: such calls are not recorded.")
+            self.store.warn_in_call(f"{name!r} of {self.place()} {reason}: such calls are not recorded.")
+
+    def absorb(self, error: Exception) -> bool:
+        """Take note of an error in recording; False where it is for the program to see."""
+        if _raised.pop(get_ident(), None) is error or _is_of_signal_handler(error):
+            return False
+        if isinstance(error, VisualizerWarning):  # warnings are errors
+            self.store.warn_in_call(str(error))
+        else:
+            self.store.miss(self, ", ".join(self.key_of(name, None) for name in self.names), error)
+        return True
 
     def _returns(self) -> Callable[[Any], None]:
         accept, path_of, quick, store = self.accept, self.path_of, self._quick, self.store
@@ -222,7 +254,7 @@ class Channel:
                 else:
                     return  # the call of another object, or one whose object is not known
                 copies: list[Any] = []
-                kept = self._guarded(name, value, copies)
+                kept = self._guarded(name, value, copies, path)
                 light = not copies and is_light(kept)
                 store.put(Put(self, (name, kept), get_ident(), call, line, path, copies, light))
 
@@ -232,10 +264,13 @@ class Channel:
         if value is None or value is receive:
             self._report_missing(name, value, path)
             return value
-        return self._guarded(name, value, copies)
+        return self._guarded(name, value, copies, path)
 
-    def _guarded(self, name: str, value: Any, copies: list[Any]) -> Any:
-        """What is kept of a variable's value. An error names the variable and its function, and is remembered."""
+    def _guarded(self, name: str, value: Any, copies: list[Any], path: str | None) -> Any:
+        """What is kept of a variable's value; where it cannot be kept, `receive`, which stands for nothing.
+
+        An error of a `keep` function is raised, with the variable and its function named, and remembered.
+        """
         if self._keep != "graph" and (reason := why_unreal(value)) is not None:
             self.pass_over(name, reason)
             return receive
@@ -244,13 +279,25 @@ class Channel:
             if thread is not None:
                 _keeping.add(thread)
             return self._convert(value, copies)
-        except Exception as error:
-            error.add_note(f"while keeping {name!r} of {self.place()} with keep={self._keep!r}")
-            self.store.fail(error)
+        except RecursionError:
             raise
+        except Exception as error:
+            if callable(self._keep):
+                with suppress(Exception):  # the class of the error may take no notes
+                    error.add_note(f"while keeping {name!r} of {self.place()} with keep={shown(repr, self._keep)}")
+                self.store.fail(error)
+                _raised[get_ident()] = error
+                raise
+            if _is_of_signal_handler(error):
+                raise
+            self.store.miss(self, self.key_of(name, path), error)
+            return receive
         finally:
             if thread is not None:
                 _keeping.discard(thread)
+
+    def _tell_shared(self, cls: type) -> None:
+        self.store.tell_shared(cls, f"{' or '.join(map(repr, self.names))} of {self.place()}")
 
     def place(self) -> str:
         """The function, file and line, for messages."""
@@ -281,4 +328,4 @@ class Channel:
             "has them all the same; or build the model with timm.layers.set_fused_attn(False), or "
             'attn_implementation="eager" in transformers), or a flag of the model that guards those lines.'
         )
-        warn(f"{name!r} {state} when {self.place()} returned; {where}. {causes}")
+        self.store.warn_in_call(f"{name!r} {state} when {self.place()} returned; {where}. {causes}")

@@ -10,17 +10,22 @@ _FORMATS = {
     **{"safetensors": "safetensors", "html": "HTML", "htm": "HTML", "csv": "tables of text", "tsv": "tables of text"},
     **dict.fromkeys(("pt", "pth", "ckpt", "bin"), "torch.save"),
     **{"npy": "numpy.save", "npz": "numpy.savez", "pkl": "pickle", "pickle": "pickle", "joblib": "joblib"},
-    **{"json": "JSON", "jsonl": "JSON", "yaml": "YAML", "yml": "YAML", "txt": "plain text", "md": "Markdown"},
-    **{"h5": "HDF5", "hdf5": "HDF5", "parquet": "Parquet", "onnx": "ONNX", "gguf": "GGUF", "mat": "MATLAB"},
-    **dict.fromkeys(("png", "jpg", "jpeg", "gif", "webp", "svg", "pdf", "tif", "tiff", "bmp"), "pictures"),
-    **dict.fromkeys(("zip", "tar", "gz", "xz", "bz2", "7z"), "archives"),
-    **{"py": "Python", "ipynb": "notebooks", "xlsx": "Excel"},
+    **{"json": "JSON", "jsonl": "JSON", "yaml": "YAML", "yml": "YAML", "toml": "TOML", "xml": "XML"},
+    **{"txt": "plain text", "log": "plain text", "md": "Markdown", "db": "databases", "sqlite": "databases"},
+    **{"h5": "HDF5", "hdf5": "HDF5", "parquet": "Parquet", "feather": "Arrow", "arrow": "Arrow", "mat": "MATLAB"},
+    **{"onnx": "ONNX", "gguf": "GGUF", "tflite": "TensorFlow", "pb": "TensorFlow"},
+    **dict.fromkeys(("png", "jpg", "jpeg", "gif", "webp", "avif", "bmp"), "pictures"),
+    **dict.fromkeys(("svg", "svgz", "pdf", "eps", "ps", "pgf", "tif", "tiff"), "pictures"),
+    **dict.fromkeys(("zip", "tar", "tgz", "gz", "xz", "bz2", "zst", "7z"), "archives"),
+    **{"py": "Python", "ipynb": "notebooks", "xls": "Excel", "xlsx": "Excel"},
 }
 """By suffix, what a file of that name is taken for."""
 
 
 def check_destination(path: str | PathLike[str], suffix: str) -> None:
     """Raise, with the way out, unless a file of the format `suffix` ("safetensors") may be written to this path.
+
+    Suffixes of one format, such as "png" and "svg", stand for each other.
 
     Raises:
         IsADirectoryError: the path is a folder.

@@ -4,6 +4,9 @@ The file has the safetensors format: eight bytes with the length of a JSON heade
 The text is JSON too. Its containers are a flat list of nodes, and each node names only nodes before it, so that no
 nesting is too deep and none is endless. The text lists the entries as well. So the header follows from the text, and a
 header that differs is damaged. The text and each entry have a checksum, so that every byte is checked.
+
+An array takes an entry of its own. Where many are small and alike, they are the rows of one entry, for its place in the
+header would take more bytes than the array. The records are columns for the same reason: what repeats is counted.
 """
 
 from __future__ import annotations
@@ -15,8 +18,12 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from io import BufferedReader
+from itertools import chain, groupby, repeat
+from operator import attrgetter
 from os import PathLike
 from typing import Any, NamedTuple, get_args
 
@@ -25,7 +32,11 @@ from ..tensors import is_array, is_tensor
 from .destination import check_destination, special
 from .records import Kind, Record, Saved
 
-_VERSION = 1
+_VERSION = 2
+"""Version 1 had a row for each record, and an entry for each array."""
+_SMALL = 4096  # bytes; arrays that take more have entries of their own
+_MANY = 16  # small arrays of one dtype and shape that share an entry, or more
+_CHUNK = 256  # rows that are put together before they are written
 _MAX_HEADER = 100_000_000  # bytes; the safetensors package opens no file that has more
 _MAX_HASHED = 1000, 1_000_000  # containers and items that are met on hashing a dict's key or a set's element
 
@@ -80,18 +91,19 @@ def write(path: str | PathLike[str], saved: Saved) -> None:
     about = saved.about
     if not issubclass(type(about), dict):
         raise TypeError(f"about must be a dict, such as {{'tokens': ['a', 'cat']}}, not {type(about).__name__}")
-    nodes, rows, counts = _Nodes(), [], dict.fromkeys(saved.keys, 0)
-    for record in saved.records:
-        key = record.key
-        if key in counts:
-            slot = nodes.add(record.value, f"{key}/{counts[key]}", f"{key!r}[{counts[key]}]")
-            rows.append([key, record.variable, slot, record.call, record.line, record.thread, record.module])
-            counts[key] += 1
+    nodes, counts = _Nodes(), dict.fromkeys(saved.keys, 0)
+    records = [record for record in saved.records if record.key in counts]
+    slots = []
+    for record in records:
+        number = counts[record.key]
+        counts[record.key] = number + 1
+        slots.append(nodes.add(record.value, f"{record.key}/{number}", f"{record.key!r}[{number}]"))
     slot = nodes.add(about, "about", "about")
+    arrays = nodes.entries()
     # Wide elements come first, so that each entry is aligned when the file is mapped into memory.
-    entries = sorted(nodes.arrays, key=lambda entry: -_DTYPES[entry.library][entry.dtype][1])
-    content = {"version": _VERSION, "kind": saved.kind, "entries": entries, "nodes": nodes.nodes, "keys": list(counts)}
-    text = _json({**content, "records": rows, "about": slot})
+    entries = sorted(arrays, key=lambda entry: -_DTYPES[entry.library][entry.dtype][1])
+    content = {"version": _VERSION, "kind": saved.kind, "entries": entries, "packs": nodes.packs, "keys": list(counts)}
+    text = _json({**content, "nodes": nodes.as_text(), "records": _columns(records, slots), "about": slot})
     checksums = [zlib.crc32(text.encode())] + [0] * len(entries)
     header = _header(text, checksums, entries)
     if len(header) > 8 + _MAX_HEADER:
@@ -106,9 +118,9 @@ def write(path: str | PathLike[str], saved: Saved) -> None:
         with open(temporary, "xb") as file:
             file.write(header)
             for place, entry in enumerate(entries, 1):
-                raw = _bytes_of(nodes.arrays[entry], entry)
-                checksums[place] = zlib.crc32(raw)
-                file.write(raw)
+                for raw in _pieces(arrays[entry], entry):
+                    checksums[place] = zlib.crc32(raw, checksums[place])
+                    file.write(raw)
             file.seek(0)
             file.write(_header(text, checksums, entries))
             file.flush()
@@ -174,10 +186,14 @@ def _read(file: BufferedReader, name: str) -> Saved:
     arrays = {}
     for entry, checksum in zip(entries, checksums[1:], strict=True):
         arrays[entry.name] = _array(file, entry, checksum, name)
-    value_of = _reader(content["nodes"], arrays)
+    packs = [arrays[name] for name in (content["packs"] if version > 1 else ())]
+    nodes = [*_each_node(content["nodes"], packs)]
+    value_of = _reader(nodes, arrays, packs)
     keys = dict.fromkeys(_checked(key, str) for key in _checked(content["keys"], list))
-    records, about = [], _checked(value_of(content["about"]), dict)
-    for key, variable, slot, call, line, thread, module in content["records"]:
+    about = _checked(value_of(content["about"]), dict)
+    rows = content["records"] if version == 1 else _rows(content["records"], len(nodes))
+    records = []
+    for key, variable, slot, call, line, thread, module in rows:
         if key not in keys:
             raise ValueError(f"a record of {key!r}, which is no key")
         where = _checked(call, int), _checked(line, int, type(None)), _checked(thread, int)
@@ -188,6 +204,58 @@ def _read(file: BufferedReader, name: str) -> Saved:
     if kind not in get_args(Kind):
         raise ValueError(f"{kind!r} is no kind of results")
     return Saved(kind, tuple(keys), records, about)
+
+
+def _columns(records: Sequence[Record], slots: Sequence[Any]) -> dict[str, list[Any]]:
+    """The records in columns of [what, how often in a row]. In those that ascend, the next is one more each time."""
+    fields = {name: map(attrgetter(name), records) for name in _REPEATING}
+    repeating = {name: [[value, len([*same])] for value, same in groupby(field)] for name, field in fields.items()}
+    calls = [[first, number] for first, number in _ascending([record.call for record in records])]
+    values: list[Any] = []
+    for isolated, group in groupby(slots, lambda slot: type(slot) is not list):
+        places = [*group]
+        if isolated:
+            values += places
+        else:
+            values += [[first, number] for first, number in _ascending([place for [place] in places])]
+    return {**repeating, "call": calls, "value": values}
+
+
+_REPEATING = ("key", "variable", "line", "thread", "module")
+
+
+def _ascending(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first number, how many) for each run of numbers that ascend by one."""
+    start = 0
+    for end in range(1, len(numbers) + 1):
+        if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
+            yield numbers[start], end - start
+            start = end
+
+
+def _rows(columns: Any, most: int) -> Iterator[tuple[Any, ...]]:
+    """The records of `_columns`: key, variable, slot, call, line, thread, module; `most` is the number of nodes."""
+    slots: list[Any] = []
+    for slot in _checked(columns["value"], list):
+        if type(slot) is list:
+            first, number = slot
+            most -= _checked(number, int)
+            if number < 1 or most < 0:  # a few bytes must not become endless rows
+                raise ValueError(f"{number} values from node {first} on, which there are not")
+            slots += ([place] for place in range(first, first + number))
+        else:
+            slots.append(slot)
+    repeated = {name: [*_counted(columns[name], len(slots), repeat)] for name in _REPEATING}
+    calls = _counted(columns["call"], len(slots), lambda first, number: range(first, first + number))
+    fields = (repeated["key"], repeated["variable"], slots, calls)
+    return zip(*fields, *(repeated[name] for name in _REPEATING[2:]), strict=True)
+
+
+def _counted(pairs: Any, expected: int, unroll: Callable[[Any, int], Iterable[Any]]) -> Iterator[Any]:
+    """The column that pairs of (what, how often) stand for; ValueError unless it has the expected length."""
+    if sum(max(1, _checked(number, int)) for _, number in pairs) != expected:
+        raise ValueError("a column of another length than the others")
+    return chain.from_iterable(unroll(what, number) for what, number in pairs)
 
 
 def _kind_of(records: Sequence[Record]) -> str:
@@ -219,6 +287,17 @@ def _header(text: str, checksums: list[int], entries: list[_Entry]) -> bytes:
     raw = _json(header).encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw
+
+
+def _pieces(array: Any, entry: _Entry) -> Iterator[Any]:
+    """The bytes of an entry, as arrays: of one array, or of the rows in a list, without a copy of all of them."""
+    if type(array) is not list:
+        yield _bytes_of(array, entry)
+        return
+    stack = sys.modules["torch" if entry.library == "torch" else "numpy"].stack
+    for start in range(0, len(array), _CHUNK):
+        rows = array[start : start + _CHUNK]
+        yield _bytes_of(stack(rows), entry._replace(shape=(len(rows), *entry.shape[1:])))
 
 
 def _bytes_of(array: Any, entry: _Entry) -> Any:
@@ -290,7 +369,10 @@ class _Nodes:
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
-        self.arrays: dict[_Entry, Any] = {}
+        self.packs: list[str] = []
+        """The names of the entries whose rows are arrays."""
+        self._arrays: list[tuple[Any, str, list[Any]]] = []
+        """Each array with the name that its entry should have, and its node."""
         self._known: dict[int, tuple[int, Any]] = {}  # holds the value, so that no other gets its id
         self._names = {"__metadata__"}
 
@@ -298,7 +380,7 @@ class _Nodes:
         """Add a value, and return what the text has in its place; `name` is for its arrays, `where` for messages."""
         slots: list[Any] = []
         stack: list[tuple[Any, str, Iterator[Any], list[Any]]] = [(None, "", iter([value]), slots)]
-        is_open, before = set(), len(self.arrays)
+        is_open, before = set(), len(self._arrays)
         while stack:
             holder, kind, rest, slots = stack[-1]
             for part in rest:
@@ -313,7 +395,7 @@ class _Nodes:
                     stack.append((part, *inner, []))
                     break
                 else:
-                    entry_name = name if len(stack) == 1 else f"{name}/{len(self.arrays) - before}"
+                    entry_name = name if len(stack) == 1 else f"{name}/{len(self._arrays) - before}"
                     slots.append(self._new(part, self._leaf(part, entry_name, where)))
             else:
                 stack.pop()
@@ -322,6 +404,48 @@ class _Nodes:
                         raise _unwritable(where, _COSTLY, "list(x)")
                     stack[-1][3].append(self._new(holder, [kind, slots]))
         return slots[0]
+
+    def entries(self) -> dict[_Entry, Any]:
+        """The entries of the file, each with its array, or with a list of its rows; their nodes are filled in."""
+        alike: dict[tuple[Any, ...], list[tuple[Any, str, list[Any]]]] = defaultdict(list)
+        for value, name, node in self._arrays:
+            entry = _Entry("", *_type_of(value))
+            alike[entry if 0 < entry.size <= _SMALL and _is_stackable(value) else (id(value),)].append(
+                (value, name, node)
+            )
+        entries: dict[_Entry, Any] = {}
+        for arrays in alike.values():
+            if len(arrays) < _MANY:
+                for value, name, node in arrays:
+                    entry = _Entry(self._unused(name), *_type_of(value))
+                    entries[entry], node[:] = value, ["array", entry.name]
+            else:
+                library, dtype, shape = _type_of(arrays[0][0])
+                entry = _Entry(self._unused("small arrays"), library, dtype, (len(arrays), *shape))
+                entries[entry] = [value for value, _, _ in arrays]
+                for row, (_, _, node) in enumerate(arrays):
+                    node[:] = len(self.packs), row
+                self.packs.append(entry.name)
+        return entries
+
+    def as_text(self) -> list[Any]:
+        """The nodes as the text has them: rows that follow each other are one, [pack, first row, how many]."""
+        nodes: list[Any] = []
+        last: list[Any] = [None]
+        for node in self.nodes:
+            if type(node[0]) is int and node[0] == last[0] and node[1] == last[1] + last[2]:
+                last[2] += 1
+            else:
+                last = [*node, 1] if type(node[0]) is int else node
+                nodes.append(last)
+        return nodes
+
+    def _unused(self, name: str) -> str:
+        name = name.encode("utf-8", "replace").decode()  # UTF-8 has no lone half of a surrogate pair
+        while name in self._names:
+            name += "+"
+        self._names.add(name)
+        return name
 
     def _new(self, value: Any, node: list[Any]) -> list[int]:
         self._known[id(value)] = len(self.nodes), value
@@ -333,21 +457,35 @@ class _Nodes:
         if is_tensor(value) or is_array(value):
             if trouble := _trouble(value):
                 raise _unwritable(where, *trouble)
-            name = name.encode("utf-8", "replace").decode()  # UTF-8 has no lone half of a surrogate pair
-            while name in self._names:
-                name += "+"
-            self._names.add(name)
-            library = "torch" if is_tensor(value) else "numpy"
-            dtype = str(value.dtype).removeprefix("torch.") if library == "torch" else value.dtype.name
-            self.arrays[_Entry(name, library, dtype, tuple(map(int, value.shape)))] = value
-            return ["array", name]
+            node: list[Any] = []
+            self._arrays.append((value, name, node))
+            return node
         cls, numpy = type(value), sys.modules.get("numpy")
-        if numpy is not None and issubclass(cls, numpy.generic) and value.dtype.name in _NUMPY:
-            return ["scalar", value.dtype.name, value.astype(value.dtype.newbyteorder("<")).tobytes().hex()]
+        if numpy is not None and issubclass(cls, numpy.generic) and _name_of(value.dtype) in _NUMPY:
+            return ["scalar", _name_of(value.dtype), value.astype(value.dtype.newbyteorder("<")).tobytes().hex()]
         for leaf, (base, written, _) in _LEAVES.items():
             if issubclass(cls, base):
                 return [leaf, written(value)]
         raise _unwritable(where, f"an object of type {cls.__name__}", "x.attentions")
+
+
+def _type_of(value: Any) -> tuple[str, str, tuple[int, ...]]:
+    """The library, the dtype and the shape of an array or a tensor."""
+    if is_tensor(value):
+        return "torch", _name_of(value.dtype), tuple(map(int, value.shape))
+    return "numpy", _name_of(value.dtype), value.shape
+
+
+@lru_cache(maxsize=256)  # numpy takes long to make the name
+def _name_of(dtype: Any) -> str:
+    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+
+
+def _is_stackable(value: Any) -> bool:
+    """Whether stacking such values makes an array of the same type: others may be in parts, or elsewhere."""
+    if is_tensor(value):
+        return type(value) is sys.modules["torch"].Tensor and bool(value.is_cpu)
+    return type(value) is sys.modules["numpy"].ndarray
 
 
 def _unwritable(where: str, what: str, way: str) -> TypeError:
@@ -359,7 +497,7 @@ def _trouble(value: Any) -> tuple[str, str] | None:
     """What keeps an array or a tensor from being written, and a way out; None if nothing does."""
     dtype = value.dtype
     if is_array(value):
-        if dtype.name not in _NUMPY:
+        if _name_of(dtype) not in _NUMPY:
             way = {"f": "x.astype('float64')", "c": "x.astype('complex128')", "m": "x.astype('int64')"}
             way = {**way, "M": "x.astype('int64')", "V": f"x[{(dtype.names or [0])[0]!r}]"}
             return f"an array of the dtype {dtype}", way.get(dtype.kind, "x.tolist()")
@@ -372,7 +510,7 @@ def _trouble(value: Any) -> tuple[str, str] | None:
         return "a quantized tensor", "x.dequantize()"
     if value.is_meta:
         return "a tensor without numbers, on the meta device", "x.shape"
-    return None if str(dtype).removeprefix("torch.") in _TORCH else (f"a tensor of the dtype {dtype}", "x.float()")
+    return None if _name_of(dtype) in _TORCH else (f"a tensor of the dtype {dtype}", "x.float()")
 
 
 _COSTLY = f"a dict's key or a set's element of more than {_MAX_HASHED[0]} containers"
@@ -389,8 +527,9 @@ def _is_costly_to_hash(kind: str, slots: list[Any], nodes: list[Any]) -> bool:
         waiting, containers, items = [element], 0, 0
         while waiting:
             slot = waiting.pop()
-            if type(slot) is list and nodes[slot[0]][0] in _CONTAINERS:
-                inner = nodes[slot[0]][1]
+            node = nodes[slot[0]] if type(slot) is list else None
+            if node and node[0] in _CONTAINERS:  # the writer has not yet filled in the nodes of arrays
+                inner = node[1]
                 containers, items = containers + 1, items + len(inner)
                 if containers > _MAX_HASHED[0] or items > _MAX_HASHED[1]:
                     return True
@@ -398,8 +537,22 @@ def _is_costly_to_hash(kind: str, slots: list[Any], nodes: list[Any]) -> bool:
     return False
 
 
-def _reader(nodes: Any, arrays: dict[str, Any]) -> Callable[[Any], Any]:
-    """A function from what the text has in place of a value to the value."""
+def _each_node(nodes: Any, packs: list[Any]) -> Iterator[Any]:
+    """The nodes of `_Nodes.as_text`, a row at a time: [pack, row]."""
+    unread = [len(pack) if pack.nbytes else 0 for pack in packs]
+    for node in nodes:
+        if type(node[0]) is not int:
+            yield node
+            continue
+        pack, first, number = node
+        unread[pack] -= _checked(number, int)
+        if pack < 0 or first < 0 or number < 1 or unread[pack] < 0:  # a few bytes must not become endless rows
+            raise ValueError(f"rows {first} to {first + number} of pack {pack}, which are not there")
+        yield from ([pack, row] for row in range(first, first + number))
+
+
+def _reader(nodes: Any, arrays: dict[str, Any], packs: list[Any]) -> Callable[[Any], Any]:
+    """A function from what the text has in place of a value to the value. `packs` have arrays as their rows."""
     values: list[Any] = []
 
     def value_of(slot: Any) -> Any:
@@ -411,7 +564,10 @@ def _reader(nodes: Any, arrays: dict[str, Any]) -> Callable[[Any], Any]:
         return values[place]
 
     for kind, *parts in nodes:
-        if kind == "array":
+        if type(kind) is int:
+            value = packs[kind][parts[0], ...]
+            value = value.clone() if is_tensor(value) else value.copy()
+        elif kind == "array":
             [name] = parts
             value = arrays[name]
         elif kind in _CONTAINERS:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any, Protocol
 
-from ..errors import warn
+from ..errors import shown, warn
 from .budget import Budget, Purse, resident_bytes, resident_bytes_of
 from .locks import ForkSafeLock
 from .records import Record
@@ -114,7 +114,7 @@ class Store:
         self.arrived: deque[Put | Switch] = deque()
         """What is not filed yet, in order. Any thread may append to it without a lock."""
         self.skipped_near_recursion_limit: dict[Source, int] = {}
-        """For each source, how many calls came too close to the recursion limit to be recorded; the next read warns."""
+        """For each source, how many calls came too close to the recursion limit to be recorded; see `report`."""
         self.budget = Budget()
         self._cache: Callable[[], _Lists | None] = lambda: None
         self._lock = ForkSafeLock()
@@ -123,6 +123,10 @@ class Store:
         self._recorded: set[Source] = set()
         self._failure: BaseException | None = None
         self._messages: list[str] = []
+        self._postponed: list[str] = []
+        self._missed: dict[tuple[Source, str, type], list[Any]] = {}
+        self._shared: weakref.WeakSet[type] = weakref.WeakSet()
+        """The classes whose objects are kept by reference, as far as the user was told."""
         self._shelves: dict[str, Shelf] = {}
         self._unfinished: dict[Shelf, None] = {}
         """Those that somebody may append to, or that may be beyond the limit."""
@@ -165,6 +169,7 @@ class Store:
             self._sources.clear()
             self._shelves.clear()
             self._unfinished.clear()
+            self._missed.clear()
 
     def open(self, key: str) -> None:
         """Give a key its empty list, unless it has one."""
@@ -210,7 +215,7 @@ class Store:
             for source in [*self._sources, *sources]:
                 source.calls = count()
             self.is_full = False
-        self._warn()
+        self.report()
 
     def configure(self, limit: int | None, max_bytes: float | None) -> None:
         """Set the limits for what is recorded from now on."""
@@ -269,8 +274,54 @@ class Store:
         try:
             self._failure = copy.copy(error)
             self._failure.__notes__ = list(error.__notes__)
-        except Exception:  # an exception that cannot be copied
-            self._failure = RuntimeError(f"{error!r} {' '.join(error.__notes__)}")
+        except Exception:  # an exception that cannot be copied, or takes no notes
+            self._failure = RuntimeError(f"{shown(repr, error)} {' '.join(getattr(error, '__notes__', ()))}")
+
+    def miss(self, source: Source, key: str, error: Exception) -> None:
+        """Remember, for `report`, that a value under a key could not be recorded: the recorded function goes on."""
+        # Counted by class: the text may have an address in it. The error itself would hold on to the function's locals.
+        missed = self._missed.setdefault((source, key, type(error)), [0, shown(str, error)])
+        missed[0] += 1
+
+    def warn_in_call(self, message: str) -> None:
+        """Warn at once, from within a recorded call. Where warnings are errors, `report` does, not to disturb it."""
+        try:
+            warn(message)
+        except Exception:
+            self._postponed.append(message)
+
+    def report(self) -> None:
+        """Warn of what could not be recorded, and has not been warned of."""
+        with self._lock:
+            missed, self._missed = self._missed, {}
+            skipped, self.skipped_near_recursion_limit = self.skipped_near_recursion_limit, {}
+            self._messages += self._postponed
+            self._postponed.clear()
+        for source, number in skipped.items():
+            message = f"{number} calls of {source.place()} came too close to the recursion limit to be recorded."
+            self._messages.append(message)
+        for (source, key, cls), (number, text) in missed.items():
+            way_out = (
+                "" if "keep=" in text else " keep='graph' keeps the object itself, a callable what it makes of it."
+            )
+            self._messages.append(
+                f"{number} values of {source.place()} could not be recorded under {key!r}, and the program went on: "
+                f"{cls.__name__}: {text.removesuffix('.')}.{way_out}"
+            )
+        self._warn()
+
+    def tell_shared(self, cls: type, where: str) -> None:
+        """Warn, once for each class, that its objects are kept by reference."""
+        try:
+            if cls in self._shared:
+                return
+            self._shared.add(cls)
+        except Exception:  # its metaclass has no hash, or one that fails
+            return
+        self._messages.append(
+            f"{where} is or holds a {cls.__qualname__}, which is kept by reference, because no safe way to copy it is "
+            "known: later changes to it show in what was captured. To keep a copy or a part, pass keep= a function."
+        )
 
     def file_pending(self) -> None:
         """File everything that has arrived."""
@@ -293,12 +344,9 @@ class Store:
         with self._lock:
             self.close()
             failure, self._failure = self._failure, None
-            skipped, self.skipped_near_recursion_limit = self.skipped_near_recursion_limit, {}
-        self._warn()
-        for source, number in skipped.items():
-            warn(f"{number} calls of {source.place()} came too close to the recursion limit to be recorded.")
         if failure is not None:
             raise failure
+        self.report()
 
     def put(self, put: Put) -> None:
         """File one call's values. Those whose copies are under way are filed when the copies are complete."""
@@ -333,8 +381,8 @@ class Store:
                 self._file_arrived(wait)
             finally:
                 self._lock.release()
-            if self._messages:
-                self._warn()
+            while self._messages and not self._lock.depth:
+                self.warn_in_call(self._messages.pop(0))
 
     def _file_arrived(self, wait: bool = True) -> None:
         """File what has arrived. Without `wait`, stop at the first value that is still being copied.

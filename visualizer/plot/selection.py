@@ -1,7 +1,7 @@
 """The weights that a plot draws, as numpy arrays: those of the chosen layers, heads and queries.
 
-An axis is chosen by an index or by a named reduction. It is never dropped because its length is 1, or a batch of one
-image and a model of one head could be confused. Only the chosen layers are converted, and of an `AttentionMap` only the
+An axis is chosen by an index or by a named reduction. An axis of length 1 stays, so that a batch of one image and a
+model of one head cannot be confused. Only the chosen layers are converted, and of an `AttentionMap` only the
 rows that are drawn are computed.
 """
 
@@ -10,13 +10,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 
-from ..reading import Array, RowCheck, as_numbers, check_not_empty, layers_in
+from ..reading import Array, Reduction, RowCheck, as_numbers, check_not_empty, layers_in
 
-Reduction: TypeAlias = Literal["mean", "max", "min"]
 Choice: TypeAlias = int | Reduction
 
 
@@ -31,9 +30,15 @@ class Selection:
 
 
 def select(
-    maps: Any, *, layer: Choice | None, batch: Choice, head: Choice | None, query: int | None = None
+    maps: Any,
+    *,
+    layer: Choice | None,
+    batch: Choice,
+    head: Choice | None = None,
+    all_heads: bool = False,
+    query: int | None = None,
 ) -> Selection:
-    """The weights of one layer, image and head, of all queries or of one; `select_all` takes every head.
+    """The weights of one layer and image, and of one head or of all; of all queries or of one.
 
     >>> select(np.full((1, 6, 2, 2), 0.5), layer=None, batch=0, head=-1).label
     'head 5'
@@ -46,23 +51,16 @@ def select(
         IndexError: a choice is out of range.
         TypeError: a choice is neither an index nor a reduction.
     """
-    layers = read_layers(maps)
+    layers, check = read_layers(maps), RowCheck()
     at = _position("layer", layer, len(layers), layers)
-    weights = _selected(layers, layer, at, batch, head, all_heads=False, query=query)[0]
-    words = [_words("layer", layer, at, len(layers)), head_words(layers[at or 0], head)]
-    return Selection(weights, ", ".join(word for word in words if word))
-
-
-def select_all(maps: Any, *, layer: Choice | None, batch: Choice) -> Selection:
-    """The weights of every head of one layer and image, (heads, queries, keys); raises and warns as `select` does.
-
-    >>> select_all([np.full((1, 6, 2, 2), 0.5)] * 12, layer=-1, batch=0).label
-    'layer 11'
-    """
-    layers = read_layers(maps)
-    at = _position("layer", layer, len(layers), layers)
-    weights = _selected(layers, layer, at, batch, None, all_heads=True, query=None)
-    return Selection(weights, _words("layer", layer, at, len(layers)))
+    if at is None:
+        same_shape(layers, f"layer={layer!r}")
+    chosen = layers if at is None else [layers[at]]
+    weights = np.stack([_image(one, layers, batch, head, all_heads, query, check) for one in chosen])
+    check.warn("left blank", "drawn")
+    weights = _reduce(weights, layer if at is None else None, axis=0)[0]
+    words = [_words("layer", layer, at, len(layers)), "" if all_heads else head_words(chosen[0], head)]
+    return Selection(weights if all_heads else weights[0], ", ".join(word for word in words if word))
 
 
 def select_layers(maps: Any, *, batch: Choice, head: Choice | None, query: int | None) -> Iterator[Array]:
@@ -101,26 +99,6 @@ def same_shape(layers: Sequence[Any], user: str) -> None:
     if len(set(shapes)) > 1:
         listing = ", ".join(map(str, shapes))
         raise ValueError(f"{user} needs layers of one shape, got (heads, queries, keys) {listing}")
-
-
-def _selected(
-    layers: list[Any],
-    layer: Choice | None,
-    at: int | None,
-    batch: Choice,
-    head: Choice | None,
-    all_heads: bool,
-    query: int | None,
-) -> Array:
-    """(heads, queries, keys) of one layer, or of all layers reduced to one."""
-    if at is None:
-        same_shape(layers, f"layer={layer!r}")
-    check = RowCheck()
-    chosen = layers if at is None else [layers[at]]
-    reduced = [_image(one, layers, batch, head, all_heads, query, check) for one in chosen]
-    check.warn("left blank", "drawn")
-    whole: Array = _reduce(np.stack(reduced), layer if at is None else None, axis=0)[0]
-    return whole
 
 
 def _image(

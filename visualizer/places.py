@@ -1,6 +1,7 @@
 """Where tokens lie on a picture: the patch grid, the windows of a Swin layer, and the picture itself.
 
-`grid_of` and `whole_grid` read the keywords that say so; the `Grid` that they give answers everything else.
+`grid_of` and `whole_grid` read the keywords that say so, for analyses, plots and the explorer; the `Grid` that they
+give answers everything else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, TypeAlias, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from ..reading import Array, as_numbers, is_array
+from .errors import few
+from .reading import Array, as_numbers, is_array
 
 Size: TypeAlias = int | tuple[int, int]
 
@@ -100,65 +102,43 @@ class Grid:
         return (self.rows, self.columns) if picture is None else (picture.shape[0], picture.shape[1])
 
 
-def grid_of(options: Patches, keys: int, picture: Array | None) -> Grid:
-    """The grid of that many keys, by a plot's keywords and the picture that the patches cover."""
-    return read_grid(
-        keys,
-        grid=options.get("grid"),
-        image_size=options.get("image_size"),
-        patch_size=options.get("patch_size"),
-        prefix_tokens=options.get("prefix_tokens"),
-        picture_size=None if picture is None else (picture.shape[0], picture.shape[1]),
-    )
+def grid_of(count: int, options: Patches, picture: Array | None = None) -> Grid:
+    """The grid of that many tokens: the one that the keywords describe, or else the only square one.
+
+    >>> grid_of(197, {"prefix_tokens": None})
+    Grid(rows=14, columns=14, prefix=('CLS',))
+
+    `patch_size` without `image_size` divides the picture, (height, width, channels). Without `prefix_tokens`, the
+    tokens that the grid leaves over are prefix tokens. Without a grid either, all tokens, or all but one, must form a
+    square: with more prefixes to choose from, many grids that are no square would become one.
+
+    Raises ValueError where the numbers do not fit; the message has all of them.
+    """
+    prefix_tokens = options.get("prefix_tokens")
+    names, prefix = _read_prefix(prefix_tokens)
+    if prefix is not None and not 0 <= prefix < count:
+        raise ValueError(f"prefix_tokens={prefix_tokens!r} does not leave a patch among {count} tokens")
+    tokens = f"{count} tokens" + ("" if prefix is None else f", {prefix} of them prefix tokens")
+    rows, columns, source = _read_sides(options, picture) or _square(count, prefix, tokens)
+    left = count - rows * columns
+    if left < 0 or (prefix is not None and left != prefix):
+        raise ValueError(
+            f"{source} makes {rows} x {columns} = {rows * columns} patches, which does not fit {tokens}: "
+            f"grid=(rows, columns) and prefix_tokens= must add up to {count}"
+        )
+    if names is None:  # the first is the class token in nearly every model; what the others are called differs
+        names = ["CLS", *(f"token {number}" for number in range(1, left))][:left]
+    return Grid(rows, columns, tuple(names))
 
 
 def whole_grid(options: Patches, picture: Array | None) -> Grid:
     """The grid of a picture that was cut into windows; the keys of one window do not show it."""
     if (prefix_tokens := options.get("prefix_tokens")) not in (None, 0):
         raise ValueError(f"prefix_tokens={prefix_tokens!r}: windows have patches only")
-    grid, image_size, patch_size = options.get("grid"), options.get("image_size"), options.get("patch_size")
-    if grid is None:
-        if image_size is None and picture is not None:
-            image_size = picture.shape[0], picture.shape[1]
-        if image_size is None or patch_size is None:
-            raise ValueError("window= needs grid=(rows, columns) of the whole picture's patches in this layer")
-        size, sides = pair_of("image_size", image_size), pair_of("patch_size", patch_size)
-        grid = size[0] // sides[0], size[1] // sides[1]
-    return Grid(*pair_of("grid", grid))
-
-
-def read_grid(
-    keys: int,
-    *,
-    grid: tuple[int, int] | None = None,
-    image_size: Size | None = None,
-    patch_size: Size | None = None,
-    prefix_tokens: int | Sequence[str] | None = None,
-    picture_size: tuple[int, int] | None = None,
-) -> Grid:
-    """The grid of that many keys: the one that the numbers describe, or else the only square one.
-
-    >>> read_grid(197, prefix_tokens=None)
-    Grid(rows=14, columns=14, prefix=('CLS',))
-
-    `patch_size` without `image_size` divides `picture_size`, the picture's (height, width) in pixels. Without
-    `prefix_tokens`, the keys that the grid leaves over are prefix tokens. Without a grid either, all keys, or all but
-    one, must form a square. Raises ValueError where the numbers do not fit; the message has all of them.
-    """
-    names, count = _read_prefix(prefix_tokens)
-    if count is not None and not 0 <= count < keys:
-        raise ValueError(f"prefix_tokens={prefix_tokens!r} does not leave a patch among {keys} keys")
-    tokens = f"{keys} keys" + ("" if count is None else f", {count} of them prefix tokens")
-    rows, columns, source = _read_sides(grid, image_size, patch_size, picture_size) or _square(keys, count, tokens)
-    left = keys - rows * columns
-    if left < 0 or (count is not None and left != count):
-        raise ValueError(
-            f"{source} makes {rows} x {columns} = {rows * columns} patches, which does not fit {tokens}: "
-            f"grid=(rows, columns) and prefix_tokens= must add up to {keys}"
-        )
-    if names is None:  # the first is the class token in nearly every model; what the others are called differs
-        names = ["CLS", *(f"token {number}" for number in range(1, left))][:left]
-    return Grid(rows, columns, tuple(names))
+    sides = _read_sides(options, picture)
+    if sides is None:
+        raise ValueError("window= needs grid=(rows, columns) of the whole picture's patches in this layer")
+    return Grid(*sides[:2])
 
 
 def _read_prefix(prefix_tokens: int | Sequence[str] | None) -> tuple[list[str] | None, int | None]:
@@ -171,36 +151,38 @@ def _read_prefix(prefix_tokens: int | Sequence[str] | None) -> tuple[list[str] |
     return names, len(names)
 
 
-def _read_sides(
-    grid: tuple[int, int] | None, image_size: Size | None, patch_size: Size | None, picture_size: tuple[int, int] | None
-) -> tuple[int, int, str] | None:
+def _read_sides(options: Patches, picture: Array | None) -> tuple[int, int, str] | None:
     """The rows and columns that the user describes, and the words for the source of these numbers."""
+    grid, image_size, patch_size = options.get("grid"), options.get("image_size"), options.get("patch_size")
     if grid is not None:
         return *pair_of("grid", grid), f"grid={grid}"
     if patch_size is None:
         if image_size is not None:
             raise ValueError(f"image_size={image_size} alone gives no grid: pass patch_size= too")
         return None
-    size = picture_size if image_size is None else pair_of("image_size", image_size)
-    if size is None:
+    if image_size is not None:
+        size = pair_of("image_size", image_size)
+    elif picture is not None:
+        size = picture.shape[0], picture.shape[1]
+    else:
         raise ValueError(f"patch_size={patch_size} alone gives no grid: pass image_size= too, or an image")
     high, wide = pair_of("patch_size", patch_size)
     source = f"an image of {size[0]} x {size[1]} pixels in patches of {high} x {wide}"
     if size[0] % high or size[1] % wide:
-        raise ValueError(f"{source} leaves a rest: image_size= is the size that the model saw")
+        raise ValueError(f"{source} leaves a remainder: image_size= is the size that the model saw")
     return size[0] // high, size[1] // wide, source
 
 
-def _square(keys: int, count: int | None, tokens: str) -> tuple[int, int, str]:
-    """The square that the keys form, or all keys but one."""
-    for prefix in (0, 1) if count is None else (count,):
-        side = math.isqrt(keys - prefix)
-        if side > 0 and side * side == keys - prefix:
+def _square(count: int, prefix: int | None, tokens: str) -> tuple[int, int, str]:
+    """The square that the tokens form, or all tokens but one."""
+    for left in (0, 1) if prefix is None else (prefix,):
+        side = math.isqrt(count - left)
+        if side > 0 and side * side == count - left:
             return side, side, f"a square grid of side {side}"
-    tried = f"neither {keys} nor {keys - 1} is" if count is None else f"{keys - count} is not"
+    tried = f"neither {count} nor {count - 1} is" if prefix is None else f"{count - prefix} is not"
     raise ValueError(
-        f"cannot tell the patch grid of {tokens}: {tried} a square number. Pass grid=(rows, columns), or image_size= "
-        "and patch_size= in pixels; prefix_tokens= says how many tokens come before the patches"
+        f"cannot tell the patch grid of {tokens}: {tried} a square number. Pass grid=(rows, columns); "
+        "prefix_tokens= says how many tokens come before the patches"
     )
 
 
@@ -227,9 +209,8 @@ def word_index(word: str, tokens: Sequence[str]) -> int:
     if len(places) == 1:
         return places[0]
     if places:
-        raise ValueError(f"query={word!r} stands {len(places)} times in query_tokens: pass its index, one of {places}")
-    few = ", ".join(map(repr, tokens[:12])) + (f" and {len(tokens) - 12} more" if len(tokens) > 12 else "")
-    raise ValueError(f"query={word!r} is not in query_tokens: {few}")
+        raise ValueError(f"query={word!r} occurs {len(places)} times in query_tokens: pass its index, one of {places}")
+    raise ValueError(f"query={word!r} is not in query_tokens: {few(tokens, 12)}")
 
 
 @dataclass(frozen=True)

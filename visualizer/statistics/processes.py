@@ -13,10 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import distributed
 
+from .base import gathered
 from .collected import Collected, without_states
 from .heartbeat import Failed, Heartbeat, Lost, Stopped
 from .moments import merge_states
-from .statistic import gathered
 
 _number = count()
 _worlds: WeakKeyDictionary[Any, tuple[int, count[int]]] = WeakKeyDictionary()
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     counts: bool = True
 
 
-class Ranks:
+class Processes:
     """The processes that work together; this one alone where `torch.distributed` is not initialised."""
 
     def __init__(self, timeout: float) -> None:

@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError('visualizer.statistics needs torchmetrics: pip install "get-local[stats]"') from error
 
-from ..analysis.reading import layers_of, without_nan
+from ..analysis.layers import layers_of, without_nan
 from ..maps import AttentionMap, without_autograd
 from .moments import Moments, empty_state, merge_states, state_of, to_one_shape
 from .tokens import Tokens
@@ -61,7 +61,7 @@ class Statistic(Metric):
     axes: ClassVar[int] = 0
     """How many axes the number has besides those of images and heads."""
     number_names: ClassVar[tuple[str, ...]] = ()
-    """What the numbers along one further axis are called, where each is something else: a plot has a panel for each."""
+    """What the numbers along one further axis are called, where each has its own meaning: a plot has a panel each."""
     about: ClassVar[str] = ""
     """What it says of a head, in a line for `visualizer stats --help`."""
     default_for: ClassVar[tuple[Literal["images", "texts"], ...]] = ()
@@ -113,7 +113,7 @@ class Statistic(Metric):
 
     @without_autograd
     def reduced(self, layer: AttentionMap, tokens: Tokens) -> Tensor:
-        """The moments of one layer's call, (5, heads, ...): single samples are not in them any more."""
+        """The moments of one layer's call, (5, heads, ...): they no longer contain single samples."""
         values = self.of(layer, tokens)
         if values.ndim != 2 + self.axes:
             raise ValueError(

@@ -22,7 +22,7 @@ from visualizer.statistics import (
     Tokens,
     collect,
 )
-from visualizer.statistics.statistic import measured
+from visualizer.statistics.base import measured
 
 
 def test_images_that_are_nan_are_no_samples():

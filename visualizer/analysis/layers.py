@@ -1,21 +1,16 @@
-"""What the analyses share: reading layers as AttentionMaps, a function of each layer, checks, the grid of patches."""
+"""What the analyses share: layers as AttentionMaps, a function of each layer, and checks."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..maps import AttentionMap
-from ..reading import Layers, as_numbers, check_least, layers_in
-
-Fusion: TypeAlias = Literal["mean", "max", "min"]
-
-_PREFIXES = (0, 1)  # what a grid is guessed behind: with more to choose from, many grids that are no square become one
+from ..reading import Layers, Reduction, as_numbers, check_least, layers_in
 
 
 def maps_of(attention: Any) -> Layers:
@@ -81,21 +76,20 @@ def like_input(result: Tensor, as_array: bool) -> Any:
     return result.numpy() if as_array else result
 
 
-def as_tensor(values: Any) -> tuple[Tensor, bool]:
-    """Numbers in whatever holds them, detached, and whether they were an array (or a list)."""
-    if isinstance(values, Tensor):
-        return values.detach(), False
-    return torch.from_numpy(np.array(values)), True
+def as_floats(values: Any) -> tuple[Tensor, bool]:
+    """Numbers in whatever holds them as a detached tensor of float64 or float32, and whether they were an array."""
+    tensor = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32), not isinstance(values, Tensor)
 
 
-def fused(rows: Tensor, heads: Fusion) -> Tensor:
+def fused(rows: Tensor, heads: Reduction) -> Tensor:
     """Rows (batch, heads, queries, keys) as those of the map that the heads make together; new, free to be changed."""
     return rows.mean(1) if heads == "mean" else rows.amax(1) if heads == "max" else rows.amin(1)
 
 
 def check_heads(heads: Any) -> None:
     """Raise ValueError unless this is a way to make one map of the heads."""
-    if heads not in get_args(Fusion):
+    if heads not in get_args(Reduction):
         raise ValueError(f'heads={heads!r}: pass "mean", "max" or "min"')
 
 
@@ -124,25 +118,3 @@ def check_tokens(maps: list[AttentionMap], what: str) -> None:
             )
         if why is not None:
             raise ValueError(f"{what} multiplies square maps of the same tokens, and {why}. Leave such layers out")
-
-
-def patches(tokens: int, grid: tuple[int, int] | None, prefix_tokens: int | None) -> tuple[int, int, int]:
-    """(rows, columns, prefix tokens) of that many tokens, as told or guessed."""
-    if grid is not None:
-        rows, columns = grid
-        left = tokens - rows * columns
-        if rows < 1 or columns < 1 or left < 0 or (prefix_tokens is not None and left != prefix_tokens):
-            before = "" if prefix_tokens is None else f" behind {prefix_tokens} prefix tokens"
-            raise ValueError(
-                f"grid={grid!r} makes {rows * columns} patches, which does not fit {tokens} tokens{before}"
-            )
-        return rows, columns, left
-    for prefix in _PREFIXES if prefix_tokens is None else (prefix_tokens,):
-        side = math.isqrt(max(0, tokens - prefix))
-        if prefix >= 0 and side > 0 and side * side == tokens - prefix:
-            return side, side, prefix
-    less = "0 or 1" if prefix_tokens is None else f"{prefix_tokens!r}"
-    raise ValueError(
-        f"cannot tell the patch grid of {tokens} tokens: less {less} prefix tokens they are no square. Pass "
-        "grid=(rows, columns), or prefix_tokens= of a square with registers"
-    )
