@@ -131,6 +131,12 @@ def maps_of(function, *args, **kwargs):
     return maps
 
 
+is_recent = pytest.mark.skipif(
+    not hasattr(torch.library, "custom_op"), reason="torch before 2.4 does not have all of it"
+)
+
+
+@is_recent
 class TestOperators:
     BIAS = torch.linspace(-2, 2, Q * K).view(Q, K)
 
@@ -169,6 +175,7 @@ class TestOperators:
         assert call.dropout
 
 
+@is_recent
 class TestNestedTensors:
     @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
     @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)

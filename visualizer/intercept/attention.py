@@ -47,7 +47,7 @@ def attention(
     torch.Size([1, 2, 5, 5])
 
     It sees `F.scaled_dot_product_attention` under any name, `flex_attention`, `nn.MultiheadAttention` and what is built
-    on it, the kernels registered in transformers' `AttentionInterface`, those of flash_attn and xformers, a softmax
+    on it, the kernels of flash-attn and xformers, those registered in transformers' `AttentionInterface`, a softmax
     over the last axis between two matrix products, and deformable attention, of whose map `source` has the points and
     their weights. The weights are what is multiplied with the values, without dropout; where that is not one softmax,
     `softmaxes` of the map has the softmaxes it was made of. Heads and batch are told apart by what the model does with
@@ -58,7 +58,7 @@ def attention(
 
     The model's output does not change; where torch has a native path for encoders (under `no_grad`), which is not taken
     meanwhile, it is the same to rounding. A warning names each class called attention that ran without a map, such as
-    linear attention or the kernel of another library.
+    linear attention, and each that called what may be a kernel that is not known.
 
     Args:
         model: whose calls are recorded, in all threads.
