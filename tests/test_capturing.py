@@ -305,6 +305,7 @@ class TestMemory:
         finally:
             gc.enable()
 
+    @pytest.mark.filterwarnings("ignore:.*kept by reference")
     @pytest.mark.parametrize("keep", ["numpy", "graph", "callable"])
     @pytest.mark.parametrize("reads", ["before the end", "after it", "never"])
     def test_however_it_was_read(self, keep, reads):
@@ -371,7 +372,7 @@ class TestMemory:
             return None
 
         def taken_out(take):
-            with capture(forward, "value") as found:
+            with capture(forward, "value", keep="graph") as found:
                 alive = weakref.WeakSet([value := Value()])
                 forward(value)
                 del value

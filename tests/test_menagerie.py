@@ -95,14 +95,8 @@ def test_a_missing_map_and_one_too_many_are_told(seen):
 
 
 def test_the_page_has_a_row_for_every_model():
-    exact = {
-        "outcome": "exact",
-        "how": "pixels",
-        "maps": 2,
-        "kinds": {"self": 2},
-        "reasons": {},
-        "answers": {"found": 2},
-    }
+    exact = {"outcome": "exact", "how": "pixels", "maps": 2, "kinds": {"self": 2}, "reasons": {}}
+    exact["answers"] = {"found": 2}
     wrong = {**exact, "outcome": "wrong", "reasons": {"kind: None in place of self": 1}}
     lost = {"outcome": "not built", "why": "ValueError: a | b"}
     lines = page([{"library": "timm", "name": name, **one} for name, one in zip("abc", (exact, wrong, lost))])

@@ -15,7 +15,7 @@ from types import CellType, CodeType, FunctionType
 import pytest
 
 from visualizer.errors import RewriteError, UnknownLocalError
-from visualizer.rewrite import HOOK, assigned_lines, local_names, rewrite
+from visualizer.rewrite import HOOK, Capture, assigned_lines, local_names, original_of, rewrite, rewrite_for
 
 
 def instrument(function, *names, at="return"):
@@ -103,6 +103,36 @@ def test_rewritten_code_can_be_rewritten_again():
     types.FunctionType(code, {HOOK: lambda *call: seen.append(call)})(1)
     line = forward.__code__.co_firstlineno + 1
     assert [("three", None), ("three", ("attn", line, 2)), ("one", 2), ("two", 1)] == seen
+
+
+def test_the_same_code_is_rewritten_for_many_keys():
+    """The second time only the keys are exchanged."""
+
+    def scale(x):
+        attn = 2 * x
+        return attn, "__get_local__#1"
+
+    def other(x):
+        attn = 3 * x
+        return attn, "the key"
+
+    for function, factor in ((scale, 2), (other, 3), (scale, 2)):
+        for keys in (["a", "b"], ["b", "a"], ["the key", "__get_local__#0"], ["c", "c"]):
+            captures = [Capture(("attn",), "return", keys[0]), Capture(("x",), "assign", keys[1])]
+            calls = []
+            code = rewrite_for(function.__code__, captures)
+            twin = FunctionType(code, {HOOK: lambda *call, calls=calls: calls.append(call)})
+            assert function(5) == twin(5)
+            assert [(keys[1], None), (keys[0], 5 * factor)] == calls
+            assert original_of(code) is function.__code__
+
+
+def test_equal_code_of_two_files_keeps_its_file():
+    source = "def f(x):\n    attn = x\n    return attn\n"
+    spaces = [{}, {}]
+    for name, space in zip(("one.py", "two.py"), spaces, strict=True):
+        exec(compile(source, name, "exec"), space)
+    assert ["one.py", "two.py"] == [rewrite(s["f"].__code__, ["attn"], key="k").co_filename for s in spaces]
 
 
 def test_a_raising_hook_leaves_the_function_by_its_own_error_cold_and_warm():

@@ -300,7 +300,7 @@ class TestTheCollector:
                     time.sleep(0.3)  # the other thread holds the one for switching, and waits for the store's
                     last.clear()
 
-            found = capture(halve, "attn", limit=1).start()
+            found = capture(halve, "attn", limit=1, keep="graph").start()
             thread = threading.Thread(target=found.stop)
             halve(Value())
             halve(1)

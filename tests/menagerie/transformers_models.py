@@ -77,9 +77,8 @@ def build(name: str) -> Iterator[tuple[str, torch.nn.Module, Any, Any]]:
                     continue
                 yield f"{model_class.__name__}({label})", model, run, _answers(model, inputs)
                 return
-    raise NotBuilt(
-        "; ".join(dict.fromkeys(errors)) or "no model class with a forward pass of its own has this configuration"
-    )
+    said = "; ".join(dict.fromkeys(errors))
+    raise NotBuilt(said or "no model class with a forward pass of its own has this configuration")
 
 
 def _config(config_class: Any, shrink: Any, name: str) -> Any:

@@ -65,6 +65,8 @@ def rewrite(code: CodeType, names: Sequence[str], *, at: At = "return", key: str
 def rewrite_for(code: CodeType, captures: Sequence[Capture]) -> CodeType:
     """A code object that does what `code` does and makes the hook calls of all the captures, in their order.
 
+    Code that is rewritten again for other keys takes a fraction of the time: only the keys are exchanged.
+
     Raises:
         UnknownLocalError: `code` has no local of that name.
         RewriteError: the result cannot be proved to do the same; the message has the reason.
@@ -75,6 +77,27 @@ def rewrite_for(code: CodeType, captures: Sequence[Capture]) -> CodeType:
     for name in (name for capture in captures for name in capture.names):
         if name not in known:
             raise UnknownLocalError(f"{code.co_qualname} has no local {name!r}; it has {', '.join(known)}")
+    keys = {f"{HOOK}#{number}": capture.key for number, capture in enumerate(captures)}
+    if any(constant in keys for constant in code.co_consts if isinstance(constant, str)):
+        return _rewritten(code, captures)
+    unnamed = tuple(capture._replace(key=key) for key, capture in zip(keys, captures, strict=True))
+    # Found by identity: code objects that are equal may be of different files.
+    _, templates = _templates.setdefault(id(code), (code, {}))
+    if unnamed not in templates:
+        templates[unnamed] = _rewritten(code, unnamed)
+    template = templates[unnamed]
+    if len(_templates) > _MOST_TEMPLATES:
+        _templates.clear()
+    constants = (keys.get(one, one) if isinstance(one, str) else one for one in template.co_consts)
+    return template.replace(co_consts=tuple(constants))
+
+
+_MOST_TEMPLATES = 1000
+_templates: dict[int, tuple[CodeType, dict[tuple[Capture, ...], CodeType]]] = {}
+"""What the last functions were rewritten to, with stand-ins for the keys, by the `id` of their code, which is kept."""
+
+
+def _rewritten(code: CodeType, captures: Sequence[Capture]) -> CodeType:
     from .writer import Writer
 
     writer = Writer(code)
