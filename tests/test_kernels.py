@@ -131,6 +131,12 @@ def maps_of(function, *args, **kwargs):
     return maps
 
 
+is_recent = pytest.mark.skipif(
+    not hasattr(torch.library, "custom_op"), reason="torch before 2.4 does not have all of it"
+)
+
+
+@is_recent
 class TestOperators:
     BIAS = torch.linspace(-2, 2, Q * K).view(Q, K)
 
@@ -169,6 +175,7 @@ class TestOperators:
         assert call.dropout
 
 
+@is_recent
 class TestNestedTensors:
     @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
     @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
@@ -342,6 +349,17 @@ class TestFlashAttention:
         rows = torch.tensor([1, 0])
         output = kernels_by_hand.attend_batch(q, k[rows], v[rows], **hand)
         assert_is_output(kernels.flash_attn_with_kvcache(output, q, k, v, cache_batch_idx=rows, **options))
+
+    def test_packed_queries_and_a_cache(self, options):
+        """As flash attention 3 has it."""
+        q, (k, v) = packed_inputs()[0], self.batch()[1:]
+        lengths = torch.tensor([5, 7])
+        ends = kernels_by_hand.pairs(STARTS), [(0, 5), (K, K + 7)]
+        output = kernels_by_hand.attend_packed(q, k.flatten(0, 1), v.flatten(0, 1), *ends, **by_hand(options))
+        new = {"k": q[:, :2], "cu_seqlens_k_new": STARTS, "cache_seqlens": lengths - STARTS.diff()}
+        for own in ({"cache_seqlens": lengths}, new):
+            call = kernels.flash_attn_with_kvcache(output, q, k, v, cu_seqlens_q=STARTS, **own, **options)
+            assert_is_output(call)
 
     @pytest.mark.parametrize("name", ["block_table", "page_table"])
     def test_a_cache_in_pages(self, options, name):

@@ -47,7 +47,7 @@ def attention(
     torch.Size([1, 2, 5, 5])
 
     It sees `F.scaled_dot_product_attention` under any name, `flex_attention`, `nn.MultiheadAttention` and what is built
-    on it, the kernels registered in transformers' `AttentionInterface`, those of flash_attn and xformers, a softmax
+    on it, the kernels of flash-attn and xformers, those registered in transformers' `AttentionInterface`, a softmax
     between two matrix products, or a sigmoid, a relu or whatever else makes scores weights that are not negative, and
     deformable attention, of whose map `source` has the points and their weights. The weights are what is multiplied
     with the values, without dropout; where that is not one softmax, `is_softmax` of the map is False, and `softmaxes`
@@ -59,7 +59,7 @@ def attention(
 
     The model's output does not change; where torch has a native path for encoders (under `no_grad`), which is not taken
     meanwhile, it is the same to rounding. A warning names each class called attention that ran without a map, such as
-    linear attention or the kernel of another library.
+    linear attention, and each that called what may be a kernel that is not known.
 
     Args:
         model: whose calls are recorded, in all threads.
@@ -181,13 +181,20 @@ class Maps(Recorded, Sequence[Any]):
             )
             if not is_there:
                 yield f"no attention was seen in {layer!r}, one of the layers to record; it was in {_some(paths)}."
-        for name, unmapped in watch.without_maps().items():
+        for (name, calls_unseen), unmapped in watch.without_maps().items():
             more = f" and {len(unmapped) - 1} more" if len(unmapped) > 1 else ""
-            yield (
-                f"{name} ({unmapped[0]!r}{more}) ran, but no softmax of it stands between two matrix products: it has "
-                "no map here. Linear attention has none at all; a kernel of another library is not seen: switch it off "
-                '(attn_implementation="sdpa" in transformers).'
-            )
+            where = f"{name} ({unmapped[0]!r}{more})"
+            if calls_unseen:
+                yield (
+                    f"{where} called a function that is not torch's, and not known here, with what may be query, key "
+                    "and value: if that attends, it has no map here. Choose a kernel that is seen, such as "
+                    'attn_implementation="sdpa" in transformers.'
+                )
+            else:
+                yield (
+                    f"{where} ran, but no softmax of it stands between two matrix products, and it called no kernel: "
+                    "it has no map here. Linear attention has none at all."
+                )
 
     def __enter__(self) -> Maps:
         was_running = self.is_running

@@ -36,6 +36,8 @@ class Watcher(Protocol):
 _lock = threading.Lock()
 _watchers: list[weakref.ref[Any]] = []
 _wrapped: dict[str, tuple[Any, Any]] = {}  # the function before and its wrapper, by the name of the interface
+_looked_through: dict[str, tuple[int, int]] = {}  # the modules, and how much was in them
+_found: weakref.WeakKeyDictionary[FunctionType, str] = weakref.WeakKeyDictionary()
 _swapped: dict[FunctionType, tuple[CodeType, CodeType, bool]] = {}  # the codes before and now; is the signature ours
 _here = threading.local()  # `is_hidden`: calls of other libraries' functions are a part of the one under way
 
@@ -51,12 +53,10 @@ def begin(watcher: Watcher) -> None:
                 wrapper = _wrapper(name, original)
                 _wrapped[name] = original, wrapper
                 functions[name] = wrapper
-        for module in [*sys.modules.values()]:
-            members = getattr(module, "__dict__", {})
-            for name, kernel in FUNCTIONS.items():
-                function = members.get(name)
-                if type(function) is FunctionType and function is not kernel and function not in _swapped:
-                    _swap(name, function)
+        _find()
+        for function, name in [*_found.items()]:
+            if function not in _swapped:
+                _swap(name, function)
 
 
 def end(watcher: Watcher) -> None:
@@ -78,6 +78,20 @@ def end(watcher: Watcher) -> None:
                 vars(function).pop("__signature__", None)
         _wrapped.clear()
         _swapped.clear()
+
+
+def _find() -> None:
+    """Find the functions of other libraries, in modules that are new or have more in them than before."""
+    for path, module in [*sys.modules.items()]:
+        members = getattr(module, "__dict__", {})
+        state = id(module), len(members)
+        if _looked_through.get(path) == state:
+            continue
+        _looked_through[path] = state
+        for name, kernel in FUNCTIONS.items():
+            function = members.get(name)
+            if type(function) is FunctionType and function is not kernel:
+                _found[function] = name
 
 
 def _interface() -> Any:

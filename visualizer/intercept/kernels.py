@@ -297,9 +297,11 @@ def flash_attn_with_kvcache(
     cache_leftpad: Tensor | None = None,
     block_table: Tensor | None = None,
     page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
     **options: Any,
 ) -> FusedCall:
-    """`flash_attn.flash_attn_with_kvcache`, behind which the cache has the new keys too."""
+    """`flash_attn.flash_attn_with_kvcache`, behind which the cache has the new keys too; queries may be packed."""
     table = page_table if block_table is None else block_table
     if table is not None:
         k_cache, v_cache = _paged(k_cache, table), _paged(v_cache, table)
@@ -307,9 +309,11 @@ def flash_attn_with_kvcache(
         k_cache, v_cache = k_cache[cache_batch_idx.long()], v_cache[cache_batch_idx.long()]
     lengths = cache_seqlens
     if isinstance(lengths, int):
-        lengths = torch.full((len(q),), lengths, device=q.device)
+        lengths = torch.full((len(k_cache),), lengths, device=q.device)
     if lengths is not None and k is not None:
-        lengths = lengths + k.shape[1]
+        lengths = lengths + (k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new.diff())
+    if cu_seqlens_q is not None:
+        return flash_attn_varlen_func(output, q, k_cache, v_cache, cu_seqlens_q, seqused_k=lengths, **options)
     if lengths is None and cache_leftpad is None:
         return _flash(output, q, k_cache, v_cache, None, **options)
     places = unpacked(q.shape[1], k_cache.shape[1], q.device, cache_leftpad, lengths)

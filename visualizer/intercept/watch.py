@@ -26,6 +26,7 @@ from ..tensors import is_plain_torch, why_unreal
 from . import extensions, functions
 from .axes import Order, Output
 from .copies import AttentionCall
+from .gaps import Gap
 from .kernels import KERNELS, FusedCall, as_computed, in_four_axes, multi_head_attention, name_of
 from .modules import (
     ModuleCall,
@@ -52,6 +53,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.calls: list[ModuleCall] = []
+        self.gaps: list[Gap | None] = []  # of each call; None once it attended, or was looked through before
         self.is_watched = False  # by a mode that ends with the outermost call
         self.is_in_block = False  # by a mode that ends with the recording
         self.heads: int | None = None  # of the nn.MultiheadAttention under way
@@ -66,6 +68,7 @@ class _Thread(threading.local):
     def forget(self) -> None:
         """Forget the calls under way, which have ended."""
         self.calls.clear()
+        self.gaps.clear()
         self.pending.clear()
         self.tracing.lineage.clear()
         self.sampling.lineage.clear()
@@ -106,6 +109,9 @@ class Watch:
         self._thread = _Thread()
         self._mode = _Mode(self)
         self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
+        self._called_unseen: dict[str, str] = {}  # the classes of modules that called what may attend, by their paths
+        # The classes of modules of which one called nothing unseen, and the paths of those that attended.
+        self._looked_through: set[type | str] = set()
         self._attended: set[str] = set()  # the paths of modules with maps
         self._refused: set[str] = set()  # the paths of modules whose calls cannot be recorded
         self._uncompiled = Uncompiled()
@@ -158,16 +164,21 @@ class Watch:
     @property
     def has_seen_attention(self) -> bool:
         """Whether anything ran that attends, or is called attention."""
-        return bool(self._ran or self._attended or self._refused)
+        return bool(self._ran or self._called_unseen or self._attended or self._refused)
 
-    def without_maps(self) -> dict[str, list[str]]:
-        """By their class, the paths of the modules that are called attention, and ran without a map."""
-        found: dict[str, list[str]] = {}
-        for path, name in self._ran.items():
-            near = any(is_within(path, other) or is_within(other, path) for other in self._attended)
-            has_inner = any(is_within(other, path) for other in self._ran if other != path)
+    def without_maps(self) -> dict[tuple[str, bool], list[str]]:
+        """The paths of modules that ran without a map, and are called attention or called what may attend.
+
+        They come by their class and whether they called a function that is not torch's.
+        """
+        found: dict[tuple[str, bool], list[str]] = {}
+        ran = self._ran | self._called_unseen
+        for path, name in ran.items():
+            known = {*self._attended, *self._refused}
+            near = any(is_within(path, other) or is_within(other, path) for other in known)
+            has_inner = any(is_within(other, path) for other in ran if other != path)
             if not near and not has_inner:
-                found.setdefault(name, []).append(path)
+                found.setdefault((name, path in self._called_unseen), []).append(path)
         return found
 
     def call_arguments(self, name: str) -> list[Any]:
@@ -188,21 +199,44 @@ class Watch:
                 thread.is_watched = True
             thread.frame = sys._getframe(2)  # behind the hook
         thread.calls.append(ModuleCall(path, module, args, kwargs))
+        outer = thread.gaps[-1] if thread.gaps else None
+        is_new = type(module) not in self._looked_through and path not in self._looked_through
+        thread.gaps.append(None)
+        if is_new or outer is not None:
+            with self._unharmed(), torch._C.DisableTorchFunction():  # the mode would see what looks at the tensors
+                if outer is not None:
+                    outer.taken((args, kwargs))
+                if is_new:
+                    thread.gaps[-1] = Gap(args, kwargs)
 
     def _end_call(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         thread = self._thread
         if not thread.calls or thread.calls[-1].module is not module:
             return None  # the call began before recording did
         try:
+            self._end_gap(path, module, output)
             if thread.pending:
                 self._file_settled(len(thread.calls))
         finally:
             call = thread.calls.pop()
+            thread.gaps.pop()
             if is_called_attention(type(module).__qualname__):
                 self._ran[path] = type(module).__qualname__
             if not thread.calls:
                 self._leave(thread)
         return None if output is None else as_native(call, output)
+
+    def _end_gap(self, path: str, module: nn.Module, output: Any) -> None:
+        gaps = self._thread.gaps
+        gap, outer = gaps[-1], gaps[-2] if len(gaps) > 1 else None
+        if output is None or (gap is None and outer is None):
+            return
+        with self._unharmed(), torch._C.DisableTorchFunction():
+            if gap is not None:
+                self._note_unseen(gap.is_of_gap(output[0] if isinstance(output, tuple) else output))
+                self._looked_through.add(path if path in self._called_unseen else type(module))
+            if outer is not None:
+                outer.made(output)
 
     def _leave(self, thread: _Thread) -> None:
         """End what belongs to the outermost call."""
@@ -228,7 +262,20 @@ class Watch:
             try:
                 thread.provenance.note(func, args, kwargs, result)
             except Exception as error:
-                self._refuse(error)
+                self._refuse(thread.calls, error)
+
+    def look_for_gaps(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Look whether something that is not seen ran before a function, which has run now."""
+        thread = self._thread
+        gap = thread.gaps[-1] if thread.gaps else None
+        if gap is not None:
+            with self._unharmed():
+                self._note_unseen(gap.saw(func, args, kwargs, result))
+
+    def _note_unseen(self, has_gap: bool) -> None:
+        if has_gap:
+            call = self._thread.calls[-1]
+            self._called_unseen.setdefault(call.path, type(call.module).__qualname__)
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions for a module, and record it if it attends."""
@@ -388,6 +435,9 @@ class Watch:
 
     def _is_refused(self, path: str, example: Tensor) -> bool:
         """Whether a call's tensors cannot be recorded; a warning says why, once for each module."""
+        if self._thread.gaps[-1] is not None:
+            self._thread.gaps[-1] = None
+            self._looked_through.add(path)
         if type(example) is Tensor and example.is_cpu and not example.is_nested and is_plain_torch(torch):
             self._attended.add(path)  # as nearly always
             return False
@@ -570,4 +620,5 @@ class _Mode(TorchFunctionMode):
         looks_at = watch.looks_at(func, args)
         result = watch.see(func, args, kwargs) if looks_at else func(*args, **kwargs)
         watch.note(func, args, kwargs, result)
+        watch.look_for_gaps(func, args, kwargs, result)
         return result
