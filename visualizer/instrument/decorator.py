@@ -18,6 +18,7 @@ from . import compiled, patches
 from .arguments import check_at, check_count, check_max_bytes, check_names
 from .explanations import why_shared
 from .functions_with import has_local
+from .reruns import mark_reruns
 from .sites import function_with
 from .untraced import never_compiled
 
@@ -318,6 +319,7 @@ class GetLocal:
     def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: float | None) -> None:
         if active:
             compiled.prepare()
+            mark_reruns()
         with compiled.compiler_paused(), patches.switching:
             decorated = list(self._decorated.items())
             pairs = [(function, channel) for function, (_, channels) in decorated for channel in channels]

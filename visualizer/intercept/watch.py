@@ -22,7 +22,8 @@ from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from ..errors import warn
-from ..instrument import Uncompiled, named_modules
+from ..instrument import Uncompiled, mark_reruns, named_modules
+from ..store import is_recorded
 from ..tensors import why_unreal
 from . import interface
 from .axes import Order, Output
@@ -105,6 +106,7 @@ class Watch:
         self._attended: set[str] = set()  # the paths of modules with maps
         self._refused: set[str] = set()  # the paths of modules whose calls cannot be recorded
         self._uncompiled = Uncompiled()
+        mark_reruns()
         self._handles: list[Any] = []
         scripted = []
         for path, module in modules:
@@ -329,6 +331,8 @@ class Watch:
 
     def _is_refused(self, path: str, example: Tensor) -> bool:
         """Whether a call's tensors cannot be recorded; a warning says why, once for each module."""
+        if not is_recorded():  # torch.jit.trace compares
+            return True
         reason = why_unreal(example)
         if reason is None and torch._C._functorch.is_functorch_wrapped_tensor(example):
             reason = "was inside a transform of torch.func, such as vmap"
