@@ -5,6 +5,7 @@ from .capturing import Captured, capture
 from .compiled import Uncompiled, compiler_trouble
 from .decorator import Activation, GetLocal, get_local
 from .module_paths import named_modules
+from .reruns import mark_reruns
 
 __all__ = [
     "Activation",
@@ -15,5 +16,6 @@ __all__ = [
     "check_max_bytes",
     "compiler_trouble",
     "get_local",
+    "mark_reruns",
     "named_modules",
 ]

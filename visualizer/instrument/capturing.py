@@ -14,6 +14,7 @@ from ..tensors import Keep, check_keep
 from . import compiled, patches
 from .arguments import check_at, check_count, check_max_bytes, check_names
 from .explanations import never_reached
+from .reruns import mark_reruns
 from .sites import Site, beginning, sites_of
 from .untraced import never_compiled
 
@@ -132,6 +133,7 @@ class Captured(Cache):
         [2]
         """
         compiled.prepare()
+        mark_reruns()
         with compiled.compiler_paused(), patches.switching:
             if self._is_running:
                 return self

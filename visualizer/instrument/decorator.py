@@ -19,6 +19,7 @@ from .arguments import check_at, check_count, check_max_bytes, check_names
 from .explanations import why_shared
 from .functions_with import has_local
 from .origins import Origin, Origins
+from .reruns import mark_reruns
 from .sites import function_with
 from .untraced import never_compiled
 
@@ -296,6 +297,7 @@ class GetLocal:
     def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: float | None) -> None:
         if active:
             compiled.prepare()
+            mark_reruns()
         with compiled.compiler_paused(), patches.switching:
             decorated = list(self._decorated.items())
             pairs = [(function, channel) for function, (_, channels) in decorated for channel in channels]

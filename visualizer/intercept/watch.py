@@ -21,7 +21,8 @@ from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from ..errors import warn
-from ..instrument import Uncompiled, named_modules
+from ..instrument import Uncompiled, mark_reruns, named_modules
+from ..store import is_recorded
 from ..tensors import is_plain_torch, why_unreal
 from . import extensions, functions
 from .axes import Order, Output
@@ -116,6 +117,7 @@ class Watch:
         self._refused: set[str] = set()  # the paths of modules whose calls cannot be recorded
         self._uncompiled = Uncompiled()
         self._has_ended = False
+        mark_reruns()
         self._handles: list[Any] = []
         scripted = []
         for path, module in modules:
@@ -435,6 +437,8 @@ class Watch:
 
     def _is_refused(self, path: str, example: Tensor) -> bool:
         """Whether a call's tensors cannot be recorded; a warning says why, once for each module."""
+        if not is_recorded():  # torch.jit.trace compares
+            return True
         if self._thread.gaps[-1] is not None:
             self._thread.gaps[-1] = None
             self._looked_through.add(path)

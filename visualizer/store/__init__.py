@@ -5,7 +5,7 @@
 
 from .budget import NO_LIMIT, Budget, bytes_by_device, memory_of
 from .cache import Cache
-from .channel import Channel, listener, receive
+from .channel import Channel, is_recorded, listener, receive, unrecorded
 from .destination import check_destination
 from .locks import ForkSafeLock
 from .records import Record, Saved
@@ -29,8 +29,10 @@ __all__ = [
     "bytes_by_device",
     "check_destination",
     "human",
+    "is_recorded",
     "listener",
     "memory_of",
     "receive",
     "stacked",
+    "unrecorded",
 ]

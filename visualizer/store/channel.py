@@ -12,8 +12,8 @@ import os
 import signal
 import sys
 from _thread import get_ident
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from traceback import walk_tb
 from types import CodeType
@@ -21,7 +21,7 @@ from typing import Any
 
 from ..errors import VisualizerWarning, shown
 from ..rewrite import At, assigned_lines, deletes
-from ..tensors import Keep, is_array, is_tensor, keeper, runs_foreign_code, why_unreal
+from ..tensors import Keep, is_array, is_tensor, keeper, kind_of, runs_foreign_code, why_unreal
 from .budget import LARGEST, NUMBER_BYTES, Purse
 from .quick import SMALL_ARRAY, Quick, is_light, quick_keeper
 from .store import Call, Put, Store
@@ -29,7 +29,8 @@ from .store import Call, Put, Store
 _listening: dict[str, Channel] = {}
 
 _keeping: set[int] = set()
-"""The threads that are running foreign code to convert a value. Calls of that code are not calls of the model."""
+"""The threads that run foreign code to convert a value, or in which torch runs the model again for its own purposes.
+Calls of that code are not calls of the model."""
 
 _raised: dict[int, Exception] = {}
 """By thread, what a `keep` function has just raised: of all errors in recording, these alone reach the program."""
@@ -64,6 +65,24 @@ def receive(key: str, value: Any) -> None:
             raise
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Within it, no call in this thread is recorded."""
+    thread = get_ident()
+    was_recorded = thread not in _keeping
+    _keeping.add(thread)
+    try:
+        yield
+    finally:
+        if was_recorded:
+            _keeping.discard(thread)
+
+
+def is_recorded() -> bool:
+    """Whether calls in this thread are those of a program, which may be recorded."""
+    return get_ident() not in _keeping
+
+
 def _ignore(value: Any) -> None:
     pass
 
@@ -76,6 +95,15 @@ def _forget_other_threads() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_other_threads)
+
+
+def _is_traced(value: Any) -> bool:
+    """Whether copying a value would become part of what torch.jit.trace is tracing."""
+    return (
+        kind_of(value) in ("tensor", "container")
+        and (torch := sys.modules.get("torch")) is not None
+        and (torch._C._get_tracing_state() is not None)
+    )
 
 
 def _is_of_signal_handler(error: Exception) -> bool:
@@ -271,6 +299,15 @@ class Channel:
 
         An error of a `keep` function is raised, with the variable and its function named, and remembered.
         """
+        if self._keep != "graph" and _is_traced(value):
+            # torch.jit.trace has real numbers, and our copies are not for its graph.
+            core = sys.modules["torch"]._C
+            tracing = core._get_tracing_state()
+            core._set_tracing_state(None)
+            try:
+                return self._guarded(name, value, copies, path)
+            finally:
+                core._set_tracing_state(tracing)
         if self._keep != "graph" and (reason := why_unreal(value)) is not None:
             self.pass_over(name, reason)
             return receive
