@@ -152,6 +152,7 @@ class TookTooLong(BaseException):
 def compared(where: str, name: str) -> dict[str, Any]:
     """The outcome for one model."""
     from menagerie.judging import judge
+    from menagerie.making import NotBuilt
 
     def end(*_: Any) -> None:
         raise TookTooLong
@@ -167,8 +168,9 @@ def compared(where: str, name: str) -> dict[str, Any]:
     except TookTooLong:
         return {"outcome": "not built", "why": f"took more than {SECONDS} s"}
     except Exception as error:
-        what = "" if type(error).__name__ == "NotBuilt" else f"{type(error).__name__}: "
-        return {"outcome": "failed" if is_built else "not built", "why": f"{what}{error}"[:700]}
+        is_known = isinstance(error, NotBuilt)
+        why = str(error) if is_known else f"{type(error).__name__}: {error}"
+        return {"outcome": "failed" if is_built and not is_known else "not built", "why": why[:700]}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     wrong = {reason for reason in outcome["reasons"] if not reason.startswith("(")}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from visualizer import attention
 
-from .making import BATCH
+from .making import BATCH, NotBuilt
 from .reading import Reading, Seen, read, taken_apart
 
 TOLERANCE = 2e-5
@@ -48,6 +48,9 @@ def judge(model: torch.nn.Module, run: Any, answers: Any = None) -> dict[str, An
             after = _tensors(run())
         words = [str(one.message).splitlines()[0][:300] for one in said if "visualizer" in type(one.message).__module__]
         reading = read(model, run)
+        apart = _gap(before, _tensors(reading.output))
+        if apart is None or apart > 1e-2 * max([1.0, *(float(one.abs().max()) for one in before if one.numel())]):
+            raise NotBuilt(f"the model computes something else while it is read (by {apart})")
         reasons, compared = _compared(reading, list(maps))
         if reasons:  # a deep model may make much of the rounding of its kernels: both with the same ones
             with taken_apart(), attention(model) as same_kernels:
