@@ -36,8 +36,8 @@ of them were found, of how many.
 """
 
 
-def page(results: list[dict[str, Any]]) -> str:
-    """The page for some results."""
+def page(results: list[dict[str, Any]], missing: int = 0) -> str:
+    """The page for some results, and for how many models there are none yet."""
     by_library: dict[str, list[dict[str, Any]]] = {}
     for one in results:
         by_library.setdefault(one["library"], []).append(one)
@@ -49,6 +49,8 @@ def page(results: list[dict[str, Any]]) -> str:
         total.update(count)
         text += _counts(PACKAGES[name], count)
     text += _counts("all", total)
+    if missing:
+        text += f"\n**{missing} more models have not been compared yet.**\n"
     text += "\n" + _share(results) + "\n" + _why(results)
     for name in order:
         text += (

@@ -155,6 +155,9 @@ def _smaller(config: Any, shrink: Any) -> Any:
         for key, value in values.items()
         if key in accepted and key not in ("transformers_version", "architectures", "id2label", "label2id", "dtype")
     }
+    outs = changed.get("out_indices") or _plain(config).get("out_indices")
+    if outs and list(outs) != list(usual.get("out_indices") or []):
+        values["out_indices"] = list(outs)  # taken, though the signature does not say so
     values.update(FIXED.get(config.model_type, {}))
     return type(config)(**values)
 
@@ -212,6 +215,8 @@ def _shrunk(values: dict[str, Any], config: Any, narrow: bool = True, keeps: Any
             if _TOKEN.search(key) and value > 40 and not number != value:
                 tokens += 1
                 number = 99 - tokens
+            if isinstance(head_list, (list, tuple)) and _WIDTH.search(key) and narrow:
+                number = min(value, 16 * head_list[0])
             if number != value:
                 made[key] = number
         elif isinstance(value, float):
@@ -330,6 +335,8 @@ def _list(key: str, value: list[Any], layers: int, kept: list[int], heads: Any, 
         if isinstance(heads, (list, tuple)) and len(heads) == len(value):
             return [min(one, max(16 * head, 32)) for one, head in zip(value, heads)]
         return [min(one, 32 * (number + 1)) for number, one in enumerate(value)]
+    if key == "decoder_in_channels":
+        return [min(one, WIDTH) for one in value]
     if key in ("conv_dim", "tdnn_dim") and all(map(_is_int, value)):
         return [min(one, 32) for one in value]
     return value
@@ -662,10 +669,14 @@ class _Makers:
 FIXED: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {"max_length": 64, "num_mel_bins": 32},
     "blip-2": {"image_token_index": 90},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_ocr2_text": {"num_experts_per_tok": 2},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass": {"num_hidden_layers": 4},
-    "cohere_compass_text": {"num_hidden_layers": 4},
+    **{
+        key: {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+        for key in ("cohere_compass", "cohere_compass_text")
+    },
     **{
         key: {"prediction_length": 8, "context_length": 24, "lags_sequence": [1, 2], "num_time_features": 1}
         for key in ("autoformer", "informer", "time_series_transformer")
