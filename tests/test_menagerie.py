@@ -15,7 +15,7 @@ from visualizer import AttentionMap  # noqa: E402
 
 # Fused and open softmax, grouped heads, encoder and decoder, two towers, windows, mixed heads, latent keys, sinks.
 TRANSFORMERS = ("bert", "llama", "t5", "clip", "swin", "deberta-v2", "whisper", "deepseek_v3", "gpt_oss", "videomae")
-TIMM = ("test_vit", "swin_tiny_patch4_window7_224", "nest_tiny", "convit_tiny", "xcit_nano_12_p16_224")
+TIMM = ("test_vit", "swin_tiny_patch4_window7_224", "nest_tiny", "convit_tiny")
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

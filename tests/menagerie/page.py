@@ -102,6 +102,8 @@ def kind_of_reason(reason: str) -> str:
     """A reason without its numbers."""
     if reason.startswith("kind"):
         return reason
+    if reason.startswith("own"):
+        return "what its own code returns is not among the maps"
     for begin in ("axes", "numbers", "no map", "the output changes"):
         if reason.startswith(begin):
             return begin + (", which the map says" if "assumed" in reason else "")
