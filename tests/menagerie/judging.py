@@ -93,6 +93,9 @@ def reasons_of(reading: Reading, maps: list[Any]) -> tuple[Counter[str], int]:
         if reason is not None:
             reasons[reason] += 1
     for _, one in left:
+        if hasattr(one.source, "points"):
+            reasons["(deformable attention, whose weights are compared with the model's own answer alone)"] += 1
+            continue
         reasons[f"a map of {one.path.rpartition('.')[2] or 'the model'} that the reading has not"] += 1
     return reasons, compared
 
@@ -187,6 +190,7 @@ def _answers_found(own: list[Answer], whole: list[Any], reading: Reading, reason
                 if weights.ndim != 4 and _same_matrices(dense.flatten(0, 1), weights.flatten(0, -3)):
                     same = one
                     break
+        same = next((one for one in whole if _samples_with(one, weights)), None) if same is None else same
         if same is None and any(seen.weights.shape[-2:] == (queries, keys) for seen in reading.seen):
             found["differs"] += 1
             reasons[f"own: {answer.field} {tuple(weights.shape)} is not among the maps"] += 1
@@ -197,6 +201,14 @@ def _answers_found(own: list[Answer], whole: list[Any], reading: Reading, reason
             if answer.kind is not None and same.kind != answer.kind:
                 reasons[f"kind: {same.kind} in place of {answer.kind}"] += 1
     return dict(found)
+
+
+def _samples_with(one: Any, weights: Tensor) -> bool:
+    """Whether a map is of sampling points that have these weights, (batch, queries, heads, levels and points)."""
+    if not hasattr(one.source, "points"):
+        return False
+    own = one.source.weights.transpose(1, 2)
+    return own.numel() == weights.numel() and bool(((own.reshape(weights.shape) - weights).abs() <= TOLERANCE).all())
 
 
 def _are_weights(weights: Tensor) -> bool:

@@ -116,7 +116,7 @@ def _row(one: dict[str, Any]) -> str:
         what = "could not be compared" if outcome == "not built" else "fails"
         return f"| {one['name']} | | {what}: {_cell(one['why'])} | | | |\n"
     reasons = [reason for reason in one["reasons"] if not reason.startswith("(")]
-    asides = [reason.strip("()") for reason in one["reasons"] if reason.startswith("(")]
+    asides = [reason[1:-1] for reason in one["reasons"] if reason.startswith("(")]
     words = {"exact": "exact", "none": "no softmax of scores", "wrong": "; ".join(reasons)}[outcome]
     if asides:
         words += f" ({'; '.join(asides)})"
