@@ -17,6 +17,7 @@ from typing import Any
 from .page import page
 
 LIBRARIES = ("transformers", "timm", "torchvision", "diffusers", "open_clip", "vit_pytorch", "x_transformers", "esm")
+PAGE = Path("docs/menagerie.md")
 SECONDS = 15
 GIGABYTES = 10
 
@@ -27,12 +28,17 @@ def main() -> None:
     parser.add_argument("only", nargs="*", help="library, or library:name, to run these alone; nothing: all")
     parser.add_argument("--results", type=Path, default=Path("build/menagerie.jsonl"), help="one line a model")
     parser.add_argument("--again", action="store_true", help="compare anew what was not exact")
+    parser.add_argument("--page", action="store_true", help="only write the page, of the results up to now")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work()
         return
     wanted = specimens(options.only)
+    if options.page:
+        known = results(options.results)
+        PAGE.write_text(page(known, len({*wanted} - {(one["library"], one["name"]) for one in known})))
+        return
     done = {
         (one["library"], one["name"])
         for one in results(options.results)
@@ -41,7 +47,7 @@ def main() -> None:
     }
     run([one for one in wanted if one not in done], options.results)
     if not options.only:
-        Path("docs/menagerie.md").write_text(page(results(options.results)))
+        PAGE.write_text(page(results(options.results)))
 
 
 def results(path: Path) -> list[dict[str, Any]]:
@@ -152,6 +158,7 @@ class TookTooLong(BaseException):
 def compared(where: str, name: str) -> dict[str, Any]:
     """The outcome for one model."""
     from menagerie.judging import judge
+    from menagerie.making import NotBuilt
 
     def end(*_: Any) -> None:
         raise TookTooLong
@@ -167,8 +174,9 @@ def compared(where: str, name: str) -> dict[str, Any]:
     except TookTooLong:
         return {"outcome": "not built", "why": f"took more than {SECONDS} s"}
     except Exception as error:
-        what = "" if type(error).__name__ == "NotBuilt" else f"{type(error).__name__}: "
-        return {"outcome": "failed" if is_built else "not built", "why": f"{what}{error}"[:700]}
+        is_known = isinstance(error, NotBuilt) or "HigherOrderOperator" in str(error)
+        why = str(error) if is_known else f"{type(error).__name__}: {error}"
+        return {"outcome": "failed" if is_built and not is_known else "not built", "why": why[:700]}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     wrong = {reason for reason in outcome["reasons"] if not reason.startswith("(")}

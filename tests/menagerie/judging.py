@@ -12,7 +12,7 @@ from torch import Tensor
 
 from visualizer import attention
 
-from .making import BATCH
+from .making import BATCH, NotBuilt
 from .reading import Reading, Seen, read, taken_apart
 
 TOLERANCE = 2e-5
@@ -48,18 +48,21 @@ def judge(model: torch.nn.Module, run: Any, answers: Any = None) -> dict[str, An
             after = _tensors(run())
         words = [str(one.message).splitlines()[0][:300] for one in said if "visualizer" in type(one.message).__module__]
         reading = read(model, run)
-        reasons, compared = _compared(reading, list(maps))
+        apart = _gap(before, _tensors(reading.output))
+        if apart is None or apart > 1e-2 * max([1.0, *(float(one.abs().max()) for one in before if one.numel())]):
+            raise NotBuilt(f"the model computes something else while it is read (by {apart})")
+        reasons, compared = reasons_of(reading, list(maps))
         if reasons:  # a deep model may make much of the rounding of its kernels: both with the same ones
             with taken_apart(), attention(model) as same_kernels:
                 run()
-            instead, _ = _compared(reading, list(same_kernels))
+            instead, _ = reasons_of(reading, list(same_kernels))
             if instead.total() < reasons.total():
                 maps, reasons = same_kernels, instead
         if not _same(before, after):
             gap, noise = _gap(before, after), _gap(before, _tensors(run()))
             if gap is None or gap > max(1e-6, 2 * (noise or 0.0)):
                 reasons["the output changes while it is recorded" + (f" (by {gap:.1g})" if gap else "")] += 1
-        found = _answers_found([] if answers is None else answers(), list(maps), reasons)
+        found = _answers_found([] if answers is None else answers(), list(maps), reading, reasons)
     return {
         "maps": len(maps),
         "products": compared,
@@ -73,7 +76,7 @@ def judge(model: torch.nn.Module, run: Any, answers: Any = None) -> dict[str, An
     }
 
 
-def _compared(reading: Reading, maps: list[Any]) -> tuple[Counter[str], int]:
+def reasons_of(reading: Reading, maps: list[Any]) -> tuple[Counter[str], int]:
     """What is wrong with maps, and how many products were compared."""
     reasons = Counter[str]()
     left, compared = list(enumerate(maps)), 0
@@ -90,6 +93,9 @@ def _compared(reading: Reading, maps: list[Any]) -> tuple[Counter[str], int]:
         if reason is not None:
             reasons[reason] += 1
     for _, one in left:
+        if hasattr(one.source, "points"):
+            reasons["(deformable attention, whose weights are compared with the model's own answer alone)"] += 1
+            continue
         reasons[f"a map of {one.path.rpartition('.')[2] or 'the model'} that the reading has not"] += 1
     return reasons, compared
 
@@ -165,7 +171,7 @@ def _holds(one: Any, weights: Tensor) -> bool:
     return bool((apart.amin(1) <= TOLERANCE).all())
 
 
-def _answers_found(own: list[Answer], whole: list[Any], reasons: Counter[str]) -> dict[str, int]:
+def _answers_found(own: list[Answer], whole: list[Any], reading: Reading, reasons: Counter[str]) -> dict[str, int]:
     """How many of the model's own answers are found among the maps, comparable or not."""
     found: Counter[str] = Counter()
     for answer in own:
@@ -184,13 +190,25 @@ def _answers_found(own: list[Answer], whole: list[Any], reasons: Counter[str]) -
                 if weights.ndim != 4 and _same_matrices(dense.flatten(0, 1), weights.flatten(0, -3)):
                     same = one
                     break
-        if same is None:
+        same = next((one for one in whole if _samples_with(one, weights)), None) if same is None else same
+        if same is None and any(seen.weights.shape[-2:] == (queries, keys) for seen in reading.seen):
             found["differs"] += 1
+            reasons[f"own: {answer.field} {tuple(weights.shape)} is not among the maps"] += 1
+        elif same is None:  # such as the weights of sampling points
+            found["another form"] += 1
         else:
             found["found"] += 1
             if answer.kind is not None and same.kind != answer.kind:
                 reasons[f"kind: {same.kind} in place of {answer.kind}"] += 1
     return dict(found)
+
+
+def _samples_with(one: Any, weights: Tensor) -> bool:
+    """Whether a map is of sampling points that have these weights, (batch, queries, heads, levels and points)."""
+    if not hasattr(one.source, "points"):
+        return False
+    own = one.source.weights.transpose(1, 2)
+    return own.numel() == weights.numel() and bool(((own.reshape(weights.shape) - weights).abs() <= TOLERANCE).all())
 
 
 def _are_weights(weights: Tensor) -> bool:

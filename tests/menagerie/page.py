@@ -36,8 +36,8 @@ of them were found, of how many.
 """
 
 
-def page(results: list[dict[str, Any]]) -> str:
-    """The page for some results."""
+def page(results: list[dict[str, Any]], missing: int = 0) -> str:
+    """The page for some results, and for how many models there are none yet."""
     by_library: dict[str, list[dict[str, Any]]] = {}
     for one in results:
         by_library.setdefault(one["library"], []).append(one)
@@ -49,6 +49,8 @@ def page(results: list[dict[str, Any]]) -> str:
         total.update(count)
         text += _counts(PACKAGES[name], count)
     text += _counts("all", total)
+    if missing:
+        text += f"\n**{missing} more models have not been compared yet.**\n"
     text += "\n" + _share(results) + "\n" + _why(results)
     for name in order:
         text += (
@@ -66,14 +68,14 @@ def _version(name: str) -> str:
 
 
 def _counts(name: str, count: Counter[str]) -> str:
-    lost = count["not built"] + count["failed"]
-    return f"| {name} | {count.total()} | {count['exact']} | {count['wrong']} | {count['none']} | {lost} |\n"
+    lost, wrong = count["not built"], count["wrong"] + count["failed"]
+    return f"| {name} | {count.total()} | {count['exact']} | {wrong} | {count['none']} | {lost} |\n"
 
 
 def _share(results: list[dict[str, Any]]) -> str:
     """How many are exact of those that can be compared."""
-    read = [one for one in results if one["outcome"] in ("exact", "wrong")]
-    own = [one for one in read if one["answers"].get("found", 0) + one["answers"].get("differs", 0)]
+    read = [one for one in results if one["outcome"] in ("exact", "wrong", "failed")]
+    own = [one for one in read if (answers := one.get("answers", {})).get("found", 0) + answers.get("differs", 0)]
     parts = []
     for those, words in ((read, "models whose attention the reading sees"), (own, "whose own code returns weights")):
         exact = sum(one["outcome"] == "exact" for one in those)
@@ -100,6 +102,8 @@ def kind_of_reason(reason: str) -> str:
     """A reason without its numbers."""
     if reason.startswith("kind"):
         return reason
+    if reason.startswith("own"):
+        return "what its own code returns is not among the maps"
     for begin in ("axes", "numbers", "no map", "the output changes"):
         if reason.startswith(begin):
             return begin + (", which the map says" if "assumed" in reason else "")
@@ -109,9 +113,10 @@ def kind_of_reason(reason: str) -> str:
 def _row(one: dict[str, Any]) -> str:
     outcome = one["outcome"]
     if outcome in ("not built", "failed"):
-        return f"| {one['name']} | | could not be compared: {_cell(one['why'])} | | | |\n"
+        what = "could not be compared" if outcome == "not built" else "fails"
+        return f"| {one['name']} | | {what}: {_cell(one['why'])} | | | |\n"
     reasons = [reason for reason in one["reasons"] if not reason.startswith("(")]
-    asides = [reason.strip("()") for reason in one["reasons"] if reason.startswith("(")]
+    asides = [reason[1:-1] for reason in one["reasons"] if reason.startswith("(")]
     words = {"exact": "exact", "none": "no softmax of scores", "wrong": "; ".join(reasons)}[outcome]
     if asides:
         words += f" ({'; '.join(asides)})"

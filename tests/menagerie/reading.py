@@ -9,7 +9,7 @@ which of these axes are features (heads) and which are rows (batch, windows).
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -94,8 +94,9 @@ class Reading(TorchDispatchMode):
     def __init__(self, parameters: list[Tensor], codes: bool = False) -> None:
         super().__init__()
         self.seen: list[Seen] = []
+        self.output: Any = None
+        """What the model returned."""
         self.arrangements: list[list[list[int]] | None] = []
-        self.unused: int = 0
         self._codes = codes
         self._parameters = {one.untyped_storage().data_ptr() for one in parameters}
         self._facts: dict[int, tuple[Tensor, _Fact]] = {}
@@ -164,6 +165,17 @@ class Reading(TorchDispatchMode):
             self._note(out, made)
             return
         weighted = [known for known in (fact, other) if known is not None and known.softmaxes]
+        if not weighted:  # weights need no softmax
+            for one, known in ((left, fact), (right, other)):
+                if known is not None and known.scores is not None and known.scores[1]:
+                    made = _Softmax(tuple(one.shape), known.scores[0], one.clone(), is_certain=False)
+                    fact, other = (
+                        (replace(known, softmaxes=[made]), None)
+                        if one is left
+                        else (None, replace(known, softmaxes=[made]))
+                    )
+                    weighted = [fact or other]
+                    break
         if len(weighted) == 1 and not all(one.used for one in weighted[0].softmaxes):
             self._weighted(name, args, left, right, out, weighted[0], fact is weighted[0])
             if self._codes:
@@ -329,7 +341,7 @@ def read(model: torch.nn.Module, run: Any) -> Reading:
     with taken_apart():
         first = Reading(parameters)
         with first:
-            run()
+            first.output = run()
         second = Reading(parameters, codes=True)
         try:
             with second:

@@ -90,4 +90,8 @@ def build(name: str) -> Iterator[tuple[str, torch.nn.Module, Any, Any]]:
     else:
         switch = {} if base == "decoder" else {name: _VALUES.get(name, True)}
         model, inputs = library.TransformerWrapper(**words, attn_layers=library.Decoder(**sizes, **switch)), (tokens,)
-    yield name, prepared(model), runner(model, *inputs), None
+    model = prepared(model)
+    run = runner(model, *inputs)
+    with torch.no_grad():
+        run()
+    yield name, model, run, None

@@ -149,7 +149,7 @@ class Provenance:
     def _known(self, tensor: Tensor) -> _Node:
         """The node of a tensor, or of the one that it is a view of."""
         known = self._nodes.get(id(tensor))
-        base = tensor._base
+        base = getattr(tensor, "_base", None)
         return self._node_of(tensor if base is None or (known is not None and known.reference() is tensor) else base)
 
     def _frame(self, calls: Sequence[ModuleCall], number: int) -> _Frame:
