@@ -500,6 +500,7 @@ def test_none_is_recorded_and_warned_about():
     assert [None] == values(found)
 
 
+@pytest.mark.filterwarnings("ignore:.*is or holds a Identity")
 @pytest.mark.parametrize("name", ["by_name", "thing"])
 def test_other_objects_are_refused_in_one_graph_and_end_it_otherwise(name):
     special = nn.Identity()
