@@ -566,7 +566,7 @@ def test_inside_cond_the_refusal_says_which_function_it_is():
     def branch(x):
         return softmax_twice(x)
 
-    with capture(softmax_twice, "attn"), pytest.raises(Exception, match="attn of softmax_twice cannot be captured"):
+    with pytest.raises(Exception, match="attn of softmax_twice cannot be captured"), capture(softmax_twice, "attn"):
         torch.cond(torch.tensor(True), branch, lambda x: x + 1, (images(),))
 
 
