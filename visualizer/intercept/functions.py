@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import wraps
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -36,7 +36,7 @@ class Watcher(Protocol):
 _lock = threading.Lock()
 _watchers: list[weakref.ref[Any]] = []
 _wrapped: dict[str, tuple[Any, Any]] = {}  # the function before and its wrapper, by the name of the interface
-_looked_through: dict[str, tuple[int, int]] = {}  # the modules, and how much was in them
+_looked_through: dict[str, tuple[weakref.ref[ModuleType], int]] = {}  # the modules, and how much was in them
 _found: weakref.WeakKeyDictionary[FunctionType, str] = weakref.WeakKeyDictionary()
 _swapped: dict[FunctionType, tuple[CodeType, CodeType, bool]] = {}  # the codes before and now; is the signature ours
 _here = threading.local()  # `is_hidden`: calls of other libraries' functions are a part of the one under way
@@ -84,10 +84,11 @@ def _find() -> None:
     """Find the functions of other libraries, in modules that are new or have more in them than before."""
     for path, module in [*sys.modules.items()]:
         members = getattr(module, "__dict__", {})
-        state = id(module), len(members)
-        if _looked_through.get(path) == state:
+        known = _looked_through.get(path)
+        if known is not None and known[0]() is module and known[1] == len(members):
             continue
-        _looked_through[path] = state
+        if type(module) is ModuleType:
+            _looked_through[path] = weakref.ref(module), len(members)
         for name, kernel in FUNCTIONS.items():
             function = members.get(name)
             if type(function) is FunctionType and function is not kernel:
