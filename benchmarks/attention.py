@@ -1,12 +1,15 @@
 """What it costs to have the maps of a fused ViT-S by attention(model): time and memory beside the bare pass.
 
     python benchmarks/attention.py
+    python benchmarks/attention.py generation [steps]
 
 timm's vit_small_patch16_224 (12 layers, 6 heads, random weights), 8 images. Times: one process, the variants in turn,
 round after round; medians over the rounds and the ratio to the bare fused pass. All of it twice: as is, and with a C
 allocator that keeps what is freed. For whatever a process holds on to between passes makes the usual one hand memory
 back and fetch it anew, which costs more than the copies do. Memory: the peak of a fresh process for each variant, three
 passes long, above that of the bare one (Linux). Query and key of all layers are 58 MB.
+
+The second command has SmolLM2-135M generate, 500 steps unless told otherwise, plain and recorded in turn.
 """
 
 from __future__ import annotations
@@ -80,6 +83,33 @@ def times(models, images) -> dict[str, float]:
     return {name: statistics.median(values[2:]) for name, values in taken.items()}
 
 
+def generation(steps: int, rounds: int = 3) -> None:
+    """What recording costs a model that generates: processor time of alternating runs, and what each call takes."""
+    from visualizer import models
+
+    torch.manual_seed(0)
+    model, _ = models.smollm2()
+    model.set_attn_implementation("sdpa")
+    prompt = torch.randint(0, 1000, (1, 16))
+    options = {"max_new_tokens": steps, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    calls = 1
+    for _ in range(rounds):
+        for is_recorded in taken:
+            gc.collect()
+            start = time.process_time()
+            if is_recorded:
+                with attention(model) as maps:
+                    model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+                calls = len(maps)
+            else:
+                model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+            taken[is_recorded].append(time.process_time() - start)
+    plain, recorded = (statistics.median(taken[key]) for key in (False, True))
+    print(f"generation, {steps} steps, {calls} maps: plain {plain:.1f} s, recorded {recorded:.1f} s", end=", ")
+    print(f"x {recorded / plain:.2f}, {(recorded - plain) / calls * 1e6:.0f} us a call")
+
+
 def in_a_fresh_process(what: str, keeps_memory: bool = False) -> str:
     """What this script prints when it is asked for a part of its work."""
     never = {f"MALLOC_{name}_THRESHOLD_": "4000000000" for name in ("TRIM", "MMAP")}
@@ -89,6 +119,9 @@ def in_a_fresh_process(what: str, keeps_memory: bool = False) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["generation"]:
+        generation(int(sys.argv[2]) if len(sys.argv) > 2 else 500)
+        return
     images = torch.randn(BATCH, 3, 224, 224)
     if sys.argv[1:] == ["times"]:
         print(json.dumps(times({fused: make_model(fused) for fused in (True, False)}, images)))
