@@ -252,3 +252,35 @@ class TestSamples:
             torch.tensor([[[[[torch.nan, 0.0], [1.0, 0.0]]]]]), torch.full((1, 1, 1, 2), 0.5), [(1, 2)], [2]
         )
         assert samples.rows(slice(None)).flatten().tolist() == [0.0, 0.5]
+
+
+@pytest.mark.slow
+def test_deformable_detr():
+    """Of transformers: each map times the values is what the module returns, and the kinds are those of the paper."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "out_features": ["stage1", "stage2"]}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 1, "decoder_layers": 1}
+    config = transformers.DeformableDetrConfig(
+        backbone_config=transformers.ResNetConfig(**sizes), use_timm_backbone=False, use_pretrained_backbone=False,
+        backbone=None, d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=9, num_feature_levels=2, **heads,
+    )  # fmt: skip
+    model, called = transformers.DeformableDetrModel(config).eval(), {}
+    for path, module in model.named_modules():
+        if path.endswith("attn.attn"):
+            module.register_forward_hook(
+                lambda module, args, kwargs, output, path=path: called.update({path: (args, kwargs, output)}),
+                with_kwargs=True,
+            )
+    with torch.no_grad(), attention(model) as maps:
+        model(pixel_values=torch.randn(2, 3, 64, 96))
+    assert {one.path: one.kind for one in maps} == {
+        "encoder.layers.0.self_attn.attn": "self",
+        "decoder.layers.0.self_attn": "self",
+        "decoder.layers.0.encoder_attn.attn": "cross",
+    }
+    assert len(called) == 2
+    for path, (args, kwargs, output) in called.items():
+        value = [*args, *kwargs.values()][0].transpose(1, 2)  # (batch, heads, keys, width)
+        product = maps[path].dense() @ value
+        assert (product.transpose(1, 2).flatten(2) - output).abs().max() < 1e-5
