@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..tensors import shape_of
+
 
 class ModuleCall(NamedTuple):
     """A module's call under way."""
@@ -48,7 +50,7 @@ def _argument_names(forward: Any) -> list[str]:
 def shapes_of(calls: Sequence[ModuleCall]) -> list[tuple[int, ...]]:
     """The shapes of the first tensor of tokens or pixels that each call under way was given, the innermost first."""
     firsts = (next((tensor for _, tensor in inputs_of(call) if tensor.ndim > 2), None) for call in reversed(calls))
-    return [tuple(first.shape) for first in firsts if first is not None]
+    return [shape for first in firsts if (shape := shape_of(first)) is not None]
 
 
 def are_windows(batch: int, queries: int, shapes: Sequence[tuple[int, ...]]) -> bool:
