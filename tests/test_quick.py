@@ -75,3 +75,10 @@ def test_nothing_is_copied_where_tensors_have_no_numbers():
     torch.fx.experimental.proxy_tensor.make_fx(look)(torch.ones(3))
     assert [(None, 0)] * 3 == found
     assert (None, 0) == quick_keeper(lambda value: value)(1.5), "whose own code runs"
+
+
+@pytest.mark.parametrize("keep", ["tensor", "graph"])
+def test_sparse_tensors_are_left_to_the_keeper(keep):
+    torch = pytest.importorskip("torch", reason="engine only: torch is not in this environment")
+    kept, size = quick_keeper(keep)(torch.sparse_coo_tensor([[0]], [1.0], (3,), check_invariants=True))
+    assert (None, 0) == (kept, size)

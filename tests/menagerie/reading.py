@@ -242,7 +242,9 @@ class Reading(TorchDispatchMode):
                 count = int(tensor.max()) if tensor.numel() else 0
                 if out.ndim and _are_codes(out, count) and out.numel() >= tensor.numel() // 2:
                     made.code = fact.code
-                elif tensor.ndim > 1:  # gated, normed or added to: the features are last, as a rule
+                elif "batch_norm" in name or "group_norm" in name:
+                    self._read_codes(fact.code, tensor, 1, is_sure=False)
+                elif tensor.ndim in (2, 3):  # gated, normed or added to: the features are last
                     self._read_codes(fact.code, tensor, -1, is_sure=False)
         self._note(out, made)
 

@@ -46,9 +46,9 @@ def quick_keeper(keep: Keep) -> Quick:
                 if is_plain_torch(torch):
                     try:
                         kept = value.detach().numpy().copy() if to_numpy else value.detach().clone()
+                        return kept, kept.nbytes + (SMALL_ARRAY if to_numpy else _TENSOR)
                     except (TypeError, RuntimeError):  # numpy lacks the type, or it is no tensor of plain numbers
                         return _NOT_QUICK
-                    return kept, kept.nbytes + (SMALL_ARRAY if to_numpy else _TENSOR)
         elif kind == "other" and _is_plain(type(value)):
             return value, object_bytes(value)
         return _NOT_QUICK
