@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from visualizer import attention, capture
+from visualizer.errors import VisualizerWarning
 
 TOKENS = ["[CLS]", "the", "cat", "sat", "[SEP]"]
 
@@ -50,7 +51,7 @@ def folder_of_files(tmp_path, monkeypatch):
         maps.save("maps.safetensors")
         model(torch.randn(1, 5, 8))
         maps.save("twice.safetensors")
-    with capture(attend, "attn") as nothing:
+    with pytest.warns(VisualizerWarning, match="nothing was recorded"), capture(attend, "attn") as nothing:
         pass
     nothing.save("nothing.safetensors")
     pixels = random.integers(0, 255, (48, 48, 3), dtype=np.uint8)

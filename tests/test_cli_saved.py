@@ -60,7 +60,7 @@ WRONG = [
     (["info", "missing"], "cannot read missing: No such file"),
     (["info", "."], "cannot read .: Is a directory"),
     (["info", "empty"], "'empty' is empty"),
-    (["info", "cut"], "'cut' has 1,996 bytes in place of 2,096"),
+    (["info", "cut"], "'cut' has 2,012 bytes in place of 2,112"),
     (["info", "flipped"], "damaged"),
     (["info", "photo.png"], "is not a safetensors file"),
     (["info", "foreign"], "not written by save()"),

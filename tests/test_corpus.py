@@ -268,6 +268,7 @@ def test_all_names_at_assign(case: Case) -> None:
     check_assignments(case, case.names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["return", "assign"])
 @each_case_with_names
 def test_without_a_hook(case: Case, at: At) -> None:

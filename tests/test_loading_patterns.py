@@ -150,6 +150,7 @@ def test_a_pattern_of_one_file_is_that_file(tmp_path):
     assert len(written) == len(next(iter(found.values())))
 
 
+@pytest.mark.filterwarnings("ignore:nothing was recorded")
 def test_a_file_whose_name_has_brackets_opens(tmp_path):
     """Though as a pattern it would be another's."""
     for name, value in (("run[1].safetensors", 1.0), ("run1.safetensors", math.e)):
@@ -160,6 +161,7 @@ def test_a_file_whose_name_has_brackets_opens(tmp_path):
     assert {"value": math.e} == visualizer.load(tmp_path / "run1.safetensors").about
 
 
+@pytest.mark.filterwarnings("ignore:nothing was recorded")
 @pytest.mark.parametrize("kind", ["values", "maps"])
 def test_files_without_anything_have_no_say(tmp_path, kind):
     """A process that had no batch writes an empty file."""

@@ -311,6 +311,7 @@ def cloudpickle():
     return pytest.importorskip("cloudpickle", reason="engine only: cloudpickle is not in this environment")
 
 
+@pytest.mark.filterwarnings("ignore:nothing was recorded")
 class TestByValue:
     """Rewritten code that leaves its function, or its process."""
 
@@ -335,7 +336,9 @@ class TestByValue:
     @pytest.mark.parametrize("at", ["return", "assign"])
     def test_a_process_with_it_records_nothing_until_it_captures_for_itself(self, cloudpickle, at):
         code = f"""{self.LOADED}
+            import warnings
             from visualizer import capture
+            warnings.filterwarnings("ignore", "nothing was recorded")
             def other(x):
                 a = "another function's"
                 return 22
@@ -362,6 +365,7 @@ class TestByValue:
                 a, b = x, 10 * x
                 return Adder().add(x)
             with capture([add, Adder], "a"):
+                add(2)
                 print(cloudpickle.dumps([add, Adder.add]).hex())
         """
         [text] = in_a_process(code)

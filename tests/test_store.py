@@ -310,6 +310,7 @@ class TestReading:
         assert 4 == len({record.thread for record in gl.records})
 
 
+@pytest.mark.filterwarnings("ignore:nothing was recorded")
 class TestThreads:
     def hammer(self, seconds):
         """Eight threads call, two switch captures on and off; one capture is on all the while."""

@@ -63,6 +63,8 @@ class Origins:
             if (origin.file, origin.line) == (new.file, new.line):
                 return origin
         lines = _lines_of(function) if known else set()
+        if new.line not in lines:  # some tools that reload a function compile it alone, as if it began on line 1
+            lines = set()
         is_nameless = new.name.rpartition(".")[2] in ("<lambda>", "_")
         for origin in known:
             if origin.line not in lines if origin.file == new.file else not is_nameless:

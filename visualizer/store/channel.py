@@ -48,13 +48,22 @@ def receive(key: str, value: Any) -> None:
     if _keeping and get_ident() in _keeping:
         return
     try:
-        cls = type(value)  # compared by identity, because a class may have its own __eq__ or __hash__
-        if cls is float or (cls is int and -LARGEST < value < LARGEST):
-            thread, purse = get_ident(), channel.purse
-            left = purse.left - NUMBER_BYTES
+        thread = get_ident()
+        if channel.thread == thread:
+            cls = type(value)  # compared by identity, because a class may have its own __eq__ or __hash__
+            if cls is float or (cls is int and -LARGEST < value < LARGEST):
+                kept, size = value, NUMBER_BYTES
+            elif cls is channel.array and value.dtype is channel.dtype:
+                kept = value.copy()
+                size = kept.nbytes + SMALL_ARRAY
+            else:
+                channel.deliver(value)
+                return
+            purse = channel.purse
+            left = purse.left - size
             if left >= 0 and channel.thread == thread:  # see `Store`: nothing comes between here and the append
                 purse.left = left
-                channel.append(value)
+                channel.append(kept)
                 return
         channel.deliver(value)
     except RecursionError:  # our own call must not make the user's function hit the recursion limit
@@ -156,6 +165,9 @@ class Channel:
         """Appends to the list, for that thread."""
         self.purse = Purse(0)
         """How many bytes it may append."""
+        self.array: type | None = None
+        self.dtype: Any = None
+        """The class and the type of the last array, if all that is kept of it is a copy."""
         self.deliver: Callable[[Any], None] = _ignore
         """Convert and file what the rewritten code delivers."""
         self._keep: Keep = "numpy"
@@ -173,6 +185,7 @@ class Channel:
     def connect(self, default: Keep) -> None:
         """Receive what the rewritten code delivers from now on; `default` is for a channel without its own `keep`."""
         self._keep = default if self.keep is None else self.keep
+        self.array = self.dtype = None
         self._convert, self._quick = keeper(self._keep, self._tell_shared), quick_keeper(self._keep)
         if _listening.get(self.site) is not self:
             self._frames.clear()  # their calls went on, or ended, without a listener
@@ -221,21 +234,14 @@ class Channel:
         accept, path_of, quick, store = self.accept, self.path_of, self._quick, self.store
 
         is_copied = self._keep in ("numpy", "tensor")
-        array: Any = None
-        dtype: Any = None
 
         def deliver_one(value: Any) -> None:
-            nonlocal array, dtype
-            if type(value) is array and value.dtype is dtype and not store.is_full:  # as the last one
-                kept: Any = value.copy()
-                size: int = kept.nbytes + SMALL_ARRAY
-            else:
-                kept, size = quick(value)
-                if not size or store.is_full:
-                    accept((value,), None)
-                    return
-                if is_copied and is_array(value):
-                    array, dtype = type(value), value.dtype
+            kept, size = quick(value)
+            if not size or store.is_full:
+                accept((value,), None)
+                return
+            if is_copied and is_array(value):
+                self.array, self.dtype = type(value), value.dtype
             thread, purse = get_ident(), self.purse
             left = purse.left - size
             if left >= 0 and self.thread == thread:  # see `Store`: nothing comes between here and the append

@@ -45,7 +45,8 @@ def quick_keeper(keep: Keep) -> Quick:
                     return (value, value.nbytes + _TENSOR) if value.layout is torch.strided else _NOT_QUICK
                 if is_plain_torch(torch):
                     try:
-                        kept = value.detach().numpy().copy() if to_numpy else value.detach().clone()
+                        tensor = value.detach() if value.requires_grad else value
+                        kept = tensor.numpy().copy() if to_numpy else tensor.clone()
                         return kept, kept.nbytes + (SMALL_ARRAY if to_numpy else _TENSOR)
                     except (TypeError, RuntimeError):  # numpy lacks the type, or it is no tensor of plain numbers
                         return _NOT_QUICK
