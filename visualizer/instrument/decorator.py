@@ -234,6 +234,7 @@ class GetLocal:
                 patches.attach([(function, channel) for channel in new])
             # A refusal must leave no trace, so all that can fail stands above.
             for channel in new:
+                channel.code = original_of(function.__code__)
                 self._register(origin, function, channel)
             messages = patches.detach((function, other) for other in replaced)
             for other in replaced:
@@ -261,7 +262,6 @@ class GetLocal:
         channel = origin.channels.get((names, at, _identity(keep)))
         if channel is None:
             channel = Channel(self._store, patches.new_site(function), names, at, keep, origin.key)
-        channel.code = original_of(function.__code__)
         return channel
 
     def _register(self, origin: Origin, function: FunctionType, channel: Channel) -> None:

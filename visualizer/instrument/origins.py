@@ -67,7 +67,9 @@ class Origins:
             lines = set()
         is_nameless = new.name.rpartition(".")[2] in ("<lambda>", "_")
         for origin in known:
-            if origin.line not in lines if origin.file == new.file else not is_nameless:
+            is_gone = origin.file == new.file and origin.line not in lines  # redefined: the source has it elsewhere now
+            is_cell_run_again = origin.file != new.file and not is_nameless
+            if is_gone or is_cell_run_again:
                 return origin
         return new
 

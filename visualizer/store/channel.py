@@ -39,7 +39,7 @@ _raised: dict[int, Exception] = {}
 def receive(key: str, value: Any) -> None:
     """The hook that all rewritten code calls; a key without a listener is ignored.
 
-    As a value this function itself stands for "unbound": no variable of a user holds it.
+    The function itself stands for the value of an unbound variable, because no variable of a user holds it.
     """
     try:
         channel = _listening[key]
@@ -175,7 +175,7 @@ class Channel:
         self._quick: Quick = quick_keeper("numpy")
         self._frames: dict[int, tuple[Call, str | None]] = {}
         self._warned: set[str] = set()
-        self._has_warned = False
+        self._unreal: set[str] = set()
 
     @property
     def mode(self) -> Keep:
@@ -215,9 +215,12 @@ class Channel:
         self.store.put(Put(self, kept, get_ident(), module=path, copies=copies, is_light=light))
 
     def pass_over(self, name: str, reason: str) -> None:
-        """Warn, once, that a value is not recorded because it has no numbers; `reason` is that of `why_unreal`."""
-        if not self._has_warned:
-            self._has_warned = True
+        """Warn, once for a variable, that a value is not recorded because it has no numbers.
+
+        `reason` is that of `why_unreal`.
+        """
+        if name not in self._unreal:
+            self._unreal.add(name)
             self.store.warn_in_call(f"{name!r} of {self.place()} {reason}: such calls are not recorded.")
 
     def absorb(self, error: Exception) -> bool:
@@ -344,7 +347,7 @@ class Channel:
 
     def was_told(self, name: str) -> bool:
         """Whether a warning said that calls had no value of this variable, or none with numbers."""
-        return self._has_warned or name in self._warned
+        return name in self._unreal or name in self._warned
 
     def place(self) -> str:
         """The function, file and line, for messages."""
