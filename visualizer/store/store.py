@@ -20,6 +20,10 @@ _SMALL = 16_384
 """Values beyond a limit are dropped together once they take so many bytes: to drop each alone takes long."""
 
 
+_MANY = 10_000
+"""So many values may wait to be filed before the threads that bring them are slowed down."""
+
+
 class Source(Protocol):
     """Where values come from: the part of a `Channel` that the store knows."""
 
@@ -400,8 +404,9 @@ class Store:
                 self._lock.depth -= 1
 
     def _try_filing(self, wait: bool) -> None:
-        # Do not wait for the lock. Whoever has it, perhaps an outer call in this very thread, files what waits.
-        if self._lock.acquire(blocking=False):
+        # Do not wait for the lock. Whoever has it, perhaps an outer call in this very thread, files what waits. But
+        # several threads bring values faster than one files them: give it a moment when very much is waiting.
+        if self._lock.acquire(timeout=0.05 if len(self.arrived) > _MANY else 0):
             try:
                 self._file_arrived(wait)
             finally:
