@@ -24,7 +24,7 @@ from ..errors import warn
 from ..instrument import Uncompiled, mark_reruns, named_modules
 from ..store import is_recorded
 from ..tensors import is_plain_torch, why_unreal
-from . import extensions, functions
+from . import functions
 from .axes import Order, Output
 from .copies import AttentionCall
 from .gaps import Gap
@@ -132,7 +132,6 @@ class Watch:
                 module.register_forward_hook(_Hook(self._end_call, path, known), always_call=True),
             ]
         functions.begin(self)
-        extensions.begin(self)
         _see_scripted(True)
         if scripted:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
@@ -152,7 +151,6 @@ class Watch:
             handle.remove()
         self._uncompiled.end()
         functions.end(self)
-        extensions.end(self)
         if not self._has_ended:
             self._has_ended = True
             _see_scripted(False)
@@ -324,18 +322,15 @@ class Watch:
         thread = self._thread
         return thread.count if thread.calls else None
 
-    def see_function(self, name: str, describe: Callable[[], FusedCall]) -> None:
+    def see_function(self, name: str, describe: Callable[[], FusedCall | SampledCall]) -> None:
         """Record a call of a function in Python that attends, in which nothing else was seen."""
         with self._unharmed():
-            self._see_fused(name, describe)
-        self._file_settled()
-
-    def see_sampled(self, name: str, describe: Callable[[], SampledCall]) -> None:
-        """Record a deformable attention of a compiled kernel, in which nothing else was seen."""
-        with self._unharmed():
             with _aside():
-                sampled = describe()
-            self._see_sampled(name, sampled)
+                seen = describe()
+            if isinstance(seen, SampledCall):
+                self._see_sampled(name, seen)
+            else:
+                self._see_fused(name, lambda: seen)
         self._file_settled()
 
     def _unharmed(self, calls: Sequence[ModuleCall] = ()) -> _Unharmed:
