@@ -26,7 +26,7 @@ from ..store import is_recorded
 from ..tensors import is_plain_torch, why_unreal
 from . import functions
 from .axes import Order, Output
-from .copies import AttentionCall
+from .copies import AttentionCall, Copy, joined_copy
 from .gaps import Gap
 from .kernels import KERNELS, FusedCall, as_computed, in_four_axes, multi_head_attention, name_of
 from .modules import (
@@ -45,8 +45,9 @@ from .provenance import Origin, Provenance
 from .sampling import SAMPLING_KERNELS, SampledCall, Sampling, may_read_cells, may_sample
 from .softmax import Product, Tracing, may_begin
 
-File = Callable[[Order | None, str], Callable[[], None] | None]
-"""Makes the map of a call whose axes are known now, and returns what keeps it; the text says which kernel ran."""
+File = Callable[[str, Copy, Output, str], Callable[[], None] | None]
+"""Makes the map of a module's call whose axes are known now, and returns what keeps it; the last text says which kernel
+ran."""
 
 
 class _Thread(threading.local):
@@ -71,7 +72,7 @@ class _Thread(threading.local):
         self.calls.clear()
         self.gaps.clear()
         self.pending.clear()
-        self.tracing.lineage.clear()
+        self.tracing.clear()
         self.sampling.lineage.clear()
         self.provenance.clear()
         self.frame = None
@@ -84,7 +85,7 @@ class _Pending:
     output: Output
     calls: tuple[ModuleCall, ...]
     kernel: str
-    file: File
+    copy: Copy
 
 
 class Watch:
@@ -92,11 +93,12 @@ class Watch:
 
     Args:
         model: whose modules are watched.
-        record: called with each attention call that is seen, and copies what is to be kept. Returns what to call once
-            it is known which axes are heads, in the order of the calls; or None.
+        record: called with each attention call that is seen; returns a copy of what is to be kept, or None.
+        file: called with the path of the module and that copy once it is known which axes are heads, in the order of
+            the calls.
     """
 
-    def __init__(self, model: nn.Module, record: Callable[[AttentionCall], File | None]) -> None:
+    def __init__(self, model: nn.Module, record: Callable[[AttentionCall], Copy | None], file: File) -> None:
         modules = list(named_modules(model))
         compiled = [path for path, module in modules if is_compiled(module)]
         if compiled and not Uncompiled.is_possible():
@@ -106,7 +108,7 @@ class Watch:
             )
         self.has_run = False
         """Whether a module of the model has been called."""
-        self._record = record
+        self._record, self._file = record, file
         self._thread = _Thread()
         self._mode = _Mode(self)
         self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
@@ -397,9 +399,11 @@ class Watch:
         """Record a call, and file its map once the model has told its axes apart."""
         thread = self._thread
         thread.count += 1
-        file = self._record(call)
-        if file is not None:
-            thread.pending.append(_Pending(output, tuple(thread.calls), kernel, file))
+        copy = self._record(call)
+        if copy is not None:
+            if output.order is None:
+                output.attended = call.attended(thread.calls[-1])
+            thread.pending.append(_Pending(output, tuple(thread.calls), kernel, copy))
             thread.tracing.follow_output(returned, output, layout)
 
     def _file_settled(self, ending: int | None = None) -> None:
@@ -412,7 +416,8 @@ class Watch:
         thread = self._thread
         while thread.pending and thread.filing is None:
             first = thread.pending[0]
-            if first.output.order is None and (ending is None or not (ending == 1 or len(first.calls) > ending)):
+            whole = first.output.outermost
+            if whole.order is None and (ending is None or not (ending == 1 or len(first.calls) > ending)):
                 return
             thread.pending.popleft()
             thread.filing = first.calls
@@ -420,11 +425,26 @@ class Watch:
                 with _aside():
                     keep = None
                     with self._unharmed(first.calls):
-                        keep = first.file(first.output.order, first.kernel)
+                        keep = self._file(first.calls[-1].path, self._copy_of(first), whole, first.kernel)
                     if keep is not None:
                         keep()  # which may call the user's own function
             finally:
                 thread.filing = None
+
+    def _copy_of(self, first: _Pending) -> Copy:
+        """The copy of a call, with those of the calls that are one attention with it, which are not filed again."""
+        thread, whole = self._thread, first.output.outermost
+        together = [first, *(pending for pending in thread.pending if pending.output.outermost is whole)]
+        copies = {id(pending.output): pending.copy for pending in together}
+        for pending in together:
+            pending.output.attended = None
+        if whole is first.output:
+            return first.copy
+        for pending in together[1:]:
+            thread.pending.remove(pending)
+        parts, whole.parts, whole.attended = whole.parts, [], None
+        sizes = [leaf.size for leaf in whole.leaves()[0]]
+        return joined_copy([(copies[id(part.output)], part.numbers, part.first) for part in parts], sizes)
 
     def _heads_of(self, tensor: Tensor) -> int | None:
         thread = self._thread
