@@ -131,6 +131,10 @@ class Output:
         """Of a call that is a part of such an attention, its output."""
         self.why_apart = ""
         """Why it is not one attention with others that it was joined with."""
+        self.steps: Factor | None = None
+        """Of calls with a single query each, the axis on which they were joined, which may be heads or queries."""
+        self.has_one_sequence = False
+        """Whether all of these looked at the same keys and values."""
 
     @property
     def is_open(self) -> bool:
@@ -146,6 +150,38 @@ class Output:
         """The factors of the axes before queries and width, of the queries, and of the width."""
         lead = [leaf for axis in self._axes[:-2] for leaf in axis.smallest()]
         return lead, self._axes[-2].smallest(), self._axes[-1].smallest()
+
+    def settle_steps(self) -> None:
+        """Take the axis on which calls with a single query were joined for queries, if it is not heads.
+
+        They are one attention only if they looked at the same keys and values; else each is an attention of its own.
+        """
+        lead = self.leaves()[0]
+        if self.steps not in lead:
+            return
+        place = lead.index(self.steps)
+        sizes = [leaf.size for leaf in lead]
+        order, count, inner = self.order, sizes[place], math.prod(sizes[place + 1 :])
+        if order is not None and (len(order.sizes) != len(sizes) or order.are_heads[place]):
+            return
+        if order is not None:
+            left = slice(place), slice(place + 1, None)
+            are_heads = order.are_heads[left[0]] + order.are_heads[left[1]]
+            order = Order(order.sizes[left[0]] + order.sizes[left[1]], are_heads)
+        if self.has_one_sequence:
+            self.order, self.steps = order, None
+            self._axes = [axis for axis in self._axes if axis is not lead[place]]
+            self.parts = [
+                Part(
+                    part.output, numbers // (inner * count) * inner + numbers % inner, int(numbers[0]) // inner % count
+                )
+                for part in self.parts
+                for numbers in (part.numbers,)
+            ]
+        elif all(len(part.numbers) * count == math.prod(sizes) for part in self.parts):
+            for part in self.parts:
+                part.output.order, part.output.whole = order, None
+                part.output.why_apart = "each has a single query, and keys and values of its own"
 
     def grown(self, new: dict[Factor, Factor], more: Sequence[Factor]) -> Output:
         """An output with other factors in place of some of its own, and with one more axis before the queries."""

@@ -64,9 +64,17 @@ class Joins:
         Args:
             known: the outputs of attention calls among the arguments, each with its `Output` and its axes.
         """
-        if name in _WRITES:
-            return self._after_write(name, args, known)
-        if (name in _CATS or name == "stack") and isinstance(result, Tensor):
+        if name not in _WRITES and name not in _CATS and name != "stack":
+            return None
+        with torch._C.DisableTorchFunction():  # the default device is not for what is computed here
+            if name in _WRITES:
+                return self._after_write(name, args, known)
+            return self._after_cat(name, args, kwargs, known, result)
+
+    def _after_cat(
+        self, name: str, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any
+    ) -> tuple[Tensor, Output, Layout] | None:
+        if isinstance(result, Tensor):
             origins = {id(tensor): origin for tensor, origin in known if isinstance(origin, tuple)}
             tensors = args[0] if args else kwargs.get("tensors", ())
             if len(tensors) > 1 and all(id(tensor) in origins for tensor in tensors):
@@ -82,13 +90,11 @@ class Joins:
         origin = next((one for tensor, one in known if tensor is written and isinstance(one, tuple)), None)
         if origin is None:
             return None
-        with torch._C.DisableTorchFunction():
-            whole, view = args[0], args[0]
-            if name == "__setitem__":
-                view = whole[args[1]]
-            else:
-                base = getattr(whole, "_base", None)
-                whole = whole if base is None else base
+        if name == "__setitem__":
+            whole, view = args[0], args[0][args[1]]
+        else:
+            base, view = getattr(args[0], "_base", None), args[0]
+            whole = view if base is None else base
         output, layout = origin
         piece = _block(output, layout, whole, view) if view.shape == written.shape else None
         if piece is None:
@@ -117,19 +123,20 @@ def _in_a_row(name: str, tensors: Sequence[Tensor], origins: dict[int, Any], dim
 
 def _block(output: Output, layout: Layout, whole: Tensor, view: Tensor) -> _Piece | None:
     """Where a view lies in the whole, which an output is written to; None where it is no block of it."""
-    if whole.untyped_storage().data_ptr() != view.untyped_storage().data_ptr() or not whole.is_contiguous():
+    steps, starts = whole.stride(), [0] * whole.ndim
+    if whole.untyped_storage().data_ptr() != view.untyped_storage().data_ptr() or 0 in steps:
         return None
     rest: int = int(view.storage_offset()) - int(whole.storage_offset())
-    axes, made = list(zip(layout, view.shape, view.stride(), strict=True)), list[tuple[list[Factor], int, int]]()
-    for step in whole.stride():
-        start, rest = divmod(rest, step)
+    for axis in sorted(range(whole.ndim), key=lambda axis: -steps[axis]):
+        if whole.shape[axis] > 1:
+            starts[axis], rest = divmod(rest, steps[axis])
+    axes, joined, shape = list(zip(layout, view.shape, view.stride(), strict=True)), list[list[Factor]](), list[int]()
+    for step in steps:
         is_there = bool(axes) and axes[0][2] == step  # else an index took one place of the axis
-        axis, size, _ = axes.pop(0) if is_there else ([], 1, step)
-        made.append((axis, size, start))
-    if axes:
-        return None
-    joined, shape, starts = zip(*made, strict=True)
-    return _Piece(output, [*joined], shape, starts)
+        own, size, _ = axes.pop(0) if is_there else ([], 1, step)
+        joined.append(own)
+        shape.append(size)
+    return None if axes or rest else _Piece(output, joined, shape, starts)
 
 
 def _overlap(one: _Piece, other: _Piece) -> bool:
@@ -187,6 +194,8 @@ def _as_one(whole: Tensor, pieces: Sequence[_Piece]) -> tuple[Tensor, Output, La
             made.parts.append(Part(part.output, block[part.numbers], first + part.first))
         piece.output.whole = made
     made.attended = outputs[0].attended
+    if added and not leaves[added[0]] and not queries:
+        made.steps, made.has_one_sequence = more[0], _see_the_same(pieces, ())
     layout = [[new.get(leaf, leaf) for leaf in axis] for axis in leaves]
     for axis in added:
         layout[axis] = [*more, *layout[axis]]
@@ -250,13 +259,24 @@ def _why_apart(pieces: Sequence[_Piece], is_of_queries: bool, lead: Sequence[int
         pairs = [tuple(map(_memory, one.query_and_key)) for one in flat]
         is_repeated = any(pair and pairs.count(pair) > 1 for pair in pairs)
         return "several of them have the same query and key, and other values" if is_repeated else None
-    firsts = dict[tuple[int, ...], list[Any]]()
-    for piece, several in zip(pieces, parts, strict=True):
-        others = firsts.setdefault(tuple(piece.starts[axis] for axis in lead), several)
-        for one, other in zip(several, others, strict=False):
-            if not _are_same(one.keys_and_values, other.keys_and_values):
-                return "they are of different queries, and do not look at the same keys and values"
+    if not _see_the_same(pieces, lead):
+        return "they are of different queries, and do not look at the same keys and values"
     return None
+
+
+def _see_the_same(pieces: Sequence[_Piece], lead: Sequence[int]) -> bool:
+    """Whether all calls with the same images and heads, which are joined on these axes, have the same keys and values.
+
+    Where no keys are known, the values tell.
+    """
+    firsts = dict[tuple[int, ...], Sequence[Part]]()
+    for piece in pieces:
+        own = _parts(piece.output)
+        others = firsts.setdefault(tuple(piece.starts[axis] for axis in lead), own)
+        pairs = [(one.output.attended, other.output.attended) for one, other in zip(own, others, strict=False)]
+        if not all(_are_same(one.keys_and_values, other.keys_and_values) for one, other in pairs):
+            return False
+    return True
 
 
 def _parts(output: Output) -> Sequence[Part]:

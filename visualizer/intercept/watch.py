@@ -419,6 +419,9 @@ class Watch:
             whole = first.output.outermost
             if whole.order is None and (ending is None or not (ending == 1 or len(first.calls) > ending)):
                 return
+            with self._unharmed(first.calls):
+                whole.settle_steps()
+            whole = first.output.outermost
             thread.pending.popleft()
             thread.filing = first.calls
             try:

@@ -55,22 +55,21 @@ class Joined:
     def rows(self, queries: slice | Tensor) -> Tensor:
         """The weights of some queries."""
         batch, heads, count, keys = self.shape
-        index = torch.arange(count, device=self.device)[queries]
+        index = torch.arange(count)[queries if isinstance(queries, slice) else queries.cpu()]
         made = torch.empty(batch * heads, len(index), keys, dtype=computed_in(self.dtype), device=self.device)
         for source, places, first in self.blocks:
-            places = places.to(self.device)
             if source.shape[2] == count:
                 made[places] = source.rows(queries).flatten(0, 1)
                 continue
             [here] = ((index >= first) & (index < first + source.shape[2])).nonzero(as_tuple=True)
             if len(here):
-                made[places[:, None], here] = source.rows(index[here] - first).flatten(0, 1)
+                made[places[:, None], here] = source.rows((index[here] - first).to(self.device)).flatten(0, 1)
         return made.view(batch, heads, len(index), keys)
 
     def tensors(self) -> list[Tensor]:
         """The tensors that are held; other maps may hold masks and keys too."""
-        tensors = {id(tensor): tensor for block in self.blocks for tensor in block.source.tensors()}
-        return [*tensors.values()]
+        tensors = [tensor for block in self.blocks for tensor in block.source.tensors()]
+        return [*{(one.data_ptr(), one.shape): one for one in tensors}.values()]  # chunks of queries share their keys
 
     def to(self, device: torch.device | str) -> Joined:
         """The same on another device."""
