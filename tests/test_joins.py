@@ -301,11 +301,27 @@ def test_copied_pickled_and_saved(attend, tmp_path):
     assert (loaded.kind, loaded.is_dense) == ("self", attend is openly)
 
 
-def test_the_gradient_is_not_known():
+@pytest.mark.parametrize("attend", [fused, openly])
+@pytest.mark.parametrize("name", ["heads_and_queries_written", "slices of 3"])
+def test_the_gradient(attend, name):
+    model, x = Module(JOINED[name], attend), inputs()
+    with attention(model, gradients=True) as maps:
+        model(x).square().sum().backward()
+    q, k, v = model.parts(x)
+    weights = (q @ k.mT / 2).softmax(-1)
+    weights.retain_grad()
+    model.proj(features(weights @ v)).square().sum().backward()
+    assert (maps[""].grad_dense() - weights.grad).abs().max() < 1e-6
+    assert (maps[""].grad_rows([5, 1]) - weights.grad[:, :, [5, 1]]).abs().max() < 1e-6
+    assert torch.equal(pickle.loads(pickle.dumps(maps[""])).grad_dense(), maps[""].grad_dense())
+    assert torch.equal(maps[""].to("cpu").grad_dense(), maps[""].grad_dense())
+
+
+def test_a_gradient_that_is_not_known_yet():
     model = Module(heads_stacked)
     with attention(model, gradients=True) as maps:
-        model(inputs()).sum().backward()
-    with pytest.raises(RuntimeError, match="not recorded where several calls are one attention"):
+        model(inputs())
+    with pytest.raises(RuntimeError, match="no backward pass has come"):
         maps[""].grad_dense()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..maps import AttentionMap, Block, Factors, Gradient, Joined, Keys, Samples, Source, Weights
+from ..maps import AttentionMap, Block, Factors, Gradient, Joined, JoinedGradient, Keys, Samples, Source, Weights
 from ..store import bytes_by_device
 from .axes import Order
 from .evidence import Evidence, of_fused, of_samples, of_weights
@@ -85,20 +85,18 @@ def joined_copy(parts: Sequence[tuple[Copy, Tensor, int]], sizes: Sequence[int])
         queries = max(first + made.shape[2] for made, (_, _, first) in zip(maps, parts, strict=True))
         shape = *order.shape, queries, maps[0].shape[3]
 
-        def joined(sources: Sequence[Any]) -> Joined:
-            blocks = zip(sources, parts, strict=True)
-            return Joined([Block(one, places[which], first) for one, (_, which, first) in blocks], shape)
+        def blocks(sources: Sequence[Any]) -> list[Block]:
+            return [Block(one, places[which], first) for one, (_, which, first) in zip(sources, parts, strict=True)]
 
-        gradient = None
-        if any(made.gradient is not None for made in maps):
-            reason = "the gradient by the weights is not recorded where several calls are one attention"
-            gradient = Gradient(shape, None, reason)
-        made = _map_of(copies[0].call, joined([one.source for one in maps]), gradient, axes_assumed)
+        gradients = [one.gradient for one in maps if one.gradient is not None]
+        gradient = JoinedGradient(blocks(gradients), shape) if len(gradients) == len(maps) else None
+        source = Joined(blocks([one.source for one in maps]), shape)
+        made = _map_of(copies[0].call, source, gradient, axes_assumed)
         made.is_softmax = all(one.is_softmax for one in maps)
         if not made.is_softmax and len({len(one.softmaxes) for one in maps}) == 1:
             for several in zip(*(one.softmaxes for one in maps), strict=True):
                 if all(part.shape == one.shape for part, one in zip(several, maps, strict=True)):
-                    source = joined([part.source for part in several])
+                    source = Joined(blocks([part.source for part in several]), shape)
                     made.softmaxes += (AttentionMap.from_source(source, path=made.path, kind=made.kind),)
         return made
 
@@ -261,7 +259,9 @@ class Copies:
         return gradient
 
 
-def _map_of(call: AttentionCall, source: Source, gradient: Gradient | None, axes_assumed: bool) -> AttentionMap:
+def _map_of(
+    call: AttentionCall, source: Source, gradient: Gradient | JoinedGradient | None, axes_assumed: bool
+) -> AttentionMap:
     batch, _, queries, _ = source.shape
     kind = call.origin.kind
     if kind == "self" and not axes_assumed and are_windows(batch, queries, call.shapes):

@@ -7,7 +7,7 @@ runs in the memory of a few rows. `Maps`, what `attention(model)` returns, is in
 
 from .attention_map import AttentionMap
 from .gradients import Gradient
-from .joined import Block, Joined, Source
+from .joined import Block, Joined, JoinedGradient, Source
 from .samples import Samples
 from .sources import Factors, Keys, Modifiers, Weights, may_be_autocast, without_autograd
 
@@ -17,6 +17,7 @@ __all__ = [
     "Factors",
     "Gradient",
     "Joined",
+    "JoinedGradient",
     "Keys",
     "Modifiers",
     "Samples",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .gradients import Gradient
-from .joined import Joined, Source, unpacked_source
+from .joined import Joined, JoinedGradient, Source, unpacked_source
 from .sources import Factors, Keys, Weights, computed_in, slices, without_autograd
 
 CHUNK = 2**23
@@ -47,7 +47,7 @@ class AttentionMap:
     """What the rows come from: the weights, or the query and key that they are computed from; of a deformable
     attention `Samples`, whose `points` and `weights` say where each query looks and how much; of several calls that are
     one attention `Joined`."""
-    gradient: Gradient | None
+    gradient: Gradient | JoinedGradient | None
     """What `grad_rows` reads; None if no gradient was recorded."""
     is_softmax: bool
     """Whether the weights are simply one softmax, or as good as one: no weight is negative and rows sum to one. False
@@ -123,7 +123,7 @@ class AttentionMap:
         *,
         path: str = "",
         kind: str | None = None,
-        gradient: Gradient | None = None,
+        gradient: Gradient | JoinedGradient | None = None,
     ) -> AttentionMap:
         """The map of weights, or of query and key, that are prepared already."""
         made = cls.__new__(cls)

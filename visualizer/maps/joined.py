@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .samples import Samples
-from .sources import Factors, Weights, computed_in, without_autograd
+from .sources import Factors, Weights, without_autograd
 
 
 class Block(NamedTuple):
     """A call that made a part of a map."""
 
-    source: Source
+    source: Any
     """Of its own rows: its batch and heads, taken as one axis, are those of `places`."""
     places: Tensor
     """Which of the batch x heads of the map, taken as one axis: (those of the source,)."""
@@ -54,17 +54,7 @@ class Joined:
     @without_autograd
     def rows(self, queries: slice | Tensor) -> Tensor:
         """The weights of some queries."""
-        batch, heads, count, keys = self.shape
-        index = torch.arange(count)[queries if isinstance(queries, slice) else queries.cpu()]
-        made = torch.empty(batch * heads, len(index), keys, dtype=computed_in(self.dtype), device=self.device)
-        for source, places, first in self.blocks:
-            if source.shape[2] == count:
-                made[places] = source.rows(queries).flatten(0, 1)
-                continue
-            [here] = ((index >= first) & (index < first + source.shape[2])).nonzero(as_tuple=True)
-            if len(here):
-                made[places[:, None], here] = source.rows((index[here] - first).to(self.device)).flatten(0, 1)
-        return made.view(batch, heads, len(index), keys)
+        return _assembled(self.blocks, self.shape, queries, lambda source, chosen: source.rows(chosen))
 
     def tensors(self) -> list[Tensor]:
         """The tensors that are held; other maps may hold masks and keys too."""
@@ -99,3 +89,55 @@ def unpacked_source(packed: dict[str, Any]) -> Source:
     ]
     batch, heads, queries, keys = packed["shape"]
     return Joined(blocks, (batch, heads, queries, keys))
+
+
+class JoinedGradient:
+    """The gradient of a loss by the weights of several calls that are one attention.
+
+    Args:
+        blocks: as those of the map, each with the gradient of its call as its source.
+        shape: (batch, heads, queries, keys) of the map.
+    """
+
+    def __init__(self, blocks: Sequence[Block], shape: tuple[int, int, int, int]) -> None:
+        self._blocks, self._shape = tuple(blocks), shape
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it can be known, and no backward pass has brought all of it yet."""
+        return any(block.source.is_awaited for block in self._blocks)
+
+    def rows(self, queries: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient by the weights of some queries; RuntimeError if it is not known."""
+        return _assembled(self._blocks, self._shape, queries, lambda source, chosen: source.rows(chosen, dtype))
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are held."""
+        return [tensor for block in self._blocks for tensor in block.source.tensors()]
+
+    def to(self, device: torch.device | str) -> JoinedGradient:
+        """The same on another device."""
+        return JoinedGradient([block._replace(source=block.source.to(device)) for block in self._blocks], self._shape)
+
+
+def _assembled(
+    blocks: Sequence[Block],
+    shape: tuple[int, int, int, int],
+    queries: slice | Tensor,
+    rows_of: Callable[[Any, slice | Tensor], Tensor],
+) -> Tensor:
+    """Some rows of the whole; `rows_of` gives those of a block's source."""
+    batch, heads, count, keys = shape
+    index = torch.arange(count)[queries if isinstance(queries, slice) else queries.cpu()]
+    made: Tensor | None = None
+    for source, places, first in blocks:
+        here, chosen = torch.arange(len(index)), queries
+        if source.shape[2] < count:
+            [here] = ((index >= first) & (index < first + source.shape[2])).nonzero(as_tuple=True)
+            chosen = index[here] - first
+        if made is None or len(here):
+            rows = rows_of(source, chosen if isinstance(chosen, slice) else chosen.to(source.device)).flatten(0, 1)
+            made = rows.new_empty(batch * heads, len(index), keys) if made is None else made
+            made[places[:, None], here] = rows
+    assert made is not None
+    return made.view(batch, heads, len(index), keys)
