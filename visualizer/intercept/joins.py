@@ -179,20 +179,19 @@ def _as_one(whole: Tensor, pieces: Sequence[_Piece]) -> tuple[Tensor, Output, La
     sizes = [leaf.size for leaf in made.leaves()[0]]
     numbers = torch.arange(math.prod(sizes)).view(sizes)
     for piece in pieces:
-        own, starts = [leaf.size for leaf in lead] + [1] * len(added), [0] * (len(lead) + len(added))
-        first = 0
+        places, first = [slice(0, leaf.size) for leaf in lead], 0
         for (name, place), axis in grown.items():
-            size, start = piece.shape[axis] // inner[axis], piece.starts[axis] // inner[axis]
+            start = piece.starts[axis] // inner[axis]
             if name == "lead":
-                own[place], starts[place] = size, start
+                places[place] = slice(start, start + piece.shape[axis] // inner[axis])
             else:
                 first = start * math.prod(leaf.size for leaf in queries[1:])
-        for axis in added:
-            starts[-1] = piece.starts[axis] // inner[axis]
-        block = numbers[tuple(slice(start, start + size) for start, size in zip(starts, own, strict=True))].flatten()
+        for start in (piece.starts[axis] // inner[axis] for axis in added):
+            places.append(slice(start, start + 1))
+        block = numbers[tuple(places)].flatten()
         for part in _parts(piece.output):
             made.parts.append(Part(part.output, block[part.numbers], first + part.first))
-        piece.output.whole = made
+        piece.output.whole, piece.output.parts = made, []
     made.attended = outputs[0].attended
     if added and not leaves[added[0]] and not queries:
         made.steps, made.has_one_sequence = more[0], _see_the_same(pieces, ())
