@@ -1,5 +1,6 @@
 """Attention maps: dense ones and those of query and key answer alike, and as an explicit softmax in float64 does."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visualizer import AttentionMap
-from visualizer.maps import Factors, Gradient, Keys, Modifiers, attention_map
+from visualizer.maps import Block, Factors, Gradient, Joined, Keys, Modifiers, attention_map
 
 B, H, Q, K, D = 2, 4, 7, 9, 8
 
@@ -56,7 +57,20 @@ def close(expected, actual, tolerance=1e-6):
     np.testing.assert_allclose(np.asarray(expected, np.float64), np.asarray(actual, np.float64), rtol=0, atol=tolerance)
 
 
-@pytest.fixture(params=["dense", "dense array", "factored", "factored, grouped and masked"])
+def joined(query, key, weights=None):
+    """A call for each image and every other head, and for the first two queries and the rest."""
+    blocks = []
+    for image, first, queries in itertools.product(range(B), range(2), (slice(0, 2), slice(2, Q))):
+        part = slice(image, image + 1), slice(first, H, 2)
+        if weights is None:
+            one = AttentionMap.from_query_key(query[part][:, :, queries], key[part])
+        else:
+            one = AttentionMap(torch.from_numpy(weights[part][:, :, queries]).float())
+        blocks.append(Block(one.source, torch.arange(image * H + first, (image + 1) * H, 2), queries.start))
+    return AttentionMap.from_source(Joined(blocks, (B, H, Q, K)))
+
+
+@pytest.fixture(params=["dense", "dense array", "factored", "factored, grouped and masked", "joined", "joined, dense"])
 def case(request):
     """A map and what its weights are, in float64."""
     if request.param == "factored, grouped and masked":
@@ -65,6 +79,8 @@ def case(request):
         return AttentionMap.from_query_key(query, key, mask=mask), reference(query, key, mask=mask)
     query, key = factors()
     weights = reference(query, key)
+    if request.param.startswith("joined"):
+        return joined(query, key, weights if "dense" in request.param else None), weights
     if request.param == "factored":
         return AttentionMap.from_query_key(query, key), weights
     single = weights.astype(np.float32)

@@ -131,7 +131,7 @@ def _best(seen: Seen, left: list[Any], whole: list[Any], in_windows: bool) -> tu
             return number, _kind_reason(seen, one, in_windows)
         told = ", and the map says that they are assumed" if one.axes_assumed else ""
         return number, f"axes: {tuple(one.shape)} in place of {tuple(expected.shape)}{told}"
-    for number, one in enumerate(whole):
+    for number, one in [*left, *enumerate(whole)]:
         if _holds(one, seen.weights):
             return number, None
     if nearest < float("inf"):

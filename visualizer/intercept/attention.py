@@ -17,9 +17,9 @@ from ..instrument import check_max_bytes
 from ..maps import AttentionMap
 from ..store import Budget, Record, Recorded, Saved, bytes_by_device, human, stacked
 from ..tensors import keeper
-from .axes import Order
+from .axes import Output
 from .copies import AttentionCall, Copies, Copy
-from .watch import File, Watch
+from .watch import Watch
 
 
 def attention(
@@ -52,7 +52,9 @@ def attention(
     deformable attention, of whose map `source` has the points and their weights. The weights are what is multiplied
     with the values, without dropout; where that is not one softmax, `is_softmax` of the map is False, and `softmaxes`
     has the softmaxes it was made of. Heads and batch are told apart by what the model does with
-    the output; where that does not tell, `axes_assumed` of the map says so.
+    the output; where that does not tell, `axes_assumed` of the map says so. Several kernel calls in one call of a
+    module are one map if the model puts their outputs together, as where it calls a kernel for each head, or for some
+    of the queries.
 
     Each map is proven: some of its rows, times the values, must be what the kernel returned, as far as its type can
     tell. A map that is not the one that was used is not kept, and a warning says by how much it was wrong.
@@ -131,6 +133,7 @@ class Maps(Recorded, Sequence[Any]):
         self._watch: Watch | None = None
         self._copies = Copies(gradients)
         self._doubted = set[str]()
+        self._why_apart = dict[str, str]()
 
     def start(self) -> Maps:
         """Record from now on; for notebooks, where a `with` cannot span cells. Returns the maps themselves."""
@@ -140,12 +143,16 @@ class Maps(Recorded, Sequence[Any]):
                 raise RuntimeError("there is nothing to record: the model is gone, or the maps are from a file")
             known = weakref.ref(self)  # maps that nobody holds any more stop recording
 
-            def record(call: AttentionCall) -> File | None:
+            def record(call: AttentionCall) -> Copy | None:
                 maps = known()
                 return None if maps is None else maps.record(call)
 
+            def file(path: str, copy: Copy, output: Output, kernel: str) -> Callable[[], None] | None:
+                maps = known()
+                return None if maps is None else maps.file(path, copy, output, kernel)
+
             self._copies = Copies(self._gradients)
-            self._watch = Watch(model, record)
+            self._watch = Watch(model, record, file)
             self._abandon = weakref.finalize(self, self._watch.end)
             self._abandon.atexit = False
         return self
@@ -247,9 +254,11 @@ class Maps(Recorded, Sequence[Any]):
                 raise IndexError(f"there is no map {key}: {len(self)} were recorded") from None
         values = self.calls(key)
         if len(values) > 1:
+            why = self._why_apart.get(key)
+            apart = f"; its calls that were put together are not one attention: {why}" if why else ""
             raise UnknownKeyError(
-                f"{key!r} attended {len(values)} times: maps.calls({key!r}) has all of them, in order; with one pass "
-                "of the model inside the `with`, or clear() before it, each module has one"
+                f"{key!r} attended {len(values)} times{apart}: maps.calls({key!r}) has all of them, in order; with "
+                "one pass of the model inside the `with`, or clear() before it, each module has one"
             )
         return values[0]
 
@@ -348,17 +357,18 @@ class Maps(Recorded, Sequence[Any]):
             for layer in self._layers
         )
 
-    def record(self, call: AttentionCall) -> File | None:
-        """Copy what is kept of an attention call; returns what files it once its axes are known."""
+    def record(self, call: AttentionCall) -> Copy | None:
+        """Copy what is kept of an attention call."""
         with self._lock:
             if self._watch is None or not self._wants(call.path):
                 return None
-            copy = self._copies.of(call)
-        return lambda order, kernel: self._file(call.path, copy, order, kernel)
+            return self._copies.of(call)
 
-    def _file(self, path: str, copy: Copy, order: Order | None, kernel: str) -> Callable[[], None] | None:
-        """Make a map and return what keeps it, if it is proven."""
-        doubt = None if copy.evidence is None else copy.evidence.doubt()
+    def file(self, path: str, copy: Copy, output: Output, kernel: str) -> Callable[[], None] | None:
+        """Make the map of a call whose axes are known, and return what keeps it, if it is proven."""
+        if output.why_apart:
+            self._why_apart[path] = output.why_apart
+        doubt = copy.doubt()
         if doubt is not None:
             if path not in self._doubted:
                 self._doubted.add(path)
@@ -367,7 +377,7 @@ class Maps(Recorded, Sequence[Any]):
                     f"what {kernel} returned, {doubt}."
                 )
             return None
-        value = copy.map_of(order)
+        value = copy.map_of(output.order)
         return lambda: self._keep_map(path, value, copy.sizes)
 
     def _keep_map(self, path: str, value: Any, sizes: dict[str, int]) -> None:

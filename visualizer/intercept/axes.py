@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,19 +87,108 @@ class Factor:
             return []
         return [factor for part in self.parts for factor in part.smallest()] if self.parts else [self]
 
+    def replaced(self, new: dict[Factor, Factor]) -> Factor:
+        """The same with others in place of some of its factors."""
+        if self in new or not self.parts:
+            return new.get(self, self)
+        parts = tuple(part.replaced(new) for part in self.parts)
+        made = Factor(math.prod(part.size for part in parts))
+        made.parts = parts
+        return made
+
 
 Layout = list[list[Factor]]
 
 
-class Output:
-    """The output of an attention call, as the model's functions change its shape."""
+class Part(NamedTuple):
+    """An attention call that is a part of another one, or all of it."""
 
-    def __init__(self, shape: Sequence[int]) -> None:
-        self._axes = [Factor(size) for size in shape]
+    output: Output
+    numbers: Tensor
+    """Which of the axes before (queries, width) of the whole, taken as one, are those of the part."""
+    first: int
+    """Which of the whole's queries is its first one."""
+
+
+class Output:
+    """The output of an attention call, as the model's functions change its shape.
+
+    Args:
+        axes: the axes, or their lengths.
+    """
+
+    def __init__(self, axes: Sequence[int | Factor]) -> None:
+        self._axes = [axis if isinstance(axis, Factor) else Factor(axis) for axis in axes]
         self.layout: Layout = [[axis] for axis in self._axes]
         """The axes of the output itself, for `follow`."""
         self.order: Order | None = None
         """What is known of its axes."""
+        self.attended: Any = None
+        """What the call must have in common with others to be one attention; None once its map is made."""
+        self.parts: list[Part] = []
+        """Of several calls that are one attention, each of them."""
+        self.whole: Output | None = None
+        """Of a call that is a part of such an attention, its output."""
+        self.why_apart = ""
+        """Why it is not one attention with others that it was joined with."""
+        self.steps: Factor | None = None
+        """Of calls with a single query each, the axis on which they were joined, which may be heads or queries."""
+        self.has_one_sequence = False
+        """Whether all of these looked at the same keys and values."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may still become a part of another one."""
+        return self.order is None and self.whole is None and self.attended is not None
+
+    @property
+    def outermost(self) -> Output:
+        """The output itself, or that of the attention which it is a part of."""
+        return self if self.whole is None else self.whole.outermost
+
+    def leaves(self) -> tuple[list[Factor], list[Factor], list[Factor]]:
+        """The factors of the axes before queries and width, of the queries, and of the width."""
+        lead = [leaf for axis in self._axes[:-2] for leaf in axis.smallest()]
+        return lead, self._axes[-2].smallest(), self._axes[-1].smallest()
+
+    def settle_steps(self) -> None:
+        """Take the axis on which calls with a single query were joined for queries, if it is not heads.
+
+        They are one attention only if they looked at the same keys and values; else each is an attention of its own.
+        """
+        lead = self.leaves()[0]
+        if self.steps not in lead:
+            return
+        place = lead.index(self.steps)
+        sizes = [leaf.size for leaf in lead]
+        order, count, inner = self.order, sizes[place], math.prod(sizes[place + 1 :])
+        if order is not None and (len(order.sizes) != len(sizes) or order.are_heads[place]):
+            return
+        if order is not None:
+            left = slice(place), slice(place + 1, None)
+            are_heads = order.are_heads[left[0]] + order.are_heads[left[1]]
+            order = Order(order.sizes[left[0]] + order.sizes[left[1]], are_heads)
+        if self.has_one_sequence:
+            self.order, self.steps = order, None
+            self._axes = [axis for axis in self._axes if axis is not lead[place]]
+            self.parts = [
+                Part(
+                    part.output, numbers // (inner * count) * inner + numbers % inner, int(numbers[0]) // inner % count
+                )
+                for part in self.parts
+                for numbers in (part.numbers,)
+            ]
+        elif all(len(part.numbers) * count == math.prod(sizes) for part in self.parts):
+            for part in self.parts:
+                part.output.order, part.output.whole = order, None
+                part.output.why_apart = "each has a single query, and keys and values of its own"
+
+    def grown(self, new: dict[Factor, Factor], more: Sequence[Factor]) -> Output:
+        """An output with other factors in place of some of its own, and with one more axis before the queries."""
+        lead, last = [axis.replaced(new) for axis in self._axes[:-2]], self._axes[-2:]
+        if more and lead and lead[-1].size == 1:
+            lead.pop()
+        return Output([*lead, *more, *(axis.replaced(new) for axis in last)])
 
     def follow(self, func: Any, args: Any, kwargs: Any, tensor: Tensor, layout: Layout, result: Any) -> Layout | None:
         """The axes of what a function made of a tensor with these axes; None if it is followed no further.
@@ -129,7 +218,7 @@ class Output:
             width = set(self._axes[-1].smallest())
             mixed = [axis for axis in layout if width & _origins(axis)]
         features = set().union(*map(_origins, mixed)) if mixed else set()
-        lead = [factor for axis in self._axes[:-2] for factor in axis.smallest()]
+        lead = self.leaves()[0]
         are_heads = tuple(factor in features for factor in lead)
         has_one_head = is_linear and (len(self._axes) != 4 or self._axes[-3].size == 1)
         if any(are_heads) or has_one_head:

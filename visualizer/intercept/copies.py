@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..maps import AttentionMap, Factors, Gradient, Keys, Samples, Weights
+from ..maps import AttentionMap, Block, Factors, Gradient, Joined, JoinedGradient, Keys, Samples, Source, Weights
 from ..store import bytes_by_device
 from .axes import Order
 from .evidence import Evidence, of_fused, of_samples, of_weights
+from .joins import Attended
 from .kernels import FusedCall, four_axes
 from .modules import are_windows
 from .provenance import Origin
@@ -37,17 +38,70 @@ class AttentionCall:
     number: int
     """How many attention calls came before."""
 
+    def attended(self, call: object) -> Attended:
+        """What it must have in common with others in one call of its module."""
+        computed = self.computed
+        if isinstance(computed, FusedCall):
+            query, key, value = computed.query, computed.key, computed.value
+            return Attended(call, self.origin, key.shape[-2], (query, key), (key, value))
+        if isinstance(computed, Product):
+            values = () if computed.values is None else (computed.values,)
+            return Attended(call, self.origin, computed.weights.shape[-1], (), values)
+        return Attended(call, self.origin, sum(map(math.prod, computed.sizes)), (), computed.values)
+
 
 @dataclass(frozen=True)
 class Copy:
     """What is kept of an attention call."""
 
+    call: AttentionCall
     map_of: Callable[[Order | None], AttentionMap]
     """Makes its map, once it is known which axes are heads; None: they stay unknown."""
     sizes: dict[str, int]
     """The bytes that it adds, by device."""
-    evidence: Evidence | None
-    """Whether the map is the one that was used; None where that cannot be seen, as with dropout."""
+    evidence: Sequence[Evidence]
+    """Whether the map is the one that was used; none where that cannot be seen, as with dropout."""
+
+    def doubt(self) -> str | None:
+        """By how much the map is wrong, in words; None if it is right."""
+        return next((doubt for one in self.evidence if (doubt := one.doubt()) is not None), None)
+
+
+def joined_copy(parts: Sequence[tuple[Copy, Tensor, int]], sizes: Sequence[int]) -> Copy:
+    """The copy of several calls that are one attention.
+
+    Args:
+        parts: of each call the copy, which of the axes of `sizes`, taken as one, it has, and its first query.
+        sizes: the axes before (queries, keys).
+    """
+    copies = [copy for copy, _, _ in parts]
+
+    def map_of(order: Order | None) -> AttentionMap:
+        total, axes_assumed = math.prod(sizes), order is None and math.prod(sizes) > 1
+        order = _assumed(sizes, copies[0].call.heads) if order is None else order
+        numbers = order.arranged(torch.arange(total)[:, None, None]).flatten()
+        places = torch.empty_like(numbers).index_copy_(0, numbers, torch.arange(total))
+        maps = [copy.map_of(None) for copy in copies]
+        queries = max(first + made.shape[2] for made, (_, _, first) in zip(maps, parts, strict=True))
+        shape = *order.shape, queries, maps[0].shape[3]
+
+        def blocks(sources: Sequence[Any]) -> list[Block]:
+            return [Block(one, places[which], first) for one, (_, which, first) in zip(sources, parts, strict=True)]
+
+        gradients = [one.gradient for one in maps if one.gradient is not None]
+        gradient = JoinedGradient(blocks(gradients), shape) if len(gradients) == len(maps) else None
+        source = Joined(blocks([one.source for one in maps]), shape)
+        made = _map_of(copies[0].call, source, gradient, axes_assumed)
+        made.is_softmax = all(one.is_softmax for one in maps)
+        if not made.is_softmax and len({len(one.softmaxes) for one in maps}) == 1:
+            for several in zip(*(one.softmaxes for one in maps), strict=True):
+                if all(part.shape == one.shape for part, one in zip(several, maps, strict=True)):
+                    source = Joined(blocks([part.source for part in several]), shape)
+                    made.softmaxes += (AttentionMap.from_source(source, path=made.path, kind=made.kind),)
+        return made
+
+    evidence = [one for copy in copies for one in copy.evidence]
+    return Copy(copies[0].call, map_of, _sum(*(copy.sizes for copy in copies)), evidence)
 
 
 class Copies:
@@ -107,7 +161,7 @@ class Copies:
             made.is_softmax = is_softmax
             return made
 
-        return Copy(map_of, _sizes(weights, *parts), evidence)
+        return Copy(call, map_of, _sizes(weights, *parts), _known(evidence))
 
     def _of_fused(self, call: AttentionCall, fused: FusedCall) -> Copy:
         key, mask, query = fused.key.detach(), fused.mask, _copied(fused.query)
@@ -145,7 +199,12 @@ class Copies:
             return _map_of(call, made_of, gradient, not is_known and math.prod(source.shape[:2]) > 1)
 
         sizes = _sum(sizes, _sizes(*([] if modifiers is None else modifiers.tensors())))
-        return Copy(map_of, _sum(sizes, _sizes(query, *([] if gradient is None else gradient.tensors()))), evidence)
+        return Copy(
+            call,
+            map_of,
+            _sum(sizes, _sizes(query, *([] if gradient is None else gradient.tensors()))),
+            _known(evidence),
+        )
 
     def _of_samples(self, call: AttentionCall, sampled: SampledCall) -> Copy:
         weights = four_axes(_copied(sampled.weights), call.heads)
@@ -162,7 +221,7 @@ class Copies:
             made_of = source if order is None else source.arranged(order.arranged)
             return _map_of(call, made_of, gradient, order is None and batch * heads > 1)
 
-        return Copy(map_of, _sizes(cells, weights), evidence)
+        return Copy(call, map_of, _sizes(cells, weights), _known(evidence))
 
     def _kept_keys(self, path: str, key: Tensor, queries: int) -> tuple[Keys, dict[str, int]]:
         """The keys of a call, and the bytes that they add. Of a growing cache only the new keys are copied."""
@@ -201,7 +260,7 @@ class Copies:
 
 
 def _map_of(
-    call: AttentionCall, source: Weights | Factors | Samples, gradient: Gradient | None, axes_assumed: bool
+    call: AttentionCall, source: Source, gradient: Gradient | JoinedGradient | None, axes_assumed: bool
 ) -> AttentionMap:
     batch, _, queries, _ = source.shape
     kind = call.origin.kind
@@ -210,6 +269,17 @@ def _map_of(
     made = AttentionMap.from_source(source, path=call.path, kind=kind, gradient=gradient)
     made.joined, made.axes_assumed = call.origin.joined, axes_assumed
     return made
+
+
+def _assumed(sizes: Sequence[int], heads: int | None) -> Order:
+    """What `four_axes` takes the axes before (queries, keys) for."""
+    if len(sizes) == 1 and heads is not None and sizes[0] % heads == 0:
+        return Order((sizes[0] // heads, heads), (False, True))
+    return Order((*sizes,), tuple(0 < axis == len(sizes) - 1 for axis in range(len(sizes))))
+
+
+def _known(evidence: Evidence | None) -> Sequence[Evidence]:
+    return () if evidence is None else (evidence,)
 
 
 def _copied(tensor: Tensor) -> Tensor:

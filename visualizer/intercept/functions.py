@@ -1,10 +1,12 @@
 """Kernels that are Python functions, which no mode of torch sees: those of other libraries, and of transformers.
 
-While a model is watched, two kinds of function tell of their calls. Those registered in transformers'
+While a model is watched, three kinds of function tell of their calls. Those registered in transformers'
 AttentionInterface are wrapped by the interface's own way to override one. Those of other libraries, such as
 `flash_attn_func`, are found by their names in all modules, and have their code swapped: so a call is seen however the
-function got there, imported by name, kept in an object, or wrapped. Where something that attends was seen inside of a
-call, that is what a map is made of; else the call itself. Whether it is right, its proof tells.
+function got there, imported by name, kept in an object, or wrapped. The autograd Functions around the compiled kernels
+of deformable attention, `MSDeformAttnFunction` or the like in Deformable DETR's repository and in mmcv, are found by
+their arguments, and have their `apply` wrapped. Where something that attends was seen inside of a call, that is what a
+map is made of; else the call itself. Whether it is right, its proof tells.
 """
 
 from __future__ import annotations
@@ -13,14 +15,16 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .kernels import FUNCTIONS, FusedCall, attention_interface
+from .sampling import SampledCall, ms_deform_attn_forward
 
 
 class Watcher(Protocol):
@@ -29,7 +33,7 @@ class Watcher(Protocol):
     def seen_calls(self) -> int | None:
         """How many attention calls were seen in this thread; None outside of a module's call."""
 
-    def see_function(self, name: str, describe: Callable[[], FusedCall]) -> None:
+    def see_function(self, name: str, describe: Callable[[], FusedCall | SampledCall]) -> None:
         """Take note of a function's call in which no other was seen; `describe` says what it was."""
 
 
@@ -39,6 +43,8 @@ _wrapped: dict[str, tuple[Any, Any]] = {}  # the function before and its wrapper
 _looked_through: dict[str, tuple[weakref.ref[ModuleType], int]] = {}  # the modules, and how much was in them
 _found: weakref.WeakKeyDictionary[FunctionType, str] = weakref.WeakKeyDictionary()
 _swapped: dict[FunctionType, tuple[CodeType, CodeType, bool]] = {}  # the codes before and now; is the signature ours
+_classes: list[type[torch.autograd.Function]] = []  # whose `apply` is wrapped
+_DEFORMABLE = ("value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights")
 _here = threading.local()  # `is_hidden`: calls of other libraries' functions are a part of the one under way
 
 
@@ -57,10 +63,14 @@ def begin(watcher: Watcher) -> None:
         for function, name in [*_found.items()]:
             if function not in _swapped:
                 _swap(name, function)
+        for cls in _below(torch.autograd.Function):
+            if "apply" not in vars(cls) and cls not in _classes and _is_deformable(cls):
+                _classes.append(cls)
+                cls.apply = staticmethod(_apply(cls.__name__, cls.apply))
 
 
 def end(watcher: Watcher) -> None:
-    """Have it told no more; with the last one the functions are again what they were."""
+    """Have it told no more; with the last one the functions and classes are again what they were."""
     with _lock:
         _watchers[:] = [known for known in _watchers if known() not in (None, watcher)]
         if _watchers:
@@ -76,6 +86,8 @@ def end(watcher: Watcher) -> None:
                 function.__code__ = code
             if is_ours:
                 vars(function).pop("__signature__", None)
+        while _classes:
+            del _classes.pop().apply
         _wrapped.clear()
         _swapped.clear()
 
@@ -132,6 +144,28 @@ def _swap(name: str, function: FunctionType) -> None:
     _swapped[function] = code, ours, is_ours
 
 
+def _below(cls: Any) -> Iterator[Any]:
+    for one in cls.__subclasses__():
+        yield one
+        yield from _below(one)
+
+
+def _is_deformable(cls: Any) -> bool:
+    """Whether its forward takes a context and the kernel's arguments; mmcv puts "value_" before some of the names."""
+    try:
+        names = [*inspect.signature(cls.forward).parameters][1 : 1 + len(_DEFORMABLE)]
+    except (TypeError, ValueError):
+        return False
+    return [name if name == "value" else name.removeprefix("value_") for name in names] == [*_DEFORMABLE]
+
+
+def _apply(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _observed(name, apply, args, kwargs, lambda result: ms_deform_attn_forward(result, *args, **kwargs))
+
+    return call
+
+
 _PLACE = 0.125  # a constant, in whose place the function comes that is to be called
 
 
@@ -153,7 +187,7 @@ def _observed(
     function: Callable[..., Any],
     args: Any,
     kwargs: Any,
-    describe: Callable[[Any], FusedCall],
+    describe: Callable[[Any], FusedCall | SampledCall],
     hides: bool = False,
 ) -> Any:
     """Run a function, and tell of its call."""

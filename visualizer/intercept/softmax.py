@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..tensors import is_plain_torch
 from .axes import Output, einsum_labels
+from .joins import Joins
 from .kernels import name_of
 from .lineage import Lineage
 
@@ -143,6 +144,12 @@ class Tracing:
     def __init__(self) -> None:
         self.lineage = Lineage()
         """The tensors that are followed, and what they are."""
+        self._joins = Joins()
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.lineage.clear()
+        self._joins.clear()
 
     def follow_output(self, tensor: Tensor, output: Output, layout: Any = None) -> None:
         """Find out what the model does with the axes of an attention call's output."""
@@ -232,6 +239,10 @@ class Tracing:
         return None
 
     def _follow_all(self, func: Any, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any) -> None:
+        joined = self._joins.joined(name_of(func), args, kwargs, known, result)
+        if joined is not None:
+            self.follow_output(*joined)
+            return
         for tensor, origin in known:
             if isinstance(origin, tuple):
                 self._follow_on(func, args, kwargs, tensor, origin, result)

@@ -24,9 +24,9 @@ from ..errors import warn
 from ..instrument import Uncompiled, mark_reruns, named_modules
 from ..store import is_recorded
 from ..tensors import is_plain_torch, why_unreal
-from . import extensions, functions
+from . import functions
 from .axes import Order, Output
-from .copies import AttentionCall
+from .copies import AttentionCall, Copy, joined_copy
 from .gaps import Gap
 from .kernels import KERNELS, FusedCall, as_computed, in_four_axes, multi_head_attention, name_of
 from .modules import (
@@ -45,8 +45,9 @@ from .provenance import Origin, Provenance
 from .sampling import SAMPLING_KERNELS, SampledCall, Sampling, may_read_cells, may_sample
 from .softmax import Product, Tracing, may_begin
 
-File = Callable[[Order | None, str], Callable[[], None] | None]
-"""Makes the map of a call whose axes are known now, and returns what keeps it; the text says which kernel ran."""
+File = Callable[[str, Copy, Output, str], Callable[[], None] | None]
+"""Makes the map of a module's call whose axes are known now, and returns what keeps it; the last text says which kernel
+ran."""
 
 
 class _Thread(threading.local):
@@ -71,7 +72,7 @@ class _Thread(threading.local):
         self.calls.clear()
         self.gaps.clear()
         self.pending.clear()
-        self.tracing.lineage.clear()
+        self.tracing.clear()
         self.sampling.lineage.clear()
         self.provenance.clear()
         self.frame = None
@@ -84,7 +85,7 @@ class _Pending:
     output: Output
     calls: tuple[ModuleCall, ...]
     kernel: str
-    file: File
+    copy: Copy
 
 
 class Watch:
@@ -92,11 +93,12 @@ class Watch:
 
     Args:
         model: whose modules are watched.
-        record: called with each attention call that is seen, and copies what is to be kept. Returns what to call once
-            it is known which axes are heads, in the order of the calls; or None.
+        record: called with each attention call that is seen; returns a copy of what is to be kept, or None.
+        file: called with the path of the module and that copy once it is known which axes are heads, in the order of
+            the calls.
     """
 
-    def __init__(self, model: nn.Module, record: Callable[[AttentionCall], File | None]) -> None:
+    def __init__(self, model: nn.Module, record: Callable[[AttentionCall], Copy | None], file: File) -> None:
         modules = list(named_modules(model))
         compiled = [path for path, module in modules if is_compiled(module)]
         if compiled and not Uncompiled.is_possible():
@@ -106,7 +108,7 @@ class Watch:
             )
         self.has_run = False
         """Whether a module of the model has been called."""
-        self._record = record
+        self._record, self._file = record, file
         self._thread = _Thread()
         self._mode = _Mode(self)
         self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
@@ -132,7 +134,6 @@ class Watch:
                 module.register_forward_hook(_Hook(self._end_call, path, known), always_call=True),
             ]
         functions.begin(self)
-        extensions.begin(self)
         _see_scripted(True)
         if scripted:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
@@ -152,7 +153,6 @@ class Watch:
             handle.remove()
         self._uncompiled.end()
         functions.end(self)
-        extensions.end(self)
         if not self._has_ended:
             self._has_ended = True
             _see_scripted(False)
@@ -324,18 +324,15 @@ class Watch:
         thread = self._thread
         return thread.count if thread.calls else None
 
-    def see_function(self, name: str, describe: Callable[[], FusedCall]) -> None:
+    def see_function(self, name: str, describe: Callable[[], FusedCall | SampledCall]) -> None:
         """Record a call of a function in Python that attends, in which nothing else was seen."""
         with self._unharmed():
-            self._see_fused(name, describe)
-        self._file_settled()
-
-    def see_sampled(self, name: str, describe: Callable[[], SampledCall]) -> None:
-        """Record a deformable attention of a compiled kernel, in which nothing else was seen."""
-        with self._unharmed():
             with _aside():
-                sampled = describe()
-            self._see_sampled(name, sampled)
+                seen = describe()
+            if isinstance(seen, SampledCall):
+                self._see_sampled(name, seen)
+            else:
+                self._see_fused(name, lambda: seen)
         self._file_settled()
 
     def _unharmed(self, calls: Sequence[ModuleCall] = ()) -> _Unharmed:
@@ -402,9 +399,11 @@ class Watch:
         """Record a call, and file its map once the model has told its axes apart."""
         thread = self._thread
         thread.count += 1
-        file = self._record(call)
-        if file is not None:
-            thread.pending.append(_Pending(output, tuple(thread.calls), kernel, file))
+        copy = self._record(call)
+        if copy is not None:
+            if output.order is None:
+                output.attended = call.attended(thread.calls[-1])
+            thread.pending.append(_Pending(output, tuple(thread.calls), kernel, copy))
             thread.tracing.follow_output(returned, output, layout)
 
     def _file_settled(self, ending: int | None = None) -> None:
@@ -417,19 +416,38 @@ class Watch:
         thread = self._thread
         while thread.pending and thread.filing is None:
             first = thread.pending[0]
-            if first.output.order is None and (ending is None or not (ending == 1 or len(first.calls) > ending)):
+            whole = first.output.outermost
+            if whole.order is None and (ending is None or not (ending == 1 or len(first.calls) > ending)):
                 return
+            with self._unharmed(first.calls):
+                whole.settle_steps()
+            whole = first.output.outermost
             thread.pending.popleft()
             thread.filing = first.calls
             try:
                 with _aside():
                     keep = None
                     with self._unharmed(first.calls):
-                        keep = first.file(first.output.order, first.kernel)
+                        keep = self._file(first.calls[-1].path, self._copy_of(first), whole, first.kernel)
                     if keep is not None:
                         keep()  # which may call the user's own function
             finally:
                 thread.filing = None
+
+    def _copy_of(self, first: _Pending) -> Copy:
+        """The copy of a call, with those of the calls that are one attention with it, which are not filed again."""
+        thread, whole = self._thread, first.output.outermost
+        together = [first, *(pending for pending in thread.pending if pending.output.outermost is whole)]
+        copies = {id(pending.output): pending.copy for pending in together}
+        for pending in together:
+            pending.output.attended = None
+        if whole is first.output:
+            return first.copy
+        for pending in together[1:]:
+            thread.pending.remove(pending)
+        parts, whole.parts, whole.attended = whole.parts, [], None
+        sizes = [leaf.size for leaf in whole.leaves()[0]]
+        return joined_copy([(copies[id(part.output)], part.numbers, part.first) for part in parts], sizes)
 
     def _heads_of(self, tensor: Tensor) -> int | None:
         thread = self._thread

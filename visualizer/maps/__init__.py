@@ -7,16 +7,21 @@ runs in the memory of a few rows. `Maps`, what `attention(model)` returns, is in
 
 from .attention_map import AttentionMap
 from .gradients import Gradient
+from .joined import Block, Joined, JoinedGradient, Source
 from .samples import Samples
 from .sources import Factors, Keys, Modifiers, Weights, may_be_autocast, without_autograd
 
 __all__ = [
     "AttentionMap",
+    "Block",
     "Factors",
     "Gradient",
+    "Joined",
+    "JoinedGradient",
     "Keys",
     "Modifiers",
     "Samples",
+    "Source",
     "Weights",
     "may_be_autocast",
     "without_autograd",

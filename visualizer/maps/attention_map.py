@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .gradients import Gradient
-from .samples import Samples
+from .joined import Joined, JoinedGradient, Source, unpacked_source
 from .sources import Factors, Keys, Weights, computed_in, slices, without_autograd
 
 CHUNK = 2**23
@@ -43,10 +43,11 @@ class AttentionMap:
     kind: str | None
     """Where queries and keys come from: "self", one sequence; "cross", two; "joint", two that are joined and attend to
     each other and themselves; "window", one, cut into windows (its batch is images x windows). None: not known."""
-    source: Weights | Factors | Samples
+    source: Source
     """What the rows come from: the weights, or the query and key that they are computed from; of a deformable
-    attention `Samples`, whose `points` and `weights` say where each query looks and how much."""
-    gradient: Gradient | None
+    attention `Samples`, whose `points` and `weights` say where each query looks and how much; of several calls that are
+    one attention `Joined`."""
+    gradient: Gradient | JoinedGradient | None
     """What `grad_rows` reads; None if no gradient was recorded."""
     is_softmax: bool
     """Whether the weights are simply one softmax, or as good as one: no weight is negative and rows sum to one. False
@@ -118,11 +119,11 @@ class AttentionMap:
     @classmethod
     def from_source(
         cls,
-        source: Weights | Factors | Samples,
+        source: Source,
         *,
         path: str = "",
         kind: str | None = None,
-        gradient: Gradient | None = None,
+        gradient: Gradient | JoinedGradient | None = None,
     ) -> AttentionMap:
         """The map of weights, or of query and key, that are prepared already."""
         made = cls.__new__(cls)
@@ -148,7 +149,7 @@ class AttentionMap:
     @property
     def is_dense(self) -> bool:
         """Whether the weights exist; otherwise each reading computes them."""
-        return isinstance(self.source, Weights)
+        return isinstance(self.source, Weights) or (isinstance(self.source, Joined) and self.source.is_dense)
 
     @property
     def sequences(self) -> tuple[AttentionMap, ...]:
@@ -326,12 +327,7 @@ class AttentionMap:
     @classmethod
     def unpacked(cls, packed: dict[str, Any]) -> AttentionMap:
         """The map that `packed` was called on, without gradients."""
-        source: Weights | Factors | Samples
-        if "weights" in packed:
-            source = Weights(packed["weights"])
-        else:
-            source = (Samples if "cells" in packed else Factors).unpacked(packed)
-        made = cls.from_source(source, path=packed["path"], kind=packed["kind"])
+        made = cls.from_source(unpacked_source(packed), path=packed["path"], kind=packed["kind"])
         made.softmaxes = tuple(map(cls.unpacked, packed.get("softmaxes", ())))
         made.is_softmax = packed.get("is_softmax", not made.softmaxes)
         made.joined = {name: slice(start, stop) for name, start, stop in packed.get("joined", ())}

@@ -27,6 +27,16 @@ class Gradient:
         self._incoming: Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, queries, keys)."""
+        return self._shape
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device that it lives on; None if it is not known yet."""
+        return None if self._incoming is None else self._incoming.device
+
+    @property
     def is_awaited(self) -> bool:
         """Whether it can be known, and no backward pass has brought it yet."""
         return self._incoming is None and self._reason is None
