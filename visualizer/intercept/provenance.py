@@ -67,6 +67,7 @@ class _Part(NamedTuple):
 
 
 _Parts = tuple[_Part, ...]
+_NOTHING: _Parts = (_Part(None, frozenset(), False),)
 
 
 class Origin(NamedTuple):
@@ -97,16 +98,24 @@ class Provenance:
                 result = args[0]
             elif type(result) is Size or not isinstance(result, (tuple, list)):
                 return
-        role, parents = _role(func), list[_Node]()
-        name = name_of(func) if role else ""
-        self._add_nodes(args[1:] if name == "baddbmm" else args, parents)
+        role = _role(func)
+        parents: list[_Node] = []
+        sizes: tuple[int, ...] = ()
+        if role != _PLAIN:
+            name = name_of(func)
+            if name == "baddbmm":
+                args = args[1:]
+            elif name in _JOINS:
+                sizes = _joined_sizes(*args, **kwargs)
+        self._add_nodes(args, parents)
         if kwargs:
             self._add_nodes(kwargs.values(), parents)
-        for one in (result,) if isinstance(result, Tensor) else result:
+        if isinstance(result, Tensor):
+            self._nodes[id(result)] = _Node(result, parents, role, sizes)
+            return
+        for one in result:
             if isinstance(one, Tensor):
-                self._nodes[id(one)] = _Node(
-                    one, parents, role, _joined_sizes(*args, **kwargs) if name in _JOINS else ()
-                )
+                self._nodes[id(one)] = _Node(one, parents, role, sizes)
 
     def _add_nodes(self, items: Iterable[Any], parents: list[_Node]) -> None:
         """Add the nodes of the tensors among a function's arguments; parameters are no inputs."""
@@ -282,7 +291,10 @@ def _makers(node: _Node) -> Sequence[_Node]:
 
 def _made(node: _Node, parents: Sequence[_Parts]) -> _Parts:
     if not parents:
-        return (_Part(None, frozenset(), False),)
+        return _NOTHING
+    first = parents[0]
+    if len(first) == 1 and all(parts is first for parts in parents):  # as nearly always
+        return first if node.role != _PRODUCT or first[0].is_projected else (first[0]._replace(is_projected=True),)
     if node.sizes and len({_merged(parts).roots for parts in parents}) > 1:
         return tuple(part._replace(tokens=size) for size, part in zip(node.sizes, map(_merged, parents), strict=True))
     longest = max(parents, key=len)

@@ -247,24 +247,33 @@ class Watch:
             thread.is_watched = False
             _remove(self._mode)
 
-    def looks_at(self, func: Any, args: Any) -> bool:
-        """Whether a function that is called now may have to do with attention."""
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one of torch's functions, and take note of it if a module of the model calls it."""
         thread = self._thread
-        if not thread.calls:
-            return False
-        if _begins_attention(func) or may_read_cells(func, args):
-            return True
-        follows = bool(thread.tracing.lineage) or bool(thread.sampling.lineage)
-        return follows and not _returns_no_tensor(func)
-
-    def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Note where a tensor comes from that a module has made."""
-        thread = self._thread
-        if thread.calls:
+        calls = thread.calls
+        if not calls:
+            return func(*args, **kwargs)
+        gap = thread.gaps[-1]
+        interest = _INTEREST.get(func)
+        if interest is None:
+            interest = _interest_of(func)
+        if interest is _NO_TENSOR:
+            result = func(*args, **kwargs)
+        else:
+            is_seen = (
+                interest is _BEGINS
+                or thread.tracing.lineage
+                or thread.sampling.lineage
+                or (interest is _INDEX and may_read_cells(func, args))
+            )
+            result = self.see(func, args, kwargs) if is_seen else func(*args, **kwargs)
             try:
                 thread.provenance.note(func, args, kwargs, result)
             except Exception as error:
-                self._refuse(thread.calls, error)
+                self._refuse(calls, error)
+        if gap is not None:
+            self.look_for_gaps(func, args, kwargs, result)
+        return result
 
     def look_for_gaps(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Look whether something that is not seen ran before a function, which has run now."""
@@ -507,22 +516,32 @@ _LEFT: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
 _MULTI_HEAD = "multi_head_attention_forward"
 
 
-@lru_cache(maxsize=4096)
-def _begins_attention(func: Any) -> bool:
-    """Whether a function attends, or may be the first to; all others mean something only after a product."""
-    name = name_of(func)
-    return name in KERNELS or name == _MULTI_HEAD or may_begin(name) or may_sample(name)
-
-
-_NO_TENSOR = frozenset(("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item"))
 _ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_nested"))
+_WITHOUT_TENSOR = frozenset(
+    ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item")
+)
+_FOLLOWS, _BEGINS, _INDEX, _NO_TENSOR = "follows", "begins", "index", "no tensor"
+_INTEREST: dict[Any, str] = {}
+"""By function, why it may have to do with attention; filled as functions are called."""
 
 
-@lru_cache(maxsize=4096)
-def _returns_no_tensor(func: Any) -> bool:
-    """Whether a function, or the reading of an attribute, makes no tensor that could be followed."""
+def _interest_of(func: Any) -> str:
+    """Whether a function attends, or may be the first to; may read cells; or makes no tensor that could be followed.
+
+    All others mean something only after a product.
+    """
     name = name_of(func)
-    return name in _NO_TENSOR or (name == "__get__" and getattr(func.__self__, "__name__", "") in _ATTRIBUTES)
+    if name in KERNELS or name == _MULTI_HEAD or may_begin(name) or may_sample(name):
+        interest = _BEGINS
+    elif func is Tensor.__getitem__:
+        interest = _INDEX
+    elif name in _WITHOUT_TENSOR or (name == "__get__" and getattr(func.__self__, "__name__", "") in _ATTRIBUTES):
+        interest = _NO_TENSOR
+    else:
+        interest = _FOLLOWS
+    if len(_INTEREST) < 4096:
+        _INTEREST[func] = interest
+    return interest
 
 
 class _Hook:
@@ -619,10 +638,4 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         watch = self.watch()
-        if watch is None:
-            return func(*args, **kwargs)
-        looks_at = watch.looks_at(func, args)
-        result = watch.see(func, args, kwargs) if looks_at else func(*args, **kwargs)
-        watch.note(func, args, kwargs, result)
-        watch.look_for_gaps(func, args, kwargs, result)
-        return result
+        return func(*args, **(kwargs or {})) if watch is None else watch.run(func, args, kwargs or {})
