@@ -1,6 +1,5 @@
 """What the tests of `collect` share: data, models that fail, and the entropy of `Looking()` by numpy alone."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -327,7 +327,6 @@ class TestEncoderAndDecoder:
         np.testing.assert_allclose(entropies[0], entropies[1], atol=1e-6)
         np.testing.assert_allclose(entropies[0], entropies[2], atol=1e-6)
 
-
     def test_what_a_decoder_attends_to_is_padded_as_in_the_encoder(self):
         from transformers import BartConfig, BartModel
 

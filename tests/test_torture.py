@@ -171,7 +171,6 @@ class TestSignals:
         """
         assert "True" == run(code, clean=False)
 
-
     @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")
     @pytest.mark.parametrize("keep", ["numpy", "graph"])
     @pytest.mark.parametrize("limit", [None, 5])
@@ -387,7 +386,6 @@ class TestProcesses:
         assert 21 == result
         assert (is_active, values) in [(True, [20]), (False, [])]
         assert is_active == (method == "fork")
-
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
     def test_forked_while_another_thread_keeps_a_value(self):
