@@ -292,3 +292,110 @@ class TestWindows:
         with attention(model) as maps:
             model(torch.randn(B, 3, 3, 16, 16))
         assert (maps[0].kind, maps[0].shape[0]) == ("self", B * 3)
+
+
+class TestModulesInWhichNothingAttends:
+    """Once it is known that nothing attends in a module, its functions are looked at no more."""
+
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.modes, self.errors, self.attends, self.inner = [], [], False, None
+
+        def forward(self, x, memory=None):
+            self.modes.append(torch._C._len_torch_function_stack())
+            if self.errors:
+                raise self.errors.pop()
+            if self.inner is not None:
+                x = self.inner(x)
+            if memory is not None or self.attends:
+                memory = x if memory is None else memory
+                x = F.scaled_dot_product_attention(x[:, None], memory[:, None], memory[:, None])[:, 0]
+            return x * x.pow(2).mean(-1, keepdim=True).rsqrt()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.own, self.cross = TestModulesInWhichNothingAttends.Norm(), Own(), Open()
+
+        def forward(self, x, memory, *more):
+            x = self.norm(x, *more)
+            return self.cross(self.own(x), memory)
+
+    def seen(self, model, *calls):
+        with attention(model) as maps:
+            for call in calls:
+                model(*call)
+        model.norm.modes = [modes - torch._C._len_torch_function_stack() for modes in model.norm.modes]
+        return [(one.path, one.kind) for one in maps]
+
+    ONE_CALL = (("own", "self"), ("cross", "cross"))
+
+    def test_kinds_stay_right(self):
+        model = self.Model()
+        assert self.seen(model, *[(X, MEMORY)] * 6) == [*self.ONE_CALL] * 6
+        assert model.norm.modes[:2] == [1, 1]
+        assert model.norm.modes[-1] == 0
+
+    @pytest.mark.parametrize("is_joint", [False, True], ids=["self", "joint"])
+    def test_what_was_joined_before(self, is_joint):
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm, self.inner = TestModulesInWhichNothingAttends.Norm(), Own()
+
+            def forward(self, x, memory):
+                both = torch.cat([memory, x], 1) if is_joint else x
+                return self.inner(self.norm(both))
+
+        model = Block()
+        with attention(model) as maps:
+            for _ in range(6):
+                model(X, MEMORY)
+        parts = {"memory": slice(0, M), "x": slice(M, N + M)} if is_joint else {}
+        assert [(one.kind, one.joined) for one in maps] == [("joint" if is_joint else "self", parts)] * 6
+
+    def test_other_arguments(self):
+        seen = self.seen(self.Model(), *[(X, MEMORY)] * 6, (X, MEMORY, MEMORY))
+        assert seen == [*self.ONE_CALL * 6, ("norm", "cross"), *self.ONE_CALL]
+
+    @pytest.mark.parametrize("change", ["attribute", "module"])
+    def test_a_module_that_changes(self, change):
+        model = self.Model()
+        with attention(model) as maps:
+            for _ in range(6):
+                model(X, MEMORY)
+            maps.clear()
+            if change == "attribute":
+                model.norm.attends = True
+            else:
+                model.norm.inner = Own()
+            model(X, MEMORY)
+        assert [one.path for one in maps] == ["norm", "own", "cross"]
+
+    def test_a_module_that_did_not_run(self):
+        """As layers that are dropped at random."""
+
+        class Sometimes(Own):
+            def forward(self, x):
+                return super().forward(x) if numbers.pop() else x
+
+        model, numbers = self.Model(), [1, 0, 0, 0, 0, 0, 0]
+        model.norm = nn.Sequential(self.Norm(), Sometimes())
+        model.norm.modes = []
+        assert self.seen(model, *[(X, MEMORY)] * 7)[-3:] == [("norm.1", "self"), *self.ONE_CALL]
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+    def test_an_error_in_it(self, error):
+        model, before = self.Model(), torch._C._len_torch_function_stack()
+        with attention(model) as maps:
+            for _ in range(6):
+                model(X, MEMORY)
+            maps.clear()
+            model.norm.errors.append(error)
+            with pytest.raises(error):
+                model(X, MEMORY)
+            assert model.norm.modes[-1] == before
+            model(X, MEMORY)
+        assert torch._C._len_torch_function_stack() == before
+        assert [(one.path, one.kind) for one in maps] == [*self.ONE_CALL]

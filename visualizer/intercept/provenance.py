@@ -67,6 +67,11 @@ class _Part(NamedTuple):
 
 
 _Parts = tuple[_Part, ...]
+_NOTHING: _Parts = (_Part(None, frozenset(), False),)
+
+
+Links = list[tuple[int | None, bool]]
+"""Of each tensor that a module has made, which of those given it comes from, and if by a matrix product."""
 
 
 class Origin(NamedTuple):
@@ -82,11 +87,14 @@ class Provenance:
     """Notes what tensors are made of, in one thread."""
 
     def __init__(self) -> None:
+        self.parameters: set[int] = set()
+        """The ids of those that a function has taken."""
         self._nodes: dict[int, _Node] = {}
         self._frames: dict[int, tuple[ModuleCall, _Frame]] = {}
 
     def clear(self) -> None:
         """Forget all."""
+        self.parameters.clear()
         self._nodes.clear()
         self._frames.clear()
 
@@ -97,23 +105,33 @@ class Provenance:
                 result = args[0]
             elif type(result) is Size or not isinstance(result, (tuple, list)):
                 return
-        role, parents = _role(func), list[_Node]()
-        name = name_of(func) if role else ""
-        self._add_nodes(args[1:] if name == "baddbmm" else args, parents)
+        role = _role(func)
+        parents: list[_Node] = []
+        sizes: tuple[int, ...] = ()
+        if role != _PLAIN:
+            name = name_of(func)
+            if name == "baddbmm":
+                args = args[1:]
+            elif name in _JOINS:
+                sizes = _joined_sizes(*args, **kwargs)
+        self._add_nodes(args, parents)
         if kwargs:
             self._add_nodes(kwargs.values(), parents)
-        for one in (result,) if isinstance(result, Tensor) else result:
+        if isinstance(result, Tensor):
+            self._nodes[id(result)] = _Node(result, parents, role, sizes)
+            return
+        for one in result:
             if isinstance(one, Tensor):
-                self._nodes[id(one)] = _Node(
-                    one, parents, role, _joined_sizes(*args, **kwargs) if name in _JOINS else ()
-                )
+                self._nodes[id(one)] = _Node(one, parents, role, sizes)
 
     def _add_nodes(self, items: Iterable[Any], parents: list[_Node]) -> None:
         """Add the nodes of the tensors among a function's arguments; parameters are no inputs."""
         nodes = self._nodes
         for item in items:
             kind = type(item)
-            if kind is Tensor or (kind is not nn.Parameter and isinstance(item, Tensor)):
+            if kind is nn.Parameter:
+                self.parameters.add(id(item))
+            elif kind is Tensor or isinstance(item, Tensor):
                 node = nodes.get(id(item))
                 if node is None or node.reference() is not item:
                     nodes[id(item)] = node = _Node(item)
@@ -126,6 +144,25 @@ class Provenance:
         if node is None or node.reference() is not tensor:
             self._nodes[id(tensor)] = node = _Node(tensor)
         return node
+
+    def links_of(self, given: Sequence[Tensor], made: Sequence[Tensor]) -> Links | None:
+        """What a module has made each tensor of; None if it made one of several that it was given."""
+        nodes = [self._node_of(tensor) for tensor in given]
+        frame, links = _Frame(dict.fromkeys(nodes, "")), list[tuple[int | None, bool]]()
+        for tensor in made:
+            parts = frame.trace(self._node_of(tensor))
+            roots = _roots(parts)
+            if len(parts) > 1 or len(roots) > 1:
+                return None
+            links.append((nodes.index(roots[0]) if roots else None, parts[0].is_projected))
+        return links
+
+    def link(self, given: Sequence[Tensor], made: Sequence[Tensor], links: Links) -> None:
+        """Note what a module has made whose functions were not noted."""
+        for tensor, (place, is_projected) in zip(made, links, strict=True):
+            source = _Node(tensor) if place is None else self._node_of(given[place])
+            if source.reference() is not tensor or place is None:
+                self._nodes[id(tensor)] = _Node(tensor, [source], _PRODUCT if is_projected else _PLAIN)
 
     def of_query_and_key(self, query: Tensor, key: Tensor, calls: Sequence[ModuleCall]) -> Origin:
         """Where they come from, by the calls under way; the last is the innermost."""
@@ -282,7 +319,10 @@ def _makers(node: _Node) -> Sequence[_Node]:
 
 def _made(node: _Node, parents: Sequence[_Parts]) -> _Parts:
     if not parents:
-        return (_Part(None, frozenset(), False),)
+        return _NOTHING
+    first = parents[0]
+    if len(first) == 1 and all(parts is first for parts in parents):  # as nearly always
+        return first if node.role != _PRODUCT or first[0].is_projected else (first[0]._replace(is_projected=True),)
     if node.sizes and len({_merged(parts).roots for parts in parents}) > 1:
         return tuple(part._replace(tokens=size) for size, part in zip(node.sizes, map(_merged, parents), strict=True))
     longest = max(parents, key=len)

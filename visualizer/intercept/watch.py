@@ -11,9 +11,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +39,9 @@ from .modules import (
     is_within,
     packed_groups,
     shapes_of,
+    signature_of,
 )
-from .provenance import Origin, Provenance
+from .provenance import Links, Origin, Provenance
 from .sampling import SAMPLING_KERNELS, SampledCall, Sampling, may_read_cells, may_sample
 from .softmax import Product, Tracing, may_begin
 
@@ -56,6 +56,10 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.calls: list[ModuleCall] = []
         self.gaps: list[Gap | None] = []  # of each call; None once it attended, or was looked through before
+        self.lessons: list[_Lesson | None] = []  # of each call, what is learnt from it; None: nothing
+        self.is_paused = False  # in a module of which it is known that nothing in it attends
+        self.steps = 0  # functions that may have to do with attention
+        self.begun = 0  # calls of modules
         self.is_watched = False  # by a mode that ends with the outermost call
         self.is_in_block = False  # by a mode that ends with the recording
         self.heads: int | None = None  # of the nn.MultiheadAttention under way
@@ -71,11 +75,25 @@ class _Thread(threading.local):
         """Forget the calls under way, which have ended."""
         self.calls.clear()
         self.gaps.clear()
+        self.lessons.clear()
+        self.is_paused = False
         self.pending.clear()
         self.tracing.clear()
         self.sampling.lineage.clear()
         self.provenance.clear()
         self.frame = None
+
+
+class _Lesson(NamedTuple):
+    """What a module's call may teach: that calls like it have nothing to do with attention."""
+
+    signature: tuple[str, Any]
+    """The module's path, and what calls like it have in common."""
+    given: list[Tensor]
+    steps: int
+    """How many functions had run that may have to do with attention."""
+    begun: int
+    """How many calls of modules had begun."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +135,10 @@ class Watch:
         self._looked_through: set[type | str] = set()
         self._attended: set[str] = set()  # the paths of modules with maps
         self._refused: set[str] = set()  # the paths of modules whose calls cannot be recorded
+        # Where the outputs of calls come from in which nothing attends, by their signatures; None: not learnt yet.
+        self._learnt: dict[tuple[str, Any], Links | None] = {}
+        self._attends: set[str] = set()  # the paths of modules in which something may have to do with attention
+        self._inner: dict[str, int] = {}  # how many modules are watched in each, by their paths
         self._uncompiled = Uncompiled()
         self._has_ended = False
         mark_reruns()
@@ -128,6 +150,11 @@ class Watch:
                 continue
             if path and cannot_attend(module):
                 continue
+            outer, self._inner[path] = path, 0
+            while outer:
+                outer = outer.rpartition(".")[0]
+                if outer in self._inner:
+                    self._inner[outer] += 1
             known = weakref.ref(module)
             self._handles += [
                 module.register_forward_pre_hook(_Hook(self._begin_call, path, known), prepend=True, with_kwargs=True),
@@ -193,6 +220,8 @@ class Watch:
         self.has_run = True
         if thread.calls and _has_ended(thread.frame):
             self._leave(thread)
+        if thread.is_paused:
+            return
         if not thread.calls:
             if torch._C._current_graph_task_id() != -1:
                 return  # in a backward pass checkpointing computes again what has been seen
@@ -204,24 +233,71 @@ class Watch:
         outer = thread.gaps[-1] if thread.gaps else None
         is_new = type(module) not in self._looked_through and path not in self._looked_through
         thread.gaps.append(None)
-        if is_new or outer is not None:
+        thread.lessons.append(None)
+        thread.begun += 1
+        if not is_new and outer is None:
+            is_small = len(thread.calls) > 1 and self._inner[path] < _SMALL and path not in self._attends
+            if is_small and not thread.tracing.lineage and not thread.sampling.lineage:
+                self._look_for_lesson(thread, path, module, args, kwargs)
+        else:
             with self._unharmed(), torch._C.DisableTorchFunction():  # the mode would see what looks at the tensors
                 if outer is not None:
                     outer.taken((args, kwargs))
                 if is_new:
                     thread.gaps[-1] = Gap(args, kwargs)
 
+    def _look_for_lesson(self, thread: _Thread, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Pause where calls like this one have nothing to do with attention, or else have this one teach it."""
+        with self._unharmed(), torch._C.DisableTorchFunction():
+            signature = signature_of(module, args, kwargs)
+            if signature is None:
+                return
+            key, given = (path, signature[0]), signature[1]
+            if key not in self._learnt:
+                if len(self._learnt) < _LESSONS:
+                    self._learnt[key] = None
+                return  # calls that are all different need not teach
+            thread.lessons[-1] = _Lesson(key, given, thread.steps, thread.begun)
+            thread.is_paused = self._learnt[key] is not None
+        if thread.is_paused:
+            _remove(self._mode)
+
+    def _end_lesson(self, thread: _Thread, path: str, module: nn.Module, lesson: _Lesson, output: Any) -> None:
+        """Learn whether what attends is in such calls, or go on after a pause."""
+        with self._unharmed(), torch._C.DisableTorchFunction():
+            made = [output] if isinstance(output, Tensor) else output
+            is_simple = isinstance(made, (list, tuple)) and all(type(one) is Tensor for one in made)
+            links, inner = self._learnt[lesson.signature], self._inner[path]
+            if links is not None:
+                thread.begun += inner
+                if is_simple and len(made) == len(links):
+                    thread.provenance.link(lesson.given, made, links)
+            elif thread.steps > lesson.steps or path in self._called_unseen:
+                self._attends.add(path)
+            elif is_simple and thread.begun == lesson.begun + inner and self._has_used(thread, module):
+                self._learnt[lesson.signature] = thread.provenance.links_of(lesson.given, made)
+        if thread.is_paused:
+            thread.is_paused = False
+            _add(self._mode)
+
+    def _has_used(self, thread: _Thread, module: nn.Module) -> bool:
+        """Whether all of a module ran: what is left out of one call, such as a dropped layer, may attend in another."""
+        return all(id(parameter) in thread.provenance.parameters for parameter in module.parameters())
+
     def _end_call(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         thread = self._thread
         if not thread.calls or thread.calls[-1].module is not module:
             return None  # the call began before recording did
         try:
+            if thread.lessons[-1] is not None:
+                self._end_lesson(thread, path, module, thread.lessons[-1], output)
             self._end_gap(path, module, output)
             if thread.pending:
                 self._file_settled(len(thread.calls))
         finally:
             call = thread.calls.pop()
             thread.gaps.pop()
+            thread.lessons.pop()
             if is_called_attention(type(module).__qualname__):
                 self._ran[path] = type(module).__qualname__
             if not thread.calls:
@@ -242,29 +318,43 @@ class Watch:
 
     def _leave(self, thread: _Thread) -> None:
         """End what belongs to the outermost call."""
+        was_paused = thread.is_paused  # by a call that was interrupted
         thread.forget()
         if thread.is_watched:
             thread.is_watched = False
             _remove(self._mode)
+        elif was_paused:
+            _add(self._mode)
 
-    def looks_at(self, func: Any, args: Any) -> bool:
-        """Whether a function that is called now may have to do with attention."""
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one of torch's functions, and take note of it if a module of the model calls it."""
         thread = self._thread
-        if not thread.calls:
-            return False
-        if _begins_attention(func) or may_read_cells(func, args):
-            return True
-        follows = bool(thread.tracing.lineage) or bool(thread.sampling.lineage)
-        return follows and not _returns_no_tensor(func)
-
-    def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Note where a tensor comes from that a module has made."""
-        thread = self._thread
-        if thread.calls:
+        calls = thread.calls
+        if not calls:
+            return func(*args, **kwargs)
+        gap = thread.gaps[-1]
+        interest = _INTEREST.get(func)
+        if interest is None:
+            interest = _interest_of(func)
+        if interest is _NO_TENSOR:
+            result = func(*args, **kwargs)
+        else:
+            is_seen = (
+                interest is _BEGINS
+                or thread.tracing.lineage
+                or thread.sampling.lineage
+                or (interest is _INDEX and may_read_cells(func, args))
+            )
+            if is_seen or interest is _WRITES:
+                thread.steps += 1
+            result = self.see(func, args, kwargs) if is_seen else func(*args, **kwargs)
             try:
                 thread.provenance.note(func, args, kwargs, result)
             except Exception as error:
-                self._refuse(thread.calls, error)
+                self._refuse(calls, error)
+        if gap is not None:
+            self.look_for_gaps(func, args, kwargs, result)
+        return result
 
     def look_for_gaps(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Look whether something that is not seen ran before a function, which has run now."""
@@ -316,6 +406,7 @@ class Watch:
     def see_scripted(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Take note of what a scripted function returned."""
         if self._thread.calls:
+            self._thread.steps += 1
             with self._unharmed(), _aside():
                 self._thread.tracing.after_scripted(function, args, kwargs, result)
 
@@ -399,6 +490,7 @@ class Watch:
         """Record a call, and file its map once the model has told its axes apart."""
         thread = self._thread
         thread.count += 1
+        thread.steps += 1
         copy = self._record(call)
         if copy is not None:
             if output.order is None:
@@ -525,22 +617,36 @@ _LEFT: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
 _MULTI_HEAD = "multi_head_attention_forward"
 
 
-@lru_cache(maxsize=4096)
-def _begins_attention(func: Any) -> bool:
-    """Whether a function attends, or may be the first to; all others mean something only after a product."""
-    name = name_of(func)
-    return name in KERNELS or name == _MULTI_HEAD or may_begin(name) or may_sample(name)
-
-
-_NO_TENSOR = frozenset(("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item"))
 _ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_nested"))
+_WITHOUT_TENSOR = frozenset(
+    ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item")
+)
+_FOLLOWS, _BEGINS, _INDEX, _WRITES, _NO_TENSOR = "follows", "begins", "index", "writes", "no tensor"
+_LESSONS = 4096  # of calls that were seen
+_SMALL = 16  # modules: to compare more costs more than it spares, and each of them is compared itself
+_INTEREST: dict[Any, str] = {}
+"""By function, why it may have to do with attention; filled as functions are called."""
 
 
-@lru_cache(maxsize=4096)
-def _returns_no_tensor(func: Any) -> bool:
-    """Whether a function, or the reading of an attribute, makes no tensor that could be followed."""
+def _interest_of(func: Any) -> str:
+    """Whether a function attends, or may be the first to; reads cells; writes; or makes no tensor to be followed.
+
+    All others mean something only after a product.
+    """
     name = name_of(func)
-    return name in _NO_TENSOR or (name == "__get__" and getattr(func.__self__, "__name__", "") in _ATTRIBUTES)
+    if name in KERNELS or name == _MULTI_HEAD or may_begin(name) or may_sample(name):
+        interest = _BEGINS
+    elif func is Tensor.__getitem__:
+        interest = _INDEX
+    elif name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i"):
+        interest = _WRITES
+    elif name in _WITHOUT_TENSOR or (name == "__get__" and getattr(func.__self__, "__name__", "") in _ATTRIBUTES):
+        interest = _NO_TENSOR
+    else:
+        interest = _FOLLOWS
+    if len(_INTEREST) < 4096:
+        _INTEREST[func] = interest
+    return interest
 
 
 class _Hook:
@@ -637,10 +743,4 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         watch = self.watch()
-        if watch is None:
-            return func(*args, **kwargs)
-        looks_at = watch.looks_at(func, args)
-        result = watch.see(func, args, kwargs) if looks_at else func(*args, **kwargs)
-        watch.note(func, args, kwargs, result)
-        watch.look_for_gaps(func, args, kwargs, result)
-        return result
+        return func(*args, **(kwargs or {})) if watch is None else watch.run(func, args, kwargs or {})
