@@ -25,7 +25,7 @@ from ..instrument import Uncompiled, mark_reruns, named_modules
 from ..store import is_recorded
 from ..tensors import is_plain_torch, why_unreal
 from . import extensions, functions
-from .axes import Order, Output
+from .axes import Factor, Order, Output
 from .copies import AttentionCall
 from .gaps import Gap
 from .kernels import KERNELS, FusedCall, as_computed, in_four_axes, multi_head_attention, name_of
@@ -377,8 +377,12 @@ class Watch:
         with _aside():
             origin = self._thread.provenance.of_weights(product.made_of, calls)
             call = self._call(origin, product, self._heads_of(weights))
-            output = Output(product.output.shape)
-            layout = [output.layout[place] for place in product.places]
+            width = product.returned.shape[product.places.index(product.output.ndim - 1)]
+            output = Output((*product.output.shape[:-1], width))
+            layout = [
+                [Factor(size)] if place is None else output.layout[place]
+                for place, size in zip(product.places, product.returned.shape, strict=True)
+            ]
             self._await(f"softmax and {name}", call, product.returned, output, layout)
 
     def _see_sampled(self, name: str, sampled: SampledCall) -> None:
