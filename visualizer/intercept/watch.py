@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from ..errors import warn
 from ..instrument import Uncompiled, mark_reruns, named_modules
 from ..store import is_recorded
 from ..tensors import is_plain_torch, why_unreal
@@ -94,9 +93,12 @@ class Watch:
         model: whose modules are watched.
         record: called with each attention call that is seen, and copies what is to be kept. Returns what to call once
             it is known which axes are heads, in the order of the calls; or None.
+        warn: called with what is not recorded and why; it raises no error, for the model would see it.
     """
 
-    def __init__(self, model: nn.Module, record: Callable[[AttentionCall], File | None]) -> None:
+    def __init__(
+        self, model: nn.Module, record: Callable[[AttentionCall], File | None], warn: Callable[[str], None]
+    ) -> None:
         modules = list(named_modules(model))
         compiled = [path for path, module in modules if is_compiled(module)]
         if compiled and not Uncompiled.is_possible():
@@ -106,7 +108,7 @@ class Watch:
             )
         self.has_run = False
         """Whether a module of the model has been called."""
-        self._record = record
+        self._record, self._warn = record, warn
         self._thread = _Thread()
         self._mode = _Mode(self)
         self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
@@ -136,7 +138,7 @@ class Watch:
         _see_scripted(True)
         if scripted:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
-            warn(
+            self._warn(
                 f"{', '.join(repr(path) if path else 'the model' for path in tops)} is scripted (torch.jit): it runs "
                 "without Python, and its attention is not seen."
             )
@@ -346,7 +348,7 @@ class Watch:
         path = calls[-1].path if calls else ""
         if path not in self._refused:
             self._refused.add(path)
-            warn(
+            self._warn(
                 f"an attention of {path!r} is not recorded, for an error that the model does not see: "
                 f"{type(error).__name__}: {error}"
             )
@@ -458,7 +460,7 @@ class Watch:
             self._attended.add(path)
         elif path not in self._refused:
             self._refused.add(path)
-            warn(f"the attention of {path!r} {reason}: such calls are not recorded.")
+            self._warn(f"the attention of {path!r} {reason}: such calls are not recorded.")
         return reason is not None
 
 
