@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -774,6 +775,45 @@ class TestLeftAsItWas:
             with attention(model) as maps:
                 assert torch.equal(before, model(x))
         assert len(maps) == 0 and len(warned) == 1
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("which", ["recorder", "doubt", "wrong", "meta", "budget"])
+    def test_warnings_that_are_errors_wait_for_the_end(self, x, which, monkeypatch):
+        model, options = model_of(depth=1), {}
+        if which == "recorder":
+            monkeypatch.setattr(copies.Copies, "of", lambda *_: {}["of ours"])
+        elif which == "doubt":
+            monkeypatch.setattr(evidence.Evidence, "doubt", lambda *_: {}["of ours"])
+        elif which == "wrong":
+            monkeypatch.setattr(evidence.Evidence, "doubt", lambda *_: "by 1")
+        elif which == "meta":
+            model, x = model.to("meta"), x.to("meta")
+        else:
+            options = {"max_bytes": 1}
+        maps = attention(model, **options).start()
+        assert model(x).shape == x.shape
+        with pytest.raises(VisualizerWarning, match=r"not recorded|not kept"):
+            maps.stop()
+        assert not maps.is_running and len(maps) == 0
+        assert torch.overrides._get_current_function_mode() is None
+
+    @pytest.mark.filterwarnings("error")
+    def test_a_scripted_model_under_warnings_that_are_errors(self, x):
+        class Both(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attn, self.scripted = Fused(), torch.jit.trace(nn.Linear(8, 8), torch.randn(2, 5, 8))
+
+            def forward(self, x):
+                return self.scripted(self.attn(x))
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            model = Both()
+        with pytest.raises(VisualizerWarning, match="'scripted' is scripted"):
+            with attention(model) as maps:
+                model(x)
+        assert maps.paths == ("attn",)
 
     def test_a_generator_is_recorded_as_far_as_it_runs(self, x):
         class Steps(nn.Module):

@@ -96,7 +96,10 @@ class Turned(Layer):
         return (v.mT @ (q @ k.mT / D**0.5).softmax(-1).mT).permute(0, 3, 1, 2).reshape(B, N, H * D)
 
 
-@pytest.mark.parametrize("kind", Layer.__subclasses__())
+WAYS = Layer.__subclasses__()
+
+
+@pytest.mark.parametrize("kind", WAYS)
 @pytest.mark.parametrize("is_named", [True, False], ids=["by keyword", "by position"])
 def test_heads_are_found(kind, is_named):
     torch.manual_seed(0)
@@ -159,6 +162,76 @@ def test_attention_over_channels():
         model(torch.randn(B, N, 8))
     assert torch.equal(maps[0].dense(), model.weights)
     assert not maps[0].axes_assumed
+
+
+class SharedByRows(Layer):
+    """As ESM's MSA Transformer: the rows of an alignment share a map, and heads come before the batch."""
+
+    def attend(self, x):
+        q, k, v = self.factors(x.flatten(0, 1))
+        q, k, v = (tensor.unflatten(0, (3, B)).permute(2, 0, 1, 3, 4) for tensor in (q, k, v))  # (H, rows, B, N, D)
+        scores = torch.einsum("hrbid,hrbjd->hbij", q, k)
+        weights = scores.softmax(-1)
+        self.weights = weights.transpose(0, 1)
+        return torch.einsum("hbij,hrbjd->rbihd", weights, v).reshape(3, B, N, H * D)
+
+
+def test_rows_that_share_a_map():
+    model = SharedByRows()
+    with attention(model) as maps:
+        model(torch.randn(3, B, N, 8))
+    assert torch.equal(maps[0].dense(), model.weights)
+    assert not maps[0].axes_assumed
+
+
+class MixedWindows(Layer):
+    """As SepViT: a second attention mixes the windows, by `mix`, (batch, heads, windows, windows)."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.product = product
+
+    def attend(self, x):
+        _, _, v = self.factors(x.flatten(0, 1))
+        out = (self.weights @ v).unflatten(0, (B, 3)).transpose(1, 2)  # (B, H, windows, N, D)
+        pooled = out.mean(-2)
+        self.mix = (pooled @ pooled.mT).softmax(-1)
+        return self.product(self.mix, out).permute(0, 2, 3, 1, 4).reshape(B, 3, N, H * D)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda mix, out: torch.einsum("bhij,bhjwd->bhiwd", mix, out),
+        lambda mix, out: (mix @ out.flatten(3)).unflatten(-1, (N, D)),
+    ],
+    ids=["einsum", "matmul"],
+)
+def test_windows_that_a_second_attention_mixes(product):
+    model = MixedWindows(product)
+    with attention(model) as maps:
+        model(torch.randn(B, 3, N, 8))
+    assert torch.equal(maps[0].dense(), model.weights)
+    assert torch.equal(maps[1].dense(), model.mix)
+    assert not maps[0].axes_assumed
+    assert not maps[1].axes_assumed
+
+
+def test_queries_that_a_second_attention_mixes():
+    """As agent attention: what few agents have gathered are the values of all tokens."""
+
+    class Agents(Layer):
+        def attend(self, x):
+            q, k, v = (tensor.transpose(0, 1) for tensor in self.factors(x))  # (H, B, N, D)
+            agents = q[:, :, :2]
+            gathered = (agents @ k.mT).softmax(-1) @ v
+            return ((q @ agents.mT).softmax(-1) @ gathered).permute(1, 2, 0, 3).reshape(B, N, H * D)
+
+    model = Agents()
+    with attention(model) as maps:
+        model(torch.randn(B, N, 8))
+    assert [found.shape for found in maps] == [(B, H, 2, N), (B, H, N, 2)]
+    assert not any(found.axes_assumed for found in maps)
 
 
 def test_one_head():

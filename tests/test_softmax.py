@@ -390,6 +390,50 @@ def test_talking_heads():
     assert torch.equal(maps[0].softmaxes[0].dense(), model.softmax)
 
 
+MIX = torch.tensor([[0.7, 0.3, 0.1], [0.2, 0.5, 0.4], [0.1, 0.2, 0.5]])
+MIXES = {
+    "einsum": lambda w: torch.einsum("bhij,hg->bgij", w, MIX),
+    "einsum, heads last": lambda w: torch.einsum("bijh,hg->bijg", w.permute(0, 2, 3, 1), MIX).permute(0, 3, 1, 2),
+    "matmul from the left": lambda w: (MIX @ w.flatten(2)).view(w.shape),
+    "matmul, heads last": lambda w: (w.permute(0, 2, 3, 1) @ MIX).permute(0, 3, 1, 2),
+    "a factor for each head": lambda w: torch.einsum("bhij,h->bhij", w, MIX[0]),
+    "a norm of heads": lambda w: F.layer_norm(w.permute(0, 2, 3, 1), (3,)).permute(0, 3, 1, 2),
+    "a batch norm": lambda w: F.batch_norm(w, MIX[0], MIX[1]),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("has_dropout", [False, True])
+def test_heads_mixed_by_a_product(name, has_dropout):
+    """As in CaiT and DeepViT; the sum is over heads, and not over keys."""
+
+    class Mixed(nn.Module):
+        def forward(self, q):
+            weights = (q @ q.mT).softmax(-1)
+            self.weights = MIXES[name](weights)
+            used = MIXES[name](F.dropout(weights, 0.5)) if has_dropout else self.weights
+            return (used @ q).transpose(1, 2).flatten(2) @ torch.eye(24)
+
+    model, q = Mixed(), torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(2))
+    with attention(model) as maps:
+        model(q)
+    [found] = maps
+    assert torch.equal(found.dense(), model.weights)
+    assert not found.axes_assumed
+    assert torch.equal(found.softmaxes[0].dense(), (q @ q.mT).softmax(-1))
+
+
+def test_an_einsum_that_is_no_product_of_weights_and_values_is_told(x):
+    class Joined(nn.Module):
+        def forward(self, x):
+            return torch.einsum("bij,bjd,de->bie", scores(x).softmax(-1), x, torch.eye(8))
+
+    model = Joined()
+    with pytest.warns(VisualizerWarning, match="'bij,bjd,de->bie' is no product"), attention(model) as maps:
+        model(x)
+    assert len(maps) == 0
+
+
 def test_parts_go_to_a_file_and_to_a_device(x, tmp_path):
     model = Written(lambda x: scores(x).softmax(-1) - scores(x, 3).softmax(-1))
     with attention(model) as maps:

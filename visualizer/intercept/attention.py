@@ -134,6 +134,7 @@ class Maps(Recorded, Sequence[Any]):
         self._copies = Copies(gradients)
         self._doubted = set[str]()
         self._why_apart = dict[str, str]()
+        self._postponed: list[str] = []
 
     def start(self) -> Maps:
         """Record from now on; for notebooks, where a `with` cannot span cells. Returns the maps themselves."""
@@ -151,8 +152,13 @@ class Maps(Recorded, Sequence[Any]):
                 maps = known()
                 return None if maps is None else maps.file(path, copy, output, kernel)
 
+            def warn_in_call(message: str) -> None:
+                maps = known()
+                if maps is not None:
+                    maps.warn_in_call(message)
+
             self._copies = Copies(self._gradients)
-            self._watch = Watch(model, record, file)
+            self._watch = Watch(model, record, file, warn_in_call)
             self._abandon = weakref.finalize(self, self._watch.end)
             self._abandon.atexit = False
         return self
@@ -169,7 +175,8 @@ class Maps(Recorded, Sequence[Any]):
                 watch.end()  # which files what is pending
             finally:
                 self._watch = None
-            for text in self._unseen(watch) if warns and watch.has_run else ():
+            postponed, self._postponed = self._postponed, []
+            for text in (*postponed, *(self._unseen(watch) if watch.has_run else ())) if warns else ():
                 warn(text)
 
     def _unseen(self, watch: Watch) -> Iterator[str]:
@@ -357,6 +364,13 @@ class Maps(Recorded, Sequence[Any]):
             for layer in self._layers
         )
 
+    def warn_in_call(self, message: str) -> None:
+        """Warn at once, from within a call of the model. Where warnings are errors, `stop` does, not to disturb it."""
+        try:
+            warn(message)
+        except Exception:
+            self._postponed.append(message)
+
     def record(self, call: AttentionCall) -> Copy | None:
         """Copy what is kept of an attention call."""
         with self._lock:
@@ -372,7 +386,7 @@ class Maps(Recorded, Sequence[Any]):
         if doubt is not None:
             if path not in self._doubted:
                 self._doubted.add(path)
-                warn(
+                self.warn_in_call(
                     f"the map of {path!r} is not kept, for it is not the one that was used: times the values it is not "
                     f"what {kernel} returned, {doubt}."
                 )
@@ -401,7 +415,7 @@ class Maps(Recorded, Sequence[Any]):
                 return
             self._budget.discount(self._entries.pop().sizes)
             self._is_full = True
-        warn(
+        self.warn_in_call(
             f"attention maps would take more than {self._budget.why_full(exceeded)}: that of {path!r} and all that "
             "follow are not recorded, until clear(). Keep less (layers=, keep=), or allow more (max_bytes=)."
         )

@@ -31,6 +31,7 @@ _KEEPS_ORDER = frozenset(
 _CUTS = frozenset(("__getitem__", "narrow", "slice", "split", "chunk", "cat", "concat", "tensor_split", "pad"))
 _MIXES_LAST = frozenset(("linear", "matmul", "__matmul__", "mm", "addmm"))
 _MIXES_CHANNELS = frozenset(("conv1d", "conv2d", "conv3d"))
+_SUMS = frozenset(("linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "einsum"))
 
 
 @dataclass(frozen=True)
@@ -197,13 +198,22 @@ class Output:
         """
         name = name_of(func)
         made = layout_of(func, name, args, kwargs, tensor, layout, result)
-        if made is not None:
+        if made is not None or self.order is not None:
             return made
-        if self.order is None:
-            self._note(name, args, tensor, layout)
+        if name in _SUMS and isinstance(result, Tensor) and self._mixes_lead(name, args, kwargs, tensor, layout):
+            return layout_of_product(name, args, kwargs, tensor, layout, result)
+        self._note(name, args, kwargs, tensor, layout)
         return None
 
-    def _note(self, name: str, args: Any, tensor: Tensor, layout: Layout) -> None:
+    def _mixes_lead(self, name: str, args: Any, kwargs: Any, tensor: Tensor, layout: Layout) -> bool:
+        """Whether a product sums over windows, heads or queries, such as a second attention whose values these are."""
+        operands = (*einsum_operands(args), *kwargs.values()) if name == "einsum" else (*args, *kwargs.values())
+        is_layer = any(isinstance(one, Tensor) and one is not tensor and one.ndim < 3 for one in operands)
+        summed = {small for axis in summed_axes(name, args, kwargs, tensor) for small in _origins(layout[axis])}
+        ends = {small for axis in self._axes[-2 if is_layer else -1 :] for small in axis.smallest()}
+        return bool(summed) and self._axes[-1].size > 1 and summed.isdisjoint(ends)
+
+    def _note(self, name: str, args: Any, kwargs: Any, tensor: Tensor, layout: Layout) -> None:
         place = 1 if name == "addmm" else 0  # behind the bias
         is_first = len(args) > place and args[place] is tensor
         is_linear = is_first and name in _MIXES_LAST and getattr(args[place + 1], "ndim", 2) <= 2
@@ -212,8 +222,8 @@ class Output:
             mixed = [layout[-1]]
         elif name in _MIXES_CHANNELS and is_first and len(layout) > 2:
             mixed = [layout[-len(layout) + 1]]
-        elif name == "einsum" and isinstance(args[0], str):
-            mixed = [layout[axis] for axis in _contracted(args, tensor)]
+        elif name == "einsum":
+            mixed = [layout[axis] for axis in summed_axes(name, args, kwargs, tensor)]
         else:
             width = set(self._axes[-1].smallest())
             mixed = [axis for axis in layout if width & _origins(axis)]
@@ -232,6 +242,11 @@ def _origins(axis: Iterable[Factor]) -> set[Factor]:
         for small in factor.smallest():
             found |= {small} if small.origins == (small,) else _origins(small.origins)
     return found
+
+
+def is_in(factor: Factor, axis: Iterable[Factor]) -> bool:
+    """Whether an axis has a factor in it, or a part of that factor."""
+    return not _origins(axis).isdisjoint(factor.smallest())
 
 
 def layout_of(
@@ -292,12 +307,53 @@ def _cached_permutation(func: Any, axes: int, args: Any, kwargs: Any) -> list[in
     return [size - 2 for size in func(probe, *args, **dict(kwargs)).shape]
 
 
-def _contracted(args: Any, tensor: Tensor) -> list[int]:
-    """Which axes of one of its operands an einsum sums over."""
-    operands = list(args[1]) if len(args) == 2 and isinstance(args[1], (list, tuple)) else list(args[1:])
+def summed_axes(name: str, args: Any, kwargs: Any, tensor: Tensor) -> list[int]:
+    """Which axes of one of its operands a product sums over."""
+    if name == "einsum":
+        own, _, output = _labels_of(args, tensor)
+        return [axis for axis, label in enumerate(own) if label not in output]
+    return [-1 if tensor.ndim == 1 or _is_left(name, args, kwargs, tensor) else -2]
+
+
+def layout_of_product(
+    name: str, args: Any, kwargs: Any, tensor: Tensor, layout: Layout, result: Tensor
+) -> Layout | None:
+    """The axes of a product. The axis that takes the place of the one that is summed over stands for it."""
+    [*summed] = summed_axes(name, args, kwargs, tensor)
+    mixed = [small for axis in summed for factor in layout[axis] for small in factor.smallest()]
+    if name == "einsum":
+        own, _, output = _labels_of(args, tensor)
+        fresh = [label for label in output if label not in own]
+        stands_for = mixed if len(fresh) == 1 else []
+        return [
+            [Factor(size, stands_for)] if label in fresh else layout[own.index(label)]
+            for label, size in zip(output, result.shape, strict=True)
+        ]
+    if result.ndim != tensor.ndim:
+        return None
+    made = [*layout]
+    made[summed[0]] = [Factor(result.shape[summed[0]], mixed)]
+    return made
+
+
+def _is_left(name: str, args: Any, kwargs: Any, tensor: Tensor) -> bool:
+    """Whether a tensor is the left operand of a matrix product, (..., rows, summed)."""
+    operands = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
+    operands = operands[1:] if name in ("addmm", "baddbmm") else operands
+    return (operands[-1] if name == "__rmatmul__" else operands[0]) is tensor
+
+
+def _labels_of(args: Any, tensor: Tensor) -> tuple[str, list[str], str]:
+    """The letters of an operand of an einsum, of all its operands, and of its output."""
+    operands = einsum_operands(args)
     place = next((place for place, operand in enumerate(operands) if operand is tensor), 0)
     inputs, output = einsum_labels(args[0], [operand.ndim for operand in operands])
-    return [axis for axis, label in enumerate(inputs[place]) if label not in output]
+    return inputs[place], inputs, output
+
+
+def einsum_operands(args: Any) -> list[Tensor]:
+    """The operands among the arguments of an einsum, which takes them one by one or as a list."""
+    return list(args[1]) if len(args) == 2 and isinstance(args[1], (list, tuple)) else list(args[1:])
 
 
 def einsum_labels(equation: str, axes: Sequence[int]) -> tuple[list[str], str]:

@@ -127,13 +127,13 @@ class Copies:
     def _of_product(self, call: AttentionCall, product: Product) -> Copy:
         weights = product.weights.detach() if product.is_own else _copied(product.weights)
         multiplied = weights.shape
-        lead = multiplied[:-2] if product.values is None else product.output.shape[:-2]
+        lead = product.output.shape[:-2]
         weights = weights.expand(*lead, *multiplied[-2:])  # the same weights may serve several heads
         parts, is_softmax = [], _is_softmax(product)
         if not is_softmax:
             parts = [_copied(one.weights) for one in product.softmaxes if one.weights is not None]
         evidence = None
-        if product.values is not None and not product.has_dropout:
+        if not product.has_dropout:
             evidence = of_weights(weights, product.values.detach(), product.output.detach(), call.number)
         reason = None
         if product.source.numel() != product.weights.numel():

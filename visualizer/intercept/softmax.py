@@ -11,13 +11,23 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..tensors import is_plain_torch
-from .axes import Output, einsum_labels
+from .axes import (
+    Factor,
+    Layout,
+    Output,
+    einsum_labels,
+    einsum_operands,
+    is_in,
+    layout_of,
+    layout_of_product,
+    summed_axes,
+)
 from .joins import Joins
 from .kernels import name_of
 from .lineage import Lineage
@@ -70,6 +80,11 @@ class Softmax:
         self._recorded.add(which)
         return True
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether they, or a part, are in a map."""
+        return bool(self._recorded)
+
     def hold(self) -> None:
         """Keep the tensor alive, now that others are made of it."""
         self._held = self._reference()
@@ -97,6 +112,16 @@ class _Weights:
     """The same without dropout, if there was some."""
     before_dropout: Tensor | None = None
     """What went into the dropout; the gradient of the weights arrives here."""
+    layout: Layout | None = None
+    """The axes of the tensor; None: they are not known."""
+    pair: tuple[Factor, ...] = ()
+    """The axes of the queries and the keys that the softmax was over."""
+
+    def in_pair(self, axis: int) -> bool:
+        """Whether queries or keys may be in an axis."""
+        if self.layout is None or not self.layout[axis]:
+            return True
+        return any(is_in(factor, self.layout[axis]) for factor in self.pair)
 
 
 @dataclass(frozen=True)
@@ -114,14 +139,13 @@ class Product:
     """(..., queries, width)."""
     returned: Tensor
     """What the product returned: the output, with its axes perhaps in another order."""
-    places: tuple[int, ...]
-    """`places[i]` is the axis of the output that is axis i of `returned`."""
+    places: tuple[int | None, ...]
+    """`places[i]` is the axis of the output that is axis i of `returned`; None: it is one more of the width."""
     weights: Tensor
     """What is multiplied, without dropout."""
     made_of: Tensor
     """What was multiplied itself."""
-    values: Tensor | None
-    """None if they are not known."""
+    values: Tensor
     source: Tensor
     """The tensor that the gradient of the weights arrives at."""
     order: tuple[int, ...]
@@ -153,7 +177,9 @@ class Tracing:
 
     def follow_output(self, tensor: Tensor, output: Output, layout: Any = None) -> None:
         """Find out what the model does with the axes of an attention call's output."""
-        self.lineage.follow(tensor, (output, output.layout if layout is None else layout))
+        known = next((origin for _, origin in self.lineage.known_in((tensor,)) if isinstance(origin, tuple)), ())
+        others = [pair for pair in known if pair[0] is not output]  # a later attention may work on an earlier one's
+        self.lineage.follow(tensor, (*others, (output, output.layout if layout is None else layout)))
 
     def before(self, func: Any, args: Any, kwargs: Any) -> Callable[[Any], Product | None] | None:
         """Look at the arguments of a function that is about to run.
@@ -217,7 +243,8 @@ class Tracing:
         made = result if changed is None else changed
         if name in _PRODUCTS:
             weights = [one for one in weights if any(softmax.is_of_scores for softmax in one[1].softmaxes)]
-        if name in _PRODUCTS and len(weights) < 2 and (name != "einsum" or _operand_count(args) > 1):
+        is_one = len(weights) < 2 and (name != "einsum" or len(einsum_operands(args)) > 1)
+        if name in _PRODUCTS and is_one and not (weights and _mixes_heads(name, args, kwargs, *weights[0])):
             if not weights:
                 weights = _scores_as_weights(name, args, known)
             if weights:
@@ -227,7 +254,7 @@ class Tracing:
             self.lineage.follow(result, _SCORES)
         elif name in _SOFTMAXES and _is_over_last(args, kwargs, result):
             is_of_scores = any(origin is _SCORES or isinstance(origin, _Weights) for _, origin in known)
-            self.lineage.follow(result, _Weights((Softmax(result, is_of_scores=is_of_scores),)))
+            self.lineage.follow(result, _new_weights(result, Softmax(result, is_of_scores=is_of_scores)))
         elif weights:
             self._carry_weights(func, name, args, kwargs, made, weights, undropped)
         elif name not in _ENDS:
@@ -239,26 +266,31 @@ class Tracing:
         return None
 
     def _follow_all(self, func: Any, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any) -> None:
-        joined = self._joins.joined(name_of(func), args, kwargs, known, result)
+        latest = [(tensor, origin[-1] if isinstance(origin, tuple) else origin) for tensor, origin in known]
+        joined = self._joins.joined(name_of(func), args, kwargs, latest, result)
         if joined is not None:
             self.follow_output(*joined)
             return
         for tensor, origin in known:
             if isinstance(origin, tuple):
-                self._follow_on(func, args, kwargs, tensor, origin, result)
+                for output, layout in origin:
+                    self._follow_on(func, args, kwargs, tensor, output, layout, result)
 
     def _follow_on(
-        self, func: Any, args: Any, kwargs: Any, tensor: Tensor, origin: tuple[Output, Any], result: Any
+        self, func: Any, args: Any, kwargs: Any, tensor: Tensor, output: Output, layout: Layout, result: Any
     ) -> None:
-        output, layout = origin
         for one in result if isinstance(result, (list, tuple)) else (result,):
             made = output.follow(func, args, kwargs, tensor, layout, one) if isinstance(one, Tensor) else None
             if made is not None:
                 self.follow_output(one, output, made)
         if output.order is not None:  # found: fewer functions to look at
-            for number, (_, other) in list(self.lineage.items()):
-                if isinstance(other, tuple) and other[0] is output:
-                    del self.lineage[number]
+            for number, (reference, other) in list(self.lineage.items()):
+                if isinstance(other, tuple) and any(one is output for one, _ in other):
+                    left = tuple(pair for pair in other if pair[0] is not output)
+                    if left:
+                        self.lineage[number] = reference, left
+                    else:
+                        del self.lineage[number]
 
     def _prepare_change(self, name: str, changed: Tensor, known: Iterable[tuple[Tensor, Any]]) -> None:
         """Save what a function is about to change in place, and mark what is no longer a softmax."""
@@ -291,7 +323,9 @@ class Tracing:
             for one in result:
                 self._carry_weights(func, name, args, kwargs, one, weights, before)
             return
-        if not isinstance(result, Tensor) or result.ndim < 2 or not result.is_floating_point() or name in _ENDS:
+        if not isinstance(result, Tensor) or result.ndim < 2 or not result.is_floating_point():
+            return
+        if name in _ENDS and not _normalises_heads(name, args, kwargs, origin, result):
             return
         if not any(_has_same_places(name, one, result) for one, _ in weights):
             if result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
@@ -307,7 +341,9 @@ class Tracing:
             or (name in _CUTS and result.shape[-1] == tensor.shape[-1] and result.stride(-1) == tensor.stride(-1))
             or (name in ("permute", "transpose", "swapaxes") and result.stride(-1) == tensor.stride(-1))
         )
-        made = _Weights(softmaxes, keeps and origin.is_softmax)
+        made = _Weights(softmaxes, keeps and origin.is_softmax, pair=origin.pair)
+        if origin.layout is not None:
+            made.layout = _layout_of_weights(func, name, args, kwargs, tensor, origin.layout, result)
         if before is not None:
             made.without_dropout = before.detach()
             made.before_dropout = tensor if origin.before_dropout is None else origin.before_dropout
@@ -322,11 +358,16 @@ class Tracing:
         self, name: str, args: Any, kwargs: Any, result: Any, weights: Sequence[tuple[Tensor, _Weights]]
     ) -> Product | None:
         tensor, origin = weights[0]
+        operands = _operands(name, args, kwargs, tensor, result)
+        if operands is None:
+            if any(softmax.is_recorded for softmax in origin.softmaxes):
+                return None
+            raise ValueError(f"einsum {args[0]!r} is no product of (queries, keys) with (keys, width)")
         taken = [softmax.take(tensor) for softmax in origin.softmaxes]
         if not any(taken):
             return None
         shown = tensor if origin.without_dropout is None else origin.without_dropout
-        order, values, output, places = _operands(name, args, kwargs, tensor, result)
+        order, values, output, places = operands
         source = tensor if origin.without_dropout is None else origin.before_dropout
         return Product(
             output,
@@ -350,9 +391,35 @@ def _is_over_last(args: Any, kwargs: Any, result: Tensor) -> bool:
     return result.ndim >= 2 and axis in (-1, result.ndim - 1)
 
 
-def _operand_count(args: Any) -> int:
-    """How many tensors an einsum takes."""
-    return len(args[1]) if len(args) == 2 and isinstance(args[1], (list, tuple)) else len(args) - 1
+def _new_weights(weights: Tensor, softmax: Softmax) -> _Weights:
+    layout = [[Factor(size)] for size in weights.shape]
+    return _Weights((softmax,), layout=layout, pair=(layout[-2][0], layout[-1][0]))
+
+
+def _mixes_heads(name: str, args: Any, kwargs: Any, weights: Tensor, origin: _Weights) -> bool:
+    """Whether a product sums over neither queries nor keys of its weights: what comes of it is weights again."""
+    return not any(origin.in_pair(axis) for axis in summed_axes(name, args, kwargs, weights))
+
+
+def _normalises_heads(name: str, args: Any, kwargs: Any, origin: _Weights, result: Tensor) -> bool:
+    """Whether a layer brings the heads of weights to one scale, at each pair of query and key, as in DeepViT."""
+    if origin.layout is None or len(origin.layout) != result.ndim:
+        return False
+    if name in ("layer_norm", "rms_norm"):
+        normalised = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+        return not any(map(origin.in_pair, range(result.ndim - len(normalised), result.ndim)))
+    return name in ("batch_norm", "group_norm") and not origin.in_pair(1)
+
+
+def _layout_of_weights(
+    func: Any, name: str, args: Any, kwargs: Any, tensor: Tensor, layout: Layout, result: Tensor
+) -> Layout | None:
+    """The axes of what a function made of weights with these axes; None: they are not known."""
+    if name == "linear" or name in _PRODUCTS:
+        return layout_of_product(name, args, kwargs, tensor, layout, result)
+    if name == "conv2d" and len(layout) == result.ndim == 4:
+        return [layout[0], [Factor(result.shape[1])], *layout[2:]]
+    return layout_of(func, name, args, kwargs, tensor, layout, result)
 
 
 def _weights_of_scores(scores: Tensor) -> _Weights:
@@ -360,7 +427,7 @@ def _weights_of_scores(scores: Tensor) -> _Weights:
     numbers = scores.detach()
     sums = numbers.sum(-1, dtype=torch.promote_types(numbers.dtype, torch.float32))
     is_normalised = bool(((sums - 1).abs() < _SUMS_TO_ONE).logical_or(sums == 0).all()) and bool(sums.any())
-    return _Weights((Softmax(scores, is_normalised),))
+    return _new_weights(scores, Softmax(scores, is_normalised))
 
 
 def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]) -> list[tuple[Tensor, _Weights]]:
@@ -379,8 +446,10 @@ def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]
     is_layer = isinstance(second, nn.Parameter) or isinstance(getattr(second, "_base", None), nn.Parameter)
     if first is not scores or is_layer or scores.ndim < 2 or not scores.numel() or not scores.is_floating_point():
         return []
-    if name == "einsum" and _einsum_operands(args, scores, second)[0] != (*range(scores.ndim),):
-        return []
+    if name == "einsum":
+        order = _einsum_order(args, scores)
+        if order is None or order.weights != (*range(scores.ndim),):
+            return []
     return [] if bool((scores.detach() < 0).any()) else [(scores, _weights_of_scores(scores))]
 
 
@@ -448,10 +517,23 @@ def _without_dropout(
 
 def _operands(
     name: str, args: Any, kwargs: Any, weights: Tensor, result: Tensor
-) -> tuple[tuple[int, ...], Tensor | None, Tensor, tuple[int, ...]]:
-    """The order in which the axes of the weights are (..., queries, keys), the values, the output, `Product.places`."""
+) -> tuple[tuple[int, ...], Tensor, Tensor, tuple[int | None, ...]] | None:
+    """The order in which the axes of the weights are (..., queries, keys), the values, the output, `Product.places`.
+
+    None for an einsum that does something else with the weights.
+    """
     if name == "einsum":
-        return _einsum_operands(args, weights, result)
+        order = _einsum_order(args, weights)
+        if order is None:
+            return None
+        values = next(operand for operand in einsum_operands(args) if operand is not weights)
+        lead = weights.ndim - 2
+        return (
+            order.weights,
+            values.permute(order.values).flatten(lead + 1),
+            result.permute(order.output).flatten(lead + 1),
+            order.places,
+        )
     operands = [item for item in [*args, *kwargs.values()] if isinstance(item, Tensor)]
     left, right = operands[-2:] if name == "baddbmm" else operands[:2]
     if name == "__rmatmul__":
@@ -463,26 +545,37 @@ def _operands(
     return (*own[:-2], own[-1], own[-2]), left.mT, output.mT, (*axes[:-2], axes[-1], axes[-2])
 
 
-def _einsum_operands(
-    args: Any, tensor: Tensor, result: Tensor
-) -> tuple[tuple[int, ...], Tensor | None, Tensor, tuple[int, ...]]:
-    operands = list(args[1]) if len(args) == 2 and isinstance(args[1], (list, tuple)) else list(args[1:])
-    unknown = (*range(tensor.ndim),), None, result, (*range(result.ndim),)
-    if len(operands) != 2 or not isinstance(args[0], str):
-        return unknown
+class _EinsumOrder(NamedTuple):
+    """The axes of an einsum of weights and values: which ones are (..., queries, keys), (..., keys, width)."""
+
+    weights: tuple[int, ...]
+    values: tuple[int, ...]
+    """What the weights have not is width, which may be several axes, such as the rows that share a map."""
+    output: tuple[int, ...]
+    places: tuple[int | None, ...]
+    """See `Product.places`: the last axis of several of the width is that of the output."""
+
+
+def _einsum_order(args: Any, tensor: Tensor) -> _EinsumOrder | None:
+    """How an einsum multiplies weights with values; None if it does something else."""
+    operands = einsum_operands(args)
+    if len(operands) != 2:
+        return None
     place = 0 if operands[0] is tensor else 1
     labels, out = einsum_labels(args[0], [operand.ndim for operand in operands])
     weights, values = labels[place], labels[1 - place]
     keys = [label for label in weights if label in values and label not in out]
     queries = [label for label in weights if label in out and label not in values]
-    width = [label for label in values if label in out and label not in weights]
     lead = [label for label in out if label in weights and label in values]
-    if (len(keys), len(queries), len(width)) != (1, 1, 1) or len(weights) != len(lead) + 2:
-        return unknown
-    weights_order, output_order = [*lead, *queries, *keys], [*lead, *queries, *width]
-    return (
-        tuple(weights.index(label) for label in weights_order),
-        operands[1 - place].permute([values.index(label) for label in [*lead, *keys, *width]]),
-        result.permute([out.index(label) for label in output_order]),
-        tuple(output_order.index(label) for label in out),
+    width = [label for label in out if label in values and label not in weights]
+    if len(keys) != 1 or len(queries) != 1 or not width or len(weights) != len(lead) + 2:
+        return None
+    if len(values) != len(lead) + 1 + len(width):
+        return None
+    output = [*lead, *queries, width[-1]]
+    return _EinsumOrder(
+        tuple(weights.index(label) for label in (*lead, *queries, *keys)),
+        tuple(values.index(label) for label in (*lead, *keys, *width)),
+        tuple(out.index(label) for label in (*lead, *queries, *width)),
+        tuple(output.index(label) if label in output else None for label in out),
     )

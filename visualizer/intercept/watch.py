@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from ..errors import warn
 from ..instrument import Uncompiled, mark_reruns, named_modules
 from ..store import is_recorded
 from ..tensors import is_plain_torch, why_unreal
 from . import functions
-from .axes import Order, Output
+from .axes import Factor, Order, Output
 from .copies import AttentionCall, Copy, joined_copy
 from .gaps import Gap
 from .kernels import KERNELS, FusedCall, as_computed, in_four_axes, multi_head_attention, name_of
@@ -114,9 +113,16 @@ class Watch:
         record: called with each attention call that is seen; returns a copy of what is to be kept, or None.
         file: called with the path of the module and that copy once it is known which axes are heads, in the order of
             the calls.
+        warn: called with what is not recorded and why; it raises no error, for the model would see it.
     """
 
-    def __init__(self, model: nn.Module, record: Callable[[AttentionCall], Copy | None], file: File) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        record: Callable[[AttentionCall], Copy | None],
+        file: File,
+        warn: Callable[[str], None],
+    ) -> None:
         modules = list(named_modules(model))
         compiled = [path for path, module in modules if is_compiled(module)]
         if compiled and not Uncompiled.is_possible():
@@ -126,7 +132,7 @@ class Watch:
             )
         self.has_run = False
         """Whether a module of the model has been called."""
-        self._record, self._file = record, file
+        self._record, self._file, self._warn = record, file, warn
         self._thread = _Thread()
         self._mode = _Mode(self)
         self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
@@ -164,7 +170,7 @@ class Watch:
         _see_scripted(True)
         if scripted:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
-            warn(
+            self._warn(
                 f"{', '.join(repr(path) if path else 'the model' for path in tops)} is scripted (torch.jit): it runs "
                 "without Python, and its attention is not seen."
             )
@@ -434,7 +440,7 @@ class Watch:
         path = calls[-1].path if calls else ""
         if path not in self._refused:
             self._refused.add(path)
-            warn(
+            self._warn(
                 f"an attention of {path!r} is not recorded, for an error that the model does not see: "
                 f"{type(error).__name__}: {error}"
             )
@@ -465,8 +471,12 @@ class Watch:
         with _aside():
             origin = self._thread.provenance.of_weights(product.made_of, calls)
             call = self._call(origin, product, self._heads_of(weights))
-            output = Output(product.output.shape)
-            layout = [output.layout[place] for place in product.places]
+            width = product.returned.shape[product.places.index(product.output.ndim - 1)]
+            output = Output((*product.output.shape[:-1], width))
+            layout = [
+                [Factor(size)] if place is None else output.layout[place]
+                for place, size in zip(product.places, product.returned.shape, strict=True)
+            ]
             self._await(f"softmax and {name}", call, product.returned, output, layout)
 
     def _see_sampled(self, name: str, sampled: SampledCall) -> None:
@@ -564,7 +574,7 @@ class Watch:
             self._attended.add(path)
         elif path not in self._refused:
             self._refused.add(path)
-            warn(f"the attention of {path!r} {reason}: such calls are not recorded.")
+            self._warn(f"the attention of {path!r} {reason}: such calls are not recorded.")
         return reason is not None
 
 
