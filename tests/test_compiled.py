@@ -61,8 +61,10 @@ def test_activation_before_torch_or_its_compiler_is_loaded(statements):
 def test_switching_while_other_threads_run_and_compile():
     """In a process of its own: what it proves is that the process does not crash."""
     code = """
-import threading, torch
+import threading, torch, warnings
 from visualizer import capture
+
+warnings.filterwarnings("ignore", "nothing was recorded")  # of the other model, where no thread came to run it
 
 class Layer(torch.nn.Module):
     def __init__(self, breaks):
@@ -88,7 +90,7 @@ def run():
             errors.append(error)
             break
 
-threads = [threading.Thread(target=run) for _ in range(2)]
+threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
 for thread in threads:
     thread.start()
 for turn in range(4):
