@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import inspect
 import pickle
 import sys
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from zoo import IDS, PADDING, SIZE, TEXT, transformers_model
 
 from visualizer import VisualizerWarning, attention, load
+from visualizer.intercept import functions
 
 transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip("transformers.modeling_utils")
@@ -311,6 +313,27 @@ class Calls(nn.Module):
 
 
 class TestFunctionsOfALibrary:
+    def test_one_that_takes_its_options_as_keywords(self, library):
+        space = {"attend": library.flash_attn_func}
+        exec("def flash_attn_func(q, k, v, **others): return attend(q, k, v, **others)", space)
+        library.flash_attn_func = space["flash_attn_func"]
+        q, k, v = inputs()
+        model = Calls(library.flash_attn_func, causal=True)
+        with attention(model) as maps:
+            model(q, k, v)
+        [found] = maps
+        expected = kernels_by_hand.weights_of(q[0], k[0], causal=True)
+        torch.testing.assert_close(found.dense()[0].double(), expected, **CLOSE)
+
+    def test_a_recording_that_is_dropped_while_another_one_looks_for_functions(self, library, monkeypatch):
+        other = Calls(library.flash_attn_func)
+        dropped = [attention(other).start()]
+        monkeypatch.setattr(functions, "_find", lambda find=functions._find: (dropped.clear(), gc.collect(), find()))
+        model = Calls(library.flash_attn_func)
+        with attention(model) as maps:
+            model(*inputs())
+        assert len(maps) == 1
+
     def test_however_the_function_got_there(self, library):
         """By its module, imported by name, in a partial, by another decorator, and as an attribute of a class."""
 

@@ -37,7 +37,7 @@ class Watcher(Protocol):
         """Take note of a function's call in which no other was seen; `describe` says what it was."""
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # the collector may end a recording, which takes it, in the thread that has it
 _watchers: list[weakref.ref[Any]] = []
 _wrapped: dict[str, tuple[Any, Any]] = {}  # the function before and its wrapper, by the name of the interface
 _looked_through: dict[str, tuple[weakref.ref[ModuleType], int]] = {}  # the modules, and how much was in them
@@ -132,7 +132,7 @@ def _swap(name: str, function: FunctionType) -> None:
 
     def call(args: Any, kwargs: Any) -> Any:
         def described(result: Any) -> FusedCall:
-            return describe(result, **signature.bind(*args, **kwargs).arguments)
+            return describe(result, **_by_name(signature, args, kwargs))
 
         return _observed(name, original, args, kwargs, described)
 
@@ -142,6 +142,15 @@ def _swap(name: str, function: FunctionType) -> None:
         function.__signature__ = signature  # type: ignore[attr-defined]
     function.__code__ = ours
     _swapped[function] = code, ours, is_ours
+
+
+def _by_name(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by their names, those too that a function takes as `**kwargs`."""
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(parameter.name, {}))
+    return arguments
 
 
 def _below(cls: Any) -> Iterator[Any]:
