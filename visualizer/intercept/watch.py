@@ -320,6 +320,7 @@ class Watch:
         if self._thread.calls:
             with self._unharmed(), _aside():
                 self._thread.tracing.after_scripted(function, args, kwargs, result)
+                self._thread.provenance.note(function, args, kwargs, result)
 
     def seen_calls(self) -> int | None:
         """How many attention calls were seen in this thread; None outside of a module's call."""
