@@ -1,5 +1,7 @@
 """The kind of an attention: told by where its queries and keys come from, not by names or by their numbers."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -399,3 +401,25 @@ class TestModulesInWhichNothingAttends:
             model(X, MEMORY)
         assert torch._C._len_torch_function_stack() == before
         assert [(one.path, one.kind) for one in maps] == [*self.ONE_CALL]
+
+
+def clamped(scores: torch.Tensor) -> torch.Tensor:
+    return (scores / 5).tanh() * 5
+
+
+@pytest.mark.parametrize("change", ["distances", "scripted"])
+def test_scores_that_no_product_of_torch_is_the_last_step_of(change):
+    class Changed(Attends):
+        def forward(self, x, memory):
+            q, k = heads(self.q(x)), heads(self.k(memory))
+            scores = -torch.cdist(q, k) if change == "distances" else script(q @ k.mT)
+            return self.proj((scores.softmax(-1) @ heads(self.v(memory))).transpose(1, 2).flatten(2))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        script = torch.jit.trace(clamped, torch.randn(B, H, N, N))
+    model, x = Changed(), torch.randn(B, N, 8)
+    with attention(model) as maps:
+        model(x, x)
+        model(x, torch.randn(B, N, 8))
+    assert [found.kind for found in maps] == ["self", "cross"]

@@ -21,7 +21,7 @@ from .modules import ModuleCall, inputs_of
 _PRODUCTS = frozenset(
     (
         *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear"),
-        *("conv1d", "conv2d", "conv3d", "conv_transpose2d", "embedding", "tensordot", *KERNELS),
+        *("conv1d", "conv2d", "conv3d", "conv_transpose2d", "embedding", "tensordot", "cdist", *KERNELS),
     )
 )
 _WRITES = frozenset(

@@ -415,6 +415,7 @@ class Watch:
             self._thread.steps += 1
             with self._unharmed(), _aside():
                 self._thread.tracing.after_scripted(function, args, kwargs, result)
+                self._thread.provenance.note(function, args, kwargs, result)
 
     def seen_calls(self) -> int | None:
         """How many attention calls were seen in this thread; None outside of a module's call."""
