@@ -6,7 +6,7 @@ AttentionInterface are wrapped by the interface's own way to override one. Those
 function got there, imported by name, kept in an object, or wrapped. The autograd Functions around the compiled kernels
 of deformable attention, `MSDeformAttnFunction` or the like in Deformable DETR's repository and in mmcv, are found by
 their arguments, and have their `apply` wrapped. Where something that attends was seen inside of a call, that is what a
-map is made of; else the call itself. Whether it is right, its proof tells.
+map is made of; else the call itself, and the proof decides whether the map is right.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _apply(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_PLACE = 0.125  # a constant, in whose place the function comes that is to be called
+_PLACE = 0.125  # a constant that is replaced by the function to call
 
 
 def _any_arguments(*args: Any, **kwargs: Any) -> Any:

@@ -216,7 +216,7 @@ def flex_attention(
 
 
 def _with_buffers(function: Callable[..., Tensor] | None, buffers: tuple[Any, ...]) -> Callable[..., Tensor] | None:
-    """A function of flex_attention that brings the tensors along which it is given apart; None for a stand-in."""
+    """A function of flex_attention with the tensors bound that are passed beside it; None for torch's stand-in."""
     if function is None or function.__name__ in ("_identity", "noop_mask"):  # in place of no function
         return None
     return (lambda *args: function(*args, *buffers)) if buffers else function
@@ -342,7 +342,9 @@ def _flash(
     learnable_sink: Tensor | None = None,
     **others: Any,
 ) -> FusedCall:
-    """What flash attention's functions have in common. What is not named here either changes no weights, or is proven.
+    """What flash attention's functions have in common.
+
+    An option that is not named here changes no weights, or the proof refuses the map.
 
     Args:
         places: None: the last query stands at the last key, and all keys are in use.

@@ -1,4 +1,4 @@
-"""Watches a model as it runs: which module is running, and which of the functions of torch that it calls attend.
+"""Watches a model as it runs: which module is running, and which of its calls of torch compute attention.
 
 Hooks on the modules say which one is running. A mode of torch sees the calls of torch's functions.
 """
@@ -204,7 +204,7 @@ class Watch:
     def without_maps(self) -> dict[tuple[str, bool], list[str]]:
         """The paths of modules that ran without a map, and are called attention or called what may attend.
 
-        They come by their class and whether they called a function that is not torch's.
+        They are grouped by their class, and by whether they called a function that is not torch's.
         """
         found: dict[tuple[str, bool], list[str]] = {}
         ran = self._ran | self._called_unseen
@@ -558,7 +558,7 @@ class Watch:
 
     def _is_refused(self, path: str, example: Tensor) -> bool:
         """Whether a call's tensors cannot be recorded; a warning says why, once for each module."""
-        if not is_recorded():  # torch.jit.trace compares
+        if not is_recorded():  # torch runs the model again for its own purposes
             return True
         if self._thread.gaps[-1] is not None:
             self._thread.gaps[-1] = None
@@ -683,7 +683,10 @@ def _idle_hook() -> _Hook:
 
 
 def _has_ended(frame: FrameType | None) -> bool:
-    """Whether a frame has run to its end, such as that of a call that was interrupted: what follows is not of it."""
+    """Whether a frame has run to its end, such as that of a call that was interrupted: what follows is not of it.
+
+    Only clearing a frame tells. It is a frame of torch's, whose locals nobody reads afterwards.
+    """
     if frame is None:
         return False
     try:
@@ -694,7 +697,7 @@ def _has_ended(frame: FrameType | None) -> bool:
 
 
 def _add(mode: TorchFunctionMode) -> None:
-    """Begin a mode in this thread below the others, each of which ends by taking the uppermost away, as its own.
+    """Begin a mode in this thread below all others: each of those ends by taking the uppermost mode away, as its own.
 
     For KeyboardInterrupt torch calls no hooks: a mode above the others would be taken away in place of that of a
     `with torch.device(...)` around the call, which would go on for the rest of the process. The default device stays
