@@ -433,6 +433,7 @@ def in_a_fresh_process(code):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
 def test_a_rollout_over_4097_tokens_takes_the_memory_of_some_rows():
     """Its two maps would take 537 MB, one map that the heads make together 67 MB."""
     peak = in_a_fresh_process(

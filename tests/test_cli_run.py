@@ -297,6 +297,7 @@ def test_models_that_are_gone_are_not_kept_alive_and_their_values_are_saved(tmp_
     assert ["Sequential.0", "Sequential@2.0", "Sequential@3.0"] == list(load(tmp_path / "captured.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_model_that_saves_copies_and_compiles_itself_does_so(tmp_path):
     (tmp_path / "script.py").write_text(
         f"{MODEL}\nimport copy, io, pickle\nmodel(x)\ntorch.save(model, io.BytesIO())\ncopy.deepcopy(model)(x)\n"

@@ -45,6 +45,7 @@ class TestMergingFiles:
         with pytest.warns(VisualizerWarning, match="of a run of 2 processes the files of these are missing: 1"):
             load(tmp_path / "run-*" / "rank-*.safetensors")
 
+    @pytest.mark.slow
     def test_parts_beside_the_whole(self, tmp_path):
         self.of_run(tmp_path)
         load(tmp_path / "rank-*.safetensors").save(tmp_path / "whole.safetensors")
@@ -57,6 +58,7 @@ class TestMergingFiles:
         with pytest.raises(ValueError, match="the same run is in several of these"):
             load(tmp_path / "*" / "rank-*.safetensors")
 
+    @pytest.mark.slow
     def test_the_whole_of_one_run_and_parts_of_another(self, tmp_path):
         self.of_run(tmp_path)
         collect(Looking(), pictures(3), Entropy()).save(tmp_path / "whole.safetensors")

@@ -710,6 +710,7 @@ class TestFiles:
 
 @needs_browser
 class TestSafety:
+    @pytest.mark.slow
     def test_hostile_tokens_and_names_are_text(self, open_page):
         explorer = explore(random_maps(2, 1, 2, 12, 12), HOSTILE, title=HOSTILE[0])
         tab = open_page(explorer + one_grid(HOSTILE[1]))

@@ -104,6 +104,7 @@ def one_stays_away(rank, timeout):
 
 class TestAProcessThatFails:
     @pytest.mark.parametrize("bad", [0, 1])
+    @pytest.mark.slow
     def test_ends_the_others_at_once(self, bad):
         """The others have batches without an end, and half an hour to wait."""
         ended = run(3, one_fails, bad, 0, "fails", 1800.0)
@@ -155,6 +156,7 @@ class TestAProcessThatFails:
         assert ended[1].seconds < 20
 
     @pytest.mark.parametrize(("what", "said"), [("order", "different statistics"), ("model", "different models")])
+    @pytest.mark.slow
     def test_or_does_something_else(self, what, said):
         for one in run(2, with_others, what):
             assert isinstance(one.error, ValueError)
@@ -248,6 +250,7 @@ class TestHeartbeat:
         with pytest.raises(Failed, match="rank 2 failed, with ArithmeticError: too hot"):
             beats[0].meet()
 
+    @pytest.mark.slow
     def test_silence_is_told_from_slowness(self, beats, lines):
         """The second gives no sign any more, the third gets on."""
         time.sleep(1)  # all have given a sign
@@ -260,6 +263,7 @@ class TestHeartbeat:
         said = "rank 0 of 3 is here, but rank 1 died, or gives no sign of life for 5 s"
         assert isinstance(waiting.exception(), Lost) and said in str(waiting.exception())
 
+    @pytest.mark.slow
     def test_one_that_does_no_batch_hangs(self, beats):
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(beats[0].meet)

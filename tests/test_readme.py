@@ -24,9 +24,8 @@ def python_blocks(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "README.md" else pytest.param(name, marks=pytest.mark.slow) for name in RUN]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN)
 def test_python_blocks_run_in_order(name: str, tmp_path: Path) -> None:
     code = python_blocks((ROOT / name).read_text(encoding="utf-8"))
     assert code.strip(), "no python block found"
