@@ -51,7 +51,11 @@ def smollm2():
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long to make is made in one process of those that run at a time, for all the tests that need it."""
+    """What takes long to make is made in one process of those that run at a time, for all the tests that need it.
+
+    The notebooks begin first: each takes a minute or more, and at the end only one process would be at work.
+    """
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("smollm2"))
