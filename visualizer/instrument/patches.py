@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from types import CodeType, FunctionType
+from typing import Any
 
 from ..rewrite import HOOK, Capture, original_of, rewrite_for
 from ..store import Channel, ForkSafeLock, listener, receive
@@ -144,7 +145,8 @@ def _install(function: FunctionType, patch: _Patch, channels: list[Channel]) -> 
     # Among the builtins, not the function's globals: tools that pickle functions by value take its globals along, and
     # the hook would have to be imported wherever they arrive. The name stays when the capture ends, for a change of the
     # builtins slows the whole process down for a moment.
-    builtins = function.__builtins__  # type: ignore[attr-defined]
+    known: Any = function  # not all releases of the type checkers know the attribute
+    builtins = known.__builtins__
     if builtins.get(HOOK) is not receive:
         builtins[HOOK] = receive
     function.__code__ = patch.installed = code

@@ -256,7 +256,7 @@ class Store:
         with self._lock:
             if self.is_full or self._failure is not None:
                 return []
-            puts = [event for event in self.arrived if isinstance(event, Put)]
+            puts = [event for event in list(self.arrived) if isinstance(event, Put)]
             waiting = {p.source.key_of(name, p.module) for p in puts for name, _ in p.source.name_values(p.values)}
             filed = {key for key, shelf in self._shelves.items() if shelf.size or shelf.run is not None}
             heard = waiting | filed | self._emptied
