@@ -33,39 +33,6 @@ def inputs_of(call: ModuleCall) -> Iterator[tuple[str, Tensor]]:
         yield from _tensors_in(name, value)
 
 
-def signature_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]] | None:
-    """What a call has in common with others that run alike, and the tensors given; None if that is not simple to say.
-
-    That is the attributes of the module and of those in it, and the arguments: of tensors their shapes and types.
-    """
-    tensors: list[Tensor] = []
-    parts: list[Any] = []
-    _add_state(module, parts)
-    for name, value in (*enumerate(args), *kwargs.items()):
-        kind = type(value)
-        if kind is Tensor:
-            tensors.append(value)
-            parts.append((name, value.shape, value.dtype))
-        elif value is None or kind in _SIMPLE:
-            parts.append((name, kind, value))
-        else:
-            return None
-    is_given_twice = len(tensors) > 1 and len({*map(id, tensors)}) < len(tensors)
-    return None if is_given_twice or not tensors else (tuple(parts), tensors)
-
-
-_SIMPLE = frozenset((bool, int, float, str))
-
-
-def _add_state(module: nn.Module, parts: list[Any]) -> None:
-    """Add which objects the attributes are of a module and of those in it."""
-    parts += map(id, vars(module).values())
-    for inner in module._modules.values():
-        parts.append(id(inner))
-        if inner is not None:
-            _add_state(inner, parts)
-
-
 def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.ndim > 1:

@@ -70,10 +70,6 @@ _Parts = tuple[_Part, ...]
 _NOTHING: _Parts = (_Part(None, frozenset(), False),)
 
 
-Links = list[tuple[int | None, bool]]
-"""Of each tensor that a module has made, which of those given it comes from, and if by a matrix product."""
-
-
 class Origin(NamedTuple):
     """What is known of where queries and keys come from."""
 
@@ -87,14 +83,11 @@ class Provenance:
     """Notes what tensors are made of, in one thread."""
 
     def __init__(self) -> None:
-        self.parameters: set[int] = set()
-        """The ids of those that a function has taken."""
         self._nodes: dict[int, _Node] = {}
         self._frames: dict[int, tuple[ModuleCall, _Frame]] = {}
 
     def clear(self) -> None:
         """Forget all."""
-        self.parameters.clear()
         self._nodes.clear()
         self._frames.clear()
 
@@ -129,9 +122,7 @@ class Provenance:
         nodes = self._nodes
         for item in items:
             kind = type(item)
-            if kind is nn.Parameter:
-                self.parameters.add(id(item))
-            elif kind is Tensor or isinstance(item, Tensor):
+            if kind is Tensor or (kind is not nn.Parameter and isinstance(item, Tensor)):
                 node = nodes.get(id(item))
                 if node is None or node.reference() is not item:
                     nodes[id(item)] = node = _Node(item)
@@ -144,25 +135,6 @@ class Provenance:
         if node is None or node.reference() is not tensor:
             self._nodes[id(tensor)] = node = _Node(tensor)
         return node
-
-    def links_of(self, given: Sequence[Tensor], made: Sequence[Tensor]) -> Links | None:
-        """What a module has made each tensor of; None if it made one of several that it was given."""
-        nodes = [self._node_of(tensor) for tensor in given]
-        frame, links = _Frame(dict.fromkeys(nodes, "")), list[tuple[int | None, bool]]()
-        for tensor in made:
-            parts = frame.trace(self._node_of(tensor))
-            roots = _roots(parts)
-            if len(parts) > 1 or len(roots) > 1:
-                return None
-            links.append((nodes.index(roots[0]) if roots else None, parts[0].is_projected))
-        return links
-
-    def link(self, given: Sequence[Tensor], made: Sequence[Tensor], links: Links) -> None:
-        """Note what a module has made whose functions were not noted."""
-        for tensor, (place, is_projected) in zip(made, links, strict=True):
-            source = _Node(tensor) if place is None else self._node_of(given[place])
-            if source.reference() is not tensor or place is None:
-                self._nodes[id(tensor)] = _Node(tensor, [source], _PRODUCT if is_projected else _PLAIN)
 
     def of_query_and_key(self, query: Tensor, key: Tensor, calls: Sequence[ModuleCall]) -> Origin:
         """Where they come from, by the calls under way; the last is the innermost."""

@@ -11,8 +11,9 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +39,8 @@ from .modules import (
     is_within,
     packed_groups,
     shapes_of,
-    signature_of,
 )
-from .provenance import Links, Origin, Provenance
+from .provenance import Origin, Provenance
 from .sampling import SAMPLING_KERNELS, SampledCall, Sampling, may_read_cells, may_sample
 from .softmax import Product, Tracing, may_begin
 
@@ -55,10 +55,6 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.calls: list[ModuleCall] = []
         self.gaps: list[Gap | None] = []  # of each call; None once it attended, or was looked through before
-        self.lessons: list[_Lesson | None] = []  # of each call, what is learnt from it; None: nothing
-        self.is_paused = False  # in a module of which it is known that nothing in it attends
-        self.steps = 0  # functions that may have to do with attention
-        self.begun = 0  # calls of modules
         self.is_watched = False  # by a mode that ends with the outermost call
         self.is_in_block = False  # by a mode that ends with the recording
         self.heads: int | None = None  # of the nn.MultiheadAttention under way
@@ -74,25 +70,11 @@ class _Thread(threading.local):
         """Forget the calls under way, which have ended."""
         self.calls.clear()
         self.gaps.clear()
-        self.lessons.clear()
-        self.is_paused = False
         self.pending.clear()
         self.tracing.clear()
         self.sampling.lineage.clear()
         self.provenance.clear()
         self.frame = None
-
-
-class _Lesson(NamedTuple):
-    """What a module's call may teach: that calls like it have nothing to do with attention."""
-
-    signature: tuple[str, Any]
-    """The module's path, and what calls like it have in common."""
-    given: list[Tensor]
-    steps: int
-    """How many functions had run that may have to do with attention."""
-    begun: int
-    """How many calls of modules had begun."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +123,6 @@ class Watch:
         self._looked_through: set[type | str] = set()
         self._attended: set[str] = set()  # the paths of modules with maps
         self._refused: set[str] = set()  # the paths of modules whose calls cannot be recorded
-        # Where the outputs of calls come from in which nothing attends, by their signatures; None: not learnt yet.
-        self._learnt: dict[tuple[str, Any], Links | None] = {}
-        self._attends: set[str] = set()  # the paths of modules in which something may have to do with attention
-        self._inner: dict[str, int] = {}  # how many modules are watched in each, by their paths
         self._uncompiled = Uncompiled()
         self._has_ended = False
         mark_reruns()
@@ -156,11 +134,6 @@ class Watch:
                 continue
             if path and cannot_attend(module):
                 continue
-            outer, self._inner[path] = path, 0
-            while outer:
-                outer = outer.rpartition(".")[0]
-                if outer in self._inner:
-                    self._inner[outer] += 1
             known = weakref.ref(module)
             self._handles += [
                 module.register_forward_pre_hook(_Hook(self._begin_call, path, known), prepend=True, with_kwargs=True),
@@ -226,8 +199,6 @@ class Watch:
         self.has_run = True
         if thread.calls and _has_ended(thread.frame):
             self._leave(thread)
-        if thread.is_paused:
-            return
         if not thread.calls:
             if torch._C._current_graph_task_id() != -1:
                 return  # in a backward pass checkpointing computes again what has been seen
@@ -239,71 +210,24 @@ class Watch:
         outer = thread.gaps[-1] if thread.gaps else None
         is_new = type(module) not in self._looked_through and path not in self._looked_through
         thread.gaps.append(None)
-        thread.lessons.append(None)
-        thread.begun += 1
-        if not is_new and outer is None:
-            is_small = len(thread.calls) > 1 and self._inner[path] < _SMALL and path not in self._attends
-            if is_small and not thread.tracing.lineage and not thread.sampling.lineage:
-                self._look_for_lesson(thread, path, module, args, kwargs)
-        else:
+        if is_new or outer is not None:
             with self._unharmed(), torch._C.DisableTorchFunction():  # the mode would see what looks at the tensors
                 if outer is not None:
                     outer.taken((args, kwargs))
                 if is_new:
                     thread.gaps[-1] = Gap(args, kwargs)
 
-    def _look_for_lesson(self, thread: _Thread, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Pause where calls like this one have nothing to do with attention, or else have this one teach it."""
-        with self._unharmed(), torch._C.DisableTorchFunction():
-            signature = signature_of(module, args, kwargs)
-            if signature is None:
-                return
-            key, given = (path, signature[0]), signature[1]
-            if key not in self._learnt:
-                if len(self._learnt) < _LESSONS:
-                    self._learnt[key] = None
-                return  # calls that are all different need not teach
-            thread.lessons[-1] = _Lesson(key, given, thread.steps, thread.begun)
-            thread.is_paused = self._learnt[key] is not None
-        if thread.is_paused:
-            _remove(self._mode)
-
-    def _end_lesson(self, thread: _Thread, path: str, module: nn.Module, lesson: _Lesson, output: Any) -> None:
-        """Learn whether what attends is in such calls, or go on after a pause."""
-        with self._unharmed(), torch._C.DisableTorchFunction():
-            made = [output] if isinstance(output, Tensor) else output
-            is_simple = isinstance(made, (list, tuple)) and all(type(one) is Tensor for one in made)
-            links, inner = self._learnt[lesson.signature], self._inner[path]
-            if links is not None:
-                thread.begun += inner
-                if is_simple and len(made) == len(links):
-                    thread.provenance.link(lesson.given, made, links)
-            elif thread.steps > lesson.steps or path in self._called_unseen:
-                self._attends.add(path)
-            elif is_simple and thread.begun == lesson.begun + inner and self._has_used(thread, module):
-                self._learnt[lesson.signature] = thread.provenance.links_of(lesson.given, made)
-        if thread.is_paused:
-            thread.is_paused = False
-            _add(self._mode)
-
-    def _has_used(self, thread: _Thread, module: nn.Module) -> bool:
-        """Whether all of a module ran: what is left out of one call, such as a dropped layer, may attend in another."""
-        return all(id(parameter) in thread.provenance.parameters for parameter in module.parameters())
-
     def _end_call(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         thread = self._thread
         if not thread.calls or thread.calls[-1].module is not module:
             return None  # the call began before recording did
         try:
-            if thread.lessons[-1] is not None:
-                self._end_lesson(thread, path, module, thread.lessons[-1], output)
             self._end_gap(path, module, output)
             if thread.pending:
                 self._file_settled(len(thread.calls))
         finally:
             call = thread.calls.pop()
             thread.gaps.pop()
-            thread.lessons.pop()
             if is_called_attention(type(module).__qualname__):
                 self._ran[path] = type(module).__qualname__
             if not thread.calls:
@@ -324,13 +248,10 @@ class Watch:
 
     def _leave(self, thread: _Thread) -> None:
         """End what belongs to the outermost call."""
-        was_paused = thread.is_paused  # by a call that was interrupted
         thread.forget()
         if thread.is_watched:
             thread.is_watched = False
             _remove(self._mode)
-        elif was_paused:
-            _add(self._mode)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions, and take note of it if a module of the model calls it."""
@@ -351,8 +272,6 @@ class Watch:
                 or thread.sampling.lineage
                 or (interest is _INDEX and may_read_cells(func, args))
             )
-            if is_seen or interest is _WRITES:
-                thread.steps += 1
             result = self.see(func, args, kwargs) if is_seen else func(*args, **kwargs)
             try:
                 thread.provenance.note(func, args, kwargs, result)
@@ -412,7 +331,6 @@ class Watch:
     def see_scripted(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Take note of what a scripted function returned."""
         if self._thread.calls:
-            self._thread.steps += 1
             with self._unharmed(), _aside():
                 self._thread.tracing.after_scripted(function, args, kwargs, result)
                 self._thread.provenance.note(function, args, kwargs, result)
@@ -501,7 +419,6 @@ class Watch:
         """Record a call, and file its map once the model has told its axes apart."""
         thread = self._thread
         thread.count += 1
-        thread.steps += 1
         copy = self._record(call)
         if copy is not None:
             if output.order is None:
@@ -632,15 +549,13 @@ _ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim", "layout", "requires
 _WITHOUT_TENSOR = frozenset(
     ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item")
 )
-_FOLLOWS, _BEGINS, _INDEX, _WRITES, _NO_TENSOR = "follows", "begins", "index", "writes", "no tensor"
-_LESSONS = 4096  # of calls that were seen
-_SMALL = 16  # modules: to compare more costs more than it spares, and each of them is compared itself
+_FOLLOWS, _BEGINS, _INDEX, _NO_TENSOR = "follows", "begins", "index", "no tensor"
 _INTEREST: dict[Any, str] = {}
 """By function, why it may have to do with attention; filled as functions are called."""
 
 
 def _interest_of(func: Any) -> str:
-    """Whether a function attends, or may be the first to; reads cells; writes; or makes no tensor to be followed.
+    """Whether a function attends, or may be the first to; may read cells; or makes no tensor that could be followed.
 
     All others mean something only after a product.
     """
@@ -649,8 +564,6 @@ def _interest_of(func: Any) -> str:
         interest = _BEGINS
     elif func is Tensor.__getitem__:
         interest = _INDEX
-    elif name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i"):
-        interest = _WRITES
     elif name in _WITHOUT_TENSOR or (name == "__get__" and getattr(func.__self__, "__name__", "") in _ATTRIBUTES):
         interest = _NO_TENSOR
     else:
