@@ -1,6 +1,7 @@
 """Acting when a module has been imported, by whomever."""
 
 import importlib.util
+import subprocess
 import sys
 
 import pytest
@@ -51,6 +52,25 @@ def test_two_may_wait_for_one_module(example):
     after_import(example, second.append)
     importlib.import_module(example)
     assert (1, 1) == (len(first), len(second))
+
+
+def test_captures_before_torch_is_loaded_wait_for_it_once():
+    code = """if True:
+        import sys
+        from visualizer import capture
+        def attend(x):
+            attn = x
+            return attn
+        counts = []
+        for number in range(50):
+            with capture(attend, "attn"):
+                attend(number)
+            counts.append(len(sys.meta_path))
+        assert "torch" not in sys.modules
+        print(counts[0] == counts[-1])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ("True\n", "") == (done.stdout, done.stderr)
 
 
 def test_a_module_that_fails_is_waited_for_again(tmp_path, example):

@@ -20,7 +20,7 @@ from .untraced import never_compiled
 def mark_reruns() -> None:
     """See to it that what torch runs again is not recorded: now, or as soon as these parts of torch are loaded."""
     after_import("torch.utils.checkpoint", _mark_checkpoint)
-    after_import("torch.jit._trace", lambda module: _wrap(module, "_check_trace", _rerun))
+    after_import("torch.jit._trace", _mark_trace)
 
 
 def _mark_checkpoint(module: ModuleType) -> None:
@@ -28,6 +28,10 @@ def _mark_checkpoint(module: ModuleType) -> None:
     function = getattr(module, "CheckpointFunction", None)
     if function is not None:
         _wrap(function, "backward", lambda backward: staticmethod(_rerun_within(backward)))
+
+
+def _mark_trace(module: ModuleType) -> None:
+    _wrap(module, "_check_trace", _rerun)
 
 
 _wrappers: list[Any] = []
