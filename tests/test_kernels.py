@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from visualizer import attention
 from visualizer.intercept import kernels
-from visualizer.intercept.kernels import KERNELS, as_computed, four_axes, in_four_axes, name_of
+from visualizer.intercept.calls import as_computed, four_axes, in_four_axes, multi_head_attention, name_of
+from visualizer.intercept.kernels import KERNELS
 from visualizer.maps import AttentionMap, Factors, Keys
 
 B, H, Q, K, D = 2, 4, 5, 7, 8
@@ -541,7 +542,7 @@ class TestMultiHeadAttention:
                 names.append(name_of(func))
                 if name_of(func) == "multi_head_attention_forward":
                     with self:
-                        return kernels.multi_head_attention(*args, **(kwargs or {}))
+                        return multi_head_attention(*args, **(kwargs or {}))
                 return func(*args, **(kwargs or {}))
 
         layer, x = nn.MultiheadAttention(8, 2), torch.randn(5, 1, 8)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import name_of
+from .calls import name_of
 
 _REORDERS = frozenset(
     ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint", "t", "__get__")

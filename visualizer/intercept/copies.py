@@ -14,9 +14,9 @@ from torch import Tensor
 from ..maps import AttentionMap, Block, Factors, Gradient, Joined, JoinedGradient, Keys, Samples, Source, Weights
 from ..store import bytes_by_device
 from .axes import Order
+from .calls import FusedCall, four_axes
 from .evidence import Evidence, of_fused, of_samples, of_weights
 from .joins import Attended
-from .kernels import FusedCall, four_axes
 from .modules import are_windows
 from .provenance import Origin
 from .sampling import SampledCall

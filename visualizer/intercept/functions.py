@@ -23,7 +23,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .kernels import FUNCTIONS, FusedCall, attention_interface
+from .calls import FusedCall
+from .kernels import FUNCTIONS, attention_interface
 from .sampling import SampledCall, ms_deform_attn_forward
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .kernels import name_of
+from .calls import name_of
 
 _PARTS = type(iter(()))
 

@@ -15,7 +15,8 @@ from weakref import ref
 
 from torch import Size, Tensor, nn
 
-from .kernels import KERNELS, name_of
+from .calls import name_of
+from .kernels import KERNELS
 from .modules import ModuleCall, inputs_of
 
 _PRODUCTS = frozenset(

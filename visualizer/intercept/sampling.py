@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..maps import without_autograd
 from .axes import Factor, Layout, Order, layout_of
-from .kernels import name_of
+from .calls import name_of
 from .lineage import Lineage
 
 _MULTIPLIES = frozenset(("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"))

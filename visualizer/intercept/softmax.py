@@ -28,8 +28,8 @@ from .axes import (
     layout_of_product,
     summed_axes,
 )
+from .calls import name_of
 from .joins import Joins
-from .kernels import name_of
 from .lineage import Lineage
 
 _PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm"))

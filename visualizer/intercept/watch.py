@@ -24,9 +24,10 @@ from ..store import is_recorded
 from ..tensors import is_plain_torch, why_unreal
 from . import functions
 from .axes import Factor, Order, Output
+from .calls import FusedCall, as_computed, in_four_axes, multi_head_attention, name_of
 from .copies import AttentionCall, Copy, joined_copy
 from .gaps import Gap
-from .kernels import KERNELS, FusedCall, as_computed, in_four_axes, multi_head_attention, name_of
+from .kernels import KERNELS
 from .modules import (
     ModuleCall,
     arguments_named,
