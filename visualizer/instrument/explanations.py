@@ -13,7 +13,7 @@ from ..rewrite import At, assigned_lines, local_names
 from ..store import Channel
 from .functions_with import has_local
 from .module_paths import module_classes
-from .patches import place_of
+from .swapped_code import place_of
 from .unwrapping import definer_of_forward, functions_behind, is_called
 
 _LISTED = 60
