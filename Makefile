@@ -20,7 +20,7 @@ doctest:  ## the examples in the docstrings
 
 notebooks:  ## run every notebook from top to bottom
 	$(PYTHON) -c 'import nbclient'  # without it the test would only be skipped
-	$(PYTHON) -m pytest -n auto -m slow tests/test_notebooks.py
+	$(PYTHON) -m pytest -n auto -m "slow or long" tests/test_notebooks.py
 
 pictures:  ## make the pictures in assets/ anew
 	$(PYTHON) -m visualizer demo --out assets

@@ -51,19 +51,19 @@ def receive(key: str, value: Any) -> None:
         thread = get_ident()
         if channel.thread == thread:
             cls = type(value)  # compared by identity, because a class may have its own __eq__ or __hash__
-            if cls is float or (cls is int and -LARGEST < value < LARGEST):
-                kept, size = value, NUMBER_BYTES
-            elif cls is channel.array and value.dtype is channel.dtype:
+            if cls is channel.array and value.dtype is channel.dtype:
                 kept = value.copy()
                 size = kept.nbytes + SMALL_ARRAY
+            elif cls is float or (cls is int and -LARGEST < value < LARGEST):
+                kept, size = value, NUMBER_BYTES
             else:
                 channel.deliver(value)
                 return
             purse = channel.purse
             left = purse.left - size
             if left >= 0 and channel.thread == thread:  # see `Store`: nothing comes between here and the append
-                purse.left = left
-                channel.append(kept)
+                purse.left, append = left, channel.append
+                append(kept)  # a local, because Python 3.11 is slow to call what an attribute of an object holds
                 return
         channel.deliver(value)
     except RecursionError:  # our own call must not make the user's function hit the recursion limit
