@@ -48,8 +48,8 @@ def receive(key: str, value: Any) -> None:
     if _keeping and get_ident() in _keeping:
         return
     try:
-        thread = get_ident()
-        if channel.thread == thread:
+        append = channel.append
+        if append is not None and channel.thread == get_ident():
             cls = type(value)  # compared by identity, because a class may have its own __eq__ or __hash__
             if cls is channel.array and value.dtype is channel.dtype:
                 kept = value.copy()
@@ -57,14 +57,16 @@ def receive(key: str, value: Any) -> None:
             elif cls is float or (cls is int and -LARGEST < value < LARGEST):
                 kept, size = value, NUMBER_BYTES
             else:
+                append = None
                 channel.deliver(value)
                 return
             purse = channel.purse
             left = purse.left - size
-            if left >= 0 and channel.thread == thread:  # see `Store`: nothing comes between here and the append
-                purse.left, append = left, channel.append
-                append(kept)  # a local, because Python 3.11 is slow to call what an attribute of an object holds
+            if left >= 0 and channel.append is append:  # see `Store`: nothing comes between here and the append
+                purse.left = left
+                append(kept)
                 return
+        append = None  # it refers to the list, which the store would take for one that a user holds
         channel.deliver(value)
     except RecursionError:  # our own call must not make the user's function hit the recursion limit
         skipped = channel.store.skipped_near_recursion_limit
@@ -161,10 +163,10 @@ class Channel:
         """The original code of the function, for messages."""
         self.made: tuple[CodeType, tuple[str, ...], CodeType] | None = None
         """The last rewriting that had this channel as its last: the original code, the sites, and the result."""
+        self.append: Callable[[Any], None] | None = None
+        """Appends to the list directly, for one thread; None while nobody may. The store alone opens and closes."""
         self.thread = 0
-        """The thread that may append to its list directly now, or 0; the store alone opens and closes."""
-        self.append: Callable[[Any], None] = _ignore
-        """Appends to the list, for that thread."""
+        """That thread."""
         self.purse = Purse(0)
         """How many bytes it may append."""
         self.array: type | None = None
@@ -244,11 +246,12 @@ class Channel:
             if is_copied and is_array(value):
                 self.array, self.dtype = type(value), value.dtype
             thread, purse = get_ident(), self.purse
-            left = purse.left - size
-            if left >= 0 and self.thread == thread:  # see `Store`: nothing comes between here and the append
+            left, append = purse.left - size, self.append
+            if left >= 0 and append is not None and self.thread == thread:  # see `Store`
                 purse.left = left
-                self.append(kept)
+                append(kept)
             else:
+                append = None
                 store.put(Put(self, (kept,), thread, is_light=is_light(kept), may_append=True))
 
         def deliver_all(values: tuple[Any, ...]) -> None:
