@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README_zh.md")
-RUN = (*READMES, "docs/fused-attention.md", "docs/gallery.md", "docs/explorer.md", "docs/statistics.md")
+GUIDES = ("docs/guide.md", "docs/guide_zh.md")
+RUN = (*READMES, *GUIDES, "docs/fused-attention.md", "docs/gallery.md", "docs/explorer.md", "docs/statistics.md")
 PAGES = (*RUN, "docs/command-line.md", "docs/how-it-works.md")
 
 
@@ -48,11 +49,12 @@ def test_python_blocks_are_found_at_their_lines() -> None:
     assert python_blocks(text).splitlines() == ["", "", "x = 1", "", "", "", "", "", "y = 2", ""]
 
 
-def test_both_languages_have_the_same_python() -> None:
+@pytest.mark.parametrize("pair", [READMES, GUIDES], ids=["README", "guide"])
+def test_both_languages_have_the_same_python(pair: tuple[str, str]) -> None:
     """Apart from the comments, and the words that a picture is labelled with."""
     import ast
 
-    trees = [ast.parse(python_blocks((ROOT / name).read_text(encoding="utf-8"))) for name in READMES]
+    trees = [ast.parse(python_blocks((ROOT / name).read_text(encoding="utf-8"))) for name in pair]
     for tree in trees:
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
