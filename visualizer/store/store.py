@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,8 @@ class Store:
         self.budget = Budget()
         self._cache: Callable[[], _Lists | None] = lambda: None
         self._lock = ForkSafeLock()
+        self._slowed: set[int] = set()
+        """The threads that wait because very much is waiting to be filed."""
         self._under_way = 0
         self._sources: dict[Source, None] = {}
         self._recorded: set[Source] = set()
@@ -406,8 +409,18 @@ class Store:
 
     def _try_filing(self, wait: bool) -> None:
         # Do not wait for the lock. Whoever has it, perhaps an outer call in this very thread, files what waits. But
-        # several threads bring values faster than one files them: give it a moment when very much is waiting.
-        if self._lock.acquire(timeout=0.05 if len(self.arrived) > _MANY else 0):
+        # several threads bring values faster than one files them: give it a moment when very much is waiting. A signal
+        # handler that comes meanwhile does not wait too: handlers would pile up to the recursion limit.
+        thread, seconds = get_ident(), 0.0
+        if len(self.arrived) > _MANY and thread not in self._slowed:
+            self._slowed.add(thread)
+            seconds = 0.05
+        try:
+            is_ours = self._lock.acquire(timeout=seconds)
+        finally:
+            if seconds:
+                self._slowed.discard(thread)
+        if is_ours:
             try:
                 self._file_arrived(wait)
             finally:
