@@ -195,10 +195,16 @@ class Maps(Recorded, Sequence[Any]):
             )
             if not is_there:
                 yield f"no attention was seen in {layer!r}, one of the layers to record; it was in {_some(paths)}."
-        for (name, calls_unseen), unmapped in watch.without_maps().items():
+        for (name, reason), unmapped in watch.without_maps().items():
             more = f" and {len(unmapped) - 1} more" if len(unmapped) > 1 else ""
             where = f"{name} ({unmapped[0]!r}{more})"
-            if calls_unseen:
+            if reason == "without keys":
+                yield (
+                    f"{where} ran, and what it multiplied were no weights of queries for keys, but a softmax over "
+                    "features, as in linear attention, or weights that a layer made without keys, as VOLO's outlook "
+                    "attention: it has no map here."
+                )
+            elif reason == "unseen":
                 yield (
                     f"{where} called a function that is not torch's, and not known here, with what may be query, key "
                     "and value: if that attends, it has no map here. Choose a kernel that is seen, such as "
