@@ -12,6 +12,7 @@ map is made of; else the call itself, and the proof decides whether the map is r
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 import threading
 import weakref
@@ -42,6 +43,7 @@ _lock = threading.RLock()  # the collector may end a recording, which takes it, 
 _watchers: list[weakref.ref[Any]] = []
 _wrapped: dict[str, tuple[Any, Any]] = {}  # the function before and its wrapper, by the name of the interface
 _looked_through: dict[str, tuple[weakref.ref[ModuleType], int]] = {}  # the modules, and how much was in them
+_last: tuple[list[ModuleType], list[int]] = ([], [])  # all modules at the last time, and how much was in them
 _found: weakref.WeakKeyDictionary[FunctionType, str] = weakref.WeakKeyDictionary()
 _swapped: dict[FunctionType, tuple[CodeType, CodeType, bool]] = {}  # the codes before and now; is the signature ours
 _classes: list[type[torch.autograd.Function]] = []  # whose `apply` is wrapped
@@ -95,6 +97,15 @@ def end(watcher: Watcher) -> None:
 
 def _find() -> None:
     """Find the functions of other libraries, in modules that are new or have more in them than before."""
+    global _last
+    modules = [*sys.modules.values()]
+    try:
+        sizes = [*map(len, map(vars, modules))]
+    except TypeError:  # what stands for a module may have no attributes
+        sizes = [len(getattr(module, "__dict__", ())) for module in modules]
+    if sizes == _last[1] and all(map(operator.is_, modules, _last[0])):
+        return
+    _last = modules, sizes
     for path, module in [*sys.modules.items()]:
         members = getattr(module, "__dict__", {})
         known = _looked_through.get(path)
@@ -162,10 +173,8 @@ def _below(cls: Any) -> Iterator[Any]:
 
 def _is_deformable(cls: Any) -> bool:
     """Whether its forward takes a context and the kernel's arguments; mmcv puts "value_" before some of the names."""
-    try:
-        names = [*inspect.signature(cls.forward).parameters][1 : 1 + len(_DEFORMABLE)]
-    except (TypeError, ValueError):
-        return False
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)  # quicker than a signature, at each start
+    names = () if code is None else code.co_varnames[1 : min(code.co_argcount, 1 + len(_DEFORMABLE))]
     return [name if name == "value" else name.removeprefix("value_") for name in names] == [*_DEFORMABLE]
 
 

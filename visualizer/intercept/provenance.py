@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -35,32 +34,34 @@ _JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
 _CUTS = frozenset(("__getitem__", "unbind", "split", "chunk", "tensor_split", "narrow", "select"))
 _KEEPS = frozenset(
     (
-        *(
-            "add",
-            "__add__",
-            "__radd__",
-            "sub",
-            "__sub__",
-            "mul",
-            "__mul__",
-            "__rmul__",
-            "div",
-            "__truediv__",
-            "__neg__",
-        ),
-        *("neg", "layer_norm", "rms_norm", "to", "type_as", "float", "half", "bfloat16", "contiguous", "clone"),
+        *("add", "__add__", "__radd__", "sub", "__sub__", "mul", "__mul__", "__rmul__", "div", "__truediv__"),
+        *("neg", "__neg__", "layer_norm", "rms_norm", "clone"),
     )
 )
 """Functions whose result has the axes of what they are given."""
-_PLAIN, _PRODUCT, _JOIN, _CUT, _KEEP = range(5)
+_CASTS = frozenset(("to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous"))
+"""The same, and they may return what they are given."""
+_VIEWS = frozenset(
+    (
+        *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "swapaxes"),
+        *("movedim", "view_as", "reshape_as"),
+    )
+)
+"""Functions that leave all numbers, in another shape."""
+_PLAIN, _PRODUCT, _JOIN, _CUT, _KEEP, _CAST, _VIEW = range(7)
+_ROLES: dict[Any, int] = {}
+"""By function; filled as functions are called."""
 
 
-@lru_cache(maxsize=4096)
-def _role(func: Any) -> int:
+def _role_of(func: Any) -> int:
     name = name_of(func)
-    if name in _JOINS or name in _WRITES:
-        return _JOIN
-    return _PRODUCT if name in _PRODUCTS else _CUT if name in _CUTS else _KEEP if name in _KEEPS else _PLAIN
+    role = _JOIN if name in _JOINS or name in _WRITES else _PLAIN
+    for number, names in ((_PRODUCT, _PRODUCTS), (_CUT, _CUTS), (_KEEP, _KEEPS), (_CAST, _CASTS), (_VIEW, _VIEWS)):
+        if name in names:
+            role = number
+    if len(_ROLES) < 4096:
+        _ROLES[func] = role
+    return role
 
 
 class _Node:
@@ -131,7 +132,13 @@ class Provenance:
                 result = args[0]
             elif type(result) is Size or not isinstance(result, (tuple, list)):
                 return
-        role = _role(func)
+        role = _ROLES.get(func)
+        if role is None:
+            role = _role_of(func)
+        if role >= _CAST:
+            if args and (result is args[0] or (role == _VIEW and self._is_view_of_known(result, args[0]))):
+                return
+            role = _KEEP if role == _CAST else _PLAIN
         parents: list[_Node] = []
         if role == _PRODUCT and name_of(func) == "baddbmm":
             args = args[1:]
@@ -158,26 +165,38 @@ class Provenance:
             kind = type(item)
             if kind is Tensor or (kind is not nn.Parameter and isinstance(item, Tensor)):
                 node = nodes.get(id(item))
-                if node is None or node.reference() is not item:
-                    nodes[id(item)] = node = _Node(item)
-                parents.append(node)
+                parents.append(self._node_of(item) if node is None or node.reference() is not item else node)
             elif kind is list or kind is tuple:
                 self._add_nodes(item, parents)
 
+    def _is_view_of_known(self, view: Tensor, of: Tensor) -> bool:
+        """Whether a view of all of a tensor needs no node of its own: it is found by its base, as that tensor is."""
+        base = view._base
+        if base is None or (of is not base and id(of) in self._nodes):  # that may be a part of the base
+            return False
+        node = self._nodes.get(id(base))
+        return node is not None and node.reference() is base
+
     def _node_of(self, tensor: Tensor) -> _Node:
-        node = self._nodes.get(id(tensor))
-        if node is None or node.reference() is not tensor:
-            self._nodes[id(tensor)] = node = _Node(tensor)
+        """The node of a tensor, or of the one that it is a view of; else a new one."""
+        nodes = self._nodes
+        node = nodes.get(id(tensor))
+        if node is not None and node.reference() is tensor:
+            return node
+        base = getattr(tensor, "_base", None)
+        node = None if base is None else nodes.get(id(base))
+        if node is None or node.reference() is not base:
+            nodes[id(tensor)] = node = _Node(tensor)
         return node
 
     def of_query_and_key(self, query: Tensor, key: Tensor, calls: Sequence[ModuleCall]) -> Origin:
         """Where they come from, by the calls under way; the last is the innermost."""
-        return self._origin(self._known(query), self._known(key), calls, query.shape[-2], key.shape[-2])
+        return self._origin(self._node_of(query), self._node_of(key), calls, query.shape[-2], key.shape[-2])
 
     def of_weights(self, weights: Tensor, calls: Sequence[ModuleCall]) -> Origin:
         """Where the queries and keys of which weights were computed come from."""
         frame = self._frame(calls, len(calls) - 1)
-        best, sides, node = 0, None, self._known(weights)
+        best, sides, node = 0, None, self._node_of(weights)
         for product in _products(node, frame.inputs):
             rooted = sum(bool(_roots(frame.trace(side))) for side in product.parents[:2])
             if rooted >= best:
@@ -192,12 +211,6 @@ class Provenance:
                 query, key = product.parents[:2]
                 return Origin(_kind(product.frame.trace(query), product.frame.trace(key)), {})
         return Origin(None, {})
-
-    def _known(self, tensor: Tensor) -> _Node:
-        """The node of a tensor, or of the one that it is a view of."""
-        known = self._nodes.get(id(tensor))
-        base = getattr(tensor, "_base", None)
-        return self._node_of(tensor if base is None or (known is not None and known.reference() is tensor) else base)
 
     def _frame(self, calls: Sequence[ModuleCall], number: int) -> _Frame:
         call, frame = self._frames.get(number, (None, None))

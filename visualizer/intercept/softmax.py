@@ -72,7 +72,7 @@ def may_begin(name: str) -> bool:
 def is_of_activations(args: Any, kwargs: Any) -> bool:
     """Whether F.linear is given a second tensor that is no parameter, such as keys: then it is a product of both."""
     second = args[1] if len(args) > 1 else kwargs.get("weight")
-    return not _is_parameter(second)
+    return type(second) is not nn.Parameter and not _is_parameter(second)  # the first is quicker, and nearly always so
 
 
 def makes_pairs(args: Any, kwargs: Any) -> bool:
