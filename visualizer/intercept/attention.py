@@ -47,9 +47,9 @@ def attention(
     torch.Size([1, 2, 5, 5])
 
     It sees `F.scaled_dot_product_attention` under any name, `flex_attention`, `nn.MultiheadAttention` and what is built
-    on it, the kernels of flash-attn and xformers, those registered in transformers' `AttentionInterface`, a softmax
-    between two matrix products, or a sigmoid, a relu or whatever else makes scores weights that are not negative, and
-    deformable attention, of whose map `source` has the points and their weights. The weights are what is multiplied
+    on it, the kernels of flash-attn and xformers, those registered in transformers' `AttentionInterface`, a softmax of
+    scores, be these products, distances or additive, or a sigmoid, a relu or whatever else makes them weights that are
+    not negative, and deformable attention, of whose map `source` has the points and their weights. The weights are what is multiplied
     with the values, without dropout; where that is not one softmax, `is_softmax` of the map is False, and `softmaxes`
     has the softmaxes it was made of. Heads and batch are told apart by what the model does with
     the output; where that does not tell, `axes_assumed` of the map says so. Several kernel calls in one call of a
