@@ -49,12 +49,11 @@ def attention(
     It sees `F.scaled_dot_product_attention` under any name, `flex_attention`, `nn.MultiheadAttention` and what is built
     on it, the kernels of flash-attn and xformers, those registered in transformers' `AttentionInterface`, a softmax of
     scores, be these products, distances or additive, or a sigmoid, a relu or whatever else makes them weights that are
-    not negative, and deformable attention, of whose map `source` has the points and their weights. The weights are what is multiplied
-    with the values, without dropout; where that is not one softmax, `is_softmax` of the map is False, and `softmaxes`
-    has the softmaxes it was made of. Heads and batch are told apart by what the model does with
-    the output; where that does not tell, `axes_assumed` of the map says so. Several kernel calls in one call of a
-    module are one map if the model puts their outputs together, as where it calls a kernel for each head, or for some
-    of the queries.
+    not negative, and deformable attention, of whose map `source` has the points and their weights. The weights are what
+    is multiplied with the values, without dropout; where that is not one softmax, `is_softmax` of the map is False, and
+    `softmaxes` has the softmaxes it was made of. Heads and batch are told apart by what the model does with the output;
+    where that does not tell, `axes_assumed` of the map says so. Several kernel calls in one call of a module are one
+    map if the model puts their outputs together, as where it calls a kernel for each head, or for some of the queries.
 
     Each map is proven: some of its rows, times the values, must be what the kernel returned, as far as its type can
     tell. A map that is not the one that was used is not kept, and a warning says by how much it was wrong.

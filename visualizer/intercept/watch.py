@@ -269,12 +269,10 @@ class Watch:
         if interest is _NO_TENSOR:
             result = func(*args, **kwargs)
         else:
-            is_seen = (
-                interest is _BEGINS
-                or thread.tracing.lineage
-                or thread.sampling.lineage
-                or (interest is not _FOLLOWS and interest(args, kwargs))
-            )
+            is_seen = interest is _BEGINS or (interest is not _FOLLOWS and interest(args, kwargs))
+            for lineage in () if is_seen else (thread.tracing.lineage, thread.sampling.lineage):
+                if lineage:
+                    is_seen |= lineage.may_know(args) or (bool(kwargs) and lineage.may_know(kwargs.values()))
             result = self.see(func, args, kwargs) if is_seen else func(*args, **kwargs)
             try:
                 thread.provenance.note(func, args, kwargs, result, calls)
