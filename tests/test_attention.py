@@ -73,6 +73,17 @@ def pair(depth=3):
     return fused, opened
 
 
+def replica_of(model):
+    """As torch.nn.parallel.replicate makes one for each GPU."""
+    replica = copy.deepcopy(model)
+    for module in replica.modules():
+        module._is_replica = True
+        for name, parameter in [*module._parameters.items()]:
+            del module._parameters[name]
+            setattr(module, name, parameter.detach().clone())
+    return replica
+
+
 @pytest.fixture
 def x():
     return torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
@@ -395,6 +406,32 @@ class TestSeen:
             for thread in threads:
                 thread.join()
         assert [len(maps.calls(path)) for path in maps.paths] == [4, 4, 4]
+
+    @pytest.mark.parametrize("kind", [Fused, Open])
+    def test_replicas_of_data_parallel(self, x, kind):
+        """Each runs in a thread of its own, and its parameters are plain tensors: layers are layers all the same."""
+        model = model_of(kind)
+        with torch.no_grad(), attention(model) as whole:
+            model(x)
+        with torch.no_grad(), attention(model) as maps:
+            replicas = [replica_of(model) for _ in x]
+            threads = [
+                threading.Thread(target=replica, args=(part,)) for replica, part in zip(replicas, x.split(1), strict=True)
+            ]
+            for thread in threads:
+                thread.start()
+                thread.join()  # one after the other, for the order of the maps
+        assert [maps.calls(path) for path in whole.paths] == [maps[number :: len(whole)] for number in range(len(whole))]
+        for path in whole.paths:
+            found = torch.cat([one.dense() for one in maps.calls(path)])
+            assert torch.allclose(found, whole[path].dense(), atol=1e-6)
+            assert {one.kind for one in maps.calls(path)} == {"self"}
+
+    def test_data_parallel_without_a_gpu(self, x):
+        model = nn.DataParallel(model_of())
+        with attention(model) as maps:
+            model(x)
+        assert maps.paths == ("0.attn", "1.attn", "2.attn")
 
     def test_submodules_called_on_their_own(self, x):
         model = model_of()

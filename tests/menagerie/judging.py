@@ -144,6 +144,8 @@ def _kind_reason(seen: Seen, one: Any, in_windows: bool) -> str | None:
     expected = seen.kind
     if expected is None or one.kind == expected:
         return None
+    if expected == "related":
+        return None if one.kind is not None else "kind: None in place of self or cross"
     if expected == "joint" and one.kind in ("self", "window"):
         return None
     if expected == "self" and one.kind in ("window", "joint"):

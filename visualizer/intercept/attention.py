@@ -47,14 +47,13 @@ def attention(
     torch.Size([1, 2, 5, 5])
 
     It sees `F.scaled_dot_product_attention` under any name, `flex_attention`, `nn.MultiheadAttention` and what is built
-    on it, the kernels of flash-attn and xformers, those registered in transformers' `AttentionInterface`, a softmax
-    between two matrix products, or a sigmoid, a relu or whatever else makes scores weights that are not negative, and
-    deformable attention, of whose map `source` has the points and their weights. The weights are what is multiplied
-    with the values, without dropout; where that is not one softmax, `is_softmax` of the map is False, and `softmaxes`
-    has the softmaxes it was made of. Heads and batch are told apart by what the model does with
-    the output; where that does not tell, `axes_assumed` of the map says so. Several kernel calls in one call of a
-    module are one map if the model puts their outputs together, as where it calls a kernel for each head, or for some
-    of the queries.
+    on it, the kernels of flash-attn and xformers, those registered in transformers' `AttentionInterface`, a softmax of
+    scores, be these products, distances or additive, or a sigmoid, a relu or whatever else makes them weights that are
+    not negative, and deformable attention, of whose map `source` has the points and their weights. The weights are what
+    is multiplied with the values, without dropout; where that is not one softmax, `is_softmax` of the map is False, and
+    `softmaxes` has the softmaxes it was made of. Heads and batch are told apart by what the model does with the output;
+    where that does not tell, `axes_assumed` of the map says so. Several kernel calls in one call of a module are one
+    map if the model puts their outputs together, as where it calls a kernel for each head, or for some of the queries.
 
     Each map is proven: some of its rows, times the values, must be what the kernel returned, as far as its type can
     tell. A map that is not the one that was used is not kept, and a warning says by how much it was wrong.
@@ -195,10 +194,16 @@ class Maps(Recorded, Sequence[Any]):
             )
             if not is_there:
                 yield f"no attention was seen in {layer!r}, one of the layers to record; it was in {_some(paths)}."
-        for (name, calls_unseen), unmapped in watch.without_maps().items():
+        for (name, reason), unmapped in watch.without_maps().items():
             more = f" and {len(unmapped) - 1} more" if len(unmapped) > 1 else ""
             where = f"{name} ({unmapped[0]!r}{more})"
-            if calls_unseen:
+            if reason == "without keys":
+                yield (
+                    f"{where} ran, and what it multiplied were no weights of queries for keys, but a softmax over "
+                    "features, as in linear attention, or weights that a layer made without keys, as VOLO's outlook "
+                    "attention: it has no map here."
+                )
+            elif reason == "unseen":
                 yield (
                     f"{where} called a function that is not torch's, and not known here, with what may be query, key "
                     "and value: if that attends, it has no map here. Choose a kernel that is seen, such as "

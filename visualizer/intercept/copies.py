@@ -157,8 +157,12 @@ class Copies:
                     lambda incoming: arranged(ordered(incoming).expand(*lead, *multiplied[-2:])), source.shape
                 )
             made = _map_of(call, source, gradient, order is None and math.prod(lead) > 1)
-            made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=made.kind) for part in parts)
             made.is_softmax = is_softmax
+            if is_softmax and any(one.keys > multiplied[-1] and one.maps > 1 for one in product.softmaxes):
+                # The keys that were cut off were no sink: they have values, and a map of their own.
+                made.is_softmax = False
+                parts.extend(_copied(one.weights) for one in product.softmaxes if one.weights is not None)
+            made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=made.kind) for part in parts)
             return made
 
         return Copy(call, map_of, _sizes(weights, *parts), _known(evidence))

@@ -42,7 +42,7 @@ from .modules import (
 )
 from .provenance import Origin, Provenance
 from .sampling import SAMPLING_KERNELS, SampledCall, Sampling, may_read_cells, may_sample
-from .softmax import Product, Tracing, may_begin
+from .softmax import OUTER, Product, Tracing, is_of_activations, makes_pairs, may_begin
 
 File = Callable[[str, Copy, Output, str], Callable[[], None] | None]
 """Makes the map of a module's call whose axes are known now, and returns what keeps it; the last text says which kernel
@@ -119,6 +119,7 @@ class Watch:
         self._mode = _Mode(self)
         self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
         self._called_unseen: dict[str, str] = {}  # the classes of modules that called what may attend, by their paths
+        self._without_keys: set[str] = set()  # the paths of modules that made weights of something else than scores
         # The classes of modules of which one called nothing unseen, and the paths of those that attended.
         self._looked_through: set[type | str] = set()
         self._attended: set[str] = set()  # the paths of modules with maps
@@ -174,19 +175,21 @@ class Watch:
         """Whether anything ran that attends, or is called attention."""
         return bool(self._ran or self._called_unseen or self._attended or self._refused)
 
-    def without_maps(self) -> dict[tuple[str, bool], list[str]]:
+    def without_maps(self) -> dict[tuple[str, str], list[str]]:
         """The paths of modules that ran without a map, and are called attention or called what may attend.
 
-        They are grouped by their class, and by whether they called a function that is not torch's.
+        They are grouped by their class, and by the reason: "unseen", they called a function that is not torch's;
+        "without keys", they made weights of something else than scores; or "", there was nothing of the kind.
         """
-        found: dict[tuple[str, bool], list[str]] = {}
+        found: dict[tuple[str, str], list[str]] = {}
         ran = self._ran | self._called_unseen
         for path, name in ran.items():
             known = {*self._attended, *self._refused}
             near = any(is_within(path, other) or is_within(other, path) for other in known)
             has_inner = any(is_within(other, path) for other in ran if other != path)
             if not near and not has_inner:
-                found.setdefault((name, path in self._called_unseen), []).append(path)
+                reason = "without keys" if path in self._without_keys else ""
+                found.setdefault((name, "unseen" if path in self._called_unseen else reason), []).append(path)
         return found
 
     def call_arguments(self, name: str) -> list[Any]:
@@ -266,15 +269,13 @@ class Watch:
         if interest is _NO_TENSOR:
             result = func(*args, **kwargs)
         else:
-            is_seen = (
-                interest is _BEGINS
-                or thread.tracing.lineage
-                or thread.sampling.lineage
-                or (interest is _INDEX and may_read_cells(func, args))
-            )
+            is_seen = interest is _BEGINS or (interest is not _FOLLOWS and interest(args, kwargs))
+            for lineage in () if is_seen else (thread.tracing.lineage, thread.sampling.lineage):
+                if lineage:
+                    is_seen |= lineage.may_know(args) or (bool(kwargs) and lineage.may_know(kwargs.values()))
             result = self.see(func, args, kwargs) if is_seen else func(*args, **kwargs)
             try:
-                thread.provenance.note(func, args, kwargs, result)
+                thread.provenance.note(func, args, kwargs, result, calls)
             except Exception as error:
                 self._refuse(calls, error)
         if gap is not None:
@@ -321,6 +322,9 @@ class Watch:
                 product = None if after is None else after(output)
                 if product is not None:
                     self._see_product(name, product)
+                elif thread.tracing.are_keyless:
+                    thread.tracing.are_keyless = False
+                    self._without_keys.add(thread.calls[-1].path)
                 sampled = thread.sampling.after(func, args, kwargs, output)
                 if sampled is not None:
                     self._see_sampled("the sum over its points", sampled)
@@ -333,7 +337,7 @@ class Watch:
         if self._thread.calls:
             with self._unharmed(), _aside():
                 self._thread.tracing.after_scripted(function, args, kwargs, result)
-                self._thread.provenance.note(function, args, kwargs, result)
+                self._thread.provenance.note(function, args, kwargs, result, self._thread.calls)
 
     def seen_calls(self) -> int | None:
         """How many attention calls were seen in this thread; None outside of a module's call."""
@@ -369,8 +373,7 @@ class Watch:
         with _aside():
             seen = describe()
         calls = self._thread.calls
-        path = calls[-1].path
-        if _has_ended(self._thread.frame) or self._is_refused(path, seen.query):
+        if self._is_refused(seen.query):
             return
         with _aside():
             groups = 1 if seen.has_heads else packed_groups(calls[-1], seen.query, seen.key)
@@ -384,8 +387,7 @@ class Watch:
 
     def _see_product(self, name: str, product: Product) -> None:
         weights, calls = product.weights, self._thread.calls
-        path = calls[-1].path
-        if _has_ended(self._thread.frame) or self._is_refused(path, weights):
+        if self._is_refused(weights):
             return
         with _aside():
             origin = self._thread.provenance.of_weights(product.made_of, calls)
@@ -400,8 +402,7 @@ class Watch:
 
     def _see_sampled(self, name: str, sampled: SampledCall) -> None:
         calls, weights = self._thread.calls, sampled.weights
-        path = calls[-1].path
-        if self._is_refused(path, weights):
+        if self._is_refused(weights):
             return
         with _aside():
             origin = self._thread.provenance.of_query_and_key(*sampled.made_of, calls)
@@ -441,6 +442,8 @@ class Watch:
                 return
             with self._unharmed(first.calls):
                 whole.settle_steps()
+                given = next(iter(first.copy.call.shapes), ())
+                whole.settle_experts(getattr(first.calls[-1].module, "num_heads", None), given)
             whole = first.output.outermost
             thread.pending.popleft()
             thread.filing = first.calls
@@ -473,12 +476,18 @@ class Watch:
         thread = self._thread
         return heads_of(thread.calls[-1], tensor) if thread.heads is None else thread.heads
 
-    def _is_refused(self, path: str, example: Tensor) -> bool:
-        """Whether a call's tensors cannot be recorded; a warning says why, once for each module."""
-        if not is_recorded():  # torch runs the model again for its own purposes
+    def _is_refused(self, example: Tensor) -> bool:
+        """Whether a call of the innermost module is not of the model, or its tensors cannot be recorded.
+
+        Of the latter a warning says why, once for each module.
+        """
+        thread = self._thread
+        # An interrupted call is no longer under way, whatever the hooks say; torch runs models again for its own ends.
+        if _has_ended(thread.frame) or not is_recorded():
             return True
-        if self._thread.gaps[-1] is not None:
-            self._thread.gaps[-1] = None
+        path = thread.calls[-1].path
+        if thread.gaps[-1] is not None:
+            thread.gaps[-1] = None
             self._looked_through.add(path)
         if type(example) is Tensor and example.is_cpu and not example.is_nested and is_plain_torch(torch):
             self._attended.add(path)  # as nearly always
@@ -549,21 +558,27 @@ _ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim", "layout", "requires
 _WITHOUT_TENSOR = frozenset(
     ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item")
 )
-_FOLLOWS, _BEGINS, _INDEX, _NO_TENSOR = "follows", "begins", "index", "no tensor"
-_INTEREST: dict[Any, str] = {}
+_FOLLOWS, _BEGINS, _NO_TENSOR = "follows", "begins", "no tensor"
+_INTEREST: dict[Any, Any] = {}
 """By function, why it may have to do with attention; filled as functions are called."""
 
 
-def _interest_of(func: Any) -> str:
-    """Whether a function attends, or may be the first to; may read cells; or makes no tensor that could be followed.
+def _interest_of(func: Any) -> Any:
+    """Whether a function attends, or may be the first to; or makes no tensor that could be followed.
 
-    All others mean something only after a product.
+    All others mean something only after one that is the first. Of some, what they are called with tells; then this is
+    a function of (args, kwargs).
     """
+    interest: Any
     name = name_of(func)
     if name in KERNELS or name == _MULTI_HEAD or may_begin(name) or may_sample(name):
         interest = _BEGINS
     elif func is Tensor.__getitem__:
-        interest = _INDEX
+        interest = may_read_cells
+    elif name == "linear":
+        interest = is_of_activations
+    elif name in OUTER:
+        interest = makes_pairs
     elif name in _WITHOUT_TENSOR or (name == "__get__" and getattr(func.__self__, "__name__", "") in _ATTRIBUTES):
         interest = _NO_TENSOR
     else:
