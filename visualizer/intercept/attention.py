@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import UnknownKeyError, did_you_mean, warn
 from ..instrument import check_max_bytes
 from ..maps import AttentionMap
-from ..store import Budget, Record, Recorded, Saved, bytes_by_device, human, stacked
+from ..store import Budget, Record, RecordedMaps, Saved, bytes_by_device, human, stacked
 from ..tensors import keeper
 from .axes import Output
 from .copies import AttentionCall, Copies, Copy
@@ -110,7 +110,7 @@ class _Entry:
     sizes: dict[str, int]
 
 
-class Maps(Recorded, Sequence[Any]):
+class Maps(RecordedMaps, Sequence[Any]):
     """The attention maps of a model's calls, in call order, or what was kept of each; made by `attention`."""
 
     def __init__(
