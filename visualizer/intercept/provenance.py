@@ -141,8 +141,8 @@ class Provenance:
         """Where they come from, by the calls under way; the last is the innermost."""
         return self._origin(self._known(query), self._known(key), calls, query.shape[-2], key.shape[-2])
 
-    def of_weights(self, weights: Tensor, calls: Sequence[ModuleCall]) -> Origin:
-        """Where the queries and keys of which weights were computed come from."""
+    def of_weights(self, weights: Tensor, calls: Sequence[ModuleCall]) -> tuple[Origin, Tensor | None]:
+        """Where the queries and keys of which weights were computed come from; and the keys, if they still exist."""
         frame = self._frame(calls, len(calls) - 1)
         best, sides = 0, None
         for product in _products(self._known(weights), frame.inputs):
@@ -152,9 +152,9 @@ class Provenance:
             if rooted == 2:
                 break
         if sides is None:
-            return Origin(None, {})
+            return Origin(None, {}), None
         query, key = sides
-        return self._origin(query, key, calls, weights.shape[-2], weights.shape[-1])
+        return self._origin(query, key, calls, weights.shape[-2], weights.shape[-1]), _living_keys(key)
 
     def _known(self, tensor: Tensor) -> _Node:
         """The node of a tensor, or of the one that it is a view of."""
@@ -273,6 +273,17 @@ def _products(weights: _Node, inputs: Container[_Node]) -> Iterator[_Node]:
             fresh = [parent for parent in node.parents if parent not in seen]
             seen.update(fresh)
             waiting += fresh
+
+
+def _living_keys(node: _Node) -> Tensor | None:
+    """The keys, (..., keys, width), of which a product took the transpose; None where they are gone."""
+    tensor = node.reference()
+    if tensor is not None:
+        return tensor.mT if tensor.ndim > 1 else None
+    while tensor is None and node.role == _PLAIN and node.parents:
+        node = node.parents[0]
+        tensor = node.reference()
+    return tensor
 
 
 def _joined_sizes(tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> tuple[int, ...]:
