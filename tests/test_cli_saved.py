@@ -6,7 +6,7 @@ import torch
 from plots import no_figure_left  # noqa: F401
 from saved_files import TOKENS, figures_drawn, folder_of_files, matrix  # noqa: F401
 
-from visualizer import capture, cli, load
+from visualizer import attention, capture, cli, load
 
 
 def test_keys_and_calls_are_chosen(folder, drawn, capsys):
@@ -18,6 +18,24 @@ def test_keys_and_calls_are_chosen(folder, drawn, capsys):
     capsys.readouterr()
     assert 2 == cli.main(["plot", "twice.safetensors"])
     assert "'layers.a' was called 2 times: choose --call 0 to 1" in capsys.readouterr().err
+
+
+def test_the_steps_of_a_generation_are_one_map(tmp_path, monkeypatch, drawn):
+    class Decoder(torch.nn.Module):
+        def forward(self, x, cache):
+            cache = torch.cat([cache, x], 2)
+            return torch.nn.functional.scaled_dot_product_attention(x, cache, cache, is_causal=len(x[0, 0]) > 1), cache
+
+    monkeypatch.chdir(tmp_path)
+    model = Decoder()
+    with attention(model) as maps:
+        x, cache = model(torch.randn(1, 2, 4, 8), torch.empty(1, 2, 0, 8))
+        model(x[:, :, -1:], cache)
+    maps.save("x")
+    assert 0 == cli.main(["plot", "x", "--kind", "head", "--layer", "0", "--head", "1"])
+    assert np.allclose(maps.generated()[0].numpy()[0, 1], matrix(drawn[0]))
+    assert 0 == cli.main(["plot", "x", "--kind", "head", "--layer", "0", "--head", "1", "--call", "0"])
+    assert np.allclose(maps[0].numpy()[0, 1], matrix(drawn[1]))
 
 
 def test_a_wrapper_that_passes_a_map_on_is_no_layer_of_its_own(tmp_path, monkeypatch, drawn):

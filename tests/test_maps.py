@@ -605,6 +605,100 @@ class TestKeys:
         assert keys.begins(key)
 
 
+def in_steps(given, masks=None):
+    """What is held of calls with one query each that were given these keys, and what it is held of."""
+    query = factors(batch=len(given[0]), queries=1)[0]
+    keys, sources = Keys(given[0].clone()), []
+    for now, mask in zip(given, masks or [None] * len(given), strict=True):
+        begin, lanes, _ = keys.step(now, sources[-1].hides) if sources else (0, None, 0)
+        sources.append(Factors(query, keys, now.shape[2], mask=mask, begin=begin, lanes=lanes))
+    for now, mask, source in zip(given, masks or [None] * len(given), sources, strict=True):
+        close(reference(query, now, mask=mask), source.rows(slice(None)))
+    return keys, sources
+
+
+class TestStepsOfACache:
+    """A step's keys are kept where those before it are, and each step keeps its answers."""
+
+    def test_a_window(self):
+        _, key = factors(keys=30)
+        keys, _ = in_steps([key[:, :, max(0, end - 6) : end] for end in range(4, 31)])
+        assert keys.length == 30
+
+    def test_beams(self):
+        """Each step goes on from other texts of the step before, some from the same one."""
+        _, new = factors(batch=3, keys=20)
+        generator = torch.Generator().manual_seed(1)
+        given = [new[:1, :, :5].expand(3, -1, -1, -1)]
+        for place in range(5, 20):
+            parents = torch.randint(3, (3,), generator=generator)
+            given.append(torch.cat([given[-1][parents], new[:, :, place : place + 1]], 2))
+        keys, sources = in_steps(given)
+        shared = {}
+        for now, source in zip(given, sources, strict=True):
+            assert torch.equal(source.key, now)
+            assert torch.equal(source.to("cpu").key, now)
+            again = Factors.unpacked(source.packed(shared))
+            assert torch.equal(again.rows(slice(None)), source.rows(slice(None)))
+        assert next(iter(shared.values())).shape[2] == keys.length == 20
+
+    def test_a_window_over_beams(self):
+        _, new = factors(batch=2, keys=12)
+        given = [new[:, :, :4]]
+        for place in range(4, 12):
+            last = given[-1][[1, 0]] if place % 3 else given[-1]
+            given.append(torch.cat([last[:, :, -4:], new[:, :, place : place + 1]], 2))
+        keys, _ = in_steps(given)
+        assert keys.length == 12
+
+    @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+    def test_a_static_cache(self, kind):
+        """It has room for ten keys; those that are not written yet are hidden."""
+        _, new = factors(keys=10)
+        ends = range(4, 11)
+        masks = [(torch.arange(10) < end)[None, None, None] for end in ends]
+        if kind != torch.bool:
+            masks = [torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(kind).min) for mask in masks]
+        keys, _ = in_steps([torch.where(torch.arange(10)[:, None] < end, new, 0) for end in ends], masks)
+        assert keys.length == keys.buffer.shape[2] == 10
+
+    def test_a_place_that_a_call_has_looked_at_is_never_written_to(self):
+        _, key = factors(keys=10)
+        later, earlier = key.clone(), key.clone()
+        later[:, :, 6] += 1
+        earlier[:, :, 2] += 1
+        keys = Keys(key.clone())
+        assert keys.step(later, lambda first: first > 6) is None
+        assert torch.equal(keys.buffer, key)
+        assert keys.step(later, lambda first: first >= 6) == (0, None, 0)
+        earlier[:, :, 6] += 1
+        assert keys.step(earlier, lambda first: True) is None
+        assert torch.equal(keys.buffer, later)
+
+    def test_what_does_not_go_on_from_it(self):
+        _, key = factors(keys=8)
+        other = factors(keys=9, seed=1)[1]
+        for now in (other, key[:, :, :1], key.double(), key[:1], key[:, :2], torch.full_like(key, math.nan)):
+            assert Keys(key.clone()).step(now, lambda first: True) is None
+
+    def test_which_keys_are_hidden(self):
+        query, key = factors(queries=2, keys=5)
+
+        def hides(**options):
+            source = Factors(query, Keys(key), 5, **options)
+            return [source.hides(first) for first in range(5)]
+
+        seen = torch.tensor([True, True, False, False, False])
+        never, behind_two = [False] * 5, [False, False, True, True, True]
+        assert hides() == never
+        assert hides(causal=1) == [False, False, False, True, True]
+        assert hides(mask=seen) == behind_two
+        assert hides(mask=torch.zeros(5).masked_fill(~seen, -math.inf)) == behind_two
+        assert hides(mask=torch.zeros(5).masked_fill(~seen, -1e4)) == never
+        spans = torch.tensor([[0, 2], [1, 3]])[None, None]
+        assert hides(modifiers=Modifiers(spans=spans)) == [False, False, False, True, True]
+
+
 class TestGradient:
     @pytest.mark.parametrize("key_heads", [H, 2, 1], ids=["", "grouped", "multi-query"])
     @pytest.mark.parametrize("passes", [1, 2])

@@ -662,3 +662,23 @@ def test_a_softmax_over_features_is_no_attention(x):
     with pytest.warns(VisualizerWarning, match="LinearAttention"), attention(model) as maps:
         model(x)
     assert len(maps) == 0
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_single_query_with_a_single_key(heads):
+    """As of a decoder's first step: no axis tells queries and keys from others of length 1."""
+
+    class Step(nn.Module):
+        def forward(self, query, key):
+            return (torch.softmax(scores_of(query, key), -1) @ key).transpose(1, 2).flatten(2)
+
+    def scores_of(query, key):
+        return query @ key.mT + torch.zeros(1, 1, 1, 1)
+
+    query, keys = torch.randn(2, heads, 1, 8), torch.randn(2, heads, 2, 8)
+    model = Step()
+    with attention(model) as maps:
+        for count in (1, 2):
+            model(query, keys[:, :, :count])
+    assert [one.shape for one in maps] == [(2, heads, 1, 1), (2, heads, 1, 2)]
+    assert torch.equal(maps[0].dense(), torch.ones(2, heads, 1, 1))

@@ -41,7 +41,7 @@ class Layers(NamedTuple):
 
 
 def layers_in(attention: Any) -> Layers:
-    """The layers in whatever holds attention, from the first to the last.
+    """The layers in whatever holds attention, from the first to the last; of a generation, those of the whole text.
 
     >>> read = layers_in(np.full((6, 4, 4), 1 / 4))                # one map of 6 heads
     >>> read.layers[0].shape, read.is_one
@@ -54,6 +54,8 @@ def layers_in(attention: Any) -> Layers:
             axes; or a mapping has several maps under a key.
         TypeError: this holds no numbers.
     """
+    if getattr(attention, "is_generation", False):
+        attention = attention.generated()  # one map of each module, in place of one of each step
     if isinstance(attention, Mapping):
         attention = _layers_of_mapping(attention)
     if not is_array(attention):

@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -67,6 +67,8 @@ def choose(results: Recorded, options: argparse.Namespace) -> list[Any]:
     if results.saved().kind == "statistics":
         kind = next(iter(values_by_key(results))).replace("_", "-")
         raise Mistake(f"{options.file} has statistics and no maps: visualizer plot {options.file} --kind {kind}")
+    if options.call is None and getattr(results, "is_generation", False):
+        results = cast(Any, results).generated()  # the whole text is a call of each module
     values = {key: called for key, called in values_by_key(results).items() if called}
     if not values:
         raise Mistake(f"there is nothing in {options.file}: no call was recorded")

@@ -8,14 +8,14 @@ import weakref
 from _thread import get_ident
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ..errors import UnknownKeyError, did_you_mean, warn
 from ..instrument import check_max_bytes
-from ..maps import AttentionMap
-from ..store import Budget, Record, Recorded, Saved, bytes_by_device, human, stacked
+from ..maps import AttentionMap, generated_maps, is_generation
+from ..store import Budget, Record, RecordedMaps, Saved, bytes_by_device, human, stacked
 from ..tensors import keeper
 from .axes import Output
 from .copies import AttentionCall, Copies, Copy
@@ -109,7 +109,7 @@ class _Entry:
     sizes: dict[str, int]
 
 
-class Maps(Recorded, Sequence[Any]):
+class Maps(RecordedMaps, Sequence[Any]):
     """The attention maps of a model's calls, in call order, or what was kept of each; made by `attention`."""
 
     def __init__(
@@ -247,7 +247,7 @@ class Maps(Recorded, Sequence[Any]):
         return tuple(dict.fromkeys(entry.path for entry in self._entries))
 
     def calls(self, path: str) -> list[Any]:
-        """The maps of all calls of a module, in order, such as one for each step of a generation."""
+        """The maps of all calls of a module, in order, such as one for each step of a generation; see `generated`."""
         values = [entry.value for entry in self._entries if entry.path == path]
         if not values:
             paths = self.paths
@@ -255,6 +255,71 @@ class Maps(Recorded, Sequence[Any]):
             few = _some(paths) or "none yet"
             raise UnknownKeyError(f"no attention of {path!r} was recorded{hint} Modules with maps: {few}")
         return values
+
+    @property
+    def is_generation(self) -> bool:
+        """Whether the calls are the steps of a generation: each module's has the keys of the one before, and more."""
+        calls = {path: self.calls(path) for path in self.paths} if len(self.paths) < len(self) else {}
+        return all(isinstance(one, AttentionMap) for one in self) and is_generation(calls)
+
+    def generated(self, queries: Literal["all", "new"] = "all", *, beam_indices: Any = None) -> Maps:
+        """The maps of a text that the model wrote: the prompt and all steps as one map of each module.
+
+        >>> import torch
+        >>> from torch.nn.functional import scaled_dot_product_attention
+        >>> from visualizer import attention
+        >>> class Decoder(torch.nn.Module):
+        ...     def forward(self, x, cache):                     # (batch, heads, tokens, width)
+        ...         cache = torch.cat([cache, x], 2)
+        ...         return scaled_dot_product_attention(x, cache, cache, is_causal=x.shape[2] > 1), cache
+        >>> model = Decoder()
+        >>> with attention(model) as maps:
+        ...     y, cache = model(torch.randn(1, 2, 5, 8), torch.empty(1, 2, 0, 8))   # the prompt
+        ...     for step in range(3):
+        ...         y, cache = model(y[:, :, -1:], cache)
+        >>> [one.shape for one in maps]
+        [(1, 2, 5, 5), (1, 2, 1, 6), (1, 2, 1, 7), (1, 2, 1, 8)]
+        >>> maps.generated()[0].shape, maps.generated("new")[0].shape
+        ((1, 2, 8, 8), (1, 2, 3, 8))
+
+        It is what one pass over the whole text computes. The last token that was written has no row, for the model did
+        not read it. Rows are computed when they are read, each from the query and the keys of its own step; what a step
+        has no key for is zero, such as the tokens behind it and those that a sliding window has passed. The copies of
+        the keys are those of the steps: this takes no memory of its own. Analyses, plots and the explorer take the
+        steps as they were recorded too, and do this themselves.
+
+        The keys prove that each step goes on from the one before. They also tell which of the beams of a beam search
+        each step goes on from: without `beam_indices` there is a map of each beam that was left at the end.
+
+        Args:
+            queries: "all", or "new" for the rows behind the prompt only, which are the queries that came one by one;
+                their keys are all tokens. Modules that ran only once, such as an encoder's, are then left out.
+            beam_indices: the `beam_indices` that transformers' `generate(..., return_dict_in_generate=True,
+                output_scores=True)` returns, (texts, steps): the maps are then those of the texts that it returned.
+                Rows behind the end of a text are zero.
+
+        Returns:
+            Maps like these, (texts, heads, queries, keys): of a decoder's self-attention square, of its
+            cross-attention with the encoder's keys; encoders as they are. Keys of tokens that were in the cache before
+            recording began come first, and have no rows.
+
+        Raises:
+            ValueError: the calls are not the steps of one generation: two texts, tokens that were taken back as in
+                assisted decoding, or weights of several texts that do not tell whether they are beams.
+            TypeError: `keep` kept something else than maps.
+        """
+        if queries not in ("all", "new"):
+            raise ValueError(f'queries={queries!r}: pass "all", or "new" for those behind the prompt')
+        other = next((one for one in self if not isinstance(one, AttentionMap)), None)
+        if other is not None:
+            raise TypeError(f"generated() puts maps together, and keep= kept a {type(other).__name__} of each call")
+        calls = {path: self.calls(path) for path in self.paths}
+        threads = {entry.path: entry.thread for entry in self._entries}
+        made = Maps(None, None, None, False, None)
+        made._title, made.about = self._title, self.about
+        for path, several in generated_maps(calls, queries == "new", beam_indices).items():
+            made._entries += [_Entry(path, one, threads[path], {str(one.device): one.nbytes}) for one in several]
+        return made
 
     def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):
@@ -268,9 +333,13 @@ class Maps(Recorded, Sequence[Any]):
         if len(values) > 1:
             why = self._why_apart.get(key)
             apart = f"; its calls that were put together are not one attention: {why}" if why else ""
+            way_out = (
+                f"maps.generated()[{key!r}] has them as one map of the whole text"
+                if self.is_generation
+                else "with one pass of the model inside the `with`, or clear() before it, each module has one"
+            )
             raise UnknownKeyError(
-                f"{key!r} attended {len(values)} times{apart}: maps.calls({key!r}) has all of them, in order; with "
-                "one pass of the model inside the `with`, or clear() before it, each module has one"
+                f"{key!r} attended {len(values)} times{apart}: maps.calls({key!r}) has all of them, in order; {way_out}"
             )
         return values[0]
 

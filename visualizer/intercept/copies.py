@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..maps import AttentionMap, Block, Factors, Gradient, Joined, JoinedGradient, Keys, Samples, Source, Weights
+from ..maps import (
+    AttentionMap,
+    Block,
+    Factors,
+    Gradient,
+    JoinedGradient,
+    Keys,
+    Samples,
+    Source,
+    Weights,
+    joined_map,
+)
 from ..store import bytes_by_device
 from .axes import Order
 from .calls import FusedCall, four_axes
@@ -21,6 +32,8 @@ from .modules import are_windows
 from .provenance import Origin
 from .sampling import SampledCall
 from .softmax import Product
+
+_SAMPLE = 4  # numbers of a key: two keys that share them are the same
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,8 @@ class AttentionCall:
     """How many heads are assumed to share the first of three axes."""
     number: int
     """How many attention calls came before."""
+    key: Tensor | None = None
+    """The keys of which weights were computed, (..., keys, width), if they are known."""
 
     def attended(self, call: object) -> Attended:
         """What it must have in common with others in one call of its module."""
@@ -88,17 +103,7 @@ def joined_copy(parts: Sequence[tuple[Copy, Tensor, int]], sizes: Sequence[int])
         def blocks(sources: Sequence[Any]) -> list[Block]:
             return [Block(one, places[which], first) for one, (_, which, first) in zip(sources, parts, strict=True)]
 
-        gradients = [one.gradient for one in maps if one.gradient is not None]
-        gradient = JoinedGradient(blocks(gradients), shape) if len(gradients) == len(maps) else None
-        source = Joined(blocks([one.source for one in maps]), shape)
-        made = _map_of(copies[0].call, source, gradient, axes_assumed)
-        made.is_softmax = all(one.is_softmax for one in maps)
-        if not made.is_softmax and len({len(one.softmaxes) for one in maps}) == 1:
-            for several in zip(*(one.softmaxes for one in maps), strict=True):
-                if all(part.shape == one.shape for part, one in zip(several, maps, strict=True)):
-                    source = Joined(blocks([part.source for part in several]), shape)
-                    made.softmaxes += (AttentionMap.from_source(source, path=made.path, kind=made.kind),)
-        return made
+        return _described(joined_map(maps, blocks, shape), copies[0].call, axes_assumed)
 
     evidence = [one for copy in copies for one in copy.evidence]
     return Copy(copies[0].call, map_of, _sum(*(copy.sizes for copy in copies)), evidence)
@@ -113,7 +118,8 @@ class Copies:
 
     def __init__(self, gradients: bool) -> None:
         self._gradients = gradients
-        self._growing: dict[str, Keys] = {}
+        # By the path of the module, the keys of its last call, and what its map is made of while there is one.
+        self._latest: dict[str, tuple[Keys, weakref.ref[Factors]]] = {}
         self._masks: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def of(self, call: AttentionCall) -> Copy:
@@ -138,6 +144,7 @@ class Copies:
         reason = None
         if product.source.numel() != product.weights.numel():
             reason = "the weights were changed behind a dropout: the gradient is known with model.eval()"
+        sample = _sample(call.key, lead, multiplied[-1])
         assumed = four_axes(weights, call.heads).shape
         gradient = self._gradient_of(product.source, assumed, None, reason)
 
@@ -163,19 +170,22 @@ class Copies:
                 made.is_softmax = False
                 parts.extend(_copied(one.weights) for one in product.softmaxes if one.weights is not None)
             made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=made.kind) for part in parts)
+            made.key_sample = sample
             return made
 
-        return Copy(call, map_of, _sizes(weights, *parts), _known(evidence))
+        return Copy(call, map_of, _sizes(weights, *parts, *([] if sample is None else [sample])), _known(evidence))
 
     def _of_fused(self, call: AttentionCall, fused: FusedCall) -> Copy:
         key, mask, query = fused.key.detach(), fused.mask, _copied(fused.query)
-        keys, sizes = self._kept_keys(call.path, key, query.shape[2])
+        keys, begin, lanes, sizes = self._kept_keys(call.path, key, query.shape[2])
         if mask is not None:
             mask, more = self._kept_mask(mask)
             sizes = _sum(sizes, more)
         functions = fused.score_mod, fused.mask_mod
         modifiers = None if fused.modifiers is None else fused.modifiers.mapped(_copied)
-        source = Factors(query, keys, key.shape[2], fused.scale, mask, fused.causal, *functions, modifiers)
+        settings = fused.scale, mask, fused.causal, *functions, modifiers
+        source = Factors(query, keys, key.shape[2], *settings, begin, lanes)
+        self._latest[call.path] = keys, weakref.ref(source)
         evidence = None
         if not fused.dropout:
             output = fused.output.detach().reshape(*source.shape[:3], fused.output.shape[-1])
@@ -227,14 +237,26 @@ class Copies:
 
         return Copy(call, map_of, _sizes(cells, weights), _known(evidence))
 
-    def _kept_keys(self, path: str, key: Tensor, queries: int) -> tuple[Keys, dict[str, int]]:
-        """The keys of a call, and the bytes that they add. Of a growing cache only the new keys are copied."""
-        known = self._growing.get(path)
-        if known is not None and queries < key.shape[2] and known.begins(key):
-            [device] = bytes_by_device(key)
-            return known, {device: known.grow(key)}
-        self._growing[path] = keys = Keys(_copied(key))
-        return keys, _sizes(keys.buffer)
+    def _kept_keys(self, path: str, key: Tensor, queries: int) -> tuple[Keys, int, Tensor | None, dict[str, int]]:
+        """The keys of a call, their first and their lanes, and the bytes that they add.
+
+        Of a growing cache only the new keys are copied.
+        """
+        if path in self._latest and queries < key.shape[2]:
+            (known, source), [device] = self._latest[path], bytes_by_device(key)
+            if known.begins(key):
+                return known, 0, None, {device: known.grow(key)}
+
+            def are_hidden(first: int) -> bool:
+                before = source()
+                return before is not None and before.hides(first)
+
+            step = known.step(key, are_hidden) if queries == 1 else None
+            if step is not None:
+                begin, lanes, more = step
+                return known, begin, lanes, _sum({device: more}, {} if lanes is None else _sizes(lanes))
+        keys = Keys(_copied(key))
+        return keys, 0, None, _sizes(keys.buffer)
 
     def _kept_mask(self, mask: Tensor) -> tuple[Tensor, dict[str, int]]:
         """A copy of a mask, and the bytes that it adds; layers that are given the same mask share its copy."""
@@ -266,11 +288,17 @@ class Copies:
 def _map_of(
     call: AttentionCall, source: Source, gradient: Gradient | JoinedGradient | None, axes_assumed: bool
 ) -> AttentionMap:
-    batch, _, queries, _ = source.shape
+    return _described(AttentionMap.from_source(source, gradient=gradient), call, axes_assumed)
+
+
+def _described(made: AttentionMap, call: AttentionCall, axes_assumed: bool) -> AttentionMap:
+    """The map with what its call says about it, and about the softmaxes that it is made of."""
+    batch, _, queries, _ = made.shape
     kind = call.origin.kind
     if kind == "self" and not axes_assumed and are_windows(batch, queries, call.shapes):
         kind = "window"
-    made = AttentionMap.from_source(source, path=call.path, kind=kind, gradient=gradient)
+    for one in (made, *made.softmaxes):
+        one.path, one.kind = call.path, kind
     made.joined, made.axes_assumed = call.origin.joined, axes_assumed
     return made
 
@@ -288,6 +316,16 @@ def _known(evidence: Evidence | None) -> Sequence[Evidence]:
 
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _sample(key: Tensor | None, lead: Sequence[int], keys: int) -> Tensor | None:
+    """A few numbers of each key, (texts, 1, keys, numbers), by which `generated` knows it again; see `AttentionMap`.
+
+    None of one text, which has no other to be taken for.
+    """
+    if key is None or key.ndim != 4 or len(lead) != 2 or key.shape[0] != lead[0] or key.shape[2] != keys or lead[0] < 2:
+        return None
+    return _copied(key[:, :1, :, :_SAMPLE])
 
 
 def _is_softmax(product: Product) -> bool:

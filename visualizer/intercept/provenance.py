@@ -193,8 +193,8 @@ class Provenance:
         """Where they come from, by the calls under way; the last is the innermost."""
         return self._origin(self._node_of(query), self._node_of(key), calls, query.shape[-2], key.shape[-2])
 
-    def of_weights(self, weights: Tensor, calls: Sequence[ModuleCall]) -> Origin:
-        """Where the queries and keys of which weights were computed come from."""
+    def of_weights(self, weights: Tensor, calls: Sequence[ModuleCall]) -> tuple[Origin, Tensor | None]:
+        """Where the queries and keys of which weights were computed come from; and the keys, if they still exist."""
         frame = self._frame(calls, len(calls) - 1)
         best, sides, node = 0, None, self._node_of(weights)
         for product in _products(node, frame.inputs):
@@ -205,12 +205,12 @@ class Provenance:
                 break
         if sides is not None:
             query, key = sides
-            return self._origin(query, key, calls, weights.shape[-2], weights.shape[-1])
+            return self._origin(query, key, calls, weights.shape[-2], weights.shape[-1]), _living_keys(key)
         for product in _products(node, ()):  # the module is handed the scores: the one that made them knows more
             if product.frame is not None:
                 query, key = product.parents[:2]
-                return Origin(_kind(product.frame.trace(query), product.frame.trace(key)), {})
-        return Origin(None, {})
+                return Origin(_kind(product.frame.trace(query), product.frame.trace(key)), {}), None
+        return Origin(None, {}), None
 
     def _frame(self, calls: Sequence[ModuleCall], number: int) -> _Frame:
         call, frame = self._frames.get(number, (None, None))
@@ -329,6 +329,17 @@ def _products(weights: _Node, inputs: Container[_Node]) -> Iterator[_Node]:
             seen.update(fresh)
             waiting += fresh
     yield from sums
+
+
+def _living_keys(node: _Node) -> Tensor | None:
+    """The keys, (..., keys, width), of which a product took the transpose; None where they are gone."""
+    tensor = node.reference()
+    if tensor is not None:
+        return tensor.mT if tensor.ndim > 1 else None
+    while tensor is None and node.role == _PLAIN and node.parents:
+        node = node.parents[0]
+        tensor = node.reference()
+    return tensor
 
 
 def _joined_sizes(

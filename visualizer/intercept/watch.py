@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -390,8 +390,8 @@ class Watch:
         if self._is_refused(weights):
             return
         with _aside():
-            origin = self._thread.provenance.of_weights(product.made_of, calls)
-            call = self._call(origin, product, self._heads_of(weights))
+            origin, key = self._thread.provenance.of_weights(product.made_of, calls)
+            call = replace(self._call(origin, product, self._heads_of(weights)), key=key)
             width = product.returned.shape[product.places.index(product.output.ndim - 1)]
             output = Output((*product.output.shape[:-1], width))
             layout = [

@@ -5,7 +5,8 @@ softmax(scale * q_i . K^T + bias), so what reads a map row by row (a rollout, an
 runs in the memory of a few rows. `Maps`, what `attention(model)` returns, is in intercept/attention.py.
 """
 
-from .attention_map import AttentionMap
+from .attention_map import AttentionMap, joined_map
+from .generated import generated_maps, is_generation
 from .gradients import Gradient
 from .joined import Block, Joined, JoinedGradient, Source
 from .samples import Samples
@@ -23,6 +24,9 @@ __all__ = [
     "Samples",
     "Source",
     "Weights",
+    "generated_maps",
+    "is_generation",
+    "joined_map",
     "may_be_autocast",
     "without_autograd",
 ]

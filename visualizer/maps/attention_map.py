@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .gradients import Gradient
-from .joined import Joined, JoinedGradient, Source, unpacked_source
+from .joined import Block, Joined, JoinedGradient, Source, unpacked_source
 from .sources import Factors, Keys, Weights, computed_in, slices, without_autograd
 
 CHUNK = 2**23
@@ -58,6 +58,9 @@ class AttentionMap:
     """Of joint attention, which tokens come from which input of the module, by the input's name; else {}."""
     axes_assumed: bool
     """Whether heads and batch could not be told apart by what the model did, and were assumed by their position."""
+    key_sample: Tensor | None
+    """Of weights of several texts, a few numbers of each key, (texts, 1, keys, numbers), if they were seen. By these
+    `Maps.generated` knows the keys of an earlier step again; of a fused call, by the keys themselves."""
 
     def __init__(self, weights: Tensor | np.ndarray[Any, Any], *, path: str = "", kind: str | None = None) -> None:
         if isinstance(weights, np.ndarray):
@@ -73,6 +76,7 @@ class AttentionMap:
         self.source = Weights(weights.detach())
         self.path, self.kind, self.gradient = path, kind, None
         self.is_softmax, self.softmaxes, self.joined, self.axes_assumed = True, (), {}, False
+        self.key_sample = None
 
     @classmethod
     def from_query_key(
@@ -129,6 +133,7 @@ class AttentionMap:
         made = cls.__new__(cls)
         made.source, made.path, made.kind, made.gradient = source, path, kind, gradient
         made.is_softmax, made.softmaxes, made.joined, made.axes_assumed = True, (), {}, False
+        made.key_sample = None
         return made
 
     @property
@@ -170,6 +175,7 @@ class AttentionMap:
     def nbytes(self) -> int:
         """The bytes that it holds, with a mask and keys that it shares with other maps."""
         tensors = self.source.tensors() + ([] if self.gradient is None else self.gradient.tensors())
+        tensors += [] if self.key_sample is None else [self.key_sample]
         own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return own + sum(part.nbytes for part in self.softmaxes)
 
@@ -311,6 +317,7 @@ class AttentionMap:
         moved = AttentionMap.from_source(self.source.to(device), path=self.path, kind=self.kind, gradient=gradient)
         moved.softmaxes = tuple(part.to(device) for part in self.softmaxes)
         moved.is_softmax, moved.joined, moved.axes_assumed = self.is_softmax, self.joined, self.axes_assumed
+        moved.key_sample = None if self.key_sample is None else self.key_sample.to(device)
         return moved
 
     def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
@@ -322,6 +329,8 @@ class AttentionMap:
             packed["is_softmax"] = False
         if self.joined:
             packed["joined"] = [[name, part.start, part.stop] for name, part in self.joined.items()]
+        if self.key_sample is not None:
+            packed["key_sample"] = self.key_sample
         return packed | ({"axes_assumed": True} if self.axes_assumed else {})
 
     @classmethod
@@ -332,6 +341,7 @@ class AttentionMap:
         made.is_softmax = packed.get("is_softmax", not made.softmaxes)
         made.joined = {name: slice(start, stop) for name, start, stop in packed.get("joined", ())}
         made.axes_assumed = packed.get("axes_assumed", False)
+        made.key_sample = packed.get("key_sample")
         return made
 
     def query_indices(self, queries: int | slice | Sequence[int] | Tensor) -> Tensor:
@@ -380,3 +390,31 @@ class AttentionMap:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         return np.asarray(self.numpy(), dtype=dtype)
+
+
+def joined_map(
+    maps: Sequence[AttentionMap],
+    blocks: Callable[[Sequence[Any]], Sequence[Block]],
+    shape: tuple[int, int, int, int],
+) -> AttentionMap:
+    """The map of several calls that are one attention, with the path and the kind of the first.
+
+    Args:
+        blocks: says where in the whole each of the sources lies, or each of their gradients.
+        shape: (batch, heads, queries, keys) of the whole.
+    """
+    first, gradients = maps[0], [one.gradient for one in maps if one.gradient is not None]
+
+    def made_of(parts: Sequence[AttentionMap]) -> AttentionMap:
+        source = Joined(blocks([part.source for part in parts]), shape)
+        return AttentionMap.from_source(source, path=first.path, kind=first.kind)
+
+    made = made_of(maps)
+    made.gradient = JoinedGradient(blocks(gradients), shape) if len(gradients) == len(maps) else None
+    made.is_softmax = all(one.is_softmax for one in maps)
+    made.axes_assumed = any(one.axes_assumed for one in maps)
+    if not made.is_softmax and len({len(one.softmaxes) for one in maps}) == 1:
+        for parts in zip(*(one.softmaxes for one in maps), strict=True):
+            if all(part.shape == one.shape for part, one in zip(parts, maps, strict=True)):
+                made.softmaxes += (made_of(parts),)
+    return made

@@ -1,4 +1,7 @@
-"""Where the rows of a map come from that several calls made: each has some of the heads, the images or the queries."""
+"""Where the rows of a map come from that several calls made: each has some of the heads, the images or the queries.
+
+The calls of one pass are put together where the model itself does so; the steps of a generation, in generated.py.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,36 @@ import torch
 from torch import Tensor
 
 from .samples import Samples
-from .sources import Factors, Weights, without_autograd
+from .sources import Factors, Keys, Weights, without_autograd
 
 
 class Block(NamedTuple):
-    """A call that made a part of a map."""
+    """A call that made a part of a map. Batch and heads count as one axis here."""
 
     source: Any
-    """Of its own rows: its batch and heads, taken as one axis, are those of `places`."""
+    """Of its own rows."""
     places: Tensor
-    """Which of the batch x heads of the map, taken as one axis: (those of the source,)."""
+    """Which of the batch x heads of the map it has, (those of the source,), or as many as are taken of it."""
     first: int
-    """The number of its first query."""
+    """The number of its first query; below 0 where the map begins with a later one."""
+    first_key: int = 0
+    """The number of its first key. Keys that the map has, and it has not, get no weight."""
+    taken: Tensor | None = None
+    """Which of its own batch x heads are those of `places`; None: all, in this order."""
+
+    def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
+        """As tensors and numbers, for a file."""
+        packed = {"source": self.source.packed(shared), "places": self.places.tolist(), "first": self.first}
+        if self.first_key:
+            packed["first key"] = self.first_key
+        return packed if self.taken is None else {**packed, "taken": self.taken.tolist()}
+
+    @classmethod
+    def unpacked(cls, packed: dict[str, Any]) -> Block:
+        """What `packed` made, as it was."""
+        taken, places = packed.get("taken"), torch.tensor(packed["places"], dtype=torch.long)
+        taken = None if taken is None else torch.tensor(taken, dtype=torch.long)
+        return cls(unpacked_source(packed["source"]), places, packed["first"], packed.get("first key", 0), taken)
 
 
 class Joined:
@@ -34,7 +55,7 @@ class Joined:
     True
 
     Args:
-        blocks: of the same type and device, which have each row of the map once.
+        blocks: of the same type and device. What none of them has is zero.
         shape: (batch, heads, queries, keys) of the map.
     """
 
@@ -58,20 +79,24 @@ class Joined:
 
     def tensors(self) -> list[Tensor]:
         """The tensors that are held; other maps may hold masks and keys too."""
-        tensors = [tensor for block in self.blocks for tensor in block.source.tensors()]
-        return [*{(one.data_ptr(), one.shape): one for one in tensors}.values()]  # chunks of queries share their keys
+        sources = [block.source for block in self.blocks]
+        tensors = [one.tensors(are_shared=True) if isinstance(one, Factors) else one.tensors() for one in sources]
+        unlike = {(one.data_ptr(), one.shape): one for several in tensors for one in several}
+        return [*unlike.values()]  # chunks of queries share their keys, and so do the steps of a generation
 
     def to(self, device: torch.device | str) -> Joined:
         """The same on another device."""
-        return Joined([block._replace(source=block.source.to(device)) for block in self.blocks], self.shape)
+        moved = dict[int, Keys]()  # keys that are shared stay shared
+        sources = [
+            block.source.to(device, moved) if isinstance(block.source, Factors) else block.source.to(device)
+            for block in self.blocks
+        ]
+        blocks = [block._replace(source=source) for block, source in zip(self.blocks, sources, strict=True)]
+        return Joined(blocks, self.shape)
 
     def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
         """As tensors and numbers, for a file. `shared` has the keys that several maps share, by their Keys."""
-        blocks = [
-            {"source": source.packed(shared), "places": places.tolist(), "first": first}
-            for source, places, first in self.blocks
-        ]
-        return {"blocks": blocks, "shape": [*self.shape]}
+        return {"blocks": [block.packed(shared) for block in self.blocks], "shape": [*self.shape]}
 
 
 Source = Weights | Factors | Samples | Joined
@@ -83,12 +108,8 @@ def unpacked_source(packed: dict[str, Any]) -> Source:
         return Weights(packed["weights"])
     if "blocks" not in packed:
         return (Samples if "cells" in packed else Factors).unpacked(packed)
-    blocks = [
-        Block(unpacked_source(block["source"]), torch.tensor(block["places"]), block["first"])
-        for block in packed["blocks"]
-    ]
     batch, heads, queries, keys = packed["shape"]
-    return Joined(blocks, (batch, heads, queries, keys))
+    return Joined([Block.unpacked(block) for block in packed["blocks"]], (batch, heads, queries, keys))
 
 
 class JoinedGradient:
@@ -129,15 +150,21 @@ def _assembled(
     """Some rows of the whole; `rows_of` gives those of a block's source."""
     batch, heads, count, keys = shape
     index = torch.arange(count)[queries if isinstance(queries, slice) else queries.cpu()]
+    least, most = (int(index.min()), int(index.max())) if len(index) else (0, -1)
     made: Tensor | None = None
-    for source, places, first in blocks:
+    for source, places, first, first_key, taken in blocks:
+        size = source.shape[2]
+        if made is not None and not (first <= most and least < first + size):
+            continue
         here, chosen = torch.arange(len(index)), queries
-        if source.shape[2] < count:
-            [here] = ((index >= first) & (index < first + source.shape[2])).nonzero(as_tuple=True)
+        if size != count or first:
+            [here] = ((index >= first) & (index < first + size)).nonzero(as_tuple=True)
             chosen = index[here] - first
-        if made is None or len(here):
-            rows = rows_of(source, chosen if isinstance(chosen, slice) else chosen.to(source.device)).flatten(0, 1)
-            made = rows.new_empty(batch * heads, len(index), keys) if made is None else made
-            made[places[:, None], here] = rows
+        rows = rows_of(source, chosen if isinstance(chosen, slice) else chosen.to(source.device)).flatten(0, 1)
+        rows = rows if taken is None else rows[taken]
+        made = rows.new_zeros(batch * heads, len(index), keys) if made is None else made
+        # A static cache has room for more keys than there are.
+        rows = rows[..., : keys - first_key]
+        made[places[:, None], here, first_key : first_key + rows.shape[-1]] = rows
     assert made is not None
     return made.view(batch, heads, len(index), keys)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _COUNTS = 1e-4  # smaller weights change no sum of values by much
+_HIDING = -1e30  # below it a score is nothing, whatever it was
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -77,40 +78,97 @@ class Weights:
 
 
 class Keys:
-    """The keys of a call, (batch, key heads, keys, width).
+    """The keys of a call, (batch, key heads, keys, width), in a buffer of their own.
 
-    While a model generates, each call has the keys of the call before and some more. Such calls share one buffer that
-    grows, and each knows how many of its keys it has.
+    While a model generates, each call has keys of the call before and some more. Such calls share one buffer that
+    grows, and each knows which part of it is its own.
     """
 
     def __init__(self, keys: Tensor) -> None:
         self.buffer, self.length = keys, keys.shape[2]
+        self._lanes: Tensor | None = None  # of the latest call: the text under which each key lies, (batch, length)
+        self._last_written = -1  # of a static cache
 
     def first(self, length: int) -> Tensor:
         """The first keys."""
         return self.buffer[:, :, :length]
 
+    def part(self, begin: int, length: int, lanes: Tensor | None = None) -> Tensor:
+        """Some keys of each text; `lanes`, (batch, length), says under which text of the buffer each of them lies."""
+        if lanes is None:
+            return self.buffer[:, :, begin : begin + length]
+        places = torch.arange(begin, begin + length, device=lanes.device)
+        return self.buffer[lanes.long(), :, places].transpose(1, 2)
+
     def begins(self, keys: Tensor) -> bool:
         """Whether these keys begin with all that are known."""
-        batch, heads, length, width = keys.shape
-        fits = self.buffer.dtype == keys.dtype and self.buffer.device == keys.device and length >= self.length
-        return (
-            fits
-            and (batch, heads, width) == (*self.buffer.shape[:2], self.buffer.shape[3])
-            and torch.equal(keys[:, :, : self.length], self.first(self.length))
-        )
+        has_all = self._lanes is None and keys.shape[2] >= self.length and self._fits(keys)
+        return has_all and torch.equal(keys[:, :, : self.length], self.first(self.length))
+
+    def _fits(self, keys: Tensor) -> bool:
+        batch, heads, _, width = keys.shape
+        is_alike = self.buffer.dtype == keys.dtype and self.buffer.device == keys.device
+        return is_alike and (batch, heads, width) == (*self.buffer.shape[:2], self.buffer.shape[3])
 
     def grow(self, keys: Tensor) -> int:
         """Copy the keys behind those that are known; returns how many bytes larger the buffer is now."""
-        length, before = keys.shape[2], self.buffer.shape[2]
+        return self._append(keys[:, :, self.length :])
+
+    def _append(self, keys: Tensor) -> int:
+        length, before = self.length + keys.shape[2], self.buffer.shape[2]
         if length > before:
             batch, heads, _, width = keys.shape
             larger = keys.new_empty(batch, heads, max(length, before + before // 2 + 16), width)
             larger[:, :, : self.length] = self.first(self.length)
             self.buffer = larger
-        self.buffer[:, :, self.length : length] = keys[:, :, self.length :]
+        self.buffer[:, :, self.length : length] = keys
         self.length = length
-        return (self.buffer.shape[2] - before) * keys[:, :, :1].numel() * keys.element_size()
+        return (self.buffer.shape[2] - before) * self.buffer[:, :, :1].numel() * keys.element_size()
+
+    def step(self, keys: Tensor, are_hidden: Callable[[int], bool]) -> tuple[int, Tensor | None, int] | None:
+        """Take the keys of a step with one query, the last of which is new; None if they do not go on from these.
+
+        The others are the latest known, or some of them, where a window passes over them. Beams may have changed their
+        order. A static cache has the new one in a place that no call before has looked at.
+
+        Args:
+            are_hidden: whether the call before looks at none of its keys from that number on.
+
+        Returns:
+            Where the part of the step begins, the lanes of its keys, and how many bytes larger the buffer is now.
+        """
+        count = keys.shape[2]
+        begin = self.length - count + 1
+        if begin < 0 or count < 2 or not self._fits(keys):
+            return None
+        lanes = None if self._lanes is None else self._lanes[:, begin:]
+        known, old = self.part(begin, count - 1, lanes), keys[:, :, :-1]
+        order = None
+        if not torch.equal(known, old):
+            if count == self.length and self._lanes is None:
+                places = (self.buffer[:, :, :count] != keys).any(3).flatten(0, 1).any(0).nonzero().flatten().tolist()
+                if len(places) == 1 and places[0] > self._last_written and are_hidden(places[0]):
+                    [self._last_written] = places
+                    self.buffer[:, :, places] = keys[:, :, places]
+                    return 0, None, 0
+            same = same_texts(known, old)
+            if not same.any(1).all():
+                return None
+            order = same.int().argmax(1)
+        if order is not None or self._lanes is not None:
+            own = torch.arange(len(keys), dtype=torch.int32, device=keys.device)[:, None]
+            before = own.expand(-1, self.length) if self._lanes is None else self._lanes
+            self._lanes = torch.cat([before if order is None else before[order], own], 1)
+        more = self._append(keys[:, :, -1:])
+        return begin, None if self._lanes is None else self._lanes[:, begin:], more
+
+
+def same_texts(before: Tensor, after: Tensor) -> Tensor:
+    """Which of the texts of `before` each text of `after` is, (texts, texts before) as bool."""
+    same = (after[:, None, :, -1] == before[None, :, :, -1]).flatten(2).all(2)  # the last keys tell most of them apart
+    for text, other in same.nonzero().tolist():
+        same[text, other] = torch.equal(after[text], before[other])
+    return same
 
 
 @dataclass(frozen=True)
@@ -175,7 +233,7 @@ class Factors:
 
     Args:
         query: (batch, heads, queries, width).
-        keys: of which the call has the first `length`.
+        keys: of which the call has `length`, from number `begin` on, each under the text that `lanes` says.
         scale: None: 1 / sqrt(width).
         mask: bool or numbers, as `F.scaled_dot_product_attention` takes it.
         causal: query i sees the keys 0 to i + causal: 0 for a decoder's square, None for no such bound.
@@ -198,8 +256,11 @@ class Factors:
         score_mod: Callable[..., Tensor] | None = None,
         mask_mod: Callable[..., Tensor] | None = None,
         modifiers: Modifiers | None = None,
+        begin: int = 0,
+        lanes: Tensor | None = None,
     ) -> None:
         self._query, self.keys, self._length = query, keys, length
+        self._begin, self._lanes = begin, lanes
         self._scale = 1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale)
         if mask is not None and mask.requires_grad:  # a mask without a graph stays one object, shared in a file too
             mask = mask.detach()
@@ -217,6 +278,23 @@ class Factors:
                 if size not in (1, whole):
                     raise ValueError(f"a mask of {tuple(mask.shape)} does not fit a map of {self.shape}")
 
+    @property
+    def key(self) -> Tensor:
+        """The keys of the call, (batch, key heads, keys, width)."""
+        return self.keys.part(self._begin, self._length, self._lanes)
+
+    def hides(self, first: int) -> bool:
+        """Whether no query may attend to any of the keys from that number on; False where that is not known."""
+        spans = self._modifiers.spans
+        if self._causal is not None and self.shape[2] - 1 + self._causal < first:
+            return True
+        if spans is not None and bool((spans[..., 1] <= first).all()):
+            return True
+        if self._bias is None:
+            return False
+        bias = self._bias if self._bias.shape[3] == 1 else self._bias[..., first:]
+        return not bias.any() if bias.dtype == torch.bool else bool((bias < _HIDING).all())
+
     @without_autograd
     def rows(self, queries: slice | Tensor) -> Tensor:
         """The weights of some queries."""
@@ -232,7 +310,7 @@ class Factors:
         """What the softmax of some queries is taken of, and whether some may attend to nothing."""
         dtype = computed_in(self.dtype)
         query = self._query[:, :, queries].to(dtype) * self._scale
-        key = self.keys.first(self._length).to(dtype)
+        key = self.key.to(dtype)
         batch, heads, count, width = query.shape
         groups = heads // max(1, key.shape[1])
         query = query.reshape(batch * key.shape[1], groups * count, width)  # consecutive heads share a key head
@@ -286,7 +364,7 @@ class Factors:
 
         Not for maps with functions of flex_attention, for which the numbers of images and heads count.
         """
-        keys = self.keys.first(self._length)
+        keys = self.key
         groups = self.shape[1] // keys.shape[1]
         heads = slice(head * groups, (head + 1) * groups)
 
@@ -322,14 +400,14 @@ class Factors:
             mask = None if self._bias is None else _rows(self._bias, queries)
             if mask is not None and mask.shape[3] > 1:
                 mask = mask[..., places]
-            query, keys = self._query[:, :, queries], Keys(self.keys.first(self._length)[:, :, places])
+            query, keys = self._query[:, :, queries], Keys(self.key[:, :, places])
             modifiers = self._modifiers.of_sequence(*ends)
             made.append(Factors(query, keys, keys.length, self._scale, mask, None, None, None, modifiers))
         return made
 
     def arranged(self, arrange: Callable[[Tensor], Tensor]) -> Factors:
         """The same with other batch and heads; `arrange` makes them of a tensor that has those of this one."""
-        lead, key = self.shape[:2], self.keys.first(self._length)
+        lead, key = self.shape[:2], self.key
         key = key.repeat_interleave(lead[1] // key.shape[1], 1)
 
         def expanded(tensor: Tensor) -> Tensor:
@@ -347,23 +425,33 @@ class Factors:
     @without_autograd
     def size_of_scores(self, queries: slice | Tensor) -> float:
         """How large the terms are, at most, of which the scores behind weights that count are the sums."""
-        magnitude = Factors(
-            self._query.abs(), Keys(self.keys.first(self._length).abs()), self._length, abs(self._scale)
-        )
+        magnitude = Factors(self._query.abs(), Keys(self.key.abs()), self._length, abs(self._scale))
         scores, _ = magnitude.scores(queries)
         if self._bias is not None and self._bias.dtype != torch.bool:
             scores += _rows(self._bias, queries).abs()
         counting = scores[self.rows(queries) > _COUNTS]
         return float(counting.amax()) if counting.numel() else 0.0
 
-    def tensors(self) -> list[Tensor]:
-        """The tensors that are held; other maps may hold the mask and the keys too."""
-        mask = [] if self.mask is None else [self.mask]
-        return [self._query, self.keys.first(self._length), *mask, *self._modifiers.tensors()]
+    def tensors(self, are_shared: bool = False) -> list[Tensor]:
+        """The tensors that are held; other maps may hold the mask and the keys too.
 
-    def to(self, device: torch.device | str) -> Factors:
-        """The same on another device."""
-        keys = Keys(self.keys.first(self._length).to(device))
+        Args:
+            are_shared: whether to have the keys with those of all calls that they are shared with.
+        """
+        keys = self.keys.first(self.keys.length)
+        if not are_shared and self._lanes is None:
+            keys = self.key
+        others = [tensor for tensor in (self._lanes, self.mask) if tensor is not None]
+        return [self._query, keys, *others, *self._modifiers.tensors()]
+
+    def to(self, device: torch.device | str, moved: dict[int, Keys] | None = None) -> Factors:
+        """The same on another device. `moved` has the keys there that several maps share, by the ids of these."""
+        if moved is None:
+            keys, begin, lanes = Keys(self.key.to(device)), 0, None
+        else:
+            keys = moved.get(id(self.keys)) or Keys(self.keys.first(self.keys.length).to(device))
+            begin, lanes, moved[id(self.keys)] = self._begin, self._lanes, keys
+            lanes = None if lanes is None else lanes.to(device)
         mask = None if self.mask is None else self.mask.to(device)
         functions = self._score_mod, self._mask_mod
         if any(functions) and torch.device(device).type != self.device.type:
@@ -371,7 +459,7 @@ class Factors:
                 "a map with a score_mod or block_mask cannot move: its functions hold tensors; take dense()"
             )
         query, modifiers = self._query.to(device), self._modifiers.to(device)
-        return Factors(query, keys, self._length, self._scale, mask, self._causal, *functions, modifiers)
+        return Factors(query, keys, self._length, self._scale, mask, self._causal, *functions, modifiers, begin, lanes)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.has_functions:  # which cannot be pickled
@@ -384,12 +472,14 @@ class Factors:
             return {"weights": torch.cat([self.rows(part) for part in slices(self.shape[2], 256)], 2)}
         key = shared.setdefault(id(self.keys), self.keys.first(self.keys.length))
         rest = {"length": self._length, "scale": self._scale, "mask": self.mask, "causal": self._causal}
-        modifiers = self._modifiers.packed()
-        return {"query": self._query, "key": key, **rest} | ({"modifiers": modifiers} if modifiers else {})
+        more = {"modifiers": self._modifiers.packed(), "begin": self._begin, "lanes": self._lanes}
+        more = {name: value for name, value in more.items() if isinstance(value, Tensor) or value}
+        return {"query": self._query, "key": key, **rest} | more
 
     @classmethod
     def unpacked(cls, packed: dict[str, Any]) -> Factors:
         """What `packed` made, as it was."""
         length, scale, mask, causal = (packed[name] for name in ("length", "scale", "mask", "causal"))
         modifiers = Modifiers(**packed.get("modifiers", {}))
-        return cls(packed["query"], Keys(packed["key"]), length, scale, mask, causal, modifiers=modifiers)
+        place = {name: packed[name] for name in ("begin", "lanes") if name in packed}
+        return cls(packed["query"], Keys(packed["key"]), length, scale, mask, causal, modifiers=modifiers, **place)

@@ -9,7 +9,7 @@ from .channel import Channel, is_recorded, listener, receive, unrecorded
 from .destination import check_destination
 from .locks import ForkSafeLock
 from .records import Record, Saved
-from .results import Recorded
+from .results import Recorded, RecordedMaps
 from .stacking import stacked
 from .store import Store
 from .tables import as_html, as_text, human
@@ -22,6 +22,7 @@ __all__ = [
     "ForkSafeLock",
     "Record",
     "Recorded",
+    "RecordedMaps",
     "Saved",
     "Store",
     "as_html",

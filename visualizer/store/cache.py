@@ -10,7 +10,7 @@ from ..errors import UnknownKeyError, did_you_mean, warn
 from ..tensors import is_array, is_tensor, shape_of
 from .budget import bytes_by_device
 from .records import Record, Saved
-from .results import Recorded
+from .results import RecordedMaps
 from .shelf import listed
 from .stacking import stacked
 from .store import Store
@@ -23,7 +23,7 @@ _NAMED = 12  # keys in an error message
 _NUMBERS = frozenset((int, float, bool))
 
 
-class Cache(Recorded, dict[str, list[Any]]):
+class Cache(RecordedMaps, dict[str, list[Any]]):
     """Captured values: a dict from key to the list of values, in call order.
 
     Reading it first waits for values that are on their way, from a GPU for example. The error about a missing key lists

@@ -1,10 +1,13 @@
-"""Looks at where a file is to be written, before a byte is."""
+"""Looks at where a file is to be written, before a byte is; and writes it in one step."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from os import PathLike
+from typing import IO
 
 _FORMATS = {
     **{"safetensors": "safetensors", "html": "HTML", "htm": "HTML", "csv": "tables of text", "tsv": "tables of text"},
@@ -48,6 +51,29 @@ def check_destination(path: str | PathLike[str], suffix: str) -> None:
         )
     if not stat.S_ISREG(mode):
         raise OSError(f"{name!r} is {special(mode)}, which a file must not replace: name a file")
+
+
+@contextlib.contextmanager
+def replacing(path: str | PathLike[str]) -> Iterator[IO[bytes]]:
+    """A new file to be written, which takes the place of what the path had once all of it is on the disk.
+
+    A process that is killed, or an error, leaves the old file or none.
+    """
+    target = os.path.realpath(path)
+    # The file's own name with an ending may be too long for a name, and mkstemp hides its files from other users.
+    temporary = os.path.join(os.path.dirname(target), f".{os.urandom(8).hex()}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        if isinstance(error, OSError) and error.filename == temporary and error.filename2 is None:
+            error.filename = target  # the folder is missing or not writable; the user knows the file by this name
+        raise
 
 
 def special(mode: int) -> str:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, get_args
 
 from ..errors import FileFormatError
 from ..tensors import is_array, is_tensor
-from .destination import check_destination, special
+from .destination import check_destination, replacing, special
 from .records import Kind, Record, Saved
 
 _VERSION = 2
@@ -111,27 +111,14 @@ def write(path: str | PathLike[str], saved: Saved) -> None:
             f"what is not in arrays takes {len(header):,} bytes, of which a safetensors file holds {_MAX_HEADER:,}: "
             "keep arrays in place of lists of numbers, or fewer calls (limit=)"
         )
-    target = os.path.realpath(path)
-    # The file's own name with an ending may be too long for a name, and mkstemp hides its files from other users.
-    temporary = os.path.join(os.path.dirname(target), f".{os.urandom(8).hex()}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(header)
-            for place, entry in enumerate(entries, 1):
-                for raw in _pieces(arrays[entry], entry):
-                    checksums[place] = zlib.crc32(raw, checksums[place])
-                    file.write(raw)
-            file.seek(0)
-            file.write(_header(text, checksums, entries))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        if isinstance(error, OSError) and error.filename == temporary and error.filename2 is None:
-            error.filename = target  # the folder is missing or not writable; the user knows the file by this name
-        raise
+    with replacing(path) as file:
+        file.write(header)
+        for place, entry in enumerate(entries, 1):
+            for raw in _pieces(arrays[entry], entry):
+                checksums[place] = zlib.crc32(raw, checksums[place])
+                file.write(raw)
+        file.seek(0)
+        file.write(_header(text, checksums, entries))
 
 
 def read(path: str | PathLike[str]) -> Saved:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -63,3 +63,88 @@ class Recorded(ABC):
 
     def _repr_html_(self) -> str:
         return as_html(*self.table())
+
+
+class RecordedMaps(Recorded):
+    """What was recorded, where it is attention maps: the results of `attention`, and of `capture` if they are maps."""
+
+    def to_frame(
+        self,
+        *,
+        layers: int | str | Sequence[int | str] | None = None,
+        heads: int | Sequence[int] | None = None,
+        queries: int | Sequence[int] | None = None,
+        top: int | None = None,
+        tokens: Sequence[Any] | None = None,
+        query_tokens: Sequence[Any] | None = None,
+        key_tokens: Sequence[Any] | None = None,
+        max_rows: float = 10_000_000,
+    ) -> Any:
+        """The weights as a `pandas.DataFrame`, a row for each.
+
+        >>> import numpy as np
+        >>> from visualizer import capture
+        >>> def attend(x):
+        ...     attn = np.array([[0.75, 0.25], [0.5, 0.5]], dtype="float32")
+        ...     return x
+        >>> with capture(attend, "attn") as found:
+        ...     _ = attend(1)
+        >>> found.to_frame(tokens=["a", "cat"])
+           layer  module  head  query  key  weight query_token key_token
+        0      0  attend     0      0    0    0.75           a         a
+        1      0  attend     0      0    1    0.25           a       cat
+        2      0  attend     0      1    0    0.50         cat         a
+        3      0  attend     0      1    1    0.50         cat       cat
+        >>> found.to_frame(top=1)["key"].tolist()  # of each query the best key
+        [0, 0]
+
+        The columns are layer (the modules, numbered in their order), module (its path, or the key of what was
+        captured), head, query, key and weight; "call" too where a module was called several times, "batch" where there
+        are several images or texts; "query_token" and "key_token" with words. All numbers count from 0. A fused map is
+        computed some rows at a time.
+
+        Args:
+            layers: numbers of modules, -1 is the last; paths, or patterns of paths such as "encoder.*". None: all.
+            heads, queries: which; -1 is the last. None: all.
+            top: how many keys to take of each query, those with the most weight, best first. None: all.
+            tokens: the words of the queries and the keys, where these are the same.
+            query_tokens, key_tokens: those of one side, where they are not.
+            max_rows: larger tables are refused. The default takes about a gigabyte; `math.inf`: no limit.
+
+        Raises:
+            ImportError: pandas is not installed; `to_csv` does without.
+            ValueError: nothing was recorded, the words do not fit, or the table is too large; the message says how
+                large, and how to choose.
+            TypeError: a value is no map; the message names its key.
+            IndexError: there is no such head or query.
+        """
+        from .numbers import Choice, frame  # loads numpy, and most programs make no tables
+
+        return frame(self.records, Choice(layers, heads, queries, top, tokens, query_tokens, key_tokens, max_rows))
+
+    def to_csv(
+        self,
+        path: str | PathLike[str],
+        *,
+        layers: int | str | Sequence[int | str] | None = None,
+        heads: int | Sequence[int] | None = None,
+        queries: int | Sequence[int] | None = None,
+        top: int | None = None,
+        tokens: Sequence[Any] | None = None,
+        query_tokens: Sequence[Any] | None = None,
+        key_tokens: Sequence[Any] | None = None,
+        max_rows: float = 10_000_000,
+    ) -> None:
+        """Write the table of `to_frame` to a text file in UTF-8, with commas; with tabs if the path ends in ".tsv".
+
+        It is written some rows at a time, so that a large `max_rows` takes room on the disk alone. Weights have as many
+        digits as their type. A new file takes the place of the old one once it is whole.
+
+        Raises:
+            ValueError: besides the reasons of `to_frame`, the suffix of the path says another format.
+            OSError: the file cannot be written; the path is a folder, a device or a named pipe.
+        """
+        from .numbers import Choice, write_csv
+
+        choice = Choice(layers, heads, queries, top, tokens, query_tokens, key_tokens, max_rows)
+        write_csv(path, self.records, choice)
