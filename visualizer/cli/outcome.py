@@ -97,8 +97,8 @@ def warnings_as_lines(quiet: bool = False) -> Iterator[None]:
             yield
         finally:
             for warning in caught:
-                if issubclass(warning.category, VisualizerWarning) and not quiet:
-                    say(warning.message)
+                if isinstance(warning.message, VisualizerWarning) and not quiet:
+                    say(warning.message.args[0])
     for warning in caught:
         if not issubclass(warning.category, VisualizerWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
