@@ -1,7 +1,7 @@
 # Every chore has its one line here; PYTHON is the environment it runs in.
 PYTHON ?= python
 .DEFAULT_GOAL := help
-.PHONY: help test lint types doctest notebooks pictures bench cpython proofs menagerie ci
+.PHONY: help test lint types doctest docs notebooks pictures bench cpython proofs menagerie ci
 
 help:  ## list the chores
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ types:  ## mypy, strict
 
 doctest:  ## the examples in the docstrings
 	PYTHONPATH=tests $(PYTHON) -m pytest --doctest-modules visualizer  # for tests/sitecustomize.py
+
+docs:  ## the site of docs/ and the docstrings, in build/site; a dead link or a public name without a page is an error
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 notebooks:  ## run every notebook from top to bottom
 	$(PYTHON) -c 'import nbclient'  # without it the test would only be skipped

@@ -270,6 +270,9 @@ class TestTokens:
             plot.tokens(maps_of(3, 3), ["a", "b"])
         for part in ("tokens has 2 entries", "3 rows or columns", "special tokens", "cross-attention"):
             assert part in str(caught.value)
+        for way_out in ("convert_ids_to_tokens", "weights[..., :2, :2]"):
+            assert way_out in str(caught.value)
+        plot.tokens(np.eye(3)[:2, :2], ["a", "b"])
         with pytest.raises(ValueError, match="key_tokens has 2 entries for 4"):
             plot.tokens(maps_of(3, 4), ["a", "b", "c"], key_tokens=["a", "b"])
 

@@ -211,6 +211,7 @@ def _page(examples: Sequence[Example]) -> str:
             "special": side.special,
             "grid": side.grid,
             "pooled": side.pooled,
+            "numbered": side.labels == [str(number) for number in range(len(side.labels))],  # nobody named them
             "picture": None if side.picture is None else pictures.index(side.picture),
         }
 
@@ -221,6 +222,7 @@ def _page(examples: Sequence[Example]) -> str:
             {
                 "title": example.title,
                 "layers": [printable(path) if path else "" for path in example.layers],
+                "numbers": _layer_numbers(example.layers),
                 "shape": example.codes.shape,
                 "top": example.top.shape[3],
                 "same": queries is keys,
@@ -236,7 +238,8 @@ def _page(examples: Sequence[Example]) -> str:
         packed, notes = pack(example, budget)
         blocks.append(_block(f"weights{number}", packed))
         about[number]["notes"] = example.notes + notes
-    page = {"step": STEP, "nothing": NOTHING, "viridis": _colours("viridis"), "inferno": _colours("inferno")}
+    colours = {"viridis": "viridis", "inferno": "inferno", "diverging": "RdBu_r"}
+    page = {"step": STEP, "nothing": NOTHING, **{name: _colours(of) for name, of in colours.items()}}
     return Template(_resource("explore.html")).substitute(
         script=script,
         style=style,
@@ -246,6 +249,23 @@ def _page(examples: Sequence[Example]) -> str:
         page=_json({**page, "examples": about}),
         data="\n".join(blocks),
     )
+
+
+def _layer_numbers(paths: Sequence[str]) -> list[int]:
+    """The layers' own numbers, from their modules' paths, so that the last three of twelve are 9, 10 and 11.
+
+    >>> _layer_numbers(["blocks.9.attn", "blocks.11.attn"]), _layer_numbers(["", ""]), _layer_numbers(["a.3.self"])
+    ([9, 11], [0, 1], [3])
+
+    Where no number in the paths, or more than one, tells the layers apart, they are counted from 0.
+    """
+    parts = [path.split(".") for path in paths]
+    columns = zip(*parts, strict=True) if len({len(path) for path in parts}) == 1 else ()
+    varying = [column for column in columns if len(set(column)) > 1 or len(paths) == 1]
+    numbers = [[int(part) for part in column] for column in varying if all(part.isdecimal() for part in column)]
+    if len(numbers) == 1 and len(set(numbers[0])) == len(paths) and (len(varying) == 1 or len(paths) == 1):
+        return numbers[0]
+    return list(range(len(paths)))
 
 
 def _resource(name: str) -> str:

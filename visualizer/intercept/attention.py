@@ -360,7 +360,7 @@ class Maps(RecordedMaps, Sequence[Any]):
             for number, entry in enumerate(self._entries)
         ]
 
-    def stack(self, call: int | None = None) -> Any:
+    def stack(self, call: int | None = None) -> Tensor:
         """One tensor of all maps, layers first: (modules, batch, heads, queries, keys), as far as shapes agree.
 
         >>> import torch
@@ -374,7 +374,8 @@ class Maps(RecordedMaps, Sequence[Any]):
 
         For the argument and the errors see `capture`'s `stack`. A fused map is computed in full.
         """
-        return stacked({path: self.calls(path) for path in self.paths}, call, lambda item: item.dense())
+        whole: Tensor = stacked({path: self.calls(path) for path in self.paths}, call, lambda item: item.dense())
+        return whole
 
     def saved(self, about: dict[str, Any] | None = None) -> Saved:
         """The maps as plain data: a fused map as query and key, one with functions of flex_attention as weights.

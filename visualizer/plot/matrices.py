@@ -196,4 +196,14 @@ def _check_count(name: str, words: Sequence[str], count: int) -> None:
         raise ValueError(
             f"{name} has {len(words)} entries for {count} rows or columns of the map: pass one for each, special "
             "tokens included; where keys and queries are different tokens (cross-attention), give each side its own"
+            f"{_way_out(len(words), count) if name.endswith('tokens') else ''}"
         )
+
+
+def _way_out(words: int, count: int) -> str:
+    if words >= count:
+        return ""
+    return (
+        ". tokenizer.convert_ids_to_tokens(ids) names special tokens and padding too; without the padding at the end "
+        f"draw a part of the map, weights[..., :{words}, :{words}]"
+    )
