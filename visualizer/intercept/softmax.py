@@ -164,9 +164,10 @@ class _Weights:
         """Whether queries or keys may be in an axis."""
         if self.layout is None or not self.layout[axis]:
             return True
-        if not any(factor.smallest() for factor in self.layout[axis]):  # of length 1, as a single query is
-            return any(factor.size == 1 for factor in self.pair)
-        return any(is_in(factor, self.layout[axis]) for factor in self.pair)
+        if any(is_in(factor, self.layout[axis]) for factor in self.pair):
+            return True
+        is_of_one = not any(factor.smallest() for factor in self.layout[axis])  # a single query, for example
+        return is_of_one and any(factor.size == 1 for factor in self.pair)
 
 
 @dataclass(frozen=True)

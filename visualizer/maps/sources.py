@@ -381,7 +381,7 @@ class Factors:
         """The weights of some queries in the part that `of_head` gives: (heads, those queries, keys)."""
         if self._bias is not None or self._modifiers is not _UNMODIFIED or (self._causal or 0) < 0:
             return self.of_head(image, head).rows(queries)[0]
-        keys, dtype = self.keys.first(self._length), computed_in(self.dtype)  # as nearly always, and much quicker
+        keys, dtype = self.key, computed_in(self.dtype)  # as nearly always, and much quicker
         groups = self.shape[1] // keys.shape[1]
         query = self._query[image, head * groups : (head + 1) * groups, queries].to(dtype) * self._scale
         scores = torch.matmul(query, keys[image, head].to(dtype).mT)
