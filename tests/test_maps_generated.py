@@ -97,11 +97,11 @@ class TestAgainstOnePass:
             apart = (whole[path].dense() - expected[path].dense()) * real[:, None, :, None]
             assert apart.abs().max() < 1e-5
 
-    @pytest.mark.parametrize("how", ["sdpa", "eager"])
+    @pytest.mark.parametrize(("how", "options"), [("sdpa", {}), ("sdpa", STATIC), ("eager", {})])
     @pytest.mark.parametrize("kind", [LLAMA, NARROW, T5], ids=lambda one: one[0])
-    def test_beams(self, kind, how):
+    def test_beams(self, kind, how, options):
         model = build(kind, how)
-        maps, written = write(model, num_beams=3, num_return_sequences=2)
+        maps, written = write(model, num_beams=3, num_return_sequences=2, **options)
         indices = written.beam_indices
         assert (indices[:, 1:] != indices[:, :-1]).any()
         texts = len(indices)
