@@ -105,9 +105,12 @@ def test_generation(kernel):
     steps = eager.generate(prompt, **settings, output_attentions=True, return_dict_in_generate=True).attentions
     with attention(model) as maps:
         model.generate(prompt, **settings)
+    whole = maps.generated()
     for step, expected in enumerate(steps):
         for path, eagerly in zip(maps.paths, expected, strict=True):
             assert (maps.calls(path)[step].dense() - eagerly).abs().max() < 1e-5
+            rows = whole[path].dense()[:, :, slice(0, 5) if step == 0 else [4 + step]]
+            assert (rows[..., : eagerly.shape[3]] - eagerly).abs().max() < 1e-5
 
 
 def wrong(module, query, key, value, attention_mask, **options):
@@ -285,6 +288,8 @@ class TestFlashAttention2:
                 if step == 0:
                     real &= padding[:, None].bool()
                 torch.testing.assert_close(found[real], eagerly[real], **CLOSE)
+                rows = maps.generated()[path].dense()[:, :, slice(0, 5) if step == 0 else [4 + step]]
+                torch.testing.assert_close(rows[..., : found.shape[3]], found, **CLOSE)
 
     def test_loaded_while_recording(self, flash_attention_2, library):
         """transformers asks the function which arguments it takes; what it is told is what there was before."""

@@ -610,8 +610,8 @@ def in_steps(given, masks=None):
     query = factors(batch=len(given[0]), queries=1)[0]
     keys, sources = Keys(given[0].clone()), []
     for now, mask in zip(given, masks or [None] * len(given), strict=True):
-        begin, lanes, _ = keys.step(now, sources[-1].hides) if sources else (0, None, 0)
-        sources.append(Factors(query, keys, now.shape[2], mask=mask, begin=begin, lanes=lanes))
+        keys, begin, _ = keys.step(now, sources[-1].hides) if sources else (keys, 0, 0)
+        sources.append(Factors(query, keys, now.shape[2], mask=mask, begin=begin))
     for now, mask, source in zip(given, masks or [None] * len(given), sources, strict=True):
         close(reference(query, now, mask=mask), source.rows(slice(None)))
     return keys, sources
@@ -640,7 +640,19 @@ class TestStepsOfACache:
             assert torch.equal(source.to("cpu").key, now)
             again = Factors.unpacked(source.packed(shared))
             assert torch.equal(again.rows(slice(None)), source.rows(slice(None)))
-        assert next(iter(shared.values())).shape[2] == keys.length == 20
+        [kept] = shared.values()
+        assert kept.shape[2] == keys.length == 20
+        moved = {}
+        assert len({source.to("cpu", moved).keys.owner for source in sources}) == 1
+        assert all(torch.equal(one.to("cpu", moved).key, now) for one, now in zip(sources, given, strict=True))
+
+    def test_texts_that_keep_their_order_have_the_same_keys(self):
+        _, new = factors(batch=2, keys=8)
+        turned = torch.cat([new[[1, 0], :, :6], new[:, :, 6:7]], 2)
+        given = [new[:, :, :4], new[:, :, :5], new[:, :, :6], turned, torch.cat([turned, new[:, :, 7:]], 2)]
+        _, sources = in_steps(given)
+        assert len({source.keys for source in sources[:3]}) == len({source.keys for source in sources[3:]}) == 1
+        assert len({source.keys for source in sources}) == 2
 
     def test_a_window_over_beams(self):
         _, new = factors(batch=2, keys=12)
@@ -670,7 +682,7 @@ class TestStepsOfACache:
         keys = Keys(key.clone())
         assert keys.step(later, lambda first: first > 6) is None
         assert torch.equal(keys.buffer, key)
-        assert keys.step(later, lambda first: first >= 6) == (0, None, 0)
+        assert keys.step(later, lambda first: first >= 6) == (keys, 0, 0)
         earlier[:, :, 6] += 1
         assert keys.step(earlier, lambda first: True) is None
         assert torch.equal(keys.buffer, later)

@@ -177,14 +177,13 @@ class Copies:
 
     def _of_fused(self, call: AttentionCall, fused: FusedCall) -> Copy:
         key, mask, query = fused.key.detach(), fused.mask, _copied(fused.query)
-        keys, begin, lanes, sizes = self._kept_keys(call.path, key, query.shape[2])
+        keys, begin, sizes = self._kept_keys(call.path, key, query.shape[2])
         if mask is not None:
             mask, more = self._kept_mask(mask)
             sizes = _sum(sizes, more)
         functions = fused.score_mod, fused.mask_mod
         modifiers = None if fused.modifiers is None else fused.modifiers.mapped(_copied)
-        settings = fused.scale, mask, fused.causal, *functions, modifiers
-        source = Factors(query, keys, key.shape[2], *settings, begin, lanes)
+        source = Factors(query, keys, key.shape[2], fused.scale, mask, fused.causal, *functions, modifiers, begin)
         self._latest[call.path] = keys, weakref.ref(source)
         evidence = None
         if not fused.dropout:
@@ -237,15 +236,15 @@ class Copies:
 
         return Copy(call, map_of, _sizes(cells, weights), _known(evidence))
 
-    def _kept_keys(self, path: str, key: Tensor, queries: int) -> tuple[Keys, int, Tensor | None, dict[str, int]]:
-        """The keys of a call, their first and their lanes, and the bytes that they add.
+    def _kept_keys(self, path: str, key: Tensor, queries: int) -> tuple[Keys, int, dict[str, int]]:
+        """The keys of a call, the number of its first one, and the bytes that they add.
 
         Of a growing cache only the new keys are copied.
         """
         if path in self._latest and queries < key.shape[2]:
             (known, source), [device] = self._latest[path], bytes_by_device(key)
             if known.begins(key):
-                return known, 0, None, {device: known.grow(key)}
+                return known, 0, {device: known.grow(key)}
 
             def are_hidden(first: int) -> bool:
                 before = source()
@@ -253,10 +252,10 @@ class Copies:
 
             step = known.step(key, are_hidden) if queries == 1 else None
             if step is not None:
-                begin, lanes, more = step
-                return known, begin, lanes, _sum({device: more}, {} if lanes is None else _sizes(lanes))
+                keys, begin, more = step
+                return keys, begin, {device: more}
         keys = Keys(_copied(key))
-        return keys, 0, None, _sizes(keys.buffer)
+        return keys, 0, _sizes(keys.buffer)
 
     def _kept_mask(self, mask: Tensor) -> tuple[Tensor, dict[str, int]]:
         """A copy of a mask, and the bytes that it adds; layers that are given the same mask share its copy."""

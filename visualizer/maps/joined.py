@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .samples import Samples
-from .sources import Factors, Keys, Weights, without_autograd
+from .sources import Factors, Weights, without_autograd
 
 
 class Block(NamedTuple):
@@ -86,7 +86,7 @@ class Joined:
 
     def to(self, device: torch.device | str) -> Joined:
         """The same on another device."""
-        moved = dict[int, Keys]()  # keys that are shared stay shared
+        moved = dict[int, Any]()  # keys that are shared stay shared
         sources = [
             block.source.to(device, moved) if isinstance(block.source, Factors) else block.source.to(device)
             for block in self.blocks
@@ -95,7 +95,7 @@ class Joined:
         return Joined(blocks, self.shape)
 
     def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
-        """As tensors and numbers, for a file. `shared` has the keys that several maps share, by their Keys."""
+        """As tensors and numbers, for a file. `shared` has the keys that several maps share, by their owners."""
         return {"blocks": [block.packed(shared) for block in self.blocks], "shape": [*self.shape]}
 
 

@@ -77,32 +77,71 @@ class Weights:
         return {"weights": self._weights}
 
 
-class Keys:
-    """The keys of a call, (batch, key heads, keys, width), in a buffer of their own.
-
-    While a model generates, each call has keys of the call before and some more. Such calls share one buffer that
-    grows, and each knows which part of it is its own.
-    """
+class _Buffer:
+    """Keys of several calls, (batch, key heads, keys, width), with room for more."""
 
     def __init__(self, keys: Tensor) -> None:
-        self.buffer, self.length = keys, keys.shape[2]
-        self._lanes: Tensor | None = None  # of the latest call: the text under which each key lies, (batch, length)
-        self._last_written = -1  # of a static cache
+        self.tensor, self.length = keys, keys.shape[2]
+        self.last_written = -1  # of a static cache, the place that was filled last
+
+    def append(self, keys: Tensor) -> int:
+        """Copy keys behind those that are there; returns how many bytes larger it is now."""
+        length, before = self.length + keys.shape[2], self.tensor.shape[2]
+        if length > before:
+            batch, heads, _, width = keys.shape
+            larger = keys.new_empty(batch, heads, max(length, before + before // 2 + 16), width)
+            larger[:, :, : self.length] = self.tensor[:, :, : self.length]
+            self.tensor = larger
+        self.tensor[:, :, self.length : length] = keys
+        self.length = length
+        return (self.tensor.shape[2] - before) * self.tensor[:, :, :1].numel() * keys.element_size()
+
+
+class Keys:
+    """The keys of a call, (batch, key heads, keys, width).
+
+    While a model generates, each call has keys of the call before and some more. Such calls share one buffer that
+    grows, and each knows which part of it is its own. As long as the texts keep their order, they have the same `Keys`.
+
+    Args:
+        keys: these, or the buffer that they lie in.
+        lanes: (batch, keys), under which text of the buffer each key lies; None: under its own.
+    """
+
+    def __init__(self, keys: Tensor | _Buffer, lanes: Tensor | None = None) -> None:
+        self._shared = keys if isinstance(keys, _Buffer) else _Buffer(keys)
+        self.lanes = lanes
+        """Under which text of the buffer each key lies, (batch, keys); None: under its own."""
+
+    @property
+    def buffer(self) -> Tensor:
+        """What the keys lie in."""
+        return self._shared.tensor
+
+    @property
+    def length(self) -> int:
+        """How many keys are in the buffer."""
+        return self._shared.length
+
+    @property
+    def owner(self) -> int:
+        """A number that all keys in one buffer have in common."""
+        return id(self._shared)
 
     def first(self, length: int) -> Tensor:
-        """The first keys."""
+        """The first keys of the buffer."""
         return self.buffer[:, :, :length]
 
-    def part(self, begin: int, length: int, lanes: Tensor | None = None) -> Tensor:
-        """Some keys of each text; `lanes`, (batch, length), says under which text of the buffer each of them lies."""
-        if lanes is None:
+    def part(self, begin: int, length: int) -> Tensor:
+        """Some keys of each text."""
+        if self.lanes is None:
             return self.buffer[:, :, begin : begin + length]
-        places = torch.arange(begin, begin + length, device=lanes.device)
-        return self.buffer[lanes.long(), :, places].transpose(1, 2)
+        places = torch.arange(begin, begin + length, device=self.buffer.device)
+        return self.buffer[self.lanes[:, begin : begin + length].long(), :, places].transpose(1, 2)
 
     def begins(self, keys: Tensor) -> bool:
         """Whether these keys begin with all that are known."""
-        has_all = self._lanes is None and keys.shape[2] >= self.length and self._fits(keys)
+        has_all = self.lanes is None and keys.shape[2] >= self.length and self._fits(keys)
         return has_all and torch.equal(keys[:, :, : self.length], self.first(self.length))
 
     def _fits(self, keys: Tensor) -> bool:
@@ -112,20 +151,9 @@ class Keys:
 
     def grow(self, keys: Tensor) -> int:
         """Copy the keys behind those that are known; returns how many bytes larger the buffer is now."""
-        return self._append(keys[:, :, self.length :])
+        return self._shared.append(keys[:, :, self.length :])
 
-    def _append(self, keys: Tensor) -> int:
-        length, before = self.length + keys.shape[2], self.buffer.shape[2]
-        if length > before:
-            batch, heads, _, width = keys.shape
-            larger = keys.new_empty(batch, heads, max(length, before + before // 2 + 16), width)
-            larger[:, :, : self.length] = self.first(self.length)
-            self.buffer = larger
-        self.buffer[:, :, self.length : length] = keys
-        self.length = length
-        return (self.buffer.shape[2] - before) * self.buffer[:, :, :1].numel() * keys.element_size()
-
-    def step(self, keys: Tensor, are_hidden: Callable[[int], bool]) -> tuple[int, Tensor | None, int] | None:
+    def step(self, keys: Tensor, are_hidden: Callable[[int], bool]) -> tuple[Keys, int, int] | None:
         """Take the keys of a step with one query, the last of which is new; None if they do not go on from these.
 
         The others are the latest known, or some of them, where a window passes over them. Beams may have changed their
@@ -135,32 +163,51 @@ class Keys:
             are_hidden: whether the call before looks at none of its keys from that number on.
 
         Returns:
-            Where the part of the step begins, the lanes of its keys, and how many bytes larger the buffer is now.
+            What holds them, where the part of the step begins in it, and how many more bytes that takes.
         """
         count = keys.shape[2]
         begin = self.length - count + 1
         if begin < 0 or count < 2 or not self._fits(keys):
             return None
-        lanes = None if self._lanes is None else self._lanes[:, begin:]
-        known, old = self.part(begin, count - 1, lanes), keys[:, :, :-1]
-        order = None
+        known, old, order = self.part(begin, count - 1), keys[:, :, :-1], None
         if not torch.equal(known, old):
-            if count == self.length and self._lanes is None:
-                places = (self.buffer[:, :, :count] != keys).any(3).flatten(0, 1).any(0).nonzero().flatten().tolist()
-                if len(places) == 1 and places[0] > self._last_written and are_hidden(places[0]):
-                    [self._last_written] = places
-                    self.buffer[:, :, places] = keys[:, :, places]
-                    return 0, None, 0
+            if count == self.length and self.lanes is None and self._fill(keys, are_hidden):
+                return self, 0, 0
             same = same_texts(known, old)
             if not same.any(1).all():
                 return None
             order = same.int().argmax(1)
-        if order is not None or self._lanes is not None:
+        made, more = self, 0
+        if order is not None or self.lanes is not None:
             own = torch.arange(len(keys), dtype=torch.int32, device=keys.device)[:, None]
-            before = own.expand(-1, self.length) if self._lanes is None else self._lanes
-            self._lanes = torch.cat([before if order is None else before[order], own], 1)
-        more = self._append(keys[:, :, -1:])
-        return begin, None if self._lanes is None else self._lanes[:, begin:], more
+            before = own.expand(-1, self.length) if self.lanes is None else self.lanes
+            lanes = torch.cat([before if order is None else before[order], own], 1)
+            if order is None:
+                self.lanes = lanes
+            else:
+                made, more = Keys(self._shared, lanes), lanes.nbytes
+        return made, begin, more + self._shared.append(keys[:, :, -1:])
+
+    def _fill(self, keys: Tensor, are_hidden: Callable[[int], bool]) -> bool:
+        """Take the keys of a static cache, if only one differs, in a place that was empty up to now."""
+        shared = self._shared
+        differ = (shared.tensor[:, :, : shared.length] != keys).any(3).flatten(0, 1).any(0)
+        places = differ.nonzero().flatten().tolist()
+        if len(places) != 1 or places[0] <= shared.last_written or not are_hidden(places[0]):
+            return False
+        [shared.last_written] = places
+        shared.tensor[:, :, places] = keys[:, :, places]
+        return True
+
+    def to(self, device: torch.device | str, moved: dict[int, Any]) -> Keys:
+        """The same on another device, where `moved` has what is there already, by its ids here."""
+        if id(self) not in moved:
+            shared = moved.get(self.owner)
+            if shared is None:
+                shared = moved[self.owner] = _Buffer(self.first(self.length).to(device))
+            moved[id(self)] = Keys(shared, None if self.lanes is None else self.lanes.to(device))
+        made: Keys = moved[id(self)]
+        return made
 
 
 def same_texts(before: Tensor, after: Tensor) -> Tensor:
@@ -233,7 +280,7 @@ class Factors:
 
     Args:
         query: (batch, heads, queries, width).
-        keys: of which the call has `length`, from number `begin` on, each under the text that `lanes` says.
+        keys: of which the call has `length`, from number `begin` on.
         scale: None: 1 / sqrt(width).
         mask: bool or numbers, as `F.scaled_dot_product_attention` takes it.
         causal: query i sees the keys 0 to i + causal: 0 for a decoder's square, None for no such bound.
@@ -257,10 +304,8 @@ class Factors:
         mask_mod: Callable[..., Tensor] | None = None,
         modifiers: Modifiers | None = None,
         begin: int = 0,
-        lanes: Tensor | None = None,
     ) -> None:
-        self._query, self.keys, self._length = query, keys, length
-        self._begin, self._lanes = begin, lanes
+        self._query, self.keys, self._length, self._begin = query, keys, length, begin
         self._scale = 1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale)
         if mask is not None and mask.requires_grad:  # a mask without a graph stays one object, shared in a file too
             mask = mask.detach()
@@ -281,7 +326,7 @@ class Factors:
     @property
     def key(self) -> Tensor:
         """The keys of the call, (batch, key heads, keys, width)."""
-        return self.keys.part(self._begin, self._length, self._lanes)
+        return self.keys.part(self._begin, self._length)
 
     def hides(self, first: int) -> bool:
         """Whether no query may attend to any of the keys from that number on; False where that is not known."""
@@ -438,20 +483,15 @@ class Factors:
         Args:
             are_shared: whether to have the keys with those of all calls that they are shared with.
         """
-        keys = self.keys.first(self.keys.length)
-        if not are_shared and self._lanes is None:
-            keys = self.key
-        others = [tensor for tensor in (self._lanes, self.mask) if tensor is not None]
+        is_part = not are_shared and self.keys.lanes is None
+        keys = self.key if is_part else self.keys.first(self.keys.length)
+        others = [tensor for tensor in (self.keys.lanes, self.mask) if tensor is not None]
         return [self._query, keys, *others, *self._modifiers.tensors()]
 
-    def to(self, device: torch.device | str, moved: dict[int, Keys] | None = None) -> Factors:
-        """The same on another device. `moved` has the keys there that several maps share, by the ids of these."""
-        if moved is None:
-            keys, begin, lanes = Keys(self.key.to(device)), 0, None
-        else:
-            keys = moved.get(id(self.keys)) or Keys(self.keys.first(self.keys.length).to(device))
-            begin, lanes, moved[id(self.keys)] = self._begin, self._lanes, keys
-            lanes = None if lanes is None else lanes.to(device)
+    def to(self, device: torch.device | str, moved: dict[int, Any] | None = None) -> Factors:
+        """The same on another device. `moved` has the keys there that several maps share, see `Keys.to`."""
+        begin = 0 if moved is None else self._begin
+        keys = Keys(self.key.to(device)) if moved is None else self.keys.to(device, moved)
         mask = None if self.mask is None else self.mask.to(device)
         functions = self._score_mod, self._mask_mod
         if any(functions) and torch.device(device).type != self.device.type:
@@ -459,7 +499,7 @@ class Factors:
                 "a map with a score_mod or block_mask cannot move: its functions hold tensors; take dense()"
             )
         query, modifiers = self._query.to(device), self._modifiers.to(device)
-        return Factors(query, keys, self._length, self._scale, mask, self._causal, *functions, modifiers, begin, lanes)
+        return Factors(query, keys, self._length, self._scale, mask, self._causal, *functions, modifiers, begin)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.has_functions:  # which cannot be pickled
@@ -467,12 +507,13 @@ class Factors:
         return super().__reduce_ex__(protocol)
 
     def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
-        """As tensors and numbers, for a file. `shared` has the keys that several maps share, by their Keys."""
+        """As tensors and numbers, for a file. `shared` has the keys that several maps share, by their owners."""
         if self.has_functions:  # a file holds no functions
             return {"weights": torch.cat([self.rows(part) for part in slices(self.shape[2], 256)], 2)}
-        key = shared.setdefault(id(self.keys), self.keys.first(self.keys.length))
+        key, lanes = shared.setdefault(self.keys.owner, self.keys.first(self.keys.length)), self.keys.lanes
+        lanes = None if lanes is None else lanes[:, : self._begin + self._length].clone()
         rest = {"length": self._length, "scale": self._scale, "mask": self.mask, "causal": self._causal}
-        more = {"modifiers": self._modifiers.packed(), "begin": self._begin, "lanes": self._lanes}
+        more = {"modifiers": self._modifiers.packed(), "begin": self._begin, "lanes": lanes}
         more = {name: value for name, value in more.items() if isinstance(value, Tensor) or value}
         return {"query": self._query, "key": key, **rest} | more
 
@@ -481,5 +522,5 @@ class Factors:
         """What `packed` made, as it was."""
         length, scale, mask, causal = (packed[name] for name in ("length", "scale", "mask", "causal"))
         modifiers = Modifiers(**packed.get("modifiers", {}))
-        place = {name: packed[name] for name in ("begin", "lanes") if name in packed}
-        return cls(packed["query"], Keys(packed["key"]), length, scale, mask, causal, modifiers=modifiers, **place)
+        keys, begin = Keys(packed["key"], packed.get("lanes")), packed.get("begin", 0)
+        return cls(packed["query"], keys, length, scale, mask, causal, modifiers=modifiers, begin=begin)
