@@ -18,6 +18,7 @@ from .calls import name_of
 from .kernels import KERNELS
 from .modules import ModuleCall, inputs_of
 
+_SAMPLE = 4  # numbers of a key: two keys that share them are the same
 _PRODUCTS = frozenset(
     (
         *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear"),
@@ -67,9 +68,11 @@ def _role_of(func: Any) -> int:
 class _Node:
     """A tensor, and those that it was made of."""
 
-    __slots__ = ("axis", "cut", "frame", "join", "parents", "reference", "role", "size", "sizes")
+    __slots__ = ("axis", "cut", "frame", "join", "key_sample", "parents", "reference", "role", "size", "sizes")
     frame: _Frame | None
     """Of a product of two tensors, the module's call in which it ran."""
+    key_sample: Tensor | None
+    """And a few numbers of each row of the second, which may be keys: (texts, 1, keys, numbers)."""
     sizes: tuple[int, ...]
     """Of a torch.cat or torch.stack, the lengths that it joined."""
     axis: int
@@ -83,7 +86,7 @@ class _Node:
         self.reference = ref(tensor)
         self.parents, self.role = parents, role
         self.size = tensor.numel()
-        self.frame = self.join = self.cut = None
+        self.frame = self.join = self.cut = self.key_sample = None
         self.sizes, self.axis = (), 0
 
 
@@ -153,6 +156,7 @@ class Provenance:
                     node.join = node if node.sizes else None
                 elif role == _PRODUCT and len(parents) > 1:
                     node.frame = self._frame(calls, len(calls) - 1)
+                    node.key_sample = _sample(name_of(func), args)
                 elif role == _KEEP:
                     node.join = next((known.join for known in parents if known.size == node.size), None)
                 elif role == _CUT and parents and parents[0].join is not None:
@@ -194,22 +198,25 @@ class Provenance:
         return self._origin(self._node_of(query), self._node_of(key), calls, query.shape[-2], key.shape[-2])
 
     def of_weights(self, weights: Tensor, calls: Sequence[ModuleCall]) -> tuple[Origin, Tensor | None]:
-        """Where the queries and keys of which weights were computed come from; and the keys, if they still exist."""
+        """Where the queries and keys of which weights were computed come from; and a sample of the keys, if known.
+
+        The sample is a few numbers of each key, (texts, 1, keys, numbers), of several texts.
+        """
         frame = self._frame(calls, len(calls) - 1)
-        best, sides, node = 0, None, self._node_of(weights)
+        best, made_by, node = 0, None, self._node_of(weights)
         for product in _products(node, frame.inputs):
             rooted = sum(bool(_roots(frame.trace(side))) for side in product.parents[:2])
             if rooted >= best:
-                best, sides = rooted + 1, product.parents[:2]
+                best, made_by = rooted + 1, product
             if rooted == 2:
                 break
-        if sides is not None:
-            query, key = sides
-            return self._origin(query, key, calls, weights.shape[-2], weights.shape[-1]), _living_keys(key)
+        if made_by is not None:
+            query, key = made_by.parents[:2]
+            return self._origin(query, key, calls, weights.shape[-2], weights.shape[-1]), made_by.key_sample
         for product in _products(node, ()):  # the module is handed the scores: the one that made them knows more
             if product.frame is not None:
                 query, key = product.parents[:2]
-                return Origin(_kind(product.frame.trace(query), product.frame.trace(key)), {}), None
+                return Origin(_kind(product.frame.trace(query), product.frame.trace(key)), {}), product.key_sample
         return Origin(None, {}), None
 
     def _frame(self, calls: Sequence[ModuleCall], number: int) -> _Frame:
@@ -331,15 +338,15 @@ def _products(weights: _Node, inputs: Container[_Node]) -> Iterator[_Node]:
     yield from sums
 
 
-def _living_keys(node: _Node) -> Tensor | None:
-    """The keys, (..., keys, width), of which a product took the transpose; None where they are gone."""
-    tensor = node.reference()
-    if tensor is not None:
-        return tensor.mT if tensor.ndim > 1 else None
-    while tensor is None and node.role == _PLAIN and node.parents:
-        node = node.parents[0]
-        tensor = node.reference()
-    return tensor
+def _sample(name: str, factors: Sequence[Any]) -> Tensor | None:
+    """A few numbers of each key, if the second factor of a product is the transpose of the keys of several texts.
+
+    Taken at once, because nothing holds the keys until the weights are used. Of one text nobody asks for them.
+    """
+    if name not in ("matmul", "__matmul__") or len(factors) < 2:
+        return None
+    keys = factors[1]
+    return keys.detach()[:, :1, :_SAMPLE].mT.clone() if keys.ndim == 4 and keys.shape[0] > 1 else None
 
 
 def _joined_sizes(

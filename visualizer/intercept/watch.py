@@ -390,8 +390,8 @@ class Watch:
         if self._is_refused(weights):
             return
         with _aside():
-            origin, key = self._thread.provenance.of_weights(product.made_of, calls)
-            call = replace(self._call(origin, product, self._heads_of(weights)), key=key)
+            origin, sample = self._thread.provenance.of_weights(product.made_of, calls)
+            call = replace(self._call(origin, product, self._heads_of(weights)), key_sample=sample)
             width = product.returned.shape[product.places.index(product.output.ndim - 1)]
             output = Output((*product.output.shape[:-1], width))
             layout = [
