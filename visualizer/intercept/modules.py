@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +145,60 @@ def cannot_attend(module: nn.Module) -> bool:
     """Whether it is one of torch's own layers without submodules, such as nn.Linear, whose calls are of no interest."""
     is_torchs = type(module).__module__.startswith("torch.nn.modules.")
     return is_torchs and not module._modules and not isinstance(module, nn.MultiheadAttention)
+
+
+_BY_TOKEN = frozenset(
+    (
+        *(
+            "add",
+            "bfloat16",
+            "clamp",
+            "contiguous",
+            "dtype",
+            "float",
+            "float16",
+            "float32",
+            "functional",
+            "gelu",
+            "half",
+        ),
+        *("layer_norm", "mean", "mul", "normalize", "pow", "relu", "rms_norm", "rsqrt", "sigmoid", "silu", "sqrt"),
+        *("square", "tanh", "to", "type", "type_as", "var"),
+    )
+)
+"""Names in code that belong to torch, and stand for nothing that mixes tokens."""
+
+
+def works_by_token(module: nn.Module) -> bool:
+    """Whether it is sure that nothing in a layer attends, such as a norm or an MLP: by its code, and by its submodules.
+
+    The code may use torch's functions that do not mix tokens, call torch's own layers and others like itself, and no
+    function else; what it is called with has to be tensors, of which the caller makes sure.
+    """
+    forward = type(module).forward
+    if type(forward) is not FunctionType or "forward" in vars(module) or is_called_attention(type(module).__qualname__):
+        return False
+    code = forward.__code__
+    if forward.__closure__ or hasattr(forward, "__wrapped__") or not _has_plain_code(code):
+        return False
+    for name in code.co_names:
+        if forward.__globals__.get(name, torch) in _TORCH and (name in forward.__globals__ or name in _BY_TOKEN):
+            if hasattr(module, name) and not hasattr(nn.Module, name):
+                return False
+        elif not isinstance(getattr(module, name, None), (nn.Module, Tensor, int, float, str, tuple, torch.dtype)):
+            return False
+    inner = [one for one in module._modules.values() if one is not None]
+    return all(cannot_attend(one) or works_by_token(one) for one in inner)
+
+
+_TORCH = (torch, nn, nn.functional)
+
+
+@lru_cache(maxsize=4096)
+def _has_plain_code(code: CodeType) -> bool:
+    """Whether code has no matrix product in it, and no function of its own."""
+    has_functions = any(isinstance(constant, CodeType) for constant in code.co_consts)
+    return not has_functions and not any(step.argrepr in ("@", "@=") for step in dis.get_instructions(code))
 
 
 @lru_cache(maxsize=4096)
