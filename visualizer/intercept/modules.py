@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import inspect
 import math
 import re
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..opcodes import globals_of, multiplies_matrices
 from ..tensors import shape_of
 
 
@@ -178,14 +178,15 @@ def works_by_token(module: nn.Module) -> bool:
     forward = type(module).forward
     if type(forward) is not FunctionType or "forward" in vars(module) or is_called_attention(type(module).__qualname__):
         return False
-    code = forward.__code__
-    if forward.__closure__ or hasattr(forward, "__wrapped__") or not _has_plain_code(code):
+    if forward.__closure__ or hasattr(forward, "__wrapped__"):
         return False
-    for name in code.co_names:
-        if forward.__globals__.get(name, torch) in _TORCH and (name in forward.__globals__ or name in _BY_TOKEN):
-            if hasattr(module, name) and not hasattr(nn.Module, name):
-                return False
-        elif not isinstance(getattr(module, name, None), (nn.Module, Tensor, int, float, str, tuple, torch.dtype)):
+    names, globals_ = _names_in(forward.__code__)
+    if names is None or any(forward.__globals__.get(name) not in _TORCH for name in globals_):
+        return False
+    for name in names:
+        if name in _BY_TOKEN and (not hasattr(module, name) or hasattr(nn.Module, name)):
+            continue
+        if not isinstance(getattr(module, name, None), (nn.Module, Tensor, int, float, str, torch.dtype)):
             return False
     inner = [one for one in module._modules.values() if one is not None]
     return all(cannot_attend(one) or works_by_token(one) for one in inner)
@@ -195,10 +196,11 @@ _TORCH = (torch, nn, nn.functional)
 
 
 @lru_cache(maxsize=4096)
-def _has_plain_code(code: CodeType) -> bool:
-    """Whether code has no matrix product in it, and no function of its own."""
+def _names_in(code: CodeType) -> tuple[set[str] | None, set[str]]:
+    """The names of attributes and of globals in code; None in place of the former where it does more than use them."""
     has_functions = any(isinstance(constant, CodeType) for constant in code.co_consts)
-    return not has_functions and not any(step.argrepr in ("@", "@=") for step in dis.get_instructions(code))
+    found = globals_of(code)
+    return (None if has_functions or multiplies_matrices(code) else {*code.co_names} - found), found
 
 
 @lru_cache(maxsize=4096)

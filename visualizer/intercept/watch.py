@@ -304,17 +304,16 @@ class Watch:
         if interest is None:
             interest = _interest_of(func)
         if interest is _NO_TENSOR:
-            result = func(*args, **kwargs)
-        else:
-            is_seen = interest is _BEGINS or (interest is not _FOLLOWS and interest(args, kwargs))
-            for lineage in () if is_seen else (thread.tracing.lineage, thread.sampling.lineage):
-                if lineage:
-                    is_seen |= lineage.may_know(args) or (bool(kwargs) and lineage.may_know(kwargs.values()))
-            result = self.see(func, args, kwargs) if is_seen else func(*args, **kwargs)
-            try:
-                thread.provenance.note(func, args, kwargs, result, calls)
-            except Exception as error:
-                self._refuse(calls, error)
+            return func(*args, **kwargs)
+        is_seen = interest is _BEGINS or (interest is not _FOLLOWS and interest(args, kwargs))
+        for lineage in () if is_seen else (thread.tracing.lineage, thread.sampling.lineage):
+            if lineage:
+                is_seen |= lineage.may_know(args) or (bool(kwargs) and lineage.may_know(kwargs.values()))
+        result = self.see(func, args, kwargs) if is_seen else func(*args, **kwargs)
+        try:
+            thread.provenance.note(func, args, kwargs, result, calls)
+        except Exception as error:
+            self._refuse(calls, error)
         if gap is not None:
             self.look_for_gaps(func, args, kwargs, result)
         return result
@@ -591,7 +590,9 @@ _LEFT: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
 _MULTI_HEAD = "multi_head_attention_forward"
 
 
-_ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_nested"))
+_ATTRIBUTES = frozenset(
+    ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_nested", "_base")
+)
 _WITHOUT_TENSOR = frozenset(
     ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item")
 )
@@ -722,4 +723,6 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         watch = self.watch()
-        return func(*args, **(kwargs or {})) if watch is None else watch.run(func, args, kwargs or {})
+        if watch is None or _INTEREST.get(func) is _NO_TENSOR:
+            return func(*args, **kwargs)
+        return watch.run(func, args, kwargs)
