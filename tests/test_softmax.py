@@ -615,6 +615,29 @@ def test_heads_mixed_by_a_product(name, has_dropout):
     assert torch.equal(found.softmaxes[0].dense(), (q @ q.mT).softmax(-1))
 
 
+@pytest.mark.parametrize("equation", ["bhij,bjd->bhid", "bhij,bjd->bihd", "bihj,bjd->bihd", "ihbj,bjd->bihd"])
+def test_heads_that_share_their_values(x, equation):
+    """As where all heads have one key and value: an einsum of values without heads."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.out = nn.Linear(8, 24), nn.Linear(24, 8)
+
+        def forward(self, x):
+            q = self.q(x).unflatten(-1, (3, 8))
+            self.weights = torch.einsum("bihd,bjd->bhij", q, x).softmax(-1)
+            weights = torch.einsum("bhij->" + equation.partition(",")[0], self.weights)
+            out = torch.einsum(equation, weights, x)
+            return self.out((out.transpose(1, 2) if equation.endswith("bhid") else out).flatten(2))
+
+    model = Shared()
+    with attention(model) as maps:
+        model(x)
+    assert torch.equal(maps[0].dense(), model.weights)
+    assert not maps[0].axes_assumed
+
+
 def test_an_einsum_that_is_no_product_of_weights_and_values_is_told(x):
     class Joined(nn.Module):
         def forward(self, x):

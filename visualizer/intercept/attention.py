@@ -216,11 +216,7 @@ class Maps(RecordedMaps, Sequence[Any]):
                 )
 
     def __enter__(self) -> Maps:
-        was_running = self.is_running
-        self.start()
-        if self._watch is not None and not was_running:
-            self._watch.enter()
-        return self
+        return self.start()
 
     def __exit__(self, error: object, *_: object) -> None:
         self._stop(warns=error is None)

@@ -162,6 +162,14 @@ class Provenance:
                 elif role == _CUT and parents and parents[0].join is not None:
                     node.cut = _cut(args[0], one, parents[0].join)
 
+    def note_layer(self, given: Sequence[Tensor], made: Tensor, has_product: bool) -> None:
+        """Note a layer whose functions were not looked at."""
+        parents: list[_Node] = []
+        self._add_nodes(given, parents)
+        self._nodes[id(made)] = node = _Node(made, parents, _PRODUCT if has_product else _KEEP)
+        if not has_product and len(parents) == 1 and parents[0].size == node.size:
+            node.join = parents[0].join
+
     def _add_nodes(self, items: Iterable[Any], parents: list[_Node]) -> None:
         """Add the nodes of the tensors among a function's arguments; parameters are no inputs."""
         nodes = self._nodes

@@ -459,7 +459,7 @@ class Tracing:
         self, name: str, args: Any, kwargs: Any, result: Any, weights: Sequence[tuple[Tensor, _Weights]]
     ) -> Product | None:
         tensor, origin = weights[0]
-        operands = _operands(name, args, kwargs, tensor, result)
+        operands = _operands(name, args, kwargs, tensor, result, origin)
         if operands is None:
             if any(softmax.maps for softmax in origin.softmaxes):
                 return None
@@ -632,21 +632,24 @@ def _without_dropout(
 
 
 def _operands(
-    name: str, args: Any, kwargs: Any, weights: Tensor, result: Tensor
+    name: str, args: Any, kwargs: Any, weights: Tensor, result: Tensor, origin: _Weights
 ) -> tuple[tuple[int, ...], Tensor, Tensor, tuple[int | None, ...]] | None:
     """The order in which the axes of the weights are (..., queries, keys), the values, the output, `Product.places`.
 
     None for an einsum that does something else with the weights.
     """
     if name == "einsum":
-        order = _einsum_order(args, weights)
+        order = _einsum_order(args, weights, origin)
         if order is None:
             return None
         values = next(operand for operand in einsum_operands(args) if operand is not weights)
+        values = values.permute([axis for axis in order.values if axis is not None])
         lead = weights.ndim - 2
+        for place in (place for place, axis in enumerate(order.values) if axis is None):
+            values = values.unsqueeze(place)
         return (
             order.weights,
-            values.permute(order.values).flatten(lead + 1),
+            values.flatten(lead + 1),
             result.permute(order.output).flatten(lead + 1),
             order.places,
         )
@@ -670,15 +673,20 @@ class _EinsumOrder(NamedTuple):
     """The axes of an einsum of weights and values: which ones are (..., queries, keys), (..., keys, width)."""
 
     weights: tuple[int, ...]
-    values: tuple[int, ...]
-    """What the weights have not is width, which may be several axes, such as the rows that share a map."""
+    values: tuple[int | None, ...]
+    """What the weights have not is width, which may be several axes, such as the rows that share a map. None: the
+    values are the same for all of that axis, such as heads that share them."""
     output: tuple[int, ...]
     places: tuple[int | None, ...]
     """See `Product.places`: the last axis of several of the width is that of the output."""
 
 
-def _einsum_order(args: Any, tensor: Tensor) -> _EinsumOrder | None:
-    """How an einsum multiplies weights with values; None if it does something else."""
+def _einsum_order(args: Any, tensor: Tensor, origin: _Weights | None = None) -> _EinsumOrder | None:
+    """How an einsum multiplies weights with values; None if it does something else.
+
+    Args:
+        origin: tells the axis of the queries, where values that several heads share have neither.
+    """
     operands = einsum_operands(args)
     if len(operands) != 2:
         return None
@@ -687,16 +695,19 @@ def _einsum_order(args: Any, tensor: Tensor) -> _EinsumOrder | None:
     weights, values = labels[place], labels[1 - place]
     keys = [label for label in weights if label in values and label not in out]
     queries = [label for label in weights if label in out and label not in values]
-    lead = [label for label in out if label in weights and label in values]
+    if len(queries) > 1 and origin is not None and origin.layout is not None:
+        queries = [label for label in queries if is_in(origin.pair[0], origin.layout[weights.index(label)])]
+    queries = queries[-1:]
+    lead = [label for label in out if label in weights and label not in queries]
     width = [label for label in out if label in values and label not in weights]
-    if len(keys) != 1 or len(queries) != 1 or not width or len(weights) != len(lead) + 2:
+    if len(keys) != 1 or not queries or not width or len(weights) != len(lead) + 2:
         return None
-    if len(values) != len(lead) + 1 + len(width):
+    if len(values) != sum(label in values for label in lead) + 1 + len(width):
         return None
     output = [*lead, *queries, width[-1]]
     return _EinsumOrder(
         tuple(weights.index(label) for label in (*lead, *queries, *keys)),
-        tuple(values.index(label) for label in (*lead, *keys, *width)),
+        tuple(values.index(label) if label in values else None for label in (*lead, *keys, *width)),
         tuple(out.index(label) for label in (*lead, *queries, *width)),
         tuple(output.index(label) if label in output else None for label in out),
     )

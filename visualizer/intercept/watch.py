@@ -39,6 +39,7 @@ from .modules import (
     is_within,
     packed_groups,
     shapes_of,
+    works_by_token,
 )
 from .provenance import Origin, Provenance
 from .sampling import SAMPLING_KERNELS, SampledCall, Sampling, may_read_cells, may_sample
@@ -56,7 +57,7 @@ class _Thread(threading.local):
         self.calls: list[ModuleCall] = []
         self.gaps: list[Gap | None] = []  # of each call; None once it attended, or was looked through before
         self.is_watched = False  # by a mode that ends with the outermost call
-        self.is_in_block = False  # by a mode that ends with the recording
+        self.layer: nn.Module | None = None  # under way without the mode, for nothing in it attends
         self.heads: int | None = None  # of the nn.MultiheadAttention under way
         self.tracing = Tracing()
         self.sampling = Sampling()
@@ -74,7 +75,7 @@ class _Thread(threading.local):
         self.tracing.clear()
         self.sampling.lineage.clear()
         self.provenance.clear()
-        self.frame = None
+        self.frame = self.layer = None
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,12 @@ class Watch:
             if path and cannot_attend(module):
                 continue
             known = weakref.ref(module)
+            begin, end = self._begin_call, self._end_call
+            if path and works_by_token(module):
+                begin, end = self._begin_layer, self._end_layer
             self._handles += [
-                module.register_forward_pre_hook(_Hook(self._begin_call, path, known), prepend=True, with_kwargs=True),
-                module.register_forward_hook(_Hook(self._end_call, path, known), always_call=True),
+                module.register_forward_pre_hook(_Hook(begin, path, known), prepend=True, with_kwargs=True),
+                module.register_forward_hook(_Hook(end, path, known), always_call=True),
             ]
         functions.begin(self)
         _see_scripted(True)
@@ -148,11 +152,6 @@ class Watch:
                 f"{', '.join(repr(path) if path else 'the model' for path in tops)} is scripted (torch.jit): it runs "
                 "without Python, and its attention is not seen."
             )
-
-    def enter(self) -> None:
-        """Let the mode last until `end`, for a `with` block: a call's own has to begin and to end each time."""
-        _add(self._mode)
-        self._thread.is_in_block = True
 
     def end(self) -> None:
         """Remove the hooks and the mode, and file what is seen of calls under way."""
@@ -166,8 +165,8 @@ class Watch:
         thread = self._thread
         self._file_settled(1)
         thread.forget()
-        if thread.is_watched or thread.is_in_block:
-            thread.is_watched = thread.is_in_block = False
+        if thread.is_watched:
+            thread.is_watched = False
             _remove(self._mode)
 
     @property
@@ -205,9 +204,8 @@ class Watch:
         if not thread.calls:
             if torch._C._current_graph_task_id() != -1:
                 return  # in a backward pass checkpointing computes again what has been seen
-            if not thread.is_in_block:
-                _add(self._mode)
-                thread.is_watched = True
+            _add(self._mode)
+            thread.is_watched = True
             thread.frame = sys._getframe(2)  # behind the hook
         thread.calls.append(ModuleCall(path, module, args, kwargs))
         outer = thread.gaps[-1] if thread.gaps else None
@@ -236,6 +234,45 @@ class Watch:
             if not thread.calls:
                 self._leave(thread)
         return None if output is None else as_native(call, output)
+
+    def _begin_layer(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the mode away while a layer runs in which nothing attends, where nothing else needs it."""
+        thread = self._thread
+        if thread.layer is not None and not _has_ended(thread.frame):
+            return  # it is a part of that layer
+        is_plain = (
+            thread.is_watched
+            and len(thread.calls) > 0
+            and _len_torch_function_stack() == 1
+            and not kwargs
+            and all(type(one) is Tensor for one in args)
+            and len(module._forward_hooks) == len(module._forward_pre_hooks) == 1
+            and "forward" not in vars(module)
+            and not thread.tracing.lineage.may_know(args)
+            and not thread.sampling.lineage.may_know(args)
+            and _get_function_stack_at(0) is self._mode
+        )
+        if is_plain:
+            _pop_mode()  # type: ignore[no-untyped-call]
+            thread.layer = module
+        else:
+            self._begin_call(path, module, args, kwargs)
+
+    def _end_layer(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
+        thread = self._thread
+        if thread.layer is None:
+            return self._end_call(path, module, args, output)
+        if thread.layer is module:
+            thread.layer = None
+            _push_mode(self._mode)  # type: ignore[no-untyped-call]
+            gap = thread.gaps[-1]
+            with self._unharmed(), torch._C.DisableTorchFunction():
+                if gap is not None:
+                    gap.taken(args)
+                    gap.made(output)
+                if isinstance(output, Tensor):
+                    thread.provenance.note_layer(args, output, bool(module._modules))
+        return None
 
     def _end_gap(self, path: str, module: nn.Module, output: Any) -> None:
         gaps = self._thread.gaps
@@ -267,17 +304,16 @@ class Watch:
         if interest is None:
             interest = _interest_of(func)
         if interest is _NO_TENSOR:
-            result = func(*args, **kwargs)
-        else:
-            is_seen = interest is _BEGINS or (interest is not _FOLLOWS and interest(args, kwargs))
-            for lineage in () if is_seen else (thread.tracing.lineage, thread.sampling.lineage):
-                if lineage:
-                    is_seen |= lineage.may_know(args) or (bool(kwargs) and lineage.may_know(kwargs.values()))
-            result = self.see(func, args, kwargs) if is_seen else func(*args, **kwargs)
-            try:
-                thread.provenance.note(func, args, kwargs, result, calls)
-            except Exception as error:
-                self._refuse(calls, error)
+            return func(*args, **kwargs)
+        is_seen = interest is _BEGINS or (interest is not _FOLLOWS and interest(args, kwargs))
+        for lineage in () if is_seen else (thread.tracing.lineage, thread.sampling.lineage):
+            if lineage:
+                is_seen |= lineage.may_know(args) or (bool(kwargs) and lineage.may_know(kwargs.values()))
+        result = self.see(func, args, kwargs) if is_seen else func(*args, **kwargs)
+        try:
+            thread.provenance.note(func, args, kwargs, result, calls)
+        except Exception as error:
+            self._refuse(calls, error)
         if gap is not None:
             self.look_for_gaps(func, args, kwargs, result)
         return result
@@ -554,7 +590,9 @@ _LEFT: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
 _MULTI_HEAD = "multi_head_attention_forward"
 
 
-_ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_nested"))
+_ATTRIBUTES = frozenset(
+    ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_nested", "_base")
+)
 _WITHOUT_TENSOR = frozenset(
     ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item")
 )
@@ -685,4 +723,6 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         watch = self.watch()
-        return func(*args, **(kwargs or {})) if watch is None else watch.run(func, args, kwargs or {})
+        if watch is None or _INTEREST.get(func) is _NO_TENSOR:
+            return func(*args, **kwargs)
+        return watch.run(func, args, kwargs)
