@@ -176,7 +176,7 @@ def test_info(folder, capsys):
 def drawn(monkeypatch):
     """The figures that were saved, while they are open."""
     figures = []
-    monkeypatch.setattr(cli.plot, "save", lambda figure, path: (figures.append(figure), figure.savefig(path)))
+    monkeypatch.setattr(cli.plot, "save", lambda figure, path, dpi: (figures.append(figure), figure.savefig(path)))
     yield figures
     from matplotlib import pyplot as plt
 
