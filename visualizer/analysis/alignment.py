@@ -22,7 +22,7 @@ __all__ = ["Alignment", "align", "monotony"]
 Chosen = int | slice | Sequence[int] | Tensor
 """Some queries or keys, as `AttentionMap.rows` takes them."""
 
-_SHARE = 0.75  # of the best head's monotony that a head must reach to be found
+_SHARE = 0.5  # of the best head's monotony: more heads average their errors out, and fewer are no better
 
 
 @dataclass(repr=False, eq=False)
@@ -75,7 +75,7 @@ def align(
         attention: layers, or one map. Where some are cross attention, only these are read and counted: layer 0 is the
             first of them. The model must have run over the finished output in one call, not token by token.
         heads: (layer, head) of those to read, or "find": the heads whose `monotony` over `queries` and `keys` is at
-            least three quarters of that of the best.
+            least half of that of the best. They are not always Whisper's, and not worse.
         queries: which queries to align, in their order: those of the words, without the tokens that start the output.
         keys: which keys to align, in their order: those of the sound, without the padding behind it.
         seconds_per_key: how long a key lasts, for spans in seconds; 0.02 for Whisper. By default spans are in keys.

@@ -153,7 +153,7 @@ class _Event(ctypes.Structure):
 
 
 _Deliver = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
-_RETRIEVE, _SPEED, _CHARACTERS, _UTF8 = 1, 1, 1, 1  # constants of the same header
+_RETURN_WHEN_DONE, _SPEED, _CHARACTERS, _UTF8 = 2, 1, 1, 1  # constants of the same header
 _LAST_EVENT, _WORD_EVENT = 0, 1
 
 
@@ -180,7 +180,7 @@ def speak(text: str, *, words_per_minute: int = 140) -> tuple[npt.NDArray[np.flo
     loader: Any = importlib.import_module("espeakng_loader")
     signal: Any = importlib.import_module("scipy.signal")
     library = ctypes.CDLL(loader.get_library_path())
-    rate = library.espeak_Initialize(_RETRIEVE, 0, str(loader.get_data_path()).encode(), 0)
+    rate = library.espeak_Initialize(_RETURN_WHEN_DONE, 0, str(loader.get_data_path()).encode(), 0)
     if rate <= 0:
         raise RuntimeError(f"espeak-ng does not start: its code for it is {rate}")
     parts: list[npt.NDArray[np.int16]] = []
