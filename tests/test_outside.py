@@ -7,8 +7,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="attention maps are of torch's models")
 
-from outside import hub, proteins, reactions, references, speech  # noqa: E402, F401  (they fill FIGURES)
-from outside.figures import FIGURES  # noqa: E402
+from outside import __main__ as command  # noqa: E402
+from outside import hub  # noqa: E402
+from outside.figures import FIGURES, Figure, below  # noqa: E402
 from outside.page import page as whole  # noqa: E402
 from outside.page import row  # noqa: E402
 
@@ -42,6 +43,25 @@ def test_a_figure_from_outside_that_takes_long_holds(name):
 def test_the_page_has_each_figure_and_no_other():
     rows = [line.split(" | ")[0] for line in PAGE.read_text(encoding="utf-8").splitlines() if line.count(" | ") == 4]
     assert ["| name", *(f"| {name}" for name in sorted(FIGURES))] == rows
+
+
+def test_the_command_says_what_does_not_hold_and_what_is_missing(monkeypatch, capsys):
+    """Its status is the number of figures that were not computed; the page is written when all were."""
+
+    def off():
+        return below(0.2, 0.1)
+
+    made = {
+        name: Figure(name, "", "", "", needs, False, check)
+        for name, needs, check in (("right", (), lambda: "3 of 3"), ("off", (), off), ("absent", ("nowhere",), off))
+    }
+    monkeypatch.setattr(command, "FIGURES", made)
+    monkeypatch.setattr(command, "PAGE", None)  # to write it would be an error
+    monkeypatch.setattr("sys.argv", ["outside"])
+    assert command.main() == 2
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("right: 3 of 3 (")
+    assert printed[1:] == ["off: DOES NOT HOLD: 0.2 is above 1e-01", "absent: not computed, nowhere not installed"]
 
 
 # What the commands for users with a hub call, on models that are here
