@@ -149,6 +149,33 @@ def test_of_an_encoder_decoder_the_cross_attention_is_read():
     np.testing.assert_allclose(expected.weights, found.weights, atol=1e-5)
 
 
+def test_the_calls_of_generate_are_one_layer():
+    """One query a call, with a cache: as if the model had read the finished output at once."""
+    transformers = pytest.importorskip("transformers", reason="comes with get-local[demo]")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    ).eval()
+    source = torch.randint(2, 50, (1, 9))
+    with torch.no_grad():
+        with attention(model) as stepwise:
+            written = model.generate(source, min_new_tokens=5, max_new_tokens=5, do_sample=False)
+        with attention(model) as at_once:
+            model(source, decoder_input_ids=written[:, :-1])
+    heads = [(0, 1), (1, 0)]
+    found, expected = (align(maps, heads, median=1) for maps in (stepwise, at_once))
+    assert (5, 9) == found.weights.shape
+    np.testing.assert_allclose(expected.weights, found.weights, atol=1e-4)
+    np.testing.assert_array_equal(expected.path, found.path)
+
+
+def test_layers_that_share_a_module_are_not_one():
+    weights = torch.from_numpy(diagonal())[None, None]
+    layers = [AttentionMap(weights.roll(number, -1), path="shared", kind="cross") for number in range(2)]
+    np.testing.assert_array_equal(align(layers[1:], [(0, 0)]).path, align(layers, [(1, 0)]).path)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

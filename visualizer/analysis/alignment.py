@@ -73,7 +73,8 @@ def align(
 
     Args:
         attention: layers, or one map. Where some are cross attention, only these are read and counted: layer 0 is the
-            first of them. The model must have run over the finished output in one call, not token by token.
+            first of them. Where a module was called for one query after another, as in `generate`, its calls are one
+            layer, with the queries in their order.
         heads: (layer, head) of those to read, or "find": the heads whose `monotony` over `queries` and `keys` is at
             least half of that of the best. They are not always Whisper's, and not worse.
         queries: which queries to align, in their order: those of the words, without the tokens that start the output.
@@ -159,7 +160,7 @@ def monotony_of(layer: AttentionMap, queries: Chosen, keys: Chosen) -> Tensor:
 def _cross_layers(attention: Any) -> list[AttentionMap]:
     """The layers of cross attention, or all where none is known to be that; of one number of queries and keys."""
     layers = layers_of(attention).layers
-    layers = [layer for layer in layers if layer.kind == "cross"] or layers
+    layers = _joined_steps([layer for layer in layers if layer.kind == "cross"] or layers)
     for number, layer in enumerate(layers):
         if layer.shape[0] != layers[0].shape[0] or layer.shape[2:] != layers[0].shape[2:]:
             raise ValueError(
@@ -167,6 +168,19 @@ def _cross_layers(attention: Any) -> list[AttentionMap]:
                 f"{layers[0].shape}, {layer_label(number, layer)} {layer.shape}. Leave such layers out"
             )
     return layers
+
+
+def _joined_steps(layers: list[AttentionMap]) -> list[AttentionMap]:
+    """The layers, with the calls of a module that each have the next query, as in `generate`, as one."""
+    calls: dict[str, list[AttentionMap]] = {}
+    for layer in layers:
+        calls.setdefault(layer.path, []).append(layer)
+    if "" in calls or all(len(steps) == 1 or any(step.shape[2] > 1 for step in steps[1:]) for steps in calls.values()):
+        return layers  # of no known module, or a module that several layers share
+    return [
+        AttentionMap(torch.cat([step.dense() for step in steps], 2), path=path, kind=steps[0].kind)
+        for path, steps in calls.items()
+    ]
 
 
 def _found(layers: list[AttentionMap], queries: Chosen, keys: Chosen, batch: int) -> list[tuple[int, int]]:

