@@ -1,7 +1,7 @@
 # Every chore has its one line here; PYTHON is the environment it runs in.
 PYTHON ?= python
 .DEFAULT_GOAL := help
-.PHONY: help test lint types doctest docs notebooks pictures bench cpython proofs menagerie ci
+.PHONY: help test lint types doctest docs notebooks pictures bench cpython proofs menagerie outside ci
 
 help:  ## list the chores
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ proofs:  ## the long proofs on every Python that is found; CHROOT=DIR adds those
 
 menagerie:  ## compare every architecture that eight libraries build, and write docs/menagerie.md; goes on where it was
 	PYTHONPATH=tests $(PYTHON) -m menagerie $(if $(AGAIN),--again)
+
+outside:  ## compute the figures that others published again, and write docs/outside.md
+	PYTHONPATH=tests $(PYTHON) -m outside
 
 ci:  ## what every change must pass, in fresh environments
 	.ci/run

@@ -202,6 +202,8 @@ def _model(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
                 if options.texts:
                     raise Mistake(f"{name} sees pictures: pass --images")
                 return model, lambda path: models.prepare(opened(path), size=options.size)[0]
+            if hasattr(prepare, "feature_extractor"):
+                raise Mistake(f"{name} hears speech; stats reads pictures and texts: use visualizer.statistics.collect")
             if options.images:
                 raise Mistake(f"{name} reads texts: pass --texts")
             return model, prepare
