@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..layout import Layout
 from .gradients import Gradient
 from .joined import Joined, JoinedGradient, Source, unpacked_source
 from .sources import Factors, Keys, Weights, computed_in, slices, without_autograd
@@ -58,6 +59,10 @@ class AttentionMap:
     """Of joint attention, which tokens come from which input of the module, by the input's name; else {}."""
     axes_assumed: bool
     """Whether heads and batch could not be told apart by what the model did, and were assumed by their position."""
+    layout: Layout | None = None
+    """What the keys are: words, patches of a picture, special tokens, padding. None: not known."""
+    query_layout: Layout | None = None
+    """What the queries are; of self-attention the same as the keys."""
 
     def __init__(self, weights: Tensor | np.ndarray[Any, Any], *, path: str = "", kind: str | None = None) -> None:
         if isinstance(weights, np.ndarray):
@@ -165,6 +170,11 @@ class AttentionMap:
         """
         sources = self.source.of_sequences() if isinstance(self.source, Factors) else []
         return tuple(AttentionMap.from_source(source, path=self.path, kind=self.kind) for source in sources)
+
+    def described_as(self, other: AttentionMap) -> AttentionMap:
+        """This map, with what is known of the tokens of another one of the same tokens."""
+        self.layout, self.query_layout = other.layout, other.query_layout
+        return self
 
     @property
     def nbytes(self) -> int:
@@ -311,7 +321,7 @@ class AttentionMap:
         moved = AttentionMap.from_source(self.source.to(device), path=self.path, kind=self.kind, gradient=gradient)
         moved.softmaxes = tuple(part.to(device) for part in self.softmaxes)
         moved.is_softmax, moved.joined, moved.axes_assumed = self.is_softmax, self.joined, self.axes_assumed
-        return moved
+        return moved.described_as(self)
 
     def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
         """The map as tensors and numbers, for a file; `shared` has the keys that several maps share."""
@@ -322,6 +332,11 @@ class AttentionMap:
             packed["is_softmax"] = False
         if self.joined:
             packed["joined"] = [[name, part.start, part.stop] for name, part in self.joined.items()]
+        for name, layout in (("layout", self.layout), ("query_layout", self.query_layout)):
+            if layout is not None and not (name == "query_layout" and layout == self.layout):
+                packed[name] = layout.packed()
+        if self.layout is not None and self.query_layout == self.layout:
+            packed["query_layout"] = "layout"
         return packed | ({"axes_assumed": True} if self.axes_assumed else {})
 
     @classmethod
@@ -332,6 +347,10 @@ class AttentionMap:
         made.is_softmax = packed.get("is_softmax", not made.softmaxes)
         made.joined = {name: slice(start, stop) for name, start, stop in packed.get("joined", ())}
         made.axes_assumed = packed.get("axes_assumed", False)
+        made.layout, queries = (packed.get(name) for name in ("layout", "query_layout"))
+        made.layout = None if made.layout is None else Layout.unpacked(made.layout)
+        if queries is not None:
+            made.query_layout = made.layout if queries == "layout" else Layout.unpacked(queries)
         return made
 
     def query_indices(self, queries: int | slice | Sequence[int] | Tensor) -> Tensor:
