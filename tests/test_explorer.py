@@ -250,7 +250,7 @@ class TestHostileText:
     def test_labels_are_visible_and_short(self):
         labels = described(explore(random_maps(12, 12), HOSTILE))["examples"][0]["sides"][0]["labels"]
         assert "right‹202E›to left‹2066›" == labels[4]
-        assert "nul␀tab␉line␊feed‹2028›" == labels[5]
+        assert "nul␀tab⇥line⏎feed‹2028›" == labels[5]
         assert ["‹D800›", "‹empty›", "␣␣␣"] == labels[6:9]
         assert "x" * 200 + "… (10000 characters)" == labels[11]
         assert HOSTILE[10] == labels[10]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import did_you_mean
 from .outcome import Commands, Mistake, destination, save, warnings_as_lines
-from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
+from .saved import add_choice, as_options, choose, grid_of, has_words, picture_of, read, tokens_of
 
 if TYPE_CHECKING:
     from ..statistics import Collected
@@ -130,7 +130,7 @@ def _of_maps(
         return functools.partial(_measured, kind, maps, tokens, **keywords), accepted
     function = getattr(plot, kind.replace("-", "_"))
     if kind == "tokens":
-        if tokens is None:
+        if tokens is None and not any(has_words(one) for one in maps):
             raise Mistake("--kind tokens needs the words: --tokens The cat sat (the file has none)")
         keywords = {**keywords, "tokens": tokens}
     if kind == "query" and "query" not in keywords:

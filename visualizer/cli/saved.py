@@ -47,6 +47,11 @@ def is_map(value: Any) -> bool:
     return maps is not None and isinstance(value, maps.AttentionMap)
 
 
+def has_words(value: Any) -> bool:
+    """Whether it is a map whose words are known."""
+    return is_map(value) and value.layout is not None and value.layout.has_words
+
+
 def size_of(value: Any) -> int:
     """The bytes of a value, on all devices together."""
     return value.nbytes if is_map(value) else sum(bytes_by_device(value).values())
@@ -165,5 +170,12 @@ def grid_of(text: str) -> tuple[int, ...]:
 
 def as_options(message: str) -> str:
     """A message about Python's arguments, with the command's options in their place."""
-    message = re.sub(r"Pass grid=\(rows, columns\).*", "Pass --grid ROWSxCOLUMNS", message)
+    message = re.sub(r"Pass grid=\(rows, columns\)[^.]*", "Pass --grid ROWSxCOLUMNS", message)
+    message = re.sub(r"(grid=)?\((\d+), (\d+)\)( with prefix_tokens=\d+)?", _as_grid, message)
     return re.sub(r"\b(layer|head|batch|query|grid|image|tokens|title|style|cmap)=", r"--\1 ", message)
+
+
+def _as_grid(found: re.Match[str]) -> str:
+    """A grid in a message as the option --grid takes it; other pairs of numbers as they are."""
+    name, rows, columns, behind = found.groups()
+    return f"{'--grid ' * bool(name)}{rows}x{columns}" if name or behind else found[0]

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from ..analysis.layers import maps_of
+from ..layout import Layout
 from ..maps import AttentionMap
 from ..reading import check_not_empty
 from ..store import check_destination
@@ -46,6 +47,7 @@ def explore(
     *,
     query_tokens: Sequence[Any] | None = None,
     key_tokens: Sequence[Any] | None = None,
+    layout: Layout | None = None,
     grid: tuple[int, int] | None = None,
     prefix_tokens: int | Sequence[str] | None = None,
     batch: int | Sequence[int] | None = None,
@@ -73,7 +75,9 @@ def explore(
         image: the picture whose patches are the keys, and the queries too if there are as many: an array or tensor
             (height, width, channels) or (channels, height, width), of integers to 255 or floats to 1, or a PIL image.
         query_tokens, key_tokens: the words of one side alone, in cross-attention; `image` is then the other side.
-        grid: (rows, columns) of patches; None: the square that the tokens make, with or without a class token.
+        layout: what the tokens are; None: what the maps know of them, as those that `attention` records do.
+        grid: (rows, columns) of patches; None: what the maps know, or the only grid that suits the picture, or without
+            one the square that the tokens make, with or without a class token.
         prefix_tokens: how many tokens come before the patches, or their names.
         batch: which images or texts of the batch, one or several; None: all. For several, `tokens` and `image` are
             lists with one entry for each image or text of the whole batch.
@@ -105,8 +109,8 @@ def explore(
             queries,
             keys,
             **{name: values[at] for name, values in of_each.items()},
-            grid=grid,
-            prefix_tokens=prefix_tokens,
+            where={"layout": layout, "grid": grid, "prefix_tokens": prefix_tokens},
+            known=(_shared(layers, "query_layout", images[at]), _shared(layers, "layout", images[at])),
         )
         for at in range(len(images))
     ]
@@ -172,6 +176,12 @@ def _read_layers(maps: Any) -> list[AttentionMap]:
                 "+ explore(others)"
             )
     return layers
+
+
+def _shared(layers: Sequence[AttentionMap], name: str, image: int) -> Layout | None:
+    """The layout of an image's queries or keys, if all layers have the same."""
+    first: Layout | None = getattr(layers[0], name)
+    return None if first is None or any(getattr(layer, name) != first for layer in layers) else first.of(image)
 
 
 def _images(batch: int | Sequence[int] | None, size: int) -> list[int]:

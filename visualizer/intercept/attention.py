@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from ..errors import UnknownKeyError, did_you_mean, warn
 from ..instrument import check_max_bytes
+from ..layout import Layout
 from ..maps import AttentionMap, generated_maps, is_generation
 from ..store import Budget, Record, RecordedMaps, Saved, bytes_by_device, human, stacked
 from ..tensors import keeper
 from .axes import Output
 from .copies import AttentionCall, Copies, Copy
+from .layouts import Layouts
 from .watch import Watch
 
 
@@ -29,6 +31,8 @@ def attention(
     keep: Callable[[AttentionMap], Any] | None = None,
     gradients: bool = False,
     max_bytes: float | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
 ) -> Maps:
     """The attention weights of a model as it runs, whether its kernels make them or not.
 
@@ -55,6 +59,10 @@ def attention(
     where that does not tell, `axes_assumed` of the map says so. Several kernel calls in one call of a module are one
     map if the model puts their outputs together, as where it calls a kernel for each head, or for some of the queries.
 
+    Each map also knows what its tokens are, as far as the model and its input tell it: `maps[0].layout` has the grid of
+    patches, the class token and registers, windows, the padding of a text, and with a tokenizer its words. Plots,
+    analyses and the explorer ask it; docs/layout.md says what is known of which model.
+
     Each map is proven: some of its rows, times the values, must be what the kernel returned, as far as its type can
     tell. A map that is not the one that was used is not kept, and a warning says by how much it was wrong.
 
@@ -73,6 +81,8 @@ def attention(
             the output.
         max_bytes: how many bytes to keep on each device; None: a quarter of its memory; `math.inf`: no limit. When
             it is used up, nothing more is recorded, and one warning says so.
+        tokenizer, processor: the model's own, one of them, from which words are read: a tokenizer of transformers or
+            tokenizers, or a processor of transformers that has one.
 
     Returns:
         The maps, recorded inside its `with` block, or from its `start()` to its `stop()`. `maps[0]` is that of the
@@ -96,7 +106,13 @@ def attention(
     for layer in chosen or ():
         if isinstance(layer, bool) or not isinstance(layer, (int, str)):
             raise TypeError(f"layers are numbers or module paths, not {layer!r}")
-    return Maps(model, chosen, keep, gradients, max_bytes)
+    words = getattr(processor if tokenizer is None else tokenizer, "tokenizer", tokenizer)
+    if words is not None and not (hasattr(words, "convert_ids_to_tokens") or hasattr(words, "id_to_token")):
+        raise TypeError(
+            f"tokenizer is a {type(words).__name__}: pass one of transformers or tokenizers, which turns ids into "
+            "tokens"
+        )
+    return Maps(model, chosen, keep, gradients, max_bytes, words)
 
 
 @dataclass(slots=True)
@@ -119,6 +135,7 @@ class Maps(RecordedMaps, Sequence[Any]):
         keep: Callable[[AttentionMap], Any] | None,
         gradients: bool,
         max_bytes: float | None,
+        tokenizer: Any = None,
     ) -> None:
         self._model = (lambda: None) if model is None else weakref.ref(model)
         self._title = "attention" if model is None else f"attention of {type(model).__qualname__}"
@@ -131,6 +148,7 @@ class Maps(RecordedMaps, Sequence[Any]):
         self._lock = threading.RLock()  # a `keep` may run the model
         self._watch: Watch | None = None
         self._copies = Copies(gradients)
+        self._layouts = Layouts(tokenizer)
         self._doubted = set[str]()
         self._why_apart = dict[str, str]()
         self._postponed: list[str] = []
@@ -236,6 +254,11 @@ class Maps(RecordedMaps, Sequence[Any]):
     def call_arguments(self, name: str) -> list[Any]:
         """What the module calls under way were given by a keyword, the innermost call first; for a `keep` to ask."""
         return [] if self._watch is None else self._watch.call_arguments(name)
+
+    @property
+    def layout(self) -> Layout | None:
+        """What the tokens of the last map are, see `AttentionMap.layout`; None where nothing is known."""
+        return next((one.layout for one in reversed([*self]) if isinstance(one, AttentionMap) and one.layout), None)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -463,6 +486,8 @@ class Maps(RecordedMaps, Sequence[Any]):
                 )
             return None
         value = copy.map_of(output.order)
+        if self._watch is not None:
+            self._layouts.describe(value, self._watch.calls)
         return lambda: self._keep_map(path, value, copy.sizes)
 
     def _keep_map(self, path: str, value: Any, sizes: dict[str, int]) -> None:

@@ -28,11 +28,21 @@ class ModuleCall(NamedTuple):
 
 def inputs_of(call: ModuleCall) -> Iterator[tuple[str, Tensor]]:
     """The tensors of numbers that a module's call is given, with the names of the arguments."""
-    names = _argument_names(type(call.module).forward)
+    names = argument_names(call.module)
     for place, value in enumerate(call.args):
         yield from _tensors_in(names[min(place, len(names) - 1)] if names else str(place), value)
     for name, value in call.kwargs.items():
         yield from _tensors_in(name, value)
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """The names of the arguments that a module's calls take."""
+    return _argument_names(type(module).forward)
+
+
+def arguments_of(call: ModuleCall) -> dict[str, Any]:
+    """What a module's call was given, by the names of the arguments."""
+    return {**dict(zip(argument_names(call.module), call.args, strict=False)), **call.kwargs}
 
 
 def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

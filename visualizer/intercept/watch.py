@@ -193,8 +193,14 @@ class Watch:
 
     def call_arguments(self, name: str) -> list[Any]:
         """What the calls under way in this thread were given by that keyword, the innermost call first."""
+        return arguments_named(self.calls, name)
+
+    @property
+    def calls(self) -> Sequence[ModuleCall]:
+        """The calls under way in this thread, the outermost first; of a map that is being filed, those in which it was
+        made."""
         thread = self._thread
-        return arguments_named(thread.calls if thread.filing is None else thread.filing, name)
+        return thread.calls if thread.filing is None else thread.filing
 
     def _begin_call(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         thread = self._thread
