@@ -40,7 +40,7 @@ COMMANDS = (
         "[DINO](https://arxiv.org/abs/2104.14294); FOLDER has PASCAL VOC 2012",
     ),
     Command(
-        "retrieval mistralai/Mistral-7B-v0.2",
+        "retrieval mistral-community/Mistral-7B-v0.2",
         "heads 18-0 0.94, 12-7 0.93",
         "[Retrieval heads](https://arxiv.org/abs/2404.15574), over many texts and depths",
     ),
@@ -193,7 +193,14 @@ def main() -> None:
     parser.add_argument("model", help="its name on the hub")
     parser.add_argument("folder", nargs="?", type=Path, help="the data, for contacts and jaccard")
     options = parser.parse_args()
-    model, tokenizer = models.load(options.model)
+    if options.figure in ("contacts", "jaccard") and options.folder is None:
+        parser.error(f"{options.figure} needs a folder with the data")
+    if options.figure == "jaccard":  # a model of pictures has no tokenizer
+        import transformers
+
+        model, tokenizer = transformers.AutoModel.from_pretrained(options.model).eval(), None
+    else:
+        model, tokenizer = models.load(options.model)
     model.set_attn_implementation("sdpa")
     if options.figure == "induction":
         print(*best(induction(model, first=tokenizer.bos_token_id)), sep=", ")

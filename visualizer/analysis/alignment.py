@@ -97,14 +97,16 @@ def align(
     sequences = layers[0].shape[0]
     if not -sequences <= operator.index(batch) < sequences:
         raise IndexError(f"there is no batch {batch}: there are {sequences}")
+    wanted, kept = layers[0].query_indices(queries).cpu(), layers[0].key_indices(keys).cpu()
+    if not len(wanted) or not len(kept):
+        raise ValueError(f"there is nothing to align: {len(wanted)} queries and {len(kept)} keys are left")
     chosen = _found(layers, queries, keys, batch) if isinstance(heads, str) else _checked(heads, layers)
-    wanted = layers[0].query_indices(queries).cpu()
     total: Tensor | int = 0
+    of_layer: dict[int, Tensor] = {}  # one layer at a time
     for layer, head in chosen:
-        rows = layers[layer].rows(slice(None))[batch, head].double().cpu()  # (all queries, all keys)
-        rows = rows[:, layers[layer].key_indices(keys).cpu()]
-        if not len(wanted) or not rows.shape[1]:
-            raise ValueError(f"there is nothing to align: {len(wanted)} queries and {rows.shape[1]} keys are left")
+        if layer not in of_layer:
+            of_layer = {layer: layers[layer].rows(slice(None))[batch].cpu()}
+        rows = of_layer[layer][head][:, kept].double()  # (all queries, the chosen keys)
         rows = rows / rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
         deviation = rows.std(0, correction=0)
         rows = (rows - rows.mean(0)) / deviation.masked_fill(deviation == 0, 1)
