@@ -100,7 +100,9 @@ class _Lists:
     def of(self, tensor: Tensor) -> list[list[int]]:
         """The numbers of a tensor of two axes."""
         known = self._known.get(id(tensor))
-        version = -1 if tensor.is_inference() else tensor._version  # changes in place are counted, in inference not
+        version = (
+            -1 if tensor.is_inference() else getattr(tensor, "_version", -1)
+        )  # changes in place are counted, in inference not
         if known is None or known[0]() is not tensor or known[1] != version or version < 0:
             if len(self._known) > 8:
                 self._known.clear()

@@ -89,6 +89,11 @@ class _Node:
         self.frame = self.join = self.cut = self.key_sample = None
         self.sizes, self.axis = (), 0
 
+    def has_axes_of(self, tensor: Any) -> bool:
+        """Whether a tensor is the node's own, or a view of it with the same axes."""
+        own = self.reference()
+        return own is tensor or (own is not None and own.shape == tensor.shape and own.stride() == tensor.stride())
+
 
 class _Part(NamedTuple):
     """Some tokens of a tensor, one behind the other."""
@@ -158,8 +163,10 @@ class Provenance:
                     node.frame = self._frame(calls, len(calls) - 1)
                     node.key_sample = _sample(name_of(func), args)
                 elif role == _KEEP:
-                    node.join = next((known.join for known in parents if known.size == node.size), None)
-                elif role == _CUT and parents and parents[0].join is not None:
+                    given = [each for each in args if isinstance(each, Tensor) and each.shape == one.shape]
+                    same = (known for known in parents if any(map(known.has_axes_of, given)))
+                    node.join = next((known.join for known in same), None)
+                elif role == _CUT and parents and parents[0].join is not None and parents[0].has_axes_of(args[0]):
                     node.cut = _cut(args[0], one, parents[0].join)
 
     def note_layer(self, given: Sequence[Tensor], made: Tensor, has_product: bool) -> None:
