@@ -313,6 +313,15 @@ class TestWhatIsNoGeneration:
         with pytest.raises(ValueError, match=r"call 3 has no keys of those before it.*clear\(\)"):
             maps.generated()
 
+    @pytest.mark.parametrize("how", ["sdpa", "eager"])
+    @pytest.mark.parametrize("kind", [LLAMA, NARROW], ids=lambda one: one[0])
+    def test_tokens_that_were_taken_back(self, kind, how):
+        """As where the model guesses several tokens of its own prompt at a time, and keeps those that are right."""
+        ids = torch.tensor([[1, 2, 3, 1, 2]])
+        maps, _ = write(build(kind, how), torch.ones_like(ids), input_ids=ids, prompt_lookup_num_tokens=3)
+        with pytest.raises(ValueError, match="tokens were taken back"):
+            maps.generated()
+
     def test_passes_that_have_nothing_to_do_with_each_other(self, llama):
         with torch.no_grad(), attention(llama) as maps:
             llama(IDS)

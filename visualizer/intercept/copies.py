@@ -314,11 +314,8 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _sample(key: Tensor | None, lead: Sequence[int], keys: int) -> Tensor | None:
-    """A few numbers of each key, (texts, 1, keys, numbers), by which `generated` knows it again; see `AttentionMap`.
-
-    None of one text, which has no other to be taken for.
-    """
-    if key is None or key.ndim != 4 or len(lead) != 2 or key.shape[0] != lead[0] or key.shape[2] != keys or lead[0] < 2:
+    """A few numbers of each key, (texts, 1, keys, numbers), by which `generated` knows it again; see `AttentionMap`."""
+    if key is None or key.ndim != 4 or len(lead) != 2 or key.shape[0] != lead[0] or key.shape[2] != keys:
         return None
     return _copied(key[:, :1, :, :_SAMPLE])
 
