@@ -198,9 +198,10 @@ def main() -> None:
         line(f'reading a million numbers, keep="{keep}", a value, beside an append', read, 12)
         print(f"{'making a Record of each':66}{records:10.2f} x", flush=True)
         line("repr of them", shown, 1, "s")
-    few, many = functions(1000), functions(8000)
-    line("decorating 8,000 functions, beside 1,000", many[0] / few[0], 10)
-    line("capture of a list of 8,000 functions, beside 1,000", many[1] / few[1], 10)
+    rounds = [(*functions(1000), *functions(8000)) for _ in range(5)]
+    few_decorated, few_captured, decorated_all, captured_all = map(statistics.median, zip(*rounds, strict=True))
+    line("decorating 8,000 functions, beside 1,000", decorated_all / few_decorated, 10)
+    line("capture of a list of 8,000 functions, beside 1,000", captured_all / few_captured, 10)
     for shape in ((4,), (3, 4)) if torch is not None else ():
         saving, loading, share = files(shape)
         line(f"saving 10,000 arrays of shape {shape}", saving, 0.5, "s")

@@ -16,7 +16,7 @@ from visualizer import attention, explore
 from visualizer.models import dinov2_small, minilm, photo, prepare
 
 TEXT = "The cat sat on the mat because it was tired."
-PLACE = "#layer=11&head=4"
+PLACE = "#layer=11&head=4&query=0"
 SIZE = {"width": 1400, "height": 860}
 
 

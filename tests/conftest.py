@@ -49,15 +49,16 @@ def smollm2():
     return models.smollm2()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """What takes long to make is made in one process of those that run at a time, for all the tests that need it.
 
-    The notebooks begin first: each takes a minute or more, and at the end only one process would be at work.
+    Here, because xdist looks at the groups before `pytest_collection_modifyitems` of this file is called.
     """
+    for name in ("smollm2", "chromium"):
+        if name in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The notebooks begin first: some take a minute, and at the end only one process would be at work."""
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
-    for item in items:
-        if "smollm2" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("smollm2"))
-        elif "chromium" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("chromium"))

@@ -28,7 +28,7 @@ ENGINE = (
     "proof",
     "rewrite",
     "line_table",
-    "patches",
+    "swapped_code",
     "imports",
     "sites",
     "unwrapping",

@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention as by_another_name
 
 from visualizer import AttentionMap, UnknownKeyError, VisualizerWarning, attention, load
 from visualizer.intercept import copies, evidence, kernels
+from visualizer.intercept.modules import works_by_token
 
 
 class Heads(nn.Module):
@@ -71,6 +72,17 @@ def pair(depth=3):
     fused, opened = model_of(Fused, depth), model_of(Open, depth)
     opened.load_state_dict(fused.state_dict())
     return fused, opened
+
+
+def replica_of(model):
+    """As torch.nn.parallel.replicate makes one for each GPU."""
+    replica = copy.deepcopy(model)
+    for module in replica.modules():
+        module._is_replica = True
+        for name, parameter in [*module._parameters.items()]:
+            del module._parameters[name]
+            setattr(module, name, parameter.detach().clone())
+    return replica
 
 
 @pytest.fixture
@@ -396,6 +408,29 @@ class TestSeen:
                 thread.join()
         assert [len(maps.calls(path)) for path in maps.paths] == [4, 4, 4]
 
+    @pytest.mark.parametrize("kind", [Fused, Open])
+    def test_replicas_of_data_parallel(self, x, kind):
+        """Each runs in a thread of its own, and its parameters are plain tensors: layers are layers all the same."""
+        model = model_of(kind)
+        with torch.no_grad(), attention(model) as whole:
+            model(x)
+        with torch.no_grad(), attention(model) as maps:
+            for part in x.split(1):
+                thread = threading.Thread(target=replica_of(model), args=(part,))
+                thread.start()
+                thread.join()  # one after the other, for the order of the maps
+        assert [len(maps.calls(path)) for path in whole.paths] == [len(x)] * len(whole)
+        for path in whole.paths:
+            found = torch.cat([one.dense() for one in maps.calls(path)])
+            assert torch.allclose(found, whole[path].dense(), atol=1e-6)
+            assert {one.kind for one in maps.calls(path)} == {"self"}
+
+    def test_data_parallel_without_a_gpu(self, x):
+        model = nn.DataParallel(model_of())
+        with attention(model) as maps:
+            model(x)
+        assert maps.paths == ("0.attn", "1.attn", "2.attn")
+
     def test_submodules_called_on_their_own(self, x):
         model = model_of()
         with attention(model) as maps:
@@ -427,10 +462,150 @@ class TestSeen:
         assert len(maps) == 1
 
 
+class Norm(nn.Module):
+    """As in Llama: its code shows that nothing in it attends. What it is called with counts the modes meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.ones(8)), nn.Identity()
+
+    def forward(self, x):
+        return self.weight * self.inner(x) * x.pow(2).mean(-1, keepdim=True).rsqrt()
+
+
+class Counts(torch.nn.SiLU):
+    """One of torch's own layers, as far as its class says, that counts the modes."""
+
+    def forward(self, x):
+        modes.append(torch._C._len_torch_function_stack())
+        if errors:
+            raise errors.pop()
+        return x
+
+
+Counts.__module__ = "torch.nn.modules.activation"
+modes, errors = [], []
+
+
+class TestLayersInWhichNothingAttends:
+    """They run without the mode: each function that it sees costs more than most of these functions do."""
+
+    @pytest.fixture
+    def model(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm, self.attn = Norm(), Open()
+                self.norm.inner = Counts()
+
+            def forward(self, x):
+                return self.attn(self.norm(x))
+
+        modes.clear()
+        return Model()
+
+    def test_the_mode_is_there_before_and_behind(self, x, model):
+        with attention(model) as maps:
+            for _ in range(2):
+                model(x)
+        assert modes == [0, 0]
+        assert [(one.path, one.kind) for one in maps] == [("attn", "self")] * 2
+        assert torch.equal(maps[1].dense(), model.attn.weights)
+
+    def test_a_mode_of_the_user_s_stays(self, x, model):
+        with attention(model) as maps, torch.device("cpu"):
+            model(x)
+        assert modes == [2]
+        assert len(maps) == 1
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+    def test_an_error_in_one(self, x, model, error):
+        with attention(model) as maps:
+            errors.append(error)
+            with pytest.raises(error):
+                model(x)
+            model(x)
+        assert modes == [0, 0]
+        assert torch._C._len_torch_function_stack() == 0
+        assert [one.path for one in maps] == ["attn"]
+
+    def test_a_hook_of_the_user_s_may_attend(self, x, model):
+        handle = model.norm.register_forward_hook(lambda module, args, output: Open()(output))
+        with attention(model) as maps:
+            model(x)
+        handle.remove()
+        assert [one.path for one in maps][-1:] == ["attn"]
+        assert len(maps) == 2
+
+    def test_another_forward_of_an_object(self, x, model):
+        own = model.norm.forward
+        with attention(model) as maps:
+            model(x)
+            model.norm.forward = lambda y: own(y) + (y @ y.mT).softmax(-1) @ y
+            model(x)
+        assert [one.path for one in maps] == ["attn", "norm", "attn"]
+
+    def test_a_layer_of_what_was_attended_tells_the_heads(self, x):
+        """As BERT's output: it is given what the heads made."""
+
+        class Output(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.dense = nn.Linear(8, 8)
+
+            def forward(self, x, y):
+                return self.dense(x) + y
+
+        class Layer(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.own, self.output = Open(), Output()
+
+            def forward(self, x):
+                return self.output(self.own(x), x)
+
+        model = Layer()
+        assert works_by_token(model.output)
+        with attention(model) as maps:
+            model(x)
+        assert (maps[0].shape, maps[0].axes_assumed) == ((2, 2, 5, 5), False)
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "x @ x.mT",
+            "x.matmul(x.mT)",
+            "torch.matmul(x, x.mT)",
+            "attend(x)",
+            "self.attend(x)",
+            "self.function(x)",
+            "(lambda y: y)(x)",
+            "torch.nn.functional.scaled_dot_product_attention(x, x, x)",
+            "self.inner(x).softmax(-1)",
+        ],
+    )
+    def test_code_that_may_attend(self, body):
+        space = {"torch": torch, "attend": lambda x: x}
+        exec(f"def forward(self, x): return {body}", space)
+        layer = type("Layer", (nn.Module,), {"forward": space["forward"], "attend": lambda self, x: x})()
+        layer.function, layer.inner = lambda x: x, nn.Linear(8, 8)
+        assert not works_by_token(layer)
+
+    def test_a_layer_with_another_in_it(self):
+        norm = Norm()
+        assert works_by_token(norm)
+        norm.inner = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+        assert works_by_token(norm)
+        norm.inner = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+        assert not works_by_token(norm)
+
+
 class TestTold:
     def test_linear_attention_has_no_map(self, x):
         model = nn.Sequential(Block(Fused), Block(LinearAttention), Block(LinearAttention))
-        with pytest.warns(VisualizerWarning, match=r"LinearAttention \('1.attn' and 1 more\) ran, but no softmax"):
+        with pytest.warns(
+            VisualizerWarning, match=r"LinearAttention \('1.attn' and 1 more\) ran, .* softmax over features"
+        ):
             with attention(model) as maps:
                 model(x)
         assert maps.paths == ("0.attn",)

@@ -148,6 +148,25 @@ def test_windows_are_batch(order):
     assert not maps[0].axes_assumed
 
 
+class Experts(Layer):
+    """As JetMoE: each token asks two experts, whose queries are heads, and whose outputs go their own ways."""
+
+    def attend(self, x):
+        q, k, v = self.factors(x)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        rows = out.reshape(B, N, 2, H // 2 * D).flatten(0, 2)
+        each = torch.stack([F.linear(rows[expert::2], self.proj.weight[:, : H // 2 * D]) for expert in range(2)], 1)
+        return F.pad(each.sum(1).view(B, N, 8), (0, H * D - 8))
+
+
+def test_experts_are_heads():
+    model = Experts()
+    with attention(model) as maps:
+        model(torch.randn(B, N, 8))
+    assert torch.allclose(maps[0].dense(), model.weights, atol=1e-6)
+    assert not maps[0].axes_assumed
+
+
 def test_attention_over_channels():
     """As XCiT: the features are the queries, and heads join them there."""
 

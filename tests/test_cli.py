@@ -1,11 +1,15 @@
 """The command itself: its parser, its exit status, and what it imports."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+import visualizer
 from visualizer import cli
 
 ROOT = Path(__file__).parent.parent
@@ -13,7 +17,15 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [([], "COMMAND"), (["dem"], "invalid choice"), (["demo", "--colour", "red"], "--colour")],
+    [
+        ([], "COMMAND"),
+        (["dem"], "invalid choice"),
+        (["plto"], "did you mean 'plot'?"),
+        (["demo", "--colour", "red"], "--colour"),
+        (["explore", "x", "--titel", "y"], "did you mean '--title'? (see visualizer explore --help)"),
+        (["run", "--at", "asign", "x.py"], "did you mean 'assign'?"),
+        (["plot", "x", "--style", "masc"], "did you mean 'mask'?"),
+    ],
 )
 def test_a_wrong_argument_is_one_line_and_status_2(arguments, said, capsys):
     assert 2 == cli.main(arguments)
@@ -22,6 +34,12 @@ def test_a_wrong_argument_is_one_line_and_status_2(arguments, said, capsys):
     assert said in printed.err
     assert printed.err.startswith("visualizer: ")
     assert 1 == printed.err.count("\n")
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert (0, f"visualizer {visualizer.__version__}\n") == (end.value.code, capsys.readouterr().out)
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch, tmp_path, capsys):
@@ -38,6 +56,24 @@ def test_an_error_of_our_own_is_no_wrong_argument(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ZeroDivisionError):
         cli.main(["demo"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["doctor"], ["stats", "--model", "vit_tiny_patch16_224", "--images", "."]])
+def test_a_package_that_is_broken_is_one_line_and_what_fits(arguments, tmp_path):
+    """As where torch was updated alone: timm cannot be imported, because torchvision cannot."""
+    for name, code in (("timm", "import torchvision"), ("torchvision", "raise RuntimeError('no operator nms')")):
+        (tmp_path / "site-packages" / name).mkdir(parents=True)
+        (tmp_path / "site-packages" / name / "__init__.py").write_text(code)
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    around = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site-packages"), str(ROOT)])}
+    command = [sys.executable, "-m", "visualizer", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=around, capture_output=True, text=True)
+    assert done.returncode == (1 if arguments == ["doctor"] else 2), done.stderr
+    minor = torch.__version__.split(".")[1]
+    for said in ("imports, and cannot be imported: RuntimeError: no operator nms", f"0.{int(minor) + 15}.*"):
+        assert said in done.stderr
+    assert 1 == done.stderr.count("\n")
 
 
 def test_python_m_visualizer_is_the_same_command():

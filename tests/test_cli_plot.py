@@ -76,6 +76,33 @@ def test_distance_and_entropy_have_a_dot_for_each_head(folder, drawn):
         assert figure.axes[0].get_ylabel().endswith(unit)
 
 
+def test_colours_style_and_dots_per_inch_are_the_users(folder, drawn):
+    head = ["plot", "text.safetensors", "--kind", "head", "--layer", "0", "--head", "0"]
+    assert 0 == cli.main([*head, "--cmap", "gray_r", "--dpi", "50", "-o", "a.png"])
+    assert 0 == cli.main([*head, "--dpi", "100", "-o", "b.png"])
+    assert ["gray_r", "viridis"] == [figure.axes[0].images[0].get_cmap().name for figure in drawn]
+    with Image.open("a.png") as small, Image.open("b.png") as large:
+        assert (2 * small.width, 2 * small.height) == large.size
+    query = ["plot", "picture.safetensors", "--kind", "query", "--query", "2,1", "--image", "photo.png"]
+    assert 0 == cli.main([*query, "--style", "mask"])
+    assert 0 == cli.main(query)
+    masked, overlaid = (figure.axes[0].images[-1].get_array() for figure in drawn[2:])
+    assert not np.array_equal(masked, overlaid)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_grey_pictures_of_more_bits_are_not_white(mode, folder, drawn):
+    with Image.open("photo.png") as picture:
+        grey = np.asarray(picture.convert("L"))
+    wider = {"I;16": np.uint16(grey) * 257, "I": np.int32(grey) * 257, "F": np.float32(grey) / 255}[mode]
+    Image.fromarray(wider).save("wide.tiff")
+    Image.fromarray(grey).save("grey.png")
+    for name in ("wide.tiff", "grey.png"):
+        assert 0 == cli.main(["plot", "picture.safetensors", "--kind", "class-token", "--image", name])
+    wide, narrow = (figure.axes[0].images[-1].get_array() for figure in drawn)
+    np.testing.assert_allclose(wide, narrow, atol=1)
+
+
 def test_patterns_are_those_of_the_analysis(folder, drawn):
     assert 0 == cli.main(["plot", "text.safetensors", "--kind", "patterns"])
     labels = analysis.head_patterns(load("text.safetensors")["attend"], TOKENS).labels.ravel().tolist()
@@ -97,6 +124,12 @@ def test_what_is_odd_about_the_maps_is_one_plain_line(tmp_path, monkeypatch, cap
 
 WRONG = [
     (["plot", "text.safetensors", "--kind", "headz"], "invalid choice: 'headz'"),
+    (["plot", "text.safetensors", "--kind", "headz"], "did you mean 'head'?"),
+    (["plot", "text.safetensors", "--layer", "meen"], "did you mean 'mean'?"),
+    (["plot", "text.safetensors", "--cmap", "viridiz"], "no colour map 'viridiz'; did you mean 'viridis'?"),
+    (["plot", "text.safetensors", "--dpi", "many"], "'many' is not a number of dots per inch"),
+    (["plot", "text.safetensors", "--kind", "entropy", "--cmap", "gray"], "has no use for --cmap"),
+    (["plot", "text.safetensors", "--key", "atend"], "did you mean 'attend'?"),
     (
         ["plot", "text.safetensors", "--kind", "head", "--layer", "0"],
         "there are 2 heads and none is chosen: pass --head",

@@ -257,6 +257,18 @@ def test_a_local_of_every_module_is_what_capture_gives(tmp_path):
     ]
 
 
+def test_every_value_that_is_assigned(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "from torch import nn\nclass Twice(nn.Module):\n    def forward(self, x):\n        for _ in range(2):\n"
+        "            x = x * 2\n        return x\nTwice()(1)\n"
+    )
+    done = run("--var", "x", "--at", "assign", "-o", "x.safetensors", "script.py", folder=tmp_path)
+    assert 0 == done.returncode, done.stderr
+    assert [[2, 4]] == list(load(tmp_path / "x.safetensors").values())
+    done = run("--at", "assign", "script.py", folder=tmp_path)
+    assert 2 == done.returncode and "--at goes with --var" in done.stderr
+
+
 def test_several_locals_and_a_limit(tmp_path):
     (tmp_path / "script.py").write_text(f"{MODEL}\nmodel(x)\nmodel(2 * x)")
     assert 0 == run("--var", "attn", "--var", "scores", "--limit", "1", "script.py", folder=tmp_path).returncode

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -176,7 +177,7 @@ def test_info(folder, capsys):
 def drawn(monkeypatch):
     """The figures that were saved, while they are open."""
     figures = []
-    monkeypatch.setattr(cli.plot, "save", lambda figure, path: (figures.append(figure), figure.savefig(path)))
+    monkeypatch.setattr(cli.plot, "save", lambda figure, path, dpi: (figures.append(figure), figure.savefig(path)))
     yield figures
     from matplotlib import pyplot as plt
 
@@ -257,6 +258,13 @@ def test_wrong_use_is_one_line_and_status_2(arguments, said, folder, capsys):
     printed = capsys.readouterr()
     assert ("", 1) == (printed.out, printed.err.count("\n"))
     assert said in printed.err
+
+
+def test_a_model_of_speech_is_refused(folder, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load", lambda name: (torch.nn.Linear(1, 1), SimpleNamespace(feature_extractor=None)))
+    (folder / "texts.txt").write_text("A cat.")
+    assert cli.main(["stats", "--model", "whisper-tiny", "--texts", "texts.txt"]) == 2
+    assert "whisper-tiny hears speech" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

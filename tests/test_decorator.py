@@ -261,7 +261,7 @@ class TestSwitching:
 
     def test_a_refused_decoration_while_active_leaves_no_trace(self, gl, monkeypatch):
         gl.activate()
-        module = sys.modules["visualizer.instrument.patches"]
+        module = sys.modules["visualizer.instrument.swapped_code"]
         real = module.rewrite_for
 
         def refuse(code, captures):

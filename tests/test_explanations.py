@@ -1,8 +1,9 @@
 """What users are told when a local cannot be captured: what is wrong, where, and what to do. Nothing changes."""
 
 import pytest
+import torch
 
-from visualizer import UnknownLocalError
+from visualizer import UnknownLocalError, capture
 from visualizer.instrument import GetLocal
 
 
@@ -12,6 +13,52 @@ def gl():
     own = GetLocal()
     yield own
     own.deactivate()
+
+
+def test_a_local_of_a_function_inside():
+    def outer(x):
+        def inner(y):
+            secret = y + x
+            return secret
+
+        return inner
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return sum(part + 1 for part in x)
+
+    line = outer.__code__.co_firstlineno
+    with pytest.raises(UnknownLocalError) as caught:
+        capture(outer, "secret")
+    for part in (f"defines inner in line {line + 1}, which has 'secret'", "@get_local('secret') above that def"):
+        assert part in str(caught.value)
+    inner = outer(1)
+    with capture(inner, "secret") as found:  # as the message says
+        inner(2)
+    assert [[3]] == list(found.values())
+    with pytest.raises(UnknownLocalError, match=r"Model\.forward has a genexpr in line \d+, which has 'part'"):
+        capture(Model(), "part")
+    with pytest.raises(UnknownLocalError) as caught:
+        capture(outer, "nothing")
+    assert "defines" not in str(caught.value)
+
+
+def test_an_object_with_methods():
+    class Means:
+        def fit(self, x):
+            labels = x + 1
+            return self
+
+    means = Means()
+    with pytest.raises(TypeError, match=r"'labels' is a local of \.fit: pass that method.*or its class .*Means"):
+        capture(means, "labels")
+    with capture(means.fit, "labels") as found:
+        means.fit(1), Means().fit(5)
+    assert [[2]] == list(found.values())
+    with pytest.raises(TypeError, match=r"no method of it has a local 'lables'; did you mean 'labels'\?"):
+        capture(means, "lables")
+    with pytest.raises(TypeError, match=r"3 has no Python code to capture from$"):
+        capture(3, "x")
 
 
 @pytest.mark.parametrize("active", [False, True], ids=["off", "on"])

@@ -250,7 +250,7 @@ class TestHostileText:
     def test_labels_are_visible_and_short(self):
         labels = described(explore(random_maps(12, 12), HOSTILE))["examples"][0]["sides"][0]["labels"]
         assert "right‹202E›to left‹2066›" == labels[4]
-        assert "nul␀tab␉line␊feed‹2028›" == labels[5]
+        assert "nul␀tab⇥line⏎feed‹2028›" == labels[5]
         assert ["‹D800›", "‹empty›", "␣␣␣"] == labels[6:9]
         assert "x" * 200 + "… (10000 characters)" == labels[11]
         assert HOSTILE[10] == labels[10]
@@ -323,7 +323,7 @@ class Tab:
 
     def patch(self, row, column, grid):
         """The place of a patch on the screen."""
-        frame = self.page.locator("canvas.patches").bounding_box()
+        frame = self.page.locator("canvas.patches").first.bounding_box()
         x = frame["x"] + (column + 0.5) / grid[1] * frame["width"]
         return x, frame["y"] + (row + 0.5) / grid[0] * frame["height"]
 
@@ -391,7 +391,7 @@ class TestNumbers:
         tab.keys("w")
         column = maps[0, 0, 1, :, 2]
         assert [WORDS[query] for query in np.argsort(-column)[:6]] == [name for name, _ in tab.top()]
-        assert "Who attends to cat" in tab.text("#readout")
+        assert "Who attends to “cat”" in tab.text("#readout")
         assert "Top queries" == tab.text("#top-title")
 
     @pytest.mark.parametrize("side", ["query", "key"])
@@ -429,9 +429,12 @@ class TestNumbers:
         maps = np.tril(np.ones((5, 5)), -1)
         maps[1:] /= maps[1:].sum(-1, keepdims=True)
         tab = open_page(explore(maps))
-        assert [] == tab.top()
-        tab.keys("ArrowRight")
+        assert 4 == tab.state()["tokens"][0]
+        tab.keys("ArrowLeft", "ArrowLeft", "ArrowLeft")
         assert [("0", "1.000")] == tab.top()
+        tab.keys("ArrowLeft")
+        assert [] == tab.top()
+        assert "What token 0 attends to" in tab.text("#readout")
 
 
 @needs_browser
@@ -439,12 +442,12 @@ class TestPointerAndKeys:
     def test_pointing_previews_and_clicking_keeps(self, open_page):
         tab = open_page(explore(random_maps(2, 1, 3, 7, 7), WORDS))
         tab.word(2).hover()
-        assert "What cat attends to" in tab.text("#readout")
+        assert "What “cat” attends to" in tab.text("#readout")
         tab.page.mouse.move(5, 5)
-        assert "What [CLS] attends to" in tab.text("#readout")
+        assert "What “it” attends to" in tab.text("#readout")
         tab.word(2).click()
         tab.page.mouse.move(5, 5)
-        assert "What cat attends to" in tab.text("#readout")
+        assert "What “cat” attends to" in tab.text("#readout")
         assert [2] == tab.state()["tokens"]
 
     def test_tokens_add_up_to_their_mean(self, open_page):
@@ -454,7 +457,7 @@ class TestPointerAndKeys:
         tab.page.mouse.move(5, 5)
         mean = maps[0, 0, 1, [1, 5]].mean(0)
         assert [WORDS[key] for key in np.argsort(-mean)[:6]] == [name for name, _ in tab.top()]
-        assert "What the + it attend to, in the mean" in tab.text("#readout")
+        assert "What “the” + “it” attend to, in the mean" in tab.text("#readout")
         tab.word(1).click(modifiers=["Shift"])
         assert [5] == tab.state()["tokens"]
         tab.keys("a")
@@ -466,9 +469,10 @@ class TestPointerAndKeys:
     def test_keys_do_what_the_help_says(self, open_page):
         tab = open_page(explore(random_maps(3, 1, 4, 7, 7), WORDS))
         start = tab.state()
-        assert (2, 0, [0]) == (start["layer"], start["head"], start["tokens"])
+        assert (2, "mean", [5]) == (start["layer"], start["head"], start["tokens"])
+        tab.keys("m")
         for keys, name, expected in [
-            (["ArrowRight", "ArrowRight"], "tokens", [2]),
+            (["c", "ArrowRight", "ArrowRight"], "tokens", [2]),
             (["ArrowLeft"], "tokens", [1]),
             (["["], "layer", 1),
             (["[", "["], "layer", 0),
@@ -516,7 +520,7 @@ class TestPointerAndKeys:
         tab.page.mouse.move(*place)
         assert "layer 1, head 2" in tab.text("#readout")
         tab.page.mouse.move(5, 5)
-        assert "layer 2, head 0" in tab.text("#readout")
+        assert "layer 2, mean of 4 heads" in tab.text("#readout")
         tab.page.mouse.click(*place)
         assert (1, 2) == (tab.state()["layer"], tab.state()["head"])
         tab.page.mouse.click(frame["x"] + 24 + 4.7 * cell[0], place[1])
@@ -534,7 +538,7 @@ class TestPointerAndKeys:
 
         tab.keys("h")
         assert [True, False, False, True] == [is_bright(head, 2, key) for head in (0, 1) for key in (2, 5)]
-        tab.keys("s", "ArrowRight")
+        tab.keys("s", "c", "ArrowRight")
         assert [False, True] == [is_bright(1, 6, key) for key in (6, 1)]
         tab.keys("h")
         assert not tab.state()["whole"]
@@ -546,7 +550,7 @@ class TestPointerAndKeys:
         side = 0.3 * frame["width"] / 7
         tab.page.mouse.move(frame["x"] + frame["width"] - side, frame["y"] + frame["height"] - side)
         caption = tab.text("#matrix-caption")
-        assert caption.startswith("[SEP] → [SEP]: ")
+        assert caption.startswith("“[SEP]” → “[SEP]”: ")
         assert abs(float(caption.split(": ")[1].removeprefix("≈ ")) / maps[0, 0, 0, 6, 6] - 1) < 0.06
 
     def test_lists_and_search_choose(self, open_page):
@@ -556,6 +560,7 @@ class TestPointerAndKeys:
         assert (1, "mean") == (tab.state()["layer"], tab.state()["head"])
         tab.keys("m", "/")
         assert 0 == tab.state()["head"], "keys work while a list has the focus"
+        tab.page.evaluate("explorer.state.tokens = [0]")
         tab.page.keyboard.type("t")
         assert [1, 2, 3, 5] == tab.page.evaluate(
             "[...document.querySelectorAll('.found')].map(one => +one.dataset.token)"
@@ -574,13 +579,13 @@ class TestPointerAndKeys:
         tab.page.wait_for_selector("#app:not([hidden])")
         assert before == tab.state()
         nonsense = open_page(explore(random_maps(3, 1, 4, 7, 7), WORDS), "#layer=99&head=x&query=-1 3 900&example=7")
-        assert (2, 0, [3]) == tuple(nonsense.state()[name] for name in ("layer", "head", "tokens"))
+        assert (2, "mean", [3]) == tuple(nonsense.state()[name] for name in ("layer", "head", "tokens"))
 
     def test_several_examples(self, open_page):
         text = explore(random_maps(3, 1, 4, 7, 7), WORDS, title="a text")
         tab = open_page(text + explore(random_maps(2, 1, 2, 17, 17, seed=1), grid=(4, 4), title="<b>picture</b>"))
         assert ["a text", "<b>picture</b>"] == tab.page.locator("#example option").all_inner_texts()
-        tab.keys("]", ".", ".", ".", "ArrowRight")
+        tab.keys("m", "]", ".", ".", ".", "ArrowRight")
         tab.choose_example(1)
         assert "What CLS attends to · layer 1, head 1" in tab.text("#readout")
         maps = random_maps(2, 1, 2, 17, 17, seed=1)
@@ -614,10 +619,134 @@ class TestPointerAndKeys:
         one, two = (explore(random_maps(3, 1, 4, 7, 7, seed=seed), WORDS) for seed in (0, 1))
         tab = open_page(one + two, "#layer=1&head=2&query=3")
         tab.choose_example(1)
-        assert "What sat attends to · layer 1, head 2" in tab.text("#readout")
+        assert "What “sat” attends to · layer 1, head 2" in tab.text("#readout")
         np.testing.assert_allclose(
             random_maps(3, 1, 4, 7, 7, seed=1)[1, 0, 2, 3], tab.weights(1, 2, 3), rtol=0.016, atol=1e-4
         )
+
+
+def sunk(queries, heads=3):
+    """Maps of a decoder whose first token gets nine tenths of all attention."""
+    weights = np.tril(random_maps(2, 1, heads, queries, queries, spread=1))
+    weights[..., 0] = 0
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-9) * 10
+    weights[..., 0] = 1 - weights[..., 1:].sum(-1)
+    return weights
+
+
+@needs_browser
+class TestOpening:
+    def test_a_decoder_opens_on_its_last_token(self, open_page):
+        tab = open_page(explore(sunk(7), [*WORDS[1:], "."]))
+        assert (1, "mean", [6]) == tuple(tab.state()[name] for name in ("layer", "head", "tokens"))
+
+    def test_never_on_a_row_that_is_one_number(self, open_page):
+        maps = random_maps(1, 1, 2, 7, 7)
+        maps[..., 3:, :] = np.eye(7)[3:]
+        assert [2] == open_page(explore(maps, WORDS)).state()["tokens"]
+
+    def test_a_picture_without_a_class_token_opens_on_its_middle(self, open_page):
+        tab = open_page(explore(random_maps(25, 25), grid=(5, 5)))
+        assert "What patch (2, 2) attends to" in tab.text("#readout")
+
+    def test_layers_keep_their_own_numbers(self, open_page):
+        layers = [AttentionMap(random_maps(1, 2, 7, 7, seed=seed), path=f"blocks.{seed}.attn") for seed in range(12)]
+        tab = open_page(explore(layers[-3:], WORDS), "#layer=10")
+        assert ["9", "10", "11"] == tab.page.locator("#layer option").all_inner_texts()
+        assert "layer 10, mean of 2 heads (blocks.10.attn)" in tab.text("#readout")
+        tab.keys("]")
+        assert "layer=11&" in tab.page.evaluate("location.hash")
+
+    def test_the_scale_leaves_out_a_sink(self, open_page):
+        tab = open_page(explore(sunk(60), [f"w{number}" for number in range(60)]))
+        labels = [tab.page.get_attribute(f"{place} .legend", "aria-label") for place in (".side", "#heads", "#map")]
+        for label in labels:
+            top = float(re.search(r"to ([\d.]+) and more", label)[1])
+            assert 0.01 < top < 0.1, label
+
+
+@needs_browser
+class TestLines:
+    def drawn(self, tab):
+        """How much of the lines' canvas is drawn on."""
+        tab.frames()
+        return tab.page.evaluate(
+            """() => {
+                const canvas = document.getElementById("lines-canvas");
+                const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+                return data.reduce((sum, value, i) => sum + (i % 4 === 3 && value > 0), 0);
+            }"""
+        )
+
+    def test_heads_are_drawn_and_left_out(self, open_page):
+        tab = open_page(explore(random_maps(1, 1, 3, 7, 7), WORDS))
+        whole = self.drawn(tab)
+        tab.page.click("#line-heads button:nth-child(2)")
+        assert [0, 2] == tab.state()["lines"]
+        assert self.drawn(tab) < whole
+        tab.page.dblclick("#line-heads button:nth-child(1)")
+        assert [0] == tab.state()["lines"]
+        assert ["true", "false", "false"] == [
+            tab.page.get_attribute(f"#line-heads button:nth-child({head})", "aria-pressed") for head in (1, 2, 3)
+        ]
+        tab.page.reload()
+        tab.page.wait_for_selector("#app:not([hidden])")
+        assert [0] == tab.state()["lines"]
+        tab.page.get_by_role("button", name="All", exact=True).click()
+        assert whole == self.drawn(tab)
+
+    def test_its_columns_choose_queries_and_keys(self, open_page):
+        tab = open_page(explore(random_maps(1, 1, 3, 7, 7), WORDS))
+        frame = tab.page.locator("#lines-canvas").bounding_box()
+        tab.page.mouse.move(frame["x"] + 20, frame["y"] + 20 + 2.5 * 20)
+        assert "What “cat” attends to" in tab.text("#readout")
+        tab.page.mouse.click(frame["x"] + frame["width"] - 20, frame["y"] + 20 + 3.5 * 20)
+        assert (1, [3]) == (tab.state()["side"], tab.state()["tokens"])
+
+    def test_pictures_and_long_texts_have_none(self, open_page):
+        for explorer in (explore(random_maps(17, 17), grid=(4, 4)), explore(random_maps(60, 60))):
+            assert not open_page(explorer).page.locator("#lines").is_visible()
+
+
+@needs_browser
+class TestComparing:
+    def test_two_examples_stand_side_by_side_with_their_difference(self, open_page):
+        one, two = (random_maps(2, 1, 3, 7, 7, seed=seed) for seed in (0, 1))
+        third = explore(random_maps(9, 9), title="of another length")
+        tab = open_page(
+            explore(one, WORDS, title="plain") + explore(two, [*WORDS[:2], "dog", *WORDS[3:]], title="tuned") + third,
+            "#head=1&layer=1&query=4",
+        )
+        assert ["nothing", "tuned"] == tab.page.locator("#with option").all_inner_texts()
+        tab.page.select_option("#with", "1")
+        tab.page.wait_for_selector("h2.view")
+        assert ["plain", "tuned", "Difference: tuned − plain"] == tab.page.locator("h2.view").all_inner_texts()
+        difference = two[1, 0, 1, 4] - one[1, 0, 1, 4]
+        order = np.argsort(-abs(difference))[:6]
+        assert [WORDS[key].replace("cat", "cat / dog") for key in order] == [name for name, _ in tab.top()]
+        for (_, value), key in zip(tab.top(), order, strict=True):
+            shown = [float(part.replace("≈", "")) for part in value.split("→")]
+            np.testing.assert_allclose([one[1, 0, 1, 4, key], two[1, 0, 1, 4, key]], shown, rtol=0.06, atol=5e-3)
+        for place in (".sides", ".column > section:nth-child(3)", ".column > section:nth-child(4)"):
+            labels = [
+                tab.page.locator(f"{place} .legend").nth(view).get_attribute("aria-label").replace(" and more", "")
+                for view in range(3)
+            ]
+            assert labels[0] == labels[1], "one scale"
+            assert "difference of weights: -" in labels[2]
+        tab.page.reload()
+        tab.page.wait_for_selector("h2.view")
+        assert 1 == tab.state()["with"]
+        tab.page.select_option("#with", "")
+        tab.page.wait_for_selector("h2.view", state="detached")
+        assert tab.page.locator("#lines").is_visible()
+
+    def test_pictures_too(self, open_page):
+        one, two = (explore(random_maps(2, 1, 3, 17, 17, seed=seed), grid=(4, 4)) for seed in (0, 1))
+        tab = open_page(one + two, "#with=1")
+        assert 3 == tab.page.locator("canvas.patches").count()
+        tab.page.mouse.move(*tab.patch(1, 2, (4, 4)))
+        assert "What patch (1, 2) attends to" in tab.text("#readout")
 
 
 def colour_at(tab, x, y):
@@ -637,7 +766,7 @@ class TestPicture:
 
     def test_pointing_at_a_patch_asks_for_it(self, open_page):
         maps = random_maps(2, 1, 2, 17, 17)
-        tab = open_page(explore(maps, image=np.zeros((40, 40, 3), np.uint8)))
+        tab = open_page(explore(maps, image=np.zeros((40, 40, 3), np.uint8)), "#head=0")
         tab.page.mouse.move(*tab.patch(1, 2, (4, 4)))
         assert "What patch (1, 2) attends to" in tab.text("#readout")
         row = maps[1, 0, 0, 1 + 4 + 2]
@@ -658,7 +787,7 @@ class TestPicture:
     def test_words_that_attend_to_a_picture_and_back(self, open_page):
         maps = random_maps(2, 1, 3, 4, 16, spread=1)
         words = ["a", "red", "fox", "."]
-        tab = open_page(explore(maps, query_tokens=words, image=np.zeros((40, 40, 3), np.uint8)))
+        tab = open_page(explore(maps, query_tokens=words, image=np.zeros((40, 40, 3), np.uint8)), "#head=0")
         tab.word(2).hover()
         row = maps[1, 0, 0, 2]
         best = int(row.argmax())
@@ -671,7 +800,7 @@ class TestPicture:
     def test_a_picture_that_attends_to_words(self, open_page):
         maps = random_maps(2, 1, 3, 16, 4)
         words = ["a", "red", "fox", "."]
-        tab = open_page(explore(maps, key_tokens=words, image=np.zeros((40, 40, 3), np.uint8)))
+        tab = open_page(explore(maps, key_tokens=words, image=np.zeros((40, 40, 3), np.uint8)), "#head=0")
         tab.page.mouse.move(*tab.patch(3, 1, (4, 4)))
         row = maps[1, 0, 0, 13]
         assert [words[key] for key in np.argsort(-row)] == [name for name, _ in tab.top()]
@@ -679,20 +808,28 @@ class TestPicture:
 
 @needs_browser
 class TestFiles:
-    def test_csv_has_the_weights_in_every_head(self, open_page, tmp_path):
+    def test_csv_names_each_weight_and_says_how_exact_it_is(self, open_page, tmp_path):
         maps = random_maps(2, 1, 3, 12, 12)
-        tab = open_page(explore(maps, HOSTILE), "#query=3")
+        tab = open_page(
+            explore([AttentionMap(maps[n], path=f"blocks.{n + 4}.attn") for n in (0, 1)], HOSTILE), "#query=3"
+        )
         with tab.page.expect_download() as download:
             tab.page.click("#csv")
         download.value.save_as(tmp_path / "a.csv")
         with open(tmp_path / "a.csv", encoding="utf-8", newline="") as file:
-            names, *rows = csv.reader(file)
-        assert ["index", "key", "layer 0 head 0", "layer 0 head 1"] == names[:4]
-        np.testing.assert_allclose(
-            maps[:, 0, :, 3].reshape(6, 12).T, np.array(rows)[:, 2:].astype(float), rtol=0.016, atol=5e-4
-        )
-        assert HOSTILE[1] == rows[1][1]
-        assert rows[9][1].startswith("'="), "no spreadsheet takes it for a formula"
+            rows = list(csv.DictReader(file))
+        assert [("4", "0", "3", "0"), ("5", "2", "3", "11")] == [
+            tuple(rows[at][name] for name in ("layer", "head", "query_index", "key_index")) for at in (0, -1)
+        ]
+        assert {HOSTILE[3]} == {row["query"] for row in rows}
+        assert HOSTILE[1] == rows[1]["key"]
+        assert rows[9]["key"].startswith("'="), "no spreadsheet takes it for a formula"
+        true, shown = maps[:, 0, :, 3].ravel(), np.array([float(row["weight"]) for row in rows])
+        is_exact = np.array([row["accuracy"] == "exact" for row in rows])
+        assert 6 * 6 == is_exact.sum()
+        np.testing.assert_array_equal(true[is_exact], shown[is_exact].astype(np.float32))
+        np.testing.assert_allclose(true, shown, rtol=0.016, atol=5e-4)
+        assert {"within 1.5 %"} == {row["accuracy"] for row in rows if row["accuracy"] != "exact"}
 
     @pytest.mark.parametrize("kind", ["words", "patches", "cross"])
     @pytest.mark.slow
@@ -765,7 +902,7 @@ class TestSafety:
         frame = tab.frame_locator("iframe")
         frame.locator("#app:not([hidden])").wait_for()
         frame.locator(".words > span[data-token='2']").click()
-        assert "What cat attends to" in frame.locator("#readout").inner_text()
+        assert "What “cat” attends to" in frame.locator("#readout").inner_text()
         assert "allow-scripts allow-downloads" == tab.locator("iframe").get_attribute("sandbox")
         assert [] == errors
         context.close()
@@ -811,6 +948,21 @@ class TestLook:
             tab.page.wait_for_timeout(100)
             assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
 
+    @pytest.mark.parametrize("kind", ["words", "patches"])
+    def test_no_column_ends_far_above_the_others(self, open_page, kind):
+        options = {"tokens": WORDS * 2} if kind == "words" else {"grid": (14, 14), "prefix_tokens": 1}
+        size = 14 if kind == "words" else 197
+        tab = open_page(explore(random_maps(12, 1, 4, size, size), **options))
+        tab.page.set_viewport_size({"width": 1024, "height": 860})
+        tab.page.wait_for_timeout(100)
+        heights = tab.page.evaluate(
+            """[...document.querySelectorAll(".column")].map(
+                column => Math.max(...[...column.children].map(one => one.getBoundingClientRect().bottom))
+            )"""
+        )
+        assert 2 == len(heights)
+        assert max(heights) - min(heights) < 0.25 * max(heights)
+
     def test_every_control_has_a_name_and_takes_the_keyboard(self, open_page):
         tab = open_page(explore(random_maps(1, 1, 2, 7, 7), WORDS))
         unnamed = tab.page.evaluate(
@@ -829,7 +981,7 @@ class TestLook:
         tab.page.evaluate("document.activeElement.blur()")
         tab.keys("ArrowRight")
         said = tab.page.evaluate("document.getElementById('said').textContent")
-        assert "What the attends to" in said, "screen readers read it"
+        assert "What “[SEP]” attends to" in said, "screen readers read it"
         assert "Most: " + "".join(tab.top()[0]) in said
 
 

@@ -317,6 +317,51 @@ class Calls(nn.Module):
         return self.function(*args, **self.options)
 
 
+class FlashAttnFunc(torch.autograd.Function):
+    """As flash_attn has it, behind its function."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic):
+        return kernels_by_hand.attend_batch(q, k, v, scale=softmax_scale, causal=causal, window=window_size)
+
+
+class FlashAttnVarlenFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal):
+        ends = kernels_by_hand.pairs(cu_seqlens_q), kernels_by_hand.pairs(cu_seqlens_k)
+        return kernels_by_hand.attend_packed(q, k, v, *ends, scale=softmax_scale, causal=causal)
+
+
+class TestAutogradFunctions:
+    def test_apply_is_called_by_itself(self):
+        q, k, v = inputs()
+        model = Calls(lambda *args: FlashAttnFunc.apply(*args, 0.0, None, True, (2, 0), 0.0, None, False))
+        with torch.no_grad(), attention(model) as maps:
+            model(q, k, v)
+        [found] = maps
+        expected = kernels_by_hand.weights_of(q[0], k[0], causal=True, window=(2, 0))
+        torch.testing.assert_close(found.dense()[0].double(), expected, **CLOSE)
+        assert not found.axes_assumed
+        assert "apply" not in vars(FlashAttnFunc)
+
+    def test_of_packed_sequences(self):
+        q, k, v = inputs(lead=())
+        lengths = torch.tensor([0, 2, 5])
+        model = Calls(lambda *args: FlashAttnVarlenFunc.apply(*args, lengths, lengths, 3, 3, 0.0, None, False))
+        with torch.no_grad(), attention(model) as maps:
+            model(q, k, v)
+        assert [part.shape for part in maps[0].sequences] == [(1, 4, 2, 2), (1, 4, 3, 3)]
+
+    def test_behind_its_function_it_is_recorded_once(self, library):
+        space = {"apply": lambda *args: FlashAttnFunc.apply(*args, 0.0, None, False, (-1, -1), 0.0, None, False)}
+        exec("def flash_attn_func(q, k, v): return apply(q, k, v)", space)
+        library.flash_attn_func = space["flash_attn_func"]
+        model = Calls(library.flash_attn_func)
+        with torch.no_grad(), attention(model) as maps:
+            model(*inputs())
+        assert len(maps) == 1
+
+
 class TestFunctionsOfALibrary:
     def test_one_that_takes_its_options_as_keywords(self, library):
         space = {"attend": library.flash_attn_func}

@@ -166,6 +166,15 @@ def test_new_rows_are_those_behind_the_prompt(recorded):
         assert torch.equal(new[path].rows([-1, 0]), whole[path].rows([10, 5]))
 
 
+def test_it_knows_its_tokens(llama):
+    maps, _ = write(llama, LEFT_PADDED)
+    whole, new = maps.generated()[0], maps.generated("new")[0]
+    assert whole.layout == whole.query_layout == new.layout == maps.layout
+    assert new.query_layout is None
+    padding = [whole.layout.of(text).are("padding").tolist() for text in range(2)]
+    assert padding == [[False] * 11, [True] * 2 + [False] * 9]
+
+
 def test_modules_without_new_rows_are_left_out():
     maps, _ = write(build(T5))
     assert maps.generated("new").paths == tuple(path for path in maps.paths if path.startswith("decoder"))

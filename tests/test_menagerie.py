@@ -109,3 +109,55 @@ def test_the_page_has_a_row_for_every_model():
     assert "| timm | 3 | 1 | 1 | 0 | 1 |" in lines
     assert "1 of the 2 models whose attention the reading sees are exact (50.0 %)" in lines
     assert [sum(line.startswith(f"| {name} |") for line in lines.splitlines()) for name in "abc"] == [1, 1, 1]
+
+
+def reading_of(model, *inputs):
+    with torch.no_grad():
+        return read(model.eval(), lambda: model(*inputs))
+
+
+def test_the_reading_looks_through_a_second_attention():
+    """As SepViT: windows attend to windows, and what they hand over is what attention within them made."""
+
+    class Windows(Attention):
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            within = ((q @ k.mT).softmax(-1) @ v).unflatten(0, (2, 3)).transpose(1, 2)  # (images, heads, windows, ...)
+            tokens = within.mean(3)
+            among = (tokens @ tokens.mT).softmax(-1)
+            mixed = torch.einsum("bhij,bhjnd->bhind", among, within)
+            return self.out(mixed.permute(0, 2, 3, 1, 4).flatten(3))
+
+    within, among = reading_of(Windows(), torch.randn(6, 5, 8)).seen
+    assert within.arrangement == [[2 * window, 2 * window + 1] for window in range(6)]
+    assert among.arrangement == [[0, 1], [2, 3]]
+
+
+def test_the_reading_knows_a_sum_over_heads():
+    """As adaptive token sampling: weights are multiplied with norms of values, and summed over heads."""
+
+    class Summed(Attention):
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            weights = (q @ k.mT).softmax(-1)
+            self.of_keys = torch.einsum("bhn,bhn->bn", weights[..., 0, :], v.norm(dim=-1))
+            return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+    over_heads, over_keys = reading_of(Summed(), torch.randn(2, 5, 8)).seen
+    assert (over_heads.over_keys, over_keys.over_keys) == (False, True)
+    assert over_keys.arrangement == [[0, 1], [2, 3]]
+
+
+def test_the_reading_does_not_tell_one_sequence_from_two_of_one_origin():
+    class Pooled(Attention):
+        def forward(self, x):
+            few = self.out(x)[:, ::2]
+            weights = (self.qkv(self.out(x)) @ self.qkv(few).mT).softmax(-1)
+            return self.qkv.weight @ (weights @ few).mT
+
+    [seen] = reading_of(Pooled(), torch.randn(2, 5, 8)).seen
+    assert seen.kind == "related"
+    with_kinds = {kind: AttentionMap(seen.weights[:, None], kind=kind) for kind in ("self", "cross", None)}
+    reading = reading_of(Pooled(), torch.randn(2, 5, 8))
+    reading.seen = [seen]
+    assert [bool(reasons_of(reading, [one])[0]) for one in with_kinds.values()] == [False, False, True]

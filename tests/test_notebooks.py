@@ -7,12 +7,26 @@ import pytest
 nbclient = pytest.importorskip("nbclient", reason="needs the notebooks extra")
 nbformat = pytest.importorskip("nbformat", reason="needs the notebooks extra")
 
-pytestmark = pytest.mark.slow
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+LESS = {"05_spike_driven": ("epochs=6", "epochs=1"), "06_long_context": ("side = 1792", "side = 896")}
+"""What takes minutes in some notebooks, and what does the same in seconds."""
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_notebook_runs(path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
+def run(path: Path, long: str = "", short: str = "") -> None:
+    text = path.read_text(encoding="utf-8")
+    assert long in text
+    notebook = nbformat.reads(text.replace(long, short) if long else text, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path: Path) -> None:
+    run(path, *LESS.get(path.stem, ()))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", LESS)
+def test_long_notebook_runs_as_it_is(name: str) -> None:
+    run(NOTEBOOKS[0].with_stem(name))

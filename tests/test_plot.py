@@ -12,7 +12,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from plots import frames, hot, maps_of, no_figure_left, pixel  # noqa: F401
 
-from visualizer import VisualizerWarning, plot
+from visualizer import AttentionMap, Layout, VisualizerWarning, plot
+from visualizer.layout import Part
 
 
 class TestHead:
@@ -154,18 +155,18 @@ class TestOverThePicture:
     @pytest.mark.parametrize("style", ["overlay", "mask"])
     def test_the_hot_patch_lies_on_its_own_pixels(self, place, style):
         image = np.full((56, 84, 3), 200, np.uint8)
-        ax = plot.class_token(hot(*place), image, style=style)
+        ax = plot.class_token(hot(*place, grid=(4, 6)), image, style=style)
         bright = [
             (row, column)
             for row in range(4)
-            for column in range(4)
-            if pixel(ax, column * 21 + 10, row * 14 + 7).sum() > 1.9
+            for column in range(6)
+            if pixel(ax, column * 14 + 7, row * 14 + 7).sum() > 1.9
         ]
         assert [place] == bright
 
     def test_the_frame_is_round_the_query_in_black_and_white(self):
-        ax = plot.query(hot(0, 0), np.zeros((56, 84, 3)), query=(2, 1))
-        assert {(21.0, 28.0, 21.0, 14.0)} == {(*f.get_xy(), f.get_width(), f.get_height()) for f in frames(ax)}
+        ax = plot.query(hot(0, 0, grid=(4, 6)), np.zeros((56, 84, 3)), query=(2, 1))
+        assert {(14.0, 28.0, 14.0, 14.0)} == {(*f.get_xy(), f.get_width(), f.get_height()) for f in frames(ax)}
         assert {to_rgb("black"), to_rgb("white")} == {f.get_edgecolor()[:3] for f in frames(ax)}
 
     def test_a_token_index_and_a_patch_are_the_same_query(self):
@@ -245,7 +246,7 @@ class TestTokens:
         ax = plot.tokens(maps_of(8, 8), words)
         ax.figure.canvas.draw()
         shown = [label.get_text() for label in ax.get_yticklabels()]
-        assert ["$x^", "$5", "␣the", "␣cat", "⏎", "\\u202eevil", "∅", "\\frac"] == shown
+        assert ["$x^", "$5", "␣the", "␣cat", "⏎", "‹202E›evil", "‹empty›", "\\frac"] == shown
 
     def test_other_words_for_the_keys(self):
         ax = plot.tokens(maps_of(2, 3), ["le", "chat"], key_tokens=["the", "black", "cat"])
@@ -270,6 +271,9 @@ class TestTokens:
             plot.tokens(maps_of(3, 3), ["a", "b"])
         for part in ("tokens has 2 entries", "3 rows or columns", "special tokens", "cross-attention"):
             assert part in str(caught.value)
+        for way_out in ("convert_ids_to_tokens", "weights[..., :2, :2]"):
+            assert way_out in str(caught.value)
+        plot.tokens(np.eye(3)[:2, :2], ["a", "b"])
         with pytest.raises(ValueError, match="key_tokens has 2 entries for 4"):
             plot.tokens(maps_of(3, 4), ["a", "b", "c"], key_tokens=["a", "b"])
 
@@ -357,3 +361,28 @@ class TestKeywords:
             call()
         for part in parts:
             assert part in str(caught.value)
+
+
+class TestPadding:
+    """What is known to be padding is not drawn, on either side."""
+
+    @pytest.mark.parametrize("parts", [("padding", "text"), ("text", "padding")])
+    def test_rows_and_columns_are_left_out(self, parts):
+        maps = maps_of(1, 2, 5, 5)
+        made = AttentionMap(torch.tensor(maps))
+        known = {"padding": Part("padding", 2), "text": Part("text", 3, ("a", "b", "c"))}
+        made.layout = made.query_layout = Layout(tuple(known[kind] for kind in parts))
+        real = slice(2, 5) if parts[0] == "padding" else slice(0, 3)
+        expected = maps[0, 1, real, real]
+        ax = plot.tokens(made, head=1)
+        np.testing.assert_allclose(expected, ax.images[0].get_array(), rtol=1e-6)
+        assert ["a", "b", "c"] == [label.get_text() for label in ax.get_yticklabels()]
+        np.testing.assert_allclose(expected, plot.heads(made).axes[1].images[0].get_array(), rtol=1e-6)
+        np.testing.assert_allclose(expected, plot.layers([made], head=1).axes[0].images[0].get_array(), rtol=1e-6)
+        words = [*"vwxyz"]
+        ax = plot.tokens(made, words, head=1)
+        assert words[real] == [label.get_text() for label in ax.get_yticklabels()]
+
+    def test_words_that_are_not_known(self):
+        with pytest.raises(ValueError, match="tokenizer="):
+            plot.tokens(maps_of(3, 3))

@@ -148,10 +148,11 @@ class TestStrip:
         assert ["query", "", ""] == [ax.get_ylabel() for ax in panels]
 
     def test_over_the_picture_with_the_query_in_a_frame(self):
-        figure = plot.layers(np.concatenate([hot(0, 3)] * 2)[:, None], np.full((56, 84, 3), 0.8), query=(2, 1), head=0)
+        maps = np.concatenate([hot(0, 3, grid=(4, 6))] * 2)[:, None]
+        figure = plot.layers(maps, np.full((56, 84, 3), 0.8), query=(2, 1), head=0)
         for ax in panels_of(figure):
-            assert {(21.0, 28.0, 21.0, 14.0)} == {(*f.get_xy(), f.get_width(), f.get_height()) for f in frames(ax)}
-            assert pixel(ax, 3 * 21 + 10, 7).sum() > 1.9 > pixel(ax, 10, 7).sum()
+            assert {(14.0, 28.0, 14.0, 14.0)} == {(*f.get_xy(), f.get_width(), f.get_height()) for f in frames(ax)}
+            assert pixel(ax, 3 * 14 + 7, 7).sum() > 1.9 > pixel(ax, 7, 7).sum()
 
     def test_a_scale_of_its_own_for_each(self):
         maps = maps_of(3, 1, 1, 17, 17)

@@ -1,5 +1,7 @@
 """Weights over the picture: windows, words, rollout, `overlay` and `highlight`."""
 
+import warnings
+
 import numpy as np
 import pytest
 import timm
@@ -11,7 +13,7 @@ from plots import frames, hot, maps_of, no_figure_left, pixel  # noqa: F401
 from timm.layers import set_fused_attn
 from timm.models.swin_transformer import window_partition
 
-from visualizer import AttentionMap, attention, capture, plot
+from visualizer import AttentionMap, Layout, VisualizerWarning, attention, capture, plot
 
 
 def drawn(ax):
@@ -131,7 +133,7 @@ class TestWords:
         maps = maps_of(1, 3, 6, 16)
         ax = plot.query(maps, query=query, query_tokens=self.words)
         np.testing.assert_allclose(maps[0, :, 2].mean(0).reshape(4, 4), ax.images[0].get_array(), rtol=1e-6)
-        assert "query: '▁cat', mean of 3 heads" == ax.get_title()
+        assert "query: '␣cat', mean of 3 heads" == ax.get_title()
         assert not frames(ax), "a word is no patch"
 
     def test_as_many_words_as_patches_do_not_make_it_a_patch(self):
@@ -148,8 +150,8 @@ class TestWords:
     @pytest.mark.parametrize(
         ("query", "tokens", "error", "parts"),
         [
-            ("a", words, ValueError, ["2 times", "[1, 4]"]),
-            ("bird", words, ValueError, ["'bird'", "'▁cat'"]),
+            ("a", words, ValueError, ["2 tokens 'a'", "[1, 4]"]),
+            ("bird", words, ValueError, ["'bird'", "'␣cat'"]),
             ("cat", None, TypeError, ["'cat'", "query_tokens="]),
             ("cat", words[:3], ValueError, ["6 queries", "▁cat"]),
             ("cat", "a cat", ValueError, ["6 queries", "a list"]),
@@ -195,11 +197,11 @@ class TestRollout:
         np.testing.assert_allclose(rolled(maps)[5].reshape(4, 4), whole.images[0].get_array(), rtol=1e-5)
         assert frames(whole)
 
-    @pytest.mark.parametrize("size", [(56, 56), (20, 80), (80, 20)])
+    @pytest.mark.parametrize(("size", "grid"), [((56, 56), (4, 4)), ((20, 80), (2, 8)), ((80, 20), (8, 2))])
     @pytest.mark.parametrize("prefix", [1, 5])
-    def test_everything_stays_on_the_figure(self, size, prefix):
+    def test_everything_stays_on_the_figure(self, size, grid, prefix):
         maps = maps_of(5, 1, 3, prefix + 16, prefix + 16)
-        figure = plot.rollout(maps, np.full((*size, 3), 0.5), grid=(4, 4))
+        figure = plot.rollout(maps, np.full((*size, 3), 0.5), grid=grid)
         figure.canvas.draw()
         box, (wide, high) = figure.get_tightbbox(figure.canvas.get_renderer()), figure.get_size_inches()
         assert max(box.x0, box.y0, wide - box.x1, high - box.y1) < 0.8, "nor is it half empty"
@@ -242,14 +244,14 @@ class TestOverlay:
         np.testing.assert_allclose(weights[2:].reshape(3, 5), plot.overlay(weights, grid=(3, 5)).images[0].get_array())
 
     def test_the_hot_patch_lies_on_its_own_pixels(self):
-        weights = np.zeros((4, 4))
+        weights = np.zeros((4, 6))
         weights[2, 1] = 7.0
         for smooth, style in ((False, "overlay"), (True, "overlay"), (False, "mask"), (True, "mask")):
             ax = plot.overlay(weights, np.full((56, 84, 3), 0.8), smooth=smooth, style=style)
             seen = [
                 (row, column)
-                for row, column in np.ndindex(4, 4)
-                if pixel(ax, column * 21 + 10, row * 14 + 7).sum() > 1.7
+                for row, column in np.ndindex(4, 6)
+                if pixel(ax, column * 14 + 7, row * 14 + 7).sum() > 1.7
             ]
             assert [(2, 1)] == seen
 
@@ -349,3 +351,166 @@ def test_a_fused_model_needs_no_map_for_a_picture():
     np.testing.assert_allclose(row[1:].reshape(14, 14), ax.images[0].get_array(), rtol=1e-6)
     last, _ = plot.rollout(maps, cbar=False).axes
     np.testing.assert_allclose(row[1:].reshape(14, 14), last.images[0].get_array(), rtol=1e-6)
+
+
+def small_swin():
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224", pretrained=False, embed_dim=8, depths=(2, 2), num_heads=(1, 2), img_size=56
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    """640 x 427 pixels in which every place looks different."""
+    rows, columns = np.mgrid[0:427, 0:640]
+    return np.stack([rows / 427, columns / 640, (np.sin(rows / 40) * np.cos(columns / 50) + 1) / 2], -1)
+
+
+def pixels_of(photograph, top, left, high, wide, size):
+    """What a model sees of a part of the photograph, resampled and normalised."""
+    part = torch.tensor(photograph[top : top + high, left : left + wide]).permute(2, 0, 1)[None].float()
+    part = torch.nn.functional.interpolate(part, size, mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(one)[:, None, None] for one in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (part - mean) / std
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    sizes = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 56, "dynamic_img_size": True}
+    return timm.create_model("vit_small_patch14_reg4_dinov2", pretrained=False, **sizes).eval()
+
+
+class TestRecordedMaps:
+    """Nothing is said but the maps and the photograph."""
+
+    def record(self, model, images):
+        with attention(model) as maps, torch.no_grad():
+            model(images)
+        return maps
+
+    @pytest.mark.parametrize(
+        ("part", "size", "grid"),
+        [
+            ((0, 0, 427, 640), (84, 126), (6, 9)),  # all of it
+            ((0, 106, 427, 427), (84, 84), (6, 6)),  # the middle square
+            ((26, 133, 374, 374), (84, 84), (6, 6)),  # 0.875 of it
+            ((0, 0, 427, 640), (84, 84), (6, 6)),  # all of it, squeezed into a square
+        ],
+    )
+    def test_patches_lie_on_what_the_model_saw(self, vit, photograph, part, size, grid):
+        maps = self.record(vit, pixels_of(photograph, *part, size))
+        ax = plot.class_token(maps, photograph)
+        assert "query: CLS, layer 1, mean of 2 heads" == ax.get_title()
+        weights = maps[1].rows(0)[0].mean(0)[0, 5:].reshape(grid)
+        top, left, high, wide = part
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the squeezed patches are not square
+            expected = plot.overlay(
+                weights, photograph[top : top + high, left : left + wide], vmax=ax.images[0].norm.vmax
+            )
+        behind, expected = (np.asarray(one.images[0].get_array()) for one in (ax, expected))
+        np.testing.assert_allclose(expected, behind, atol=1e-5)
+        assert ["CLS", "REG1", "REG2", "REG3", "REG4"] == [
+            label.get_text().split("\n")[0] for label in ax.child_axes[0].get_xticklabels()
+        ]
+
+    def test_a_rollout_lies_there_too(self, vit, photograph):
+        maps = self.record(vit, pixels_of(photograph, 0, 106, 427, 427, (84, 84)))
+        shown, last, rolled = plot.rollout(maps, photograph, cbar=False).axes
+        assert (427, 427, 3) == np.asarray(shown.images[0].get_array()).shape
+        assert 2 * [(427, 427, 3)] == [np.asarray(ax.images[0].get_array()).shape for ax in (last, rolled)]
+
+    def test_another_photograph_of_other_proportions_is_told(self, vit, photograph):
+        maps = self.record(vit, torch.randn(1, 3, 84, 84, generator=torch.Generator().manual_seed(0)))
+        with pytest.warns(VisualizerWarning, match="427 x 640 .*the model saw 84 x 84"):
+            plot.class_token(maps, photograph)
+
+    def test_the_second_picture_of_a_batch(self, vit, photograph):
+        images = torch.cat([pixels_of(photograph, *part, (84, 84)) for part in ((0, 0, 427, 640), (0, 106, 427, 427))])
+        maps = self.record(vit, images)
+        for batch, wide in ((0, 640), (1, 427), (-1, 427)):
+            shown = np.asarray(plot.query(maps, photograph, query=(1, 1), batch=batch).images[0].get_array())
+            assert wide == pytest.approx(shown.shape[1], abs=2)
+
+    def test_each_head_over_the_picture(self, vit, photograph):
+        maps = self.record(vit, pixels_of(photograph, 0, 0, 427, 640, (84, 126)))
+        figure = plot.heads(maps, photograph, query=0)
+        panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
+        assert ["head 0", "head 1"] == [ax.get_title() for ax in panels]
+        assert "query: CLS, layer 1" == figure._suptitle.get_text()
+        bare = plot.heads(maps, query=(2, 3), layer=0, share=False)
+        for head, ax in enumerate(ax for ax in bare.axes if ax.get_label() != "<colorbar>"):
+            expected = maps[0].rows(5 + 2 * 9 + 3)[0, head, 0, 5:].reshape(6, 9)
+            np.testing.assert_allclose(expected, ax.images[0].get_array(), rtol=1e-6)
+            assert {(3, 2, 1, 1)} == {(*f.get_xy(), f.get_width(), f.get_height()) for f in frames(ax)}
+
+    def test_a_swin_needs_no_keyword(self, photograph):
+        torch.manual_seed(0)
+        model = small_swin()
+        maps = self.record(model, torch.randn(2, 3, 56, 56))
+        for layer, shift in ((0, 0), (1, 3)):
+            by_hand = plot.query(maps, query=(3, 9), layer=layer, batch=1, window=7, shift=shift, grid=(14, 14))
+            np.testing.assert_array_equal(drawn(by_hand), drawn(plot.query(maps, query=(3, 9), layer=layer, batch=1)))
+        ax = plot.class_token(maps, layer=1, batch=1)
+        assert "query: mean of 196 patches, layer 1" == ax.get_title()
+        places, weights = maps[1].layout.windows.places(14, 14), maps[1].numpy()[4:, 0]  # of the second picture
+        expected = np.zeros(196)
+        for place, window in zip(places, weights, strict=True):
+            expected[place] = window.sum(0) / 196
+        np.testing.assert_allclose(expected.reshape(14, 14), drawn(ax), rtol=1e-4)
+        assert (
+            "query: mean of 49 patches, layer 3, mean of 2 heads" == plot.class_token(maps, np.ones((9, 9))).get_title()
+        )
+        with pytest.raises(ValueError, match="within windows"):
+            plot.rollout(maps, query=(0, 0))
+
+    def test_without_a_class_token_all_patches_count(self):
+        model = timm.create_model(
+            "vit_medium_patch16_reg4_gap_256", pretrained=False, depth=2, embed_dim=24, num_heads=2, img_size=64
+        ).eval()
+        maps = self.record(model, torch.randn(1, 3, 64, 64))
+        mean = maps[1].dense()[0, :, 4:].mean((0, 1))
+        ax = plot.class_token(maps)
+        assert "query: mean of 16 patches, layer 1, mean of 2 heads" == ax.get_title()
+        np.testing.assert_allclose(mean[4:].reshape(4, 4), drawn(ax), rtol=1e-5)
+
+
+class TestColourBarsOfOnesOwn:
+    @pytest.mark.parametrize("style", ["overlay", "mask"])
+    def test_they_have_the_weights_own_scale(self, style):
+        maps = maps_of(1, 1, 17, 17)
+        with_bar = plot.class_token(maps, np.ones((56, 56, 3)), style=style)
+        ax = plot.class_token(maps, np.ones((56, 56, 3)), style=style, cbar=False)
+        own = ax.figure.colorbar(ax.images[-1])
+        theirs = next(one for one in with_bar.figure.axes if one.get_label() == "<colorbar>")._colorbar
+        assert (theirs.vmin, theirs.vmax, theirs.cmap.name) == (own.vmin, own.vmax, own.cmap.name)
+
+
+class TestVideos:
+    maps = maps_of(1, 2, 25, 25)  # a class token and 6 frames of 2 x 2
+
+    def test_frames_lie_side_by_side(self):
+        video = np.ones((6, 8, 8, 3)) * np.linspace(0, 1, 6)[:, None, None, None]
+        ax = plot.query(self.maps, video, query=(4, 1, 0), layout=Layout.picture((6, 2, 2), ["CLS"]))
+        assert "query: patch (4, 1, 0), mean of 2 heads" == ax.get_title()
+        assert (16, 24, 3) == np.asarray(ax.images[0].get_array()).shape
+        assert {(8.0, 12.0, 4.0, 4.0)} == {(*f.get_xy(), f.get_width(), f.get_height()) for f in frames(ax)}
+        bare = drawn(plot.query(self.maps, query=(4, 1, 0), layout=Layout.picture((6, 2, 2), ["CLS"])))
+        row = self.maps[0, :, 1 + 4 * 4 + 2].mean(0)[1:].reshape(6, 2, 2)
+        np.testing.assert_allclose(np.block([[*row[:3]], [*row[3:]]]), bare, rtol=1e-6)
+
+
+def test_an_array_of_several_images_may_be_of_layers():
+    """The mean maps of twelve layers were once drawn as twelve images, the first of them in place of the last."""
+    means = maps_of(3, 2, 16, 16)
+    for draw in (
+        lambda: plot.heads(means),
+        lambda: plot.query(means, query=3),
+        lambda: plot.rollout(means, query=3),
+        lambda: plot.head(means, head=0),
+    ):
+        with pytest.warns(VisualizerWarning, match=r"\(3, 2, 16, 16\).*batch=0.*list\(maps\)"):
+            draw()
+    plot.heads(means, batch=0)
+    np.testing.assert_allclose(means[2, 1], plot.heads(list(means)).axes[1].images[0].get_array())

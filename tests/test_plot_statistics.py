@@ -10,7 +10,7 @@ from plots import no_figure_left  # noqa: F401
 from ranks import Looking, all_statistics, texts
 
 from visualizer import load, plot
-from visualizer.statistics import Distance, Patterns, PrefixMass, Received, Sink, Statistic, collect
+from visualizer.statistics import Distance, MeanMap, Patterns, PrefixMass, Received, Sink, Statistic, collect
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +156,19 @@ def test_files_from_before_labels_were_kept_have_them(tmp_path):
     labels = ["attention to token 3", "attention to prefix tokens (2)", "share of the attention", "score", "lean"]
     assert labels == [*old.labels.values()]
     assert 8 == sum(ax.axison for ax in plot.statistic(old, "patterns").axes)
+
+
+@pytest.mark.filterwarnings("ignore:.*do not sum to 1")  # means of texts of different lengths
+def test_other_plots_take_what_collect_returns():
+    far = collect(Looking(), texts(1), Distance((3, 3), patch_size=16), MeanMap())
+    ax = plot.distance(far)
+    assert "mean attention distance (pixels)" == ax.get_ylabel()
+    assert [*far["distance"].mean.ravel()] == [y for _, y in ax.collections[0].get_offsets()]
+    for given in (far, far["mean_map"]):
+        panels = [ax for ax in plot.heads(given, layer=1).axes if ax.get_label() != "<colorbar>"]
+        for head, panel in enumerate(panels):
+            np.testing.assert_allclose(far["mean_map"].mean[1, head, :8, :8], panel.images[0].get_array(), rtol=1e-5)
+    with pytest.raises(ValueError, match="no maps: MeanMap"):
+        plot.heads(collect(Looking(), texts(1), Sink()))
+    with pytest.raises(ValueError, match=r"plot\.statistic"):
+        plot.heads(far["distance"])

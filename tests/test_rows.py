@@ -1,6 +1,7 @@
 """Sinks, best keys, and the patches that hold most of a row, against counting by hand."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from visualizer.analysis import (
     sink,
     top_keys,
 )
+from visualizer.layout import Layout, Part, Windows
 
 
 def random_weights(*shape, seed=0):
@@ -227,3 +229,55 @@ class TestTopKeys:
             model(**batch)
         best = top_keys(maps, "it", tokenizer.convert_ids_to_tokens(batch["input_ids"][0]), heads=1)[3][0]
         assert ("cat", 2, pytest.approx(0.49, abs=0.01)) == (best.token, best.key, best.weight)
+
+
+class TestWhereTokensLie:
+    """What a map knows of its tokens, or what `layout` says."""
+
+    def test_distances_in_a_video(self):
+        layout = Layout.picture((3, 2, 2), ["CLS"])
+        weights = random_weights(1, 2, 13, 13)
+        places = np.array([*np.ndindex(3, 2, 2)])
+        inner = weights[0, :, 1:, 1:] / weights[0, :, 1:, 1:].sum(-1, keepdims=True)
+        for along, axes, unit in (("space", slice(1, 3), 14), ("time", slice(0, 1), 1)):
+            apart = np.linalg.norm(places[:, None, axes] - places[:, axes], axis=-1)
+            expected = unit * (inner * apart).sum(-1).mean(-1)
+            found = attention_distance(weights, layout=layout, patch_size=14, along=along)
+            np.testing.assert_allclose(found[0], expected, rtol=1e-6)
+        with pytest.raises(ValueError, match="along='time'"):
+            attention_distance(random_weights(1, 1, 4, 4), along="time")
+
+    def test_distances_within_windows_that_do_not_fill_the_grid(self):
+        layout = Layout(Layout.picture((3, 4)).parts, Windows((2, 2), (1, 1), pads_first=False))
+        places = layout.windows.places(3, 4)
+        made = AttentionMap(torch.tensor(random_weights(2 * len(places), 2, 4, 4)))
+        made.layout = made.query_layout = layout
+        weights = made.numpy().reshape(2, len(places), 2, 4, 4)
+        expected = np.zeros((2, 2))
+        for number, place in enumerate(places):
+            for i, j in itertools.product(range(4), repeat=2):
+                if min(place[i], place[j]) >= 0:
+                    apart = math.dist(divmod(place[i], 4), divmod(place[j], 4))
+                    row = weights[:, number, :, i][..., place >= 0]
+                    expected += weights[:, number, :, i, j] / row.sum(-1) * apart / 12
+        np.testing.assert_allclose(attention_distance(made), expected, rtol=1e-6)
+
+    @pytest.mark.parametrize("padding", [[0, 1], [3, 4]])
+    def test_padding_does_not_count(self, padding):
+        whole = random_weights(1, 2, 5, 5)
+        real = [token for token in range(5) if token not in padding]
+        whole[..., padding] = 0
+        whole /= whole.sum(-1, keepdims=True)
+        made = AttentionMap(torch.tensor(whole))
+        words = [Part("padding", 2), Part("text", 3, ("a", "b", "c"))]
+        made.layout = made.query_layout = Layout(tuple(words if padding[0] == 0 else words[::-1]))
+        alone = whole[:, :, real][..., real]
+        np.testing.assert_allclose(received(made)[..., real], received(alone), rtol=1e-6)
+        np.testing.assert_allclose(confidence(made), confidence(alone), rtol=1e-6)
+        np.testing.assert_allclose(sink(made, real[0]), sink(alone, 0), rtol=1e-6)
+        entropies = entropy(made)
+        assert bool(entropies[:, :, padding].isnan().all())
+        np.testing.assert_allclose(entropies[:, :, real], entropy(alone), rtol=1e-6)
+        [best] = top_keys(made, "b", k=5)
+        order = np.argsort(-alone[0, :, 1].mean(0))
+        assert [("abc"[key], real[key]) for key in order] == [(one.token, one.key) for one in best]

@@ -296,28 +296,220 @@ def test_a_scripted_softmax_of_features_is_no_attention(x, scripted):
 
 
 @pytest.mark.parametrize("cut", ["index", "split"])
-def test_a_softmax_over_two_sets_of_keys(x, cut):
-    """As in Longformer: neither part is one softmax, and none is dropped."""
+@pytest.mark.parametrize(("first", "second"), [(3, 5), (1, 5), (5, 1)])
+def test_a_softmax_over_two_sets_of_keys(x, cut, first, second):
+    """As in Longformer: neither part is one softmax, and none is dropped; a single key is no attention sink."""
 
     class Joint(nn.Module):
         def forward(self, x):
-            joint = torch.cat([x @ x[:, :3].mT, x @ x.mT], -1).softmax(-1)
+            joint = torch.cat([x @ x[:, :first].mT, x @ x[:, :second].mT], -1).softmax(-1)
             self.weights = joint
-            near, far = (joint[..., :3], joint[..., 3:]) if cut == "index" else joint.split([3, 5], -1)
-            return near @ x[:, :3] + far @ x
+            near, far = (joint[..., :first], joint[..., first:]) if cut == "index" else joint.split([first, second], -1)
+            return near @ x[:, :first] + far @ x[:, :second]
 
     model = Joint()
     with attention(model) as maps:
         model(x)
-    assert [one.shape for one in maps] == [(2, 1, 5, 3), (2, 1, 5, 5)]
-    for found, weights in zip(maps, model.weights.split([3, 5], -1), strict=True):
+    assert [one.shape for one in maps] == [(2, 1, 5, first), (2, 1, 5, second)]
+    for found, weights in zip(maps, model.weights.split([first, second], -1), strict=True):
         assert torch.equal(found.dense()[:, 0], weights)
         assert not found.is_softmax
         assert torch.equal(found.softmaxes[0].dense()[:, 0], model.weights)
 
 
+def test_a_softmax_with_a_sink_behind_its_keys_stays_one(x):
+    found = map_of(lambda x: torch.cat([scores(x), torch.zeros(2, 5, 1)], -1).softmax(-1)[..., :-1], x)
+    assert found.is_softmax
+    assert found.softmaxes == ()
+
+
+def test_keys_near_by(x):
+    """As in Longformer: the scores near the diagonal are cut out, and become columns; the weights become diagonals."""
+
+    class Near(nn.Module):
+        def forward(self, x):
+            scores = F.pad(x @ x.mT, (0, 0, 0, 1)).view(2, 5, 6)[:, :, :3]
+            weights = torch.zeros(2, 5, 4).masked_fill(torch.ones(5, 4).triu(3).bool(), -torch.inf)
+            weights[:, :, :3] = scores
+            weights = F.pad(weights.softmax(-1), (0, 3)).flatten(1)[:, :-5].view(2, 5, 6)[..., :-1]
+            self.weights = weights
+            return weights @ x
+
+    model = Near()
+    with attention(model) as maps:
+        model(x)
+    [found] = maps
+    assert torch.equal(found.dense()[:, 0], model.weights)
+    assert not found.is_softmax
+
+
+def test_queries_that_are_chosen(x):
+    """As in adaptive token sampling: rows are gathered from the weights."""
+    chosen = torch.tensor([[4, 0, 2], [1, 1, 3]])[..., None].expand(-1, -1, 5)
+    assert map_of(lambda x: scores(x).softmax(-1).gather(1, chosen), x).shape == (2, 1, 3, 5)
+
+
 def test_distances(x):
     assert map_of(lambda x: (-torch.cdist(x, x)).softmax(-1), x).is_softmax
+
+
+PAIRS = {
+    "additive": lambda q, k: torch.tanh(q[:, :, None] + k[:, None]).sum(-1),
+    "by a vector": lambda q, k: torch.tanh(q[:, :, None] + k[:, None]) @ torch.arange(8.0),
+    "by a layer": lambda q, k: F.linear(F.gelu(q[:, :, None] - k[:, None]), torch.ones(1, 8)).squeeze(-1),
+    "of a graph": lambda q, k: F.leaky_relu(q.sum(-1)[:, :, None] + k.mean(-1)[:, None]),
+    "squared distances": lambda q, k: -(q[:, :, None] - k[:, None]).square().sum(-1),
+    "distances": lambda q, k: -torch.linalg.vector_norm(q[:, :, None] - k[:, None], dim=-1),
+    "a product by hand": lambda q, k: (q[:, :, None] * k[:, None]).sum(-1),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_scores_of_each_query_with_each_key(x, name):
+    assert map_of(lambda x: PAIRS[name](x, x + 1).softmax(-1), x).is_softmax
+
+
+def test_heads_of_additive_attention(x):
+    class Additive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.out = nn.Linear(8, 2), nn.Linear(8, 8)
+
+        def forward(self, x):
+            pairs = self.heads(torch.tanh(x[:, :, None] + x[:, None]))
+            self.weights = pairs.permute(0, 3, 1, 2).softmax(-1)
+            return self.out((self.weights @ x.unflatten(-1, (2, 4)).transpose(1, 2)).transpose(1, 2).flatten(2))
+
+    model = Additive()
+    with attention(model) as maps:
+        model(x)
+    assert torch.equal(maps[0].dense(), model.weights)
+    assert not maps[0].axes_assumed
+
+
+POSITIONS = {
+    "positions": lambda x, rows: x + torch.relu(rows[:, None] + rows[None])[0],
+    "a scale a channel": lambda x, rows: torch.relu(x[:, :1] * rows[None]),
+    "biases": lambda x, rows: F.relu(x.flatten(0, 1)[:, None] + rows[None])[:5, 0].expand(2, -1, -1),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_sums_of_other_pairs_are_no_scores(x, name):
+    """Only one number for each query and key is a score."""
+
+    class Sums(nn.Module):
+        def forward(self, x):
+            return POSITIONS[name](x, torch.arange(40.0).view(5, 8)).softmax(-1) @ (x.mT @ x)
+
+    with pytest.warns(VisualizerWarning, match="neither a fused kernel of torch nor a softmax"):
+        model = Sums()
+        with attention(model) as maps:
+            model(x)
+    assert len(maps) == 0
+
+
+def test_cosines_of_angles_are_no_scores(x):
+    """Nothing is followed on after rotary positions were made: each function of the model would cost more."""
+    from visualizer.intercept.softmax import Tracing
+
+    class Rotates(nn.Module):
+        def forward(self, x):
+            angles = torch.arange(5.0)[:, None] @ torch.arange(8.0)[None]
+            self.cos, self.sin = torch.cat([angles, angles]).cos(), torch.einsum("i,j->ij", x[0, 0], x[0, 1]).sin()
+            return F.scaled_dot_product_attention(x, x, x)
+
+    lineages, clear = [], Tracing.clear
+
+    def look(tracing):
+        lineages.append(len(tracing.lineage))
+        clear(tracing)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracing, "clear", look)
+        model = Rotates()
+        with attention(model) as maps:
+            model(x)
+    assert len(maps) == 1
+    assert lineages[0] <= 1  # the output
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_linear_with_keys_in_place_of_a_layer(x, is_named):
+    class Linear(nn.Module):
+        def forward(self, x, keys):
+            scores = F.linear(input=x, weight=keys) if is_named else F.linear(x, keys)
+            self.weights = scores.softmax(-1)
+            return F.linear(self.weights, keys.mT.contiguous(), torch.ones(8))
+
+    model, keys = Linear(), torch.randn(3, 8)
+    with attention(model) as maps:
+        model(x, keys)
+    assert torch.equal(maps[0].dense()[:, 0], model.weights)
+    assert maps[0].kind == "cross"
+
+
+def test_linear_with_weights_in_place_of_a_layer(x):
+    class Turned(nn.Module):
+        def forward(self, x):
+            self.weights = (x[0] @ x[0].mT).softmax(-1)
+            return F.linear(x[0].mT, self.weights).mT
+
+    model = Turned()
+    with attention(model) as maps:
+        model(x)
+    assert torch.equal(maps[0].dense()[0, 0], model.weights)
+
+
+def test_layers_whose_weight_is_computed_are_no_attention(x):
+    class Computed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            return F.linear(torch.relu(F.linear(x, self.weight * 2)), self.weight * 3)
+
+    with pytest.warns(VisualizerWarning, match="without any attention"):
+        model = Computed()
+        with attention(model) as maps:
+            model(x)
+    assert len(maps) == 0
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 1), (1, 5)])
+def test_a_single_key_or_query(queries, keys):
+    class Few(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+        def forward(self, q, k):
+            weights = (q @ k.mT).softmax(-1)
+            return self.proj((weights @ k).transpose(1, 2).flatten(2))
+
+    model = Few()
+    with attention(model) as maps:
+        model(torch.randn(2, 2, queries, 4), torch.randn(2, 2, keys, 4))
+    assert (maps[0].shape, maps[0].axes_assumed) == ((2, 2, queries, keys), False)
+
+
+def test_weights_without_keys_are_told(x):
+    """As VOLO's outlook attention, whose weights a layer makes of the query alone."""
+
+    class OutlookAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.Linear(8, 25)
+
+        def forward(self, x):
+            return (self.weights(x).view(2, 5, 5, 5).softmax(-1) @ x[:, None]).mean(1)
+
+    model = nn.Sequential(OutlookAttention(), Written(lambda x: scores(x).softmax(-1)))
+    with pytest.warns(VisualizerWarning, match="OutlookAttention .* weights that a layer made without keys"):
+        with attention(model) as maps:
+            model(x)
+    assert len(maps) == 1
 
 
 def test_heads_multiplied_one_by_one(x):
@@ -421,6 +613,29 @@ def test_heads_mixed_by_a_product(name, has_dropout):
     assert torch.equal(found.dense(), model.weights)
     assert not found.axes_assumed
     assert torch.equal(found.softmaxes[0].dense(), (q @ q.mT).softmax(-1))
+
+
+@pytest.mark.parametrize("equation", ["bhij,bjd->bhid", "bhij,bjd->bihd", "bihj,bjd->bihd", "ihbj,bjd->bihd"])
+def test_heads_that_share_their_values(x, equation):
+    """As where all heads have one key and value: an einsum of values without heads."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.out = nn.Linear(8, 24), nn.Linear(24, 8)
+
+        def forward(self, x):
+            q = self.q(x).unflatten(-1, (3, 8))
+            self.weights = torch.einsum("bihd,bjd->bhij", q, x).softmax(-1)
+            weights = torch.einsum("bhij->" + equation.partition(",")[0], self.weights)
+            out = torch.einsum(equation, weights, x)
+            return self.out((out.transpose(1, 2) if equation.endswith("bhid") else out).flatten(2))
+
+    model = Shared()
+    with attention(model) as maps:
+        model(x)
+    assert torch.equal(maps[0].dense(), model.weights)
+    assert not maps[0].axes_assumed
 
 
 def test_an_einsum_that_is_no_product_of_weights_and_values_is_told(x):

@@ -1,6 +1,7 @@
 """What the store files: within its limits, under threads, in a forked child."""
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from visualizer import VisualizerWarning, capture
 from visualizer.instrument import GetLocal
 from visualizer.store.budget import object_bytes
+from visualizer.store.locks import ForkSafeLock
 
 
 @pytest.fixture
@@ -451,6 +453,44 @@ class TestThreads:
             done.set()
             thread.join()
             sys.setswitchinterval(interval)
+
+    @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")
+    def test_signal_handlers_do_not_pile_up_where_a_thread_is_slowed(self, gl, monkeypatch):
+        """Each would wait for longer than the next takes to come, and the calls end at the recursion limit."""
+        take = ForkSafeLock.acquire
+
+        def acquire(lock, blocking=True, timeout=-1):  # somebody files for as long as anybody is ready to wait
+            return time.sleep(timeout) if timeout > 0 else take(lock, blocking, timeout)
+
+        @gl("x")
+        def forward(x):
+            return None
+
+        depth, depths, sent = 0, [], itertools.count()
+
+        def handle(*_):
+            nonlocal depth
+            depth += 1
+            depths.append(depth)
+            forward(next(sent))
+            depth -= 1
+
+        monkeypatch.setattr("visualizer.store.store._MANY", -1)
+        monkeypatch.setattr(ForkSafeLock, "acquire", acquire)
+        before = signal.signal(signal.SIGALRM, handle)
+        try:
+            with gl.activate():
+                signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+                for _ in range(5):
+                    forward(next(sent))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert len(depths) > 5
+        assert max(depths) <= 2
+        [values] = gl.cache.values()
+        assert [*range(next(sent))] == sorted(values)
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
     def test_a_forked_process_does_not_grow_its_parents_cache(self):

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from . import analysis, models, plot, statistics
     from .explorer import explore
     from .intercept.attention import attention
+    from .layout import Layout
     from .loading import load
     from .maps import AttentionMap
 
@@ -53,6 +54,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionMap",
     "FileFormatError",
+    "Layout",
     "RewriteError",
     "UnknownKeyError",
     "UnknownLocalError",
@@ -70,7 +72,13 @@ __all__ = [
     "statistics",
 ]
 
-_LAZY = {"AttentionMap": ".maps", "attention": ".intercept", "explore": ".explorer", "load": ".loading"}
+_LAZY = {
+    "AttentionMap": ".maps",
+    "Layout": ".layout",
+    "attention": ".intercept",
+    "explore": ".explorer",
+    "load": ".loading",
+}
 _ROOMS = ("analysis", "models", "plot", "statistics")
 
 # The original Visualizer was imported as `from visualizer.visualizer import get_local`.

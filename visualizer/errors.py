@@ -18,9 +18,16 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+_PAGE = "docs/errors.md"
+"""Where errors and warnings are explained, each under its own heading."""
+
 
 class VisualizerError(Exception):
-    """Base of this package's own errors."""
+    """Base of this package's own errors. A note below the message names the section of docs/errors.md about it."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        self.add_note(f"{_PAGE}#{type(self).__name__.lower()} says more.")
 
 
 class UnknownLocalError(VisualizerError, NameError):
@@ -48,6 +55,9 @@ class UnsupportedPythonError(VisualizerError, RuntimeError):
 
 class VisualizerWarning(UserWarning):
     """Something is missing from what was recorded, or looks wrong; the message says why and what to do."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} ({_PAGE}#warnings)"
 
 
 def warn(message: str) -> None:

@@ -148,6 +148,16 @@ def may_borrow(code: CodeType) -> bool:
     return COMPREHENSIONS_ARE_INLINED and any(dis.opmap.get(name, -1) in code.co_code for name in BORROWS)
 
 
+def globals_of(code: CodeType) -> set[str]:
+    """The names that code looks up among the globals of its module."""
+    return {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+
+
+def multiplies_matrices(code: CodeType) -> bool:
+    """Whether code has the operator @ in it."""
+    return any(step.opname == "BINARY_OP" and step.argrepr in ("@", "@=") for step in dis.get_instructions(code))
+
+
 def jumps(instr: Instr) -> bool:
     """Whether execution may go on at the label that it names."""
     return instr.has_jump() and instr.name not in _SHAM_JUMPS

@@ -56,6 +56,7 @@ def layers_in(attention: Any) -> Layers:
     """
     if getattr(attention, "is_generation", False):
         attention = attention.generated()  # one map of each module, in place of one of each step
+    attention = _means_in(attention)
     if isinstance(attention, Mapping):
         attention = _layers_of_mapping(attention)
     if not is_array(attention):
@@ -73,6 +74,32 @@ def layers_in(attention: Any) -> Layers:
         raise _no_maps(f"the shape {tuple(attention.shape)}")
     are_arrays = not any(_is_map(layer) or hasattr(layer, "detach") for layer in layers)
     return Layers(layers, is_one, are_arrays, sources)
+
+
+def _means_in(value: Any) -> Any:
+    """The mean maps that a statistic collected, a layer each; any other value as it is."""
+    if isinstance(value, Mapping) and value and all(_is_statistic(one) for one in value.values()):
+        maps = {name: one for name, one in value.items() if one.mean.ndim == 4}
+        if len(maps) != 1:
+            raise ValueError(
+                f"the statistics {', '.join(map(repr, value))} have {len(maps) or 'no'} maps: MeanMap collects them; "
+                "pass one, such as found['mean_map']"
+            )
+        [value] = maps.values()
+    if not _is_statistic(value):
+        return value
+    if value.mean.ndim != 4:
+        raise ValueError(
+            f"this statistic has a mean of the shape {value.mean.shape}, not (layers, heads, queries, keys): "
+            "plot.statistic draws it"
+        )
+    is_known = ~np.isnan(value.mean).all((0, 1))  # the end of long texts may be padding in all of them
+    return list(value.mean[:, :, is_known.any(1)][..., is_known.any(0)][:, None])
+
+
+def _is_statistic(value: Any) -> bool:
+    """Whether it holds moments of a statistic; of an array `mean` is a method."""
+    return isinstance(getattr(value, "mean", None), np.ndarray) and hasattr(value, "count")
 
 
 def _layers_of_mapping(mapping: Mapping[Any, Any]) -> Any:

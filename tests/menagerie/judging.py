@@ -12,7 +12,7 @@ from torch import Tensor
 
 from visualizer import attention
 
-from .making import BATCH, NotBuilt
+from .making import BATCH, NotBuilt, in_words
 from .reading import Reading, Seen, read, taken_apart
 
 TOLERANCE = 2e-5
@@ -38,7 +38,7 @@ def judge(model: torch.nn.Module, run: Any, answers: Any = None) -> dict[str, An
     Args:
         model: in evaluation mode.
         run: calls it; every call does the same.
-        answers: returns a list of Answer, if the model's own code has some.
+        answers: returns a list of Answer, if the model's own code has some; None if that code computes something else.
     """
     with warnings.catch_warnings(record=True) as said, torch.no_grad():
         warnings.simplefilter("always")
@@ -47,7 +47,10 @@ def judge(model: torch.nn.Module, run: Any, answers: Any = None) -> dict[str, An
         with attention(model) as maps:
             after = _tensors(run())
         words = [str(one.message).splitlines()[0][:300] for one in said if "visualizer" in type(one.message).__module__]
-        reading = read(model, run)
+        try:
+            reading = read(model, run)
+        except Exception as error:  # the model ran with and without recording: it is the reading that it does not bear
+            raise NotBuilt(f"it does not run while it is read: {in_words(error)}") from error
         apart = _gap(before, _tensors(reading.output))
         if apart is None or apart > 1e-2 * max([1.0, *(float(one.abs().max()) for one in before if one.numel())]):
             raise NotBuilt(f"the model computes something else while it is read (by {apart})")
@@ -62,7 +65,10 @@ def judge(model: torch.nn.Module, run: Any, answers: Any = None) -> dict[str, An
             gap, noise = _gap(before, after), _gap(before, _tensors(run()))
             if gap is None or gap > max(1e-6, 2 * (noise or 0.0)):
                 reasons["the output changes while it is recorded" + (f" (by {gap:.1g})" if gap else "")] += 1
-        found = _answers_found([] if answers is None else answers(), list(maps), reading, reasons)
+        own = [] if answers is None else answers()
+        if own is None:
+            reasons["(its own answer is not compared: the code that returns weights computes something else)"] += 1
+        found = _answers_found(own or [], list(maps), reading, reasons)
     return {
         "maps": len(maps),
         "products": compared,
@@ -95,6 +101,9 @@ def reasons_of(reading: Reading, maps: list[Any]) -> tuple[Counter[str], int]:
     for _, one in left:
         if hasattr(one.source, "points"):
             reasons["(deformable attention, whose weights are compared with the model's own answer alone)"] += 1
+            continue
+        if one.shape[3] == 1:
+            reasons["(a map of a single key, which torch multiplied without a matrix product)"] += 1
             continue
         reasons[f"a map of {one.path.rpartition('.')[2] or 'the model'} that the reading has not"] += 1
     return reasons, compared
@@ -144,6 +153,8 @@ def _kind_reason(seen: Seen, one: Any, in_windows: bool) -> str | None:
     expected = seen.kind
     if expected is None or one.kind == expected:
         return None
+    if expected == "related":
+        return None if one.kind is not None else "kind: None in place of self or cross"
     if expected == "joint" and one.kind in ("self", "window"):
         return None
     if expected == "self" and one.kind in ("window", "joint"):

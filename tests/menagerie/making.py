@@ -21,10 +21,13 @@ def in_words(error: BaseException) -> str:
 
 
 def prepared(model: torch.nn.Module) -> torch.nn.Module:
-    """A model in evaluation mode, with weights so large that rows of attention are far from even."""
+    """A model in evaluation mode, with weights so large that rows of attention are far from even; none are all zero."""
     model = model.float().eval()
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
+            if parameter.ndim > 2 and parameter.is_floating_point() and parameter.numel() and not parameter.any():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
             if parameter.ndim == 2 and parameter.is_floating_point() and float(parameter.std()) < 0.05:
                 parameter.mul_(4)
     return model

@@ -27,9 +27,11 @@ apart. It notes each softmax of scores and the product of its weights with the v
 place of such a product; what the next linear layer is given tells which axes are heads and which are batch.
 
 **Exact** means, for every such product of the model: a map has its numbers (to 2e-5), its axes (batch, heads, queries,
-keys) and its kind, no map is there besides, and the model's output is the same as without recording. Where the model's
-own code returns its weights (`output_attentions`), the maps were compared with these too: the column *own* has how many
-of them were found, of how many.
+keys) and its kind, no map is there besides, and the model's output is the same as without recording. The reading tells
+the kind by the linear layers that made query and key: of one input they are "self", of inputs without a common origin
+"cross"; of different inputs with a common origin it cannot tell, and either counts. Where the model's own code returns
+its weights (`output_attentions`), the maps were compared with these too: the column *own* has how many of them were
+found, of how many.
 
 | library | models | exact | not exact | no attention by softmax | could not be compared |
 |---|---|---|---|---|---|

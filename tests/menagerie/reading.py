@@ -3,7 +3,8 @@
 A dispatch mode sees each operator after autograd, with every fused kernel taken apart into products and a softmax. It
 notes each product of weights (what became of a softmax of scores) with values. A second run replaces the output of such
 products by numbers that say which of its leading axes they are from: what the model's next linear layer is given tells
-which of these axes are features (heads) and which are rows (batch, windows).
+which of these axes are features (heads) and which are rows (batch, windows). It replaces the softmax by the numbers of
+its keys: a product over anything else than keys sums over numbers that are all the same.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "_scaled_mm", "convolution", "dot",
 SOFTMAXES = {"_softmax", "_safe_softmax"}
 COMPOSITE = {"matmul", "linear", "einsum", "softmax"}
 FUSED = {"_scaled_dot_product_flash_attention_for_cpu"}
+MOST_RUNS = 3
 REDUCTIONS = {
     "sum",
     "mean",
@@ -55,7 +57,8 @@ class Seen:
     over_keys: bool
     """Whether the softmax is over what the product sums over."""
     kind: str | None
-    """"self", "cross" or "joint", by which linear layers query and key come from."""
+    """"self", "cross" or "joint", by which linear layers query and key come from; "related" where these were given
+    different tensors with a common origin: that may be one sequence or two."""
     distance: float
     """How far weights x values is from the output."""
     is_certain: bool = True
@@ -70,7 +73,6 @@ class _Softmax:
     kind: str | None
     numbers: Tensor
     is_certain: bool
-    used: bool = False
 
 
 @dataclass
@@ -89,14 +91,18 @@ class _Fact:
 
 
 class Reading(TorchDispatchMode):
-    """Notes the products of weights with values; with `codes`, also what the model does with their leading axes."""
+    """Notes the products of weights with values; with `codes`, what the model does with the leading axes of these."""
 
-    def __init__(self, parameters: list[Tensor], codes: bool = False) -> None:
+    def __init__(self, parameters: list[Tensor], codes: set[int] | None = None) -> None:
         super().__init__()
         self.seen: list[Seen] = []
         self.output: Any = None
         """What the model returned."""
         self.arrangements: list[list[list[int]] | None] = []
+        self.over_keys: list[tuple[torch.Size, bool]] = []
+        """Of each product the shape of the weights, and whether it sums over keys."""
+        self.passed_on = False
+        """Whether a product got the codes of another one in place of its own."""
         self._codes = codes
         self._parameters = {one.untyped_storage().data_ptr() for one in parameters}
         self._facts: dict[int, tuple[Tensor, _Fact]] = {}
@@ -151,12 +157,18 @@ class Reading(TorchDispatchMode):
     def _product(self, name: str, args: Any, out: Tensor) -> None:
         left, right = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
         fact, other = self._fact(left), self._fact(right)
-        for one, known in ((left, fact), (right, other)):
-            if known is not None and known.code is not None:
-                self._read_codes(known.code, one, self._feature_axis(name, one is left, one))
+        weighted = [known for known in (fact, other) if known is not None and known.softmaxes]
+        if len(weighted) != 1 or name == "convolution" or self._is_parameter(left) or self._is_parameter(right):
+            for one, known in ((left, fact), (right, other)):
+                if known is not None and known.code is not None:
+                    self._read_codes(known.code, one, self._feature_axis(name, one is left, one))
         if name == "convolution" or self._is_parameter(left) or self._is_parameter(right):
             given, known = (right, other) if self._is_parameter(left) else (left, fact)
             mixes = known is not None and (known.softmaxes or known.scores) and _keeps_pairs(name, given, out)
+            if (
+                mixes and known is not None and known.softmaxes
+            ):  # a softmax that scaled the tokens is no weights of them
+                mixes = any(one.numbers.numel() == given.numel() for one in known.softmaxes)
             label = frozenset([_content(given)])
             further = frozenset() if known is None else known.inputs
             made = _Fact(scores=(None, False), inputs=label, further=further)
@@ -164,42 +176,45 @@ class Reading(TorchDispatchMode):
                 made.softmaxes, made.scores = known.softmaxes, known.scores
             self._note(out, made)
             return
-        weighted = [known for known in (fact, other) if known is not None and known.softmaxes]
         if not weighted:  # weights need no softmax
             for one, known in ((left, fact), (right, other)):
                 if known is not None and known.scores is not None and known.scores[1]:
-                    made = _Softmax(tuple(one.shape), known.scores[0], one.clone(), is_certain=False)
-                    fact, other = (
-                        (replace(known, softmaxes=[made]), None)
-                        if one is left
-                        else (None, replace(known, softmaxes=[made]))
-                    )
-                    weighted = [fact or other]
+                    instead = _Softmax(tuple(one.shape), known.scores[0], one.clone(), is_certain=False)
+                    weighted = [replace(known, softmaxes=[instead])]
+                    fact, other = (weighted[0], other) if one is left else (fact, weighted[0])
                     break
-        if len(weighted) == 1 and not all(one.used for one in weighted[0].softmaxes):
-            self._weighted(name, args, left, right, out, weighted[0], fact is weighted[0])
-            if self._codes:
-                return
         labels = frozenset().union(*(known.inputs for known in (fact, other) if known is not None))
-        self._note(out, _Fact(scores=(_kind(fact, other), True), inputs=labels))
+        is_of_softmax = len(weighted) == 1 and any(one.is_certain for one in weighted[0].softmaxes)
+        made = _Fact(scores=(None, False) if is_of_softmax else (_kind(fact, other), True), inputs=labels)
+        self._note(out, made)
+        if len(weighted) == 1:
+            self._weighted(name, args, left, right, out, weighted[0], fact is weighted[0])
 
     def _weighted(
         self, name: str, args: Any, left: Tensor, right: Tensor, out: Tensor, fact: _Fact, is_left: bool
     ) -> None:
-        for one in fact.softmaxes:
-            one.used = True
         weights, values = (left, right) if is_left else (right.mT, left.mT)
         result = out if is_left else out.mT
         if weights.ndim == 2:
             weights, values, result = weights[None], values[None], result[None]
         if name == "baddbmm":
             result = result - (args[0] if is_left else args[0].mT)
-        if self._codes:
-            number = len(self.arrangements)
+        if self._codes is not None:
+            number, known = len(self.arrangements), self._facts[id(out)][1]
             self.arrangements.append(None)
+            varies = bool((weights.amax(-1) > weights.amin(-1)).any()) or weights.shape[-1] < 2
+            self.over_keys.append((weights.shape, varies))
+            other = self._fact(right if is_left else left)
+            if other is not None and other.code is not None and values.shape[-1]:  # such as a second attention
+                result.copy_(values[:, torch.arange(result.shape[1]) % values.shape[1]])
+                self._note(out, replace(known, code=other.code))
+                self.passed_on = True
+                return
+            if number not in self._codes:
+                return
             codes = torch.arange(1, len(weights) + 1, dtype=out.dtype, device=out.device)
             out.copy_((codes if out.ndim == 3 else codes.squeeze(0)).reshape(-1, *[1] * 2) if out.ndim == 3 else codes)
-            self._note(out, _Fact(code=number))
+            self._note(out, replace(known, code=number))
             if len(weights) == 1:
                 self.arrangements[number] = [[0]]
             return
@@ -222,6 +237,9 @@ class Reading(TorchDispatchMode):
             scores = _surer(scores, fact.scores)
         if scores is None or out.ndim < 2:
             return
+        if self._codes is not None and scores[1]:
+            keys = torch.arange(1, out.shape[args[1]] + 1, dtype=out.dtype, device=out.device)
+            out.movedim(args[1], -1).copy_(keys.expand(out.movedim(args[1], -1).shape))
         made = _Softmax(tuple(out.shape), scores[0], out.clone(), scores[1])
         self._softmaxes.append(made)
         self._note(out, _Fact(softmaxes=[made]))
@@ -319,7 +337,7 @@ def _kind(query: _Fact | None, key: _Fact | None) -> str | None:
     if query.inputs & key.inputs or not (query.further and key.further):
         return None
     near, other = query.inputs | query.further, key.inputs | key.further
-    return "self" if near & other else "cross"
+    return "related" if near & other else "cross"
 
 
 @contextmanager
@@ -338,21 +356,29 @@ def taken_apart() -> Any:
 
 
 def read(model: torch.nn.Module, run: Any) -> Reading:
-    """What a model's products of weights and values are, by two runs of it."""
+    """What a model's products of weights and values are, by two runs of it or more."""
     parameters = [*model.parameters(), *model.buffers()]
     with taken_apart():
         first = Reading(parameters)
         with first:
             first.output = run()
-        second = Reading(parameters, codes=True)
-        try:
-            with second:
-                run()
-        except Exception:  # a model may not bear the codes
-            pass
-    for seen, arrangement in zip(first.seen, second.arrangements):
-        if arrangement is not None and sum(map(len, arrangement)) == len(seen.weights):
-            seen.arrangement = arrangement
-    first._facts.clear()
-    second._facts.clear()
+        first._facts.clear()
+        for _ in range(MOST_RUNS):
+            pending = {number for number, seen in enumerate(first.seen) if seen.arrangement is None}
+            second = Reading(parameters, codes=pending)
+            try:
+                with second:
+                    run()
+            except Exception:  # a model may not bear the codes
+                pass
+            second._facts.clear()
+            for number, (seen, arrangement) in enumerate(zip(first.seen, second.arrangements)):
+                if arrangement is not None and number in pending and sum(map(len, arrangement)) == len(seen.weights):
+                    seen.arrangement = arrangement
+                shape, varies = second.over_keys[number]
+                if shape != seen.weights.shape:  # what the numbers are decided what ran
+                    break
+                seen.over_keys &= varies
+            if not second.passed_on:
+                break
     return first

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..layout import Layout
 from ..maps import AttentionMap
 from ..reading import Layers, Reduction, as_numbers, check_least, layers_in
 
@@ -46,7 +47,7 @@ def without_nan(layer: AttentionMap, number: int = 0) -> AttentionMap:
         return layer
     weights = layer.dense().nan_to_num(0)
     check_least(weights.amin().item(), layer_label(number, layer))
-    clean = AttentionMap(weights.clamp_(min=0), path=layer.path, kind=layer.kind)
+    clean = AttentionMap(weights.clamp_(min=0), path=layer.path, kind=layer.kind).described_as(layer)
     clean.gradient = layer.gradient
     return clean
 
@@ -64,6 +65,20 @@ def per_layer(attention: Any, analyse: Callable[[AttentionMap], Tensor]) -> Any:
                 f"{read.layers[0].shape} and {layer_label(number, layer)} {layer.shape}. Pass them one by one"
             )
     return like_input(torch.stack([result.to(results[0].device) for result in results]), read.are_arrays)
+
+
+def real_tokens(layout: Layout | None, batch: int, tokens: int) -> Tensor | None:
+    """Which tokens are not padding, (batch, tokens) as bool on the CPU; None where that is not known, or none is.
+
+    >>> from visualizer.layout import Part
+    >>> real_tokens(Layout((Part("padding", 1), Part("text", 2))), 2, 3)
+    tensor([[False,  True,  True],
+            [False,  True,  True]])
+    """
+    if layout is None or layout.count != tokens or len(layout.samples) not in (0, batch):
+        return None
+    real = torch.from_numpy(np.stack([~one.are("padding") for one in layout.samples or (layout,)]))
+    return None if bool(real.all()) else real.expand(batch, tokens)
 
 
 def layer_label(number: int, layer: AttentionMap) -> str:

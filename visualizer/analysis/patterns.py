@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..maps import AttentionMap, without_autograd
 from ..store import as_html, as_text
-from .layers import layer_label, layers_of
+from .layers import layer_label, layers_of, real_tokens
 
 __all__ = ["HeadPatterns", "head_patterns"]
 
@@ -144,11 +144,12 @@ def head_patterns(
     Args:
         attention: layers with the same number of heads, whose queries and keys are the same tokens; or one map.
         tokens: the words of the tokens, one list for all texts, or a list for each text. They show which tokens are
-            special and which repeat.
+            special and which repeat. None: what the maps know, as those of `attention(model, tokenizer=...)` do.
         ids: the tokens' numbers, (batch, tokens) or (tokens,). They show which tokens repeat, in place of `tokens`.
         special: names or positions (-1 is the last) of special tokens; None: the tokens with names that tokenizers use,
             such as [CLS], [SEP], <s> and <|im_end|>.
         attention_mask: (batch, tokens), 0 for padding, as tokenizers give it; queries that are padding do not count.
+            None: what the maps know.
         window: how far "local" reaches, in tokens, to either side.
 
     Returns:
@@ -175,12 +176,14 @@ def head_patterns(
     if window < 0:
         raise ValueError(f"window={window!r}: pass how many tokens, 0 or more")
     batch, _, count, _ = maps[0].shape
+    known = maps[0].layout
+    if tokens is None and known is not None and known.of(0).has_words:
+        tokens = [known.of(text).names for text in range(batch)]
     names = _names(tokens, batch, count)
-    real = (
-        torch.ones(batch, count, dtype=torch.bool)
-        if attention_mask is None
-        else _numbers("attention_mask", attention_mask, batch, count) != 0
-    )
+    real = real_tokens(known, batch, count) if attention_mask is None else None
+    if attention_mask is not None:
+        real = _numbers("attention_mask", attention_mask, batch, count) != 0
+    real = torch.ones(batch, count, dtype=torch.bool) if real is None else real
     if not bool(real.any(1).all()):
         raise ValueError("attention_mask leaves a text without a token: it is 0 everywhere")
     repeats = _numbers("ids", ids, batch, count) if ids is not None else _as_numbers(names)

@@ -1,5 +1,7 @@
 """What the rows of a map say: how broadly a query looks, how far, how surely, and at what.
 
+Padding that a map knows, as recorded maps do where the model was given a mask, does not count.
+
 Each analysis is two functions: `..._of` has the formula for one layer, which a statistic can use too, and the public
 one applies it to every layer by `per_layer`, which raises ValueError for layers of different shapes.
 """
@@ -9,16 +11,18 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..errors import few
+from ..layout import Layout, Patches, layout_of
 from ..maps import AttentionMap, without_autograd
-from ..places import grid_of
 from ..reading import Reduction
-from .layers import as_floats, check_heads, fused, layer_label, layers_of, like_input, per_layer
+from ..words import readable, word_index
+from .layers import as_floats, check_heads, fused, layer_label, layers_of, like_input, per_layer, real_tokens
 
 __all__ = [
     "TopKey",
@@ -32,6 +36,9 @@ __all__ = [
     "top_keys",
 ]
 
+Along: TypeAlias = Literal["space", "time"]
+"""What distances are measured along."""
+
 _ROUNDING = 1e-12
 
 
@@ -43,7 +50,8 @@ def entropy(attention: Any) -> Any:
     >>> entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]]).expand(1, 1, 2, 2))
     tensor([[[0.0000, 0.6931]]])
 
-    - sum_j A_ij ln A_ij, with 0 ln 0 = 0. A query whose keys are all masked attends to nothing: NaN.
+    - sum_j A_ij ln A_ij, with 0 ln 0 = 0. A query whose keys are all masked attends to nothing: NaN; so is one that is
+    known to be padding.
 
     Returns:
         (batch, heads, queries); take means with `nanmean`. Several layers, of one shape, are the first axis.
@@ -53,7 +61,13 @@ def entropy(attention: Any) -> Any:
 
 def entropy_of(layer: AttentionMap) -> Tensor:
     """The entropy of each row, (batch, heads, queries)."""
-    return layer.reduce(_entropies)
+    entropies, real = layer.reduce(_entropies), _real_queries(layer)
+    return entropies if real is None else entropies.masked_fill(~real.to(entropies.device)[:, None], math.nan)
+
+
+def _real_queries(layer: AttentionMap) -> Tensor | None:
+    """Which queries are known not to be padding, (batch, queries)."""
+    return real_tokens(layer.query_layout, layer.shape[0], layer.shape[2])
 
 
 def _entropies(weights: Tensor) -> Tensor:
@@ -82,8 +96,10 @@ def received(attention: Any) -> Any:
 
 
 def received_of(layer: AttentionMap, counts: Tensor | None = None) -> Tensor:
-    """What each key of one layer gets, (batch, heads, keys), from the queries that count, (batch, queries), or all."""
+    """What each key of one layer gets, (batch, heads, keys), from the queries that count, (batch, queries), or from all
+    but padding."""
     batch, _, queries, _ = layer.shape
+    counts = _real_queries(layer) if counts is None else counts
     counts = torch.ones(batch, queries) if counts is None else counts
     columns = layer.row_product(counts.to(layer.device, layer.dtype))
     return columns / columns.sum(-1, keepdim=True)  # how many queries attend to something
@@ -141,11 +157,13 @@ def confidence(attention: Any) -> Any:
 
 def confidence_of(layer: AttentionMap) -> Tensor:
     """How sure the heads of one layer are, (batch, heads)."""
-    largest = layer.reduce(lambda rows: rows.amax(-1))
+    largest, real = layer.reduce(lambda rows: rows.amax(-1)), _real_queries(layer)
+    if real is not None:
+        largest = largest * real.to(largest.device)[:, None]
     return largest.sum(-1) / (largest > 0).sum(-1)
 
 
-def cls_attention(attention: Any, query: int = 0, *, prefix_tokens: int = 1) -> Any:
+def cls_attention(attention: Any, query: int = 0, *, prefix_tokens: int | None = None) -> Any:
     """What the class token attends to among the patches: its row without the prefix tokens.
 
     >>> import torch
@@ -158,7 +176,7 @@ def cls_attention(attention: Any, query: int = 0, *, prefix_tokens: int = 1) -> 
     Args:
         attention: one map, or layers of one shape.
         query: the token whose row is wanted.
-        prefix_tokens: how many keys come before the patches.
+        prefix_tokens: how many keys come before the patches; None: those that the map knows, or else 1.
 
     Returns:
         (batch, heads, keys - prefix_tokens); several layers are the first axis.
@@ -170,9 +188,11 @@ def cls_attention(attention: Any, query: int = 0, *, prefix_tokens: int = 1) -> 
     return per_layer(attention, lambda layer: cls_attention_of(layer, query, prefix_tokens))
 
 
-def cls_attention_of(layer: AttentionMap, query: int, prefix_tokens: int) -> Tensor:
+def cls_attention_of(layer: AttentionMap, query: int, prefix_tokens: int | None) -> Tensor:
     """One row of one layer without the prefix tokens, (batch, heads, patches)."""
-    keys = layer.shape[3]
+    keys, known = layer.shape[3], layer.layout
+    if prefix_tokens is None:
+        prefix_tokens = 1 if known is None or known.patches is None or known.windows else known.first_patch
     if not 0 <= prefix_tokens < keys:
         raise ValueError(f"prefix_tokens={prefix_tokens!r} does not leave a patch among {keys} keys")
     return layer.rows([query])[:, :, 0, prefix_tokens:]
@@ -185,6 +205,8 @@ def attention_distance(
     patch_size: float = 1,
     prefix_tokens: int | None = None,
     renormalise: bool = True,
+    layout: Layout | None = None,
+    along: Along = "space",
 ) -> Any:
     """How far a head looks over the picture: the mean distance between a patch and the patches that it attends to.
 
@@ -202,22 +224,28 @@ def attention_distance(
 
     Args:
         attention: one map of self-attention over patches, or layers of one shape.
-        grid: (rows, columns) of patches; None: the square that is left behind `prefix_tokens`.
+        grid: (rows, columns) of patches; None: what the map knows, or else the square that is left behind
+            `prefix_tokens`.
         patch_size: the side of a patch in pixels, for a distance in pixels; 1 gives patches.
         prefix_tokens: how many tokens come before the patches; None: those that the grid leaves over; without a grid 0
             or 1, whichever leaves a square. They are left out, as queries and as keys.
         renormalise: whether a row's weights are scaled to sum to one over the patches. A row that gives the patches
             nothing is then left out of the mean; a head with no other rows has NaN. If False, attention to prefix
             tokens counts as distance 0; a row that attends to nothing at all is left out.
+        layout: what the tokens are, in place of `grid` and `prefix_tokens`.
+        along: of a video, whose patches are (frames, rows, columns): "space": rows and columns only; "time": frames
+            only, in frames of the model. A volume has its depth in their place.
 
     Returns:
-        (batch, heads), in the unit of `patch_size`; several layers are the first axis.
+        (batch, heads), in the unit of `patch_size`; several layers are the first axis. Layers that attend within
+        windows measure within these: the batch is that of the images.
 
     Raises:
         ValueError: queries and keys are not the same tokens, the grid does not fit them, or the layers differ in shape.
     """
     check_patch_size(patch_size)
-    return per_layer(attention, lambda layer: distance_of(layer, grid, patch_size, prefix_tokens, renormalise))
+    where: Patches = {"layout": layout, "grid": grid, "prefix_tokens": prefix_tokens}
+    return per_layer(attention, lambda layer: distance_of(layer, where, patch_size, renormalise, along))
 
 
 def check_patch_size(patch_size: float) -> None:
@@ -228,18 +256,54 @@ def check_patch_size(patch_size: float) -> None:
 
 @without_autograd
 def distance_of(
-    layer: AttentionMap, grid: tuple[int, int] | None, patch_size: float, prefix_tokens: int | None, renormalise: bool
+    layer: AttentionMap, where: Patches, patch_size: float, renormalise: bool, along: Along = "space"
 ) -> Tensor:
     """The mean distance of one layer's heads, (batch, heads); see `attention_distance`."""
-    batch, heads, queries, keys = layer.shape
+    queries, keys = layer.shape[2:]
     if queries != keys:
         raise ValueError(
             f"distances need queries and keys that are the same patches, not {queries} queries and {keys} keys"
         )
-    places = grid_of(keys, {"grid": grid, "prefix_tokens": prefix_tokens})
-    prefix = len(places.prefix)
-    row = torch.arange(places.rows, device=layer.device, dtype=layer.dtype).repeat_interleave(places.columns)
-    column = torch.arange(places.columns, device=layer.device, dtype=layer.dtype).repeat(places.rows)
+    layout = layout_of(keys, where, None, layer.layout)
+    patches, prefix = layout.patches, layout.first_patch
+    if patches is None or prefix + patches.count != layout.count:
+        raise ValueError(f"distances are those between the patches of a picture, and these tokens are {layout}")
+    if along not in ("space", "time") or (along == "time" and len(patches.shape) == 2):
+        raise ValueError(f"along={along!r}: pass 'space', or of a video 'time'; these tokens are {layout}")
+    axes = layout.coordinates()
+    axes = axes[:, :1] if along == "time" else axes[:, -2:]
+    if layout.windows is not None:
+        return _distance_in_windows(layer, layout, axes, patch_size, renormalise)
+    unit = 1 if along == "time" else patch_size
+    return unit * _distance(layer, torch.from_numpy(axes), prefix, renormalise)
+
+
+def _distance_in_windows(
+    layer: AttentionMap, layout: Layout, axes: npt.NDArray[np.float64], patch_size: float, renormalise: bool
+) -> Tensor:
+    """The mean distance over the windows of each image, (images, heads), each window counted by its patches."""
+    patches, windows = layout.patches, layout.windows
+    assert patches is not None and windows is not None
+    places = windows.places(*patches.shape)
+    images, left = divmod(layer.shape[0], len(places))
+    if left:
+        raise ValueError(f"there are {layer.shape[0]} windows, not a multiple of the {len(places)} of {layout}")
+    total = torch.zeros(images, layer.shape[1], dtype=layer.dtype, device=layer.device)
+    counted = torch.zeros_like(total)
+    weights = layer.dense()
+    weights = weights.view(images, len(places), *weights.shape[1:])
+    for number, place in enumerate(places):
+        is_patch = np.flatnonzero(place >= 0)
+        inner = AttentionMap(weights[:, number][:, :, is_patch][..., is_patch])
+        total += _distance(inner, torch.from_numpy(axes[place[is_patch]]), 0, renormalise).nan_to_num(0) * len(is_patch)
+        counted += len(is_patch)
+    return patch_size * total / counted
+
+
+def _distance(layer: AttentionMap, axes: Tensor, prefix: int, renormalise: bool) -> Tensor:
+    """The mean distance between tokens at these places, (tokens behind the prefix, axes), by each head."""
+    batch, heads = layer.shape[:2]
+    axes = axes.to(layer.device, layer.dtype)
     total = torch.zeros(batch, heads, dtype=layer.dtype, device=layer.device)
     counted = torch.zeros_like(total)
     for part, weights in layer.chunks():
@@ -247,7 +311,7 @@ def distance_of(
         weights = weights[:, :, max(prefix - part.start, 0) :]
         attends = weights[..., :prefix].sum(-1).flatten(0, 1).T > 0
         weights = weights[..., prefix:]
-        apart = torch.hypot(row[patch, None] - row, column[patch, None] - column)  # (some queries, patches)
+        apart = torch.cdist(axes[patch], axes, compute_mode="donot_use_mm_for_euclid_dist")  # (some queries, patches)
         # One product gives both sums, so that the weights are read once. Its batch axis is the queries.
         factors = torch.stack([apart, torch.ones_like(apart)], -1)
         distances, mass = torch.bmm(weights.flatten(0, 1).transpose(0, 1), factors).unbind(-1)
@@ -257,7 +321,7 @@ def distance_of(
         else:
             counted += (attends | (mass > 0)).sum(0).view(batch, heads)
         total += distances.sum(0).view(batch, heads)
-    return patch_size * total / counted
+    return total / counted
 
 
 @without_autograd
@@ -304,7 +368,7 @@ class TopKey(NamedTuple):
     """One of the keys that a query attends to most."""
 
     token: str
-    """Its text; its number if no tokens were passed."""
+    """Its text or its name; its number where these are not known."""
     weight: float
     """How much the query attends to it, from 0 to 1."""
     key: int
@@ -332,8 +396,9 @@ def top_keys(
 
     Args:
         attention: one map, or several as layers.
-        query: the token's number (-1 is the last), or its text if `tokens` are passed.
-        tokens: the text of each key.
+        query: the token's number (-1 is the last), or its text.
+        tokens: the text of each key; None: what the map knows, as that of `attention(model, tokenizer=...)` does, or
+            numbers. Padding that it knows is left out.
         k: how many keys, or all if there are fewer.
         heads: how the heads of a layer become one map, or the number of one head.
         batch: which image or text.
@@ -358,12 +423,22 @@ def top_keys(
         for axis, index, size in (("batch", batch, images), ("head", heads, count)):
             if not isinstance(index, str) and not -size <= operator.index(index) < size:
                 raise IndexError(f"there is no {axis} {index}: {layer_label(number, layer)} has {size} of them")
-        rows = layer.rows([_query_number(query, tokens, queries)])
+        known, of_queries = (
+            layout.of(batch) if layout is not None and not layout.windows else None
+            for layout in (layer.layout, layer.query_layout)
+        )
+        names = readable(tokens) if tokens is not None else None if known is None else known.names
+        asked = names if tokens is not None or of_queries is None else of_queries.names
+        rows = layer.rows([_query_number(query, asked, queries)])
         row = fused(rows, heads)[batch, 0] if isinstance(heads, str) else rows[batch, heads, 0]
-        best = row.topk(min(k, keys) if bool(row.any()) else 0)
+        count = min(k, keys) if bool(row.any()) else 0
+        if known is not None:  # a model may let words look at padding
+            padding = torch.from_numpy(known.are("padding")).to(row.device)
+            row, count = row.masked_fill(padding, -1), min(count, int((~padding).sum()))
+        best = row.topk(count)
         best_keys.append(
             [
-                TopKey(str(key) if tokens is None else str(tokens[key]), weight, key)
+                TopKey(str(key) if names is None else names[key], weight, key)
                 for weight, key in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ]
         )
@@ -376,9 +451,4 @@ def _query_number(query: int | str, tokens: Sequence[str] | None, queries: int) 
         return operator.index(query)
     if tokens is None or len(tokens) != queries:
         raise ValueError(f"query={query!r} is a text: pass the tokens of the {queries} queries, or a number")
-    places = [place for place, token in enumerate(tokens) if token == query]
-    if not places:
-        raise ValueError(f"there is no token {query!r} among {few(tokens, 30)}")
-    if len(places) > 1:
-        raise ValueError(f"there are {len(places)} tokens {query!r}, at {places}: pass one of these numbers")
-    return places[0]
+    return word_index(query, tokens)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from ..layout import layout_of
 from ..maps import without_autograd
-from ..places import grid_of
 from .layers import as_floats, like_input
 
 __all__ = ["filter_components", "position_similarity"]
@@ -47,9 +47,10 @@ def position_similarity(
         table = table[0]
     if table.ndim != 2 or 0 in table.shape:
         raise ValueError(f"positions are (tokens, width) or (1, tokens, width), these are {tuple(table.shape)}")
-    places = grid_of(len(table), {"grid": grid, "prefix_tokens": prefix_tokens})
-    unit = torch.nn.functional.normalize(table[len(places.prefix) :], dim=-1)
-    return like_input((unit @ unit.mT).view(places.rows, places.columns, places.rows, places.columns), is_array)
+    layout = layout_of(len(table), {"grid": grid, "prefix_tokens": prefix_tokens})
+    rows, columns = layout.sheet.shape
+    unit = torch.nn.functional.normalize(table[layout.first_patch :], dim=-1)
+    return like_input((unit @ unit.mT).view(rows, columns, rows, columns), is_array)
 
 
 @without_autograd

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from ..errors import UnsupportedPythonError
+from ..errors import UnsupportedPythonError, did_you_mean
 from . import demo, doctor, explore, info, plot, run, stats
-from .outcome import Mistake, say
+from .outcome import Mistake, say, why_import_failed
 
 _COMMANDS = (run, stats, info, plot, explore, demo, doctor)
 
@@ -40,11 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnsupportedPythonError as error:
         say(error)
         return 1
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "visualizer":
             raise
-        advice = "" if "pip install" in str(error) else ': pip install "get-local[demo]"'
-        say(f"{error}{advice}")
+        say(f'{error}: pip install "get-local[demo]"')
         return 2
     except BrokenPipeError:  # the reader of the results, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more when it ends
@@ -52,16 +52,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130
+    except Exception as error:
+        is_advice = isinstance(error, ImportError) and "pip install" in str(error)
+        why = str(error) if is_advice else why_import_failed(error)
+        if why is None:
+            raise
+        say(why)
+        return 2
     return 0 if script is None else script()  # outside the try: errors of the script are not errors of the command
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # said here, by the parser of the command, which knows its options
+            known = [option for action in self._actions for option in action.option_strings]
+            options = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(known, *options)}")
+        return parsed, unknown
+
     def error(self, message: str) -> NoReturn:
-        raise Mistake(f"{message} (see {self.prog} --help)")
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        hint = did_you_mean(re.findall(r"[\w-]+", choice[2]), choice[1]) if choice else ""
+        raise Mistake(f"{message}{hint} (see {self.prog} --help)")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="visualizer", description="See inside models while they run.")
+    version = sys.modules[__name__.partition(".")[0]].__version__
+    parser.add_argument("--version", action="version", version=f"visualizer {version}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_to(commands)

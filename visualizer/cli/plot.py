@@ -9,8 +9,9 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..errors import did_you_mean
 from .outcome import Commands, Mistake, destination, save, warnings_as_lines
-from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
+from .saved import add_choice, as_options, choose, grid_of, has_words, picture_of, read, tokens_of
 
 if TYPE_CHECKING:
     from ..statistics import Collected
@@ -27,7 +28,7 @@ KINDS = {
     "entropy": "how broadly each head looks",
     "patterns": "what each head of a text model does",
 }
-_OPTIONS = ("layer", "head", "batch", "query", "grid", "image", "title")
+_OPTIONS = ("layer", "head", "batch", "query", "grid", "image", "style", "cmap", "title")
 
 
 def add_to(commands: Commands) -> None:
@@ -49,18 +50,29 @@ def add_to(commands: Commands) -> None:
         "--query", type=_query, metavar="WHICH", help="a patch as ROW,COLUMN, a token's number, or a word"
     )
     plot.add_argument("--grid", type=grid_of, metavar="ROWSxCOLUMNS", help="of patches; default: a square")
+    plot.add_argument("--style", choices=("overlay", "mask"), help="how weights lie over the --image")
+    plot.add_argument("--cmap", metavar="NAME", help="a colour map of matplotlib, such as viridis or gray_r")
     plot.add_argument("--title", help="what to write above the picture")
+    plot.add_argument("--dpi", type=_dpi, default=150, metavar="N", help="dots per inch; default: %(default)s")
     plot.add_argument("-o", "--out", metavar="FILE", help="the picture: .png, .svg, .pdf; default: KIND.png")
     plot.set_defaults(run=_plot)
 
 
 def _choice(text: str) -> int | str:
-    if text in ("mean", "max", "min"):
+    words = "mean", "max", "min"
+    if text in words:
         return text
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, mean, max or min") from None
+        hint = did_you_mean(words, text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, mean, max or min{hint}") from None
+
+
+def _dpi(text: str) -> int:
+    if not text.isdecimal() or not 10 <= int(text) <= 2400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of dots per inch from 10 to 2400")
+    return int(text)
 
 
 def _query(text: str) -> int | tuple[int, ...] | str:
@@ -82,6 +94,9 @@ def _plot(options: argparse.Namespace) -> None:
     import matplotlib
 
     matplotlib.use("agg")  # there may be no screen
+    if options.cmap is not None and options.cmap not in matplotlib.colormaps:
+        hint = did_you_mean(matplotlib.colormaps, options.cmap)
+        raise Mistake(f"argument --cmap: matplotlib has no colour map {options.cmap!r}{hint}")
     if results.saved().kind == "statistics":
         draw, accepted = _of_statistics(options.kind, results, keywords)
     elif options.kind in KINDS:
@@ -89,7 +104,7 @@ def _plot(options: argparse.Namespace) -> None:
     else:
         raise Mistake(
             f"argument --kind: invalid choice: {options.kind!r}: {options.file} has maps, not statistics (choose from "
-            f"{', '.join(KINDS)})"
+            f"{', '.join(KINDS)}){did_you_mean(KINDS, options.kind)}"
         )
     unused = [name for name in keywords if name not in accepted]
     if unused:
@@ -98,7 +113,7 @@ def _plot(options: argparse.Namespace) -> None:
     try:
         with warnings_as_lines():
             drawn = draw()
-            save(getattr(drawn, "figure", drawn), path)
+            save(getattr(drawn, "figure", drawn), path, options.dpi)
     except (ValueError, TypeError, LookupError) as error:
         raise Mistake(as_options(str(error))) from error
     print(path)
@@ -115,7 +130,7 @@ def _of_maps(
         return functools.partial(_measured, kind, maps, tokens, **keywords), accepted
     function = getattr(plot, kind.replace("-", "_"))
     if kind == "tokens":
-        if tokens is None:
+        if tokens is None and not any(has_words(one) for one in maps):
             raise Mistake("--kind tokens needs the words: --tokens The cat sat (the file has none)")
         keywords = {**keywords, "tokens": tokens}
     if kind == "query" and "query" not in keywords:
@@ -147,6 +162,7 @@ def _of_statistics(kind: str, statistics: Collected, keywords: dict[str, Any]) -
     name = kind.replace("-", "_")
     if name not in statistics:
         kinds = ", ".join(f"--kind {name.replace('_', '-')}" for name in statistics)
-        raise Mistake(f"the file has statistics, and none that --kind {kind} draws: there are {kinds}")
+        hint = did_you_mean((name.replace("_", "-") for name in statistics), kind)
+        raise Mistake(f"the file has statistics, and none that --kind {kind} draws: there are {kinds}{hint}")
     accepted = {"title", "layer"} if statistics[name].mean.ndim == 4 else {"title"}  # 4 axes: maps
     return functools.partial(plot.statistic, statistics, name, **keywords), accepted

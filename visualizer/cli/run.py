@@ -27,6 +27,11 @@ def add_to(commands: Commands) -> None:
         "--var", action="append", metavar="NAME", help="this local in all modules of all models; repeatable"
     )
     run.add_argument("--target", metavar="MODULE:FUNCTION", help="the --var of one function: pkg.mod:Class.forward")
+    run.add_argument(
+        "--at",
+        choices=("return", "assign"),
+        help="when the --var is looked at; assign: at every value that it gets",
+    )
     run.add_argument("--attention", action="store_true", help="the attention of all models, fused or not")
     run.add_argument("--limit", type=int, metavar="N", help="keep only the N newest calls of each function or module")
     run.add_argument(
@@ -56,9 +61,10 @@ def _prepared(options: argparse.Namespace) -> Callable[[], int]:
 
 def _recording(options: argparse.Namespace, program: Program) -> Recording:
     names, limits = options.var or [], {"limit": options.limit, "max_bytes": options.max_bytes}
+    how = {**limits, "at": options.at or "return"}
     if options.attention:
-        if names or options.target or options.limit:
-            raise Mistake("--attention finds the weights by itself: it takes no --var, --target or --limit")
+        if names or options.target or options.limit or options.at:
+            raise Mistake("--attention finds the weights by itself: it takes no --var, --at, --target or --limit")
 
         def recorder(model: Any) -> Any:
             from ..intercept import attention  # the script has imported torch by now
@@ -73,10 +79,12 @@ def _recording(options: argparse.Namespace, program: Program) -> Recording:
     if options.target:
         if not names:
             raise Mistake(f"--target {options.target} needs --var NAME: which local of it")
-        return Target(options.target, program.names, lambda target: capture(target, *names, **limits))
+        return Target(options.target, program.names, lambda target: capture(target, *names, **how))
     if names:
         nothing = "had no value in the local; if its attention is fused, --attention gets the weights all the same"
-        return Models(lambda model: capture(model, *names, **limits), nothing)
+        return Models(lambda model: capture(model, *names, **how), nothing)
+    if options.at:
+        raise Mistake("--at goes with --var; a decorated function says it itself: @get_local(NAME, at='assign')")
     return Decorated(**limits)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import os
 import re
 import sys
 import warnings
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ..errors import FileFormatError, few
+from ..errors import FileFormatError, did_you_mean, few
 from ..loading import load
 from ..store import bytes_by_device
 from ..tensors import is_array
@@ -44,6 +45,11 @@ def is_map(value: Any) -> bool:
     """Whether it is an `AttentionMap`. Its class needs torch, which a file of arrays is read without."""
     maps = sys.modules.get("visualizer.maps")
     return maps is not None and isinstance(value, maps.AttentionMap)
+
+
+def has_words(value: Any) -> bool:
+    """Whether it is a map whose words are known."""
+    return is_map(value) and value.layout is not None and value.layout.has_words
 
 
 def size_of(value: Any) -> int:
@@ -77,7 +83,9 @@ def choose(results: Recorded, options: argparse.Namespace) -> list[Any]:
     else:
         chosen = [key for key in values if fnmatch.fnmatchcase(key, options.key)]
     if not chosen:
-        raise Mistake(f"no key matches {options.key!r}: there are {few([*values], 8)}")
+        raise Mistake(
+            f"no key matches {options.key!r}: there are {few([*values], 8)}{did_you_mean(values, options.key)}"
+        )
     if len(chosen) == 1 and options.call is None:
         return values[chosen[0]]  # a function decorated by get_local, which every layer calls
     layers = []
@@ -113,10 +121,23 @@ def picture_of(path: str | None) -> Any:
     if path is None:
         return None
     with reading_picture(path):
-        from PIL import Image, ImageOps
+        return opened(path).convert("RGB")
 
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
+
+def opened(path: str | os.PathLike[str]) -> Any:
+    """The picture in a file, upright, with 8 bits a channel; raises whatever Pillow raises.
+
+    Pillow cuts 16 bits of grey off at 255, which makes the picture white.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file)
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    grey = np.asarray(picture, np.float64)
+    white = next(top for top in (1, 255, 65535, grey.max()) if grey.max() <= top and (top > 1 or picture.mode == "F"))
+    return Image.fromarray(np.clip(255 * grey / white, 0, 255).round().astype(np.uint8))
 
 
 @contextlib.contextmanager
@@ -149,5 +170,12 @@ def grid_of(text: str) -> tuple[int, ...]:
 
 def as_options(message: str) -> str:
     """A message about Python's arguments, with the command's options in their place."""
-    message = re.sub(r"Pass grid=\(rows, columns\).*", "Pass --grid ROWSxCOLUMNS", message)
-    return re.sub(r"\b(layer|head|batch|query|grid|image|tokens|title)=", r"--\1 ", message)
+    message = re.sub(r"Pass grid=\(rows, columns\)[^.]*", "Pass --grid ROWSxCOLUMNS", message)
+    message = re.sub(r"(grid=)?\((\d+), (\d+)\)( with prefix_tokens=\d+)?", _as_grid, message)
+    return re.sub(r"\b(layer|head|batch|query|grid|image|tokens|title|style|cmap)=", r"--\1 ", message)
+
+
+def _as_grid(found: re.Match[str]) -> str:
+    """A grid in a message as the option --grid takes it; other pairs of numbers as they are."""
+    name, rows, columns, behind = found.groups()
+    return f"{'--grid ' * bool(name)}{rows}x{columns}" if name or behind else found[0]

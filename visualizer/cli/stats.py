@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .outcome import Commands, Failure, Mistake, destination, say, trying_to, warnings_as_lines
+from ..errors import did_you_mean
+from .outcome import Commands, Failure, Mistake, destination, say, trying_to, warnings_as_lines, why_import_failed
+from .saved import opened
 from .script import build, is_builder
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def _measures() -> dict[str, type[Statistic]]:
     try:
         from ..statistics.measures import MEASURES
     except ImportError as error:
-        raise Mistake(error) from error
+        raise Mistake(why_import_failed(error) or error) from error
     return MEASURES
 
 
@@ -141,7 +143,8 @@ def _chosen(options: argparse.Namespace) -> list[type[Statistic]]:
     names = options.measure or [name for name, measure in measures.items() if data in measure.default_for]
     for name in names:
         if name not in measures:
-            raise Mistake(f"argument --measure: invalid choice: {name!r} (choose from {', '.join(measures)})")
+            hint = did_you_mean(measures, name)
+            raise Mistake(f"argument --measure: invalid choice: {name!r} (choose from {', '.join(measures)}){hint}")
     return [measures[name] for name in dict.fromkeys(names)]
 
 
@@ -198,30 +201,30 @@ def _model(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
             if prepare is models.prepare:
                 if options.texts:
                     raise Mistake(f"{name} sees pictures: pass --images")
-                return model, lambda path: models.prepare(path, size=options.size)[0]
+                return model, lambda path: models.prepare(opened(path), size=options.size)[0]
+            if hasattr(prepare, "feature_extractor"):
+                raise Mistake(f"{name} hears speech; stats reads pictures and texts: use visualizer.statistics.collect")
             if options.images:
                 raise Mistake(f"{name} reads texts: pass --texts")
             return model, prepare
         try:
             timm: Any = importlib.import_module("timm")
-        except ImportError as error:
+        except ModuleNotFoundError as error:
+            if error.name != "timm":
+                raise
             raise Mistake(f"{name} may be a model of timm, which is not installed: pip install timm") from error
         if not timm.is_model(name):
-            raise Mistake(f"there is no model {name!r} in timm. For pictures name a model of timm, or dinov2-small")
+            hint = did_you_mean([*models.MODELS, *timm.list_models()], name)
+            raise Mistake(
+                f"there is no model {name!r} in timm{hint}. For pictures name a model of timm, or dinov2-small"
+            )
         model = timm.create_model(name, pretrained=True).eval()
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-        return model, lambda path: transform(_opened(path))[None]
+        return model, lambda path: transform(opened(path).convert("RGB"))[None]
     except Mistake:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise Mistake(f"cannot load {name}: {error}") from error
-
-
-def _opened(path: Path) -> Any:
-    from PIL import Image
-
-    with Image.open(path) as file:
-        return file.convert("RGB")
+        raise Mistake(why_import_failed(error) or f"cannot load {name}: {error}") from error
 
 
 def _read(paths: list[Path], prepare: Callable[[Path], Any], quiet: bool) -> Any:

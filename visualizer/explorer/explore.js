@@ -44,6 +44,16 @@
       this.places = new Uint16Array(joinPlanes(bytes, exact * 4, exact, 2));
       this.codes = bytes.subarray(exact * 6);
       this.mixed = [];
+      this.sinks = this.findSinks();
+    }
+
+    // Keys that take a large share of all attention in the mean, as the first token of many texts does. A scale that has
+    // to reach their weights shows nothing else.
+    findSinks() {
+      const received = new Float64Array(this.keys), rows = this.values.length / this.count;
+      for (let i = 0; i < this.values.length; i++) received[this.places[i]] += this.values[i] / rows;
+      const isSink = Array.from(received, (share) => share > Math.max(0.3, 2.5 / this.keys));
+      return isSink.every(Boolean) ? isSink.fill(false) : isSink;
     }
 
     row(layer, head, query) {
@@ -167,13 +177,33 @@
     }
   }
 
+  class Difference {
+    // The second example's weights minus the first's, read like Maps of one shape with both.
+    constructor(first, second) {
+      const { layers, heads, queries, keys, sizes } = first;
+      Object.assign(this, { first, second, layers, heads, queries, keys, sizes, isSigned: true, sinks: [] });
+    }
+
+    map(...call) {
+      return minus(this.second.map(...call), this.first.map(...call));
+    }
+
+    weights(...call) {
+      return minus(this.second.weights(...call), this.first.weights(...call));
+    }
+  }
+  const minus = (one, other) => one.map((weight, i) => weight - other[i]);
+
   // ---- What is chosen, and what is pointed at -----------------------------------------------------------------------
 
-  const state = { example: 0, layer: 0, head: 0, side: QUERIES, tokens: [0], hidden: false, whole: false };
+  // `with` is the number of an example to compare with, or null; `lines` the heads whose lines are drawn, null: all.
+  const state = { example: 0, with: null, layer: 0, head: 0, side: QUERIES, tokens: [], hidden: false, whole: false, lines: null };
   let hover = {}; // {side, tokens} or {layer, head}, shown instead while the pointer is there
-  let example, maps, panels;
+  let views = []; // what is shown: one example; or two and their difference
+  let example, maps, panels; // those of the first view
   let isAdding = false, before = 0;
   const current = () => ({ ...state, ...hover });
+  const isComparing = () => views.length > 1;
 
   function choose(change) {
     Object.assign(state, change);
@@ -208,28 +238,55 @@
     if (!waiting) waiting = requestAnimationFrame(() => { waiting = 0; draw(); });
   }
 
+  // The token that a page opens on: the class token or the middle of a picture, the last word of a text. Never one whose
+  // row is a single number, as that of a decoder's first token is.
+  function opening() {
+    if (state.side === KEYS) return 0;
+    const about = example.sides[QUERIES], all = Array.from({ length: maps.queries }, (_, token) => token);
+    const order = about.grid
+      ? [...all.slice(0, about.labels.length), about.labels.length + Math.floor(about.grid[0] / 2) * about.grid[1] + Math.floor(about.grid[1] / 2), ...all]
+      : [...all.filter((token) => !about.special.includes(token)).reverse(), ...all.reverse()];
+    return order.find((token) => {
+      const row = token < maps.queries ? maps.weights(maps.layers - 1, "mean", QUERIES, [token], false) : [];
+      const most = row.reduce((a, b) => Math.max(a, b), 0);
+      return most && most < 0.99 * row.reduce((a, b) => a + b, 0);
+    }) ?? order[0];
+  }
+
   let asked = 0;
-  async function open(number) { // false where another example was asked for meanwhile
-    const own = ++asked, next = await Maps.load(number);
-    const pictures = await Promise.all(page.examples[number].sides.map((side) => pictureOf(side.picture)));
+  // Show an example, or two; false where another was asked for meanwhile.
+  async function open(number, other) {
+    const own = ++asked, numbers = other === null || !fits(number, other) ? [number] : [number, other];
+    const loaded = await Promise.all(numbers.map(Maps.load));
+    const of = (one) => Promise.all(page.examples[one].sides.map((side) => pictureOf(side.picture)));
+    const pictures = await Promise.all(numbers.map(of));
     if (own !== asked) return false;
     // No await from here on, so that all that is drawn belongs to one example.
-    const isOfOthers = example !== undefined && maps.sizes[state.side] !== next.sizes[state.side];
-    maps = next;
-    example = page.examples[number];
+    const isOfOthers = example !== undefined && maps.sizes[state.side] !== loaded[0].sizes[state.side];
+    views = numbers.map((one, i) => new View(i, titleOf(one), page.examples[one], loaded[i], pictures[i]));
+    if (loaded.length > 1) views.push(new View(2, `Difference: ${titleOf(other)} − ${titleOf(number)}`, differenceOf(...numbers), new Difference(...loaded), pictures[0]));
+    [{ example, maps, panels }] = views;
     state.example = number;
+    state.with = numbers[1] ?? null;
     state.layer = Math.min(state.layer, maps.layers - 1);
     if (typeof state.head === "number") state.head = Math.min(state.head, maps.heads - 1);
     if (state.head === "rollout" && !example.multiplies) state.head = "mean";
-    state.tokens = isOfOthers ? [0] : state.tokens.filter((token) => token < maps.sizes[state.side]);
-    if (!state.tokens.length) state.tokens = [0];
-    panels = (example.same ? [KEYS] : [QUERIES, KEYS]).map((side) => {
-      const title = example.same ? (example.sides[side].grid ? "Picture" : "Text") : side === QUERIES ? "Queries" : "Keys";
-      return new (example.sides[side].grid ? Patches : Words)(side, title, example.sides[side], pictures[side]);
-    });
-    $("sides").replaceChildren(...panels.map((panel) => panel.element));
+    if (state.head === "mean" && maps.heads === 1) state.head = 0;
+    state.tokens = isOfOthers ? [] : state.tokens.filter((token) => token < maps.sizes[state.side]);
+    if (!state.tokens.length) state.tokens = [opening()];
     fillControls();
     return true;
+  }
+
+  const shapeOf = (number) => String([page.examples[number].shape, page.examples[number].sides.map((side) => side.grid)]);
+  const fits = (number, other) => other !== number && page.examples[other] !== undefined && shapeOf(number) === shapeOf(other);
+
+  // The words of two texts, where they differ both.
+  function differenceOf(number, other) {
+    const [one, two] = [page.examples[number], page.examples[other]];
+    const both = (label, i, side) => (label === two.sides[side].labels[i] ? label : `${label} / ${two.sides[side].labels[i]}`);
+    const sides = one.sides.map((about, side) => ({ ...about, labels: about.labels.map((label, i) => both(label, i, side)) }));
+    return { ...one, sides };
   }
 
   async function pictureOf(number) {
@@ -237,40 +294,53 @@
     return createImageBitmap(new Blob([bytesOf(`picture${number}`)], { type: "image/jpeg" }));
   }
 
+  const titleOf = (number) => page.examples[number].title || `example ${number + 1}`;
+
   function fillControls() {
     const option = (value, text) => Object.assign(document.createElement("option"), { value, textContent: text });
-    $("layer").replaceChildren(...example.layers.map((_, layer) => option(layer, String(layer))));
+    $("layer").replaceChildren(...example.numbers.map((number, layer) => option(layer, String(number))));
     const heads = Array.from({ length: maps.heads }, (_, head) => option(head, String(head)));
     heads.push(option("mean", "mean"));
     if (example.multiplies) heads.push(option("rollout", "rollout"));
     $("head").replaceChildren(...heads);
-    $("example").replaceChildren(...page.examples.map((one, i) => option(i, one.title || `example ${i + 1}`)));
+    $("example").replaceChildren(...page.examples.map((_, i) => option(i, titleOf(i))));
     if (page.examples.length === 1 && example.title) $("title").textContent = document.title = example.title;
+    const others = page.examples.map((_, i) => i).filter((i) => fits(state.example, i));
+    $("with").replaceChildren(option("", "nothing"), ...others.map((i) => option(i, titleOf(i))));
     $("example-label").hidden = page.examples.length === 1;
+    $("with-label").hidden = !others.length;
     $("hide").hidden = !example.sides.some((side) => side.special.length);
     $("search").hidden = example.sides.every((side) => side.grid);
     $("rollout-key").hidden = $("rollout-help").hidden = !example.multiplies;
     $("notes").replaceChildren(...example.notes.map((note) => element("p", "", note)));
+    fillLines();
   }
 
   // Keeps what is shown in the address, where the page has one, so that a reload or a copied link shows the same.
   function remember() {
-    const words = new URLSearchParams({ example: state.example, layer: state.layer, head: state.head });
+    const words = new URLSearchParams({ example: state.example, layer: example.numbers[state.layer], head: state.head });
     words.set(state.side === QUERIES ? "query" : "key", state.tokens.join(" "));
+    if (state.with !== null) words.set("with", state.with);
+    if (state.lines) words.set("lines", state.lines.join(" "));
     for (const name of ["hidden", "whole"]) if (state[name]) words.set(name, 1);
     try { history.replaceState(null, "", `#${words}`); } catch { /* a frame without an address */ }
   }
 
   function recall() {
     const words = new URLSearchParams(location.hash.slice(1));
-    const number = (name, size) => Math.max(0, Math.min(size - 1, parseInt(words.get(name), 10) || 0));
-    state.example = number("example", page.examples.length);
+    const numbers = (name, size) => {
+      const found = (words.get(name) || "").split(" ").filter((word) => /^\d+$/.test(word)).map(Number);
+      return [...new Set(found)].filter((one) => one < size);
+    };
+    state.example = numbers("example", page.examples.length)[0] ?? 0;
+    state.with = numbers("with", page.examples.length)[0] ?? null;
     const one = page.examples[state.example], [layers, heads, queries, keys] = one.shape;
-    state.layer = words.has("layer") ? number("layer", layers) : layers - 1;
-    state.head = ["mean", "rollout"].includes(words.get("head")) ? words.get("head") : number("head", heads);
+    const layer = words.has("layer") ? one.numbers.indexOf(Number(words.get("layer"))) : -1;
+    state.layer = layer < 0 ? layers - 1 : layer;
+    state.head = words.get("head") === "rollout" ? "rollout" : numbers("head", heads)[0] ?? "mean";
     state.side = words.has("key") ? KEYS : QUERIES;
-    const tokens = (words.get(state.side === KEYS ? "key" : "query") || "0").split(" ").map(Number);
-    state.tokens = [...new Set(tokens)].filter((token) => Number.isInteger(token) && token >= 0 && token < (state.side === KEYS ? keys : queries));
+    state.tokens = state.side === KEYS ? numbers("key", keys) : numbers("query", queries);
+    state.lines = words.has("lines") ? numbers("lines", heads) : null;
     state.whole = words.has("whole");
     state.hidden = words.has("hidden") && one.sides.some((side) => side.special.length);
   }
@@ -278,15 +348,18 @@
   // ---- Drawing ------------------------------------------------------------------------------------------------------
 
   const bytesOfHex = (text) => Uint8ClampedArray.from(text.match(/../g), (pair) => parseInt(pair, 16));
-  const viridis = bytesOfHex(page.viridis), inferno = bytesOfHex(page.inferno);
+  const viridis = bytesOfHex(page.viridis), inferno = bytesOfHex(page.inferno), diverging = bytesOfHex(page.diverging);
   let zoom = 0; // canvas pixels for each CSS pixel; 0: as many as the screen has
   const SHADES = 20; // of a word's background
   const theme = {}; // the style sheet's colours, read again with each layout: reading them while drawing is slow
   function readTheme() {
     const style = getComputedStyle(document.documentElement);
     for (const name of ["ground", "panel", "ink", "soft", "accent", "mark", "on-mark"]) theme[name] = style.getPropertyValue(`--${name}`).trim();
-    const [from, to] = [theme.panel, theme.mark].map((text) => bytesOfHex(text.slice(1)));
-    theme.shades = Array.from({ length: SHADES + 1 }, (_, shade) => `rgb(${[0, 1, 2].map((i) => Math.round(from[i] + ((to[i] - from[i]) * shade) / SHADES)).join(" ")})`);
+    const ramp = (to, from = bytesOfHex(theme.panel.slice(1))) => Array.from({ length: SHADES + 1 }, (_, shade) => `rgb(${[0, 1, 2].map((i) => Math.round(from[i] + ((to[i] - from[i]) * shade) / SHADES)).join(" ")})`);
+    theme.shades = ramp(bytesOfHex(theme.mark.slice(1)));
+    theme.less = ramp(diverging.subarray(75, 78)); // of negative differences
+    theme.more = ramp(diverging.subarray(690, 693));
+    theme.isDark = bytesOfHex(theme.ground.slice(1))[1] < 128;
   }
   const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Noto Sans CJK SC", sans-serif';
 
@@ -297,17 +370,25 @@
     return made;
   }
 
-  function label(side, token) {
-    const about = example.sides[side];
+  function label(side, token, of = example) {
+    const about = of.sides[side];
     if (token < about.labels.length || !about.grid) return about.labels[token];
     const place = token - about.labels.length, columns = about.grid[1];
     return `${about.pooled > 1 ? "block" : "patch"} (${Math.floor(place / columns)}, ${place % columns})`;
   }
 
+  // A token within a sentence.
+  function quoted(side, token, of = example) {
+    const name = label(side, token, of), about = of.sides[side];
+    if (about.grid) return name;
+    return about.numbered ? `token ${name}` : `“${name.slice(0, 40)}”`;
+  }
+
   function number(weight, isExact) {
     if (!weight) return "0";
-    const text = weight < 1e-4 ? weight.toExponential(isExact ? 3 : 1) : weight.toPrecision(isExact ? 4 : 2);
-    return isExact ? text : `≈ ${weight < 1e-4 ? text : weight.toFixed(Math.min(6, Math.max(2, 1 - Math.floor(Math.log10(weight)))))}`;
+    const size = Math.abs(weight);
+    if (isExact) return size < 1e-4 ? weight.toExponential(3) : weight.toPrecision(4);
+    return `≈ ${size < 1e-4 ? weight.toExponential(1) : weight.toFixed(Math.min(6, Math.max(2, 1 - Math.floor(Math.log10(size)))))}`;
   }
 
   // The context of a canvas of that size in CSS pixels, as sharp as the screen.
@@ -338,13 +419,74 @@
     data[at + 3] = alpha;
   }
 
-  // The weight that gets the last colour: the largest, but no less than four times an even share. Otherwise even
-  // attention would have the solid colour of a peak.
-  function topOf(weights, first) {
-    let top = Math.min(1, 4 / weights.length);
-    for (let i = first; i < weights.length; i++) if (weights[i] > top) top = weights[i];
+  // ---- Scales
+
+  // The weight that gets the last colour: the largest but those of sinks, and no less than four times an even share, as
+  // else even attention would have the solid colour of a peak. Of differences the largest, whatever its sign.
+  function topOf(weights, first, { isSigned, sinks }, side) {
+    let top = isSigned ? 1e-9 : Math.min(1, 4 / weights.length);
+    for (let i = first; i < weights.length; i++) {
+      const weight = isSigned ? Math.abs(weights[i]) : weights[i];
+      if (weight > top && !(side === QUERIES && sinks[i])) top = weight;
+    }
     return top;
   }
+
+  // The same of a whole map: of its rows the mean, so that a few short rows of a causal map do not darken the others.
+  function topOfMap(all, { queries, keys, isSigned, sinks }) {
+    const least = isSigned ? 1e-9 : Math.min(1, 4 / keys);
+    let sum = 0, rows = 0;
+    for (let query = 0, i = 0; query < queries; query++) {
+      let largest = 0;
+      for (let key = 0; key < keys; key++, i++) {
+        const weight = isSigned ? Math.abs(all[i]) : all[i];
+        if (weight > largest && !sinks[key]) largest = weight;
+      }
+      if (largest) rows++;
+      sum += largest;
+    }
+    return Math.max(least, sum / Math.max(1, rows));
+  }
+
+  // Of several views the one scale: the largest of the plain ones; differences have their own.
+  function scaled(tops) {
+    const plain = tops.filter((_, i) => !views[i].maps.isSigned);
+    return tops.map((top, i) => (views[i].maps.isSigned ? top : Math.max(...plain)));
+  }
+
+  const rooted = (share) => (share < 0 ? -Math.sqrt(-share) : Math.sqrt(share));
+  const colour = (colours, share) => {
+    const index = 3 * Math.max(0, Math.min(255, Math.round(255 * share)));
+    return `rgb(${colours[index]} ${colours[index + 1]} ${colours[index + 2]})`;
+  };
+  // The colour of a word's background, for a share of the scale from -1 to 1.
+  const shadeOf = (shade, isSigned) => (isSigned ? (shade < 0 ? theme.less[-shade] : theme.more[shade]) : theme.shades[shade]);
+
+  // The bar of a scale from 0 to `top`, or from -top to top. `paint` is the colour of a share of the bar, 0 to 1.
+  function drawLegend(canvas, top, { isSigned, isRoot, isMore }, paint) {
+    const wide = 150, context = sheet(canvas, 290, 26);
+    for (let x = 0; x < wide; x++) {
+      context.fillStyle = paint(isSigned ? (2 * x) / (wide - 1) - 1 : x / (wide - 1));
+      context.fillRect(x, 0, 1.5, 8);
+    }
+    const text = (weight) => String(Number(weight.toPrecision(2)));
+    const ticks = isSigned ? [-top, 0, top] : [0, isRoot ? top / 4 : top / 2, top];
+    context.font = `11px ${FONT}`;
+    context.fillStyle = theme.soft;
+    context.textBaseline = "alphabetic";
+    ticks.forEach((tick, i) => {
+      context.textAlign = ["left", "center", "right"][i];
+      context.fillText(text(tick), (i * wide) / 2, 22);
+    });
+    context.textAlign = "left";
+    if (isMore) context.fillText("and more", wide + 4, 22);
+    const what = isSigned ? "difference of weights" : "attention weight";
+    context.fillText(what, wide + 10, 8);
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `Colours of the ${what}: ${text(ticks[0])} to ${text(top)}${isMore ? " and more" : ""}`);
+  }
+
+  // ---- Panels: what queries and keys are
 
   function box(context, x, y, width, height) {
     context.lineWidth = 3;
@@ -355,6 +497,8 @@
     context.strokeRect(x, y, width, height);
   }
 
+  const painters = new WeakMap(); // of elements that a picture of the page has to draw: (context, x, y, width) => bottom
+
   class Patches {
     constructor(number, title, about, picture) {
       [this.rows, this.columns] = about.grid;
@@ -364,7 +508,7 @@
       this.canvas = element("canvas", "patches");
       this.canvas.tabIndex = 0;
       this.canvas.setAttribute("role", "img");
-      this.legend = scaleBar(picture ? inferno : viridis);
+      this.legend = element("canvas", "legend");
       this.swatches = about.labels.map((name, token) => {
         const button = element("button"), swatch = element("canvas"), value = element("span");
         button.append(swatch, element("span", "", name), value);
@@ -373,8 +517,9 @@
         return { button, swatch, value };
       });
       this.prefix.hidden = !this.first;
-      this.element.append(element("h2", "", title), this.prefix, this.canvas, this.legend.element);
+      this.element.append(element("h2", "", title), this.prefix, this.canvas, this.legend);
       this.layer = pixels(this.columns, this.rows);
+      painters.set(this.prefix, (...call) => this.paintPrefix(...call));
       listen(this, this.canvas, (event) => {
         const frame = this.canvas.getBoundingClientRect();
         const column = Math.floor(((event.clientX - frame.left) / frame.width) * this.columns);
@@ -389,7 +534,7 @@
       const room = this.element.clientWidth, high = Math.max(240, window.innerHeight * 0.62);
       this.width = Math.min(room, 640, (high * this.columns) / this.rows);
       this.height = (this.width * this.rows) / this.columns;
-      this.legend.layout();
+      this.legendKey = "";
       this.grey = null;
       if (this.picture) {
         const ratio = zoom || window.devicePixelRatio || 1;
@@ -406,27 +551,29 @@
     }
 
     // `weights` null: only the chosen tokens are marked.
-    paint(weights, chosen) {
+    paint(weights, chosen, top, isSigned) {
       const context = sheet(this.canvas, this.width, this.height);
       if (this.grey) context.drawImage(this.grey, 0, 0, this.width, this.height);
       else {
         context.fillStyle = theme.panel;
         context.fillRect(0, 0, this.width, this.height);
       }
-      const colours = this.grey ? inferno : viridis, top = weights ? topOf(weights, this.first) : 1;
+      const colours = isSigned ? diverging : this.grey ? inferno : viridis;
+      // Over a picture the dark end of the colours is left out, and what has little weight is the picture as it is.
+      const place = (share) => (isSigned ? 0.5 + share / 2 : this.grey ? 0.25 + 0.75 * share : share);
       if (weights) {
         const data = this.layer.image.data;
         for (let i = 0; i < this.rows * this.columns; i++) {
-          const share = Math.min(1, weights[this.first + i] / top);
-          paintPixel(data, 4 * i, colours, share, this.grey ? 235 * Math.min(1, 0.12 + share ** 0.6) : 255);
+          const share = Math.max(-1, Math.min(1, weights[this.first + i] / top));
+          paintPixel(data, 4 * i, colours, place(share), this.grey ? 230 * Math.abs(share) ** 0.7 : 255);
         }
         this.layer.context.putImageData(this.layer.image, 0, 0);
         context.imageSmoothingEnabled = false;
         context.drawImage(this.layer.canvas, 0, 0, this.width, this.height);
       }
       this.swatches.forEach(({ button, swatch, value }, token) => {
-        const inner = swatch.getContext("2d"), index = 3 * Math.min(255, Math.round((255 * (weights ? weights[token] : 0)) / top));
-        inner.fillStyle = `rgb(${colours[index]} ${colours[index + 1]} ${colours[index + 2]})`;
+        const inner = swatch.getContext("2d");
+        inner.fillStyle = colour(colours, place(weights ? weights[token] / top : 0));
         inner.fillRect(0, 0, swatch.width, swatch.height);
         swatch.hidden = value.hidden = !weights;
         value.textContent = weights ? weights[token].toFixed(3) : "";
@@ -437,7 +584,7 @@
         const place = token - this.first;
         if (place >= 0) box(context, (place % this.columns) * side, Math.floor(place / this.columns) * side, side, side);
       }
-      this.legend.show(weights ? top : null);
+      showLegend(this, weights, top, isSigned, (share) => colour(colours, place(share)));
       this.canvas.setAttribute("aria-label", `${this.rows} by ${this.columns} patches; the arrow keys move among them. ${$("readout").textContent}`);
     }
 
@@ -448,17 +595,15 @@
       return next >= 0 && next < this.first + this.rows * this.columns ? next : token;
     }
 
-    picturePart(context, x, y, width) {
-      let top = y;
+    paintPrefix(context, x, y, width) {
       context.font = `12px ${FONT}`;
-      this.swatches.forEach(({ button, swatch, value }, token) => {
-        if (!value.hidden) context.drawImage(swatch, x, top, 12, 12);
+      this.swatches.forEach(({ swatch, value }, token) => {
+        if (!value.hidden) context.drawImage(swatch, x, y, 12, 12);
         context.fillStyle = theme.ink;
-        context.fillText(`${this.about.labels[token]}  ${value.textContent}`, x + 18, top + 10, width - 18);
-        top += 18;
+        context.fillText(`${this.about.labels[token]}  ${value.textContent}`, x + 18, y + 10, width - 18);
+        y += 18;
       });
-      context.drawImage(this.canvas, x, top, this.width, this.height);
-      return top + this.height;
+      return y + 4;
     }
   }
 
@@ -474,27 +619,27 @@
         span.dataset.token = token;
         return span;
       });
-      this.shades = new Uint8Array(this.spans.length);
+      this.shades = new Int8Array(this.spans.length);
       this.chosen = [];
       this.words.append(...this.spans);
-      this.legend = scaleBar(null);
-      this.element.append(element("h2", "", title), this.words, this.legend.element);
+      this.legend = element("canvas", "legend");
+      this.element.append(element("h2", "", title), this.words, this.legend);
+      painters.set(this.words, (...call) => this.paintWords(...call));
       listen(this, this.words, tokenUnder);
     }
 
     layout() {
-      this.legend.layout();
-      this.shades.fill(255);
+      this.legendKey = "";
+      this.shades.fill(127);
     }
 
-    paint(weights, chosen) {
-      const top = weights ? topOf(weights, 0) : 1;
+    paint(weights, chosen, top, isSigned) {
       this.spans.forEach((span, token) => {
-        const shade = weights ? Math.round((SHADES * weights[token]) / top) : 0;
+        const shade = weights ? Math.max(-SHADES, Math.min(SHADES, Math.round((SHADES * weights[token]) / top))) : 0;
         if (shade === this.shades[token]) return;
         this.shades[token] = shade;
-        span.style.backgroundColor = theme.shades[shade];
-        span.style.color = shade > 11 ? theme["on-mark"] : "";
+        span.style.backgroundColor = shadeOf(shade, isSigned);
+        span.style.color = isSigned ? (Math.abs(shade) > 9 ? "#fff" : "") : shade > 11 ? theme["on-mark"] : "";
       });
       for (const token of this.chosen) this.spans[token].classList.remove("chosen");
       for (const token of chosen) this.spans[token].classList.add("chosen");
@@ -503,7 +648,7 @@
         for (const token of this.about.special) this.spans[token].classList.toggle("out", state.hidden);
         this.isHidden = state.hidden;
       }
-      this.legend.show(weights ? top : null);
+      showLegend(this, weights, top, isSigned, (share) => shadeOf(Math.round(SHADES * share), isSigned));
       this.words.setAttribute("aria-label", `${this.spans.length} tokens; the arrow keys move among them`);
     }
 
@@ -526,7 +671,7 @@
       return best;
     }
 
-    picturePart(context, x, y, width) {
+    paintWords(context, x, y, width) {
       let left = x, top = y;
       context.font = `13px ${FONT}`;
       for (const [token, span] of this.spans.entries()) {
@@ -545,30 +690,59 @@
         context.fillText(text, left + 5, top + 15.5, wide - 10);
         left += wide + 4;
       }
-      return top + 22;
+      return top + 30;
     }
   }
 
-  function scaleBar(colours) {
-    const host = element("div", "scale"), bar = element("canvas"), most = element("span");
-    host.append(element("span", "", "0"), bar, most);
-    const show = (top) => {
-      host.hidden = top === null;
-      if (top !== null) most.textContent = top.toPrecision(3);
-    };
-    const layout = () => {
-      const context = sheet(bar, 120, 8);
-      for (let x = 0; x < 120; x++) {
-        const index = 3 * Math.round((255 * x) / 119);
-        context.fillStyle = colours ? `rgb(${colours[index]} ${colours[index + 1]} ${colours[index + 2]})` : theme.shades[Math.round((SHADES * x) / 119)];
-        context.fillRect(x, 0, 1.5, 8);
-      }
-    };
-    return { element: host, show, layout };
+  function showLegend(panel, weights, top, isSigned, paint) {
+    panel.legend.hidden = !weights;
+    const isMore = weights && weights.some((weight) => Math.abs(weight) > 1.001 * top), key = `${top} ${isMore} ${zoom}`;
+    if (!weights || panel.legendKey === key) return;
+    panel.legendKey = key;
+    drawLegend(panel.legend, top, { isSigned, isMore }, paint);
   }
 
-  // Every head in a cell, their mean in the last column: the chosen tokens' row (or column), or the whole map.
-  const mosaic = { canvas: $("mosaic"), key: "" };
+  // ---- A view: the panels, all heads, and the matrix of one example or of a difference
+
+  const blank = { heads: $("heads"), map: $("map") };
+  for (const section of Object.values(blank)) section.remove(); // each view has copies
+
+  class View {
+    constructor(number, title, about, maps, pictures) {
+      Object.assign(this, { number, example: about, maps, colours: maps.isSigned ? diverging : viridis });
+      const titleFor = (side) => (about.same ? (about.sides[side].grid ? "Picture" : "Text") : side === QUERIES ? "Queries" : "Keys");
+      this.panels = (about.same ? [KEYS] : [QUERIES, KEYS]).map((side) => {
+        return new (about.sides[side].grid ? Patches : Words)(side, titleFor(side), about.sides[side], pictures[side]);
+      });
+      this.sides = element("section", "sides");
+      this.sides.append(...this.panels.map((panel) => panel.element));
+      this.title = element("h2", "view", title);
+      const part = (name) => {
+        const section = blank[name].cloneNode(true), find = (selector) => section.querySelector(selector);
+        if (number) for (const each of [section, ...section.querySelectorAll("[id]")]) each.removeAttribute("id");
+        return { section, canvas: find("canvas.drawn"), legend: find(".legend"), caption: find(".caption"), title: find("h2"), key: "" };
+      };
+      [this.mosaic, this.matrix] = [part("heads"), part("map")];
+      const whole = this.mosaic.section.querySelector("button");
+      if (number) whole.remove();
+      else whole.addEventListener("click", actions.whole);
+      listenMosaic(this);
+      listenMatrix(this);
+    }
+
+    paint(now, weights, top) {
+      const { isSigned } = this.maps, of = (side) => this.panels[this.example.same ? 0 : side];
+      if (this.example.same) this.panels[0].paint(weights, now.tokens, top, isSigned);
+      else {
+        of(now.side).paint(null, now.tokens, 1, isSigned);
+        of(1 - now.side).paint(weights, [], top, isSigned);
+      }
+    }
+
+    first(side) {
+      return this.example.sides[side].grid ? this.example.sides[side].labels.length : 0;
+    }
+  }
 
   // Weights as the pixels of a cell. Where several share a pixel, the largest counts.
   function shrink(weights, rows, columns, lines, bins, out) {
@@ -578,63 +752,80 @@
       const line = Math.floor((row * lines) / rows) * bins;
       for (let column = 0; column < columns; column++, i++) {
         const at = line + Math.floor((column * bins) / columns);
-        if (weights[i] > out[at]) out[at] = weights[i];
+        if (Math.abs(weights[i]) > Math.abs(out[at])) out[at] = weights[i];
       }
     }
   }
 
-  function drawMosaic(now) {
-    const opposite = 1 - now.side, about = example.sides[opposite], count = maps.sizes[opposite];
-    const first = about.grid && !state.whole ? about.labels.length : 0;
+  // Every head in a cell, their mean in the last column: the chosen tokens' row (or column), or the whole map. Returns
+  // the top of its own scale.
+  function fillMosaic(view, now) {
+    const { mosaic, maps } = view, opposite = 1 - now.side, about = view.example.sides[opposite], count = maps.sizes[opposite];
+    const first = state.whole ? 0 : view.first(opposite);
     const { room } = mosaic, columns = maps.heads + 1, left = 24, top = 20, gap = 2, between = 6;
     const [down, across] = state.whole ? maps.sizes : about.grid || [0, count];
     const wide = Math.max(4, Math.min(down ? 52 : 90, (room - left - between) / columns - gap));
     const high = down ? Math.max(4, Math.min(60, (wide * down) / across)) : Math.max(12, Math.min(26, 520 / maps.layers));
     const x = (head) => left + head * (wide + gap) + (head === maps.heads ? between : 0), y = (layer) => top + layer * (high + gap);
     Object.assign(mosaic, { x, y, wide, high });
-    const key = JSON.stringify([state.example, state.whole || [now.side, now.tokens], now.hidden, room, zoom]);
-    if (mosaic.key !== key) {
-      mosaic.key = key;
-      const most = (size) => Math.ceil(size * (zoom || window.devicePixelRatio || 1));
-      const isPicture = down && !state.whole;
-      const bins = isPicture ? across : Math.min(across, most(wide)), lines = isPicture ? down : Math.min(down || 1, most(high));
-      const size = `${bins} ${lines} ${columns} ${maps.layers}`;
-      if (mosaic.size !== size) [mosaic.size, mosaic.atlas] = [size, pixels(bins * columns, lines * maps.layers)];
-      Object.assign(mosaic, { bins, lines });
-      const { image, context } = mosaic.atlas, cell = new Float32Array(bins * lines);
-      for (let layer = 0; layer < maps.layers; layer++) {
-        const mean = new Float32Array(state.whole ? maps.queries * maps.keys : count);
-        for (let head = 0; head < columns; head++) {
-          let weights = mean;
-          if (head < maps.heads) {
-            weights = state.whole ? maps.map(layer, head, now.hidden) : maps.weights(layer, head, now.side, now.tokens, now.hidden);
-            for (let i = 0; i < mean.length; i++) mean[i] += weights[i] / maps.heads;
-          }
-          shrink(weights.subarray(first), down || 1, across, lines, bins, cell);
-          const largest = state.whole ? cell.reduce((a, b) => Math.max(a, b), 1e-9) : topOf(weights, first);
-          for (let i = 0; i < cell.length; i++) {
-            const at = (layer * lines + Math.floor(i / bins)) * bins * columns + head * bins + (i % bins);
-            const share = cell[i] / largest;
-            paintPixel(image.data, 4 * at, viridis, state.whole ? Math.sqrt(share) : share, 255);
-          }
+    const key = JSON.stringify([state.whole || [now.side, now.tokens], now.hidden, room, zoom]);
+    if (mosaic.key === key) return mosaic.own;
+    const most = (size) => Math.ceil(size * (zoom || window.devicePixelRatio || 1));
+    const isPicture = down && !state.whole;
+    const bins = isPicture ? across : Math.min(across, most(wide)), lines = isPicture ? down : Math.min(down || 1, most(high));
+    const size = `${bins} ${lines} ${columns} ${maps.layers}`;
+    if (mosaic.size !== size) [mosaic.size, mosaic.atlas] = [size, pixels(bins * columns, lines * maps.layers)];
+    Object.assign(mosaic, { bins, lines, key, painted: null, cells: new Float32Array(bins * columns * lines * maps.layers) });
+    const cell = new Float32Array(bins * lines);
+    let sum = 0;
+    mosaic.most = 0;
+    for (let layer = 0; layer < maps.layers; layer++) {
+      const mean = new Float32Array(state.whole ? maps.queries * maps.keys : count);
+      for (let head = 0; head < columns; head++) {
+        let weights = mean;
+        if (head < maps.heads) {
+          weights = state.whole ? maps.map(layer, head, now.hidden) : maps.weights(layer, head, now.side, now.tokens, now.hidden);
+          for (let i = 0; i < mean.length; i++) mean[i] += weights[i] / maps.heads;
+          sum += state.whole ? topOfMap(weights, maps) : topOf(weights, first, maps, now.side);
+        }
+        shrink(weights.subarray(first), down || 1, across, lines, bins, cell);
+        for (let line = 0; line < lines; line++) {
+          const part = cell.subarray(line * bins, (line + 1) * bins);
+          for (const weight of part) if (Math.abs(weight) > mosaic.most) mosaic.most = Math.abs(weight);
+          mosaic.cells.set(part, ((layer * lines + line) * columns + head) * bins);
         }
       }
+    }
+    mosaic.own = sum / (maps.layers * maps.heads);
+    return mosaic.own;
+  }
+
+  function drawMosaic(view, now, top) {
+    const { mosaic, maps, colours } = view, { x, y, wide, high, bins, lines, room } = mosaic, columns = maps.heads + 1;
+    if (mosaic.painted !== top) {
+      mosaic.painted = top;
+      const { image, context } = mosaic.atlas;
+      mosaic.cells.forEach((weight, i) => {
+        const share = rooted(weight / top);
+        paintPixel(image.data, 4 * i, colours, maps.isSigned ? 0.5 + share / 2 : share, 255);
+      });
       context.putImageData(image, 0, 0);
+      drawLegend(mosaic.legend, top, { isSigned: maps.isSigned, isRoot: true, isMore: mosaic.most > 1.001 * top }, (share) => colour(colours, maps.isSigned ? 0.5 + share / 2 : share));
     }
     const context = sheet(mosaic.canvas, Math.min(room, x(maps.heads) + wide + 2), y(maps.layers - 1) + high + 2);
-    context.imageSmoothingEnabled = mosaic.bins > wide * 2;
+    context.imageSmoothingEnabled = bins > wide * 2;
     context.font = `11px ${FONT}`;
     context.fillStyle = theme.soft;
     context.textBaseline = "middle";
     const every = (step) => Math.max(1, Math.ceil(step));
     context.textAlign = "center";
-    for (let head = 0; head < maps.heads; head += every(18 / (wide + gap))) context.fillText(head, x(head) + wide / 2, 9);
+    const numbered = maps.heads - (wide < 24 && maps.heads > 9 ? 1 : 0); // there is no room for 11 beside "mean"
+    for (let head = 0; head < numbered; head += every(18 / (wide + 2))) context.fillText(head, x(head) + wide / 2, 9);
     context.fillText("mean", Math.min(x(maps.heads) + wide / 2, x(maps.heads) + wide - 13), 9);
     context.textAlign = "right";
-    for (let layer = 0; layer < maps.layers; layer += every(12 / (high + gap))) context.fillText(layer, left - 6, y(layer) + high / 2);
+    for (let layer = 0; layer < maps.layers; layer += every(12 / (high + 2))) context.fillText(view.example.numbers[layer], 18, y(layer) + high / 2);
     for (let layer = 0; layer < maps.layers; layer++) {
       for (let head = 0; head < columns; head++) {
-        const { bins, lines } = mosaic;
         context.drawImage(mosaic.atlas.canvas, head * bins, layer * lines, bins, lines, x(head), y(layer), wide, high);
       }
     }
@@ -644,38 +835,48 @@
     for (let layer = now.head === "rollout" ? 0 : now.layer; layer <= now.layer; layer++) {
       context.strokeRect(x(marked) - 1, y(layer) - 1, wide + 2, high + 2);
     }
-    const what = state.whole ? "Whole maps, queries down and keys across" : sentence(now).join("");
+    const what = state.whole ? "Whole maps, queries down and keys across" : sentence(now, view.example).join("");
     mosaic.canvas.setAttribute("aria-label", `${what}, in ${maps.layers} layers and ${maps.heads} heads; choose one by the lists above`);
-    $("mosaic-caption").textContent = `${what}; ${state.whole ? "the root of the weights, " : ""}each cell from 0 to its largest.`;
+    mosaic.caption.textContent = `${what}, in every head. Layers down, heads across.`;
   }
 
-  // The whole map of the chosen head, the root of its weights in colours.
-  const matrix = { canvas: $("matrix"), key: "" };
+  // The whole map of the chosen head. Returns the top of its own scale.
+  function fillMatrix(view, now) {
+    const { matrix, maps } = view, [queries, keys] = maps.sizes;
+    if (now.head === "rollout") return 1;
+    const key = JSON.stringify([now.layer, now.head, now.hidden]);
+    if (matrix.key !== key) {
+      const all = maps.map(now.layer, now.head, now.hidden);
+      if (!matrix.pixels) matrix.pixels = pixels(keys, queries);
+      Object.assign(matrix, { key, all, painted: null, own: topOfMap(all, maps), most: all.reduce((a, b) => Math.max(a, Math.abs(b)), 0) });
+    }
+    return matrix.own;
+  }
 
-  function drawMatrix(now) {
-    const [queries, keys] = maps.sizes, isRollout = now.head === "rollout";
-    $("matrix-title").textContent = isRollout ? "Matrix" : `Matrix of ${headName(now)}`;
-    matrix.canvas.hidden = isRollout;
+  function drawMatrix(view, now, top) {
+    const { matrix, maps, colours, example: of } = view, [queries, keys] = maps.sizes, isRollout = now.head === "rollout";
+    matrix.title.textContent = isRollout ? "Matrix" : `Matrix of ${headName(now)}`;
+    matrix.canvas.hidden = matrix.legend.hidden = isRollout;
     if (isRollout) {
-      $("matrix-caption").textContent = "A rollout is computed for the chosen tokens only.";
+      matrix.caption.textContent = "A rollout is computed for the chosen tokens only.";
       return;
     }
-    const { room } = matrix, isLabelled = Math.max(queries, keys) <= 32 && example.sides.every((side) => !side.grid);
-    const left = isLabelled ? widest(QUERIES, room / 4) : 0, above = isLabelled ? widest(KEYS, room / 4) : 0;
+    const { room } = matrix, isLabelled = Math.max(queries, keys) <= 32 && of.sides.every((side) => !side.grid);
+    const left = isLabelled ? widest(of, QUERIES, room / 4) : 0, above = isLabelled ? widest(of, KEYS, room / 4) : 0;
     // Square cells, unless they would leave a strip.
     const side = Math.min((room - left) / keys, (window.innerHeight * 0.6) / queries);
     const across = Math.max(side, Math.min(18, 140 / keys)), down = Math.max(side, Math.min(18, 140 / queries));
     const wide = across * keys, high = down * queries;
     Object.assign(matrix, { left, above, across, down });
-    const key = JSON.stringify([state.example, now.layer, now.head, now.hidden]);
-    if (matrix.key !== key) {
-      matrix.key = key;
-      if (!matrix.pixels || matrix.pixels.canvas.width !== keys || matrix.pixels.canvas.height !== queries) matrix.pixels = pixels(keys, queries);
-      const all = maps.map(now.layer, now.head, now.hidden), top = all.reduce((a, b) => Math.max(a, b), 1e-9);
-      const data = matrix.pixels.image.data;
-      for (let i = 0; i < all.length; i++) paintPixel(data, 4 * i, viridis, Math.sqrt(all[i] / top), 255);
+    if (matrix.painted !== top) {
+      matrix.painted = top;
+      const data = matrix.pixels.image.data, { isSigned } = maps;
+      for (let i = 0; i < matrix.all.length; i++) {
+        const share = rooted(matrix.all[i] / top);
+        paintPixel(data, 4 * i, colours, isSigned ? 0.5 + share / 2 : share, 255);
+      }
       matrix.pixels.context.putImageData(matrix.pixels.image, 0, 0);
-      matrix.top = top;
+      drawLegend(matrix.legend, top, { isSigned, isRoot: true, isMore: matrix.most > 1.001 * top }, (share) => colour(colours, isSigned ? 0.5 + share / 2 : share));
     }
     const context = sheet(matrix.canvas, left + wide, above + high);
     context.imageSmoothingEnabled = side < 1;
@@ -686,14 +887,14 @@
       context.textBaseline = "middle";
       context.textAlign = "right";
       for (let query = 0; query < queries; query += Math.ceil(12 / down)) {
-        context.fillText(short(QUERIES, query), left - 6, above + (query + 0.5) * down, left - 6);
+        context.fillText(short(of, QUERIES, query), left - 6, above + (query + 0.5) * down, left - 6);
       }
       context.textAlign = "left";
       for (let each = 0; each < keys; each += Math.ceil(12 / across)) {
         context.save();
         context.translate(left + (each + 0.5) * across, above - 6);
         context.rotate(-Math.PI / 2);
-        context.fillText(short(KEYS, each), 0, 0, above - 6);
+        context.fillText(short(of, KEYS, each), 0, 0, above - 6);
         context.restore();
       }
     }
@@ -701,58 +902,147 @@
       if (now.side === QUERIES) box(context, left, above + token * down, wide, Math.max(down, 2));
       else box(context, left + token * across, above, Math.max(across, 2), high);
     }
-    const pair = now.pair;
-    const row = pair && maps.row(now.layer, now.head, pair[0]);
-    $("matrix-caption").textContent = pair
-      ? `${label(QUERIES, pair[0])} → ${label(KEYS, pair[1])}: ${
-          now.head === "mean" || now.hidden
-            ? number(maps.weights(now.layer, now.head, QUERIES, [pair[0]], now.hidden)[pair[1]], false)
-            : number(maps.at(row, pair[1]), maps.isExact(now.layer, now.head, ...pair))
-        }`
-      : `Queries down, keys across; the root of the weights, 0 to ${matrix.top.toPrecision(3)}.`;
+    const { pair } = now;
+    matrix.caption.textContent = pair ? `${quoted(QUERIES, pair[0], of)} → ${quoted(KEYS, pair[1], of)}: ${weightOf(view, now, pair)}` : "Queries down, keys across.";
     matrix.canvas.setAttribute("aria-label", `All weights of ${headName(now)}, queries down, keys across`);
   }
 
+  const isExact = (now, pair) => typeof now.head === "number" && !now.hidden && maps.isExact(now.layer, now.head, ...pair);
+
+  function weightOf(view, now, pair) {
+    if (!view.number && isExact(now, pair)) return number(maps.at(maps.row(now.layer, now.head, pair[0]), pair[1]), true);
+    return number(view.maps.weights(now.layer, now.head, QUERIES, [pair[0]], now.hidden)[pair[1]], false);
+  }
+
   const LABEL_FONT = `12px ${FONT}`;
-  function widest(side, most) {
-    const { context } = mosaic.atlas;
-    context.font = LABEL_FONT;
+  const ruler = new OffscreenCanvas(1, 1).getContext("2d");
+  function widest(of, side, most) {
+    ruler.font = LABEL_FONT;
     let width = 0;
-    for (let token = 0; token < maps.sizes[side]; token++) width = Math.max(width, context.measureText(short(side, token)).width);
+    for (let token = 0; token < maps.sizes[side]; token++) width = Math.max(width, ruler.measureText(short(of, side, token)).width);
     return Math.ceil(Math.min(most, width + 8));
   }
 
-  const short = (side, token) => [...label(side, token)].slice(0, 14).join("");
+  const short = (of, side, token) => [...label(side, token, of)].slice(0, 14).join("");
   const headName = (now) => {
-    if (now.head === "rollout") return now.layer ? `rollout of layers 0 to ${now.layer}` : "rollout of layer 0";
-    return now.head === "mean" ? `layer ${now.layer}, mean of ${maps.heads} heads` : `layer ${now.layer}, head ${now.head}`;
+    const layer = example.numbers[now.layer];
+    if (now.head === "rollout") return now.layer ? `rollout of layers ${example.numbers[0]} to ${layer}` : `rollout of layer ${layer}`;
+    return now.head === "mean" ? `layer ${layer}, mean of ${maps.heads} heads` : `layer ${layer}, head ${now.head}`;
   };
-  const names = (now) => {
-    const few = now.tokens.slice(0, 3).map((token) => label(now.side, token).slice(0, 40)).join(" + ");
+  const names = (now, of = example) => {
+    const few = now.tokens.slice(0, 3).map((token) => quoted(now.side, token, of)).join(" + ");
     return now.tokens.length > 3 ? `${few} + ${now.tokens.length - 3} more` : few;
   };
 
-  const sentence = (now) => {
+  const sentence = (now, of = example) => {
     const isOne = now.tokens.length === 1, isQuery = now.side === QUERIES;
-    return [isQuery ? "What " : "Who attends to ", names(now), (isQuery ? (isOne ? " attends to" : " attend to") : "") + (isOne ? "" : ", in the mean")];
+    return [isQuery ? "What " : "Who attends to ", names(now, of), (isQuery ? (isOne ? " attends to" : " attend to") : "") + (isOne ? "" : ", in the mean")];
   };
 
+  // ---- Lines between two columns of tokens, of short texts
+
+  const lines = { canvas: $("lines-canvas"), key: "", most: 40, step: 20 };
+  const isShort = () => !isComparing() && Math.max(...maps.sizes) <= lines.most && example.sides.every((side) => !side.grid);
+  const hue = (head) => `hsl(${Math.round(head * 137.508 + 215) % 360} 70% ${theme.isDark ? 64 : 42}%)`;
+
+  function fillLines() {
+    lines.key = "";
+    const toggle = (head) => {
+      const on = state.lines ?? Array.from({ length: maps.heads }, (_, each) => each);
+      const rest = on.filter((each) => each !== head);
+      choose({ lines: rest.length === on.length ? [...on, head].sort((a, b) => a - b) : rest });
+    };
+    const button = (text, title, act) => {
+      const made = element("button", "", text);
+      made.title = title;
+      made.addEventListener("click", act);
+      return made;
+    };
+    lines.buttons = Array.from({ length: maps.heads }, (_, head) => {
+      const made = button(String(head), `Head ${head}: click for on or off, twice for this head alone`, () => toggle(head));
+      made.setAttribute("aria-label", `Lines of head ${head}`);
+      made.addEventListener("dblclick", () => choose({ lines: [head] }));
+      return made;
+    });
+    const all = () => choose({ lines: state.lines === null ? [] : null });
+    $("line-heads").replaceChildren(...lines.buttons, button("All", "All heads, or none", all));
+  }
+
+  function drawLines(now) {
+    if ($("lines").hidden) return;
+    const { queries, keys } = maps, { room, step } = lines, on = now.lines ?? lines.buttons.map((_, head) => head);
+    const key = JSON.stringify([now.layer, now.hidden]);
+    if (lines.key !== key) {
+      const all = lines.buttons.map((_, head) => maps.map(now.layer, head, now.hidden));
+      Object.assign(lines, { key, all, top: all.reduce((sum, map) => sum + topOfMap(map, maps), 0) / all.length });
+    }
+    lines.buttons.forEach((button, head) => {
+      const isOn = on.includes(head);
+      button.setAttribute("aria-pressed", isOn);
+      button.style.borderColor = hue(head);
+      button.style.backgroundColor = isOn ? hue(head) : "";
+      button.style.color = isOn ? theme.ground : "";
+    });
+    const height = Math.max(queries, keys) * step + 22;
+    const context = sheet(lines.canvas, room, height), left = widest(example, QUERIES, room / 3), right = widest(example, KEYS, room / 3);
+    const [from, to] = [left + 6, room - right - 6], y = (token) => 20 + (token + 0.5) * step;
+    const apart = Math.min(1.6, (step - 6) / on.length); // heads side by side, so that none hides another
+    for (const isChosen of [false, true]) {
+      on.forEach((head, place) => {
+        const aside = (place - (on.length - 1) / 2) * apart, all = lines.all[head];
+        context.strokeStyle = hue(head);
+        context.lineWidth = 1.5;
+        for (let query = 0, i = 0; query < queries; query++) {
+          for (let each = 0; each < keys; each++, i++) {
+            if (now.tokens.includes(now.side === QUERIES ? query : each) !== isChosen) continue;
+            const share = Math.min(1, all[i] / lines.top);
+            if (share < 0.1) continue;
+            context.globalAlpha = isChosen ? share : (maps.sinks[each] ? 0.06 : 0.25) * share ** 2;
+            context.beginPath();
+            context.moveTo(from, y(query) + aside);
+            context.lineTo(to, y(each) + aside);
+            context.stroke();
+          }
+        }
+      });
+    }
+    context.globalAlpha = 1;
+    context.textBaseline = "middle";
+    for (const [side, x, align, title] of [[QUERIES, left, "right", "queries"], [KEYS, room - right, "left", "keys"]]) {
+      context.textAlign = align;
+      context.font = `11px ${FONT}`;
+      context.fillStyle = theme.soft;
+      context.fillText(title, x, 8);
+      for (let token = 0; token < maps.sizes[side]; token++) {
+        const isChosen = side === now.side && now.tokens.includes(token);
+        context.font = isChosen ? `600 ${LABEL_FONT}` : LABEL_FONT;
+        context.fillStyle = isChosen ? theme.accent : theme.ink;
+        context.fillText(short(example, side, token), x, y(token), room / 3);
+      }
+    }
+    lines.canvas.setAttribute("aria-label", `Lines from queries on the left to keys on the right, for ${on.length} of ${maps.heads} heads`);
+    $("lines-title").textContent = `Lines of layer ${example.numbers[now.layer]}`;
+    $("lines-caption").textContent = `Colours are heads; the stronger a line, the larger the weight, up to ${Number(lines.top.toPrecision(2))}.`;
+  }
+
+  // ---- The list and the sentence
+
   function largest(weights) {
-    const order = [];
+    const order = [], size = (token) => Math.abs(weights[token]);
     for (let token = 0; token < weights.length; token++) {
-      if (!(weights[token] > 0) || (order.length === 6 && weights[token] <= weights[order[5]])) continue;
+      if (!(size(token) > 0) || (order.length === 6 && size(token) <= size(order[5]))) continue;
       let place = order.length;
-      while (place && weights[order[place - 1]] < weights[token]) place--;
+      while (place && size(order[place - 1]) < size(token)) place--;
       order.splice(place, 0, token);
       order.length = Math.min(order.length, 6);
     }
     return order;
   }
 
-  function drawTop(now, weights) {
-    const opposite = 1 - now.side, order = largest(weights);
-    const isPlain = typeof now.head === "number" && now.tokens.length === 1 && !now.hidden;
-    $("top-title").textContent = opposite === KEYS ? "Top keys" : "Top queries";
+  function drawTop(now, all) {
+    const opposite = 1 - now.side, [weights] = all, shown = all[all.length - 1], order = largest(shown);
+    const tokens = opposite === KEYS ? "keys" : "queries";
+    $("top-title").textContent = isComparing() ? `Largest differences: ${tokens}, both weights` : `Top ${tokens}`;
     while ($("top").children.length < 6) {
       const item = element("li"), button = element("button");
       button.append(element("span", "bar"), element("span", "name"), element("span", "value"));
@@ -764,12 +1054,12 @@
       if (item.hidden) return;
       const token = order[place], [button] = item.children, [bar, name, value] = button.children;
       const pair = now.side === QUERIES ? [now.tokens[0], token] : [token, now.tokens[0]];
-      const isExact = isPlain && maps.isExact(now.layer, now.head, ...pair);
+      const exact = now.tokens.length === 1 && isExact(now, pair);
       button.dataset.token = token;
-      bar.style.width = `${(100 * weights[token]) / Math.max(weights[order[0]], 1e-9)}%`;
-      name.textContent = label(opposite, token);
-      value.textContent = number(weights[token], isExact);
-      value.title = isExact ? String(weights[token]) : "within about 1.5 %";
+      bar.style.width = `${(100 * Math.abs(shown[token])) / Math.max(Math.abs(shown[order[0]]), 1e-9)}%`;
+      name.textContent = label(opposite, token, views[all.length - 1].example);
+      value.textContent = isComparing() ? `${number(weights[token], false)} → ${number(all[1][token], false)}` : number(weights[token], exact);
+      value.title = exact && !isComparing() ? String(weights[token]) : "within about 1.5 %";
     });
   }
 
@@ -788,18 +1078,23 @@
   }
 
   function draw() {
-    const now = current(), weights = maps.weights(now.layer, now.head, now.side, now.tokens, now.hidden);
+    const now = current(), weights = views.map((view) => view.maps.weights(now.layer, now.head, now.side, now.tokens, now.hidden));
     // Canvases first: setting the font of a canvas makes the browser style all words that have changed until then.
-    drawMosaic(now);
-    drawMatrix(now);
-    drawReadout(now, weights);
-    if (example.same) panels[0].paint(weights, now.tokens);
-    else {
-      panelOf(now.side).paint(null, now.tokens);
-      panelOf(1 - now.side).paint(weights, []);
-    }
+    const tops = {
+      mosaic: scaled(views.map((view) => fillMosaic(view, now))),
+      matrix: scaled(views.map((view) => fillMatrix(view, now))),
+      panel: scaled(views.map((view, i) => topOf(weights[i], view.first(1 - now.side), view.maps, now.side))),
+    };
+    views.forEach((view, i) => {
+      drawMosaic(view, now, tops.mosaic[i]);
+      drawMatrix(view, now, tops.matrix[i]);
+    });
+    drawLines(now);
+    drawReadout(now, weights[0]);
+    views.forEach((view, i) => view.paint(now, weights[i], tops.panel[i]));
     drawTop(now, weights);
     $("example").value = state.example;
+    $("with").value = state.with ?? "";
     $("layer").value = now.layer;
     $("head").value = now.head;
     $("view").setAttribute("aria-pressed", state.side === KEYS);
@@ -808,12 +1103,42 @@
     $("whole").setAttribute("aria-pressed", state.whole);
   }
 
+  // The sections in as many columns as the window has room for, so that none stands beside a hole.
+  function place() {
+    const [view] = views, [list, between] = [$("list"), $("lines")], { sides, mosaic, matrix } = view;
+    const [rows, across] = example.sides[KEYS].grid || [0, 1], cell = Math.min(52, (window.innerWidth / 2 - 70) / (maps.heads + 1));
+    const isTall = (maps.layers * cell * rows) / across > 520; // the cells of many layers, which are as high as wide
+    let columns = isTall ? [[sides, matrix.section], [mosaic.section, list, between]] : [[sides, list, between], [mosaic.section, matrix.section]];
+    if (window.innerWidth <= 720) columns = [[sides, list, mosaic.section, between, matrix.section]];
+    else if (window.innerWidth > 1080) columns = isShort() ? [[sides, list], [mosaic.section, between], [matrix.section]] : [[sides], [mosaic.section, between], [list, matrix.section]];
+    if (isComparing()) {
+      columns = views.map((one) => [one.title, one.sides, one.mosaic.section, one.matrix.section]);
+      columns[0].push(between); // hidden
+      columns.push([list]); // below the three
+      if (window.innerWidth <= 720) columns = [columns.flat()];
+    }
+    const now = [...$("main").children].map((column) => [...column.children]);
+    if (JSON.stringify(columns.map((column) => column.length)) === JSON.stringify(now.map((column) => column.length)) && columns.flat().every((section, i) => section === now.flat()[i])) return;
+    $("main").className = isComparing() ? "columns3 even" : `columns${columns.length}`;
+    $("main").replaceChildren(...columns.map((column, i) => {
+      const made = element("div", i > 2 ? "column across" : "column");
+      made.append(...column);
+      return made;
+    }));
+  }
+
   function lay() {
     readTheme();
-    for (const panel of panels) panel.layout();
-    // Read here and not in draw(), where it would make the browser lay out the words while they are painted.
-    mosaic.room = $("heads").clientWidth;
-    matrix.room = Math.min($("numbers").clientWidth, 560);
+    place();
+    for (const view of views) {
+      for (const panel of view.panels) panel.layout();
+      // Read here and not in draw(), where it would make the browser lay out the words while they are painted.
+      view.mosaic.room = view.mosaic.section.clientWidth;
+      view.matrix.room = Math.min(view.matrix.section.clientWidth, isShort() ? 440 : 560);
+      view.mosaic.painted = view.matrix.painted = null; // the legends have the theme's colours
+    }
+    $("lines").hidden = !isShort();
+    lines.room = Math.min($("lines").clientWidth, 560);
     draw();
   }
 
@@ -837,37 +1162,54 @@
     });
   }
 
-  function cellUnder(event) {
-    const frame = mosaic.canvas.getBoundingClientRect(), left = event.clientX - frame.left, top = event.clientY - frame.top;
-    for (let layer = 0; layer < maps.layers; layer++) {
-      if (top < mosaic.y(layer) || top >= mosaic.y(layer) + mosaic.high + 2) continue;
-      for (let head = 0; head <= maps.heads; head++) {
-        if (left >= mosaic.x(head) && left < mosaic.x(head) + mosaic.wide + 2) return { layer, head: head === maps.heads ? "mean" : head };
+  function listenMosaic({ mosaic }) {
+    const cellUnder = (event) => {
+      const frame = mosaic.canvas.getBoundingClientRect(), left = event.clientX - frame.left, top = event.clientY - frame.top;
+      for (let layer = 0; layer < maps.layers; layer++) {
+        if (top < mosaic.y(layer) || top >= mosaic.y(layer) + mosaic.high + 2) continue;
+        for (let head = 0; head <= maps.heads; head++) {
+          if (left >= mosaic.x(head) && left < mosaic.x(head) + mosaic.wide + 2) return { layer, head: head === maps.heads ? "mean" : head };
+        }
       }
-    }
-    return null;
+      return null;
+    };
+    mosaic.canvas.addEventListener("pointermove", (event) => point((!isTouch(event) && cellUnder(event)) || {}));
+    mosaic.canvas.addEventListener("pointerleave", () => point({}));
+    mosaic.canvas.addEventListener("click", (event) => {
+      const cell = cellUnder(event);
+      if (cell) choose(cell);
+    });
   }
-  mosaic.canvas.addEventListener("pointermove", (event) => point((!isTouch(event) && cellUnder(event)) || {}));
-  mosaic.canvas.addEventListener("pointerleave", () => point({}));
-  mosaic.canvas.addEventListener("click", (event) => {
-    const cell = cellUnder(event);
-    if (cell) choose(cell);
-  });
 
-  function pairUnder(event) {
-    const frame = matrix.canvas.getBoundingClientRect();
-    const query = Math.floor((event.clientY - frame.top - matrix.above) / matrix.down);
-    const key = Math.floor((event.clientX - frame.left - matrix.left) / matrix.across);
-    return query < 0 || key < 0 || query >= maps.queries || key >= maps.keys ? null : [query, key];
+  function listenMatrix({ matrix }) {
+    const pairUnder = (event) => {
+      const frame = matrix.canvas.getBoundingClientRect();
+      const query = Math.floor((event.clientY - frame.top - matrix.above) / matrix.down);
+      const key = Math.floor((event.clientX - frame.left - matrix.left) / matrix.across);
+      return query < 0 || key < 0 || query >= maps.queries || key >= maps.keys ? null : [query, key];
+    };
+    matrix.canvas.addEventListener("pointermove", (event) => {
+      const pair = isTouch(event) ? null : pairUnder(event);
+      point(pair ? { side: state.side, tokens: [pair[state.side]], pair } : {});
+    });
+    matrix.canvas.addEventListener("pointerleave", () => point({}));
+    matrix.canvas.addEventListener("click", (event) => {
+      const pair = pairUnder(event);
+      if (pair) pin(state.side, pair[state.side], event.shiftKey || event.ctrlKey || event.metaKey);
+    });
   }
-  matrix.canvas.addEventListener("pointermove", (event) => {
-    const pair = isTouch(event) ? null : pairUnder(event);
-    point(pair ? { side: state.side, tokens: [pair[state.side]], pair } : {});
-  });
-  matrix.canvas.addEventListener("pointerleave", () => point({}));
-  matrix.canvas.addEventListener("click", (event) => {
-    const pair = pairUnder(event);
-    if (pair) pin(state.side, pair[state.side], event.shiftKey || event.ctrlKey || event.metaKey);
+
+  // Of the lines each column names the tokens of its side.
+  function lineUnder(event) {
+    const frame = lines.canvas.getBoundingClientRect(), token = Math.floor((event.clientY - frame.top - 20) / lines.step);
+    const side = event.clientX - frame.left < frame.width / 2 ? QUERIES : KEYS;
+    return token < 0 || token >= maps.sizes[side] ? null : { side, tokens: [token] };
+  }
+  lines.canvas.addEventListener("pointermove", (event) => point((!isTouch(event) && lineUnder(event)) || {}));
+  lines.canvas.addEventListener("pointerleave", () => point({}));
+  lines.canvas.addEventListener("click", (event) => {
+    const found = lineUnder(event);
+    if (found) pin(found.side, found.tokens[0], event.shiftKey || event.ctrlKey || event.metaKey);
   });
 
   $("top").addEventListener("click", (event) => {
@@ -918,15 +1260,16 @@
     },
   };
 
-  for (const [id, action] of [["view", actions.view], ["add", actions.add], ["hide", actions.hide], ["whole", actions.whole], ["help", actions.help]]) $(id).addEventListener("click", () => action());
+  for (const [id, action] of [["view", actions.view], ["add", actions.add], ["hide", actions.hide], ["help", actions.help]]) $(id).addEventListener("click", () => action());
   $("layer").addEventListener("change", (event) => choose({ layer: Number(event.target.value) }));
   $("head").addEventListener("change", ({ target: { value } }) => choose({ head: value === "mean" || value === "rollout" ? value : Number(value) }));
-  $("example").addEventListener("change", async (event) => {
-    if (!(await open(Number(event.target.value)))) return;
-    matrix.key = "";
+  async function show(number, other) {
+    if (!(await open(number, other))) return;
     lay();
     choose({ hidden: state.hidden && !$("hide").hidden });
-  });
+  }
+  $("example").addEventListener("change", (event) => show(Number(event.target.value), state.with));
+  $("with").addEventListener("change", (event) => show(state.example, event.target.value === "" ? null : Number(event.target.value)));
   $("search").addEventListener("input", () => actions.find(false));
   $("search").addEventListener("keydown", (event) => {
     if (event.key === "Enter") actions.find(true);
@@ -972,16 +1315,91 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
   }
 
+  // Text in as many lines as it takes; returns where it ends.
+  function paintText(context, text, x, y, width) {
+    let line = "";
+    for (const word of text.split(" ")) {
+      if (line && context.measureText(`${line} ${word}`).width > width) {
+        context.fillText(line, x, y + 12);
+        [line, y] = [word, y + 17];
+      } else line = line ? `${line} ${word}` : word;
+    }
+    context.fillText(line, x, y + 12, width);
+    return y + 20;
+  }
+
+  // A section of the page on the canvas, from its top to the bottom that is returned.
+  function paintSection(context, host, x, y, width) {
+    for (const part of host.tagName === "H2" ? [host] : host.children) {
+      if (part.hidden || part.tagName === "BUTTON") continue;
+      context.textAlign = "left";
+      context.textBaseline = "alphabetic";
+      context.fillStyle = part.tagName === "H2" ? theme.ink : theme.soft;
+      context.font = part.tagName === "H2" ? `600 13px ${FONT}` : `12px ${FONT}`;
+      if (painters.has(part)) y = painters.get(part)(context, x, y, width);
+      else if (part.tagName === "CANVAS") {
+        const [wide, high] = [parseFloat(part.style.width), parseFloat(part.style.height)];
+        context.drawImage(part, x, y, wide, high);
+        y += high + 8;
+      } else if (part.tagName === "H2" || part.tagName === "P") y = paintText(context, part.textContent, x, y, width);
+      else y = paintSection(context, part, x, y, width);
+    }
+    return y;
+  }
+
+  painters.set($("top"), (context, x, y, width) => {
+    context.font = `13px ${FONT}`;
+    for (const item of $("top").children) {
+      if (item.hidden) continue;
+      const [bar, name, value] = item.firstChild.children;
+      context.fillStyle = theme.panel;
+      context.fillRect(x, y, width, 22);
+      context.globalAlpha = 0.24;
+      context.fillStyle = theme.mark;
+      context.fillRect(x, y, (width * parseFloat(bar.style.width)) / 100, 22);
+      context.globalAlpha = 1;
+      context.fillStyle = theme.ink;
+      context.fillText([...name.textContent].slice(0, 40).join(""), x + 6, y + 15.5, width / 2);
+      context.textAlign = "right";
+      context.fillText(value.textContent, x + width - 6, y + 15.5);
+      context.textAlign = "left";
+      y += 25;
+    }
+    return y + 6;
+  });
+  painters.set($("line-heads"), (context, x, y) => {
+    context.font = `600 12px ${FONT}`;
+    for (const button of lines.buttons.filter((one) => one.getAttribute("aria-pressed") === "true")) {
+      context.fillStyle = button.style.borderColor;
+      context.fillText(button.textContent, x, y + 12);
+      x += 22;
+    }
+    return y + 20;
+  });
+
   $("png").addEventListener("click", () => {
     hover = {};
     const scale = (zoom = 2 * Math.ceil(window.devicePixelRatio || 1));
     lay();
-    const gap = 28, wide = Math.max(320, panels[0].width || 420);
-    const mosaicSize = [parseFloat(mosaic.canvas.style.width), parseFloat(mosaic.canvas.style.height)];
-    const matrixSize = matrix.canvas.hidden ? [0, 0] : [parseFloat(matrix.canvas.style.width), parseFloat(matrix.canvas.style.height)];
-    const measure = new OffscreenCanvas(1, 1).getContext("2d"), drawSides = (context) => panels.reduce((y, panel) => panel.picturePart(context, 24, y, wide) + 20, 60);
-    const width = 48 + wide + gap + mosaicSize[0] + (matrixSize[0] ? gap + matrixSize[0] : 0);
-    const height = Math.max(drawSides(measure), 80 + mosaicSize[1], 80 + matrixSize[1]) + 12;
+    const columns = [...$("main").querySelectorAll(".column:not(.across)")], gap = 32, widths = columns.map((column) => column.clientWidth);
+    const width = 48 + widths.reduce((sum, wide) => sum + wide + gap, -gap);
+    const drawAll = (context) => {
+      context.font = `600 14px ${FONT}`;
+      context.fillStyle = theme.ink;
+      const title = [$("title").textContent === "Attention" ? page.examples.length > 1 && !isComparing() ? titleOf(state.example) : "" : $("title").textContent, $("readout").textContent];
+      const top = paintText(context, title.filter(Boolean).join(". "), 24, 20, width - 48) + 14;
+      let x = 24, bottom = top;
+      const paintColumn = (column, y, wide) => {
+        for (const section of column.children) if (!section.hidden) y = paintSection(context, section, x, y, wide) + 16;
+        bottom = Math.max(bottom, y);
+        x += wide + gap;
+      };
+      columns.forEach((column, i) => paintColumn(column, top, widths[i]));
+      x = 24;
+      for (const column of $("main").querySelectorAll(".across")) paintColumn(column, bottom, Math.min(480, width - 48));
+      return bottom;
+    };
+    const height = drawAll(new OffscreenCanvas(1, 1).getContext("2d"));
     const canvas = element("canvas");
     canvas.width = width * scale;
     canvas.height = height * scale;
@@ -989,13 +1407,8 @@
     context.scale(scale, scale);
     context.fillStyle = theme.ground;
     context.fillRect(0, 0, width, height);
-    context.fillStyle = theme.ink;
-    context.font = `600 14px ${FONT}`;
-    context.fillText($("readout").textContent, 24, 34, width - 48);
-    drawSides(context);
-    context.drawImage(mosaic.canvas, 24 + wide + gap, 60, ...mosaicSize);
-    if (matrixSize[0]) context.drawImage(matrix.canvas, 24 + wide + gap + mosaicSize[0] + gap, 60, ...matrixSize);
-    canvas.toBlob((blob) => download(blob, `attention-layer${state.layer}-head${state.head}.png`));
+    drawAll(context);
+    canvas.toBlob((blob) => download(blob, `attention-layer${example.numbers[state.layer]}-head${state.head}.png`));
     zoom = 0;
     lay();
   });
@@ -1003,16 +1416,19 @@
   // A token that begins like a formula would run as one in a spreadsheet.
   const field = (text) => `"${(/^[=+\-@]/.test(text) ? `'${text}` : text).replaceAll('"', '""')}"`;
 
+  // A line for each layer, head and token opposite the chosen ones, so that each names its query and how exact it is.
   $("csv").addEventListener("click", () => {
-    const opposite = 1 - state.side, columns = [];
+    const opposite = 1 - state.side, isOne = state.tokens.length === 1;
+    const chosen = [field(state.tokens.join(" ")), field(state.tokens.map((token) => label(state.side, token)).join(" + "))];
+    const lines = [["layer", "head", "query_index", "query", "key_index", "key", "weight", "accuracy"].join(",")];
     for (let layer = 0; layer < maps.layers; layer++) {
       for (let head = 0; head < maps.heads; head++) {
-        columns.push([`layer ${layer} head ${head}`, maps.weights(layer, head, state.side, state.tokens, state.hidden)]);
+        maps.weights(layer, head, state.side, state.tokens, state.hidden).forEach((weight, token) => {
+          const other = [token, field(label(opposite, token))], pair = opposite === KEYS ? [state.tokens[0], token] : [token, state.tokens[0]];
+          const accuracy = isOne && isExact({ ...state, layer, head }, pair) ? "exact" : "within 1.5 %";
+          lines.push([example.numbers[layer], head, ...(opposite === KEYS ? [...chosen, ...other] : [...other, ...chosen]), weight, accuracy].join(","));
+        });
       }
-    }
-    const lines = [["index", opposite === KEYS ? "key" : "query", ...columns.map(([name]) => name)].join(",")];
-    for (let token = 0; token < maps.sizes[opposite]; token++) {
-      lines.push([token, field(label(opposite, token)), ...columns.map(([, weights]) => weights[token])].join(","));
     }
     download(new Blob([lines.join("\r\n") + "\r\n"], { type: "text/csv" }), "attention.csv");
   });
@@ -1021,7 +1437,7 @@
 
   try {
     recall();
-    await open(state.example);
+    await open(state.example, state.with);
   } catch (error) {
     $("trouble").textContent = `The page could not be shown (${error.message}). A current Chrome, Edge, Firefox or Safari can show it.`;
     throw error;
@@ -1031,7 +1447,12 @@
   $("accuracy").textContent = "The six largest weights of each row are exact. The others are marked ≈ and are within 1.5 % of the true value; those below 1/2000 of the row's largest count as zero.";
   lay();
   performance.mark("attention drawn");
-  new ResizeObserver(() => lay()).observe($("sides"));
+  let seen = "";
+  new ResizeObserver(() => {
+    const size = [$("main").clientWidth, window.innerWidth, window.innerHeight, window.devicePixelRatio].join(" ");
+    if (size !== seen) lay();
+    seen = size;
+  }).observe($("main"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => lay());
   // For the browser's console: the weights of a query, or of a key (side 1), as the page shows them.
   window.explorer = { state, weights: (layer, head, token, side = QUERIES) => maps.weights(layer, head, side, [token], false) };

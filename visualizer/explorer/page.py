@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from ..analysis.layers import maps_of
+from ..layout import Layout
 from ..maps import AttentionMap
 from ..reading import check_not_empty
 from ..store import check_destination
@@ -46,6 +47,7 @@ def explore(
     *,
     query_tokens: Sequence[Any] | None = None,
     key_tokens: Sequence[Any] | None = None,
+    layout: Layout | None = None,
     grid: tuple[int, int] | None = None,
     prefix_tokens: int | Sequence[str] | None = None,
     batch: int | Sequence[int] | None = None,
@@ -73,7 +75,9 @@ def explore(
         image: the picture whose patches are the keys, and the queries too if there are as many: an array or tensor
             (height, width, channels) or (channels, height, width), of integers to 255 or floats to 1, or a PIL image.
         query_tokens, key_tokens: the words of one side alone, in cross-attention; `image` is then the other side.
-        grid: (rows, columns) of patches; None: the square that the tokens make, with or without a class token.
+        layout: what the tokens are; None: what the maps know of them, as those that `attention` records do.
+        grid: (rows, columns) of patches; None: what the maps know, or the only grid that suits the picture, or without
+            one the square that the tokens make, with or without a class token.
         prefix_tokens: how many tokens come before the patches, or their names.
         batch: which images or texts of the batch, one or several; None: all. For several, `tokens` and `image` are
             lists with one entry for each image or text of the whole batch.
@@ -105,8 +109,8 @@ def explore(
             queries,
             keys,
             **{name: values[at] for name, values in of_each.items()},
-            grid=grid,
-            prefix_tokens=prefix_tokens,
+            where={"layout": layout, "grid": grid, "prefix_tokens": prefix_tokens},
+            known=(_shared(layers, "query_layout", images[at]), _shared(layers, "layout", images[at])),
         )
         for at in range(len(images))
     ]
@@ -174,6 +178,12 @@ def _read_layers(maps: Any) -> list[AttentionMap]:
     return layers
 
 
+def _shared(layers: Sequence[AttentionMap], name: str, image: int) -> Layout | None:
+    """The layout of an image's queries or keys, if all layers have the same."""
+    first: Layout | None = getattr(layers[0], name)
+    return None if first is None or any(getattr(layer, name) != first for layer in layers) else first.of(image)
+
+
 def _images(batch: int | Sequence[int] | None, size: int) -> list[int]:
     if batch is None:
         return list(range(size))
@@ -211,6 +221,7 @@ def _page(examples: Sequence[Example]) -> str:
             "special": side.special,
             "grid": side.grid,
             "pooled": side.pooled,
+            "numbered": side.labels == [str(number) for number in range(len(side.labels))],  # nobody named them
             "picture": None if side.picture is None else pictures.index(side.picture),
         }
 
@@ -221,6 +232,7 @@ def _page(examples: Sequence[Example]) -> str:
             {
                 "title": example.title,
                 "layers": [printable(path) if path else "" for path in example.layers],
+                "numbers": _layer_numbers(example.layers),
                 "shape": example.codes.shape,
                 "top": example.top.shape[3],
                 "same": queries is keys,
@@ -236,7 +248,8 @@ def _page(examples: Sequence[Example]) -> str:
         packed, notes = pack(example, budget)
         blocks.append(_block(f"weights{number}", packed))
         about[number]["notes"] = example.notes + notes
-    page = {"step": STEP, "nothing": NOTHING, "viridis": _colours("viridis"), "inferno": _colours("inferno")}
+    colours = {"viridis": "viridis", "inferno": "inferno", "diverging": "RdBu_r"}
+    page = {"step": STEP, "nothing": NOTHING, **{name: _colours(of) for name, of in colours.items()}}
     return Template(_resource("explore.html")).substitute(
         script=script,
         style=style,
@@ -246,6 +259,23 @@ def _page(examples: Sequence[Example]) -> str:
         page=_json({**page, "examples": about}),
         data="\n".join(blocks),
     )
+
+
+def _layer_numbers(paths: Sequence[str]) -> list[int]:
+    """The layers' own numbers, from their modules' paths, so that the last three of twelve are 9, 10 and 11.
+
+    >>> _layer_numbers(["blocks.9.attn", "blocks.11.attn"]), _layer_numbers(["", ""]), _layer_numbers(["a.3.self"])
+    ([9, 11], [0, 1], [3])
+
+    Where no number in the paths, or more than one, tells the layers apart, they are counted from 0.
+    """
+    parts = [path.split(".") for path in paths]
+    columns = zip(*parts, strict=True) if len({len(path) for path in parts}) == 1 else ()
+    varying = [column for column in columns if len(set(column)) > 1 or len(paths) == 1]
+    numbers = [[int(part) for part in column] for column in varying if all(part.isdecimal() for part in column)]
+    if len(numbers) == 1 and len(set(numbers[0])) == len(paths) and (len(varying) == 1 or len(paths) == 1):
+        return numbers[0]
+    return list(range(len(paths)))
 
 
 def _resource(name: str) -> str:

@@ -13,7 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..places import grid_of, read_image
+from ..layout import Layout, Patches, layout_of, picture_of
+from ..reading import Array
+from ..words import printable as printable
+from ..words import readable
 
 _PICTURE_SIDE = 768  # pixels, more than the page gives to a picture
 # Tokens that are not words, as tokenizers write them: [CLS], <s>, <|endoftext|>.
@@ -65,20 +68,20 @@ def read_sides(
     query_tokens: Sequence[Any] | None,
     key_tokens: Sequence[Any] | None,
     image: Any,
-    grid: tuple[int, int] | None,
-    prefix_tokens: int | Sequence[str] | None,
+    where: Patches,
+    known: tuple[Layout | None, Layout | None] = (None, None),
 ) -> tuple[Side, Side]:
     """What the queries and the keys of one example are; the same object if both are the same tokens.
 
-    Raises ValueError if the words or the grid do not fit.
+    `known` are the layouts of queries and keys that the maps carry. Raises ValueError if the words or the grid do not
+    fit.
     """
-    has_picture = image is not None or grid is not None or prefix_tokens is not None
+    has_picture = image is not None or any(value is not None for value in where.values())
 
-    def patches(size: int) -> Side:
-        places = grid_of(size, {"grid": grid, "prefix_tokens": prefix_tokens})
-        prefix = [printable(name) for name in places.prefix]
-        picture = None if image is None else _jpeg(image)
-        return Side(prefix, list(range(len(prefix))), (places.rows, places.columns), picture)
+    def patches(size: int, layout: Layout | None) -> Side:
+        picture = picture_of(image)
+        layout = layout_of(size, where, picture, layout)
+        return _patches(layout, picture) or _named(layout)
 
     if query_tokens is not None or key_tokens is not None:
         if query_tokens is not None and key_tokens is not None and has_picture:
@@ -86,56 +89,53 @@ def read_sides(
         query_is_picture = query_tokens is None and has_picture
         key_is_picture = key_tokens is None and has_picture
         return (
-            patches(queries) if query_is_picture else _words("query_tokens", query_tokens, queries),
-            patches(keys) if key_is_picture else _words("key_tokens", key_tokens, keys),
+            patches(queries, known[0]) if query_is_picture else _words("query_tokens", query_tokens, queries, known[0]),
+            patches(keys, known[1]) if key_is_picture else _words("key_tokens", key_tokens, keys, known[1]),
         )
     if tokens is not None and queries != keys:
         raise ValueError(
             f"tokens= names both queries and keys, but these are {queries} queries over {keys} keys: pass "
             "query_tokens= and key_tokens="
         )
-    side = patches(keys) if has_picture else _words("tokens", tokens, keys)
-    return (side if queries == keys else _words("query_tokens", None, queries)), side
+    side = patches(keys, known[1]) if has_picture else _words("tokens", tokens, keys, known[1])
+    return (side if queries == keys else _words("query_tokens", None, queries, known[0])), side
 
 
-def _words(name: str, words: Sequence[Any] | None, size: int) -> Side:
-    """A side of words, passed as the argument of that name; without words, of numbers."""
+def _patches(layout: Layout, picture: Array | None) -> Side | None:
+    """A side of named tokens and the patches behind them, the frames of a video from above; None for other tokens."""
+    patches = layout.patches
+    if patches is None or layout.first_patch + patches.count != layout.count:
+        return None
+    prefix = [printable(name) for name in layout.names[: layout.first_patch]]
+    rows = patches.count // patches.shape[-1]
+    shown = None if picture is None else _jpeg(layout.on(picture, frames_across=1))
+    return Side(prefix, list(range(len(prefix))), (rows, patches.shape[-1]), shown)
+
+
+def _named(layout: Layout) -> Side:
+    """A side of words, and of what else a layout names."""
+    is_word = layout.are("text") | layout.are("patches")
+    return Side(list(map(printable, layout.names)), np.flatnonzero(~is_word).tolist())
+
+
+def _words(name: str, words: Sequence[Any] | None, size: int, known: Layout | None) -> Side:
+    """A side of words, passed as the argument of that name; without words, of what is known, or of numbers."""
     if words is None:
+        if known is not None and known.count == size:
+            return _patches(known, None) or _named(known)
         return Side([str(number) for number in range(size)], [])
     if len(words) != size:
         raise ValueError(
             f"{name} has {len(words)} words, and there are {size} {'keys' if name == 'key_tokens' else 'queries'}: "
             "special tokens and padding count"
         )
-    labels = [printable(word) for word in words]
+    labels = [printable(word) for word in readable(words)]
     return Side(labels, [at for at, word in enumerate(words) if re.fullmatch(_SPECIAL, str(word))])
 
 
-def _jpeg(image: Any) -> bytes:
-    pixels = Image.fromarray(np.rint(255 * read_image(image)).astype(np.uint8))
+def _jpeg(picture: Any) -> bytes:
+    pixels = Image.fromarray(np.rint(255 * picture).astype(np.uint8))
     pixels.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
     file = io.BytesIO()
     pixels.save(file, "JPEG", quality=90)
     return file.getvalue()
-
-
-def printable(token: Any, longest: int = 200) -> str:
-    """A token as visible text of at most `longest` characters: no control characters, no line breaks.
-
-    >>> printable("a\\u202eb"), printable("\\0"), printable("  "), printable("x" * 10_000, longest=3)
-    ('a‹202E›b', '␀', '␣␣', 'xxx… (10000 characters)')
-    """
-    text = str(token)
-    more = f"… ({len(text)} characters)" if len(text) > longest else ""
-    text = text[:longest]
-    if not text.strip(" "):
-        return "␣" * len(text) + more if text else "‹empty›"
-    return "".join(map(_visible, text)) + more
-
-
-def _visible(character: str) -> str:
-    """The character, or a sign for one without ink: bidi controls, zero widths, lone surrogates, private use."""
-    number = ord(character)
-    if character.isprintable():
-        return character
-    return chr(0x2400 + number) if number < 32 else "␡" if number == 127 else f"‹{number:04X}›"

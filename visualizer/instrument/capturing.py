@@ -11,7 +11,7 @@ from ..errors import warn
 from ..rewrite import At, original_of
 from ..store import Cache, Channel, Store, listener
 from ..tensors import Keep, check_keep
-from . import compiled, patches
+from . import compiled, swapped_code
 from .arguments import check_at, check_count, check_max_bytes, check_names
 from .explanations import never_reached
 from .reruns import mark_reruns
@@ -134,11 +134,11 @@ class Captured(Cache):
         """
         compiled.prepare()
         mark_reruns()
-        with compiled.compiler_paused(), patches.switching:
+        with compiled.compiler_paused(), swapped_code.switching:
             if self._is_running:
                 return self
             pairs = _alive(self._pairs)
-            patches.attach(pairs)
+            swapped_code.attach(pairs)
             for _, channel in pairs:
                 self.store.add(channel)
             self.store.configure(*self._limits)
@@ -152,7 +152,7 @@ class Captured(Cache):
     @never_compiled
     def stop(self) -> None:
         """Stop recording; the values stay. Functions that no other capture needs get their own code back."""
-        with compiled.compiler_paused(), patches.switching:
+        with compiled.compiler_paused(), swapped_code.switching:
             if not self._is_running:
                 return
             self._is_running, self.store.state = False, _OFF
@@ -206,7 +206,7 @@ class Captured(Cache):
             return f"{beginning(base, path)}:{variable}" if several else beginning(base, path)
 
         path_of = None if site.owners is None else site.owners.path_of
-        site_key = patches.new_site(site.function)
+        site_key = swapped_code.new_site(site.function)
         channel = Channel(self.store, site_key, site.names, at, keep, key, site.owner, path_of)
         channel.code = original_of(site.function.__code__)
         for path in ("",) if site.owners is None else site.owners.paths or ("",):
@@ -224,9 +224,9 @@ def _alive(pairs: list[tuple[weakref.ref[FunctionType], Channel]]) -> list[tuple
 
 def _withdraw(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Store) -> list[str]:
     """Give the functions their code back, so that nothing refers to the store any more; returns what to warn of."""
-    with patches.switching:
+    with swapped_code.switching:
         alive = _alive(pairs)
-        messages = patches.detach(alive)
+        messages = swapped_code.detach(alive)
         for _, channel in pairs:
             channel.disconnect()
             store.remove(channel)
@@ -250,4 +250,4 @@ def _abandon(
         if was_running:
             compiled.recompile(wait=False)  # the thread that is compiling may be waiting for this one
 
-    patches.when_idle(stop)
+    swapped_code.when_idle(stop)

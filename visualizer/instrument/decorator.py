@@ -14,11 +14,11 @@ from ..errors import RewriteError, shown, warn
 from ..rewrite import At, local_names, original_of
 from ..store import Cache, Channel, Record, Store
 from ..tensors import Keep, check_keep
-from . import compiled, patches
+from . import compiled, swapped_code
 from .arguments import check_at, check_count, check_max_bytes, check_names
+from .definitions import Definition, Definitions
 from .explanations import why_shared
 from .functions_with import has_local
-from .origins import Origin, Origins
 from .reruns import mark_reruns
 from .sites import function_with
 from .untraced import never_compiled
@@ -60,7 +60,7 @@ class GetLocal:
         self._cache = Cache(self._store, "get_local.cache")
         self._active = False
         self._keep: Keep = "numpy"
-        self._origins = Origins()
+        self._definitions = Definitions()
         self._decorated: weakref.WeakKeyDictionary[FunctionType, _Decorated] = weakref.WeakKeyDictionary()
 
     def __call__(self, *names: str, at: At = "return", keep: Keep | None = None) -> Callable[[T], T]:
@@ -217,36 +217,38 @@ class GetLocal:
 
     @never_compiled
     def _decorate(self, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None) -> None:
-        with compiled.compiler_paused() if self._active else nullcontext(), patches.switching:
+        with compiled.compiler_paused() if self._active else nullcontext(), swapped_code.switching:
             before = self._decorated.get(function)
             channels = [] if before is None else before.channels
-            same = [channel for channel in channels if (channel.at, _identity(channel.keep)) == (at, _identity(keep))]
+            same = [
+                channel for channel in channels if (channel.at, _identity(channel.own_keep)) == (at, _identity(keep))
+            ]
             if set(names) <= {name for channel in same for name in channel.names}:
                 return
             replaced = [channel for channel in channels if set(channel.names) & set(names)]
-            origin = self._origins.of(function)
-            new = [self._channel(origin, function, names, at, keep)]
+            definition = self._definitions.of(function)
+            new = [self._channel(definition, function, names, at, keep)]
             for other in replaced:  # its other names are captured as before
                 rest = tuple(name for name in other.names if name not in names)
                 if rest:
-                    new.append(self._channel(origin, function, rest, other.at, other.keep))
+                    new.append(self._channel(definition, function, rest, other.at, other.own_keep))
             if self._active:
-                patches.attach([(function, channel) for channel in new])
+                swapped_code.attach([(function, channel) for channel in new])
             # A refusal must leave no trace, so all that can fail stands above.
             for channel in new:
                 channel.code = original_of(function.__code__)
-                self._register(origin, function, channel)
-            messages = patches.detach((function, other) for other in replaced)
+                self._register(definition, function, channel)
+            messages = swapped_code.detach((function, other) for other in replaced)
             for other in replaced:
                 both = [name for name in other.names if name in names]
                 messages.append(
-                    f"{patches.place_of(function)} was decorated for {', '.join(both)} before, with at={other.at!r} "
-                    f"and keep={shown(repr, other.keep)}; the new get_local({', '.join(map(repr, names))}, at={at!r}, "
-                    f"keep={shown(repr, keep)}) takes its place."
+                    f"{swapped_code.place_of(function)} was decorated for {', '.join(both)} before, with "
+                    f"at={other.at!r} and keep={shown(repr, other.own_keep)}; the new get_local("
+                    f"{', '.join(map(repr, names))}, at={at!r}, keep={shown(repr, keep)}) takes its place."
                 )
             channels = [*(c for c in channels if c not in replaced), *new]
             self._decorated[function] = _Decorated(original_of(function.__code__), channels)
-            self._name_keys(origin, function, [name for channel in channels for name in channel.names])
+            self._name_keys(definition, function, [name for channel in channels for name in channel.names])
             for channel in new:
                 if self._active:
                     channel.connect(self._keep)
@@ -256,58 +258,58 @@ class GetLocal:
             warn(message)
 
     def _channel(
-        self, origin: Origin, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None
+        self, definition: Definition, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None
     ) -> Channel:
-        """The origin's channel for these arguments of the decorator; a new one is not registered yet."""
-        channel = origin.channels.get((names, at, _identity(keep)))
+        """The definition's channel for these arguments of the decorator; a new one is not registered yet."""
+        channel = definition.channels.get((names, at, _identity(keep)))
         if channel is None:
-            channel = Channel(self._store, patches.new_site(function), names, at, keep, origin.key)
+            channel = Channel(self._store, swapped_code.new_site(function), names, at, keep, definition.key)
         return channel
 
-    def _register(self, origin: Origin, function: FunctionType, channel: Channel) -> None:
-        arguments = (channel.names, channel.at, _identity(channel.keep))
-        if arguments not in origin.channels:
+    def _register(self, definition: Definition, function: FunctionType, channel: Channel) -> None:
+        arguments = (channel.names, channel.at, _identity(channel.own_keep))
+        if arguments not in definition.channels:
             self._store.add(channel)
-            if _is_shared(channel.keep):
-                origin.channels[arguments] = channel
+            if _is_shared(channel.own_keep):
+                definition.channels[arguments] = channel
             else:  # `keep` is a closure that is made anew with each function, so the channel goes with the function
                 weakref.finalize(function, _disconnect_later, channel).atexit = False
 
-    def _name_keys(self, origin: Origin, function: FunctionType, variables: list[str]) -> None:
-        """Give each variable of the origin its key, and move lists that this definition names otherwise."""
+    def _name_keys(self, definition: Definition, function: FunctionType, variables: list[str]) -> None:
+        """Give each variable of the definition its key, and move lists that this definition names otherwise."""
 
         def rename() -> dict[str, str]:
-            known = [(each, v) for each in self._origins.named(origin.name) for v in each.captured]
+            known = [(each, v) for each in self._definitions.named(definition.name) for v in each.captured]
             before = [each.key(variable) for each, variable in known]
-            origin.variables = variables
-            self._origins.add(origin, function)
+            definition.variables = variables
+            self._definitions.add(definition, function)
             after = [each.key(variable) for each, variable in known]
             return {old: new for old, new in zip(before, after, strict=True) if old != new}
 
         store = self._store
         renamed = store.rename(rename)
-        for variable in origin.captured:
-            if variable not in variables and origin.key(variable) in renamed.values():
-                store.drop_if_empty(origin.key(variable))
+        for variable in definition.captured:
+            if variable not in variables and definition.key(variable) in renamed.values():
+                store.drop_if_empty(definition.key(variable))
         for variable in variables:
-            store.open(origin.key(variable))
-        self._cache.namesakes.update(self._origins.namesakes(origin.name))
+            store.open(definition.key(variable))
+        self._cache.namesakes.update(self._definitions.namesakes(definition.name))
 
     @never_compiled
     def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: float | None) -> None:
         if active:
             compiled.prepare()
             mark_reruns()
-        with compiled.compiler_paused(), patches.switching:
+        with compiled.compiler_paused(), swapped_code.switching:
             decorated = list(self._decorated.items())
             pairs = [(function, channel) for function, (_, channels) in decorated for channel in channels]
             messages: list[str] = []
             if active and not self._active:
                 replaced = {function for function, (code, _) in decorated if original_of(function.__code__) is not code}
-                patches.attach((function, channel) for function, channel in pairs if function not in replaced)
+                swapped_code.attach((function, channel) for function, channel in pairs if function not in replaced)
                 messages = _attach_replaced([pair for pair in pairs if pair[0] in replaced])
             elif self._active and not active:
-                messages = patches.detach(pairs)
+                messages = swapped_code.detach(pairs)
             changes = bool(pairs) and (active, keep) != (self._active, self._keep)
             self._active, self._keep = active, keep
             self._store.state = "capture is active" if active else _OFF
@@ -348,11 +350,11 @@ def _attach_replaced(pairs: list[tuple[FunctionType, Channel]]) -> list[str]:
                 if not has_local(function, name, channel.at):
                     what = "assignment to" if name in local_names(function.__code__) else "local"
                     raise RewriteError(f"it has no {what} {name!r} now")
-            patches.attach([(function, channel)])
+            swapped_code.attach([(function, channel)])
         except RewriteError as error:
             messages.append(
-                f"the code of {patches.place_of(function)} was replaced by another tool since it was decorated for "
-                f"{', '.join(channel.names)}, and it is not captured: {error}."
+                f"the code of {swapped_code.place_of(function)} was replaced by another tool since it was decorated "
+                f"for {', '.join(channel.names)}, and it is not captured: {error}."
             )
     return messages
 
@@ -381,4 +383,4 @@ def _disconnect_later(channel: Channel) -> None:
         channel.disconnect()
         channel.store.remove(channel)
 
-    patches.when_idle(end)
+    swapped_code.when_idle(end)

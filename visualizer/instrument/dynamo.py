@@ -123,7 +123,7 @@ def _snapshot(tx: Any, channel: Channel, event: Any) -> Any:
 
 
 def _copied(tx: Any, channel: Channel, value: Any) -> Any:
-    value, is_itself = value.realize(), channel.mode == "graph"
+    value, is_itself = value.realize(), channel.keep == "graph"
     if isinstance(value, (Hook, variables.ConstantVariable, variables.tensor.SymNodeVariable)):
         return value
     if type(value) in (variables.TupleVariable, variables.ListVariable):
@@ -135,6 +135,6 @@ def _copied(tx: Any, channel: Channel, value: Any) -> Any:
         return value
     if isinstance(value, variables.tensor.NumpyNdarrayVariable):
         return value.call_method(tx, "copy", [], {})
-    if not callable(channel.mode):  # a detached copy takes no part in the backward graph
+    if not callable(channel.keep):  # a detached copy takes no part in the backward graph
         value = value.call_method(tx, "detach", [], {})
     return value.call_method(tx, "clone", [], {})

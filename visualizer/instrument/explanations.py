@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from ..errors import UnknownLocalError, did_you_mean
@@ -13,8 +13,8 @@ from ..rewrite import At, assigned_lines, local_names
 from ..store import Channel
 from .functions_with import has_local
 from .module_paths import module_classes
-from .patches import place_of
-from .unwrapping import definer_of_forward, functions_behind, is_called
+from .swapped_code import place_of
+from .unwrapping import definer_of_forward, functions_behind, is_called, members
 
 _LISTED = 60
 """How many functions a message lists."""
@@ -25,11 +25,24 @@ MethodsByClass = dict[type, dict[str, list[FunctionType]]]
 """The functions behind each method of each class."""
 
 
-def no_target(target: Any) -> str:
-    """Nothing can be captured from an object without Python code."""
+def no_target(target: Any, names: tuple[str, ...]) -> str:
+    """Nothing can be captured from an object that is not called itself, or that has no Python code."""
+    beginning = "capture takes an nn.Module, a function, method or class, 'package.module:name', or a list of these"
+    cls = type(target)
+    methods = {
+        name: set(local_names(function.__code__))
+        for name, member in members(cls, (object,)).items()
+        for function in functions_behind(member)
+    }
+    holders = [name for name, known in methods.items() if set(names) <= known]
+    if not holders:
+        hint = did_you_mean(set().union(*methods.values()), *names)
+        without = f", and no method of it has a local {' and '.join(map(repr, names))}{hint}" if methods else ""
+        return f"{beginning}; {_short(target)} has no Python code to capture from{without}"
+    few = " or ".join(f".{name}" for name in holders[:3])
     return (
-        "capture takes an nn.Module, a function, method or class, 'package.module:name', or a list of these; "
-        f"{_short(target)} has no Python code to capture from"
+        f"{beginning}; {_short(target)} is an object with methods. {' and '.join(map(repr, names))} is a local of "
+        f"{few}: pass that method of it, for this object's calls, or its class {cls.__qualname__}, for all objects'"
     )
 
 
@@ -115,7 +128,7 @@ def unknown_local(target: Any, function: FunctionType, names: tuple[str, ...]) -
                 f" {place_of(inner)}, which it uses, has it. If a decorator made {function.__qualname__} of that, "
                 "put @get_local beneath the decorator, or functools.wraps into it."
             )
-    return message
+    return message + _inside(function, names)
 
 
 def never_reached(missing: dict[str, tuple[str, Channel]], keys: int) -> str:
@@ -181,8 +194,12 @@ def nothing_has(name: str, at: At, beginning: str, classes: MethodsByClass) -> V
     if len(listing) > _LISTED:
         listing[_LISTED:] = [f"\n  and {len(listing) - _LISTED} more functions"]
     hint = did_you_mean(everywhere, name) or "."
+    elsewhere = _elsewhere(name, at, classes)
+    if not elsewhere:
+        inner = (_inside(function, (name,)) for _, _, functions in triples for function in functions[-1:])
+        elsewhere = next(filter(None, inner), "")
     existing = f" The locals that exist:{''.join(listing)}" if listing else ""
-    return UnknownLocalError(f"{beginning} a local {name!r}{hint}{_elsewhere(name, at, classes)}{existing}")
+    return UnknownLocalError(f"{beginning} a local {name!r}{hint}{elsewhere}{existing}")
 
 
 def _elsewhere(name: str, at: At, classes: Iterable[type]) -> str:
@@ -219,6 +236,29 @@ def _enclosed(function: FunctionType) -> Iterator[FunctionType]:
         except ValueError:  # not bound yet
             continue
         yield from functions_behind(content)
+
+
+def _inside(function: FunctionType, names: tuple[str, ...]) -> str:
+    """A sentence that names what is defined inside a function and has the locals, and how to reach it."""
+    inner = next((code for code in _codes_inside(function.__code__) if set(names) <= set(local_names(code))), None)
+    if inner is None:
+        return ""
+    outer, line = function.__qualname__, inner.co_firstlineno
+    has = f"which has {' and '.join(map(repr, names))}"
+    if inner.co_name.startswith("<"):
+        what = inner.co_name.strip("<>")
+        return f" {outer} has a {what} in line {line}, {has}: to capture it, give it to a local of {outer} itself."
+    return (
+        f" {outer} defines {inner.co_name} in line {line}, {has}: put @get_local({', '.join(map(repr, names))}) above "
+        f"that def, or pass the inner function itself to capture where you hold it, such as what {outer} returns."
+    )
+
+
+def _codes_inside(code: CodeType) -> Iterator[CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _codes_inside(constant)
 
 
 def _short(target: Any) -> str:

@@ -153,7 +153,7 @@ def _imported(text: str) -> Any:
 
 def _function_site(target: Any, names: tuple[str, ...], at: At) -> Site:
     if not any(True for _ in functions_behind(target)):
-        raise TypeError(no_target(target))
+        raise TypeError(no_target(target, names))
     function = function_with(target, names, at)
     owners, method = None, bound_method(target)
     is_its_own = method is not None and function in functions_behind(method)  # and not a wrapper around it

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from ..errors import UnknownKeyError, did_you_mean, warn
 from ..instrument import check_max_bytes
+from ..layout import Layout
 from ..maps import AttentionMap, generated_maps, is_generation
 from ..store import Budget, Record, RecordedMaps, Saved, bytes_by_device, human, stacked
 from ..tensors import keeper
 from .axes import Output
 from .copies import AttentionCall, Copies, Copy
+from .layouts import Layouts
 from .watch import Watch
 
 
@@ -29,6 +31,8 @@ def attention(
     keep: Callable[[AttentionMap], Any] | None = None,
     gradients: bool = False,
     max_bytes: float | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
 ) -> Maps:
     """The attention weights of a model as it runs, whether its kernels make them or not.
 
@@ -47,14 +51,17 @@ def attention(
     torch.Size([1, 2, 5, 5])
 
     It sees `F.scaled_dot_product_attention` under any name, `flex_attention`, `nn.MultiheadAttention` and what is built
-    on it, the kernels of flash-attn and xformers, those registered in transformers' `AttentionInterface`, a softmax
-    between two matrix products, or a sigmoid, a relu or whatever else makes scores weights that are not negative, and
-    deformable attention, of whose map `source` has the points and their weights. The weights are what is multiplied
-    with the values, without dropout; where that is not one softmax, `is_softmax` of the map is False, and `softmaxes`
-    has the softmaxes it was made of. Heads and batch are told apart by what the model does with
-    the output; where that does not tell, `axes_assumed` of the map says so. Several kernel calls in one call of a
-    module are one map if the model puts their outputs together, as where it calls a kernel for each head, or for some
-    of the queries.
+    on it, the kernels of flash-attn and xformers, those registered in transformers' `AttentionInterface`, a softmax of
+    scores, be these products, distances or additive, or a sigmoid, a relu or whatever else makes them weights that are
+    not negative, and deformable attention, of whose map `source` has the points and their weights. The weights are what
+    is multiplied with the values, without dropout; where that is not one softmax, `is_softmax` of the map is False, and
+    `softmaxes` has the softmaxes it was made of. Heads and batch are told apart by what the model does with the output;
+    where that does not tell, `axes_assumed` of the map says so. Several kernel calls in one call of a module are one
+    map if the model puts their outputs together, as where it calls a kernel for each head, or for some of the queries.
+
+    Each map also knows what its tokens are, as far as the model and its input tell it: `maps[0].layout` has the grid of
+    patches, the class token and registers, windows, the padding of a text, and with a tokenizer its words. Plots,
+    analyses and the explorer ask it; docs/layout.md says what is known of which model.
 
     Each map is proven: some of its rows, times the values, must be what the kernel returned, as far as its type can
     tell. A map that is not the one that was used is not kept, and a warning says by how much it was wrong.
@@ -74,6 +81,8 @@ def attention(
             the output.
         max_bytes: how many bytes to keep on each device; None: a quarter of its memory; `math.inf`: no limit. When
             it is used up, nothing more is recorded, and one warning says so.
+        tokenizer, processor: the model's own, one of them, from which words are read: a tokenizer of transformers or
+            tokenizers, or a processor of transformers that has one.
 
     Returns:
         The maps, recorded inside its `with` block, or from its `start()` to its `stop()`. `maps[0]` is that of the
@@ -97,7 +106,13 @@ def attention(
     for layer in chosen or ():
         if isinstance(layer, bool) or not isinstance(layer, (int, str)):
             raise TypeError(f"layers are numbers or module paths, not {layer!r}")
-    return Maps(model, chosen, keep, gradients, max_bytes)
+    words = getattr(processor if tokenizer is None else tokenizer, "tokenizer", tokenizer)
+    if words is not None and not (hasattr(words, "convert_ids_to_tokens") or hasattr(words, "id_to_token")):
+        raise TypeError(
+            f"tokenizer is a {type(words).__name__}: pass one of transformers or tokenizers, which turns ids into "
+            "tokens"
+        )
+    return Maps(model, chosen, keep, gradients, max_bytes, words)
 
 
 @dataclass(slots=True)
@@ -120,6 +135,7 @@ class Maps(RecordedMaps, Sequence[Any]):
         keep: Callable[[AttentionMap], Any] | None,
         gradients: bool,
         max_bytes: float | None,
+        tokenizer: Any = None,
     ) -> None:
         self._model = (lambda: None) if model is None else weakref.ref(model)
         self._title = "attention" if model is None else f"attention of {type(model).__qualname__}"
@@ -132,6 +148,7 @@ class Maps(RecordedMaps, Sequence[Any]):
         self._lock = threading.RLock()  # a `keep` may run the model
         self._watch: Watch | None = None
         self._copies = Copies(gradients)
+        self._layouts = Layouts(tokenizer)
         self._doubted = set[str]()
         self._why_apart = dict[str, str]()
         self._postponed: list[str] = []
@@ -195,10 +212,16 @@ class Maps(RecordedMaps, Sequence[Any]):
             )
             if not is_there:
                 yield f"no attention was seen in {layer!r}, one of the layers to record; it was in {_some(paths)}."
-        for (name, calls_unseen), unmapped in watch.without_maps().items():
+        for (name, reason), unmapped in watch.without_maps().items():
             more = f" and {len(unmapped) - 1} more" if len(unmapped) > 1 else ""
             where = f"{name} ({unmapped[0]!r}{more})"
-            if calls_unseen:
+            if reason == "without keys":
+                yield (
+                    f"{where} ran, and what it multiplied were no weights of queries for keys, but a softmax over "
+                    "features, as in linear attention, or weights that a layer made without keys, as VOLO's outlook "
+                    "attention: it has no map here."
+                )
+            elif reason == "unseen":
                 yield (
                     f"{where} called a function that is not torch's, and not known here, with what may be query, key "
                     "and value: if that attends, it has no map here. Choose a kernel that is seen, such as "
@@ -211,11 +234,7 @@ class Maps(RecordedMaps, Sequence[Any]):
                 )
 
     def __enter__(self) -> Maps:
-        was_running = self.is_running
-        self.start()
-        if self._watch is not None and not was_running:
-            self._watch.enter()
-        return self
+        return self.start()
 
     def __exit__(self, error: object, *_: object) -> None:
         self._stop(warns=error is None)
@@ -235,6 +254,11 @@ class Maps(RecordedMaps, Sequence[Any]):
     def call_arguments(self, name: str) -> list[Any]:
         """What the module calls under way were given by a keyword, the innermost call first; for a `keep` to ask."""
         return [] if self._watch is None else self._watch.call_arguments(name)
+
+    @property
+    def layout(self) -> Layout | None:
+        """What the tokens of the last map are, see `AttentionMap.layout`; None where nothing is known."""
+        return next((one.layout for one in reversed([*self]) if isinstance(one, AttentionMap) and one.layout), None)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -356,7 +380,7 @@ class Maps(RecordedMaps, Sequence[Any]):
             for number, entry in enumerate(self._entries)
         ]
 
-    def stack(self, call: int | None = None) -> Any:
+    def stack(self, call: int | None = None) -> Tensor:
         """One tensor of all maps, layers first: (modules, batch, heads, queries, keys), as far as shapes agree.
 
         >>> import torch
@@ -370,7 +394,8 @@ class Maps(RecordedMaps, Sequence[Any]):
 
         For the argument and the errors see `capture`'s `stack`. A fused map is computed in full.
         """
-        return stacked({path: self.calls(path) for path in self.paths}, call, lambda item: item.dense())
+        whole: Tensor = stacked({path: self.calls(path) for path in self.paths}, call, lambda item: item.dense())
+        return whole
 
     def saved(self, about: dict[str, Any] | None = None) -> Saved:
         """The maps as plain data: a fused map as query and key, one with functions of flex_attention as weights.
@@ -462,6 +487,8 @@ class Maps(RecordedMaps, Sequence[Any]):
                 )
             return None
         value = copy.map_of(output.order)
+        if self._watch is not None:
+            self._layouts.describe(value, self._watch.calls)
         return lambda: self._keep_map(path, value, copy.sizes)
 
     def _keep_map(self, path: str, value: Any, sizes: dict[str, int]) -> None:

@@ -184,6 +184,22 @@ class Output:
                 part.output.order, part.output.whole = order, None
                 part.output.why_apart = "each has a single query, and keys and values of its own"
 
+    def settle_experts(self, heads: Any, given: Sequence[int]) -> None:
+        """Take experts for heads, where each token has queries for several of them, as in JetMoE.
+
+        The model works on each expert's output by itself, as it does with images. But then there are more rows than the
+        module was given tokens, and its own number of heads says that they are heads.
+
+        Args:
+            heads: the module's own number of heads, if it has one.
+            given: the shape of the tokens that it was given.
+        """
+        sizes = [axis.size for axis in self._axes]
+        if self.order is None or len(sizes) != 4 or sizes[1] != heads or heads == self.order.shape[1]:
+            return
+        if sizes[0] * sizes[2] == math.prod(given[:-1]) < self.order.shape[0] * sizes[2]:
+            self.order = Order((sizes[0], sizes[1]), (False, True))
+
     def grown(self, new: dict[Factor, Factor], more: Sequence[Factor]) -> Output:
         """An output with other factors in place of some of its own, and with one more axis before the queries."""
         lead, last = [axis.replaced(new) for axis in self._axes[:-2]], self._axes[-2:]
@@ -245,8 +261,9 @@ def _origins(axis: Iterable[Factor]) -> set[Factor]:
 
 
 def is_in(factor: Factor, axis: Iterable[Factor]) -> bool:
-    """Whether an axis has a factor in it, or a part of that factor."""
-    return not _origins(axis).isdisjoint(factor.smallest())
+    """Whether an axis has a factor in it, or a part of that factor, of length 1 too."""
+    parts = {factor, *factor.smallest()}
+    return not (parts.isdisjoint(_origins(axis)) and all(parts.isdisjoint(one.origins) for one in axis))
 
 
 def layout_of(
@@ -312,7 +329,8 @@ def summed_axes(name: str, args: Any, kwargs: Any, tensor: Tensor) -> list[int]:
     if name == "einsum":
         own, _, output = _labels_of(args, tensor)
         return [axis for axis, label in enumerate(own) if label not in output]
-    return [-1 if tensor.ndim == 1 or _is_left(name, args, kwargs, tensor) else -2]
+    is_last = tensor.ndim == 1 or name == "linear" or _is_left(name, args, kwargs, tensor)
+    return [-1 if is_last else -2]
 
 
 def layout_of_product(
@@ -329,7 +347,7 @@ def layout_of_product(
             [Factor(size, stands_for)] if label in fresh else layout[own.index(label)]
             for label, size in zip(output, result.shape, strict=True)
         ]
-    if result.ndim != tensor.ndim:
+    if result.ndim != tensor.ndim or (name == "linear" and not _is_left(name, args, kwargs, tensor)):
         return None
     made = [*layout]
     made[summed[0]] = [Factor(result.shape[summed[0]], mixed)]

@@ -33,8 +33,6 @@ from .provenance import Origin
 from .sampling import SampledCall
 from .softmax import Product
 
-_SAMPLE = 4  # numbers of a key: two keys that share them are the same
-
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -50,8 +48,8 @@ class AttentionCall:
     """How many heads are assumed to share the first of three axes."""
     number: int
     """How many attention calls came before."""
-    key: Tensor | None = None
-    """The keys of which weights were computed, (..., keys, width), if they are known."""
+    key_sample: Tensor | None = None
+    """A few numbers of each key of which weights were computed, (texts, 1, keys, numbers), if they are known."""
 
     def attended(self, call: object) -> Attended:
         """What it must have in common with others in one call of its module."""
@@ -144,7 +142,9 @@ class Copies:
         reason = None
         if product.source.numel() != product.weights.numel():
             reason = "the weights were changed behind a dropout: the gradient is known with model.eval()"
-        sample = _sample(call.key, lead, multiplied[-1])
+        sample = call.key_sample
+        if sample is not None and (len(lead) != 2 or (len(sample), sample.shape[2]) != (lead[0], multiplied[-1])):
+            sample = None
         assumed = four_axes(weights, call.heads).shape
         gradient = self._gradient_of(product.source, assumed, None, reason)
 
@@ -164,8 +164,12 @@ class Copies:
                     lambda incoming: arranged(ordered(incoming).expand(*lead, *multiplied[-2:])), source.shape
                 )
             made = _map_of(call, source, gradient, order is None and math.prod(lead) > 1)
-            made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=made.kind) for part in parts)
             made.is_softmax = is_softmax
+            if is_softmax and any(one.keys > multiplied[-1] and one.maps > 1 for one in product.softmaxes):
+                # The keys that were cut off were no sink: they have values, and a map of their own.
+                made.is_softmax = False
+                parts.extend(_copied(one.weights) for one in product.softmaxes if one.weights is not None)
+            made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=made.kind) for part in parts)
             made.key_sample = sample
             return made
 
@@ -311,13 +315,6 @@ def _known(evidence: Evidence | None) -> Sequence[Evidence]:
 
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _sample(key: Tensor | None, lead: Sequence[int], keys: int) -> Tensor | None:
-    """A few numbers of each key, (texts, 1, keys, numbers), by which `generated` knows it again; see `AttentionMap`."""
-    if key is None or key.ndim != 4 or len(lead) != 2 or key.shape[0] != lead[0] or key.shape[2] != keys:
-        return None
-    return _copied(key[:, :1, :, :_SAMPLE])
 
 
 def _is_softmax(product: Product) -> bool:

@@ -20,12 +20,12 @@ class Evidence:
     def __init__(self, rows: Tensor, values: Tensor, output: Tensor, size_of_scores: Callable[[], float]) -> None:
         self._gap = torch.matmul(rows, values.to(rows.dtype)).sub_(output)
         self._distance = torch.linalg.vector_norm(self._gap, math.inf)
-        self._ends = values.aminmax()
+        self._largest = torch.linalg.vector_norm(values, math.inf)
         self._rows, self._output, self._size_of_scores = rows, output, size_of_scores
 
     def doubt(self) -> str | None:
         """By how much the map is wrong, in words; None if it is right as far as the type of the output can tell."""
-        largest, dtype = max(-float(self._ends.min), float(self._ends.max)), self._output.dtype
+        largest, dtype = float(self._largest), self._output.dtype
         distance, step = float(self._distance), torch.finfo(dtype).eps * largest
         if math.isnan(distance):  # where the kernel returns no number there is nothing to compare
             distance = float(self._gap.masked_fill(self._output.isnan(), 0).abs().amax())
@@ -45,18 +45,16 @@ def of_fused(source: Factors, values: Tensor, output: Tensor, number: int) -> Ev
     batch, heads, queries, keys = source.shape
     if not (batch * heads * queries * keys and values.shape[-1]):
         return None
-    chosen = _some(queries, number)
-    one, groups = source, heads // values.shape[1]
+    chosen, groups = _some(queries, number), heads // values.shape[1]
     if not source.has_functions:
         image, head = number % batch, number // batch % values.shape[1]
-        one, values = source.of_head(image, head), values[image : image + 1, head : head + 1]
-        output = output[image : image + 1, head * groups : (head + 1) * groups]
-    rows = one.rows(chosen)
-    count = rows.shape[2]
-    grouped = rows.reshape(len(rows), values.shape[1], groups * count, keys)
-    return Evidence(
-        grouped, values, output[:, :, chosen].reshape(*grouped.shape[:3], -1), lambda: one.size_of_scores(chosen)
-    )
+        rows = source.rows_of_head(image, head, chosen)
+        output = output[image, head * groups : (head + 1) * groups, chosen]
+        return Evidence(rows, values[image, head], output, lambda: source.of_head(image, head).size_of_scores(chosen))
+    rows = source.rows(chosen)
+    grouped = rows.reshape(batch, values.shape[1], -1, keys)
+    output = output[:, :, chosen].reshape(*grouped.shape[:3], -1)
+    return Evidence(grouped, values, output, lambda: source.size_of_scores(chosen))
 
 
 @without_autograd

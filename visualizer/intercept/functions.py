@@ -3,20 +3,21 @@
 While a model is watched, three kinds of function tell of their calls. Those registered in transformers'
 AttentionInterface are wrapped by the interface's own way to override one. Those of other libraries, such as
 `flash_attn_func`, are found by their names in all modules, and have their code swapped: so a call is seen however the
-function got there, imported by name, kept in an object, or wrapped. The autograd Functions around the compiled kernels
-of deformable attention, `MSDeformAttnFunction` or the like in Deformable DETR's repository and in mmcv, are found by
-their arguments, and have their `apply` wrapped. Where something that attends was seen inside of a call, that is what a
-map is made of; else the call itself, and the proof decides whether the map is right.
+function got there, imported by name, kept in an object, or wrapped. The autograd Functions around compiled kernels have
+their `apply` wrapped: flash-attn's are found by their names, and those of deformable attention, `MSDeformAttnFunction`
+or the like in Deformable DETR's repository and in mmcv, by their arguments. Where something that attends was seen
+inside of a call, that is what a map is made of; else the call itself, and the proof decides whether the map is right.
 """
 
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, Protocol
 
@@ -42,10 +43,20 @@ _lock = threading.RLock()  # the collector may end a recording, which takes it, 
 _watchers: list[weakref.ref[Any]] = []
 _wrapped: dict[str, tuple[Any, Any]] = {}  # the function before and its wrapper, by the name of the interface
 _looked_through: dict[str, tuple[weakref.ref[ModuleType], int]] = {}  # the modules, and how much was in them
+_last: tuple[list[ModuleType], list[int]] = ([], [])  # all modules at the last time, and how much was in them
 _found: weakref.WeakKeyDictionary[FunctionType, str] = weakref.WeakKeyDictionary()
 _swapped: dict[FunctionType, tuple[CodeType, CodeType, bool]] = {}  # the codes before and now; is the signature ours
 _classes: list[type[torch.autograd.Function]] = []  # whose `apply` is wrapped
 _DEFORMABLE = ("value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights")
+_AROUND = {
+    "FlashAttnFunc": "flash_attn_func",
+    "FlashAttnQKVPackedFunc": "flash_attn_qkvpacked_func",
+    "FlashAttnKVPackedFunc": "flash_attn_kvpacked_func",
+    "FlashAttnVarlenFunc": "flash_attn_varlen_func",
+    "FlashAttnVarlenQKVPackedFunc": "flash_attn_varlen_qkvpacked_func",
+    "FlashAttnVarlenKVPackedFunc": "flash_attn_varlen_kvpacked_func",
+}
+"""The functions that flash-attn's autograd Functions are behind; some code calls their `apply` itself."""
 _here = threading.local()  # `is_hidden`: calls of other libraries' functions are a part of the one under way
 
 
@@ -65,9 +76,11 @@ def begin(watcher: Watcher) -> None:
             if function not in _swapped:
                 _swap(name, function)
         for cls in _below(torch.autograd.Function):
-            if "apply" not in vars(cls) and cls not in _classes and _is_deformable(cls):
-                _classes.append(cls)
-                cls.apply = staticmethod(_apply(cls.__name__, cls.apply))
+            if "apply" not in vars(cls) and cls not in _classes:
+                describe = _describes(cls)
+                if describe is not None:
+                    _classes.append(cls)
+                    cls.apply = staticmethod(_apply(cls.__name__, cls.apply, describe))
 
 
 def end(watcher: Watcher) -> None:
@@ -95,6 +108,15 @@ def end(watcher: Watcher) -> None:
 
 def _find() -> None:
     """Find the functions of other libraries, in modules that are new or have more in them than before."""
+    global _last
+    modules = [*sys.modules.values()]
+    try:
+        sizes = [*map(len, map(vars, modules))]
+    except TypeError:  # what stands for a module may have no attributes
+        sizes = [len(getattr(module, "__dict__", ())) for module in modules]
+    if sizes == _last[1] and all(map(operator.is_, modules, _last[0])):
+        return
+    _last = modules, sizes
     for path, module in [*sys.modules.items()]:
         members = getattr(module, "__dict__", {})
         known = _looked_through.get(path)
@@ -160,18 +182,27 @@ def _below(cls: Any) -> Iterator[Any]:
         yield from _below(one)
 
 
+def _describes(cls: Any) -> Callable[..., FusedCall | SampledCall] | None:
+    """What says what the calls of an autograd Function are, of their output and arguments; None: it is not known."""
+    if _is_deformable(cls):
+        return ms_deform_attn_forward
+    function = FUNCTIONS.get(_AROUND.get(cls.__name__, ""))
+    if function is None:
+        return None
+    signature = inspect.signature(partial(cls.forward, None))  # without the context
+    return lambda result, *args: function(result, **_by_name(signature, args, {}))
+
+
 def _is_deformable(cls: Any) -> bool:
     """Whether its forward takes a context and the kernel's arguments; mmcv puts "value_" before some of the names."""
-    try:
-        names = [*inspect.signature(cls.forward).parameters][1 : 1 + len(_DEFORMABLE)]
-    except (TypeError, ValueError):
-        return False
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)  # quicker than a signature, at each start
+    names = () if code is None else code.co_varnames[1 : min(code.co_argcount, 1 + len(_DEFORMABLE))]
     return [name if name == "value" else name.removeprefix("value_") for name in names] == [*_DEFORMABLE]
 
 
-def _apply(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
+def _apply(name: str, apply: Callable[..., Any], describe: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return _observed(name, apply, args, kwargs, lambda result: ms_deform_attn_forward(result, *args, **kwargs))
+        return _observed(name, apply, args, kwargs, lambda result: describe(result, *args, **kwargs))
 
     return call
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+_SEVERAL = (list, tuple)
+
 
 class Lineage(dict[int, tuple[weakref.ref[Tensor], Any]]):
     """By their ids, the tensors that are followed, and what is known of each; none is kept alive."""
@@ -19,6 +21,10 @@ class Lineage(dict[int, tuple[weakref.ref[Tensor], Any]]):
         elif isinstance(tensor, Tensor):
             number = id(tensor)
             self[number] = weakref.ref(tensor, lambda _: self.pop(number, None)), origin
+
+    def may_know(self, items: Iterable[Any]) -> bool:
+        """Whether one of a function's arguments may be followed: a quick look."""
+        return any(id(item) in self or type(item) in _SEVERAL for item in items)
 
     def known_in(self, items: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
         """The tensors that are followed, among a function's arguments, and what is known of each."""

@@ -7,11 +7,13 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..opcodes import globals_of, multiplies_matrices
 from ..tensors import shape_of
 
 
@@ -26,11 +28,21 @@ class ModuleCall(NamedTuple):
 
 def inputs_of(call: ModuleCall) -> Iterator[tuple[str, Tensor]]:
     """The tensors of numbers that a module's call is given, with the names of the arguments."""
-    names = _argument_names(type(call.module).forward)
+    names = argument_names(call.module)
     for place, value in enumerate(call.args):
         yield from _tensors_in(names[min(place, len(names) - 1)] if names else str(place), value)
     for name, value in call.kwargs.items():
         yield from _tensors_in(name, value)
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """The names of the arguments that a module's calls take."""
+    return _argument_names(type(module).forward)
+
+
+def arguments_of(call: ModuleCall) -> dict[str, Any]:
+    """What a module's call was given, by the names of the arguments."""
+    return {**dict(zip(argument_names(call.module), call.args, strict=False)), **call.kwargs}
 
 
 def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -143,6 +155,62 @@ def cannot_attend(module: nn.Module) -> bool:
     """Whether it is one of torch's own layers without submodules, such as nn.Linear, whose calls are of no interest."""
     is_torchs = type(module).__module__.startswith("torch.nn.modules.")
     return is_torchs and not module._modules and not isinstance(module, nn.MultiheadAttention)
+
+
+_BY_TOKEN = frozenset(
+    (
+        *(
+            "add",
+            "bfloat16",
+            "clamp",
+            "contiguous",
+            "dtype",
+            "float",
+            "float16",
+            "float32",
+            "functional",
+            "gelu",
+            "half",
+        ),
+        *("layer_norm", "mean", "mul", "normalize", "pow", "relu", "rms_norm", "rsqrt", "sigmoid", "silu", "sqrt"),
+        *("square", "tanh", "to", "type", "type_as", "var"),
+    )
+)
+"""Names in code that belong to torch, and stand for nothing that mixes tokens."""
+
+
+def works_by_token(module: nn.Module) -> bool:
+    """Whether it is sure that nothing in a layer attends, such as a norm or an MLP: by its code, and by its submodules.
+
+    The code may use torch's functions that do not mix tokens, call torch's own layers and others like itself, and no
+    function else; what it is called with has to be tensors, of which the caller makes sure.
+    """
+    forward = type(module).forward
+    if type(forward) is not FunctionType or "forward" in vars(module) or is_called_attention(type(module).__qualname__):
+        return False
+    if forward.__closure__ or hasattr(forward, "__wrapped__"):
+        return False
+    names, globals_ = _names_in(forward.__code__)
+    if names is None or any(forward.__globals__.get(name) not in _TORCH for name in globals_):
+        return False
+    for name in names:
+        if name in _BY_TOKEN and (not hasattr(module, name) or hasattr(nn.Module, name)):
+            continue
+        if not isinstance(getattr(module, name, None), (nn.Module, Tensor, int, float, str, torch.dtype)):
+            return False
+    inner = [one for one in module._modules.values() if one is not None]
+    return all(cannot_attend(one) or works_by_token(one) for one in inner)
+
+
+_TORCH = (torch, nn, nn.functional)
+
+
+@lru_cache(maxsize=4096)
+def _names_in(code: CodeType) -> tuple[set[str] | None, set[str]]:
+    """The names of attributes and of globals in code; None in place of the former where it does more than use them."""
+    has_functions = any(isinstance(constant, CodeType) for constant in code.co_consts)
+    found = globals_of(code)
+    return (None if has_functions or multiplies_matrices(code) else {*code.co_names} - found), found
 
 
 @lru_cache(maxsize=4096)

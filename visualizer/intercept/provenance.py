@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -19,6 +18,7 @@ from .calls import name_of
 from .kernels import KERNELS
 from .modules import ModuleCall, inputs_of
 
+_SAMPLE = 4  # numbers of a key: two keys that share them are the same
 _PRODUCTS = frozenset(
     (
         *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear"),
@@ -31,29 +31,63 @@ _WRITES = frozenset(
         *("scatter_", "slice_scatter", "select_scatter", "masked_scatter", "masked_scatter_"),
     )
 )
-_JOINS = frozenset(("cat", "concat", "concatenate"))
-_PLAIN, _PRODUCT, _JOIN = range(3)
+_JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
+_CUTS = frozenset(("__getitem__", "unbind", "split", "chunk", "tensor_split", "narrow", "select"))
+_KEEPS = frozenset(
+    (
+        *("add", "__add__", "__radd__", "sub", "__sub__", "mul", "__mul__", "__rmul__", "div", "__truediv__"),
+        *("neg", "__neg__", "layer_norm", "rms_norm", "clone"),
+    )
+)
+"""Functions whose result has the axes of what they are given."""
+_CASTS = frozenset(("to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous"))
+"""The same, and they may return what they are given."""
+_VIEWS = frozenset(
+    (
+        *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "swapaxes"),
+        *("movedim", "view_as", "reshape_as"),
+    )
+)
+"""Functions that leave all numbers, in another shape."""
+_PLAIN, _PRODUCT, _JOIN, _CUT, _KEEP, _CAST, _VIEW = range(7)
+_ROLES: dict[Any, int] = {}
+"""By function; filled as functions are called."""
 
 
-@lru_cache(maxsize=4096)
-def _role(func: Any) -> int:
+def _role_of(func: Any) -> int:
     name = name_of(func)
-    return _PRODUCT if name in _PRODUCTS else _JOIN if name in _JOINS or name in _WRITES else _PLAIN
+    role = _JOIN if name in _JOINS or name in _WRITES else _PLAIN
+    for number, names in ((_PRODUCT, _PRODUCTS), (_CUT, _CUTS), (_KEEP, _KEEPS), (_CAST, _CASTS), (_VIEW, _VIEWS)):
+        if name in names:
+            role = number
+    if len(_ROLES) < 4096:
+        _ROLES[func] = role
+    return role
 
 
 class _Node:
     """A tensor, and those that it was made of."""
 
-    __slots__ = ("parents", "reference", "role", "size", "sizes")
+    __slots__ = ("axis", "cut", "frame", "join", "key_sample", "parents", "reference", "role", "size", "sizes")
+    frame: _Frame | None
+    """Of a product of two tensors, the module's call in which it ran."""
+    key_sample: Tensor | None
+    """And a few numbers of each row of the second, which may be keys: (texts, 1, keys, numbers)."""
+    sizes: tuple[int, ...]
+    """Of a torch.cat or torch.stack, the lengths that it joined."""
+    axis: int
+    """And the axis on which it did."""
+    join: _Node | None
+    """The torch.cat or torch.stack whose result it is, or what was made of that and has the same axes."""
+    cut: tuple[_Node, int, int] | None
+    """Of a part of that, which it was, where the part begins on the axis, and how long it is there."""
 
-    def __init__(
-        self, tensor: Tensor, parents: Sequence[_Node] = (), role: int = _PLAIN, sizes: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, tensor: Tensor, parents: Sequence[_Node] = (), role: int = _PLAIN) -> None:
         self.reference = ref(tensor)
         self.parents, self.role = parents, role
         self.size = tensor.numel()
-        self.sizes = sizes
-        """Of a torch.cat, the lengths that it joined."""
+        self.frame = self.join = self.cut = self.key_sample = None
+        self.sizes, self.axis = (), 0
 
 
 class _Part(NamedTuple):
@@ -65,6 +99,8 @@ class _Part(NamedTuple):
     """The inputs that they come from."""
     is_projected: bool
     """Whether there was a matrix product on the way."""
+    join: _Node | None = None
+    """What joined it with the others."""
 
 
 _Parts = tuple[_Part, ...]
@@ -92,31 +128,47 @@ class Provenance:
         self._nodes.clear()
         self._frames.clear()
 
-    def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Note a function that has run."""
+    def note(self, func: Any, args: Any, kwargs: Any, result: Any, calls: Sequence[ModuleCall]) -> None:
+        """Note a function that has run, with the modules' calls under way."""
         if not isinstance(result, Tensor):
             if result is None and name_of(func) == "__setitem__":
                 result = args[0]
             elif type(result) is Size or not isinstance(result, (tuple, list)):
                 return
-        role = _role(func)
+        role = _ROLES.get(func)
+        if role is None:
+            role = _role_of(func)
+        if role >= _CAST:
+            if args and (result is args[0] or (role == _VIEW and self._is_view_of_known(result, args[0]))):
+                return
+            role = _KEEP if role == _CAST else _PLAIN
         parents: list[_Node] = []
-        sizes: tuple[int, ...] = ()
-        if role != _PLAIN:
-            name = name_of(func)
-            if name == "baddbmm":
-                args = args[1:]
-            elif name in _JOINS:
-                sizes = _joined_sizes(*args, **kwargs)
+        if role == _PRODUCT and name_of(func) == "baddbmm":
+            args = args[1:]
         self._add_nodes(args, parents)
         if kwargs:
             self._add_nodes(kwargs.values(), parents)
-        if isinstance(result, Tensor):
-            self._nodes[id(result)] = _Node(result, parents, role, sizes)
-            return
-        for one in result:
+        for one in (result,) if isinstance(result, Tensor) else result:
             if isinstance(one, Tensor):
-                self._nodes[id(one)] = _Node(one, parents, role, sizes)
+                self._nodes[id(one)] = node = _Node(one, parents, role)
+                if role == _JOIN and name_of(func) in _JOINS:
+                    node.sizes, node.axis = _joined_sizes(name_of(func), one, *args, **kwargs)
+                    node.join = node if node.sizes else None
+                elif role == _PRODUCT and len(parents) > 1:
+                    node.frame = self._frame(calls, len(calls) - 1)
+                    node.key_sample = _sample(name_of(func), args)
+                elif role == _KEEP:
+                    node.join = next((known.join for known in parents if known.size == node.size), None)
+                elif role == _CUT and parents and parents[0].join is not None:
+                    node.cut = _cut(args[0], one, parents[0].join)
+
+    def note_layer(self, given: Sequence[Tensor], made: Tensor, has_product: bool) -> None:
+        """Note a layer whose functions were not looked at."""
+        parents: list[_Node] = []
+        self._add_nodes(given, parents)
+        self._nodes[id(made)] = node = _Node(made, parents, _PRODUCT if has_product else _KEEP)
+        if not has_product and len(parents) == 1 and parents[0].size == node.size:
+            node.join = parents[0].join
 
     def _add_nodes(self, items: Iterable[Any], parents: list[_Node]) -> None:
         """Add the nodes of the tensors among a function's arguments; parameters are no inputs."""
@@ -125,42 +177,55 @@ class Provenance:
             kind = type(item)
             if kind is Tensor or (kind is not nn.Parameter and isinstance(item, Tensor)):
                 node = nodes.get(id(item))
-                if node is None or node.reference() is not item:
-                    nodes[id(item)] = node = _Node(item)
-                parents.append(node)
+                parents.append(self._node_of(item) if node is None or node.reference() is not item else node)
             elif kind is list or kind is tuple:
                 self._add_nodes(item, parents)
 
+    def _is_view_of_known(self, view: Tensor, of: Tensor) -> bool:
+        """Whether a view of all of a tensor needs no node of its own: it is found by its base, as that tensor is."""
+        base = getattr(view, "_base", None)
+        if base is None or (of is not base and id(of) in self._nodes):  # that may be a part of the base
+            return False
+        node = self._nodes.get(id(base))
+        return node is not None and node.reference() is base
+
     def _node_of(self, tensor: Tensor) -> _Node:
-        node = self._nodes.get(id(tensor))
-        if node is None or node.reference() is not tensor:
-            self._nodes[id(tensor)] = node = _Node(tensor)
+        """The node of a tensor, or of the one that it is a view of; else a new one."""
+        nodes = self._nodes
+        node = nodes.get(id(tensor))
+        if node is not None and node.reference() is tensor:
+            return node
+        base = getattr(tensor, "_base", None)
+        node = None if base is None else nodes.get(id(base))
+        if node is None or node.reference() is not base:
+            nodes[id(tensor)] = node = _Node(tensor)
         return node
 
     def of_query_and_key(self, query: Tensor, key: Tensor, calls: Sequence[ModuleCall]) -> Origin:
         """Where they come from, by the calls under way; the last is the innermost."""
-        return self._origin(self._known(query), self._known(key), calls, query.shape[-2], key.shape[-2])
+        return self._origin(self._node_of(query), self._node_of(key), calls, query.shape[-2], key.shape[-2])
 
     def of_weights(self, weights: Tensor, calls: Sequence[ModuleCall]) -> tuple[Origin, Tensor | None]:
-        """Where the queries and keys of which weights were computed come from; and the keys, if they still exist."""
+        """Where the queries and keys of which weights were computed come from; and a sample of the keys, if known.
+
+        The sample is a few numbers of each key, (texts, 1, keys, numbers).
+        """
         frame = self._frame(calls, len(calls) - 1)
-        best, sides = 0, None
-        for product in _products(self._known(weights), frame.inputs):
+        best, made_by, node = 0, None, self._node_of(weights)
+        for product in _products(node, frame.inputs):
             rooted = sum(bool(_roots(frame.trace(side))) for side in product.parents[:2])
             if rooted >= best:
-                best, sides = rooted + 1, product.parents[:2]
+                best, made_by = rooted + 1, product
             if rooted == 2:
                 break
-        if sides is None:
-            return Origin(None, {}), None
-        query, key = sides
-        return self._origin(query, key, calls, weights.shape[-2], weights.shape[-1]), _living_keys(key)
-
-    def _known(self, tensor: Tensor) -> _Node:
-        """The node of a tensor, or of the one that it is a view of."""
-        known = self._nodes.get(id(tensor))
-        base = getattr(tensor, "_base", None)
-        return self._node_of(tensor if base is None or (known is not None and known.reference() is tensor) else base)
+        if made_by is not None:
+            query, key = made_by.parents[:2]
+            return self._origin(query, key, calls, weights.shape[-2], weights.shape[-1]), made_by.key_sample
+        for product in _products(node, ()):  # the module is handed the scores: the one that made them knows more
+            if product.frame is not None:
+                query, key = product.parents[:2]
+                return Origin(_kind(product.frame.trace(query), product.frame.trace(key)), {}), product.key_sample
+        return Origin(None, {}), None
 
     def _frame(self, calls: Sequence[ModuleCall], number: int) -> _Frame:
         call, frame = self._frames.get(number, (None, None))
@@ -263,40 +328,66 @@ def _roots(parts: _Parts) -> list[_Node]:
 
 
 def _products(weights: _Node, inputs: Container[_Node]) -> Iterator[_Node]:
-    """The matrix products of two tensors that weights were computed from, the last one first."""
-    waiting, seen = deque([weights]), {weights}
+    """The matrix products of two tensors that weights were computed from, the last one first.
+
+    Behind them come sums of each query with each key, as additive attention has them.
+    """
+    waiting, seen, sums = deque([weights]), {weights}, list[_Node]()
     while waiting:
         node = waiting.popleft()
         if node.role == _PRODUCT and len(node.parents) >= 2:
             yield node
         elif node not in inputs:
+            if node.role == _KEEP and len(node.parents) == 2 and all(one.size < node.size for one in node.parents):
+                sums.append(node)
             fresh = [parent for parent in node.parents if parent not in seen]
             seen.update(fresh)
             waiting += fresh
+    yield from sums
 
 
-def _living_keys(node: _Node) -> Tensor | None:
-    """The keys, (..., keys, width), of which a product took the transpose; None where they are gone."""
-    tensor = node.reference()
-    if tensor is not None:
-        return tensor.mT if tensor.ndim > 1 else None
-    while tensor is None and node.role == _PLAIN and node.parents:
-        node = node.parents[0]
-        tensor = node.reference()
-    return tensor
+def _sample(name: str, factors: Sequence[Any]) -> Tensor | None:
+    """A few numbers of each key, if the second factor of a product may be the transpose of the keys.
+
+    Taken at once, because nothing holds the keys until the weights are used.
+    """
+    if name not in ("matmul", "__matmul__") or len(factors) < 2:
+        return None
+    keys = factors[1]
+    return keys.detach()[:, :1, :_SAMPLE].mT.clone() if keys.ndim == 4 else None
 
 
-def _joined_sizes(tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> tuple[int, ...]:
-    """The lengths that torch.cat joins; none if some of the tensors are parameters, which are not noted."""
+def _joined_sizes(
+    name: str, result: Tensor, tensors: Sequence[Tensor], dim: int = 0, **options: Any
+) -> tuple[tuple[int, ...], int]:
+    """The lengths that torch.cat or torch.stack joins, and on which axis.
+
+    There are no lengths if some of the tensors are parameters, which are not noted.
+    """
     if any(type(tensor) is nn.Parameter for tensor in tensors):
-        return ()
+        return (), 0
+    dim = options.get("axis", dim)
     # An empty tensor may have one axis only: that of a cache which is empty yet.
-    return tuple(tensor.shape[dim] if tensor.numel() else 0 for tensor in tensors)
+    sizes = (1 if name == "stack" else tensor.shape[dim] if tensor.numel() else 0 for tensor in tensors)
+    return tuple(sizes), dim % result.ndim
+
+
+def _cut(whole: Tensor, part: Tensor, join: _Node) -> tuple[_Node, int, int] | None:
+    """Where a part of what was joined begins on that axis, and how long it is there; None if it is no view of it."""
+    step = whole.stride(join.axis)
+    if not step or whole.untyped_storage().data_ptr() != part.untyped_storage().data_ptr():
+        return None
+    offset = int(part.storage_offset()) - int(whole.storage_offset())
+    for other, size in zip(whole.stride(), whole.shape, strict=True):
+        if other > step and size > 1:
+            offset %= other
+    lengths = [size for other, size in zip(part.stride(), part.shape, strict=True) if other == step]
+    return join, offset // step, lengths[0] if lengths else 1
 
 
 def _makers(node: _Node) -> Sequence[_Node]:
     """What a tensor was made of, without what only modulates it: a scale, a mask, the cosines of rotary positions."""
-    if node.role != _PLAIN or len(node.parents) < 2:
+    if node.role not in (_PLAIN, _KEEP) or len(node.parents) < 2:
         return node.parents
     return [parent for parent in node.parents if parent.size >= node.size] or node.parents
 
@@ -305,10 +396,13 @@ def _made(node: _Node, parents: Sequence[_Parts]) -> _Parts:
     if not parents:
         return _NOTHING
     first = parents[0]
+    if node.cut is not None and len(first) > 1 and first[0].join is node.cut[0]:
+        return _part_of(first, *node.cut[1:])
     if len(first) == 1 and all(parts is first for parts in parents):  # as nearly always
         return first if node.role != _PRODUCT or first[0].is_projected else (first[0]._replace(is_projected=True),)
     if node.sizes and len({_merged(parts).roots for parts in parents}) > 1:
-        return tuple(part._replace(tokens=size) for size, part in zip(node.sizes, map(_merged, parents), strict=True))
+        merged = zip(node.sizes, map(_merged, parents), strict=True)
+        return tuple(part._replace(tokens=size, join=node) for size, part in merged)
     longest = max(parents, key=len)
     if len(longest) > 1 and all(len(parts) == 1 or parts == longest for parts in parents):
         whole = frozenset(_roots(longest))
@@ -318,6 +412,18 @@ def _made(node: _Node, parents: Sequence[_Parts]) -> _Parts:
     if node.role == _PRODUCT:
         made = tuple(part._replace(is_projected=True) for part in made)
     return made
+
+
+def _part_of(parts: _Parts, start: int, length: int) -> _Parts:
+    """Those of the tokens from a place on."""
+    found, begin = list[_Part](), 0
+    for part in parts:
+        size = part.tokens or 0
+        kept = min(begin + size, start + length) - max(begin, start)
+        if kept > 0:
+            found.append(part._replace(tokens=kept))
+        begin += size
+    return tuple(found) if len(found) > 1 else (found[0]._replace(tokens=None),) if found else parts
 
 
 def _merged(parts: _Parts) -> _Part:

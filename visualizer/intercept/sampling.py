@@ -98,11 +98,9 @@ def may_sample(name: str) -> bool:
     return name == "grid_sample" or name in SAMPLING_KERNELS
 
 
-def may_read_cells(func: Any, args: Any) -> bool:
-    """Whether a function may be an index values[image, :, y, x]."""
-    return (
-        func is Tensor.__getitem__ and type(args[1]) is tuple and len(args[1]) == 4 and isinstance(args[1][0], Tensor)
-    )
+def may_read_cells(args: Any, kwargs: Any) -> bool:
+    """Whether an index may be values[image, :, y, x]."""
+    return type(args[1]) is tuple and len(args[1]) == 4 and isinstance(args[1][0], Tensor)
 
 
 @dataclass(frozen=True)

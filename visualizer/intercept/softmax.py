@@ -34,13 +34,24 @@ from .lineage import Lineage
 
 _PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm"))
 _MAKES_SCORES = frozenset(("cdist", "inner", "tensordot", "addbmm"))  # besides the products
-_PUTS = frozenset(("cat", "concat", "__setitem__", "copy_", "index_copy_", "index_put_", "slice_scatter"))
+_PUTS = frozenset(("cat", "concat", "__setitem__", "copy_", "index_copy_", "index_put_", "slice_scatter", "pad"))
 """Functions that put a tensor into a larger one."""
-_CUTS = frozenset(("__getitem__", "narrow", "slice", "split", "chunk", "unbind", "select", "index_select"))
+_CUTS = frozenset(
+    ("__getitem__", "narrow", "slice", "split", "chunk", "unbind", "select", "index_select", "gather", "take_along_dim")
+)
+"""Functions that take some places of a tensor."""
 _SOFTMAXES = frozenset(("softmax", "_softmax"))
 _DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_", "feature_dropout", "alpha_dropout"))
 _ENDS = frozenset(("layer_norm", "group_norm", "batch_norm", "rms_norm", "conv1d", "conv3d", "embedding", "bilinear"))
 """After these functions a tensor is no longer scores or weights, even if its shape is the same."""
+OUTER = frozenset(("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "mul", "__mul__", "__rmul__"))
+_BENDS = frozenset(
+    (
+        *("tanh", "tanh_", "relu", "relu_", "leaky_relu", "gelu", "elu", "silu", "selu", "sigmoid", "softplus", "exp"),
+        *("abs", "square", "pow", "__pow__", "norm", "linalg_norm", "linalg_vector_norm"),
+    )
+)
+"""Functions that are not linear."""
 _SAME_NUMBERS = frozenset(
     (
         *("to", "type", "type_as", "float", "half", "bfloat16", "double", "clone", "contiguous", "alias", "view"),
@@ -51,8 +62,39 @@ _SAME_NUMBERS = frozenset(
 
 
 def may_begin(name: str) -> bool:
-    """Whether a function of that name can be the first step of an attention: the scores, query times key."""
-    return name in _PRODUCTS or name in _MAKES_SCORES
+    """Whether a function of that name can be the first step of an attention: the scores, query times key.
+
+    A softmax of something else counts where it is mixed with one of scores.
+    """
+    return name in _PRODUCTS or name in _MAKES_SCORES or name in _SOFTMAXES
+
+
+def is_of_activations(args: Any, kwargs: Any) -> bool:
+    """Whether F.linear is given a second tensor that is no parameter, such as keys: then it is a product of both."""
+    second = args[1] if len(args) > 1 else kwargs.get("weight")
+    return type(second) is not nn.Parameter and not _is_parameter(second)  # the first is quicker, and nearly always so
+
+
+def makes_pairs(args: Any, kwargs: Any) -> bool:
+    """Whether a function broadcasts two tensors against each other, each query against each key.
+
+    That is (..., queries, 1, features) and (..., 1, keys, features), or without features.
+    """
+    if len(args) < 2 or not isinstance(args[0], Tensor) or not isinstance(args[1], Tensor):
+        return False
+    one, other = args[0].shape, args[1].shape
+    if one == other or len(one) != len(other) or not args[0].is_floating_point():
+        return False
+    differ = [pair for pair in zip(one, other, strict=True) if pair[0] != pair[1]]
+    return len(differ) == 2 and 1 in differ[0] and 1 in differ[1] and differ[0].index(1) != differ[1].index(1)
+
+
+def _is_parameter(tensor: Any) -> bool:
+    return isinstance(tensor, nn.Parameter) or isinstance(getattr(tensor, "_base", None), nn.Parameter)
+
+
+def _is_product(name: str, args: Any, kwargs: Any) -> bool:
+    return name in _PRODUCTS or (name == "linear" and is_of_activations(args, kwargs))
 
 
 class Softmax:
@@ -65,6 +107,7 @@ class Softmax:
         """Whether it is known to be of scores. Others count where they are mixed with one that is, as in ConViT."""
         self.is_changed = False
         """Whether it, or what was made of it, was changed in place."""
+        self.keys = weights.shape[-1]
         self._reference = weakref.ref(weights)
         self._held: Tensor | None = None
         self._copy: Tensor | None = None
@@ -75,15 +118,15 @@ class Softmax:
         weights = self._reference()
         is_part = weights is not None and part.numel() < weights.numel() and is_plain_torch(torch)
         which = (part.data_ptr(), part.shape, part.stride()) if is_part else None
-        if self._recorded and (None in self._recorded or which in self._recorded or not is_part):
+        if None in self._recorded or which in self._recorded:
             return False
         self._recorded.add(which)
         return True
 
     @property
-    def is_recorded(self) -> bool:
-        """Whether they, or a part, are in a map."""
-        return bool(self._recorded)
+    def maps(self) -> int:
+        """How many maps they, or parts of them, are in."""
+        return len(self._recorded)
 
     def hold(self) -> None:
         """Keep the tensor alive, now that others are made of it."""
@@ -121,9 +164,10 @@ class _Weights:
         """Whether queries or keys may be in an axis."""
         if self.layout is None or not self.layout[axis]:
             return True
-        if not any(factor.smallest() for factor in self.layout[axis]):  # of length 1, as a single query is
-            return any(factor.size == 1 for factor in self.pair)
-        return any(is_in(factor, self.layout[axis]) for factor in self.pair)
+        if any(is_in(factor, self.layout[axis]) for factor in self.pair):
+            return True
+        is_of_one = not any(factor.smallest() for factor in self.layout[axis])  # a single query, for example
+        return is_of_one and any(factor.size == 1 for factor in self.pair)
 
 
 @dataclass(frozen=True)
@@ -160,8 +204,46 @@ class Product:
     """Whether the weights are a copy that nothing else will change."""
 
 
+@dataclass(frozen=True)
+class _Scores:
+    """A tensor that comes from a matrix product, and may be scores."""
+
+    is_outer: bool = False
+    """Whether the product summed over nothing, as where positions are multiplied with frequencies."""
+
+    def are_after(self, name: str) -> bool:
+        """Whether a function may leave them scores; the cosines of angles are none."""
+        return name not in _ENDS and not (self.is_outer and name in ("cos", "sin"))
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """A tensor made of each query with each key, (..., queries, keys, features), or without features.
+
+    As in additive attention, it becomes scores where a function that is not linear was applied and the features are
+    made one number, or one a head. Without such a function a softmax over the keys would be the same for all queries.
+    """
+
+    has_features: bool
+    is_bent: bool
+
+    def made(self, name: str, before: Tensor, after: Tensor) -> object:
+        """What is known of what a function made of it; None: nothing."""
+        is_bent = self.is_bent or name in _BENDS
+        if not self.has_features:
+            return (_Scores() if is_bent else self) if after.shape == before.shape else None
+        is_layer = name == "linear" and after.shape[-1] > 1
+        if after.shape == before.shape or (is_layer and after.shape[:-1] == before.shape[:-1]):
+            return _Pairs(True, is_bent)
+        is_reduced = after.shape in (before.shape[:-1], (*before.shape[:-1], 1))
+        if name in ("permute", "transpose", "movedim", "swapaxes") and not is_reduced:
+            if after.stride(-1) == before.stride(-1):
+                return self
+            is_reduced = True  # the features are heads
+        return _Scores() if is_bent and is_reduced else None
+
+
 _SUMS_TO_ONE = 0.02  # rounding of a whole row in bfloat16 stays below it
-_SCORES = object()  # in a lineage: the tensor comes from a matrix product, and may be scores
 
 
 class Tracing:
@@ -170,6 +252,8 @@ class Tracing:
     def __init__(self) -> None:
         self.lineage = Lineage()
         """The tensors that are followed, and what they are."""
+        self.are_keyless = False
+        """Whether the last product took weights that a softmax made of something else than scores."""
         self._joins = Joins()
 
     def clear(self) -> None:
@@ -191,16 +275,18 @@ class Tracing:
         """
         name = name_of(func)
         known = list(self.lineage.known_in([*args, *kwargs.values()]))
-        if not known and not may_begin(name) and name not in _SOFTMAXES:
+        begins = name in _MAKES_SCORES or _is_product(name, args, kwargs)
+        begins |= name in OUTER and makes_pairs(args, kwargs)
+        if not known and not begins and name not in _SOFTMAXES:
             return None
-        if known and not may_begin(name) and all(isinstance(origin, tuple) for _, origin in known):
+        if known and not begins and all(isinstance(origin, tuple) for _, origin in known):
             return lambda result: self._follow_all(func, args, kwargs, known, result)
         weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
         changed = args[0] if args and _is_in_place(name, args, kwargs) else None
         if changed is not None:
             self._prepare_change(name, changed, known)
         undropped = None
-        is_dropped_scores = name in _DROPOUTS and not weights and known[0][1] is _SCORES
+        is_dropped_scores = name in _DROPOUTS and not weights and isinstance(known[0][1], _Scores)
         if is_dropped_scores and _drops(args, kwargs) and is_plain_torch(torch):
             weights = [(known[0][0], _weights_of_scores(known[0][0]))]
         if weights and name in _DROPOUTS and _drops(args, kwargs):
@@ -224,10 +310,10 @@ class Tracing:
             self._carry_weights(function, "", args, kwargs, result, weights, None)
             return
         given = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
-        if any(origin is _SCORES for _, origin in known) or all(item.shape != result.shape for item in given):
+        if any(isinstance(origin, _Scores) for _, origin in known) or all(item.shape != result.shape for item in given):
             made = _weights_of_scores(result) if is_plain_torch(torch) and not bool((result < 0).any()) else None
             is_softmax = made is not None and made.softmaxes[0].is_normalised
-            self.lineage.follow(result, made if is_softmax else _SCORES)
+            self.lineage.follow(result, made if is_softmax else _Scores())
 
     def _after(
         self,
@@ -243,29 +329,42 @@ class Tracing:
     ) -> Product | None:
         self._follow_all(func, args, kwargs, known, result)
         made = result if changed is None else changed
-        if name in _PRODUCTS:
-            weights = [one for one in weights if any(softmax.is_of_scores for softmax in one[1].softmaxes)]
+        is_product = _is_product(name, args, kwargs)
+        if is_product:
+            of_scores = [one for one in weights if any(softmax.is_of_scores for softmax in one[1].softmaxes)]
+            self.are_keyless = len(of_scores) < len(weights)
+            weights = of_scores
         is_one = len(weights) < 2 and (name != "einsum" or len(einsum_operands(args)) > 1)
-        if name in _PRODUCTS and is_one and not (weights and _mixes_heads(name, args, kwargs, *weights[0])):
+        if is_product and is_one and not (weights and _mixes_heads(name, args, kwargs, *weights[0])):
             if not weights:
                 weights = _scores_as_weights(name, args, known)
             if weights:
                 return self._product(name, args, kwargs, result, weights)
-            self.lineage.follow(result, _SCORES)
+            self.lineage.follow(result, _Scores(_is_outer(name, args)))
         elif name in _MAKES_SCORES:
-            self.lineage.follow(result, _SCORES)
+            self.lineage.follow(result, _Scores())
         elif name in _SOFTMAXES and _is_over_last(args, kwargs, result):
-            is_of_scores = any(origin is _SCORES or isinstance(origin, _Weights) for _, origin in known)
+            is_of_scores = any(isinstance(origin, (_Scores, _Weights)) for _, origin in known)
             self.lineage.follow(result, _new_weights(result, Softmax(result, is_of_scores=is_of_scores)))
         elif weights:
             self._carry_weights(func, name, args, kwargs, made, weights, undropped)
-        elif name not in _ENDS:
+        elif name in OUTER and not known and makes_pairs(args, kwargs):
+            has_features = args[0].shape[-1] == args[1].shape[-1]
+            if has_features or "mul" not in name:
+                self.lineage.follow(result, _Pairs(has_features, "mul" in name))
+        else:
             for one in made if isinstance(made, (list, tuple)) else (made,):
-                if isinstance(one, Tensor) and one.ndim > 1:
-                    for tensor, origin in known:
-                        if origin is _SCORES and _has_same_places(name, tensor, one):
-                            self.lineage.follow(one, _SCORES)
+                if isinstance(one, Tensor) and one.ndim > 1 and one.is_floating_point():
+                    self._carry_scores(name, known, one)
         return None
+
+    def _carry_scores(self, name: str, known: Sequence[tuple[Tensor, Any]], result: Tensor) -> None:
+        """Follow what a function made of scores, or of what may become scores."""
+        for tensor, origin in known:
+            if isinstance(origin, _Scores) and origin.are_after(name) and _has_same_places(name, tensor, result):
+                self.lineage.follow(result, origin)
+            elif isinstance(origin, _Pairs):
+                self.lineage.follow(result, origin.made(name, tensor, result))
 
     def _follow_all(self, func: Any, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any) -> None:
         latest = [(tensor, origin[-1] if isinstance(origin, tuple) else origin) for tensor, origin in known]
@@ -360,9 +459,9 @@ class Tracing:
         self, name: str, args: Any, kwargs: Any, result: Any, weights: Sequence[tuple[Tensor, _Weights]]
     ) -> Product | None:
         tensor, origin = weights[0]
-        operands = _operands(name, args, kwargs, tensor, result)
+        operands = _operands(name, args, kwargs, tensor, result, origin)
         if operands is None:
-            if any(softmax.is_recorded for softmax in origin.softmaxes):
+            if any(softmax.maps for softmax in origin.softmaxes):
                 return None
             raise ValueError(f"einsum {args[0]!r} is no product of (queries, keys) with (keys, width)")
         taken = [softmax.take(tensor) for softmax in origin.softmaxes]
@@ -424,6 +523,14 @@ def _layout_of_weights(
     return layout_of(func, name, args, kwargs, tensor, layout, result)
 
 
+def _is_outer(name: str, args: Any) -> bool:
+    """Whether a product sums over nothing, or over an axis of length 1."""
+    if name == "einsum":
+        labels, output = einsum_labels(args[0], [operand.ndim for operand in einsum_operands(args)])
+        return all(label in output for own in labels for label in own)
+    return name in ("matmul", "__matmul__", "bmm", "mm") and bool(args) and args[0].shape[-1] == 1
+
+
 def _weights_of_scores(scores: Tensor) -> _Weights:
     """Scores that are used as weights, though no softmax was seen."""
     numbers = scores.detach()
@@ -438,15 +545,22 @@ def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]
     Where linear attention multiplies key and value first, what comes of it is the second operand, or has negative ones.
     A product with a parameter is a layer.
     """
-    found = [tensor for tensor, origin in known if origin is _SCORES]
+    if name == "linear":  # its second operand may be a weight that was computed, as by a weight norm
+        return []
+    found = [tensor for tensor, origin in known if isinstance(origin, _Scores)]
     operands = args[1:] if name in ("einsum", "baddbmm") else args[::-1] if name == "__rmatmul__" else args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = operands[0]
     if len(found) != 1 or len(operands) != 2 or not is_plain_torch(torch):
         return []
     [scores], (first, second) = found, operands
-    is_layer = isinstance(second, nn.Parameter) or isinstance(getattr(second, "_base", None), nn.Parameter)
-    if first is not scores or is_layer or scores.ndim < 2 or not scores.numel() or not scores.is_floating_point():
+    if (
+        first is not scores
+        or _is_parameter(second)
+        or scores.ndim < 2
+        or not scores.numel()
+        or not scores.is_floating_point()
+    ):
         return []
     if name == "einsum":
         order = _einsum_order(args, scores)
@@ -474,7 +588,7 @@ def _drops(args: Any, kwargs: Any) -> bool:
 
 def _has_same_places(name: str, before: Tensor, after: Tensor) -> bool:
     """Whether a function's result may have a number for each pair of query and key, as its argument has."""
-    if name in _CUTS and after.ndim == before.ndim and after.shape[-1] == before.shape[-1]:
+    if name in _CUTS and after.ndim == before.ndim:
         return True
     if name in _PUTS and after.ndim == before.ndim and after.numel() > before.numel():
         return True
@@ -518,21 +632,24 @@ def _without_dropout(
 
 
 def _operands(
-    name: str, args: Any, kwargs: Any, weights: Tensor, result: Tensor
+    name: str, args: Any, kwargs: Any, weights: Tensor, result: Tensor, origin: _Weights
 ) -> tuple[tuple[int, ...], Tensor, Tensor, tuple[int | None, ...]] | None:
     """The order in which the axes of the weights are (..., queries, keys), the values, the output, `Product.places`.
 
     None for an einsum that does something else with the weights.
     """
     if name == "einsum":
-        order = _einsum_order(args, weights)
+        order = _einsum_order(args, weights, origin)
         if order is None:
             return None
         values = next(operand for operand in einsum_operands(args) if operand is not weights)
+        values = values.permute([axis for axis in order.values if axis is not None])
         lead = weights.ndim - 2
+        for place in (place for place, axis in enumerate(order.values) if axis is None):
+            values = values.unsqueeze(place)
         return (
             order.weights,
-            values.permute(order.values).flatten(lead + 1),
+            values.flatten(lead + 1),
             result.permute(order.output).flatten(lead + 1),
             order.places,
         )
@@ -541,25 +658,35 @@ def _operands(
     if name == "__rmatmul__":
         left, right = right, left
     output = result - operands[0] if name == "baddbmm" else result
+    if name == "linear" and len(operands) > 2:
+        output = result - operands[2]  # the bias
     own, axes = range(weights.ndim), range(result.ndim)
     if left is weights:
-        return (*own,), right, output, (*axes,)
-    return (*own[:-2], own[-1], own[-2]), left.mT, output.mT, (*axes[:-2], axes[-1], axes[-2])
+        return (*own,), right.mT if name == "linear" else right, output, (*axes,)
+    turned = (*axes[:-2], axes[-1], axes[-2])
+    if name == "linear":
+        return (*own,), left.mT, output.mT, turned
+    return (*own[:-2], own[-1], own[-2]), left.mT, output.mT, turned
 
 
 class _EinsumOrder(NamedTuple):
     """The axes of an einsum of weights and values: which ones are (..., queries, keys), (..., keys, width)."""
 
     weights: tuple[int, ...]
-    values: tuple[int, ...]
-    """What the weights have not is width, which may be several axes, such as the rows that share a map."""
+    values: tuple[int | None, ...]
+    """What the weights have not is width, which may be several axes, such as the rows that share a map. None: the
+    values are the same for all of that axis, such as heads that share them."""
     output: tuple[int, ...]
     places: tuple[int | None, ...]
     """See `Product.places`: the last axis of several of the width is that of the output."""
 
 
-def _einsum_order(args: Any, tensor: Tensor) -> _EinsumOrder | None:
-    """How an einsum multiplies weights with values; None if it does something else."""
+def _einsum_order(args: Any, tensor: Tensor, origin: _Weights | None = None) -> _EinsumOrder | None:
+    """How an einsum multiplies weights with values; None if it does something else.
+
+    Args:
+        origin: tells the axis of the queries, where values that several heads share have neither.
+    """
     operands = einsum_operands(args)
     if len(operands) != 2:
         return None
@@ -568,16 +695,19 @@ def _einsum_order(args: Any, tensor: Tensor) -> _EinsumOrder | None:
     weights, values = labels[place], labels[1 - place]
     keys = [label for label in weights if label in values and label not in out]
     queries = [label for label in weights if label in out and label not in values]
-    lead = [label for label in out if label in weights and label in values]
+    if len(queries) > 1 and origin is not None and origin.layout is not None:
+        queries = [label for label in queries if is_in(origin.pair[0], origin.layout[weights.index(label)])]
+    queries = queries[-1:]
+    lead = [label for label in out if label in weights and label not in queries]
     width = [label for label in out if label in values and label not in weights]
-    if len(keys) != 1 or len(queries) != 1 or not width or len(weights) != len(lead) + 2:
+    if len(keys) != 1 or not queries or not width or len(weights) != len(lead) + 2:
         return None
-    if len(values) != len(lead) + 1 + len(width):
+    if len(values) != sum(label in values for label in lead) + 1 + len(width):
         return None
     output = [*lead, *queries, width[-1]]
     return _EinsumOrder(
         tuple(weights.index(label) for label in (*lead, *queries, *keys)),
-        tuple(values.index(label) for label in (*lead, *keys, *width)),
+        tuple(values.index(label) if label in values else None for label in (*lead, *keys, *width)),
         tuple(out.index(label) for label in (*lead, *queries, *width)),
         tuple(output.index(label) if label in output else None for label in out),
     )

@@ -39,10 +39,11 @@ from .modules import (
     is_within,
     packed_groups,
     shapes_of,
+    works_by_token,
 )
 from .provenance import Origin, Provenance
 from .sampling import SAMPLING_KERNELS, SampledCall, Sampling, may_read_cells, may_sample
-from .softmax import Product, Tracing, may_begin
+from .softmax import OUTER, Product, Tracing, is_of_activations, makes_pairs, may_begin
 
 File = Callable[[str, Copy, Output, str], Callable[[], None] | None]
 """Makes the map of a module's call whose axes are known now, and returns what keeps it; the last text says which kernel
@@ -56,7 +57,7 @@ class _Thread(threading.local):
         self.calls: list[ModuleCall] = []
         self.gaps: list[Gap | None] = []  # of each call; None once it attended, or was looked through before
         self.is_watched = False  # by a mode that ends with the outermost call
-        self.is_in_block = False  # by a mode that ends with the recording
+        self.layer: nn.Module | None = None  # under way without the mode, for nothing in it attends
         self.heads: int | None = None  # of the nn.MultiheadAttention under way
         self.tracing = Tracing()
         self.sampling = Sampling()
@@ -74,7 +75,7 @@ class _Thread(threading.local):
         self.tracing.clear()
         self.sampling.lineage.clear()
         self.provenance.clear()
-        self.frame = None
+        self.frame = self.layer = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Watch:
         self._mode = _Mode(self)
         self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
         self._called_unseen: dict[str, str] = {}  # the classes of modules that called what may attend, by their paths
+        self._without_keys: set[str] = set()  # the paths of modules that made weights of something else than scores
         # The classes of modules of which one called nothing unseen, and the paths of those that attended.
         self._looked_through: set[type | str] = set()
         self._attended: set[str] = set()  # the paths of modules with maps
@@ -135,9 +137,12 @@ class Watch:
             if path and cannot_attend(module):
                 continue
             known = weakref.ref(module)
+            begin, end = self._begin_call, self._end_call
+            if path and works_by_token(module):
+                begin, end = self._begin_layer, self._end_layer
             self._handles += [
-                module.register_forward_pre_hook(_Hook(self._begin_call, path, known), prepend=True, with_kwargs=True),
-                module.register_forward_hook(_Hook(self._end_call, path, known), always_call=True),
+                module.register_forward_pre_hook(_Hook(begin, path, known), prepend=True, with_kwargs=True),
+                module.register_forward_hook(_Hook(end, path, known), always_call=True),
             ]
         functions.begin(self)
         _see_scripted(True)
@@ -147,11 +152,6 @@ class Watch:
                 f"{', '.join(repr(path) if path else 'the model' for path in tops)} is scripted (torch.jit): it runs "
                 "without Python, and its attention is not seen."
             )
-
-    def enter(self) -> None:
-        """Let the mode last until `end`, for a `with` block: a call's own has to begin and to end each time."""
-        _add(self._mode)
-        self._thread.is_in_block = True
 
     def end(self) -> None:
         """Remove the hooks and the mode, and file what is seen of calls under way."""
@@ -165,8 +165,8 @@ class Watch:
         thread = self._thread
         self._file_settled(1)
         thread.forget()
-        if thread.is_watched or thread.is_in_block:
-            thread.is_watched = thread.is_in_block = False
+        if thread.is_watched:
+            thread.is_watched = False
             _remove(self._mode)
 
     @property
@@ -174,25 +174,33 @@ class Watch:
         """Whether anything ran that attends, or is called attention."""
         return bool(self._ran or self._called_unseen or self._attended or self._refused)
 
-    def without_maps(self) -> dict[tuple[str, bool], list[str]]:
+    def without_maps(self) -> dict[tuple[str, str], list[str]]:
         """The paths of modules that ran without a map, and are called attention or called what may attend.
 
-        They are grouped by their class, and by whether they called a function that is not torch's.
+        They are grouped by their class, and by the reason: "unseen", they called a function that is not torch's;
+        "without keys", they made weights of something else than scores; or "", there was nothing of the kind.
         """
-        found: dict[tuple[str, bool], list[str]] = {}
+        found: dict[tuple[str, str], list[str]] = {}
         ran = self._ran | self._called_unseen
         for path, name in ran.items():
             known = {*self._attended, *self._refused}
             near = any(is_within(path, other) or is_within(other, path) for other in known)
             has_inner = any(is_within(other, path) for other in ran if other != path)
             if not near and not has_inner:
-                found.setdefault((name, path in self._called_unseen), []).append(path)
+                reason = "without keys" if path in self._without_keys else ""
+                found.setdefault((name, "unseen" if path in self._called_unseen else reason), []).append(path)
         return found
 
     def call_arguments(self, name: str) -> list[Any]:
         """What the calls under way in this thread were given by that keyword, the innermost call first."""
+        return arguments_named(self.calls, name)
+
+    @property
+    def calls(self) -> Sequence[ModuleCall]:
+        """The calls under way in this thread, the outermost first; of a map that is being filed, those in which it was
+        made."""
         thread = self._thread
-        return arguments_named(thread.calls if thread.filing is None else thread.filing, name)
+        return thread.calls if thread.filing is None else thread.filing
 
     def _begin_call(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         thread = self._thread
@@ -202,9 +210,8 @@ class Watch:
         if not thread.calls:
             if torch._C._current_graph_task_id() != -1:
                 return  # in a backward pass checkpointing computes again what has been seen
-            if not thread.is_in_block:
-                _add(self._mode)
-                thread.is_watched = True
+            _add(self._mode)
+            thread.is_watched = True
             thread.frame = sys._getframe(2)  # behind the hook
         thread.calls.append(ModuleCall(path, module, args, kwargs))
         outer = thread.gaps[-1] if thread.gaps else None
@@ -233,6 +240,45 @@ class Watch:
             if not thread.calls:
                 self._leave(thread)
         return None if output is None else as_native(call, output)
+
+    def _begin_layer(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the mode away while a layer runs in which nothing attends, where nothing else needs it."""
+        thread = self._thread
+        if thread.layer is not None and not _has_ended(thread.frame):
+            return  # it is a part of that layer
+        is_plain = (
+            thread.is_watched
+            and len(thread.calls) > 0
+            and _len_torch_function_stack() == 1
+            and not kwargs
+            and all(type(one) is Tensor for one in args)
+            and len(module._forward_hooks) == len(module._forward_pre_hooks) == 1
+            and "forward" not in vars(module)
+            and not thread.tracing.lineage.may_know(args)
+            and not thread.sampling.lineage.may_know(args)
+            and _get_function_stack_at(0) is self._mode
+        )
+        if is_plain:
+            _pop_mode()  # type: ignore[no-untyped-call]
+            thread.layer = module
+        else:
+            self._begin_call(path, module, args, kwargs)
+
+    def _end_layer(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
+        thread = self._thread
+        if thread.layer is None:
+            return self._end_call(path, module, args, output)
+        if thread.layer is module:
+            thread.layer = None
+            _push_mode(self._mode)  # type: ignore[no-untyped-call]
+            gap = thread.gaps[-1]
+            with self._unharmed(), torch._C.DisableTorchFunction():
+                if gap is not None:
+                    gap.taken(args)
+                    gap.made(output)
+                if isinstance(output, Tensor):
+                    thread.provenance.note_layer(args, output, bool(module._modules))
+        return None
 
     def _end_gap(self, path: str, module: nn.Module, output: Any) -> None:
         gaps = self._thread.gaps
@@ -264,19 +310,16 @@ class Watch:
         if interest is None:
             interest = _interest_of(func)
         if interest is _NO_TENSOR:
-            result = func(*args, **kwargs)
-        else:
-            is_seen = (
-                interest is _BEGINS
-                or thread.tracing.lineage
-                or thread.sampling.lineage
-                or (interest is _INDEX and may_read_cells(func, args))
-            )
-            result = self.see(func, args, kwargs) if is_seen else func(*args, **kwargs)
-            try:
-                thread.provenance.note(func, args, kwargs, result)
-            except Exception as error:
-                self._refuse(calls, error)
+            return func(*args, **kwargs)
+        is_seen = interest is _BEGINS or (interest is not _FOLLOWS and interest(args, kwargs))
+        for lineage in () if is_seen else (thread.tracing.lineage, thread.sampling.lineage):
+            if lineage:
+                is_seen |= lineage.may_know(args) or (bool(kwargs) and lineage.may_know(kwargs.values()))
+        result = self.see(func, args, kwargs) if is_seen else func(*args, **kwargs)
+        try:
+            thread.provenance.note(func, args, kwargs, result, calls)
+        except Exception as error:
+            self._refuse(calls, error)
         if gap is not None:
             self.look_for_gaps(func, args, kwargs, result)
         return result
@@ -321,6 +364,9 @@ class Watch:
                 product = None if after is None else after(output)
                 if product is not None:
                     self._see_product(name, product)
+                elif thread.tracing.are_keyless:
+                    thread.tracing.are_keyless = False
+                    self._without_keys.add(thread.calls[-1].path)
                 sampled = thread.sampling.after(func, args, kwargs, output)
                 if sampled is not None:
                     self._see_sampled("the sum over its points", sampled)
@@ -333,7 +379,7 @@ class Watch:
         if self._thread.calls:
             with self._unharmed(), _aside():
                 self._thread.tracing.after_scripted(function, args, kwargs, result)
-                self._thread.provenance.note(function, args, kwargs, result)
+                self._thread.provenance.note(function, args, kwargs, result, self._thread.calls)
 
     def seen_calls(self) -> int | None:
         """How many attention calls were seen in this thread; None outside of a module's call."""
@@ -369,8 +415,7 @@ class Watch:
         with _aside():
             seen = describe()
         calls = self._thread.calls
-        path = calls[-1].path
-        if _has_ended(self._thread.frame) or self._is_refused(path, seen.query):
+        if self._is_refused(seen.query):
             return
         with _aside():
             groups = 1 if seen.has_heads else packed_groups(calls[-1], seen.query, seen.key)
@@ -384,12 +429,11 @@ class Watch:
 
     def _see_product(self, name: str, product: Product) -> None:
         weights, calls = product.weights, self._thread.calls
-        path = calls[-1].path
-        if _has_ended(self._thread.frame) or self._is_refused(path, weights):
+        if self._is_refused(weights):
             return
         with _aside():
-            origin, key = self._thread.provenance.of_weights(product.made_of, calls)
-            call = replace(self._call(origin, product, self._heads_of(weights)), key=key)
+            origin, sample = self._thread.provenance.of_weights(product.made_of, calls)
+            call = replace(self._call(origin, product, self._heads_of(weights)), key_sample=sample)
             width = product.returned.shape[product.places.index(product.output.ndim - 1)]
             output = Output((*product.output.shape[:-1], width))
             layout = [
@@ -400,8 +444,7 @@ class Watch:
 
     def _see_sampled(self, name: str, sampled: SampledCall) -> None:
         calls, weights = self._thread.calls, sampled.weights
-        path = calls[-1].path
-        if self._is_refused(path, weights):
+        if self._is_refused(weights):
             return
         with _aside():
             origin = self._thread.provenance.of_query_and_key(*sampled.made_of, calls)
@@ -441,6 +484,8 @@ class Watch:
                 return
             with self._unharmed(first.calls):
                 whole.settle_steps()
+                given = next(iter(first.copy.call.shapes), ())
+                whole.settle_experts(getattr(first.calls[-1].module, "num_heads", None), given)
             whole = first.output.outermost
             thread.pending.popleft()
             thread.filing = first.calls
@@ -473,12 +518,18 @@ class Watch:
         thread = self._thread
         return heads_of(thread.calls[-1], tensor) if thread.heads is None else thread.heads
 
-    def _is_refused(self, path: str, example: Tensor) -> bool:
-        """Whether a call's tensors cannot be recorded; a warning says why, once for each module."""
-        if not is_recorded():  # torch runs the model again for its own purposes
+    def _is_refused(self, example: Tensor) -> bool:
+        """Whether a call of the innermost module is not of the model, or its tensors cannot be recorded.
+
+        Of the latter a warning says why, once for each module.
+        """
+        thread = self._thread
+        # An interrupted call is no longer under way, whatever the hooks say; torch runs models again for its own ends.
+        if _has_ended(thread.frame) or not is_recorded():
             return True
-        if self._thread.gaps[-1] is not None:
-            self._thread.gaps[-1] = None
+        path = thread.calls[-1].path
+        if thread.gaps[-1] is not None:
+            thread.gaps[-1] = None
             self._looked_through.add(path)
         if type(example) is Tensor and example.is_cpu and not example.is_nested and is_plain_torch(torch):
             self._attended.add(path)  # as nearly always
@@ -545,25 +596,33 @@ _LEFT: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
 _MULTI_HEAD = "multi_head_attention_forward"
 
 
-_ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_nested"))
+_ATTRIBUTES = frozenset(
+    ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_nested", "_base")
+)
 _WITHOUT_TENSOR = frozenset(
     ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item")
 )
-_FOLLOWS, _BEGINS, _INDEX, _NO_TENSOR = "follows", "begins", "index", "no tensor"
-_INTEREST: dict[Any, str] = {}
+_FOLLOWS, _BEGINS, _NO_TENSOR = "follows", "begins", "no tensor"
+_INTEREST: dict[Any, Any] = {}
 """By function, why it may have to do with attention; filled as functions are called."""
 
 
-def _interest_of(func: Any) -> str:
-    """Whether a function attends, or may be the first to; may read cells; or makes no tensor that could be followed.
+def _interest_of(func: Any) -> Any:
+    """Whether a function attends, or may be the first to; or makes no tensor that could be followed.
 
-    All others mean something only after a product.
+    All others mean something only after one that is the first. Of some, what they are called with tells; then this is
+    a function of (args, kwargs).
     """
+    interest: Any
     name = name_of(func)
     if name in KERNELS or name == _MULTI_HEAD or may_begin(name) or may_sample(name):
         interest = _BEGINS
     elif func is Tensor.__getitem__:
-        interest = _INDEX
+        interest = may_read_cells
+    elif name == "linear":
+        interest = is_of_activations
+    elif name in OUTER:
+        interest = makes_pairs
     elif name in _WITHOUT_TENSOR or (name == "__get__" and getattr(func.__self__, "__name__", "") in _ATTRIBUTES):
         interest = _NO_TENSOR
     else:
@@ -670,4 +729,6 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         watch = self.watch()
-        return func(*args, **(kwargs or {})) if watch is None else watch.run(func, args, kwargs or {})
+        if watch is None or _INTEREST.get(func) is _NO_TENSOR:
+            return func(*args, **kwargs)
+        return watch.run(func, args, kwargs)

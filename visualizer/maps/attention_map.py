@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..layout import Layout
 from .gradients import Gradient
 from .joined import Block, Joined, JoinedGradient, Source, unpacked_source
 from .sources import Factors, Keys, Weights, computed_in, slices, without_autograd
@@ -61,6 +62,10 @@ class AttentionMap:
     key_sample: Tensor | None = None
     """Of weights, a few numbers of each of the keys, (batch, 1, keys, numbers), if these were seen. By them
     `Maps.generated` knows the keys of an earlier step again; of a fused call, by the keys themselves."""
+    layout: Layout | None = None
+    """What the keys are: words, patches of a picture, special tokens, padding. None: not known."""
+    query_layout: Layout | None = None
+    """What the queries are; of self-attention the same as the keys."""
 
     def __init__(self, weights: Tensor | np.ndarray[Any, Any], *, path: str = "", kind: str | None = None) -> None:
         if isinstance(weights, np.ndarray):
@@ -168,6 +173,11 @@ class AttentionMap:
         """
         sources = self.source.of_sequences() if isinstance(self.source, Factors) else []
         return tuple(AttentionMap.from_source(source, path=self.path, kind=self.kind) for source in sources)
+
+    def described_as(self, other: AttentionMap) -> AttentionMap:
+        """This map, with what is known of the tokens of another one of the same tokens."""
+        self.layout, self.query_layout = other.layout, other.query_layout
+        return self
 
     @property
     def nbytes(self) -> int:
@@ -316,7 +326,7 @@ class AttentionMap:
         moved.softmaxes = tuple(part.to(device) for part in self.softmaxes)
         moved.is_softmax, moved.joined, moved.axes_assumed = self.is_softmax, self.joined, self.axes_assumed
         moved.key_sample = None if self.key_sample is None else self.key_sample.to(device)
-        return moved
+        return moved.described_as(self)
 
     def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
         """The map as tensors and numbers, for a file; `shared` has the keys that several maps share."""
@@ -329,6 +339,11 @@ class AttentionMap:
             packed["joined"] = [[name, part.start, part.stop] for name, part in self.joined.items()]
         if self.key_sample is not None:
             packed["key_sample"] = self.key_sample
+        for name, layout in (("layout", self.layout), ("query_layout", self.query_layout)):
+            if layout is not None and not (name == "query_layout" and layout == self.layout):
+                packed[name] = layout.packed()
+        if self.layout is not None and self.query_layout == self.layout:
+            packed["query_layout"] = "layout"
         return packed | ({"axes_assumed": True} if self.axes_assumed else {})
 
     @classmethod
@@ -340,6 +355,10 @@ class AttentionMap:
         made.joined = {name: slice(start, stop) for name, start, stop in packed.get("joined", ())}
         made.axes_assumed = packed.get("axes_assumed", False)
         made.key_sample = packed.get("key_sample")
+        made.layout, queries = (packed.get(name) for name in ("layout", "query_layout"))
+        made.layout = None if made.layout is None else Layout.unpacked(made.layout)
+        if queries is not None:
+            made.query_layout = made.layout if queries == "layout" else Layout.unpacked(queries)
         return made
 
     def query_indices(self, queries: int | slice | Sequence[int] | Tensor) -> Tensor:

@@ -267,6 +267,9 @@ class Modifiers:
         return {name: value for name, value in values.items() if isinstance(value, Tensor) or value}
 
 
+_UNMODIFIED = Modifiers()
+
+
 def _rows(tensor: Tensor, queries: slice | Tensor) -> Tensor:
     """Some queries of a tensor with the axes of a map, whose third may be of length 1."""
     return tensor if tensor.shape[2] == 1 else tensor[:, :, queries]
@@ -308,7 +311,7 @@ class Factors:
             mask = mask.detach()
         self.mask, self._causal = mask, causal
         self._score_mod, self._mask_mod = score_mod, mask_mod
-        self._modifiers = Modifiers() if modifiers is None else modifiers
+        self._modifiers = _UNMODIFIED if modifiers is None else modifiers
         self.shape = query.shape[0], query.shape[1], query.shape[2], length
         self.dtype, self.device = query.dtype, query.device
         self._bias = None
@@ -417,6 +420,20 @@ class Factors:
         mask, modifiers = None if self._bias is None else part(self._bias), self._modifiers.mapped(part)
         query, key = self._query[image : image + 1, heads], keys[image : image + 1, head : head + 1]
         return Factors(query, Keys(key), self._length, self._scale, mask, self._causal, None, None, modifiers)
+
+    @without_autograd
+    def rows_of_head(self, image: int, head: int, queries: slice) -> Tensor:
+        """The weights of some queries in the part that `of_head` gives: (heads, those queries, keys)."""
+        if self._bias is not None or self._modifiers is not _UNMODIFIED or (self._causal or 0) < 0:
+            return self.of_head(image, head).rows(queries)[0]
+        keys, dtype = self.key, computed_in(self.dtype)  # as nearly always, and much quicker
+        groups = self.shape[1] // keys.shape[1]
+        query = self._query[image, head * groups : (head + 1) * groups, queries].to(dtype) * self._scale
+        scores = torch.matmul(query, keys[image, head].to(dtype).mT)
+        if self._causal is not None:
+            for number in range(scores.shape[1]):
+                scores[:, number, queries.start + number + self._causal + 1 :] = -math.inf
+        return torch.softmax(scores, -1)
 
     def of_sequences(self) -> list[Factors]:
         """Of each of the sequences that were packed into one, the same."""

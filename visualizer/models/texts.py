@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..errors import not_installed
-from .weights import package_folder
+from .weights import filled, package_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,18 +77,69 @@ def smollm2() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     return text_model(folder, "AutoModelForCausalLM", gguf_file=file, local_files_only=True)
 
 
+def rxnmapper() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """RXNMapper, an ALBERT of chemical reactions, 12 layers x 8 heads, and its tokenizer; eager, eval mode, float32.
+
+    ::
+
+        model, tokenizer = rxnmapper()
+        batch = tokenizer("CCO.CC(=O)O>>CC(=O)OCC", return_tensors="pt")   # what reacts, >>, what comes out
+        model(**batch)
+
+    A reaction is written in SMILES; a token is an atom, a bond or a bracket. All layers share their weights. Nobody
+    told it which atom of a product was which atom before, and yet head (10, 5), 0-based, attends from an atom to itself
+    on the other side of the arrow (Schwaller et al. 2021, https://doi.org/10.1126/sciadv.abe4166). It uses no network:
+    the weights (MIT) are in the package ``rxnmapper``.
+
+    Raises:
+        ImportError: ``rxnmapper`` or ``transformers`` is not installed.
+        ValueError: the package has another file than expected, as another version of it may have.
+    """
+    # Its dependencies draw and check molecules, and it asks for an old transformers; the weights need none of them.
+    folder = package_folder("rxnmapper", "rxnmapper", "--no-deps rxnmapper==0.4.3")
+    folder = folder / "models" / "transformers" / "albert_heads_8_uspto_all_1310k"
+    transformers = transformers_library()
+    config = transformers.AlbertConfig.from_pretrained(folder, attn_implementation="eager", local_files_only=True)
+    file = folder / "pytorch_model.bin"
+    # from_pretrained would print what it leaves out: the head that guesses masked tokens.
+    saved = torch.load(file, map_location="cpu", weights_only=True).items()
+    state = {name.removeprefix("albert."): array.numpy() for name, array in saved if name.startswith("albert.")}
+    model = filled(lambda: transformers.AlbertModel(config), state, file, "RXNMapper")
+    return model, _smiles_tokenizer(folder / "vocab.txt", config.max_position_embeddings)
+
+
+def _smiles_tokenizer(vocabulary: Path, longest: int) -> "PreTrainedTokenizerBase":
+    """One token for each atom, bond or bracket, between [CLS] and [SEP]."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+    words = {word: number for number, word in enumerate(vocabulary.read_text(encoding="utf-8").splitlines())}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    # [Na+] in its brackets, elements of two letters, ring closures such as %12 and the arrow are one token each.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\[[^\]]+\]|Br|Cl|%\d\d|>>|."), "isolated")
+    ends = [(end, words[end]) for end in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+    fast: type[PreTrainedTokenizerBase] = transformers_library().PreTrainedTokenizerFast
+    return fast(tokenizer_object=tokenizer, model_max_length=longest, **names)
+
+
 def text_model(
     source: str | Path, kind: str = "AutoModel", **options: Any
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A model of transformers, loaded by one of its ``Auto`` classes, and its tokenizer."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise not_installed("transformers") from error
+    transformers = transformers_library()
     with _without_progress_bars():
         # "eager" is the implementation whose weights are a local; the default is fused and never makes them
         model = getattr(transformers, kind).from_pretrained(source, attn_implementation="eager", **options)
         return model.eval(), transformers.AutoTokenizer.from_pretrained(source, **options)
+
+
+def transformers_library() -> Any:
+    """The library, or an error that says what to install."""
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise not_installed("transformers") from error
 
 
 @contextmanager

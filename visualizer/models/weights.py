@@ -1,11 +1,11 @@
-"""Trained weights out of installed packages and files: for the plain vision transformer, from ONNX or JAX."""
+"""Trained weights out of installed packages and files: from ONNX or JAX, for the plain vision transformer."""
 
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ import torch
 
 from ..errors import not_installed
 from .vit import VisionTransformer
+
+_Model = TypeVar("_Model", bound=torch.nn.Module)
 
 
 def package_folder(module: str, distribution: str, install: str = '"get-local[demo]"') -> Path:
@@ -57,13 +59,13 @@ def dinov2_small() -> VisionTransformer:
         if name.startswith("backbone."):
             array = onnx.numpy_helper.to_array(initializer)
             # nn.Linear keeps its matrix as (out, in), MatMul reads (in, out)
-            state[_renamed(name, _ONNX_NAMES)] = array.T if name.endswith(".MatMul") else array
+            state[renamed(name, _ONNX_NAMES)] = array.T if name.endswith(".MatMul") else array
     # Tracing a resize at a fixed size folded the position embeddings into two constants.
     parts = [state.pop(name) for name in ("positions.class", "positions.patches") if name in state]
     if parts:
         state["positions"] = np.concatenate(parts, axis=1)  # (1, 1 + 37 * 37, 384)
     sizes = {"patch": 14, "width": 384, "depth": 12, "heads": 6, "hidden": 1536, "grid": 37}
-    return _filled(state, path, layer_scale=True, **sizes)
+    return _plain_vit(state, path, layer_scale=True, **sizes)
 
 
 def vit_from_npz(path: str | os.PathLike[str]) -> VisionTransformer:
@@ -100,8 +102,8 @@ def vit_from_npz(path: str | os.PathLike[str]) -> VisionTransformer:
             f"{os.fspath(path)} does not look like an original ViT checkpoint: {error}; "
             f"it has {len(arrays)} arrays, such as {', '.join(sorted(arrays)[:5]) or 'none'}"
         ) from error
-    state = {_renamed(name, _JAX_NAMES): _as_torch(name, array) for name, array in arrays.items()}
-    return _filled(
+    state = {renamed(name, _JAX_NAMES): _as_torch(name, array) for name, array in arrays.items()}
+    return _plain_vit(
         state,
         path,
         patch=patch,
@@ -146,7 +148,8 @@ _JAX_NAMES = (
 )
 
 
-def _renamed(name: str, table: Iterable[tuple[str, str]]) -> str:
+def renamed(name: str, table: Iterable[tuple[str, str]]) -> str:
+    """The name after each replacement of the table, in its order."""
     for old, new in table:
         name = name.replace(old, new)
     return name
@@ -167,19 +170,29 @@ def _as_torch(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array.T if name.endswith("/kernel") else array
 
 
-def _filled(
+def _plain_vit(
     state: Mapping[str, npt.NDArray[Any]],
     source: str | os.PathLike[str],
     *,
     layer_scale: bool = False,
     **sizes: int,
 ) -> VisionTransformer:
-    """A model of these sizes in eval mode with this state; a missing or an extra array is an error."""
+    """A vision transformer of these sizes in eval mode with this state."""
+    return filled(lambda: VisionTransformer(layer_scale=layer_scale, **sizes), state, source, "a plain ViT")
+
+
+def filled(
+    build: Callable[[], _Model], state: Mapping[str, npt.NDArray[Any]], source: str | os.PathLike[str], what: str
+) -> _Model:
+    """The model that `build` makes, in eval mode, with this state as float32.
+
+    Raises ValueError for a missing or an extra array: the file `source` does then not fill `what`.
+    """
     with torch.random.fork_rng(devices=[]):  # random initial weights must not change the caller's random state
-        model = VisionTransformer(layer_scale=layer_scale, **sizes)
+        model = build()
     tensors = {name: torch.from_numpy(np.array(array, np.float32, order="C")) for name, array in state.items()}
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {os.fspath(source)} do not fill a plain ViT: {error}") from error
+        raise ValueError(f"the weights in {os.fspath(source)} do not fill {what}: {error}") from error
     return model.eval()

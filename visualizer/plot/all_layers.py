@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from ..places import Grid, grid_of, picture_of
+from ..layout import layout_of, picture_of
 from ..reading import Array
-from .canvas import LABEL, colour_bar, full_rows, mosaic, panel_size, panels, shrunk, write_title
+from .canvas import LABEL, colour_bar, full_rows, mosaic, shrunk, write_title
 from .look import Keywords, Look, OverPicture, exceeds, matrix_top, row_top
 from .matrices import matrices
-from .over_picture import blend_over, frame_patch, lay_over
-from .selection import Choice, head_words, read_layers, same_shape, select_layers, token_axes
+from .over_picture import blend_over, panels_over_picture
+from .selection import QUERY_NEEDED, Choice, find_query, head_words, read_layers, same_shape, select_layers, token_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +32,8 @@ def layers(
     image: Any = None,
     *,
     head: Choice | None = None,
-    query: int | tuple[int, int] | None = None,
-    batch: Choice = 0,
+    query: int | tuple[int, ...] | str | None = None,
+    batch: Choice | None = None,
     columns: int | None = None,
     share: bool = True,
     **options: Unpack[OverPicture],
@@ -53,7 +53,7 @@ def layers(
         head: None: the canvas of all heads; an index, "mean", "max" or "min": a strip of one map for each layer.
         query: None: whole matrices. A patch (row, column) or a token's index (0: the class token): only what it attends
             to, over the grid of patches; prefix tokens are left out.
-        grid, image_size, patch_size, prefix_tokens, style, smooth: as in `query`.
+        layout, grid, image_size, patch_size, prefix_tokens, style, smooth: as in `query`.
         columns: the number of a strip's panels in a row; None: six, or a few less where that fills the rows.
         share: True: one colour scale for all maps; False: one for each, which a canvas shows as shares of its end.
         cmap: None: "viridis" for matrices, "inferno" for what a query attends to.
@@ -66,42 +66,50 @@ def layers(
     Raises what `head` and `query` raise.
     """
     look = _OPTIONS.look(options)
-    maps = read_layers(maps)
+    maps = read_layers(maps, batch)
+    batch = 0 if batch is None else batch
     same_shape(maps, "the canvas" if head is None else "the strip")
     picture = picture_of(image)
     if query is None and picture is not None:
-        raise ValueError(
-            "an image shows what one query attends to: pass query= too, a patch (row, column) or a token's index; "
-            "query=0 is the class token"
-        )
-    queries, keys = token_axes(maps, 0)
+        raise ValueError(QUERY_NEEDED)
     words = []
-    if query is None:
-        grid, token, end = None, None, matrix_top
-    else:
-        grid = grid_of(keys, options, picture)
-        token = grid.token(query, queries, keys)
-        words.append(f"query: {grid.name(token) if queries == keys else f'token {token}'}")
+    layout, token, framed, end = None, None, None, matrix_top
+    axes = token_axes(maps, 0, batch)
+    if query is not None:
+        layout = layout_of(axes.keys, options, picture, axes.layout)
+        if layout.windows is not None:
+            raise ValueError(f"these layers attend within windows, {layout}: plot.query shows one layer")
+        token, name, framed = find_query(axes, layout, query)
+        picture = layout.on(picture)
+        words.append(f"query: {name}")
         # Where the scale is shared, one patch in one layer must not leave the others dark.
-        end = functools.partial(row_top, keys=keys, vmin=look.vmin, percent=99.5 if share else 100)
-    look = replace(look, cmap=look.cmap or ("viridis" if grid is None else "inferno"))
-    chosen = select_layers(maps, batch=batch, head=head, query=token)  # of each layer (heads, queries, keys)
-    if grid is not None:
-        cells = [grid.patches(weights[:, 0]) for weights in chosen]
-    elif head is None:
-        cells = [np.stack([shrunk(one) for one in weights]) for weights in chosen]
-    else:
-        cells = list(chosen)
+        end = functools.partial(row_top, keys=axes.keys, vmin=look.vmin, percent=99.5 if share else 100)
+    look = replace(look, cmap=look.cmap or ("viridis" if layout is None else "inferno"))
+    chosen = list(select_layers(maps, batch=batch, head=head, query=token))  # of each layer (heads, queries, keys)
     if head is None:
+        if layout is not None:
+            cells = [layout.spread(weights[:, 0]) for weights in chosen]
+        else:
+            cells = [np.stack([shrunk(one) for one in weights]) for weights in chosen]
         figure = _canvas(np.stack(cells), picture, look, share, end)
     else:
-        strip = [weights[0] for weights in cells]
-        columns = full_rows(len(strip), columns, 6)
-        if grid is None:
-            names = [f"layer {number}" for number in range(len(strip))]
+        columns = full_rows(len(chosen), columns, 6)
+        names = [f"layer {number}" for number in range(len(chosen))]
+        if layout is None:
+            strip = [weights[0] for weights in chosen]
             figure = matrices(strip, names, look, share=share, columns=columns, size=(2.2, 2.3))
         else:
-            figure = _strip(strip, picture, look, share, end, columns, grid, token if queries == keys else None)
+            figure = panels_over_picture(
+                [weights[0, 0] for weights in chosen],
+                names,
+                layout,
+                picture,
+                look,
+                keys=axes.keys,
+                share=share,
+                columns=columns,
+                framed=framed,
+            )
         if reduction := head_words(maps[0], head):
             words.append(reduction)
     if words or look.title:
@@ -132,34 +140,6 @@ def _canvas(cells: Array, picture: Array | None, look: Look, share: bool, end: C
         mosaic(ax, cells, cmap=look.cmap, vmin=scale.get_clim()[0], vmax=top)
     else:
         small = shrunk(np.ascontiguousarray(picture), _THUMBNAIL)
-        mosaic(ax, np.array([[blend_over(cell, small, scale, look) for cell in row] for row in cells]))
-    return figure
-
-
-def _strip(
-    maps: list[Array],
-    picture: Array | None,
-    look: Look,
-    share: bool,
-    end: Callable[[Array], float],
-    columns: int,
-    grid: Grid,
-    framed: int | None,
-) -> Figure:
-    """A panel for the (rows, columns) of each layer, with a frame round the query."""
-    size = grid.size(picture)
-    width, height = panel_size(size, 2.0)
-    has_bars = look.cbar and not share
-    figure, axes = panels(len(maps), columns, (width + (0.7 if has_bars else 0.0), height + 0.25))
-    tops = [end(np.stack(maps) if share else patches) if look.vmax is None else look.vmax for patches in maps]
-    scales = [look.scale(top) for top in tops]
-    is_cut = [exceeds(patches, top) for patches, top in zip(maps, tops, strict=True)]
-    for number, ax in enumerate(axes):
-        lay_over(ax, maps[number], picture, scales[number], look)
-        frame_patch(ax, grid, framed, size)
-        ax.set_title(f"layer {number}")
-        if has_bars:
-            colour_bar(figure, scales[number], ax, is_cut[number])
-    if look.cbar and share:
-        colour_bar(figure, scales[0], axes, any(is_cut))
+        image = mosaic(ax, np.array([[blend_over(cell, small, scale, look) for cell in row] for row in cells]))
+        image.set(cmap=scale.cmap, norm=scale.norm)  # for a colour bar of the user's own
     return figure

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import warn
 from ..reading import Array
+from ..words import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +24,8 @@ _FONTS = (
     *("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei"),
     *("Microsoft YaHei", "PingFang SC", "SimHei", "Arial Unicode MS", "Noto Sans Arabic", "Noto Sans"),
 )
-_VISIBLE = {" ": "␣", "Ġ": "␣", "\n": "⏎", "Ċ": "⏎", "\t": "⇥"}
+# Of scripts that DejaVu Sans, which matplotlib brings, has no letters of: first and last character, and a font.
+_SCRIPTS = ((0x2E80, 0x9FFF, "Noto Sans CJK"), (0xAC00, 0xD7AF, "Noto Sans CJK"), (0x1F000, 0x1FAFF, "Noto Emoji"))
 _CELL = 256  # the largest side of a mosaic's cell, in pixels: 144 such cells are 38 MB
 
 
@@ -80,7 +83,7 @@ def write_title(drawn: Any, title: str | None, default: str | None = None) -> No
     text = default if title is None else title
     if text is not None:
         write = drawn.set_title if hasattr(drawn, "set_title") else drawn.suptitle
-        write(text, parse_math=False)
+        write(with_letters(text), parse_math=False, fontfamily=_fonts())
 
 
 def shrunk(cell: Array, size: int = _CELL) -> Array:
@@ -164,7 +167,7 @@ def label_ticks(ax: Axes, down: Sequence[str] | None, across: Sequence[str] | No
                 step = max(1, math.ceil(6.5 * len(words) / points))
                 size = min(10.0, max(5.5, 0.8 * step * points / len(words)))
             places = range(0, len(words), step)
-            axis.set_ticks(list(places), [_shown(words[place]) for place in places])
+            axis.set_ticks(list(places), [with_letters(printable(words[place])) for place in places])
             for label in axis.get_ticklabels():
                 label.set(fontsize=size, rotation=turned, parse_math=False, fontfamily=_fonts())
 
@@ -178,12 +181,6 @@ def lay_out(figure: Any) -> None:
             engine.execute(getattr(figure, "figure", figure))
 
 
-def _shown(word: str) -> str:
-    """A token whose white space and other invisible characters are made visible."""
-    text = "".join(_VISIBLE.get(c, c) for c in str(word))
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) or "∅"
-
-
 @functools.cache
 def _fonts() -> list[str]:
     """The installed font families that cover many scripts, in order of preference."""
@@ -191,3 +188,34 @@ def _fonts() -> list[str]:
 
     installed = {font.name for font in fontManager.ttflist}
     return [name for name in _FONTS if name in installed] or ["sans-serif"]
+
+
+@functools.cache
+def _letters() -> frozenset[int]:
+    """The characters that the fonts have with which labels are written."""
+    from matplotlib.font_manager import findfont, get_font
+
+    return frozenset[int]().union(*(get_font(findfont(name)).get_charmap() for name in _fonts()))
+
+
+def with_letters(text: str) -> str:
+    """The text with a box for each character that no installed font has; a warning names a font that has them.
+
+    Without it matplotlib would warn of each character at each drawing, and name no font.
+    """
+    missing = [character for character in dict.fromkeys(text) if ord(character) not in _letters() and character != "\n"]
+    if not missing:
+        return text
+    codes = [ord(character) for character in missing]
+    fonts = [font for low, high, font in _SCRIPTS if any(low <= code <= high for code in codes)] or ["Noto Sans"]
+    _warn_once(" and ".join(dict.fromkeys(fonts)), "".join(missing))
+    return "".join("□" if character in missing else character for character in text)
+
+
+_warned_of: set[str] = set()
+
+
+def _warn_once(fonts: str, characters: str) -> None:
+    if fonts not in _warned_of:
+        _warned_of.add(fonts)
+        warn(f"no installed font has {characters}, and others like it: they are drawn as boxes. Install {fonts}")

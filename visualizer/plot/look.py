@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 import numpy as np
 
 from ..errors import did_you_mean
-from ..places import Patches
+from ..layout import Patches
 from ..reading import Array
 
 if TYPE_CHECKING:

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
+from ..layout import Indices, picture_of
 from ..reading import Array
+from ..words import readable
 from .canvas import axes_of, colour_bar, full_rows, label_ticks, panels, write_title
-from .look import Keywords, Look, Scale, exceeds, matrix_top
-from .selection import Choice, select
+from .look import Keywords, Look, OverPicture, Scale, exceeds, matrix_top
+from .over_picture import panels_over_picture
+from .selection import QUERY_NEEDED, Choice, select, select_row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["head", "heads", "tokens"]
 
 _OPTIONS = Keywords(Scale)
+_HEADS = Keywords(OverPicture, cmap=None)
 
 
 @_OPTIONS.show
@@ -29,7 +33,7 @@ def head(
     *,
     layer: Choice | None = None,
     head: Choice | None = None,
-    batch: Choice = 0,
+    batch: Choice | None = None,
     ax: Axes | None = None,
     xticklabels: Sequence[str] | None = None,
     yticklabels: Sequence[str] | None = None,
@@ -46,7 +50,7 @@ def head(
             keys), or a list with one of the first three per layer, such as `get_local.cache["Attention.forward"]`. Of
             `AttentionMap`s, only the layer that is drawn is computed.
         layer, head, batch: an index, where negative ones count from the end; or "mean", "max" or "min" over all. You
-            can leave it out where there is only one.
+            can leave it out where there is only one; batch=None: the first. What is known to be padding is not drawn.
         ax: the axes to draw on; None: those of a new figure.
         xticklabels, yticklabels: the labels of the keys and of the queries; None: their numbers. `tokens` writes words
             on both sides.
@@ -63,58 +67,84 @@ def head(
     chosen = select(maps, layer=layer, batch=batch, head=head)
     ax = axes_of(ax, (6, 5))
     _draw_matrix(ax, chosen.weights, look, matrix_top(chosen.weights))
-    queries, keys = chosen.weights.shape
-    for name, labels, count in (("yticklabels", yticklabels, queries), ("xticklabels", xticklabels, keys)):
-        if labels is not None:
-            _check_count(name, labels, count)
+    down = None if yticklabels is None else _of_drawn("yticklabels", yticklabels, chosen.queries, chosen.axes.queries)
+    across = None if xticklabels is None else _of_drawn("xticklabels", xticklabels, chosen.keys, chosen.axes.keys)
     write_title(ax, look.title, chosen.label)
-    if xticklabels is not None or yticklabels is not None:
-        label_ticks(ax, yticklabels, xticklabels)
+    if down is not None or across is not None:
+        label_ticks(ax, down, across)
     return ax
 
 
-@_OPTIONS.show
+@_HEADS.show
 def heads(
     maps: Any,
+    image: Any = None,
     *,
+    query: int | tuple[int, ...] | str | None = None,
     layer: Choice | None = -1,
-    batch: Choice = 0,
+    batch: Choice | None = None,
     columns: int | None = None,
     share: bool = True,
-    **options: Unpack[Scale],
+    **options: Unpack[OverPicture],
 ) -> Figure:
-    """All heads of a layer as a grid of matrices.
+    """All heads of a layer: a grid of matrices, or of what one query attends to, over the picture.
 
     >>> maps = [np.full((1, 6, 5, 5), 0.2)] * 12
     >>> [ax.get_title() for ax in heads(maps, layer=3, cbar=False).axes[:2]]
     ['head 0', 'head 1']
+    >>> over = heads([np.full((1, 6, 17, 17), 1 / 17)], np.zeros((56, 56, 3)), query=0)  # of the class token
 
     Args:
-        maps, layer, batch, cmap, vmin, vmax, cbar: as in `head`; by default the last layer.
+        maps, layer, batch, vmin, vmax, cbar: as in `head`; by default the last layer.
+        image: the picture that the patches cover, where `query` is given.
+        query: None: whole matrices. Else only what it attends to, over the patches; a patch, a token's index or a word.
+        layout, grid, image_size, patch_size, prefix_tokens, style, smooth: as in `query`.
+        cmap: None: "viridis" for matrices, "inferno" over the picture.
         columns: the number of panels in a row; None: about as many as rows.
         share: True: one colour scale, and one colour bar, for all heads; False: one for each.
-        title: above all panels; None: the layer.
+        title: above all panels; None: the layer, and the query.
 
-    Raises what `head` raises.
+    Raises what `head` and `query` raise.
     """
-    look = _OPTIONS.look(options)
-    chosen = select(maps, layer=layer, batch=batch, all_heads=True)
-    names = [f"head {number}" for number in range(len(chosen.weights))]
+    look = _HEADS.look(options)
+    if query is None:
+        if image is not None:
+            raise ValueError(QUERY_NEEDED)
+        look = replace(look, cmap=look.cmap or "viridis")
+        chosen = select(maps, layer=layer, batch=batch, all_heads=True)
+        names = [f"head {number}" for number in range(len(chosen.weights))]
+        columns = full_rows(len(names), columns, math.ceil(math.sqrt(len(names) * 1.3)))
+        figure = matrices(list(chosen.weights), names, look, share=share, columns=columns, size=(2.6, 2.7))
+        write_title(figure, look.title, chosen.label)
+        return figure
+    picture = picture_of(image)
+    row = select_row(maps, query, picture, options, layer=layer, batch=batch, all_heads=True)
+    names = [f"head {number}" for number in range(len(row.weights))]
     columns = full_rows(len(names), columns, math.ceil(math.sqrt(len(names) * 1.3)))
-    figure = matrices(list(chosen.weights), names, look, share=share, columns=columns, size=(2.6, 2.7))
-    write_title(figure, look.title, chosen.label)
+    figure = panels_over_picture(
+        list(row.weights),
+        names,
+        row.layout,
+        row.layout.on(picture),
+        replace(look, cmap=look.cmap or "inferno"),
+        keys=row.keys,
+        share=share,
+        columns=columns,
+        framed=row.framed,
+    )
+    write_title(figure, look.title, ", ".join(filter(None, (f"query: {row.name}", row.label))))
     return figure
 
 
 @_OPTIONS.show
 def tokens(
     maps: Any,
-    tokens: Sequence[str],
+    tokens: Sequence[str] | None = None,
     *,
     key_tokens: Sequence[str] | None = None,
     layer: Choice | None = None,
     head: Choice | None = None,
-    batch: Choice = 0,
+    batch: Choice | None = None,
     ax: Axes | None = None,
     **options: Unpack[Scale],
 ) -> Axes:
@@ -126,8 +156,9 @@ def tokens(
 
     Args:
         maps, layer, head, batch, ax, cmap, vmin, cbar, title: as in `head`.
-        tokens: the words of the queries, and of the keys too unless `key_tokens` has those (cross-attention). White
-            space is made visible. Where not all words fit, every second or third and so on is written. Arabic and
+        tokens: the words of the queries, and of the keys too unless `key_tokens` has those (cross-attention). None:
+            what the maps know, as those of `attention(model, tokenizer=...)` do. Pieces of a tokenizer become text, and
+            white space is made visible. Where not all words fit, every second or third and so on is written. Arabic and
             Hebrew need matplotlib 3.11 or newer, which joins letters and writes them from the right.
         vmax: None: the largest weight.
 
@@ -135,15 +166,20 @@ def tokens(
     """
     look = _OPTIONS.look(options)
     chosen = select(maps, layer=layer, batch=batch, head=head)
-    queries, keys = chosen.weights.shape
     if isinstance(tokens, str) or isinstance(key_tokens, str):
         raise TypeError(
             "tokens are a list of words, not one text: pass tokenizer.convert_ids_to_tokens(ids), or text.split()"
         )
-    rows = list(tokens)
-    columns = rows if key_tokens is None else list(key_tokens)
-    _check_count("tokens", rows, queries)
-    _check_count("key_tokens" if key_tokens is not None else "tokens", columns, keys)
+    axes = chosen.axes
+    if tokens is None:
+        if axes.query_layout is None or (axes.layout is None and key_tokens is None):
+            raise ValueError("the words are not known: pass tokens=, or record with attention(model, tokenizer=...)")
+        tokens = axes.query_layout.names
+        key_tokens = axes.layout.names if key_tokens is None and axes.layout is not None else key_tokens
+    rows = _of_drawn("tokens", tokens, chosen.queries, axes.queries)
+    name, words = ("tokens", tokens) if key_tokens is None else ("key_tokens", key_tokens)
+    columns = _of_drawn(name, words, chosen.keys, axes.keys)
+    queries, keys = chosen.weights.shape
     side = [min(14.0, max(4.0, 0.26 * count + 1.5)) for count in (keys, queries)]
     ax = axes_of(ax, (side[0] + 1, side[1]))
     _draw_matrix(ax, chosen.weights, look, float(np.nanmax(chosen.weights)))
@@ -191,9 +227,22 @@ def _draw_matrix(ax: Axes, weights: Array, look: Look, top: float) -> Any:
     return image
 
 
-def _check_count(name: str, words: Sequence[str], count: int) -> None:
-    if len(words) != count:
+def _of_drawn(name: str, words: Sequence[str], drawn: Indices, count: int) -> list[str]:
+    """The words of the rows or columns that are drawn, of words for these or for all `count` tokens, with padding."""
+    if len(words) not in (len(drawn), count):
         raise ValueError(
             f"{name} has {len(words)} entries for {count} rows or columns of the map: pass one for each, special "
             "tokens included; where keys and queries are different tokens (cross-attention), give each side its own"
+            f"{_way_out(len(words), count) if name.endswith('tokens') else ''}"
         )
+    shown = readable(words)
+    return shown if len(shown) == len(drawn) else [shown[place] for place in drawn]
+
+
+def _way_out(words: int, count: int) -> str:
+    if words >= count:
+        return ""
+    return (
+        ". tokenizer.convert_ids_to_tokens(ids) names special tokens and padding too; without the padding at the end "
+        f"draw a part of the map, weights[..., :{words}, :{words}]"
+    )

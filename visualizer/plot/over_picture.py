@@ -1,4 +1,4 @@
-"""Weights laid over the picture that their patches cover, with a swatch for each prefix token."""
+"""Weights laid over the picture that their patches cover, with a swatch for each special token."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..places import Grid
+from ..layout import Layout
 from ..reading import Array
-from .canvas import LABEL, axes_of, colour_bar
+from .canvas import LABEL, axes_of, colour_bar, panel_size, panels
 from .look import Look, exceeds, row_top
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+_MOST_SWATCHES = 16  # more special tokens, such as those between the tiles of a picture, would be too small
 
 
 def draw_row(
     row: Array,
-    grid: Grid,
+    layout: Layout,
     picture: Array | None,
     look: Look,
     *,
@@ -27,19 +30,27 @@ def draw_row(
     framed: int | None = None,
     label: str = LABEL,
 ) -> Axes:
-    """Draw the weights (tokens,) over the picture, with a frame round one token."""
-    patches, prefix = grid.patches(row), row[: len(grid.prefix)]
+    """Draw the weights (tokens,) over the picture, as `Layout.on` gives it, with a frame round one token."""
+    patches = layout.spread(row)
     top = row_top(patches, int(np.count_nonzero(~np.isnan(row))), look.vmin) if look.vmax is None else look.vmax
-    high, wide = grid.size(picture)
+    high, wide = sheet_size(layout, picture)
     ax = axes_of(ax, figure_size(high, wide))
     scale = look.scale(top)
     lay_over(ax, patches, picture, scale, look)
-    frame_patch(ax, grid, framed, (high, wide))
-    if len(prefix):
-        _draw_swatches(ax, prefix, grid, scale, framed)
+    frame_patch(ax, layout, framed, (high, wide))
+    special: list[int] = np.flatnonzero(layout.are("special")).tolist()
+    if 0 < len(special) <= _MOST_SWATCHES:
+        names = [layout.name(token) for token in special]
+        _draw_swatches(ax, row[special], names, scale, special.index(framed) if framed in special else None)
     if look.cbar:
         colour_bar(ax.figure, scale, ax, exceeds(row, top), label)
     return ax
+
+
+def sheet_size(layout: Layout, picture: Array | None) -> tuple[int, int]:
+    """(height, width) of what is drawn: the picture's in pixels; without one, in patches."""
+    rows, columns = layout.sheet.shape
+    return (rows, columns) if picture is None else (picture.shape[0], picture.shape[1])
 
 
 def figure_size(high: int, wide: int) -> tuple[float, float]:
@@ -58,7 +69,8 @@ def lay_over(ax: Axes, patches: Array, picture: Array | None, scale: ScalarMappa
         ax.imshow(patches, cmap=scale.cmap, vmin=low, vmax=top, extent=extent, interpolation=blend, origin="upper")
     else:
         blended = blend_over(patches, picture, scale, look)
-        ax.imshow(blended, extent=extent, interpolation="nearest", origin="upper")
+        image = ax.imshow(blended, extent=extent, interpolation="nearest", origin="upper")
+        image.set(cmap=scale.cmap, norm=scale.norm)  # for a colour bar of the user's own: these are colours already
     ax.set_xticks([])
     ax.set_yticks([])
     if np.isnan(patches).any():
@@ -95,12 +107,12 @@ def spread(patches: Any, size: tuple[int, int], smooth: bool = False) -> Any:
     return down.T @ patches @ across
 
 
-def frame_patch(ax: Axes, grid: Grid, token: int | None, size: tuple[int, int]) -> None:
+def frame_patch(ax: Axes, layout: Layout, token: int | None, size: tuple[int, int]) -> None:
     """Draw a frame round a token, where it is a patch, on a picture of (height, width)."""
-    place = None if token is None else grid.place(token)
-    if place is not None:
-        high, wide = size[0] / grid.rows, size[1] / grid.columns
-        _frame(ax, (place[1] * wide, place[0] * high), (wide, high))
+    rows, columns = layout.sheet.shape
+    high, wide = size[0] / rows, size[1] / columns
+    for row, column in np.argwhere(layout.sheet == (-2 if token is None else token)):
+        _frame(ax, (column * wide, row * high), (wide, high))
 
 
 def _frame(ax: Axes, corner: tuple[float, float], size: tuple[float, float]) -> None:
@@ -111,10 +123,10 @@ def _frame(ax: Axes, corner: tuple[float, float], size: tuple[float, float]) -> 
         ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=width, zorder=3))
 
 
-def _draw_swatches(ax: Axes, weights: Array, grid: Grid, scale: ScalarMappable, framed: int | None) -> None:
-    """Draw each prefix token's weight as a square below the picture, on the patches' scale, and write the number."""
+def _draw_swatches(ax: Axes, weights: Array, names: list[str], scale: ScalarMappable, framed: int | None) -> None:
+    """Draw each special token's weight as a square below the picture, on the patches' scale, and write the number."""
     count = len(weights)
-    strip = ax.inset_axes((0.0, -0.08, min(1.0, 0.14 * count), 0.05))
+    strip = ax.inset_axes((0.0, -0.08, min(1.0, 0.2 * count), 0.05))
     low, high = scale.get_clim()
     strip.imshow(
         weights[None],
@@ -127,10 +139,10 @@ def _draw_swatches(ax: Axes, weights: Array, grid: Grid, scale: ScalarMappable, 
         origin="upper",
     )
     strip.set_yticks([])
-    labels = [f"{name}\n{weight:.2g}" for name, weight in zip(grid.prefix, weights, strict=True)]
-    strip.set_xticks(np.arange(count) + 0.5, labels, fontsize=8, parse_math=False)
+    labels = [f"{name}\n{weight:.2g}" for name, weight in zip(names, weights, strict=True)]
+    strip.set_xticks(np.arange(count) + 0.5, labels, fontsize=8 if count < 6 else 6, parse_math=False)
     strip.tick_params(length=0)
-    if framed is not None and framed < count:
+    if framed is not None:
         _frame(strip, (framed, 0), (1, 1))
 
 
@@ -148,3 +160,45 @@ def _hatch(ax: Axes, blank: npt.NDArray[np.bool_], has_picture: bool, size: tupl
     whole = Path.make_compound_path(*runs)
     colour = (1, 1, 1, 0.35) if has_picture else "0.75"
     ax.add_patch(PathPatch(whole, facecolor="none", edgecolor=colour, hatch="//", linewidth=0))
+
+
+def panels_over_picture(
+    maps: list[Array],
+    names: list[str],
+    layout: Layout,
+    picture: Array | None,
+    look: Look,
+    *,
+    keys: int,
+    share: bool,
+    columns: int,
+    framed: int | None,
+) -> Figure:
+    """A panel for each row of weights (tokens,), over the picture, with a frame round one token.
+
+    `keys` is how many tokens the weights are shared among. Shared scales end at the 99.5th percentile: one patch in one
+    panel must not leave the others dark.
+    """
+    sheets = [layout.spread(row) for row in maps]
+    size = sheet_size(layout, picture)
+    width, height = panel_size(size, 2.0)
+    has_bars = look.cbar and not share
+    figure, axes = panels(len(sheets), columns, (width + (0.7 if has_bars else 0.0), height + 0.25))
+    whole = np.stack(sheets)
+    tops = [
+        look.vmax
+        if look.vmax is not None
+        else row_top(whole if share else sheet, keys, look.vmin, 99.5 if share else 100)
+        for sheet in sheets
+    ]
+    scales = [look.scale(top) for top in tops]
+    is_cut = [exceeds(sheet, top) for sheet, top in zip(sheets, tops, strict=True)]
+    for number, ax in enumerate(axes):
+        lay_over(ax, sheets[number], picture, scales[number], look)
+        frame_patch(ax, layout, framed, size)
+        ax.set_title(names[number])
+        if has_bars:
+            colour_bar(figure, scales[number], ax, is_cut[number])
+    if look.cbar and share:
+        colour_bar(figure, scales[0], axes, any(is_cut))
+    return figure

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from ..places import Grid, Patches, Size, Window, grid_of, picture_of, read_window, whole_grid, word_index
+from ..layout import Layout, Patches, Size, layout_of, picture_of
 from ..reading import Array, Reduction, as_numbers
 from .canvas import LABEL, axes_of, lay_out, panel_size, panels, write_title
-from .look import Blend, Colours, Keywords, OverPicture, Scale
-from .over_picture import draw_row, figure_size, spread
-from .selection import Choice, Selection, head_words, read_layers, select, token_axes
+from .look import Blend, Colours, Keywords, Look, OverPicture, Scale
+from .over_picture import draw_row, figure_size, sheet_size, spread
+from .selection import Choice, Row, head_words, read_layers, select_mean_row, select_row, token_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,11 +40,11 @@ def query(
     maps: Any,
     image: Any = None,
     *,
-    query: int | tuple[int, int] | str,
+    query: int | tuple[int, ...] | str,
     query_tokens: Sequence[str] | None = None,
     layer: Choice | None = -1,
     head: Choice | None = "mean",
-    batch: Choice = 0,
+    batch: Choice | None = None,
     window: Size | None = None,
     shift: Size = 0,
     ax: Axes | None = None,
@@ -56,17 +56,23 @@ def query(
     >>> query(maps, np.zeros((56, 56, 3)), query=(2, 1)).get_title()
     'query: patch (2, 1), layer 11, mean of 6 heads'
 
+    Where the patches lie, maps that `attention` records know. Of other maps the keywords say it, or the picture, where
+    only one grid makes square patches on it; without a picture the patches must form a square.
+
     Args:
         maps, layer, head, batch, ax, cmap, vmin, cbar, title: as in `head`; by default the mean of the last layer's
             heads.
-        image: the picture that the patches cover: an array, a tensor or a PIL image; None: the weights alone.
-        query: a patch as (row, column), or a token's index, prefix tokens included; with `query_tokens` also a word.
+        image: the picture that the patches cover: an array, a tensor or a PIL image, or the frames of a video; None:
+            the weights alone. It is the picture as the model saw it, at any size: a warning says where it has other
+            proportions.
+        query: a patch as (row, column), of a video as (frame, row, column); or a token's index, prefix tokens included;
+            or a word or a name, such as "CLS", where these are known.
         query_tokens: the words of the queries, where the queries are a text's and only the keys are patches.
         window, shift: for Swin's layers, whose maps are (batch x windows, heads, window x window, window x window): the
             sides of a window and of its shift in patches, one number or (rows, columns). `query` is a patch and `grid`
             the whole grid; keys outside the window are hatched. Every second block has a shift, of half a window.
-        grid: (rows, columns) of patches. You can leave it out where you pass `patch_size`, or where the patches form a
-            square.
+        layout: what the tokens are, a `visualizer.Layout`, in place of the five below.
+        grid: (rows, columns) of patches.
         image_size, patch_size: in pixels, one number or (height, width); image_size=None: the picture's own.
         prefix_tokens: the number of tokens before the patches, or their names; None: as many as the grid leaves over.
             Each has a swatch below the picture, on the patches' scale, with its weight.
@@ -76,39 +82,29 @@ def query(
         vmax: None: the largest weight of a patch, but no less than 4 / number of keys, so that a row that attends to
             everything alike does not look like one that attends to something.
 
-    Raises what `head` raises, and ValueError where grid, picture and tokens do not fit together.
+    Raises what `head` raises, and ValueError where grid, picture and tokens do not fit together; the message lists the
+    grids that would.
     """
-    look = _OPTIONS.look(options)
-    layers, picture = read_layers(maps), picture_of(image)
-    queries, keys = token_axes(layers, layer)
-    word = None
-    if window is not None:
-        if isinstance(layer, str) or isinstance(batch, str):
-            raise ValueError(
-                f"layer={layer!r}, batch={batch!r}: with window=, pass the index of one layer and one image"
-            )
-        grid = whole_grid(options, picture)
-        patch = grid.patch(query)
-        token, is_key = patch[0] * grid.columns + patch[1], True
-        place = read_window(patch, grid, keys, window, shift)
-        chosen = _select_in_window(layers, layer, head, batch, place, grid)
-    else:
-        grid = grid_of(keys, options, picture)
-        if query_tokens is not None:
-            if isinstance(query_tokens, str) or len(query_tokens) != queries:
-                raise ValueError(
-                    f"query_tokens are the words of the {queries} queries, a list: got {query_tokens!r:.80}"
-                )
-            query = word_index(query, query_tokens) if isinstance(query, str) else query
-        token = grid.token(query, queries, keys)
-        word = None if query_tokens is None else repr(query_tokens[token])
-        is_key = word is None and queries == keys
-        chosen = select(layers, layer=layer, batch=batch, head=head, query=token)
-    row = chosen.weights[0]
-    _check_row(row, token)
-    ax = draw_row(row, grid, picture, look, ax=ax, framed=token if is_key else None)
-    name = word or (grid.name(token) if is_key else f"token {token}")
-    write_title(ax, look.title, ", ".join(part for part in (f"query: {name}", chosen.label) if part))
+    look, picture = _OPTIONS.look(options), picture_of(image)
+    row = select_row(
+        maps,
+        query,
+        picture,
+        options,
+        layer=layer,
+        batch=batch,
+        head=head,
+        query_tokens=query_tokens,
+        window=window,
+        shift=shift,
+    )
+    return _draw(row, picture, look, ax)
+
+
+def _draw(row: Row, picture: Array | None, look: Look, ax: Axes | None) -> Axes:
+    """Draw what a query attends to; the title says what the query is."""
+    ax = draw_row(row.weights, row.layout, row.layout.on(picture), look, ax=ax, framed=row.framed)
+    write_title(ax, look.title, ", ".join(part for part in (f"query: {row.name}", row.label) if part))
     return ax
 
 
@@ -120,7 +116,7 @@ def class_token(
     token: int = 0,
     layer: Choice | None = -1,
     head: Choice | None = "mean",
-    batch: Choice = 0,
+    batch: Choice | None = None,
     ax: Axes | None = None,
     **options: Unpack[OverPicture],
 ) -> Axes:
@@ -130,17 +126,27 @@ def class_token(
     >>> class_token(maps, np.zeros((56, 56, 3))).get_title()
     'query: CLS, layer 11, mean of 6 heads'
 
+    Of a model that is known to have no class token, such as a Swin, it is what all patches attend to in the mean: its
+    output is the mean of all patches.
+
     `token` is the class token's index, 0 in nearly every model. The other arguments, and what is raised, as in `query`.
     """
-    layers, picture = read_layers(maps), picture_of(image)
-    queries, keys = token_axes(layers, layer)
-    grid = grid_of(keys, options, picture)
-    if grid.place(grid.token(token, queries, keys)) is not None:
-        raise ValueError(
-            f"token {token} of {keys} is a patch of the {grid.rows} x {grid.columns} grid: these maps have no class "
-            "token there. Use plot.query for a patch, or say by prefix_tokens= how many tokens come before the patches"
-        )
-    return query(layers, picture, query=token, layer=layer, head=head, batch=batch, ax=ax, **options)
+    layers, picture = read_layers(maps, batch), picture_of(image)
+    axes = token_axes(layers, layer, batch or 0)
+    layout = layout_of(axes.keys, options, picture, axes.layout)
+    is_known = axes.layout is not None or options.get("layout") is not None
+    if axes.is_self or not is_known:
+        is_patch = layout.windows is not None or layout.place(layout.token(token)) is not None
+        if is_known and token == 0 and (is_patch or layout.name(0).startswith("REG")):
+            row = select_mean_row(layers, layout, layer=layer, batch=batch or 0, head=head)
+            return _draw(row, picture, _OPTIONS.look(options), ax)
+        if is_patch:
+            raise ValueError(
+                f"token {token} of {axes.keys} is a patch, as the tokens are {layout}: these maps have no class token "
+                "there. Use plot.query for a patch, or say by prefix_tokens= how many tokens come before the "
+                "patches"
+            )
+    return query(layers, picture, query=token, layer=layer, head=head, batch=batch or 0, ax=ax, **options)
 
 
 @_ROLLOUT.show
@@ -148,11 +154,11 @@ def rollout(
     maps: Any,
     image: Any = None,
     *,
-    query: int | tuple[int, int] = 0,
+    query: int | tuple[int, ...] | str | None = None,
     heads: Reduction = "mean",
     residual: float = 0.5,
     discard: float = 0.0,
-    batch: int = 0,
+    batch: int | None = None,
     **options: Unpack[_Beside],
 ) -> Figure:
     """The picture, what the last layer's class token attends to, and its rollout through all layers, side by side.
@@ -165,8 +171,9 @@ def rollout(
 
     Args:
         maps: the layers from the first to the last, as in `head`, with one number of tokens.
-        image, grid, image_size, patch_size, prefix_tokens, style, smooth, cmap, cbar: as in `query`.
-        query: 0: the class token; or another token's index, or a patch (row, column).
+        image, layout, grid, image_size, patch_size, prefix_tokens, style, smooth, cmap, cbar: as in `query`.
+        query: as in `query`; None: the class token, or what all patches attend to in the mean where the model is known
+            to have none.
         heads, residual, discard: as in `analysis.rollout`; `heads` reduces the last layer too.
         batch: the index of one image.
         title: above all panels; None: the query.
@@ -178,27 +185,36 @@ def rollout(
     look = _ROLLOUT.look(options)
     if isinstance(batch, str):
         raise TypeError(f"batch={batch!r}: pass the index of one image")
-    layers, picture = read_layers(maps), picture_of(image)
-    queries, keys = token_axes(layers, -1)
-    grid = grid_of(keys, options, picture)
-    token = grid.token(query, queries, keys)
-    last = select(layers, layer=-1, batch=batch, head=heads, query=token).weights[0]
-    rolled = analysis.rollout(layers, query=token, heads=heads, residual=residual, discard=discard)
-    rolled = as_numbers(rolled)[batch]
+    layers, picture = read_layers(maps, batch), picture_of(image)
+    batch = batch or 0
+    while len(layers) > 1 and getattr(layers[-1], "kind", None) == "cross":
+        layers.pop()  # a head that pools the patches, behind the layers
+    axes = token_axes(layers, -1, batch)
+    layout = layout_of(axes.keys, options, picture, axes.layout)
+    if query is None and axes.layout is not None and layout.windows is None and layout.first_patch == 0:
+        row = select_mean_row(layers, layout, layer=-1, batch=batch, head=heads)
+        tokens: Any = list(range(layout.count))
+    else:
+        row = select_row(layers, query or 0, picture, options, layer=-1, batch=batch, head=heads)
+        tokens = row.framed
+    rolled = as_numbers(analysis.rollout(layers, query=tokens, heads=heads, residual=residual, discard=discard))[batch]
+    rolled = rolled.mean(0) if rolled.ndim == 2 else rolled
 
-    width, height = panel_size(grid.size(picture), 3.2)
+    behind = layout.on(picture)
+    width, height = panel_size(sheet_size(layout, behind), 3.2)
     count = 2 + (picture is not None)
-    figure, axes = panels(count, count, (width + 0.5 * look.cbar, height + 0.6))
-    if picture is not None:
-        axes[0].imshow(picture, interpolation="nearest", origin="upper")
-        axes[0].set(title="picture", xticks=[], yticks=[])
+    figure, axes_drawn = panels(count, count, (width + 0.5 * look.cbar, height + 0.6))
+    if behind is not None:
+        axes_drawn[0].imshow(behind, interpolation="nearest", origin="upper")
+        axes_drawn[0].set(title="picture", xticks=[], yticks=[])
     source = ", ".join(filter(None, (f"layer {len(layers) - 1}", head_words(layers[-1], heads))))
     titles = (source, f"rollout of {len(layers)} layers")
-    for ax, row, text, label in zip(axes[-2:], (last, rolled), titles, (LABEL, "rollout"), strict=True):
-        _check_row(row, token)
-        draw_row(row, grid, picture, look, ax=ax, framed=token, label=label)
+    for ax, weights, text, label in zip(
+        axes_drawn[-2:], (row.weights, rolled), titles, (LABEL, "rollout"), strict=True
+    ):
+        draw_row(weights, layout, behind, look, ax=ax, framed=row.framed, label=label)
         ax.set_title(text)
-    write_title(figure, look.title, f"query: {grid.name(token)}")
+    write_title(figure, look.title, f"query: {row.name}")
     lay_out(figure)
     return figure
 
@@ -208,6 +224,7 @@ def overlay(
     weights: Any,
     image: Any = None,
     *,
+    layout: Layout | None = None,
     grid: tuple[int, int] | None = None,
     prefix_tokens: int | Sequence[str] | None = None,
     ax: Axes | None = None,
@@ -221,8 +238,8 @@ def overlay(
     1
 
     Args:
-        weights: (rows, columns) of patches, or (tokens,), with `grid` and `prefix_tokens` as in `query`. NaN is
-            hatched.
+        weights: (rows, columns) of patches, or (tokens,), with `layout`, `grid` and `prefix_tokens` as in `query`;
+            `maps.layout` is that of recorded maps. NaN is hatched.
         image, ax, style, smooth, cmap, cbar: as in `query`.
         label: the words at the colour bar.
         vmin, vmax: the ends of the colour scale; vmax=None: the largest weight of a patch.
@@ -237,13 +254,13 @@ def overlay(
     values = as_numbers(weights, "weights")
     if _is_mask(weights):
         raise TypeError("weights is a mask of True and False: plot.highlight draws it")
-    row, place = _on_grid(values, "weights", grid, prefix_tokens)
+    row, place = _on_grid(values, "weights", {"layout": layout, "grid": grid, "prefix_tokens": prefix_tokens}, picture)
     if np.isinf(row).any() or np.isnan(row).all():
         raise ValueError("weights holds infinite values, or nothing but NaN: there is no colour for these")
     if look.vmax is None:
-        largest, lowest = float(np.max(np.nan_to_num(place.patches(row)))), look.vmin or 0.0
+        largest, lowest = float(np.max(np.nan_to_num(place.spread(row)))), look.vmin or 0.0
         look = replace(look, vmax=largest if largest > lowest else lowest + 1)
-    ax = draw_row(row, place, picture, look, ax=ax, label=label)
+    ax = draw_row(row, place, place.on(picture), look, ax=ax, label=label)
     write_title(ax, look.title)
     return ax
 
@@ -252,6 +269,7 @@ def highlight(
     mask: Any,
     image: Any = None,
     *,
+    layout: Layout | None = None,
     grid: tuple[int, int] | None = None,
     ax: Axes | None = None,
     title: str | None = None,
@@ -263,8 +281,8 @@ def highlight(
     16
 
     Args:
-        mask: True where a patch is chosen, (rows, columns), or (patches,) with `grid` as in `query`; for example what
-            `analysis.mass_mask` gives.
+        mask: True where a patch is chosen, (rows, columns), or (patches,) with `grid` as in `query`, or (tokens,) with
+            `layout`; for example what `analysis.mass_mask` gives.
         image: the picture that the patches cover; None: the mask alone.
         ax, title: as in `overlay`.
 
@@ -280,43 +298,21 @@ def highlight(
             "analysis.mass_mask(weights), or weights > threshold"
         )
     picture = picture_of(image)
-    values, place = _on_grid(as_numbers(mask, "mask"), "mask", grid, 0)
-    chosen = place.patches(values) > 0
-    high, wide = place.size(picture)
+    where: Patches = {"grid": grid, "prefix_tokens": 0} if layout is None else {"layout": layout, "grid": grid}
+    values, place = _on_grid(as_numbers(mask, "mask"), "mask", where, picture)
+    picture = place.on(picture)
+    chosen = place.spread(values) > 0
+    high, wide = sheet_size(place, picture)
     ax = axes_of(ax, figure_size(high, wide))
     lit = np.full((*chosen.shape, 3), 0.8) if picture is None else picture
     inside = spread(chosen, (high, wide))[..., None]
     ax.imshow(np.where(inside, lit, 0.3 * lit), extent=(0, wide, high, 0), interpolation="nearest", origin="upper")
     ax.set(xticks=[], yticks=[])
-    lines = _outline(chosen) * np.array([wide / place.columns, high / place.rows])
+    lines = _outline(chosen) * np.array([wide / chosen.shape[1], high / chosen.shape[0]])
     for colour, width in (("black", 3.0), ("white", 1.2)):
         ax.add_collection(LineCollection(list(lines), colors=colour, linewidths=width, capstyle="round"), autolim=False)
     write_title(ax, title)
     return ax
-
-
-def _check_row(row: Array, token: int) -> None:
-    if np.isnan(row).all():
-        raise ValueError(
-            f"the row of query {token} holds nothing but NaN: there is nothing to draw (is it fully masked?)"
-        )
-
-
-def _select_in_window(
-    layers: list[Any], layer: int | None, head: Choice | None, batch: int, window: Window, grid: Grid
-) -> Selection:
-    """What the query attends to in its window, as one row over the whole grid."""
-    maps = layers[layer or 0]
-    images, left = divmod(int(maps.shape[0]), window.count)
-    if left or not -images <= batch < images:
-        raise ValueError(
-            f"maps of {images * window.count + left} windows, shape {tuple(maps.shape)}, and {window.count} windows an "
-            f"image of {grid.rows} x {grid.columns} patches: "
-            + (f"batch={batch} is not among its {images} images" if not left else "the grid= does not fit this layer")
-        )
-    number = batch % images * window.count + window.number
-    chosen = select(layers, layer=layer, batch=number, head=head, query=window.token)
-    return replace(chosen, weights=window.spread(chosen.weights[0], grid)[None])
 
 
 def _is_mask(value: Any) -> bool:
@@ -326,13 +322,12 @@ def _is_mask(value: Any) -> bool:
     return str(value.dtype).removeprefix("torch.") == "bool"
 
 
-def _on_grid(
-    values: Array, name: str, grid: tuple[int, int] | None, prefix_tokens: int | Sequence[str] | None
-) -> tuple[Array, Grid]:
-    """The values as one row of tokens, and the grid on which these lie."""
+def _on_grid(values: Array, name: str, where: Patches, picture: Array | None) -> tuple[Array, Layout]:
+    """The values as one row of tokens, and the layout of these."""
+    grid, prefix_tokens = where.get("grid"), where.get("prefix_tokens")
     if values.ndim == 1 and len(values):
-        return values, grid_of(len(values), {"grid": grid, "prefix_tokens": prefix_tokens})
-    fits = values.ndim == 2 and 0 not in values.shape
+        return values, layout_of(len(values), where, picture)
+    fits = values.ndim == 2 and 0 not in values.shape and where.get("layout") is None
     if not fits or grid not in (None, values.shape) or (len(values) == 1 and grid is None and values.shape[1] > 1):
         raise ValueError(
             f"{name} has shape {values.shape}"
@@ -342,8 +337,7 @@ def _on_grid(
         )
     if prefix_tokens not in (None, 0):
         raise ValueError(f"prefix_tokens={prefix_tokens!r}, but {name} of shape {values.shape} has patches only")
-    rows, columns = values.shape
-    return values.ravel(), Grid(rows, columns)
+    return values.ravel(), Layout.picture(values.shape)
 
 
 def _outline(chosen: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from ..places import grid_of
+from ..layout import layout_of
 from ..reading import Array, as_numbers
 from .canvas import axes_of, colour_bar, full_rows, label_ticks, mosaic, panel_size, panels, write_title
 from .look import Colours, Keywords, Scale, exceeds
@@ -45,14 +45,20 @@ def distance(distances: Any, *, unit: str = "pixels", ax: Axes | None = None, ti
     Args:
         distances: the result of `analysis.attention_distance`, (layers, heads) or (layers, batch, heads); the mean over
             the images is drawn. Or a list with an array (heads,) or (batch, heads) for each layer; layers may differ in
-            their number of heads. Heads without a distance (NaN) have no dot.
-        unit: the unit of the distances: "pixels" if `attention_distance` had the `patch_size`, else "patches".
+            their number of heads. Heads without a distance (NaN) have no dot. Or what `statistics.collect` gives with
+            `Distance` in it.
+        unit: of distances that are numbers alone: "pixels" if `attention_distance` had `patch_size`, else "patches".
         ax: the axes to draw on; None: a new figure.
         title: None: no title.
 
     Raises:
         ValueError: another shape, or distances below zero.
     """
+    label = f"mean attention distance ({unit})"
+    if hasattr(distances, "labels") and "distance" in distances:
+        label, distances = distances.labels["distance"], distances["distance"]
+    if isinstance(getattr(distances, "mean", None), np.ndarray):  # moments
+        distances = distances.mean
     if len(getattr(distances, "shape", (0, 0))) not in (2, 3):
         raise ValueError(
             f"distances has shape {tuple(distances.shape)}; expected (layers, heads) or (layers, batch, heads): give "
@@ -71,7 +77,7 @@ def distance(distances: Any, *, unit: str = "pixels", ax: Axes | None = None, ti
     known = every[np.isfinite(every)]
     if not known.size or known.min() < 0:
         raise ValueError("distances are numbers from 0, and these are " + ("below" if known.size else "all NaN"))
-    ax = _dots(dots, f"mean attention distance ({unit})", ax)
+    ax = _dots(dots, label, ax)
     write_title(ax, title)
     return ax
 
@@ -251,8 +257,7 @@ def _blocks(name: Any, values: Any, grid: tuple[int, int] | None) -> list[Array]
     for number, one in enumerate(values):
         block = as_numbers(one, what)
         if block.ndim == 1 and block.size:
-            shape = grid_of(block.size, {"grid": grid, "prefix_tokens": 0})
-            block = block.reshape(shape.rows, shape.columns)
+            block = layout_of(block.size, {"grid": grid, "prefix_tokens": 0}).spread(block)
         if block.ndim != 2 or not block.size or (grid is not None and block.shape != tuple(grid)):
             raise ValueError(
                 f"{what} has shape {block.shape} for block {number}"

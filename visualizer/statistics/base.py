@@ -157,10 +157,11 @@ def measured(layer: AttentionMap, tokens: Tokens, statistics: Sequence[Statistic
                 return [empty_state(tuple(statistic.reduced(clean, tokens).shape[1:])) for statistic in statistics]
             if not has_numbers.all():
                 weights = clean.rows(slice(None))[has_numbers]
-                clean, tokens = AttentionMap(weights, path=layer.path, kind=layer.kind), tokens.of_images(has_numbers)
+                clean = AttentionMap(weights, path=layer.path, kind=layer.kind).described_as(layer)
+                tokens = tokens.of_images(has_numbers)
         layer = clean
     elif len(statistics) > 1 and math.prod(layer.shape) * layer.dtype.itemsize <= _SMALL:
-        layer = AttentionMap(layer.rows(slice(None)), path=layer.path, kind=layer.kind)
+        layer = AttentionMap(layer.rows(slice(None)), path=layer.path, kind=layer.kind).described_as(layer)
     return [statistic.reduced(layer, tokens) for statistic in statistics]
 
 

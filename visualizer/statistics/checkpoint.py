@@ -35,7 +35,7 @@ class Checkpoint:
         if self._folder.exists() and not self._folder.is_dir():
             raise NotADirectoryError(f"{str(self._folder)!r} is no folder: checkpoint= takes a folder, new or old")
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._folder / f"rank-{new.origin.rank}.safetensors"
+        self._file = self._folder / f"rank-{new.source.rank}.safetensors"
         found = _resumed(self._file, new) if self._file.exists() else new
         if not found.is_complete:
             self.write(found)  # if this cannot be done, it should fail now and not after hours
@@ -67,7 +67,7 @@ def _resumed(file: Path, new: Collected) -> Collected:
     if saved.kind != "statistics":
         raise ValueError(f"{file} is no checkpoint of statistics: choose another folder")
     found = Collected.from_saved(saved)
-    here, there = new.origin, found.origin
+    here, there = new.source, found.source
     compared = [
         ("statistics", new.settings, found.settings),
         ("a number of processes, each of which goes on with its own share,", here.ranks, there.ranks),
@@ -81,7 +81,7 @@ def _resumed(file: Path, new: Collected) -> Collected:
             raise ValueError(
                 f"{file} is of another run, with {what} {others}, where this one has {mine}: choose a new folder"
             )
-    found.origin = replace(here, runs=there.runs or here.runs)
+    found.source = replace(here, runs=there.runs or here.runs)
     for name, state in found.states.items():
         found.states[name] = state.to(new.states[name].device)
     return found

@@ -26,7 +26,7 @@ _FACTS = ("paths", "samples", "batches", "failed", "settings", "labels", "number
 
 
 @dataclass
-class Origin:
+class Source:
     """Where statistics come from: so that shares merge once each, and a checkpoint goes on with the same run."""
 
     runs: list[str] = field(default_factory=list)
@@ -62,16 +62,16 @@ class Collected(Recorded, Mapping[str, Moments]):
     """What a plot writes at the axis of each statistic."""
     number_names: dict[str, tuple[str, ...]]
     """What the numbers of a head are called, for statistics where each has a meaning of its own, such as `Patterns`."""
-    origin: Origin
+    source: Source
     is_complete: bool
     """Whether the run came to the end of its data."""
 
-    def __init__(self, statistics: Sequence[Statistic], origin: Origin | None = None) -> None:
+    def __init__(self, statistics: Sequence[Statistic], source: Source | None = None) -> None:
         self.states = {one.name: empty_state((0,) * (2 + one.axes)).to(one.moments.device) for one in statistics}
         self.settings = {one.name: one.settings for one in statistics}
         self.labels = {one.name: one.label for one in statistics}
         self.number_names = {one.name: one.number_names for one in statistics}
-        self.origin = origin or Origin()
+        self.source = source or Source()
         self.paths, self.samples, self.batches, self.failed = (), 0, 0, []
         self.is_complete, self.about = True, {}
 
@@ -143,7 +143,7 @@ class Collected(Recorded, Mapping[str, Moments]):
             Record(name, _VARIABLE, state.detach().cpu().numpy(), number, None, 0)
             for number, (name, state) in enumerate(self.states.items())
         ]
-        content = {name.replace("_", " "): getattr(self, name) for name in _FACTS} | {"part": asdict(self.origin)}
+        content = {name.replace("_", " "): getattr(self, name) for name in _FACTS} | {"part": asdict(self.source)}
         about = self.about if about is None else about
         return Saved("statistics", tuple(self), records, {"statistics": content, "about": about})
 
@@ -153,7 +153,7 @@ class Collected(Recorded, Mapping[str, Moments]):
         content = saved.about["statistics"]
         if "labels" not in content:
             content = {**content, **_described(content["settings"])}
-        found = Collected([], Origin(**content["part"]))
+        found = Collected([], Source(**content["part"]))
         found.states = {record.key: torch.from_numpy(np.array(record.value)) for record in saved.records}
         found.about = saved.about["about"]
         for name in _FACTS:
@@ -182,9 +182,9 @@ def merge(parts: Sequence[Collected]) -> Collected:
         ValueError: the parts are of different statistics or models, or hold the same run twice.
     """
     times_by_run: dict[tuple[int, Any], Counter[int]] = {}  # there may be several runs, and all as often
-    for origin in (part.origin for part in parts):
-        if origin.rank is not None:
-            times_by_run.setdefault((origin.ranks, origin.data), Counter())[origin.rank] += 1
+    for source in (part.source for part in parts):
+        if source.rank is not None:
+            times_by_run.setdefault((source.ranks, source.data), Counter())[source.rank] += 1
     for (ranks, _), times in times_by_run.items():
         missing = [str(rank) for rank in range(ranks) if times[rank] < max(times.values())]
         if missing:
@@ -205,12 +205,12 @@ def without_states(parts: Sequence[Collected]) -> Collected:
                 "these are of different statistics or models, which cannot be merged: "
                 f"{', '.join(first.settings)} of {few(first.paths)} and {', '.join(part.settings)} of {few(part.paths)}"
             )
-    if len({part.origin.model for part in parts if not part.origin.sharded} - {None}) > 1:
+    if len({part.source.model for part in parts if not part.source.sharded} - {None}) > 1:
         raise ValueError("these are of models with different weights, which cannot be merged")
-    runs = [run for part in parts for run in part.origin.runs]
+    runs = [run for part in parts for run in part.source.runs]
     if len({*runs}) < len(runs):
         raise ValueError("the same run is in several of these: they are copies, or parts beside their whole")
-    whole = Collected([], replace(first.origin, runs=runs, rank=first.origin.rank if len(parts) == 1 else None))
+    whole = Collected([], replace(first.source, runs=runs, rank=first.source.rank if len(parts) == 1 else None))
     whole.settings, whole.labels, whole.number_names = first.settings, first.labels, first.number_names
     whole.paths, whole.about = first.paths, first.about
     whole.samples, whole.batches = sum(part.samples for part in parts), sum(part.batches for part in parts)

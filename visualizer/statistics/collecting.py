@@ -18,7 +18,7 @@ from ..intercept import attention
 from ..store import NO_LIMIT
 from .base import Statistic, check_statistics, measured
 from .checkpoint import Checkpoint
-from .collected import Collected, Origin
+from .collected import Collected, Source
 from .heartbeat import Stopped
 from .processes import Batch, Processes
 from .tokens import Tokens, tokens_of_call
@@ -109,7 +109,7 @@ def collect(
     is_sharded, fingerprint, data = _is_sharded(model), _fingerprint(model), _size(batches)
     processes = Processes(timeout)
     is_in_step = is_sharded and processes.count > 1
-    found.origin = Origin([os.urandom(8).hex()], processes.rank, processes.count, fingerprint, data, is_in_step)
+    found.source = Source([os.urandom(8).hex()], processes.rank, processes.count, fingerprint, data, is_in_step)
     found.is_complete = False
 
     def begin() -> tuple[bool, Any, Any]:

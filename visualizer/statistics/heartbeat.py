@@ -178,6 +178,8 @@ class Heartbeat:
             raise Failed(f"there are no statistics of all processes: {'; '.join(troubles)}")
         never = [rank for rank, other in absent.items() if not other.sign.beats and other.idle > self._timeout]
         dead = [rank for rank, other in others.items() if other.sign.beats and other.quiet > self._patience]
+        if unanswered > 3 * self._pause:  # without the store all are silent, whether they live or not
+            dead = []
         # A dead process does no batch either. It is told from one that hangs by its silence, a little later.
         lively = {rank: other for rank, other in absent.items() if other.sign.beats and other.quiet < 3 * self._pause}
         stuck = [rank for rank, other in lively.items() if other.idle > self._timeout]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..analysis import patterns, rows
 from ..analysis.layers import check_heads, fused
+from ..layout import Patches
 from ..maps import AttentionMap
 from ..reading import Reduction
 from .base import Statistic
@@ -56,7 +57,8 @@ class Distance(Statistic):
 
     def of(self, layer: AttentionMap, tokens: Tokens) -> Tensor:
         """(batch, heads), in the unit of `patch_size`."""
-        return rows.distance_of(layer, self.grid, self.patch_size, self.prefix_tokens, self.renormalise)
+        where: Patches = {"grid": self.grid, "prefix_tokens": self.prefix_tokens}
+        return rows.distance_of(layer, where, self.patch_size, self.renormalise)
 
 
 class Entropy(Statistic):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..analysis.layers import real_tokens
 from ..intercept import Maps
 from ..maps import AttentionMap
 
@@ -27,11 +28,13 @@ class Tokens:
 
     def queries(self, layer: AttentionMap) -> Tensor | None:
         """Which queries are not padding, (batch, queries) as bool; None where nothing is known."""
-        return _is_real(self.mask, layer.shape[2])
+        real = _is_real(self.mask, layer.shape[2])
+        return real_tokens(layer.query_layout, layer.shape[0], layer.shape[2]) if real is None else real
 
     def keys(self, layer: AttentionMap) -> Tensor | None:
         """Which keys are not padding, (batch, keys) as bool; None where nothing is known."""
-        return _is_real(self.key_mask if layer.kind == "cross" else self.mask, layer.shape[3])
+        real = _is_real(self.key_mask if layer.kind == "cross" else self.mask, layer.shape[3])
+        return real_tokens(layer.layout, layer.shape[0], layer.shape[3]) if real is None else real
 
     def of_images(self, chosen: Tensor) -> Tokens:
         """The tokens of some images or texts, by a bool for each of the batch."""

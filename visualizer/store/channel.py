@@ -48,29 +48,31 @@ def receive(key: str, value: Any) -> None:
     if _keeping and get_ident() in _keeping:
         return
     try:
-        thread = get_ident()
-        if channel.thread == thread:
+        append = channel.append
+        if append is not None and channel.thread == get_ident():
             cls = type(value)  # compared by identity, because a class may have its own __eq__ or __hash__
-            if cls is float or (cls is int and -LARGEST < value < LARGEST):
-                kept, size = value, NUMBER_BYTES
-            elif cls is channel.array and value.dtype is channel.dtype:
+            if cls is channel.array and value.dtype is channel.dtype:
                 kept = value.copy()
                 size = kept.nbytes + SMALL_ARRAY
+            elif cls is float or (cls is int and -LARGEST < value < LARGEST):
+                kept, size = value, NUMBER_BYTES
             else:
+                append = None
                 channel.deliver(value)
                 return
             purse = channel.purse
             left = purse.left - size
-            if left >= 0 and channel.thread == thread:  # see `Store`: nothing comes between here and the append
+            if left >= 0 and channel.append is append:  # see `Store`: nothing comes between here and the append
                 purse.left = left
-                channel.append(kept)
+                append(kept)
                 return
+        append = None  # it refers to the list, which the store would take for one that a user holds
         channel.deliver(value)
     except RecursionError:  # our own call must not make the user's function hit the recursion limit
         skipped = channel.store.skipped_near_recursion_limit
         skipped[channel] = skipped.get(channel, 0) + 1
     except Exception as error:
-        if not channel.absorb(error):
+        if not channel.survives(error):
             raise
 
 
@@ -146,7 +148,9 @@ class Channel:
         owner: str | None = None,
         path_of: Callable[[Any], str | None] | None = None,
     ) -> None:
-        self.store, self.names, self.at, self.keep = store, names, at, keep
+        self.store, self.names, self.at, self.own_keep = store, names, at, keep
+        self.keep: Keep = "numpy" if keep is None else keep
+        """What is kept of a value: `own_keep`, or for None what the last `connect` was given."""
         self.site = site
         """The key that the rewritten code passes to the hook: unique in the process."""
         self.key_of = key
@@ -159,10 +163,10 @@ class Channel:
         """The original code of the function, for messages."""
         self.made: tuple[CodeType, tuple[str, ...], CodeType] | None = None
         """The last rewriting that had this channel as its last: the original code, the sites, and the result."""
+        self.append: Callable[[Any], None] | None = None
+        """Appends to the list directly, for one thread; None while nobody may. The store alone opens and closes."""
         self.thread = 0
-        """The thread that may append to its list directly now, or 0; the store alone opens and closes."""
-        self.append: Callable[[Any], None] = _ignore
-        """Appends to the list, for that thread."""
+        """That thread."""
         self.purse = Purse(0)
         """How many bytes it may append."""
         self.array: type | None = None
@@ -170,23 +174,17 @@ class Channel:
         """The class and the type of the last array, if all that is kept of it is a copy."""
         self.deliver: Callable[[Any], None] = _ignore
         """Convert and file what the rewritten code delivers."""
-        self._keep: Keep = "numpy"
         self._convert: Callable[[Any, list[Any]], Any] = lambda value, copies: value
         self._quick: Quick = quick_keeper("numpy")
         self._frames: dict[int, tuple[Call, str | None]] = {}
         self._warned: set[str] = set()
         self._unreal: set[str] = set()
 
-    @property
-    def mode(self) -> Keep:
-        """What is kept of a value, as the last `connect` set it."""
-        return self._keep
-
     def connect(self, default: Keep) -> None:
         """Receive what the rewritten code delivers from now on; `default` is for a channel without its own `keep`."""
-        self._keep = default if self.keep is None else self.keep
+        self.keep = default if self.own_keep is None else self.own_keep
         self.array = self.dtype = None
-        self._convert, self._quick = keeper(self._keep, self._tell_shared), quick_keeper(self._keep)
+        self._convert, self._quick = keeper(self.keep, self._tell_shared), quick_keeper(self.keep)
         if _listening.get(self.site) is not self:
             self._frames.clear()  # their calls went on, or ended, without a listener
         self.deliver = self._assignments() if self.at == "assign" else self._returns()
@@ -210,7 +208,9 @@ class Channel:
         if self.store.is_full:
             return
         copies: list[Any] = []
-        kept = [self._kept(name, value, copies, path) for name, value in zip(self.names, values, strict=True)]
+        kept = [
+            self._converted_or_told(name, value, copies, path) for name, value in zip(self.names, values, strict=True)
+        ]
         light = not copies and all(map(is_light, kept))
         self.store.put(Put(self, kept, get_ident(), module=path, copies=copies, is_light=light))
 
@@ -223,7 +223,7 @@ class Channel:
             self._unreal.add(name)
             self.store.warn_in_call(f"{name!r} of {self.place()} {reason}: such calls are not recorded.")
 
-    def absorb(self, error: Exception) -> bool:
+    def survives(self, error: Exception) -> bool:
         """Take note of an error in recording; False where it is for the program to see."""
         if _raised.pop(get_ident(), None) is error or _is_of_signal_handler(error):
             return False
@@ -236,7 +236,7 @@ class Channel:
     def _returns(self) -> Callable[[Any], None]:
         accept, path_of, quick, store = self.accept, self.path_of, self._quick, self.store
 
-        is_copied = self._keep in ("numpy", "tensor")
+        is_copied = self.keep in ("numpy", "tensor")
 
         def deliver_one(value: Any) -> None:
             kept, size = quick(value)
@@ -246,11 +246,12 @@ class Channel:
             if is_copied and is_array(value):
                 self.array, self.dtype = type(value), value.dtype
             thread, purse = get_ident(), self.purse
-            left = purse.left - size
-            if left >= 0 and self.thread == thread:  # see `Store`: nothing comes between here and the append
+            left, append = purse.left - size, self.append
+            if left >= 0 and append is not None and self.thread == thread:  # see `Store`
                 purse.left = left
-                self.append(kept)
+                append(kept)
             else:
+                append = None
                 store.put(Put(self, (kept,), thread, is_light=is_light(kept), may_append=True))
 
         def deliver_all(values: tuple[Any, ...]) -> None:
@@ -291,36 +292,36 @@ class Channel:
                 else:
                     return  # the call of another object, or one whose object is not known
                 copies: list[Any] = []
-                kept = self._guarded(name, value, copies, path)
+                kept = self._converted(name, value, copies, path)
                 light = not copies and is_light(kept)
                 store.put(Put(self, (name, kept), get_ident(), call, line, path, copies, light))
 
         return deliver
 
-    def _kept(self, name: str, value: Any, copies: list[Any], path: str | None) -> Any:
+    def _converted_or_told(self, name: str, value: Any, copies: list[Any], path: str | None) -> Any:
         if value is None or value is receive:
             self._report_missing(name, value, path)
             return value
-        return self._guarded(name, value, copies, path)
+        return self._converted(name, value, copies, path)
 
-    def _guarded(self, name: str, value: Any, copies: list[Any], path: str | None) -> Any:
+    def _converted(self, name: str, value: Any, copies: list[Any], path: str | None) -> Any:
         """What is kept of a variable's value; where it cannot be kept, `receive`, which stands for nothing.
 
         An error of a `keep` function is raised, with the variable and its function named, and remembered.
         """
-        if self._keep != "graph" and _is_traced(value):
+        if self.keep != "graph" and _is_traced(value):
             # torch.jit.trace has real numbers, and our copies are not for its graph.
             core = sys.modules["torch"]._C
             tracing = core._get_tracing_state()
             core._set_tracing_state(None)
             try:
-                return self._guarded(name, value, copies, path)
+                return self._converted(name, value, copies, path)
             finally:
                 core._set_tracing_state(tracing)
-        if self._keep != "graph" and (reason := why_unreal(value)) is not None:
+        if self.keep != "graph" and (reason := why_unreal(value)) is not None:
             self.pass_over(name, reason)
             return receive
-        thread = get_ident() if runs_foreign_code(self._keep, value) else None
+        thread = get_ident() if runs_foreign_code(self.keep, value) else None
         try:
             if thread is not None:
                 _keeping.add(thread)
@@ -328,9 +329,9 @@ class Channel:
         except RecursionError:
             raise
         except Exception as error:
-            if callable(self._keep):
+            if callable(self.keep):
                 with suppress(Exception):  # the class of the error may take no notes
-                    error.add_note(f"while keeping {name!r} of {self.place()} with keep={shown(repr, self._keep)}")
+                    error.add_note(f"while keeping {name!r} of {self.place()} with keep={shown(repr, self.keep)}")
                 self.store.fail(error)
                 _raised[get_ident()] = error
                 raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count, islice
 from operator import is_
 from typing import Any, Protocol
@@ -28,8 +28,8 @@ class Express(Protocol):
     """The part of a `Channel` that appends to a list directly; see `Shelf.open`."""
 
     calls: count[int]
-    thread: int
     append: Any
+    thread: int
 
 
 class Shelf:
@@ -73,20 +73,21 @@ class Shelf:
         """Whether somebody else than the cache holds the list, and so may read or change it at any time."""
         return sys.getrefcount(self.values) > _REFERENCES
 
-    def open(self, channel: Express, call: int, origin: tuple[str, int, str | None]) -> None:
-        """Let a channel append values of one thread to the list directly, until `close`.
+    def open(self, channel: Express, call: int, origin: tuple[str, int, str | None]) -> Callable[[Any], None]:
+        """What lets a channel append values of one thread to the list directly, once it has it, until `close`.
 
         `call` is the number of the channel's next call. The caller has just seen that the list is in order.
         """
         self.run = channel, self.size, call, self._origin(origin)
-        channel.append = self.values.append
+        channel.thread = origin[1]
+        return self.values.append
 
     def close(self) -> None:
         """Let nobody append any more, and fill the columns for what was appended."""
         if self.run is None:
             return
         channel, start, call, origin = self.run
-        channel.thread, channel.append = 0, _closed
+        channel.append = None
         end = len(self.values)
         # An interrupt leaves the run open, and each line goes on where it was left.
         self.filed.extend(self.values[len(self.filed) :])
@@ -204,10 +205,6 @@ def listed(values: Any) -> list[Any]:
         return values
     has_rows = (is_array(values) or is_tensor(values)) and values.ndim > 0
     return list(values) if has_rows or isinstance(values, (tuple, deque)) else [values]
-
-
-def _closed(value: Any) -> None:
-    """Stands for `list.append` in a channel that may not append."""
 
 
 def _references() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +29,8 @@ class Source(Protocol):
     """Where values come from: the part of a `Channel` that the store knows."""
 
     calls: count[int]
-    thread: int
     append: Any
+    thread: int
     purse: Purse
 
     key_of: Callable[[str, str | None], str]
@@ -103,9 +104,10 @@ class Store:
 
     A value comes as a `Put` through one queue; to file it is to put it into its list. If nothing can come between it
     and the next value of its channel (no other thread, nobody who holds the list, no limit that is near), the channel
-    gets an open run: until the run is closed, it appends to the list directly. It does so only while `source.thread` is
-    the thread that calls. Between comparing the thread and appending, the interpreter runs no other thread, signal
-    handler or finalizer: it does so only after calls and at jumps backward. Whoever sets `thread` to 0 ends the run.
+    gets an open run: until the run is closed, it appends to the list directly. It does so only while `source.append`
+    is there and `source.thread` is the thread that calls. Between looking at `append` and calling it, the interpreter
+    runs no other thread, signal handler or finalizer: it does so only after calls and at jumps backward. Whoever sets
+    `append` to None ends the run.
     """
 
     def __init__(self, state: str, *, clear: str = "clear()", off: str = "stop()") -> None:
@@ -122,6 +124,8 @@ class Store:
         self.budget = Budget()
         self._cache: Callable[[], _Lists | None] = lambda: None
         self._lock = ForkSafeLock()
+        self._slowed: set[int] = set()
+        """The threads that wait because very much is waiting to be filed."""
         self._under_way = 0
         self._sources: dict[Source, None] = {}
         self._recorded: set[Source] = set()
@@ -165,7 +169,7 @@ class Store:
     def switch(self, source: Source, on: bool) -> None:
         """Start or stop filing what a source delivers; what it has delivered before is filed all the same."""
         self.arrived.append(Switch(source, on))
-        source.thread = 0
+        source.append = None
 
     def abandon(self) -> None:
         """Drop what waits: nobody can read it, and it refers to the sources, which would keep the store alive."""
@@ -383,7 +387,7 @@ class Store:
             put.size = sum(sum(resident_bytes(value).values()) for _, value in put.source.name_values(put.values))
             self._under_way += put.size
         self.arrived.append(put)
-        put.source.thread = 0  # the next value may not overtake this one
+        put.source.append = None  # the next value may not overtake this one
         self._try_filing(wait=put.size > 0 and self._under_way > self.budget.room("cpu"))
 
     def restore(self, keys: Iterable[str], records: Iterable[Record]) -> None:
@@ -405,8 +409,18 @@ class Store:
 
     def _try_filing(self, wait: bool) -> None:
         # Do not wait for the lock. Whoever has it, perhaps an outer call in this very thread, files what waits. But
-        # several threads bring values faster than one files them: give it a moment when very much is waiting.
-        if self._lock.acquire(timeout=0.05 if len(self.arrived) > _MANY else 0):
+        # several threads bring values faster than one files them: give it a moment when very much is waiting. A signal
+        # handler that comes meanwhile does not wait too: handlers would pile up to the recursion limit.
+        thread, seconds = get_ident(), 0.0
+        if len(self.arrived) > _MANY and thread not in self._slowed:
+            self._slowed.add(thread)
+            seconds = 0.05
+        try:
+            is_ours = self._lock.acquire(timeout=seconds)
+        finally:
+            if seconds:
+                self._slowed.discard(thread)
+        if is_ours:
             try:
                 self._file_arrived(wait)
             finally:
@@ -492,9 +506,9 @@ class Store:
             self.budget.purse.left -= slack
             source.purse = Purse(slack)
         self._unfinished[shelf] = None
-        shelf.open(source, number, origin)
+        append = shelf.open(source, number, origin)
         if not self.arrived:  # no call between this look and the next line: nothing can come between them
-            source.thread = origin[1]
+            source.append = append
 
     def _close(self, shelf: Shelf) -> None:
         if shelf.run is not None:

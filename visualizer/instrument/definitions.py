@@ -12,7 +12,7 @@ from typing import Any
 from ..store import Channel
 
 
-class Origin:
+class Definition:
     """One function in the source, however many times it is defined: its keys, and what its decorators capture."""
 
     def __init__(self, function: FunctionType) -> None:
@@ -42,14 +42,14 @@ class Origin:
         return list(dict.fromkeys([*self.variables, *names]))
 
 
-class Origins:
+class Definitions:
     """The functions that were decorated."""
 
     def __init__(self) -> None:
-        self._by_name: dict[str, list[Origin]] = {}
-        self._by_base: dict[str, Origin] = {}
+        self._by_name: dict[str, list[Definition]] = {}
+        self._by_base: dict[str, Definition] = {}
 
-    def of(self, function: FunctionType) -> Origin:
+    def of(self, function: FunctionType) -> Definition:
         """The function in the source that this is a definition of; a new one is not known before `add`.
 
         A name that is defined again, in a reloaded module or a cell that is run again, is one function. So are all
@@ -57,32 +57,34 @@ class Origins:
         property's getter and setter, a class defined twice. Lambdas, and functions that are called `_` because nobody
         needs their names, are one only where their file is one, too.
         """
-        new = Origin(function)
-        known = [origin for origin in self.named(new.name) if origin.module == new.module]
-        for origin in known:
-            if (origin.file, origin.line) == (new.file, new.line):
-                return origin
+        new = Definition(function)
+        known = [definition for definition in self.named(new.name) if definition.module == new.module]
+        for definition in known:
+            if (definition.file, definition.line) == (new.file, new.line):
+                return definition
         lines = _lines_of(function) if known else set()
         if new.line not in lines:  # some tools that reload a function compile it alone, as if it began on line 1
             lines = set()
         is_nameless = new.name.rpartition(".")[2] in ("<lambda>", "_")
-        for origin in known:
-            is_gone = origin.file == new.file and origin.line not in lines  # redefined: the source has it elsewhere now
-            is_cell_run_again = origin.file != new.file and not is_nameless
+        for definition in known:
+            is_gone = (
+                definition.file == new.file and definition.line not in lines
+            )  # redefined: the source has it elsewhere now
+            is_cell_run_again = definition.file != new.file and not is_nameless
             if is_gone or is_cell_run_again:
-                return origin
+                return definition
         return new
 
-    def named(self, name: str) -> list[Origin]:
+    def named(self, name: str) -> list[Definition]:
         """The functions of a qualified name, in the order of their first definitions."""
         return self._by_name.get(name, [])
 
-    def add(self, origin: Origin, function: FunctionType) -> None:
-        """Know an origin, of which this is the latest definition; those of its name may get other keys."""
-        origin.file, origin.line = _place(function)
-        family = self._by_name.setdefault(origin.name, [])
-        if origin not in family:
-            family.append(origin)
+    def add(self, definition: Definition, function: FunctionType) -> None:
+        """Know an definition, of which this is the latest definition; those of its name may get other keys."""
+        definition.file, definition.line = _place(function)
+        family = self._by_name.setdefault(definition.name, [])
+        if definition not in family:
+            family.append(definition)
         elif len(family) == 1:
             return
         for other in family:
@@ -94,17 +96,17 @@ class Origins:
     def namesakes(self, name: str) -> dict[str, dict[str, str]]:
         """For each short key that several functions would have: their keys, each with file and line."""
         family, found = self.named(name), dict[str, dict[str, str]]()
-        for origin in family if len(family) > 1 else ():
-            for variable in origin.captured:
-                keys = found.setdefault(origin.short_key(variable), {})
-                keys[origin.key(variable)] = f"{origin.file}:{origin.line}"
+        for definition in family if len(family) > 1 else ():
+            for variable in definition.captured:
+                keys = found.setdefault(definition.short_key(variable), {})
+                keys[definition.key(variable)] = f"{definition.file}:{definition.line}"
         return found
 
-    def _base(self, origin: Origin, family: list[Origin]) -> str:
-        in_module = sum(other.module == origin.module for other in family)
-        place = f"{origin.module}.{origin.name}"
-        base = place if in_module < len(family) else origin.name
-        candidates = [f"{base}@{origin.line}" if in_module > 1 else base, place, f"{place}@{origin.line}"]
+    def _base(self, definition: Definition, family: list[Definition]) -> str:
+        in_module = sum(other.module == definition.module for other in family)
+        place = f"{definition.module}.{definition.name}"
+        base = place if in_module < len(family) else definition.name
+        candidates = [f"{base}@{definition.line}" if in_module > 1 else base, place, f"{place}@{definition.line}"]
         numbered = (f"{candidates[-1]}@{number}" for number in count(2))
         free = [candidate for candidate in candidates if candidate not in self._by_base]
         return free[0] if free else next(base for base in numbered if base not in self._by_base)

@@ -18,7 +18,7 @@ from ..rewrite import HOOK, Capture, original_of, rewrite_for
 from ..store import Channel, ForkSafeLock, listener, receive
 
 
-class _Patch:
+class _Swap:
     """One function: its own code, the code that it has now, and the channels that listen to it."""
 
     def __init__(self, original: CodeType) -> None:
@@ -26,7 +26,7 @@ class _Patch:
         self.channels: list[Channel] = []
 
 
-_patches: weakref.WeakKeyDictionary[FunctionType, _Patch] = weakref.WeakKeyDictionary()
+_swaps: weakref.WeakKeyDictionary[FunctionType, _Swap] = weakref.WeakKeyDictionary()
 
 _lock = ForkSafeLock()
 _deferred: deque[Callable[[], None]] = deque()
@@ -85,28 +85,28 @@ def attach(pairs: Iterable[tuple[FunctionType, Channel]]) -> None:
     with switching:
         try:
             for function, channel in pairs:
-                patch = _patches.get(function)
-                if patch is None or function.__code__ is not patch.installed:
-                    patch = _found(function.__code__)
-                _install(function, patch, [*(other for other in patch.channels if other is not channel), channel])
-                _patches[function] = patch
+                swap = _swaps.get(function)
+                if swap is None or function.__code__ is not swap.installed:
+                    swap = _found(function.__code__)
+                _install(function, swap, [*(other for other in swap.channels if other is not channel), channel])
+                _swaps[function] = swap
                 attached.append((function, channel))
         except BaseException:
             detach(attached)
             raise
 
 
-def _found(code: CodeType) -> _Patch:
-    """The patch of a function whose code we did not put in place: from here on its code is the original.
+def _found(code: CodeType) -> _Swap:
+    """The swap of a function whose code we did not put in place: from here on its code is the original.
 
     Where that is a copy of rewritten code, from another process say, the original is in it. Channels of this process
     that it brings something to, as a copy of a captured function does, go on to get that.
     """
-    patch = _Patch(original_of(code))
-    if patch.original is not code:
+    swap = _Swap(original_of(code))
+    if swap.original is not code:
         found = (listener(constant) for constant in code.co_consts if isinstance(constant, str))
-        patch.channels = [channel for channel in found if channel is not None]
-    return patch
+        swap.channels = [channel for channel in found if channel is not None]
+    return swap
 
 
 def detach(pairs: Iterable[tuple[FunctionType, Channel]]) -> list[str]:
@@ -120,13 +120,13 @@ def detach(pairs: Iterable[tuple[FunctionType, Channel]]) -> list[str]:
 
 
 def _detach(function: FunctionType, channel: Channel) -> str | None:
-    patch = _patches.get(function)
-    if patch is None or channel not in patch.channels:
+    swap = _swaps.get(function)
+    if swap is None or channel not in swap.channels:
         return None
     code = function.__code__
-    if code is not patch.installed:
-        del _patches[function]
-        ours = next((made for c in patch.channels if (made := c.made) is not None and made[2] is code), None)
+    if code is not swap.installed:
+        del _swaps[function]
+        ours = next((made for c in swap.channels if (made := c.made) is not None and made[2] is code), None)
         if ours is not None:  # a tool that reloads modules has given it the rewritten code of its newer definition
             function.__code__ = ours[0]
             return None
@@ -134,14 +134,14 @@ def _detach(function: FunctionType, channel: Channel) -> str | None:
             f"the code of {place_of(function)} was replaced by another tool while it was captured: it stays as that "
             "tool made it. What it still brings is ignored."
         )
-    _install(function, patch, [other for other in patch.channels if other is not channel])
-    if not patch.channels:
-        del _patches[function]
+    _install(function, swap, [other for other in swap.channels if other is not channel])
+    if not swap.channels:
+        del _swaps[function]
     return None
 
 
-def _install(function: FunctionType, patch: _Patch, channels: list[Channel]) -> None:
-    code = _rewritten(patch.original, tuple(channels)) if channels else patch.original
+def _install(function: FunctionType, swap: _Swap, channels: list[Channel]) -> None:
+    code = _rewritten(swap.original, tuple(channels)) if channels else swap.original
     # Among the builtins, not the function's globals: tools that pickle functions by value take its globals along, and
     # the hook would have to be imported wherever they arrive. The name stays when the capture ends, for a change of the
     # builtins slows the whole process down for a moment.
@@ -149,8 +149,8 @@ def _install(function: FunctionType, patch: _Patch, channels: list[Channel]) -> 
     builtins = known.__builtins__
     if builtins.get(HOOK) is not receive:
         builtins[HOOK] = receive
-    function.__code__ = patch.installed = code
-    patch.channels = channels
+    function.__code__ = swap.installed = code
+    swap.channels = channels
 
 
 def _rewritten(code: CodeType, channels: tuple[Channel, ...]) -> CodeType:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from visualizer import RewriteError, VisualizerWarning, capture
-from visualizer.instrument import GetLocal, patches
+from visualizer.instrument import GetLocal, swapped_code
 from visualizer.rewrite import HOOK
 
 
@@ -97,7 +97,7 @@ class TestReplacedBeforeActivation:
     def test_by_code_that_cannot_be_rewritten(self, gl, monkeypatch):
         functions = [make(gl, "attn"), make(gl, "attn")]
         code = functions[1].__code__ = functions[1].__code__.replace(co_name="other")
-        module = sys.modules["visualizer.instrument.patches"]
+        module = sys.modules["visualizer.instrument.swapped_code"]
         real = module.rewrite_for
 
         def refuse(rewritten, captures):
@@ -184,7 +184,7 @@ def test_warnings_as_errors_come_when_all_is_done(gl):
 def test_nothing_is_half_activated(gl, monkeypatch):
     good, bad = make(gl, "attn"), make(gl, "q")
     codes = good.__code__, bad.__code__
-    module = sys.modules["visualizer.instrument.patches"]
+    module = sys.modules["visualizer.instrument.swapped_code"]
     real, calls = module.rewrite_for, []
 
     def refuse_the_second(code, captures):
@@ -216,12 +216,12 @@ def test_a_code_that_another_tool_put_in_place_is_left():
 
 def test_a_finalizers_change_waits_until_nobody_is_switching():
     done = []
-    with patches.switching:
-        with patches.switching:
-            patches.when_idle(lambda: done.append("later"))
+    with swapped_code.switching:
+        with swapped_code.switching:
+            swapped_code.when_idle(lambda: done.append("later"))
         assert [] == done
     assert ["later"] == done
-    patches.when_idle(lambda: done.append("at once"))
+    swapped_code.when_idle(lambda: done.append("at once"))
     assert ["later", "at once"] == done
 
 
@@ -229,14 +229,14 @@ def test_a_finalizer_does_not_wait_for_another_thread_that_is_switching():
     done, is_switching, may_end = [], threading.Event(), threading.Event()
 
     def switch():
-        with patches.switching:
+        with swapped_code.switching:
             is_switching.set()
             may_end.wait(10)
 
     thread = threading.Thread(target=switch)
     thread.start()
     assert is_switching.wait(10)
-    patches.when_idle(lambda: done.append(threading.current_thread()))
+    swapped_code.when_idle(lambda: done.append(threading.current_thread()))
     assert [] == done
     may_end.set()
     thread.join()

@@ -1,0 +1,178 @@
+"""`Layout`: what tokens are and where they lie."""
+
+import numpy as np
+import pytest
+
+from visualizer import VisualizerWarning
+from visualizer.layout import Layout, Part, Windows, layout_of, part_seen, picture_of, side_by_side
+
+
+class TestLayout:
+    def test_names_and_places(self):
+        layout = Layout.picture((2, 3), ["CLS", "REG1", "REG2", "REG3"], patch_size=14)
+        assert "<Layout: CLS, 3 registers, 2 x 3 patches of 14 pixels>" == repr(layout)
+        assert ("CLS", "REG1", "REG2", "REG3", "patch (0, 0)", "patch (0, 1)") == layout.names[:6]
+        assert [None, (0, 0), (1, 2), None] == [layout.place(token) for token in (3, 4, 9, 10)]
+        assert [4, 9, 0, 9] == [layout.token(query) for query in ((0, 0), (-1, -1), "CLS", -1)]
+
+    def test_a_text_with_padding(self):
+        text = Layout((Part("padding", 2), *Layout.text(["[CLS]", "Ġcat", "[SEP]"], special=[0, 2]).parts))
+        assert ("[PAD]", "[PAD]", "[CLS]", "␣cat", "[SEP]") == text.names
+        assert [False, False, False, True, False] == text.are("text").tolist()
+        assert 3 == text.token("cat")
+
+    @pytest.mark.parametrize(
+        ("query", "error", "parts"),
+        [
+            ((2, 0), IndexError, ["(2, 0)", "2 rows", "3 columns"]),
+            ((1, 1, 1), ValueError, ["3 numbers", "(row, column)"]),
+            (7, IndexError, ["7", "0 to 6"]),
+            ("dog", ValueError, ["'dog'", "'CLS'"]),
+            (1.5, TypeError, ["1.5"]),
+        ],
+    )
+    def test_there_is_no_such_token(self, query, error, parts):
+        with pytest.raises(error) as caught:
+            Layout.picture((2, 3), ["CLS"]).token(query)
+        for part in parts:
+            assert part in str(caught.value)
+
+    def test_frames_stand_side_by_side(self):
+        layout = Layout.picture((5, 2, 3))
+        assert (1, 1, 2) == layout.place(11)
+        assert 11 == layout.token((1, 1, 2))
+        assert (4, 9) == layout.sheet.shape
+        [[row, column]] = np.argwhere(layout.sheet == 11)
+        assert (1, 5) == (row, column)
+        assert 6 == (layout.sheet == -1).sum(), "the sixth place is empty"
+        spread = layout.spread(np.arange(30.0))
+        assert 11 == spread[1, 5] and np.isnan(spread[2:, 6:]).all()
+
+    def test_a_video_has_the_frame_of_each_patch_behind_it(self):
+        video = np.arange(8.0)[:, None, None, None] / 8 * np.ones((8, 20, 30, 3))
+        behind = Layout.picture((4, 2, 3)).on(video)
+        assert (20, 120, 3) == behind.shape
+        assert [1, 3, 5, 7] == [8 * behind[0, 30 * frame, 0] for frame in range(4)]
+        with pytest.raises(ValueError, match="8 frames"):
+            Layout.picture((2, 3)).on(video)
+
+    def test_patches_cover_what_the_convolution_reaches(self):
+        part = Part("patches", 900, (), (30, 30), (14.0, 14.0), (427, 427))
+        assert (420, 420, 3) == Layout((part,)).on(np.zeros((427, 427, 3))).shape
+        padded = Part("patches", 961, (), (31, 31), (14.0, 14.0), (427, 427))
+        assert (434, 434, 3) == Layout((padded,)).on(np.zeros((427, 427, 3))).shape
+
+    @pytest.mark.parametrize(
+        "layout",
+        [
+            Layout.picture((2, 3), ["CLS"], patch_size=16, image_size=(32, 48)),
+            Layout(Layout.picture((4, 4)).parts, Windows((2, 2), (1, 1), pads_first=False)),
+            Layout.batch([Layout.text(["a", "Ġ猫"]), Layout((Part("padding", 1), Part("text", 1)))]),
+        ],
+    )
+    def test_plain_data_and_back(self, layout):
+        assert layout == Layout.unpacked(layout.packed())
+
+    def test_windows_of_a_grid_that_they_do_not_fill(self):
+        """Models differ in what comes first: here the patches of the corner window, as a picture of numbers shows."""
+        first, last = (Windows((2, 2), (1, 1), pads_first=pads).places(3, 3) for pads in (True, False))
+        np.testing.assert_array_equal([[4, 5, 7, 8], [-1, 3, -1, 6], [-1, -1, 1, 2], [-1, -1, -1, 0]], first)
+        np.testing.assert_array_equal([[4, 5, 7, 8], [3, -1, 6, -1], [1, 2, -1, -1], [0, -1, -1, -1]], last)
+
+
+class TestWhichLayout:
+    def test_a_wide_picture_has_wide_patches(self):
+        """144 patches of a 16:9 picture were once drawn as 12 x 12."""
+        for prefix in (0, 1):
+            layout = layout_of(144 + prefix, {}, np.zeros((720, 1280, 3)))
+            assert (9, 16) == layout.patches.shape
+            assert prefix == layout.first_patch
+        assert (12, 12) == layout_of(145, {}).patches.shape
+
+    @pytest.mark.parametrize(
+        ("count", "options", "picture", "parts"),
+        [
+            (197, {"grid": (8, 17)}, None, ["leaves 61 of 197", "prefix_tokens=61", "(14, 14) with prefix_tokens=1"]),
+            (261, {}, None, ["261", "grid=(rows, columns)", "(16, 16) with prefix_tokens=5"]),
+            (197, {}, (427, 640), ["427 x 640", "as the model saw it", "(14, 14) with prefix_tokens=1"]),
+            (12, {"grid": (4, 4)}, None, ["4 x 4 = 16", "12 tokens", "(3, 4) with prefix_tokens=0"]),
+            (12, {"layout": Layout.picture((4, 4))}, None, ["16 tokens", "12"]),
+            (16, {"layout": Layout.picture((4, 4)), "grid": (4, 4)}, None, ["layout=", "grid="]),
+        ],
+    )
+    def test_what_does_not_fit_lists_what_would(self, count, options, picture, parts):
+        with pytest.raises(ValueError) as caught:
+            layout_of(count, options, None if picture is None else np.zeros((*picture, 3)))
+        for part in parts:
+            assert part in str(caught.value)
+
+    def test_what_is_known_wins_over_a_square(self):
+        known = Layout.picture((2, 8), ["CLS"])
+        assert known is layout_of(17, {}, None, known)
+        assert (4, 4) == layout_of(16, {}, None, known).patches.shape, "a layout of other tokens is none"
+        assert "A" == layout_of(17, {"prefix_tokens": ["A"]}, None, known).name(0)
+        with pytest.raises(ValueError, match="the model made 2 x 8"):
+            layout_of(17, {"grid": (8, 2)}, None, known)
+        assert (8, 2) == layout_of(17, {"layout": Layout.picture((8, 2), 1)}, None, known).patches.shape
+
+    def test_words_and_several_pictures_are_no_picture(self):
+        with pytest.raises(ValueError, match="no patches of a picture: 16 tokens"):
+            layout_of(16, {}, None, Layout.text(16))
+        assert (4, 4) == layout_of(16, {"grid": (4, 4)}, None, Layout.text(16)).patches.shape
+        two = Layout((*Layout.picture((2, 2)).parts, Part("text", 1), *Layout.picture((3, 3)).parts))
+        with pytest.raises(ValueError, match=r"2 pictures.*only\(0\)"):
+            layout_of(14, {}, None, two)
+        second = layout_of(14, {"layout": two.only(1)})
+        np.testing.assert_array_equal(5 + np.arange(9).reshape(3, 3), second.sheet)
+
+    def test_a_turned_grid_is_refused(self):
+        layout = layout_of(150, {"grid": (15, 10)}, np.zeros((100, 150, 3)))
+        with pytest.raises(ValueError, match=r"turned.*grid=\(10, 15\)"):
+            layout.on(np.zeros((100, 150, 3)))
+
+    def test_a_picture_of_other_proportions_is_told(self):
+        known = Layout.picture((14, 14), ["CLS"], patch_size=16, image_size=224)
+        with pytest.warns(VisualizerWarning, match=r"427 x 640.*the model saw 224 x 224"):
+            known.on(np.zeros((427, 640, 3)))
+        known.on(np.zeros((500, 510, 3)))  # near enough
+
+
+def photo(high, wide, seed=0):
+    rough = np.random.default_rng(seed).random((6, 8, 3))
+    return np.kron(rough, np.ones((high // 6, wide // 8, 1)))
+
+
+def small(picture):
+    high, wide = (side // 24 for side in picture.shape[:2])
+    return tuple(picture.mean(-1).reshape(24, high, 24, wide).mean((1, 3)).ravel())
+
+
+class TestPartSeen:
+    """A model that cuts out a square sees a part of the photograph, and the patches lie on that part."""
+
+    picture = photo(240, 384)
+
+    @pytest.mark.parametrize("side", [240, 216])
+    def test_the_middle(self, side):
+        top, left = (240 - side) // 2, (384 - side) // 2
+        part = self.picture[top : top + side, left : left + side]
+        np.testing.assert_array_equal(part, part_seen(self.picture, small(part), (224, 224)))
+
+    def test_all_of_it_squeezed(self):
+        np.testing.assert_array_equal(self.picture, part_seen(self.picture, small(self.picture), (224, 224)))
+
+    def test_another_picture(self):
+        assert part_seen(photo(240, 384, seed=1), small(self.picture), (224, 224)) is None
+        assert part_seen(np.ones((240, 384, 3)), small(self.picture), (224, 224)) is None
+
+    def test_a_layout_that_knows_what_was_seen_draws_it_there(self):
+        part = self.picture[:, 72:312]
+        layout = Layout(Layout.picture((14, 14), image_size=224, patch_size=16).parts, seen=(small(part),))
+        np.testing.assert_array_equal(part, layout.on(self.picture))
+
+
+def test_frames_of_a_video_are_read_one_by_one():
+    frames = [np.zeros((4, 6), np.uint8), np.full((4, 6, 3), 255, np.uint8)]
+    assert (2, 4, 6, 3) == picture_of(frames).shape
+    assert (2, 4, 6, 3) == picture_of(np.zeros((2, 3, 4, 6))).shape
+    assert side_by_side(np.zeros((3, 2, 2)), -1).shape == (2, 6)

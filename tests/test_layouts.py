@@ -1,0 +1,307 @@
+"""The layouts that `attention` reads off models of timm, transformers, torchvision and others."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from attention import Attention
+from torch import nn
+from zoo import GPT2, SIZE, SMALL, TEXT, VIT, images, timm_model, transformers_model
+
+from visualizer import AttentionMap, analysis, attention, load
+from visualizer.layout import Layout, Windows
+
+DINOV3 = SIZE | {"image_size": 32, "patch_size": 16, "num_register_tokens": 4}
+LLAMA = TEXT | SIZE | {"num_key_value_heads": 2}
+T5 = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "pad_token_id": 0}
+TOKENS = ["[PAD]", "[CLS]", "[SEP]", *(f"Ġw{number}" for number in range(3, 50))]
+
+
+class Tokenizer:
+    """What `attention` asks of a tokenizer."""
+
+    all_special_ids = (0, 1, 2)
+
+    def convert_ids_to_tokens(self, ids):
+        return [TOKENS[one] for one in ids]
+
+
+def recorded(model, *args, tokenizer=None, **kwargs):
+    with attention(model, tokenizer=tokenizer) as maps, torch.no_grad():
+        model(*args, **kwargs)
+    return maps
+
+
+PICTURES = {
+    "vit": (lambda: timm_model("vit_tiny_patch16_224", **SMALL), (64, 64), "CLS, 4 x 4 patches of 16 pixels"),
+    "any size": (
+        lambda: timm_model("vit_tiny_patch16_224", dynamic_img_size=True, **SMALL),
+        (64, 96),
+        "CLS, 4 x 6 patches of 16 pixels",
+    ),
+    "padded": (
+        lambda: timm_model("vit_tiny_patch16_224", dynamic_img_size=True, dynamic_img_pad=True, **SMALL),
+        (60, 90),
+        "CLS, 4 x 6 patches of 16 pixels",
+    ),
+    "registers": (
+        lambda: timm_model("vit_small_patch14_reg4_dinov2", **SMALL | {"img_size": 56}),
+        (56, 56),
+        "CLS, 4 registers, 4 x 4 patches of 14 pixels",
+    ),
+    "registers alone": (
+        lambda: timm_model("vit_medium_patch16_reg4_gap_256", **SMALL),
+        (64, 64),
+        "4 registers, 4 x 4 patches of 16 pixels",
+    ),
+    "distilled": (
+        lambda: timm_model("deit_tiny_distilled_patch16_224", **SMALL),
+        (64, 64),
+        "CLS, DIST, 4 x 4 patches of 16 pixels",
+    ),
+    "beit": (lambda: timm_model("beit_base_patch16_224", **SMALL), (64, 64), "CLS, 4 x 4 patches of 16 pixels"),
+    "eva": (lambda: timm_model("eva02_tiny_patch14_224", **SMALL | {"img_size": 56}), (56, 56), "CLS, 4 x 4 patches"),
+    "ViT": (lambda: transformers_model("ViT", **VIT), (32, 32), "CLS, 2 x 2 patches of 16 pixels"),
+    "DeiT": (lambda: transformers_model("DeiT", **VIT), (32, 32), "CLS, DIST, 2 x 2 patches of 16 pixels"),
+    "Dinov2": (lambda: transformers_model("Dinov2", **VIT), (32, 64), "CLS, 2 x 4 patches of 16 pixels"),
+    "Dinov2WithRegisters": (
+        lambda: transformers_model("Dinov2WithRegisters", **VIT),
+        (32, 32),
+        "CLS, 4 registers, 2 x 2 patches of 16 pixels",
+    ),
+    "DINOv3": (
+        lambda: transformers_model("DINOv3ViT", **DINOV3),
+        (48, 80),
+        "CLS, 4 registers, 3 x 5 patches of 16 pixels",
+    ),
+    "CLIP": (lambda: transformers_model("CLIPVision", **VIT), (32, 32), "CLS, 2 x 2 patches of 16 pixels"),
+    "torchvision": (
+        lambda: torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64).eval(),
+        (32, 32),
+        "CLS, 4 x 4 patches of 8 pixels",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures(name):
+    make, size, expected = PICTURES[name]
+    maps = recorded(make(), torch.randn(2, 3, *size))
+    assert len(maps) > 0
+    for one in maps:
+        assert expected in str(one.layout)
+        assert one.layout.count == one.shape[3] and one.layout is one.query_layout
+    assert size == maps.layout.patches.image_size
+
+
+def test_a_model_of_ones_own():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cut, self.first = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.zeros(1, 1, 8))
+            self.attention = Attention()
+
+        def forward(self, x):
+            return self.attention(self.cut(x).flatten(2).mT)
+
+    assert "3 x 5 patches of 4 pixels" == str(recorded(Own(), torch.randn(2, 3, 12, 20)).layout)
+    assert recorded(Attention(), torch.randn(2, 16, 8)).layout is None, "16 tokens need not be a square"
+
+
+def test_a_head_that_pools_the_patches():
+    maps = recorded(timm_model("vit_base_patch16_siglip_224", **SMALL), images(64))
+    assert ["4 x 4 patches of 16 pixels"] * 3 == [str(one.layout) for one in maps]
+    assert maps[-1].query_layout is None
+
+
+@pytest.mark.parametrize("library", ["timm", "timm 2", "transformers", "torchvision"])
+def test_windows_lie_where_the_model_cut_them(library):
+    """A patch that does not reach a query by the model's own gradient has no place in its window."""
+    sizes = {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 2)}
+    torch.manual_seed(0)
+    if library == "transformers":
+        model = transformers_model("Swin", **sizes, image_size=48, patch_size=4, window_size=4)
+    elif library == "torchvision":
+        model = torchvision.models.SwinTransformer([4, 4], 12, [2, 2], [2, 2], [4, 4], num_classes=3).eval()
+    else:
+        name = "swin_tiny_patch4_window7_224" if library == "timm" else "swinv2_tiny_window8_256"
+        model = timm_model(name, **sizes, img_size=48, window_size=4)
+        for path, parameter in model.named_parameters():
+            if path.endswith("norm1.weight"):  # which begins at 0 in the second version, and lets nothing through
+                nn.init.ones_(parameter)
+    high, wide = (48, 48) if library.startswith("timm") else (40, 56)
+    maps = recorded(model, torch.randn(1, 3, high, wide))
+    assert 4 == len(maps)
+    for number, one in enumerate(maps):
+        shape = (high // 4, wide // 4) if number < 2 else (-(-high // 8), -(-wide // 8))
+        assert shape == one.layout.patches.shape
+        assert (2, 2) if number % 2 and min(shape) > 4 else (0, 0) == one.layout.windows.shift
+    shifted = maps[1].layout
+    places = shifted.windows.places(*shifted.patches.shape)
+    assert len(places) == maps[1].shape[0]
+    # Which patches the second block of the first stage mixes, by the gradient of one patch of its output.
+    block = model.get_submodule(
+        ".".join(maps[1].path.split(".")[: {"transformers": 5, "torchvision": 3}.get(library, 4)])
+    )
+    rows, columns = shifted.patches.shape
+    entered = torch.randn(1, rows, columns, 12, requires_grad=True)
+    if library == "transformers":
+        out = block(entered.flatten(1, 2), (rows, columns))[0].view(rows, columns, 12)
+    else:
+        out = block(entered)[0]
+    for row, column in ((0, 0), (rows - 1, 1), (5, columns - 2)):
+        [reached] = torch.autograd.grad(out[row, column] @ torch.randn(12), entered, retain_graph=True)
+        reached = {*np.flatnonzero(reached[0].abs().sum(-1) > 1e-12).tolist()}
+        [window] = [place for place in places if row * columns + column in place]
+        seen = maps[1].dense()[[*map(tuple, places)].index(tuple(window)), :, [*window].index(row * columns + column)]
+        weighed = {
+            int(place) for place, weight in zip(window, seen.amax(0), strict=True) if weight > 1e-9 and place >= 0
+        }
+        assert reached == weighed
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "expected"),
+    [
+        ("VideoMAE", 4, {"2 x 2 x 2 patches of 16 pixels"}),
+        ("Vivit", 4, {"CLS, 2 x 2 x 2 patches of 16 pixels"}),
+        ("Timesformer", 3, {"3 tokens", "CLS, 2 x 2 patches of 16 pixels"}),
+    ],
+)
+def test_videos(name, frames, expected):
+    options = {"tubelet_size": [2, 16, 16]} if name == "Vivit" else {}
+    model = transformers_model(name, **VIT, num_frames=frames, **options)
+    maps = recorded(model, torch.randn(2, frames, 3, 32, 32))
+    assert expected == {str(one.layout) for one in maps}
+
+
+class TestTexts:
+    ids = torch.tensor([[1, 7, 8, 2, 0], [1, 9, 2, 0, 0]])
+
+    def test_words_special_tokens_and_padding(self):
+        mask = (self.ids != 0).long()
+        maps = recorded(transformers_model("Bert", **TEXT | SIZE), self.ids, mask, tokenizer=Tokenizer())
+        first, second = maps[0].layout.samples
+        assert ("[CLS]", "␣w7", "␣w8", "[SEP]", "[PAD]") == first.names
+        assert [False, False, False, True, True] == second.are("padding").tolist()
+        assert [True, False, True, False, False] == second.are("special").tolist()
+        assert all(one.layout == one.query_layout == maps[0].layout for one in maps)
+
+    def test_padding_without_a_tokenizer(self):
+        mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+        maps = recorded(transformers_model("Llama", **LLAMA), input_ids=self.ids, attention_mask=mask)
+        assert "2 padding, 3 tokens; 5 tokens" == str(maps.layout)
+
+    def test_a_causal_model_that_is_given_ids_alone(self):
+        maps = recorded(transformers_model("GPT2", **GPT2), self.ids[:1, :4], tokenizer=Tokenizer())
+        assert ("[CLS]", "␣w7", "␣w8", "[SEP]") == maps.layout.names
+
+    @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+    def test_the_steps_of_a_generation_know_the_words_before(self, kernel):
+        torch.manual_seed(0)
+        model = transformers_model("Llama", "ForCausalLM", attention=kernel, **LLAMA)
+        with attention(model, tokenizer=Tokenizer()) as maps, torch.no_grad():
+            out = model.generate(self.ids[:1, :4], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        calls = maps.calls(maps.paths[-1])
+        assert 4 == len(calls)
+        for call in calls:
+            words = tuple(TOKENS[one].replace("Ġ", "␣") for one in out[0, : call.shape[3]].tolist())
+            assert words == call.layout.names
+            assert words[-call.shape[2] :] == call.query_layout.names
+
+    def test_beams_change_places_and_their_words_stay_unknown_or_right(self):
+        torch.manual_seed(0)
+        model = transformers_model("Llama", "ForCausalLM", attention="sdpa", **LLAMA)
+        with attention(model, tokenizer=Tokenizer()) as maps, torch.no_grad():
+            model.generate(self.ids[:1, :4], max_new_tokens=5, min_new_tokens=5, num_beams=3, do_sample=False)
+        prompt = tuple(TOKENS[one].replace("Ġ", "␣") for one in self.ids[0, :4].tolist())
+        for call in maps.calls(maps.paths[0])[1:]:
+            for sample in range(3) if call.layout is not None else ():
+                names = call.layout.of(sample).names
+                assert names[:4] == prompt or not call.layout.of(sample).has_words
+
+    def test_encoder_and_decoder_have_words_of_their_own(self):
+        model = transformers_model("T5", **T5)
+        maps = recorded(
+            model, input_ids=self.ids[:1, :4], decoder_input_ids=torch.tensor([[0, 5, 6, 7]]), tokenizer=Tokenizer()
+        )
+        source, target = ("[CLS]", "␣w7", "␣w8", "[SEP]"), ("[PAD]", "␣w5", "␣w6", "␣w7")
+        for one in maps:
+            sides = {"encoder": (source, source), "decoder": (target, target)}[one.path.split(".")[0]]
+            sides = (target, source) if one.kind == "cross" else sides
+            assert sides == (one.query_layout.names, one.layout.names), one
+
+    def test_an_encoder_that_ran_before_the_decoder(self):
+        model = transformers_model("T5", "ForConditionalGeneration", **T5)
+        with attention(model, tokenizer=Tokenizer()) as maps, torch.no_grad():
+            model.generate(self.ids[:1, :4], max_new_tokens=3, min_new_tokens=3, decoder_start_token_id=0)
+        crossed = [one for one in maps if one.kind == "cross"]
+        assert crossed and {("[CLS]", "␣w7", "␣w8", "[SEP]")} == {one.layout.names for one in crossed}
+
+    def test_pictures_and_texts_in_one_model(self):
+        sides = {"text_config": TEXT | SIZE | {"max_position_embeddings": 8}, "vision_config": VIT}
+        model = transformers_model("CLIP", **sides)
+        maps = recorded(model, input_ids=self.ids[:1], pixel_values=images(32)[:1], tokenizer=Tokenizer())
+        by_side = {one.path.split(".")[0]: one.layout for one in maps}
+        assert "␣w7" == by_side["text_model"].name(1)
+        assert "CLS, 2 x 2 patches of 16 pixels" == str(by_side["vision_model"])
+
+    def test_the_tokens_of_a_text_that_stand_for_a_picture(self):
+        model = transformers_model(
+            "Llava",
+            "ForConditionalGeneration",
+            text_config={"model_type": "llama", **LLAMA},
+            vision_config={"model_type": "clip_vision_model", **VIT},
+            image_token_index=40,
+        )
+        ids = torch.tensor([[1, 5, 40, 40, 40, 40, 6]])
+        maps = recorded(model, input_ids=ids, pixel_values=images(32)[:1], tokenizer=Tokenizer())
+        assert "[CLS], 1 token, 2 x 2 patches of 16 pixels, 1 token" == str(maps.layout)
+        assert (4, "patch (1, 0)") == (maps.layout.token((1, 0)), maps.layout.name(4))
+
+
+@pytest.fixture(scope="module")
+def maps():
+    model = timm_model("vit_small_patch14_reg4_dinov2", **SMALL | {"img_size": 56})
+    return recorded(model, torch.randn(2, 3, 56, 56))
+
+
+class TestWhatCarriesIt:
+    def test_what_is_copied_pickled_and_saved(self, maps, tmp_path):
+        maps.save(tmp_path / "maps.safetensors")
+        copies = (load(tmp_path / "maps.safetensors"), pickle.loads(pickle.dumps(maps)), copy.deepcopy(maps))
+        for other in copies:
+            assert maps.layout == other.layout == other[0].query_layout
+        for one in (pickle.loads(pickle.dumps(maps[0])), copy.deepcopy(maps[0]), maps[0].to("cpu"), maps[:1][0]):
+            assert maps.layout == one.layout
+
+    def test_windows_and_texts_of_a_batch_in_a_file(self, tmp_path):
+        made = AttentionMap(torch.eye(4).expand(8, 1, 4, 4), path="a")
+        made.layout = Layout(Layout.picture((4, 4)).parts, Windows((2, 2), (1, 1)))
+        again = AttentionMap.unpacked(made.packed({}))
+        assert made.layout == again.layout and again.query_layout is None
+
+    def test_no_picture_is_in_a_file(self, maps):
+        """A file of maps does not hold what the model saw, however small."""
+        assert maps.layout.seen and not pickle.loads(pickle.dumps(maps)).layout.seen
+
+    def test_analyses_ask_it(self, maps):
+        by_hand = analysis.attention_distance(maps, (4, 4), prefix_tokens=5)
+        torch.testing.assert_close(analysis.attention_distance(maps), by_hand)
+        assert (2, 2, 4, 16) == analysis.cls_attention(maps).shape
+
+
+def test_a_model_whose_attributes_are_odd_is_recorded_all_the_same():
+    class Odd(Attention):
+        window_size = "large"
+        config = property(lambda self: 1 / 0)
+
+    assert 1 == len(recorded(Odd(), torch.randn(1, 4, 8)))
+
+
+def test_a_tokenizer_that_is_none_is_refused():
+    with pytest.raises(TypeError, match="tokenizer is a str"):
+        attention(Attention(), tokenizer="bert-base-uncased")

@@ -1,0 +1,54 @@
+"""Words as readers read them."""
+
+import pytest
+
+from visualizer.words import printable, readable, word_index
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [
+        (["The", "Ġcat", "Ċ", "ĠĠ"], ["The", "␣cat", "⏎", "␣␣"]),
+        (["Ġna", "ÃŃ", "ve"], ["␣na", "í", "ve"]),
+        (["Ġ", "ç", "Į", "«", "!"], ["␣", "猫₁", "猫₂", "猫₃", "!"]),  # one character of three pieces
+        (["ĠðŁĺ", "Ģ"], ["␣😀₁", "😀₂"]),
+        (["çĮ«çļ", "Ħ", "Ġ"], ["猫的₁", "的₂", "␣"]),  # a whole character, and the first part of another
+        (["Ġa", "ç"], ["␣a", "ç"]),  # half a character at the end of the text
+        (["▁The", "▁", "<0x0A>", "<0xE7>", "<0x8C>", "<0xAB>"], ["␣The", "␣", "⏎", "猫₁", "猫₂", "猫₃"]),
+        (["[CLS]", "naïve", "##ly", "猫"], ["[CLS]", "naïve", "##ly", "猫"]),
+        ([" the", "cat ", "a\nb", "\t", 7], ["␣the", "cat␣", "a⏎b", "⇥", "7"]),
+        (["Ġx", "naïve", "<|im_end|>"], ["␣x", "naïve", "<|im_end|>"]),  # not all pieces are bytes
+    ],
+)
+def test_pieces_become_text(pieces, text):
+    assert text == readable(pieces)
+
+
+def test_what_is_readable_stays_so():
+    words = readable(["The", "Ġcat", "Ċ", "ç", "Į", "«"])
+    assert words == readable(words)
+
+
+@pytest.mark.parametrize(
+    "text", ["The cat's naïve — 猫が好き 😀!\n\tdéjà vu", "한국어 텍스트", "مرحبا", "\u0000\u007f"]
+)
+def test_the_text_of_gpt2s_bytes_is_the_text(text):
+    """Each byte alone, as GPT-2's tokenizer would write it."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    alphabet = {byte: chr(byte) if byte in plain else chr(next(others)) for byte in range(256)}
+    pieces = ["Ġ", *(alphabet[byte] for byte in text.encode())]
+    characters = [word for word in readable(pieces)[1:] if word[-1:] in "₁" or len(word.strip("₂₃₄")) == len(word)]
+    assert text.translate({32: "␣", 10: "⏎", 9: "⇥"}) == "".join(word.strip("₁") for word in characters)
+
+
+def test_a_word_is_found_with_or_without_its_marker():
+    assert [1, 1, 1] == [word_index(word, ["the", "␣cat"]) for word in ("cat", "␣cat", "Ġcat")]
+    with pytest.raises(ValueError, match=r"2 tokens 'a', at \[0, 2\]"):
+        word_index("a", ["␣a", "b", "␣a"])
+    with pytest.raises(ValueError, match="no token 'dog' among 'a'"):
+        word_index("dog", ["a"])
+
+
+def test_bidi_and_control_characters_have_signs():
+    assert "a‹202E›b␀" == printable("a\u202eb\0")

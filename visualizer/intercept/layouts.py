@@ -1,0 +1,461 @@
+"""Reads what the tokens of a map are off the model that runs: its own words for them, and what its call was given.
+
+The calls under way are asked from the innermost outwards, and what fits the number of tokens is taken. Nothing is
+guessed: where no call tells what the tokens are, the map has no layout.
+
+- pictures and videos: the module that was given one, and its convolution whose stride is its kernel, as timm,
+  transformers and torchvision cut patches. The names of its parameters tell the tokens before the patches;
+- windows: the module that has `window_size` and was given a grid of patches;
+- texts: the ids and the mask that transformers' modules are given, and the ids that came before with a cache; the
+  tokens that stand for a picture; of cross attention the sequence that another module worked on before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import THUMBNAIL, Layout, Part, Thumbnail, Windows, pair_of
+from ..maps import AttentionMap, Factors, Keys
+from ..words import readable
+from .modules import ModuleCall, argument_names, arguments_of, inputs_of, shapes_of
+
+# The parameters that become tokens before the patches, in this order, as timm, transformers, torchvision and DINO's own
+# code call them.
+_PREFIXES = {
+    "cls_token": "CLS",
+    "class_token": "CLS",
+    "class_embedding": "CLS",
+    "dist_token": "DIST",
+    "distillation_token": "DIST",
+    "reg_token": "REG",
+    "register_tokens": "REG",
+    "storage_tokens": "REG",
+}
+_IDS = ("decoder_input_ids", "input_ids")
+_IMAGE_IDS = ("image_token_id", "image_token_index", "video_token_id", "image_token")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture or video that a module was given, as its first convolution cuts it."""
+
+    shape: tuple[int, ...]
+    """(rows, columns) of patches, or (frames, rows, columns)."""
+    size: tuple[int, int]
+    """(height, width) in pixels."""
+    patch: tuple[float, float]
+    """(height, width) of a patch in pixels."""
+    prefix: tuple[str, ...]
+    """What the tokens before the patches are called."""
+    seen: tuple[Thumbnail, ...] = ()
+    """A small copy of each picture of the batch."""
+
+    def of(self, tokens: int, batch: int) -> Layout | None:
+        """The layout of that many tokens; None where these are not the patches, with or without what precedes them."""
+        prefix = {len(names): names for names in (self.prefix[:1], self.prefix, ())}
+        patches = Part("patches", math.prod(self.shape), (), self.shape, self.patch, self.size)
+        names = prefix.get(tokens - patches.count)
+        if names is None and len(self.shape) == 3:  # space and time apart, as TimeSformer has them
+            frames, *sides = self.shape
+            patches = replace(patches, count=math.prod(sides), shape=tuple(sides))
+            if patches.count == tokens == frames:
+                return None  # which of the two cannot be told
+            names = prefix.get(tokens - patches.count) if batch % frames == 0 else None
+            if names is None and tokens == frames and batch % patches.count == 0:
+                return Layout((Part("text", frames, tuple(f"frame {number}" for number in range(frames))),))
+        if names is None:
+            return None
+        return Layout((*([Part("special", len(names), names)] if names else []), patches), seen=self.seen)
+
+
+@dataclass
+class _History:
+    """The ids that a module was given, with those of the calls before whose keys are in its cache."""
+
+    current: weakref.ref[Tensor]
+    rows: list[list[int]] | None
+    """For each text; None where the ids of earlier tokens are not known."""
+    keys: dict[str, tuple[int, weakref.ref[Keys] | None]]
+    """By the path of a module that attended, how many keys its map had, and these: they grow in place as long as they
+    are those of the same texts. None where weights were kept."""
+
+
+class _Lists:
+    """The numbers of tensors as lists: all layers of a model are given the same few tensors, and of a GPU each list
+    waits for it."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, list[list[int]]]] = {}
+
+    def of(self, tensor: Tensor) -> list[list[int]]:
+        """The numbers of a tensor of two axes."""
+        known = self._known.get(id(tensor))
+        version = -1 if tensor.is_inference() else tensor._version  # changes in place are counted, in inference not
+        if known is None or known[0]() is not tensor or known[1] != version or version < 0:
+            if len(self._known) > 8:
+                self._known.clear()
+            known = self._known[id(tensor)] = weakref.ref(tensor), version, tensor.tolist()
+        return known[2]
+
+
+class Layouts(threading.local):
+    """The layouts of a recording's maps, those of each thread one after the other.
+
+    Args:
+        tokenizer: one of transformers or of tokenizers; None: words stay unknown.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = frozenset[int](getattr(self._tokenizer, "all_special_ids", ()))
+        self._convolutions = weakref.WeakKeyDictionary[nn.Module, tuple[Any, tuple[str, ...]]]()
+        self._lists = _Lists()
+        self._histories: dict[str, _History] = {}
+        # The pixels that were seen last, the convolution that cut them, and how.
+        self._cut: tuple[Callable[[], Tensor | None], Any, Picture | None] = (lambda: None), None, None
+        self._picture: Picture | None = None  # the last that was seen, for the tokens that stand for it in a text
+        self._last: tuple[Any, Layout | None] = None, None  # the last text, which all layers of a model have in common
+        self._sequences: dict[str, Layout] = {}  # by the path of the module that tells them, in the order of their use
+
+    def describe(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> None:
+        """Give a map the layouts of its queries and keys, as far as the calls under way tell them."""
+        with suppress(Exception):  # modules have attributes and arguments of any kind under these names
+            made.layout = made.query_layout = self._in_windows(made, calls)
+            if made.layout is None:
+                self._read(made, calls)
+
+    def _in_windows(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> Layout | None:
+        """The layout of a map of windows; None where it is none."""
+        cut = _cut_in_windows(made, calls)
+        if cut is None:
+            return None
+        shape, windows = cut
+        picture = next((one for call in reversed(calls) if (one := self._picture_of(call)) is not None), None)
+        size = patch = None
+        if picture is not None:
+            size, patch = picture.size, (picture.size[0] / shape[0], picture.size[1] / shape[1])
+        patches = Part("patches", math.prod(shape), (), shape, patch, size)
+        return Layout((patches,), windows, seen=() if picture is None else picture.seen)
+
+    def _read(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> None:
+        batch, _, queries, keys = made.shape
+        if made.kind == "joint":
+            return
+        is_self = made.kind != "cross"
+        owner: str | None = None
+        for needs_ids in (True, False):  # within a model for pictures and texts, only the outermost call has ids
+            for call in reversed(calls):
+                if made.query_layout is None:
+                    made.query_layout = self._told(call, calls, made, queries, needs_ids=needs_ids)
+                    owner = owner if made.query_layout is None else call.path
+                if made.layout is None and is_self:
+                    made.layout = made.query_layout
+                    if queries != keys:
+                        made.layout = self._told(call, calls, made, keys, needs_ids=needs_ids)
+        if is_self:
+            if made.layout is not None and owner is not None:
+                self._sequences.pop(owner, None)
+                self._sequences[owner] = made.layout
+            return
+        others = [(path, one) for path, one in self._sequences.items() if path != owner]
+        made.layout = next((one for _, one in reversed(others) if one.count == keys and _fits(one, batch)), None)
+        for call in reversed(calls):
+            if made.layout is None and call.path != owner:
+                made.layout = self._told(call, calls, made, keys, is_source=True)
+
+    def _told(
+        self,
+        call: ModuleCall,
+        calls: Sequence[ModuleCall],
+        made: AttentionMap,
+        tokens: int,
+        *,
+        is_source: bool = False,
+        needs_ids: bool = False,
+    ) -> Layout | None:
+        """What one call tells about that many tokens; `is_source`: those that a decoder looks at."""
+        arguments = arguments_of(call)
+        told = None
+        if any(_is_ids(arguments.get(name)) for name in _IDS) or (call.args and _is_ids(call.args[0])) or not needs_ids:
+            told = self._text_of(call, arguments, made, tokens, is_source)
+        if told is None and not _takes_ids(call):
+            picture = self._picture_of(call)
+            if picture is not None:
+                told = picture.of(tokens, made.shape[0]) or _on_the_way(picture, calls, tokens)
+                self._picture = picture if told is not None else self._picture
+        return told if told is not None and _fits(told, made.shape[0]) else None
+
+    def _picture_of(self, call: ModuleCall) -> Picture | None:
+        """The picture that a call was given; None where it was given none, or does not cut it into patches."""
+        module = call.module
+        known = self._convolutions.get(module)
+        if known is None:
+            known = self._convolutions[module] = _first_convolution(module), _prefix(module)
+        convolution, prefix = known
+        if convolution is None:
+            return None
+        for name, pixels in inputs_of(call):
+            if pixels.ndim in (4, 5) and "mask" not in name:
+                given, cutting, picture = self._cut
+                if given() is pixels and cutting is convolution:  # as for all layers of a model
+                    return picture
+                sizes = _sides(pixels, convolution, name)
+                if sizes is not None:
+                    picture = replace(_cut(module, convolution, sizes, prefix), seen=_thumbnails(pixels))
+                    self._cut = weakref.ref(pixels), convolution, picture
+                    return picture
+        return None
+
+    def _text_of(
+        self, call: ModuleCall, arguments: dict[str, Any], made: AttentionMap, tokens: int, is_source: bool
+    ) -> Layout | None:
+        """The words and the padding of a text that a call was given."""
+        written = arguments.get("decoder_input_ids")
+        mask = arguments.get("attention_mask") if is_source == _is_ids(written) else None
+        if is_source:
+            ids = arguments.get("input_ids") if _is_ids(written) else None
+            mask = arguments.get("encoder_attention_mask", mask)
+        else:
+            given = (written, arguments.get("input_ids"), *call.args[:1])
+            ids = next((one for one in given if _is_ids(one)), None)
+        real = self._real(mask, made.shape[0], tokens)
+        rows: Any = None
+        if ids is not None and _is_ids(ids):
+            rows = self._ids(call.path, ids, made, tokens) if made.kind != "cross" else self._lists.of(ids)
+            rows = None if rows is None or len(rows[0]) < tokens else [row[-tokens:] for row in rows]
+        if made.kind == "cross" and ids is not None and ids.shape[1] != tokens:
+            rows = None
+        if rows is None and real is None:
+            return None
+        known = call.path, tokens, rows, real, self._picture
+        if known != self._last[0]:
+            image_ids = _image_ids(call.module)
+            each = zip(rows or itertools.repeat(None), real or itertools.repeat(None), strict=False)
+            count = len(rows if rows is not None else real or ())
+            texts = [self._text(row, mask, tokens, image_ids) for row, mask in itertools.islice(each, count)]
+            self._last = known, Layout.batch(texts)
+        return self._last[1]
+
+    def _real(self, mask: Any, batch: int, tokens: int) -> list[list[bool]] | None:
+        """Which of the last tokens of each text are not padding, by a mask of 0 and 1; None where it is none."""
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < tokens:
+            return None
+        if mask.shape[0] == mask.shape[1] and not _is_ids(mask):  # it may say which token looks at which
+            return None
+        rows = self._lists.of(mask)
+        if not all({*row} <= {0, 1} for row in rows):  # numbers that are added to scores
+            return None
+        return [[bool(one) for one in row[-tokens:]] for row in rows]
+
+    def _ids(self, path: str, ids: Tensor, made: AttentionMap, tokens: int) -> list[list[int]] | None:
+        """The ids of the last `tokens` tokens of each text; None where those before this call are not known."""
+        own, count, keys = self._lists.of(ids), ids.shape[1], made.shape[3]
+        grown = made.source.keys if isinstance(made.source, Factors) else None
+        history = self._histories.get(path)
+        if history is None or history.current() is not ids:  # a new call, of which this is the first map
+            rows = own if keys <= count else None
+            if history is not None and history.rows is not None and rows is None:
+                before, known = history.keys.get(made.path, (0, None))
+                # The texts of a batch may change places, as the beams of a search do, but not where their keys grow.
+                have_grown = grown is not None and known is not None and known() is grown
+                are_same = len(own) == len(history.rows) and (len(own) == 1 or have_grown)
+                if are_same and keys in (before + count, before):  # where only so many keys are kept, they stay so many
+                    rows = [old + new for old, new in zip(history.rows, own, strict=True)]
+            history = _History(weakref.ref(ids), rows, {} if history is None else history.keys)
+            self._histories[path] = history
+        history.keys[made.path] = keys, None if grown is None else weakref.ref(grown)
+        return own if tokens == count else history.rows
+
+    def _text(self, ids: list[int] | None, real: list[bool] | None, tokens: int, image_ids: frozenset[int]) -> Layout:
+        """The layout of one text."""
+        words = [""] * tokens
+        if ids is not None and self._tokenizer is not None:
+            words = readable([str(word) for word in self._words(ids)])
+
+        def kind(place: int) -> str:
+            if real is not None and not real[place]:
+                return "padding"
+            if ids is None:
+                return "text"
+            if ids[place] in image_ids:
+                return "patches"
+            return "special" if ids[place] in self._special else "text"
+
+        parts: list[Part] = []
+        for what, run in itertools.groupby(range(tokens), kind):
+            places = list(run)
+            names = tuple(words[place] for place in places)
+            if what == "patches":
+                parts.append(self._stands_for_picture(len(places)))
+            elif what == "padding" or not any(names):
+                parts.append(Part("padding" if what == "padding" else "text", len(places)))
+            else:
+                parts.append(Part("special" if what == "special" else "text", len(places), names))
+        return Layout(tuple(parts))
+
+    def _words(self, ids: list[int]) -> list[Any]:
+        if hasattr(self._tokenizer, "convert_ids_to_tokens"):
+            return list(self._tokenizer.convert_ids_to_tokens(ids))
+        return [self._tokenizer.id_to_token(one) for one in ids]
+
+    def _stands_for_picture(self, tokens: int) -> Part:
+        """The tokens of a text that stand for a picture: its patches, perhaps several of them in one token."""
+        if self._picture is not None:
+            for factor in range(1, 9):
+                shape = tuple(side // factor for side in self._picture.shape)
+                if math.prod(shape) == tokens:
+                    high, wide = (side * factor for side in self._picture.patch)
+                    return Part("patches", tokens, (), shape, (high, wide), self._picture.size)
+        return Part("special", tokens, ("<image>",) * tokens)
+
+
+def _fits(layout: Layout, batch: int) -> bool:
+    return len(layout.samples) in (0, batch)
+
+
+def _is_ids(value: Any) -> TypeGuard[Tensor]:
+    return (
+        isinstance(value, Tensor)
+        and value.ndim == 2
+        and not value.is_floating_point()
+        and not value.is_complex()
+        and value.dtype != torch.bool
+    )
+
+
+def _takes_ids(call: ModuleCall) -> bool:
+    """Whether a call is of a text, or of a text and a picture: the tokens within it need not be those of a picture."""
+    return any(name in _IDS for name in argument_names(call.module)) or any(map(_is_ids, call.args))
+
+
+def _image_ids(module: nn.Module) -> frozenset[int]:
+    """The ids that stand for pictures, by the configuration of a model of transformers."""
+    config = getattr(module, "config", None)
+    return frozenset(one for name in _IMAGE_IDS if isinstance(one := getattr(config, name, None), int))
+
+
+def _first_convolution(module: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
+    """The first convolution of a module, where it cuts its input into patches."""
+    first = next((one for one in module.modules() if isinstance(one, (nn.Conv2d, nn.Conv3d))), None)
+    if first is None or max(first.stride[-2:]) < 2 or tuple(first.kernel_size) != tuple(first.stride):
+        return None
+    return first
+
+
+def _prefix(module: nn.Module) -> tuple[str, ...]:
+    """What the tokens before the patches are called, by the names of the parameters that they are."""
+    found: dict[str, tuple[str, ...]] = {}
+    for path, parameter in module.named_parameters():
+        *around, name = path.split(".")
+        stem = _PREFIXES.get(name)
+        if stem is not None and len(around) < 3 and not any(one.isdigit() for one in around):
+            count = parameter.shape[-2] if parameter.ndim > 1 else 1
+            found[name] = (stem,) if count == 1 else tuple(f"{stem}{number + 1}" for number in range(count))
+    return tuple(itertools.chain(*(found[name] for name in _PREFIXES if name in found)))
+
+
+def _thumbnails(pixels: Tensor) -> tuple[Thumbnail, ...]:
+    """A small copy of each picture, in shades of grey from 0 to 255; none of videos, or of pictures without shades."""
+    if pixels.ndim != 4:
+        return ()
+    grey = nn.functional.adaptive_avg_pool2d(pixels.detach().float(), THUMBNAIL).mean(1).flatten(1).cpu()
+    low, high = grey.amin(1, keepdim=True), grey.amax(1, keepdim=True)
+    if not bool((high > low).all()):  # false for NaN
+        return ()
+    return tuple(map(tuple, ((grey - low) / (high - low) * 255).round().int().tolist()))
+
+
+def _sides(pixels: Tensor, convolution: nn.Conv2d | nn.Conv3d, name: str) -> tuple[int, ...] | None:
+    """(height, width) of what a convolution is given, or (frames, height, width); None where it is no picture."""
+    channels, shape = convolution.in_channels, pixels.shape
+    if pixels.ndim == 4:
+        return tuple(shape[2:]) if shape[1] == channels and isinstance(convolution, nn.Conv2d) else None
+    # transformers has the frames before the channels.
+    is_frames_first = shape[2] == channels and (shape[1] != channels or name.startswith("pixel_values"))
+    if is_frames_first:
+        return shape[1], *shape[3:]
+    return tuple(shape[2:]) if shape[1] == channels else None
+
+
+def _cut(
+    module: nn.Module, convolution: nn.Conv2d | nn.Conv3d, sides: tuple[int, ...], prefix: tuple[str, ...]
+) -> Picture:
+    """The picture of these sides as the module cuts it."""
+    steps: list[int] = list(convolution.stride)
+    if len(sides) > len(steps):
+        steps = [1, *steps]  # each frame by itself
+    grid_of = getattr(getattr(module, "patch_embed", None), "dynamic_feat_size", None)
+    if grid_of is not None and len(sides) == 2:  # timm, which may pad
+        shape = tuple(map(int, grid_of(sides)))
+    else:
+        shape = tuple(side // step for side, step in zip(sides, steps, strict=True))
+    return Picture(shape, (sides[-2], sides[-1]), (float(steps[-2]), float(steps[-1])), prefix)
+
+
+def _on_the_way(picture: Picture, calls: Sequence[ModuleCall], tokens: int) -> Layout | None:
+    """The layout of tokens that are no longer the first patches, as where layers merge 2 x 2 of them.
+
+    A module was given them, as a grid or as a sequence.
+    """
+    merged = [tuple(-(-side // 2**times) for side in picture.shape) for times in range(1, 6)]
+    for shape in shapes_of(calls):
+        grids: list[tuple[int, ...]] = []
+        if len(shape) == 4:
+            grids = [sides for sides in (shape[1:3], shape[2:4]) if math.prod(sides) == tokens]
+        elif len(shape) == 3 and shape[1] == tokens:
+            grids = [grid for grid in merged if math.prod(grid) == tokens]
+        if len(set(grids)) == 1 and len(grids[0]) == 2:
+            rows, columns = grids[0]
+            patch = picture.size[0] / rows, picture.size[1] / columns
+            return Layout((Part("patches", tokens, (), (rows, columns), patch, picture.size),), seen=picture.seen)
+    return None
+
+
+def _cut_in_windows(made: AttentionMap, calls: Sequence[ModuleCall]) -> tuple[tuple[int, int], Windows] | None:
+    """(rows, columns) of the patches and the windows of a map, as Swin's layers and those like it cut them."""
+    batch, _, queries, keys = made.shape
+    if queries != keys:
+        return None
+    for call in reversed(calls):
+        size = getattr(call.module, "window_size", None)
+        if size is None:
+            continue
+        given = _grid_given(call)
+        sides = pair_of("window_size", tuple(size) if isinstance(size, (list, tuple)) else size)
+        if given is None or math.prod(sides) != keys:
+            continue
+        images, rows, columns = given
+        shift = getattr(call.module, "shift_size", 0)
+        steps = [int(step) for step in (shift if isinstance(shift, (list, tuple)) else (shift, shift))]
+        library = type(call.module).__module__.partition(".")[0]
+        if library == "torchvision":
+            steps = [
+                0 if side >= size else step for step, side, size in zip(steps, sides, (rows, columns), strict=True)
+            ]
+        windows = Windows(sides, (steps[0], steps[1]), pads_first=library != "timm")
+        if batch != images * len(windows.places(rows, columns)):
+            return None
+        return (rows, columns), windows
+    return None
+
+
+def _grid_given(call: ModuleCall) -> tuple[int, int, int] | None:
+    """(images, rows, columns) of the patches that a module was given: (images, rows, columns, width), or with the sides
+    beside them."""
+    tensor = next((one for _, one in inputs_of(call)), None)
+    if tensor is None:
+        return None
+    if tensor.ndim == 4:
+        return tensor.shape[0], tensor.shape[1], tensor.shape[2]
+    sides = arguments_of(call).get("input_dimensions")
+    return (tensor.shape[0], int(sides[0]), int(sides[1])) if sides is not None and tensor.ndim == 3 else None
