@@ -166,6 +166,15 @@ def test_new_rows_are_those_behind_the_prompt(recorded):
         assert torch.equal(new[path].rows([-1, 0]), whole[path].rows([10, 5]))
 
 
+def test_it_knows_its_tokens(llama):
+    maps, _ = write(llama, LEFT_PADDED)
+    whole, new = maps.generated()[0], maps.generated("new")[0]
+    assert whole.layout == whole.query_layout == new.layout == maps.layout
+    assert new.query_layout is None
+    padding = [whole.layout.of(text).are("padding").tolist() for text in range(2)]
+    assert padding == [[False] * 11, [True] * 2 + [False] * 9]
+
+
 def test_modules_without_new_rows_are_left_out():
     maps, _ = write(build(T5))
     assert maps.generated("new").paths == tuple(path for path in maps.paths if path.startswith("decoder"))
@@ -311,6 +320,15 @@ class TestWhatIsNoGeneration:
             llama.generate(IDS.flip(1), **settings)
         assert not maps.is_generation
         with pytest.raises(ValueError, match=r"call 3 has no keys of those before it.*clear\(\)"):
+            maps.generated()
+
+    @pytest.mark.parametrize("how", ["sdpa", "eager"])
+    @pytest.mark.parametrize("kind", [LLAMA, NARROW], ids=lambda one: one[0])
+    def test_tokens_that_were_taken_back(self, kind, how):
+        """As where the model guesses several tokens of its own prompt at a time, and keeps those that are right."""
+        ids = torch.tensor([[1, 2, 3, 1, 2]])
+        maps, _ = write(build(kind, how), torch.ones_like(ids), input_ids=ids, prompt_lookup_num_tokens=3)
+        with pytest.raises(ValueError, match="tokens were taken back"):
             maps.generated()
 
     def test_passes_that_have_nothing_to_do_with_each_other(self, llama):

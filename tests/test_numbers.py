@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from visualizer import AttentionMap, VisualizerWarning, attention, capture, load
+from visualizer.layout import Layout
 
 pandas = pytest.importorskip("pandas", reason="pandas is not installed")
 
@@ -100,6 +101,15 @@ class TestFrame:
         assert [*found.columns] == [*COLUMNS, "query_token", "key_token"]
         assert found.query_token.tolist()[4:8] == ["cat"] * 4
         assert found.key_token.tolist()[:4] == ["the", "cat", "它", ""]
+
+    def test_words_that_the_maps_know(self):
+        """Each text has its own."""
+        one = AttentionMap(WEIGHTS)
+        one.layout = Layout.batch([Layout.text(list("abcde")), Layout.text(list("vwxyz"))])
+        found = captured(one, keep="graph").to_frame(top=1)
+        assert found.key_token.tolist() == [("abcde", "vwxyz")[row.batch][row.key] for row in found.itertuples()]
+        assert set(found.query_token) == {""}
+        assert [*captured(one, keep="graph").to_frame(key_tokens=range(5)).key_token[:5]] == list("01234")
 
     def test_words_of_each_side(self):
         found = captured(WEIGHTS[0]).to_frame(query_tokens=list("abcd"), key_tokens=range(5), top=1, heads=0)

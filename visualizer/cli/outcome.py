@@ -114,7 +114,7 @@ def why_import_failed(error: BaseException | None) -> str | None:
         if packages:
             first, last = packages[0], packages[-1]
             through = "" if first == last else f", which {first} imports,"
-            what = f"{last}{_version(last)} is installed{through} and cannot be imported"
+            what = f"{last}{_release_of(last)} is installed{through} and cannot be imported"
             return f"{what}: {type(error).__name__}: {error}{_what_fits(last)}"
         error = error.__cause__ or error.__context__
     return None
@@ -131,7 +131,7 @@ def _being_imported(traceback: TracebackType | None) -> Iterator[str]:
         traceback = traceback.tb_next
 
 
-def _version(package: str) -> str:
+def _release_of(package: str) -> str:
     names = metadata.packages_distributions().get(package, [package])
     try:
         return f" {metadata.version(names[0])}"
@@ -141,7 +141,7 @@ def _version(package: str) -> str:
 
 def _what_fits(package: str) -> str:
     """Of torchvision, which is compiled for one release of torch: the release that fits the torch that is here."""
-    torch = re.match(r" 2\.(\d+)", _version("torch"))
+    torch = re.match(r" 2\.(\d+)", _release_of("torch"))
     if torch is None or package != "torchvision":
         return ""
     vision = f"0.{int(torch[1]) + 15}"  # torch 2.0 came with torchvision 0.15, and so on

@@ -311,8 +311,9 @@ class Maps(RecordedMaps, Sequence[Any]):
         each step goes on from: without `beam_indices` there is a map of each beam that was left at the end.
 
         Args:
-            queries: "all", or "new" for the rows behind the prompt only, which are the queries that came one by one;
-                their keys are all tokens. Modules that ran only once, such as an encoder's, are then left out.
+            queries: "all", or "new" for the rows behind the prompt only, which the first call had; query 0 is then the
+                first behind it, and the keys are all tokens. Modules that ran only once, such as an encoder's, are
+                left out.
             beam_indices: the `beam_indices` that transformers' `generate(..., return_dict_in_generate=True,
                 output_scores=True)` returns, (texts, steps): the maps are then those of the texts that it returned.
                 Rows behind the end of a text are zero.

@@ -215,7 +215,7 @@ class Provenance:
     def of_weights(self, weights: Tensor, calls: Sequence[ModuleCall]) -> tuple[Origin, Tensor | None]:
         """Where the queries and keys of which weights were computed come from; and a sample of the keys, if known.
 
-        The sample is a few numbers of each key, (texts, 1, keys, numbers), of several texts.
+        The sample is a few numbers of each key, (texts, 1, keys, numbers).
         """
         frame = self._frame(calls, len(calls) - 1)
         best, made_by, node = 0, None, self._node_of(weights)
@@ -354,14 +354,14 @@ def _products(weights: _Node, inputs: Container[_Node]) -> Iterator[_Node]:
 
 
 def _sample(name: str, factors: Sequence[Any]) -> Tensor | None:
-    """A few numbers of each key, if the second factor of a product is the transpose of the keys of several texts.
+    """A few numbers of each key, if the second factor of a product may be the transpose of the keys.
 
-    Taken at once, because nothing holds the keys until the weights are used. Of one text nobody asks for them.
+    Taken at once, because nothing holds the keys until the weights are used.
     """
     if name not in ("matmul", "__matmul__") or len(factors) < 2:
         return None
     keys = factors[1]
-    return keys.detach()[:, :1, :_SAMPLE].mT.clone() if keys.ndim == 4 and keys.shape[0] > 1 else None
+    return keys.detach()[:, :1, :_SAMPLE].mT.clone() if keys.ndim == 4 else None
 
 
 def _joined_sizes(

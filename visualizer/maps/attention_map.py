@@ -59,8 +59,8 @@ class AttentionMap:
     """Of joint attention, which tokens come from which input of the module, by the input's name; else {}."""
     axes_assumed: bool
     """Whether heads and batch could not be told apart by what the model did, and were assumed by their position."""
-    key_sample: Tensor | None
-    """Of weights of several texts, a few numbers of each key, (texts, 1, keys, numbers), if they were seen. By these
+    key_sample: Tensor | None = None
+    """Of weights, a few numbers of each of the keys, (batch, 1, keys, numbers), if these were seen. By them
     `Maps.generated` knows the keys of an earlier step again; of a fused call, by the keys themselves."""
     layout: Layout | None = None
     """What the keys are: words, patches of a picture, special tokens, padding. None: not known."""
@@ -81,7 +81,6 @@ class AttentionMap:
         self.source = Weights(weights.detach())
         self.path, self.kind, self.gradient = path, kind, None
         self.is_softmax, self.softmaxes, self.joined, self.axes_assumed = True, (), {}, False
-        self.key_sample = None
 
     @classmethod
     def from_query_key(
@@ -138,7 +137,6 @@ class AttentionMap:
         made = cls.__new__(cls)
         made.source, made.path, made.kind, made.gradient = source, path, kind, gradient
         made.is_softmax, made.softmaxes, made.joined, made.axes_assumed = True, (), {}, False
-        made.key_sample = None
         return made
 
     @property

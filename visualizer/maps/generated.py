@@ -298,7 +298,11 @@ def _joined(whole: _Steps, order: list[Tensor] | None, are_new: bool) -> Attenti
             made.append(Block(source, places, step.first - left, step.first_key, taken))
         return made
 
-    return joined_map([step.map for step in steps], blocks, (texts, heads, queries - left, keys))
+    made, last = joined_map([step.map for step in steps], blocks, (texts, heads, queries - left, keys)), steps[-1].map
+    if order is None and last.layout is not None and last.layout.keys == keys:  # else a window, or other texts
+        made.layout = last.layout
+        made.query_layout = last.layout if made.kind == "self" and queries - left == keys else None
+    return made
 
 
 def _not_one(path: str, why: str) -> ValueError:

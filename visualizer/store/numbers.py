@@ -68,7 +68,8 @@ class _Map:
         self._heads = _numbers(choice.heads, heads, f"{name} has {heads} heads, and heads")
         self._queries = _numbers(choice.queries, queries, f"{name} has {queries} queries, and queries")
         self._top: int = self.keys if choice.top is None else min(choice.top, self.keys)
-        self._words = self._words_of(queries, self.keys)
+        self.words = self._words_of(queries, self.keys)
+        """The words of the queries and of the keys, (batch, tokens) each; None without any."""
 
     @property
     def count(self) -> int:
@@ -86,9 +87,9 @@ class _Map:
             places = [np.arange(self.batch), self._heads, queries, np.arange(self._top)]
             batch, head, query, _ = (axis.ravel() for axis in np.meshgrid(*places, indexing="ij"))
             made = {"batch": batch, "head": head, "query": query, "key": keys.ravel(), "weight": weights.ravel()}
-            if self._words is not None:
-                of_queries, of_keys = self._words
-                made |= {"query_token": of_queries[query], "key_token": of_keys[made["key"]]}
+            if self.words is not None:
+                of_queries, of_keys = self.words
+                made |= {"query_token": of_queries[batch, query], "key_token": of_keys[batch, made["key"]]}
             yield made
 
     def _chunks(self) -> Iterator[tuple[Array, Array]]:
@@ -99,7 +100,6 @@ class _Map:
             yield queries, rows[:, self._heads]
 
     def _words_of(self, queries: int, keys: int) -> tuple[Array, Array] | None:
-        """The words of the queries and of the keys; None without any."""
         choice = self._choice
         if choice.tokens is not None and queries != keys and None in (choice.query_tokens, choice.key_tokens):
             raise ValueError(
@@ -110,7 +110,8 @@ class _Map:
         given = [getattr(choice, name) for name, _ in sides]
         given = [choice.tokens if words is None else words for words in given]
         if given == [None, None]:
-            return None
+            known = self._known_words("query_layout", queries), self._known_words("layout", keys)
+            return known if any(words.any() for words in known) else None
         made = []
         for (name, size), words in zip(sides, given, strict=True):
             texts = [""] * size if words is None else [str(word) for word in words]
@@ -119,8 +120,18 @@ class _Map:
                     f"{name if choice.tokens is None else 'tokens'} has {len(texts)} words, and {self.name} has {size} "
                     f"{'queries' if name == 'query_tokens' else 'keys'}: special tokens and padding count"
                 )
-            made.append(np.array(texts, dtype=object))
+            made.append(np.broadcast_to(np.array(texts, dtype=object), (self.batch, size)))
         return made[0], made[1]
+
+    def _known_words(self, name: str, size: int) -> Array:
+        """What a map's layout says its tokens are; "" where it has no words."""
+        words = np.full((self.batch, size), "", dtype=object)
+        layout: Any = getattr(self.record.value, name, None) if self._is_lazy else None  # tensors have another `layout`
+        for text in range(0 if layout is None else self.batch):
+            one = layout.of(text)
+            if one.has_words and one.count == size:
+                words[text] = one.names
+        return words
 
 
 def frame(records: Sequence[Record], choice: Choice) -> Any:
@@ -182,7 +193,7 @@ def _chosen(records: Sequence[Record], choice: Choice) -> tuple[list[_Map], list
             "layers=, heads=, queries= or top=, the best keys of each query; or allow more (max_rows=)"
         )
     more = ["call"] * any(len(by_key[key]) > 1 for key in layers) + ["batch"] * any(one.batch > 1 for one in maps)
-    has_words = any(words is not None for words in (choice.tokens, choice.query_tokens, choice.key_tokens))
+    has_words = any(one.words is not None for one in maps)
     names = ["layer", "module", *more, "head", "query", "key", "weight"] + ["query_token", "key_token"] * has_words
     return maps, names
 
@@ -216,6 +227,7 @@ def _table(maps: Sequence[_Map], names: Sequence[str]) -> Iterator[dict[str, Arr
         key = one.record.key
         calls[key] = calls.get(key, -1) + 1
         whole = {"layer": np.array(one.layer), "module": np.array(key, dtype=object), "call": np.array(calls[key])}
+        whole |= dict.fromkeys(("query_token", "key_token"), np.array("", dtype=object))
         for columns in one.columns():
             shape = columns["weight"].shape
-            yield {name: np.broadcast_to(whole[name], shape) if name in whole else columns[name] for name in names}
+            yield {name: columns[name] if name in columns else np.broadcast_to(whole[name], shape) for name in names}

@@ -107,7 +107,8 @@ class RecordedMaps(Recorded):
             layers: numbers of modules, -1 is the last; paths, or patterns of paths such as "encoder.*". None: all.
             heads, queries: which; -1 is the last. None: all.
             top: how many keys to take of each query, those with the most weight, best first. None: all.
-            tokens: the words of the queries and the keys, where these are the same.
+            tokens: the words of the queries and the keys, where these are the same. None: those that the maps know, as
+                of `attention(model, tokenizer=...)`.
             query_tokens, key_tokens: those of one side, where they are not.
             max_rows: larger tables are refused. The default takes about a gigabyte; `math.inf`: no limit.
 
