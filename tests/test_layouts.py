@@ -212,6 +212,18 @@ class TestTexts:
             assert words == call.layout.names
             assert words[-call.shape[2] :] == call.query_layout.names
 
+    def test_the_texts_of_a_padded_batch_go_on_too(self):
+        torch.manual_seed(0)
+        model = transformers_model("Llama", "ForCausalLM", attention="sdpa", **LLAMA)
+        ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+        with attention(model, tokenizer=Tokenizer()) as maps, torch.no_grad():
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        for call in maps.calls(maps.paths[-1]):
+            for text in range(2):
+                words = [TOKENS[one].replace("Ġ", "␣") for one in out[text, : call.shape[3]].tolist()]
+                words[:2] = ["[PAD]", "[PAD]"] if text == 0 else words[:2]
+                assert words == [*call.layout.of(text).names]
+
     def test_beams_change_places_and_their_words_stay_unknown_or_right(self):
         torch.manual_seed(0)
         model = transformers_model("Llama", "ForCausalLM", attention="sdpa", **LLAMA)

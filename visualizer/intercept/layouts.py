@@ -268,9 +268,8 @@ class Layouts(threading.local):
             rows = own if keys <= count else None
             if history is not None and history.rows is not None and rows is None:
                 before, known = history.keys.get(made.path, (0, None))
-                # The texts of a batch may change places, as the beams of a search do, but not where their keys grow.
-                have_grown = grown is not None and known is not None and known() is grown
-                are_same = len(own) == len(history.rows) and (len(own) == 1 or have_grown)
+                # The texts of a batch may change places, as the beams of a search do, and their keys with them.
+                are_same = len(own) == len(history.rows) and (len(own) == 1 or _go_on(known, grown, before))
                 if are_same and keys in (before + count, before):  # where only so many keys are kept, they stay so many
                     rows = [old + new for old, new in zip(history.rows, own, strict=True)]
             history = _History(weakref.ref(ids), rows, {} if history is None else history.keys)
@@ -319,6 +318,16 @@ class Layouts(threading.local):
                     high, wide = (side * factor for side in self._picture.patch)
                     return Part("patches", tokens, (), shape, (high, wide), self._picture.size)
         return Part("special", tokens, ("<image>",) * tokens)
+
+
+def _go_on(known: weakref.ref[Keys] | None, grown: Keys | None, count: int) -> bool:
+    """Whether the first keys of a call are all those of the call before; either may have one for several heads."""
+    before = None if known is None else known()
+    if before is None or grown is None or before is grown:
+        return before is not None and grown is not None
+    both = before.first(count), grown.first(count)
+    heads = max(one.shape[1] for one in both)
+    return torch.equal(*(one.repeat_interleave(heads // one.shape[1], 1) for one in both))
 
 
 def _fits(layout: Layout, batch: int) -> bool:
