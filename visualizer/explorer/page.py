@@ -121,7 +121,7 @@ def explore(
 class Explorer:
     """A page about attention maps; made by `explore`. A notebook shows it as the last line of a cell.
 
-    `page + other` is a page with the examples of both.
+    `page + other` is a page with the examples of both; two of one shape can be compared on it, side by side.
     """
 
     def __init__(self, examples: Sequence[Example]) -> None:
