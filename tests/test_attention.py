@@ -603,7 +603,9 @@ class TestLayersInWhichNothingAttends:
 class TestTold:
     def test_linear_attention_has_no_map(self, x):
         model = nn.Sequential(Block(Fused), Block(LinearAttention), Block(LinearAttention))
-        with pytest.warns(VisualizerWarning, match=r"LinearAttention \('1.attn' and 1 more\) ran, .* softmax over features"):
+        with pytest.warns(
+            VisualizerWarning, match=r"LinearAttention \('1.attn' and 1 more\) ran, .* softmax over features"
+        ):
             with attention(model) as maps:
                 model(x)
         assert maps.paths == ("0.attn",)
