@@ -31,6 +31,7 @@ import torch
 from timm.layers import set_fused_attn
 
 from visualizer import analysis, attention, capture
+from visualizer.intercept import copies
 
 ROUNDS, BATCH = 15, 8
 
@@ -51,6 +52,15 @@ def with_attention(**options) -> Callable:
     return run
 
 
+def unproven(model, images):
+    """As `with_attention()`, without the proof that each map is the one that was used: what is less is its share."""
+    proof, copies.of_fused = copies.of_fused, lambda *_: None
+    try:
+        return with_attention()(model, images)
+    finally:
+        copies.of_fused = proof
+
+
 def captured(model, images):
     with capture(model, "attn") as found:
         model(images)
@@ -62,6 +72,7 @@ def captured(model, images):
 VARIANTS: dict[str, tuple[bool, Callable]] = {
     "fused, bare": (True, lambda model, images: model(images)),
     "fused, attention(model)": (True, with_attention()),
+    "fused, the same without its proof": (True, unproven),
     "fused, attention(model, layers=-1)": (True, with_attention(layers=-1)),
     "fused, attention(model, keep=row 0)": (True, with_attention(keep=lambda a: a.rows(0))),
     "fused, attention(model, keep=entropy)": (True, with_attention(keep=analysis.entropy)),

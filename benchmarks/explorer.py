@@ -133,9 +133,7 @@ def main():
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         print(f"Chromium {browser.version}, {', '.join(versions)}; Python {platform.python_version()}")
-        print(
-            f"{os.cpu_count()} cores, on average {os.getloadavg()[2]:.1f} programs at work in the last 15 minutes"
-        )
+        print(f"{os.cpu_count()} cores, on average {os.getloadavg()[2]:.1f} programs at work in the last 15 minutes")
         print(f"{'':<28} {'tokens':>6} {'page':>11} {'written':>10} {'drawn':>12}")
         for tokens in sizes:
             for name in WAYS:

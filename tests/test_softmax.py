@@ -387,6 +387,26 @@ def test_heads_of_additive_attention(x):
     assert not maps[0].axes_assumed
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_biases_of_heads_and_masks_added_to_scores(x, batch):
+    """As LongT5: both are added to one another first."""
+
+    class Biased(nn.Module):
+        def forward(self, x):
+            bias = torch.zeros(1, 2, 5, 5) + torch.zeros(batch, 1, 1, 5).where(torch.arange(5) < 4, -torch.inf)
+            rows = torch.relu(torch.arange(5.0)[:, None] + torch.arange(5.0)[None])
+            q = x.unflatten(-1, (2, 4)).transpose(1, 2)
+            scores = q @ q.mT
+            scores += bias + rows
+            self.weights = scores.softmax(-1)
+            return self.weights @ q
+
+    model = Biased()
+    with attention(model) as maps:
+        model(x)
+    assert torch.equal(maps[0].dense(), model.weights)
+
+
 POSITIONS = {
     "positions": lambda x, rows: x + torch.relu(rows[:, None] + rows[None])[0],
     "a scale a channel": lambda x, rows: torch.relu(x[:, :1] * rows[None]),

@@ -43,7 +43,7 @@ def main() -> None:
         (one["library"], one["name"])
         for one in results(options.results)
         if f"{one['library']}:{one['name']}" not in options.only
-        and not (options.again and one["outcome"] not in ("exact", "none"))
+        and not (options.again and (one["outcome"] not in ("exact", "none") or one.get("earlier")))
     }
     run([one for one in wanted if one not in done], options.results)
     if not options.only:

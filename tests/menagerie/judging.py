@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ def judge(model: torch.nn.Module, run: Any, answers: Any = None) -> dict[str, An
     Args:
         model: in evaluation mode.
         run: calls it; every call does the same.
-        answers: returns a list of Answer, if the model's own code has some; None if that code computes something else.
+        answers: returns a list of Answer, if the model's own code has some.
     """
     with warnings.catch_warnings(record=True) as said, torch.no_grad():
         warnings.simplefilter("always")
@@ -54,21 +55,19 @@ def judge(model: torch.nn.Module, run: Any, answers: Any = None) -> dict[str, An
         apart = _gap(before, _tensors(reading.output))
         if apart is None or apart > 1e-2 * max([1.0, *(float(one.abs().max()) for one in before if one.numel())]):
             raise NotBuilt(f"the model computes something else while it is read (by {apart})")
-        reasons, compared = reasons_of(reading, list(maps))
+        own = [] if answers is None else answers()
+        reasons, compared = reasons_of(reading, list(maps), own)
         if reasons:  # a deep model may make much of the rounding of its kernels: both with the same ones
             with taken_apart(), attention(model) as same_kernels:
                 run()
-            instead, _ = reasons_of(reading, list(same_kernels))
+            instead, _ = reasons_of(reading, list(same_kernels), own)
             if instead.total() < reasons.total():
                 maps, reasons = same_kernels, instead
         if not _same(before, after):
             gap, noise = _gap(before, after), _gap(before, _tensors(run()))
             if gap is None or gap > max(1e-6, 2 * (noise or 0.0)):
                 reasons["the output changes while it is recorded" + (f" (by {gap:.1g})" if gap else "")] += 1
-        own = [] if answers is None else answers()
-        if own is None:
-            reasons["(its own answer is not compared: the code that returns weights computes something else)"] += 1
-        found = _answers_found(own or [], list(maps), reading, reasons)
+        found = _answers_found(own, list(maps), reading, reasons)
     return {
         "maps": len(maps),
         "products": compared,
@@ -82,13 +81,20 @@ def judge(model: torch.nn.Module, run: Any, answers: Any = None) -> dict[str, An
     }
 
 
-def reasons_of(reading: Reading, maps: list[Any]) -> tuple[Counter[str], int]:
-    """What is wrong with maps, and how many products were compared."""
+def reasons_of(reading: Reading, maps: list[Any], own: Sequence[Answer] = ()) -> tuple[Counter[str], int]:
+    """What is wrong with maps, and how many products were compared.
+
+    Args:
+        own: weights that the model's own code returns, whose axes count more than what its layers are given: it may
+            hand each expert's heads to a layer of their own.
+    """
     reasons = Counter[str]()
     left, compared = list(enumerate(maps)), 0
     in_windows = any(seen.arrangement is not None and len(seen.arrangement) > BATCH for seen in reading.seen)
     for seen in reading.seen:
         place, reason = _best(seen, left, maps, in_windows)
+        if reason is not None and reason.startswith("axes") and any(_is_same(maps[place], one.weights) for one in own):
+            reason = _kind_reason(seen, maps[place], in_windows)
         if place is None and not seen.is_certain:
             continue
         if not seen.over_keys:
@@ -107,6 +113,10 @@ def reasons_of(reading: Reading, maps: list[Any]) -> tuple[Counter[str], int]:
             continue
         reasons[f"a map of {one.path.rpartition('.')[2] or 'the model'} that the reading has not"] += 1
     return reasons, compared
+
+
+def _is_same(one: Any, weights: Tensor) -> bool:
+    return one.shape == weights.shape and bool(((one.dense() - weights).abs() <= TOLERANCE).all())
 
 
 def _expected(seen: Seen) -> Tensor | None:
@@ -185,6 +195,7 @@ def _holds(one: Any, weights: Tensor) -> bool:
 def _answers_found(own: list[Answer], whole: list[Any], reading: Reading, reasons: Counter[str]) -> dict[str, int]:
     """How many of the model's own answers are found among the maps, comparable or not."""
     found: Counter[str] = Counter()
+    is_read = not any(not reason.startswith("(") for reason in reasons)  # all that is multiplied is among the maps
     for answer in own:
         weights = answer.weights.float()
         if weights.ndim < 3 or not _are_weights(weights):
@@ -202,7 +213,11 @@ def _answers_found(own: list[Answer], whole: list[Any], reading: Reading, reason
                     same = one
                     break
         same = next((one for one in whole if _samples_with(one, weights)), None) if same is None else same
-        if same is None and any(seen.weights.shape[-2:] == (queries, keys) for seen in reading.seen):
+        is_alike = any(seen.weights.shape[-2:] == (queries, keys) for seen in reading.seen)
+        if same is None and is_alike and is_read:
+            found["another form"] += 1
+            reasons["(what its own code returns is not what it multiplies with the values)"] += 1
+        elif same is None and is_alike:
             found["differs"] += 1
             reasons[f"own: {answer.field} {tuple(weights.shape)} is not among the maps"] += 1
         elif same is None:  # such as the weights of sampling points

@@ -26,7 +26,7 @@ def prepared(model: torch.nn.Module) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 2 and parameter.is_floating_point() and parameter.numel() and not parameter.any():
+            if parameter.ndim > 1 and parameter.is_floating_point() and parameter.numel() and not parameter.any():
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
             if parameter.ndim == 2 and parameter.is_floating_point() and float(parameter.std()) < 0.05:
                 parameter.mul_(4)

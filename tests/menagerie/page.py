@@ -53,6 +53,9 @@ def page(results: list[dict[str, Any]], missing: int = 0) -> str:
     text += _counts("all", total)
     if missing:
         text += f"\n**{missing} more models have not been compared yet.**\n"
+    earlier = sum(one.get("earlier", False) for one in results)
+    if earlier:
+        text += f"\n**{earlier} rows, marked *earlier*, are those of an earlier state of the package.**\n"
     text += "\n" + _share(results) + "\n" + _why(results)
     for name in order:
         text += (
@@ -113,13 +116,13 @@ def kind_of_reason(reason: str) -> str:
 
 
 def _row(one: dict[str, Any]) -> str:
-    outcome = one["outcome"]
+    outcome, mark = one["outcome"], " (earlier)" if one.get("earlier") else ""
     if outcome in ("not built", "failed"):
         what = "could not be compared" if outcome == "not built" else "fails"
-        return f"| {one['name']} | | {what}: {_cell(one['why'])} | | | |\n"
+        return f"| {one['name']} | | {what}{mark}: {_cell(one['why'])} | | | |\n"
     reasons = [reason for reason in one["reasons"] if not reason.startswith("(")]
     asides = [reason[1:-1] for reason in one["reasons"] if reason.startswith("(")]
-    words = {"exact": "exact", "none": "no softmax of scores", "wrong": "; ".join(reasons)}[outcome]
+    words = {"exact": "exact", "none": "no softmax of scores", "wrong": "; ".join(reasons)}[outcome] + mark
     if asides:
         words += f" ({'; '.join(asides)})"
     own = one["answers"]

@@ -4,7 +4,7 @@ A dispatch mode sees each operator after autograd, with every fused kernel taken
 notes each product of weights (what became of a softmax of scores) with values. A second run replaces the output of such
 products by numbers that say which of its leading axes they are from: what the model's next linear layer is given tells
 which of these axes are features (heads) and which are rows (batch, windows). It replaces the softmax by the numbers of
-its keys: a product over anything else than keys sums over numbers that are all the same.
+its pairs of query and key: a product over anything else, such as heads, sums over numbers that are all the same.
 """
 
 from __future__ import annotations
@@ -172,6 +172,8 @@ class Reading(TorchDispatchMode):
             label = frozenset([_content(given)])
             further = frozenset() if known is None else known.inputs
             made = _Fact(scores=(None, False), inputs=label, further=further)
+            if name == "convolution" and args[1].shape[2:].numel() > 1:  # it pools, and the layer behind it projects
+                made.inputs, made.further = (known.inputs, known.further) if known is not None else (frozenset(),) * 2
             if mixes and known is not None:
                 made.softmaxes, made.scores = known.softmaxes, known.scores
             self._note(out, made)
@@ -238,8 +240,8 @@ class Reading(TorchDispatchMode):
         if scores is None or out.ndim < 2:
             return
         if self._codes is not None and scores[1]:
-            keys = torch.arange(1, out.shape[args[1]] + 1, dtype=out.dtype, device=out.device)
-            out.movedim(args[1], -1).copy_(keys.expand(out.movedim(args[1], -1).shape))
+            pairs = torch.arange(1, out.shape[-1] * out.shape[-2] + 1, dtype=out.dtype, device=out.device)
+            out.copy_(pairs.view(out.shape[-2:]))
         made = _Softmax(tuple(out.shape), scores[0], out.clone(), scores[1])
         self._softmaxes.append(made)
         self._note(out, _Fact(softmaxes=[made]))

@@ -47,6 +47,7 @@ _last: tuple[list[ModuleType], list[int]] = ([], [])  # all modules at the last 
 _found: weakref.WeakKeyDictionary[FunctionType, str] = weakref.WeakKeyDictionary()
 _swapped: dict[FunctionType, tuple[CodeType, CodeType, bool]] = {}  # the codes before and now; is the signature ours
 _classes: list[type[torch.autograd.Function]] = []  # whose `apply` is wrapped
+_others: weakref.WeakSet[Any] = weakref.WeakSet()  # autograd Functions around nothing that is known
 _DEFORMABLE = ("value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights")
 _AROUND = {
     "FlashAttnFunc": "flash_attn_func",
@@ -76,9 +77,13 @@ def begin(watcher: Watcher) -> None:
             if function not in _swapped:
                 _swap(name, function)
         for cls in _below(torch.autograd.Function):
+            if cls in _others:
+                continue
             if "apply" not in vars(cls) and cls not in _classes:
                 describe = _describes(cls)
-                if describe is not None:
+                if describe is None:
+                    _others.add(cls)
+                else:
                     _classes.append(cls)
                     cls.apply = staticmethod(_apply(cls.__name__, cls.apply, describe))
 

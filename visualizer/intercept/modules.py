@@ -179,12 +179,22 @@ _BY_TOKEN = frozenset(
 """Names in code that belong to torch, and stand for nothing that mixes tokens."""
 
 
-def works_by_token(module: nn.Module) -> bool:
+def works_by_token(module: nn.Module, known: dict[nn.Module, bool] | None = None) -> bool:
     """Whether it is sure that nothing in a layer attends, such as a norm or an MLP: by its code, and by its submodules.
 
     The code may use torch's functions that do not mix tokens, call torch's own layers and others like itself, and no
     function else; what it is called with has to be tensors, of which the caller makes sure.
+
+    Args:
+        known: what was found of other modules, to which this one is added.
     """
+    known = {} if known is None else known
+    if module not in known:
+        known[module] = _works_by_token(module, known)
+    return known[module]
+
+
+def _works_by_token(module: nn.Module, known: dict[nn.Module, bool]) -> bool:
     forward = type(module).forward
     if type(forward) is not FunctionType or "forward" in vars(module) or is_called_attention(type(module).__qualname__):
         return False
@@ -199,7 +209,7 @@ def works_by_token(module: nn.Module) -> bool:
         if not isinstance(getattr(module, name, None), (nn.Module, Tensor, int, float, str, torch.dtype)):
             return False
     inner = [one for one in module._modules.values() if one is not None]
-    return all(cannot_attend(one) or works_by_token(one) for one in inner)
+    return all(cannot_attend(one) or works_by_token(one, known) for one in inner)
 
 
 _TORCH = (torch, nn, nn.functional)

@@ -78,12 +78,15 @@ def is_of_activations(args: Any, kwargs: Any) -> bool:
 def makes_pairs(args: Any, kwargs: Any) -> bool:
     """Whether a function broadcasts two tensors against each other, each query against each key.
 
-    That is (..., queries, 1, features) and (..., 1, keys, features), or without features.
+    That is (..., queries, 1, features) and (..., 1, keys, features), or without features. The first of four axes or
+    more is the batch, which a mask has alone, and a bias has not.
     """
     if len(args) < 2 or not isinstance(args[0], Tensor) or not isinstance(args[1], Tensor):
         return False
     one, other = args[0].shape, args[1].shape
     if one == other or len(one) != len(other) or not args[0].is_floating_point():
+        return False
+    if len(one) > 3 and one[0] != other[0]:
         return False
     differ = [pair for pair in zip(one, other, strict=True) if pair[0] != pair[1]]
     return len(differ) == 2 and 1 in differ[0] and 1 in differ[1] and differ[0].index(1) != differ[1].index(1)
@@ -360,11 +363,14 @@ class Tracing:
 
     def _carry_scores(self, name: str, known: Sequence[tuple[Tensor, Any]], result: Tensor) -> None:
         """Follow what a function made of scores, or of what may become scores."""
+        made: object = None
         for tensor, origin in known:
             if isinstance(origin, _Scores) and origin.are_after(name) and _has_same_places(name, tensor, result):
-                self.lineage.follow(result, origin)
-            elif isinstance(origin, _Pairs):
-                self.lineage.follow(result, origin.made(name, tensor, result))
+                made = origin
+            elif isinstance(origin, _Pairs) and made is None:  # else they are added to scores, as a bias
+                made = origin.made(name, tensor, result)
+        if made is not None or any(isinstance(origin, _Pairs) for _, origin in known):
+            self.lineage.follow(result, made)
 
     def _follow_all(self, func: Any, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any) -> None:
         latest = [(tensor, origin[-1] if isinstance(origin, tuple) else origin) for tensor, origin in known]

@@ -129,7 +129,7 @@ class Watch:
         self._has_ended = False
         mark_reruns()
         self._handles: list[Any] = []
-        scripted = []
+        scripted, by_token = [], dict[nn.Module, bool]()
         for path, module in modules:
             if isinstance(module, torch.jit.ScriptModule):
                 scripted.append(path)
@@ -138,7 +138,7 @@ class Watch:
                 continue
             known = weakref.ref(module)
             begin, end = self._begin_call, self._end_call
-            if path and works_by_token(module):
+            if path and works_by_token(module, by_token):
                 begin, end = self._begin_layer, self._end_layer
             self._handles += [
                 module.register_forward_pre_hook(_Hook(begin, path, known), prepend=True, with_kwargs=True),
