@@ -179,7 +179,7 @@ class Provenance:
 
     def _is_view_of_known(self, view: Tensor, of: Tensor) -> bool:
         """Whether a view of all of a tensor needs no node of its own: it is found by its base, as that tensor is."""
-        base = view._base
+        base = getattr(view, "_base", None)
         if base is None or (of is not base and id(of) in self._nodes):  # that may be a part of the base
             return False
         node = self._nodes.get(id(base))
