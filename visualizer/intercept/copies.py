@@ -38,6 +38,16 @@ class AttentionCall:
     number: int
     """How many attention calls came before."""
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many queries and keys it has."""
+        computed = self.computed
+        if isinstance(computed, FusedCall):
+            return computed.query.shape[-2], computed.key.shape[-2]
+        if isinstance(computed, Product):
+            return computed.weights.shape[-2], computed.weights.shape[-1]
+        return computed.weights.shape[-2], sum(map(math.prod, computed.sizes))
+
     def attended(self, call: object) -> Attended:
         """What it must have in common with others in one call of its module."""
         computed = self.computed
@@ -109,10 +119,12 @@ class Copies:
 
     Args:
         gradients: whether maps also keep what their gradients are computed from.
+        share_keys: whether the maps of a growing cache share its keys; else each has a copy of its own, which nothing
+            holds any longer than the map.
     """
 
-    def __init__(self, gradients: bool) -> None:
-        self._gradients = gradients
+    def __init__(self, gradients: bool, share_keys: bool = True) -> None:
+        self._gradients, self._share_keys = gradients, share_keys
         self._growing: dict[str, Keys] = {}
         self._masks: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
@@ -229,7 +241,9 @@ class Copies:
         if known is not None and queries < key.shape[2] and known.begins(key):
             [device] = bytes_by_device(key)
             return known, {device: known.grow(key)}
-        self._growing[path] = keys = Keys(_copied(key))
+        keys = Keys(_copied(key))
+        if self._share_keys:
+            self._growing[path] = keys
         return keys, _sizes(keys.buffer)
 
     def _kept_mask(self, mask: Tensor) -> tuple[Tensor, dict[str, int]]:
