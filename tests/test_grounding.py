@@ -140,6 +140,27 @@ def test_only_what_is_asked_for_is_kept(llava: Any) -> None:
     assert [path[-18:] for path in maps.layers] == ["layers.1.self_attn"]
 
 
+def test_sinks_are_removed_and_the_rest_rescaled() -> None:
+    torch.manual_seed(0)
+    model, prompt, _ = made(vision_language.paligemma)
+    with word_maps(model, tokenizer=vision_language.Tokenizer()) as maps, torch.no_grad():
+        model(**prompt)
+    before = maps["cat"]
+    torch.testing.assert_close(maps.of("cat", sinks="remove"), before)  # random weights have none
+    for several in maps.sums.values():
+        several[0].weights[..., 1, 2] = 5.0  # all words look at one patch
+    clean, raw = maps.of("cat", sinks="remove"), maps["cat"]
+    assert torch.isnan(clean).nonzero().tolist() == [[1, 2]]
+    expected = before * (float(raw.sum()) / float(before.sum() - before[1, 2]))
+    torch.testing.assert_close(
+        clean.nan_to_num(0), expected.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(0.0))
+    )
+    title = plot.words(maps, "cat", np.zeros((16, 16, 3)), sinks="remove").get_title()
+    assert title == "'cat', mean of 2 layers, sinks removed"
+    with pytest.raises(ValueError, match="sinks='hide'"):
+        maps.of("cat", sinks="hide")
+
+
 def test_a_plot_of_a_word(llava: Any) -> None:
     model, prompt, _ = llava
     with word_maps(model, tokenizer=vision_language.Tokenizer()) as maps, torch.no_grad():

@@ -9,7 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README_zh.md")
-RUN = (*READMES, "docs/fused-attention.md", "docs/gallery.md", "docs/explorer.md", "docs/statistics.md")
+RUN = (
+    *READMES,
+    "docs/fused-attention.md",
+    "docs/gallery.md",
+    "docs/explorer.md",
+    "docs/statistics.md",
+    "docs/words.md",
+)
 PAGES = (*RUN, "docs/command-line.md", "docs/how-it-works.md")
 
 

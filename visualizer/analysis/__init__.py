@@ -12,17 +12,19 @@ rows: no function makes the N x N map of a head (a `rollout` with `discard` make
 - `rows`, row by row: `entropy`, `received`, `sink`, `confidence`, `cls_attention`, `attention_distance`, `top_keys`;
   `mass_mask` of a row.
 - `patterns`, what each head does: `head_patterns`.
+- `shares`, what draws far more than its share: `sinks`, and maps `without_sinks`.
 - Not about maps: `position_similarity` and `filter_components` of a vision transformer's weights (`weights`);
   `spike_rate` and `spike_scores` of spiking neurons (`spikes`).
 
 Each file names its public functions in `__all__`, and these are the functions of `visualizer.analysis`.
 """
 
-from . import flow, patterns, rows, spikes, weights
+from . import flow, patterns, rows, shares, spikes, weights
 from .flow import *  # noqa: F403
 from .patterns import *  # noqa: F403
 from .rows import *  # noqa: F403
+from .shares import *  # noqa: F403
 from .spikes import *  # noqa: F403
 from .weights import *  # noqa: F403
 
-__all__ = flow.__all__ + patterns.__all__ + rows.__all__ + spikes.__all__ + weights.__all__
+__all__ = flow.__all__ + patterns.__all__ + rows.__all__ + shares.__all__ + spikes.__all__ + weights.__all__

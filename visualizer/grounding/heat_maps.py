@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..analysis.shares import TIMES
 from ..errors import few, warn
 from ..intercept import AttentionCall, Maps
 from ..maps import AttentionMap, without_autograd
@@ -122,7 +123,8 @@ class WordMaps:
     ) -> None:
         self._module, self._source, self._pipeline = source_of(model, tokenizer, tokens, are_queries)
         self._layers, self._keeps_heads, self._keeps_steps = layers, keeps_heads, keeps_steps
-        self._sums: dict[_Key, list[_Sum]] = {}
+        self.sums: dict[_Key, list[_Sum]] = {}
+        """What was added up, by text, picture, layer and grid of the picture."""
         self._maps: Maps | None = None
         self._hook: Any = None
         self._error: Exception | None = None
@@ -171,12 +173,12 @@ class WordMaps:
 
     def clear(self) -> None:
         """Drop what was recorded; recording goes on."""
-        self._sums.clear()
+        self.sums.clear()
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The paths of the modules in which words and patches attend to each other, in the order of their calls."""
-        return tuple(dict.fromkeys(key.path for key in self._sums))
+        return tuple(dict.fromkeys(key.path for key in self.sums))
 
     @property
     def words(self) -> list[str]:
@@ -190,7 +192,7 @@ class WordMaps:
     @property
     def nbytes(self) -> int:
         """The bytes that are kept."""
-        weights = [one.weights for several in self._sums.values() for one in several]
+        weights = [one.weights for several in self.sums.values() for one in several]
         return sum(one.numel() * one.element_size() for one in weights)
 
     def __getitem__(self, word: str) -> Tensor:
@@ -227,8 +229,9 @@ class WordMaps:
             negative: the negative prompt of a guidance.
             occurrence: which of several places where the word stands, counted from 0; None: the mean of all.
             encoder: which text encoder's tokens, where the layers see several; None: all.
-            sinks: "remove": without the patches, or the tokens, that all words or patches alike look at, see
-                `sinks_of`; the others are rescaled to the same sum. Removed patches are NaN.
+            sinks: "remove": without the patches that the mean of all words looks at 8 times as much as at others, or
+                without the token that draws more than half of what patches give to all words, such as the one that
+                starts the text. The others are rescaled to the same sum; removed patches are NaN.
 
         Raises:
             ValueError: there is no such word, or nothing was kept of it; the message names close ones.
@@ -246,7 +249,7 @@ class WordMaps:
         wanted = [token for several in places for token in several]
         by_layer: list[Tensor] = []
         for path in self._paths(layer):
-            views = {key.view: several for key, several in self._sums.items() if key[:3] == (whose, picture, path)}
+            views = {key.view: several for key, several in self.sums.items() if key[:3] == (whose, picture, path)}
             grids = [
                 made
                 for _, several in sorted(views.items())
@@ -273,7 +276,7 @@ class WordMaps:
 
     def _check(self, whose: Whose, picture: int) -> None:
         """Raise an error where there is no such text or picture."""
-        pictures, known = self._source.pictures(whose), dict.fromkeys(key.whose for key in self._sums)
+        pictures, known = self._source.pictures(whose), dict.fromkeys(key.whose for key in self.sums)
         if known and whose not in known and not pictures:
             texts = [f"sample={one.sample}" + ", negative=True" * one.is_negative for one in known]
             raise IndexError(
@@ -378,7 +381,7 @@ class WordMaps:
     def _sink_patches(self, whose: Whose, picture: int, layer: int | str | None, shape: tuple[int, ...]) -> Tensor:
         """Which patches draw far more than their share from all words alike, (rows, columns)."""
         paths, total = self._paths(layer), torch.zeros(shape)
-        for key, several in self._sums.items():
+        for key, several in self.sums.items():
             if key[:2] == (whose, picture) and key.path in paths:
                 for one in several:
                     total += resized(one.weights.mean((0, 1)).cpu().float() / one.calls, shape, True)
@@ -407,7 +410,7 @@ class WordMaps:
                 # What is looked at is no function of the model, and may be seen by a mode of the user's.
                 with torch._C.DisableTorchFunction():
                     if self._source.begin({**dict(zip(names, args, strict=False)), **kwargs}):
-                        self._sums.clear()
+                        self.sums.clear()
                 if self._maps is not None:
                     self._maps.clear()
             except Exception as error:  # the model must not see it
@@ -426,7 +429,7 @@ class WordMaps:
             self._error = error
 
     def _add_look(self, path: str, look: Look, weights: Tensor) -> None:
-        several = self._sums.setdefault(_Key(look.whose, look.picture, path, look.view), [])
+        several = self.sums.setdefault(_Key(look.whose, look.picture, path, look.view), [])
         same = (one for one in several if one.tokens == look.tokens and one.weights.shape == weights.shape)
         known = None if self._keeps_steps else next(same, None)
         if known is None:
@@ -439,16 +442,12 @@ class WordMaps:
         return weights if self._keeps_heads else weights.mean(1, keepdim=True)
 
     def __repr__(self) -> str:
-        texts = dict.fromkeys(key.whose for key in self._sums)
+        texts = dict.fromkeys(key.whose for key in self.sums)
         words = self.words
         return (
             f"<word maps of {self._title}: {len(texts)} text{'s' * (len(texts) != 1)}, {len(self.layers)} layers, "
             f"{len(words)} words: {few(words, 8)}>"
         )
-
-
-TIMES = 10.0
-"""How many times its even share a patch or token draws that is a sink."""
 
 
 def resized(weights: Tensor, shape: tuple[int, ...], are_shares: bool) -> Tensor:
