@@ -19,8 +19,8 @@ PACKAGE = ROOT / "visualizer"
 # Each room imports only from rooms before it. A folder is one room.
 ROOMS = (
     "errors", "opcodes", "proof", "rewrite", "tensors", "store", "instrument", "reading", "words", "layout", "maps",
-    "intercept", "analysis", "statistics", "loading", "plot", "explorer", "models", "cli", "display", "__main__",
-    "__init__",
+    "intercept", "analysis", "statistics", "loading", "grounding", "plot", "explorer", "models", "cli", "display",
+    "__main__", "__init__",
 )  # fmt: skip
 
 

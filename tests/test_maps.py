@@ -759,3 +759,15 @@ class TestGradient:
 
 def test_a_chunk_fits_a_cache():
     assert 2**20 <= attention_map.CHUNK <= 2**25
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_columns_of_a_long_map_come_from_one_more_fused_call(groups: int) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 50, 8), torch.randn(2, 4 // groups, 70, 8)
+    attention = AttentionMap.from_query_key(query, key)
+    assert attention.source.columns(torch.tensor([3, 69])) is not None
+    torch.testing.assert_close(attention.columns([3, -1, 3]), attention.dense()[..., [3, 69, 3]], atol=1e-6, rtol=0)
+    masked = AttentionMap.from_query_key(query, key, mask=torch.rand(50, 70) > 0.5)
+    assert masked.source.columns(torch.tensor([3])) is None
+    torch.testing.assert_close(masked.columns([3]), masked.dense()[..., [3]])

@@ -21,6 +21,12 @@ from visualizer import attention             # the weights of fused kernels too
 with attention(model) as maps:
     model(images)
 maps["blocks.3.attn"].dense()                # (batch, heads, queries, keys)
+
+from visualizer import plot, word_maps       # where a word looks on a picture, or goes in one that is made
+
+with word_maps(pipeline) as maps:
+    picture = pipeline("a cat on a mat").images[0]
+plot.words(maps, "cat", picture)
 """
 
 from __future__ import annotations
@@ -44,6 +50,7 @@ from .instrument import capture, get_local
 if TYPE_CHECKING:
     from . import analysis, models, plot, statistics
     from .explorer import explore
+    from .grounding import word_maps
     from .intercept.attention import attention
     from .layout import Layout
     from .loading import load
@@ -70,6 +77,7 @@ __all__ = [
     "models",
     "plot",
     "statistics",
+    "word_maps",
 ]
 
 _LAZY = {
@@ -78,6 +86,7 @@ _LAZY = {
     "attention": ".intercept",
     "explore": ".explorer",
     "load": ".loading",
+    "word_maps": ".grounding",
 }
 _ROOMS = ("analysis", "models", "plot", "statistics")
 

@@ -15,19 +15,21 @@ at a time (a `rollout` with `discard` makes that of all heads together).
 - `patterns`, what each head does: `head_patterns`; `copying`, how much of an answer it finds in the text: `retrieval`.
 - `alignment`, which sound belongs to which word: `align`, and `monotony`, which heads show it; `proteins`, which
   residues touch: `contacts`.
+- `shares`, what draws far more than its share: `sinks`, and maps `without_sinks`.
 - Not about maps: `position_similarity` and `filter_components` of a vision transformer's weights (`weights`);
   `spike_rate` and `spike_scores` of spiking neurons (`spikes`).
 
 Each file names its public functions in `__all__`, and these are the functions of `visualizer.analysis`.
 """
 
-from . import alignment, copying, flow, patterns, proteins, rows, spikes, weights
+from . import alignment, copying, flow, patterns, proteins, rows, shares, spikes, weights
 from .alignment import *  # noqa: F403
 from .copying import *  # noqa: F403
 from .flow import *  # noqa: F403
 from .patterns import *  # noqa: F403
 from .proteins import *  # noqa: F403
 from .rows import *  # noqa: F403
+from .shares import *  # noqa: F403
 from .spikes import *  # noqa: F403
 from .weights import *  # noqa: F403
 
@@ -38,6 +40,7 @@ __all__ = (
     + patterns.__all__
     + proteins.__all__
     + rows.__all__
+    + shares.__all__
     + spikes.__all__
     + weights.__all__
 )

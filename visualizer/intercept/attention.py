@@ -147,11 +147,17 @@ class Maps(RecordedMaps, Sequence[Any]):
         self._is_full = False
         self._lock = threading.RLock()  # a `keep` may run the model
         self._watch: Watch | None = None
-        self._copies = Copies(gradients)
+        self._copies = self._new_copies()
         self._layouts = Layouts(tokenizer)
         self._doubted = set[str]()
         self._why_apart = dict[str, str]()
         self._postponed: list[str] = []
+        self.is_asked_for: Callable[[AttentionCall], bool] = lambda call: True
+        """Whether a call is recorded at all, asked before anything of it is copied."""
+
+    def _new_copies(self) -> Copies:
+        # What `keep` makes of a map is all that stays: keys that grow would outlive the map that they are of.
+        return Copies(self._gradients, share_keys=self._keep is None)
 
     def start(self) -> Maps:
         """Record from now on; for notebooks, where a `with` cannot span cells. Returns the maps themselves."""
@@ -174,7 +180,7 @@ class Maps(RecordedMaps, Sequence[Any]):
                 if maps is not None:
                     maps.warn_in_call(message)
 
-            self._copies = Copies(self._gradients)
+            self._copies = self._new_copies()
             self._watch = Watch(model, record, file, warn_in_call)
             self._abandon = weakref.finalize(self, self._watch.end)
             self._abandon.atexit = False
@@ -249,7 +255,7 @@ class Maps(RecordedMaps, Sequence[Any]):
         with self._lock:
             self._entries, self._paths, self._is_full = [], {}, False
             self._budget.clear()
-            self._copies = Copies(self._gradients)
+            self._copies = self._new_copies()
 
     def call_arguments(self, name: str) -> list[Any]:
         """What the module calls under way were given by a keyword, the innermost call first; for a `keep` to ask."""
@@ -469,7 +475,7 @@ class Maps(RecordedMaps, Sequence[Any]):
     def record(self, call: AttentionCall) -> Copy | None:
         """Copy what is kept of an attention call."""
         with self._lock:
-            if self._watch is None or not self._wants(call.path):
+            if self._watch is None or not self.is_asked_for(call) or not self._wants(call.path):
                 return None
             return self._copies.of(call)
 

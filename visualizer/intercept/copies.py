@@ -51,6 +51,16 @@ class AttentionCall:
     key_sample: Tensor | None = None
     """A few numbers of each key of which weights were computed, (texts, 1, keys, numbers), if they are known."""
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many queries and keys it has."""
+        computed = self.computed
+        if isinstance(computed, FusedCall):
+            return computed.query.shape[-2], computed.key.shape[-2]
+        if isinstance(computed, Product):
+            return computed.weights.shape[-2], computed.weights.shape[-1]
+        return computed.weights.shape[-2], sum(map(math.prod, computed.sizes))
+
     def attended(self, call: object) -> Attended:
         """What it must have in common with others in one call of its module."""
         computed = self.computed
@@ -112,10 +122,12 @@ class Copies:
 
     Args:
         gradients: whether maps also keep what their gradients are computed from.
+        share_keys: whether the maps of a growing cache share its keys; else each has a copy of its own, which nothing
+            holds any longer than the map.
     """
 
-    def __init__(self, gradients: bool) -> None:
-        self._gradients = gradients
+    def __init__(self, gradients: bool, share_keys: bool = True) -> None:
+        self._gradients, self._share_keys = gradients, share_keys
         # By the path of the module, the keys of its last call, and what its map is made of while there is one.
         self._latest: dict[str, tuple[Keys, weakref.ref[Factors]]] = {}
         self._masks: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
@@ -184,7 +196,8 @@ class Copies:
         functions = fused.score_mod, fused.mask_mod
         modifiers = None if fused.modifiers is None else fused.modifiers.mapped(_copied)
         source = Factors(query, keys, key.shape[2], fused.scale, mask, fused.causal, *functions, modifiers, begin)
-        self._latest[call.path] = keys, weakref.ref(source)
+        if self._share_keys:
+            self._latest[call.path] = keys, weakref.ref(source)
         evidence = None
         if not fused.dropout:
             output = fused.output.detach().reshape(*source.shape[:3], fused.output.shape[-1])

@@ -206,6 +206,10 @@ class AttentionMap:
     def columns(self, keys: int | slice | Sequence[int] | Tensor) -> Tensor:
         """How much every query attends to some keys: (batch, heads, queries, chosen keys)."""
         chosen = self._indices(keys, self.shape[3], "key")
+        if isinstance(self.source, Factors) and isinstance(chosen, Tensor):
+            made = self.source.columns(chosen)
+            if made is not None:
+                return made
         return self.reduce(lambda rows: rows[..., chosen])
 
     def dense(self) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _COUNTS = 1e-4  # smaller weights change no sum of values by much
 _HIDING = -1e30  # below it a score is nothing, whatever it was
@@ -350,6 +351,27 @@ class Factors:
         empty = scores.amax(-1, keepdim=True) == -math.inf if may_be_empty else None
         torch.softmax(scores, -1, out=scores)  # in place: new memory costs more than the softmax
         return scores if empty is None else scores.masked_fill_(empty, 0)
+
+    @without_autograd
+    def columns(self, keys: Tensor) -> Tensor | None:
+        """The weights that all queries give to a few keys; None where only rows tell them, or tell them sooner.
+
+        A fused kernel gives them at the cost of one more attention: its output is the weights of those keys whose
+        values are the rows of an identity. Values are as wide as queries, for else some kernels make the whole map.
+        """
+        width = self._query.shape[-1]
+        if self.has_functions or self._modifiers.packed() or self._bias is not None or self._causal is not None:
+            return None
+        if len(keys) > width or self._length < 4 * width:
+            return None
+        dtype = computed_in(self.dtype)
+        key = self.keys.first(self._length).to(dtype)
+        key = key.repeat_interleave(self.shape[1] // max(1, key.shape[1]), 1)
+        values = torch.zeros(self._length, width, dtype=dtype, device=self.device)
+        values[keys, torch.arange(len(keys), device=self.device)] = 1
+        values = values.expand(*key.shape[:2], *values.shape)
+        made = F.scaled_dot_product_attention(self._query.to(dtype), key, values, scale=self._scale)
+        return made[..., : len(keys)]
 
     def scores(self, queries: slice | Tensor) -> tuple[Tensor, bool]:
         """What the softmax of some queries is taken of, and whether some may attend to nothing."""

@@ -12,10 +12,11 @@ shows a window or changes a global style. All take tensors, arrays, lists with o
 A plot is public as soon as a file below names it in its `__all__`.
 """
 
-from . import all_layers, matrices, pictures, summaries
+from . import all_layers, matrices, pictures, summaries, word_panels
 from .all_layers import *  # noqa: F403
 from .matrices import *  # noqa: F403
 from .pictures import *  # noqa: F403
 from .summaries import *  # noqa: F403
+from .word_panels import *  # noqa: F403
 
-__all__ = sorted(all_layers.__all__ + matrices.__all__ + pictures.__all__ + summaries.__all__)
+__all__ = sorted(all_layers.__all__ + matrices.__all__ + pictures.__all__ + summaries.__all__ + word_panels.__all__)

@@ -1,0 +1,221 @@
+"""Which patches a word looks at, in vision-language models of ten families, against their own eager weights."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import vision_language
+
+from visualizer import plot, word_maps
+from visualizer.grounding.heat_maps import resized
+from visualizer.grounding.text import Text
+
+STEPS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+
+
+def made(family: Any) -> tuple[Any, dict[str, Any], list[list[torch.Tensor]]]:
+    torch.manual_seed(0)
+    model, prompt, pictures = family()
+    return model.eval(), prompt, pictures
+
+
+@pytest.fixture(scope="module")
+def llava() -> tuple[Any, dict[str, Any], list[list[torch.Tensor]]]:
+    return made(vision_language.llava)
+
+
+def generated(model: Any, prompt: dict[str, Any], **more: Any) -> Any:
+    with torch.no_grad():
+        return model.generate(**prompt, **STEPS, **more)
+
+
+@pytest.mark.parametrize("family", vision_language.FAMILIES, ids=lambda family: family.__name__)
+def test_a_word_looks_where_the_eager_weights_say(family: Any) -> None:
+    model, prompt, pictures = made(family)
+    plain = generated(model, prompt)
+    with word_maps(model, tokenizer=vision_language.Tokenizer(), heads="all") as maps:
+        assert torch.equal(plain, generated(model, prompt))
+    assert "generate" not in vars(model)
+    model.set_attn_implementation("eager")
+    eager = generated(model, prompt, output_attentions=True, return_dict_in_generate=True)
+    assert torch.equal(plain, eager.sequences)
+    given = prompt["input_ids"].shape[1]
+    cat = prompt["input_ids"][0].tolist().index(vision_language.CAT)
+    for number, views in enumerate(pictures):
+        finest = max(tuple(view.shape) for view in views)
+        for token in (cat, given, given + 2):  # given, and two generated ones
+            step, query = (0, token) if token < given else (token - given + 1, 0)
+            rows = torch.stack([layer[0, :, query] for layer in eager.attentions[step]])  # (layers, heads, keys)
+            expected = sum(resized(rows[0, 1][view], finest, True) for view in views)
+            actual = maps.of(token, picture=number, layer=0, head=1)
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+            whole = maps.of(token, picture=number)
+            assert abs(float(whole.sum() - sum(rows.mean((0, 1))[view].sum() for view in views))) < 1e-5
+        torch.testing.assert_close(maps.of("cat", picture=number, occurrence=0), maps.of(cat, picture=number))
+    with pytest.raises(IndexError, match=f"no picture {len(pictures)} in the prompt: it has {len(pictures)}"):
+        maps.of("cat", picture=len(pictures))
+
+
+def test_words_that_are_not_there_are_told_from_those_that_are(llava: Any) -> None:
+    model, prompt, _ = llava
+    with word_maps(model, tokenizer=vision_language.Tokenizer()) as maps, torch.no_grad():
+        model(**prompt)
+    assert maps.words == ["a", "cat", "dog"]
+    with pytest.raises(ValueError, match=r"'cut' is not in the text; did you mean 'cat'\? Its words are 'a', 'cat', "):
+        maps["cut"]
+    with pytest.raises(IndexError, match="stands 1 times"):
+        maps.of("cat", occurrence=1)
+    with pytest.raises(IndexError, match="layer=2: 2 layers"):
+        maps.of("cat", layer=2)
+    with pytest.raises(ValueError, match="heads='all'"):
+        maps.of("cat", head=0)
+    with pytest.raises(ValueError, match="steps='all'"):
+        maps.of("cat", step=0)
+    with pytest.raises(IndexError, match="no text with a picture of sample=3"):
+        maps.of("cat", sample=3)
+
+
+def test_the_last_word_that_is_written_has_no_row(llava: Any) -> None:
+    model, prompt, _ = llava
+    with word_maps(model) as maps:
+        written = generated(model, prompt)
+    assert maps.of(written.shape[1] - 2).shape == (3, 3)
+    with pytest.raises(ValueError, match="never given the last word"):
+        maps.of(written.shape[1] - 1)
+
+
+def test_a_text_without_pictures_has_nothing_to_look_at(llava: Any) -> None:
+    model, _, _ = llava
+    with word_maps(model) as maps, torch.no_grad():
+        model(input_ids=torch.tensor([[1, 7, 8]]))
+    with pytest.raises(IndexError, match="no picture 0 in the prompt: it has 0"):
+        maps.of(1)
+    with pytest.raises(IndexError, match="no picture 0"):  # nothing has run
+        word_maps(model).of(1)
+
+
+def test_a_query_former_is_refused() -> None:
+    with pytest.raises(ValueError, match="query former, which have no place"):
+        word_maps(vision_language.blip2())
+
+
+def test_texts_of_a_batch_with_padding_on_the_left(llava: Any) -> None:
+    model, prompt, _ = llava
+    short = torch.tensor([0] * 10 + [1] + [5] * 9 + [7, 8] + [9] * 9)
+    ids = torch.cat([prompt["input_ids"], short[None]])
+    mask = torch.cat([prompt["attention_mask"], (short != 0).long()[None]])
+    pixels = torch.cat([prompt["pixel_values"], prompt["pixel_values"][:1]])
+    with word_maps(model, tokenizer=vision_language.Tokenizer()) as maps:
+        generated(model, {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels})
+    alone = {"input_ids": short[None, 10:], "attention_mask": mask[1:, 10:], "pixel_values": pixels[3:]}
+    with word_maps(model, tokenizer=vision_language.Tokenizer()) as one:
+        generated(model, alone)
+    torch.testing.assert_close(maps.of("cat", sample=1), one.of("cat"), atol=1e-5, rtol=0)
+    with pytest.raises(IndexError, match="no picture 1 in the prompt: it has 1"):
+        maps.of("cat", sample=1, picture=1)
+
+
+def test_a_prompt_that_does_not_fit_its_pictures_is_told_and_harms_nothing() -> None:
+    model, prompt, _ = made(vision_language.qwen2_vl)
+    wrong = {**prompt, "image_grid_thw": torch.tensor([[1, 40, 60], [1, 4, 4]])}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with torch.no_grad(), word_maps(model), pytest.raises(Exception) as plain:  # the model itself cannot take it
+            model(**wrong)
+    assert "grounding" not in str(plain.traceback[-1].path)
+    assert any("ValueError: 10 tokens of a picture do not fit image_grid_thw [1, 40, 60]" in str(one) for one in told)
+
+
+def test_only_what_is_asked_for_is_kept(llava: Any) -> None:
+    """Rows of the words on the patches: no keys, no map."""
+    model, prompt, _ = llava
+    with word_maps(model) as maps:
+        written = generated(model, prompt)
+    words = written.shape[1] - 27 - 1  # without the patches of three pictures and the last word
+    assert maps.nbytes == 2 * 3 * 9 * words * 4
+    with word_maps(model, layers="*layers.1*") as maps:
+        generated(model, prompt)
+    assert [path[-18:] for path in maps.layers] == ["layers.1.self_attn"]
+
+
+def test_sinks_are_removed_and_the_rest_rescaled() -> None:
+    torch.manual_seed(0)
+    model, prompt, _ = made(vision_language.paligemma)
+    with word_maps(model, tokenizer=vision_language.Tokenizer()) as maps, torch.no_grad():
+        model(**prompt)
+    before = maps["cat"]
+    torch.testing.assert_close(maps.of("cat", sinks="remove"), before)  # random weights have none
+    for several in maps.sums.values():
+        several[0].weights[..., 1, 2] = 5.0  # all words look at one patch
+    clean, raw = maps.of("cat", sinks="remove"), maps["cat"]
+    assert torch.isnan(clean).nonzero().tolist() == [[1, 2]]
+    expected = before * (float(raw.sum()) / float(before.sum() - before[1, 2]))
+    torch.testing.assert_close(
+        clean.nan_to_num(0), expected.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(0.0))
+    )
+    title = plot.words(maps, "cat", np.zeros((16, 16, 3)), sinks="remove").get_title()
+    assert title == "'cat', mean of 2 layers, sinks removed"
+    with pytest.raises(ValueError, match="sinks='hide'"):
+        maps.of("cat", sinks="hide")
+
+
+def test_a_plot_of_a_word(llava: Any) -> None:
+    model, prompt, _ = llava
+    with word_maps(model, tokenizer=vision_language.Tokenizer()) as maps, torch.no_grad():
+        model(**prompt)
+    picture = np.zeros((12, 12, 3))
+    ax = plot.words(maps, "cat", picture)
+    assert ax.get_title() == "'cat', mean of 2 layers"
+    assert ax.images[0].get_array().shape == (12, 12, 3)
+    figure = plot.words(maps, ["a", "cat", "dog"], picture, layer=1)
+    assert [one.get_title() for one in figure.axes[:3]] == ["'a'", "'cat'", "'dog'"]
+    assert figure.get_suptitle() == "layer 1"
+    with pytest.raises(TypeError, match=r"pass what visualizer\.word_maps recorded"):
+        plot.words([np.eye(3)], "cat")
+    with pytest.raises(ValueError, match="pass a word, or several"):
+        plot.words(maps, [])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "word", "places"),
+    [
+        (["a</w>", "cat</w>"], "cat", [[1]]),
+        (["cat", "er", "pillar</w>", "cat</w>"], "cat", [[3]]),
+        (["cat", "er", "pillar</w>"], "Caterpillar", [[0, 1, 2]]),
+        (["▁a", "▁black", "▁ca", "t", "▁a"], "black cat", [[1, 2, 3]]),
+        (["▁a", "▁ca", "t", "▁a"], "a", [[0], [3]]),
+        (["Ġa", "Ġcat", "."], "cat", [[1]]),
+        (["[CLS]", "cat", "##s", "cat"], "cat", [[3]]),
+        (["[CLS]", "cat", "##s"], "cats", [[1, 2]]),
+        (["<s>", "▁The", "▁the"], "the", [[2]]),
+        (["<s>", "▁The"], "the", [[1]]),
+        (["▁猫", "在", "垫", "子", "上"], "垫子", [[2, 3]]),
+        (["a", "red", "cat"], "dog", []),
+    ],
+)
+def test_words_of_several_pieces(tokens: list[str], word: str, places: list[list[int]]) -> None:
+    assert Text(tuple(tokens)).find(word) == places
+
+
+def test_another_grid_of_the_same_picture() -> None:
+    weights = torch.rand(3, 5)
+    assert float((resized(weights, (7, 4), True).sum() - weights.sum()).abs()) < 1e-6
+    assert float((resized(weights, (7, 4), False).mean() - weights.mean()).abs()) < 1e-6
+    assert torch.equal(resized(weights, (6, 10), False), weights.repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"heads": "some"}, ValueError, "heads='some'"),
+        ({"steps": 3}, ValueError, "steps=3"),
+        ({"queries": "keys"}, ValueError, "queries='keys'"),
+        ({"tokenizer": 5}, TypeError, "tokenizer is a int"),
+        ({"layers": [3]}, TypeError, "pass paths or patterns"),
+    ],
+)
+def test_wrong_options(llava: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        word_maps(llava[0], **options)

@@ -1,0 +1,18 @@
+"""A word looks at a picture: the attention between the words of a text and the patches of a picture.
+
+    with word_maps(pipeline) as maps:                  # of diffusers: where a word of the prompt goes
+        picture = pipeline("a cat on a mat").images[0]
+    plot.words(maps, "cat", picture)
+
+    with word_maps(model, processor=processor) as maps:  # of transformers: which patches a word looks at
+        model.generate(**inputs)
+    plot.words(maps, "cat", image)
+
+Both are rows of some tokens on the patches of some picture: `recording` asks a model for these, `places` knows where
+they lie, `text` finds words among tokens, and `heat_maps` adds up what is seen, so that no map is kept.
+"""
+
+from .heat_maps import WordMaps, word_maps
+from .places import Picture, Prompt, pictures_in
+
+__all__ = ["Picture", "Prompt", "WordMaps", "pictures_in", "word_maps"]

@@ -1,0 +1,480 @@
+"""`word_maps(model)` and `WordMaps`: how much each word and each patch of a picture attend to each other."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..analysis.shares import TIMES
+from ..errors import few, warn
+from ..intercept import AttentionCall, Maps
+from ..maps import AttentionMap, without_autograd
+from .recording import Look, Reader, Whose, source_of, weights_between
+from .text import no_such_word
+
+Sinks = Literal["keep", "remove"]
+
+
+def word_maps(
+    model: Any,
+    *,
+    processor: Any = None,
+    tokenizer: Any = None,
+    tokens: Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
+    heads: Literal["mean", "all"] = "mean",
+    steps: Literal["sum", "all"] = "sum",
+    queries: Literal["patches", "words"] = "patches",
+) -> WordMaps:
+    """How much each word and each patch of a picture attend to each other, added up as a model runs.
+
+    >>> import torch
+    >>> from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    >>> from visualizer import word_maps
+    >>> vision = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+    ...                           image_size=12, patch_size=4)
+    >>> text = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+    ...                    vocab_size=20)
+    >>> config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=5, image_seq_length=9)
+    >>> model = LlavaForConditionalGeneration(config).eval()
+    >>> prompt = {"input_ids": torch.tensor([[1] + [5] * 9 + [7, 8]]), "pixel_values": torch.randn(1, 3, 12, 12)}
+    >>> with torch.no_grad(), word_maps(model) as maps:
+    ...     logits = model(**prompt)
+    >>> maps["7"].shape                       # without a tokenizer words are ids
+    torch.Size([3, 3])
+
+    Of a model that reads pictures, such as LLaVA or Qwen2-VL, it has for each word, given or generated, the weights of
+    its row on the patches of a picture. Of a pipeline of diffusers, or of its transformer or UNet, it has for each word
+    of the prompt what the patches of the picture attend to it, the mean over all steps. Only these numbers are kept:
+    no map, and of a `generate` no keys. The model's output does not change.
+
+    Args:
+        model: of transformers, with pictures in its prompt; a pipeline of diffusers; or the transformer or UNet of one.
+        processor, tokenizer: the model's own, one of them, from which words are read. A pipeline has its own.
+        tokens: the words of the text, where a transformer or UNet is called on its own.
+        layers: which modules: a path, a pattern such as "*attn2", or several; None: all.
+        heads: "all" keeps each head, so that `of` can choose one; "mean" keeps the mean, in so many times less memory.
+        steps: "all" keeps each step of a pipeline; "sum" only their sum.
+        queries: where text and picture look at each other, as in SD3 and FLUX: whether the rows of the patches or those
+            of the words are wanted.
+
+    Returns:
+        The maps, recorded inside its `with` block, or from its `start()` to its `stop()`.
+
+    Raises:
+        TypeError: `model` is neither a module nor a pipeline, or a tokenizer is none.
+        ValueError: a pipeline without words.
+    """
+    words = getattr(processor if tokenizer is None else tokenizer, "tokenizer", tokenizer)
+    if words is None and processor is not None:
+        words = processor
+    if words is not None and not hasattr(words, "convert_ids_to_tokens"):
+        raise TypeError(f"tokenizer is a {type(words).__name__}: pass one of transformers, or a processor that has one")
+    for name, value, known in (
+        ("heads", heads, ("mean", "all")),
+        ("steps", steps, ("sum", "all")),
+        ("queries", queries, ("patches", "words")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: pass one of {', '.join(map(repr, known))}")
+    chosen = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    if any(not isinstance(layer, str) for layer in chosen or ()):
+        raise TypeError(f"layers={layers!r}: pass paths or patterns of paths, such as '*attn2'")
+    return WordMaps(model, words, tokens, chosen, heads == "all", steps == "all", queries == "words")
+
+
+class _Key(NamedTuple):
+    whose: Whose
+    picture: int
+    path: str
+    view: int
+
+
+@dataclass
+class _Sum:
+    """What was seen of some tokens in one layer."""
+
+    tokens: tuple[int, ...]
+    weights: Tensor
+    """(heads, tokens, *grid), the sum over the calls."""
+    are_queries: bool
+    calls: int = 1
+
+
+class WordMaps:
+    """What words and patches attend to each other, by word; made by `word_maps`."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        tokens: Sequence[str] | None,
+        layers: list[str] | None,
+        keeps_heads: bool,
+        keeps_steps: bool,
+        are_queries: bool,
+    ) -> None:
+        self._module, self._source, self._pipeline = source_of(model, tokenizer, tokens, are_queries)
+        self._layers, self._keeps_heads, self._keeps_steps = layers, keeps_heads, keeps_steps
+        self.sums: dict[_Key, list[_Sum]] = {}
+        """What was added up, by text, picture, layer and grid of the picture."""
+        self._maps: Maps | None = None
+        self._hook: Any = None
+        self._error: Exception | None = None
+        self._title = type(model).__name__
+
+    def start(self) -> WordMaps:
+        """Record from now on; for notebooks, where a `with` cannot span cells. Returns the maps themselves."""
+        return self._start(is_block=False)
+
+    def _start(self, is_block: bool) -> WordMaps:
+        if self._maps is None:
+            maps = Maps(self._module, list(self._layers) if self._layers else None, self._add, False, math.inf)
+            maps.is_asked_for = self._asks_for
+            self._hook = self._module.register_forward_pre_hook(self._begin, with_kwargs=True)
+            if self._pipeline is not None:
+                self._pipeline.start()
+            elif isinstance(self._source, Reader):
+                self._see_generate(self._source)
+            self._maps = maps.__enter__() if is_block else maps.start()
+        return self
+
+    def stop(self) -> None:
+        """Record no more; what was recorded stays. Warns where not all could be recorded, and why."""
+        self._stop(None)
+
+    def _stop(self, error: object) -> None:
+        maps, self._maps = self._maps, None
+        if maps is None:
+            return
+        try:
+            maps.__exit__(error)
+        finally:
+            self._hook.remove()
+            self._module.__dict__.pop("generate", None)
+            if self._pipeline is not None:
+                self._pipeline.stop()
+        own, self._error = self._error, None
+        if own is not None and error is None:
+            warn(f"the words of {self._title} were not all recorded: {type(own).__name__}: {own}")
+
+    def __enter__(self) -> WordMaps:
+        return self._start(is_block=True)
+
+    def __exit__(self, error: object, *_: object) -> None:
+        self._stop(error)
+
+    def clear(self) -> None:
+        """Drop what was recorded; recording goes on."""
+        self.sums.clear()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The paths of the modules in which words and patches attend to each other, in the order of their calls."""
+        return tuple(dict.fromkeys(key.path for key in self.sums))
+
+    @property
+    def words(self) -> list[str]:
+        """The words of the first text, in order."""
+        return self._words(Whose(0))
+
+    def _words(self, whose: Whose) -> list[str]:
+        texts = self._source.texts(whose)
+        return list(dict.fromkeys(word for text in texts for word in text.words()))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are kept."""
+        weights = [one.weights for several in self.sums.values() for one in several]
+        return sum(one.numel() * one.element_size() for one in weights)
+
+    def __getitem__(self, word: str) -> Tensor:
+        """`of(word)`."""
+        return self.of(word)
+
+    def of(
+        self,
+        word: str | int | Sequence[int],
+        *,
+        picture: int = 0,
+        layer: int | str | None = None,
+        head: int | None = None,
+        step: int | None = None,
+        sample: int = 0,
+        negative: bool = False,
+        occurrence: int | None = None,
+        encoder: int | None = None,
+        sinks: Sinks = "keep",
+    ) -> Tensor:
+        """How much a word and each patch attend to each other: (rows, columns), or (frames, rows, columns) of a video.
+
+        Where the word looks, it is the mean of the rows of its pieces; where patches look at it, each patch's number is
+        the share of its attention that goes to all pieces of the word. Layers that see the picture at another
+        resolution are brought to that of the finest one.
+
+        Args:
+            word: a word, or a phrase; or the number of a token, or several.
+            picture: which picture of the prompt, counted from 0.
+            layer: a number or path of `layers`; None: the mean of all.
+            head: the number of a head, recorded with `heads="all"`; None: the mean.
+            step: the number of a step, recorded with `steps="all"`; None: the mean.
+            sample: which text of the batch, or which of several pictures made at once.
+            negative: the negative prompt of a guidance.
+            occurrence: which of several places where the word stands, counted from 0; None: the mean of all.
+            encoder: which text encoder's tokens, where the layers see several; None: all.
+            sinks: "remove": without the patches that the mean of all words looks at 8 times as much as at others, or
+                without the token that draws more than half of what patches give to all words, such as the one that
+                starts the text. The others are rescaled to the same sum; removed patches are NaN.
+
+        Raises:
+            ValueError: there is no such word, or nothing was kept of it; the message names close ones.
+            IndexError: there is no such picture, layer, head, step, text or occurrence.
+        """
+        if sinks not in ("keep", "remove"):
+            raise ValueError(f"sinks={sinks!r}: pass 'keep' or 'remove'")
+        whose = Whose(sample, negative)
+        self._check(whose, picture)
+        places = self._places(word, whose, encoder)
+        if occurrence is not None:
+            if not -len(places) <= occurrence < len(places):
+                raise IndexError(f"occurrence={occurrence}: the word {word!r} stands {len(places)} times in the text")
+            places = [places[occurrence]]
+        wanted = [token for several in places for token in several]
+        by_layer: list[Tensor] = []
+        for path in self._paths(layer):
+            views = {key.view: several for key, several in self.sums.items() if key[:3] == (whose, picture, path)}
+            grids = [
+                made
+                for _, several in sorted(views.items())
+                if (made := self._weights(several, places, head, step, sinks)) is not None
+            ]
+            if grids:
+                are_queries = next(iter(views.values()))[0].are_queries
+                finest = max(tuple(grid.shape) for grid in grids)
+                by_layer.append(sum(resized(grid, finest, are_queries) for grid in grids))  # type: ignore[arg-type]
+                kept_shares = are_queries
+        if not by_layer:
+            raise ValueError(
+                f"nothing was kept of {word!r}, the tokens {few(list(map(str, wanted)))}: the model is never given the "
+                "last word that it writes, nor does it look from what a layer with a window has dropped"
+            )
+        finest = max(tuple(grid.shape) for grid in by_layer)
+        heat = torch.stack([resized(grid, finest, kept_shares) for grid in by_layer]).mean(0)
+        if sinks == "remove" and kept_shares:
+            is_sink = self._sink_patches(whose, picture, layer, finest)
+            total = heat.sum()
+            heat = heat.masked_fill(is_sink, 0)
+            heat = (heat * (total / heat.sum().clamp_min(1e-12))).masked_fill(is_sink, math.nan)
+        return heat
+
+    def _check(self, whose: Whose, picture: int) -> None:
+        """Raise an error where there is no such text or picture."""
+        pictures, known = self._source.pictures(whose), dict.fromkeys(key.whose for key in self.sums)
+        if known and whose not in known and not pictures:
+            texts = [f"sample={one.sample}" + ", negative=True" * one.is_negative for one in known]
+            raise IndexError(
+                f"there is no text with a picture of sample={whose.sample}, negative={whose.is_negative}: there are "
+                f"{'; '.join(texts[:8])}"
+            )
+        count = 1 if pictures is None else len(pictures)
+        if not 0 <= picture < count:
+            raise IndexError(f"there is no picture {picture} in the prompt: it has {count}")
+        if pictures is not None and not pictures[picture].views:
+            tokens = len(pictures[picture].tokens)
+            raise ValueError(
+                f"the {tokens} tokens of picture {picture} have no place on it: no grid of patches fits them"
+            )
+        if not known:
+            raise ValueError(
+                f"no attention between words and patches was recorded of {self._title}: run it inside the `with`; what "
+                "it is given must have a text and a picture"
+            )
+
+    def _places(self, word: Any, whose: Whose, encoder: int | None) -> list[list[int]]:
+        """The tokens of each place of a word; of several encoders' those that are the same place."""
+        if isinstance(word, int):
+            return [[word]]
+        if not isinstance(word, str):
+            return [list(map(int, word))]
+        texts = self._source.texts(whose)
+        if not texts:
+            raise ValueError(
+                f"the words are not known, so that {word!r} cannot be found: the text came as embeddings, or the model "
+                "was called without its pipeline. Pass tokens= to word_maps, or the number of a token"
+            )
+        if encoder is not None:
+            if not 0 <= encoder < len(texts):
+                raise IndexError(f"encoder={encoder}: the layers see the tokens of {len(texts)}")
+            texts = [texts[encoder]]
+        found = [places for text in texts if (places := text.find(word))]
+        if not found:
+            raise no_such_word(word, texts)
+        # The encoders have the same text, but one may see less of it.
+        count = max(map(len, found))
+        return [[place for each in found if number < len(each) for place in each[number]] for number in range(count)]
+
+    def _paths(self, layer: int | str | None) -> Sequence[str]:
+        layers = self.layers
+        if layer is None:
+            return layers
+        if isinstance(layer, str):
+            if layer not in layers:
+                raise IndexError(f"there is no layer {layer!r} with words and patches: {few(layers, 12)}")
+            return [layer]
+        if not -len(layers) <= layer < len(layers):
+            raise IndexError(f"layer={layer}: {len(layers)} layers have words and patches")
+        return [layers[layer]]
+
+    def _weights(
+        self, several: list[_Sum], places: list[list[int]], head: int | None, step: int | None, sinks: Sinks
+    ) -> Tensor | None:
+        """The weights of a word in one layer, on its own grid; None where nothing was kept of it."""
+        wanted = {token for place in places for token in place}
+        rows: dict[int, list[Tensor]] = {}
+        for one in self._of_step(several, step):
+            weights = self._of_head(one.weights, head) / one.calls
+            if sinks == "remove" and not one.are_queries:
+                weights = _without_sink_tokens(weights)
+            for number, token in enumerate(one.tokens):
+                if token in wanted:
+                    rows.setdefault(token, []).append(weights[number])
+        if not rows:
+            return None
+        means = {token: torch.stack(each).mean(0) for token, each in rows.items()}
+        made = []
+        for place in places:
+            pieces = [means[token] for token in place if token in means]
+            if pieces:
+                stacked = torch.stack(pieces)
+                made.append(stacked.mean(0) if several[0].are_queries else stacked.sum(0))
+        return torch.stack(made).mean(0)
+
+    def _of_step(self, several: list[_Sum], step: int | None) -> list[_Sum]:
+        if step is None:
+            return several
+        if not self._keeps_steps:
+            raise ValueError(
+                f"step={step}: only the sum of the steps was kept; record with word_maps(..., steps='all')"
+            )
+        if not -len(several) <= step < len(several):
+            raise IndexError(f"step={step}: {len(several)} steps were recorded")
+        return [several[step]]
+
+    def _of_head(self, weights: Tensor, head: int | None) -> Tensor:
+        if head is None:
+            return weights.mean(0)
+        if not self._keeps_heads:
+            raise ValueError(
+                f"head={head}: only the mean of the heads was kept; record with word_maps(..., heads='all')"
+            )
+        if not -len(weights) <= head < len(weights):
+            raise IndexError(f"head={head}: the layer has {len(weights)} heads")
+        return weights[head]
+
+    def _sink_patches(self, whose: Whose, picture: int, layer: int | str | None, shape: tuple[int, ...]) -> Tensor:
+        """Which patches draw far more than their share from all words alike, (rows, columns)."""
+        paths, total = self._paths(layer), torch.zeros(shape)
+        for key, several in self.sums.items():
+            if key[:2] == (whose, picture) and key.path in paths:
+                for one in several:
+                    total += resized(one.weights.mean((0, 1)).cpu().float() / one.calls, shape, True)
+        return total > TIMES * total.mean()
+
+    def _see_generate(self, source: Reader) -> None:
+        """Have what `generate` is given noted."""
+        original: Any = getattr(self._module, "generate", None)
+        if original is None:
+            return
+
+        @wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            source.generates(dict(kwargs))
+            return original(*args, **kwargs)
+
+        self._module.__dict__["generate"] = generate
+
+    def _asks_for(self, call: AttentionCall) -> bool:
+        return self._error is None and self._source.asks_for(call)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._error is None:
+            try:
+                names = [*inspect.signature(type(module).forward).parameters][1:]
+                # What is looked at is no function of the model, and may be seen by a mode of the user's.
+                with torch._C.DisableTorchFunction():
+                    if self._source.begin({**dict(zip(names, args, strict=False)), **kwargs}):
+                        self.sums.clear()
+                if self._maps is not None:
+                    self._maps.clear()
+            except Exception as error:  # the model must not see it
+                self._error = error
+
+    @without_autograd
+    def _add(self, made: AttentionMap) -> None:
+        """Add what a map says; nothing of the map itself stays."""
+        if self._error is not None:
+            return
+        try:
+            looks = self._source.looks(made)
+            for look, weights in zip(looks, weights_between(made, looks, self._reduced), strict=True):
+                self._add_look(made.path, look, weights)
+        except Exception as error:  # the model must not see it
+            self._error = error
+
+    def _add_look(self, path: str, look: Look, weights: Tensor) -> None:
+        several = self.sums.setdefault(_Key(look.whose, look.picture, path, look.view), [])
+        same = (one for one in several if one.tokens == look.tokens and one.weights.shape == weights.shape)
+        known = None if self._keeps_steps else next(same, None)
+        if known is None:
+            several.append(_Sum(look.tokens, weights, look.are_queries))
+        else:
+            known.weights += weights
+            known.calls += 1
+
+    def _reduced(self, weights: Tensor) -> Tensor:
+        return weights if self._keeps_heads else weights.mean(1, keepdim=True)
+
+    def __repr__(self) -> str:
+        texts = dict.fromkeys(key.whose for key in self.sums)
+        words = self.words
+        return (
+            f"<word maps of {self._title}: {len(texts)} text{'s' * (len(texts) != 1)}, {len(self.layers)} layers, "
+            f"{len(words)} words: {few(words, 8)}>"
+        )
+
+
+def resized(weights: Tensor, shape: tuple[int, ...], are_shares: bool) -> Tensor:
+    """Weights on another grid of the same picture: each cell is the mean of the area that it covers.
+
+    >>> resized(torch.tensor([[1.0, 3.0]]), (1, 4), are_shares=False)
+    tensor([[1., 1., 3., 3.]])
+
+    `are_shares`: the weights are shares of one row, whose sum stays.
+    """
+    for axis, (count, size) in enumerate(zip(weights.shape, shape, strict=True)):
+        if count != size:
+            edges = torch.arange(size + 1, dtype=torch.float64) * count / size
+            places = torch.arange(count)
+            covered = (torch.minimum(edges[1:, None], places + 1) - torch.maximum(edges[:-1, None], places)).clamp_min(
+                0
+            )
+            part = covered if are_shares else covered * size / count
+            weights = torch.tensordot(part.to(weights), weights, ([1], [axis])).movedim(0, axis)
+    return weights
+
+
+def _without_sink_tokens(weights: Tensor) -> Tensor:
+    """What patches look at, (tokens, *grid), without the tokens that draw far more than their share, rescaled."""
+    total = weights.flatten(1).mean(1)
+    is_sink = total > total.sum() / 2
+    if not bool(is_sink.any()):
+        return weights
+    rest = weights.masked_fill(is_sink.view(-1, *[1] * (weights.ndim - 1)), 0)
+    return rest * (weights.sum(0) / rest.sum(0).clamp_min(1e-12))
