@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from visualizer import word_maps
+from visualizer import attention, word_maps
 
 pytest.importorskip("diffusers", reason="pipelines are built from diffusers: pip install diffusers")
 
@@ -195,5 +195,7 @@ def test_a_pipeline_without_words_is_refused() -> None:
     unet = UNet2DModel(sample_size=8, norm_num_groups=2, layers_per_block=1, **blocks)
     with pytest.raises(ValueError, match="DDPMPipeline has no words"):
         word_maps(DDPMPipeline(unet, DDIMScheduler()))
+    with pytest.raises(TypeError, match="word_maps takes a whole pipeline"):
+        attention(DDPMPipeline(unet, DDIMScheduler()))
     with pytest.raises(TypeError, match=r"neither an nn\.Module nor a pipeline"):
         word_maps("stable diffusion")

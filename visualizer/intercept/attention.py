@@ -96,7 +96,8 @@ def attention(
     modules run without Python, so that nothing of them is seen: a warning names them.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"attention takes an nn.Module, not {type(model).__name__}")
+        hint = "; word_maps takes a whole pipeline" if hasattr(model, "components") else ""
+        raise TypeError(f"attention takes an nn.Module, not {type(model).__name__}{hint}")
     if keep is not None and not callable(keep):
         raise TypeError(
             f"keep is a function of an AttentionMap, such as lambda a: a.rows(0), or None to keep maps; not {keep!r}"
