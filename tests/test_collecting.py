@@ -203,7 +203,8 @@ class TestBatchesThatFail:
         with pytest.warns(VisualizerWarning) as told:
             collect(Failing(1, 3), self.DATA, Entropy())
         numbers = 1, 3
-        assert [f"batch {number} failed and does not count: ArithmeticError: too hot" for number in numbers] == [
+        way = "(docs/errors.md#warnings)"
+        assert [f"batch {number} failed and does not count: ArithmeticError: too hot {way}" for number in numbers] == [
             str(warning.message) for warning in told
         ]
         assert {__file__} == {warning.filename for warning in told}
