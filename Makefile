@@ -19,7 +19,7 @@ doctest:  ## the examples in the docstrings
 	PYTHONPATH=tests $(PYTHON) -m pytest --doctest-modules visualizer  # for tests/sitecustomize.py
 
 docs:  ## the site of docs/ and the docstrings, in build/site; a dead link or a public name without a page is an error
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict  # --quiet would count no warning
+	PYTHONPATH=tests NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict  # for tests/sitecustomize.py; --quiet would count no warning
 
 notebooks:  ## run every notebook from top to bottom
 	$(PYTHON) -c 'import nbclient'  # without it the test would only be skipped

@@ -129,4 +129,4 @@ def espeak_word_starts() -> str:
     assert len(named) == 49
     medians = np.median(named), np.median(found)
     assert medians[0] <= 0.15 and medians[1] <= 0.1, medians
-    return f"{medians[0]:.2f} s, {medians[1]:.2f} s"
+    return "under 0.15 s, under 0.1 s"  # processors differ in the next digit
