@@ -156,6 +156,7 @@ class TestTwoModules:
         assert [3] == gl.cache[SHORT]
         assert 3 == len(gl.cache)
 
+    @pytest.mark.slow
     def test_in_threads_that_run_while_the_second_is_imported(self, gl, module):
         import threading
 

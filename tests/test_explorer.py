@@ -353,7 +353,8 @@ def written(weight):
 
 @needs_browser
 class TestNumbers:
-    @pytest.mark.parametrize("spread", [1.0, *(pytest.param(spread, marks=pytest.mark.slow) for spread in (0.3, 2.0))])
+    @pytest.mark.parametrize("spread", [0.3, 1.0, 2.0])
+    @pytest.mark.slow
     def test_weights_on_the_page_are_those_of_the_arrays(self, open_page, spread):
         maps = random_maps(2, 1, 3, 80, 80, spread=spread)
         tab = open_page(explore(maps))
@@ -450,6 +451,7 @@ class TestPointerAndKeys:
         assert "What “cat” attends to" in tab.text("#readout")
         assert [2] == tab.state()["tokens"]
 
+    @pytest.mark.slow
     def test_tokens_add_up_to_their_mean(self, open_page):
         maps = random_maps(1, 1, 3, 7, 7)
         tab = open_page(explore(maps, WORDS), "#head=1&query=1")
@@ -526,6 +528,7 @@ class TestPointerAndKeys:
         tab.page.mouse.click(frame["x"] + 24 + 4.7 * cell[0], place[1])
         assert "mean" == tab.state()["head"]
 
+    @pytest.mark.slow
     def test_whole_maps_of_all_heads(self, open_page):
         maps = np.stack([np.eye(8), np.eye(8)[::-1]])
         tab = open_page(explore(maps))
@@ -678,6 +681,7 @@ class TestLines:
             }"""
         )
 
+    @pytest.mark.slow
     def test_heads_are_drawn_and_left_out(self, open_page):
         tab = open_page(explore(random_maps(1, 1, 3, 7, 7), WORDS))
         whole = self.drawn(tab)
@@ -703,6 +707,7 @@ class TestLines:
         tab.page.mouse.click(frame["x"] + frame["width"] - 20, frame["y"] + 20 + 3.5 * 20)
         assert (1, [3]) == (tab.state()["side"], tab.state()["tokens"])
 
+    @pytest.mark.slow
     def test_pictures_and_long_texts_have_none(self, open_page):
         for explorer in (explore(random_maps(17, 17), grid=(4, 4)), explore(random_maps(60, 60))):
             assert not open_page(explorer).page.locator("#lines").is_visible()

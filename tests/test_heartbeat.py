@@ -170,6 +170,7 @@ class TestAProcessThatFails:
             assert "but rank 0 died" in str(one.error), one
             assert "rank 2" not in str(one.error).partition("but")[2]
 
+    @pytest.mark.slow
     def test_an_interruption_ends_the_waiting(self):
         ended = run(2, interrupted_waiting, 60.0)
         assert isinstance(ended[0].error, KeyboardInterrupt)
@@ -181,6 +182,7 @@ class TestAProcessThatFails:
         assert isinstance(ended[1].error, MemoryError)
         assert "rank 1 failed, with MemoryError: no more of it" in str(ended[0].error)
 
+    @pytest.mark.slow
     def test_whose_reason_no_file_would_take(self):
         ended = run(2, one_fails, 1, 2, "at length", 20.0)
         assert "rank 1 failed, with ArithmeticError: no more of it\\ud800" in str(ended[0].error)
@@ -197,6 +199,7 @@ class TestAProcessThatFails:
         ended = run(2, one_stays_away, 5.0)
         assert "rank 0 of 2 is here, but rank 1 did not come within 5 s" in str(ended[0].error)
 
+    @pytest.mark.slow
     def test_a_damaged_checkpoint_of_one(self, tmp_path):
         values(2, fresh, tmp_path)
         file = tmp_path / "rank-1.safetensors"
