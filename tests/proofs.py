@@ -2,7 +2,7 @@
 
     python tests/proofs.py                  # the Pythons on the PATH and pyenv's
     python tests/proofs.py --chroot DIR     # and those in DIR, a folder with a system of its own (root only)
-    python tests/proofs.py --short          # without the tests marked long and without CPython's own
+    python tests/proofs.py --short          # without the tests marked slow or long and without CPython's own
     python tests/proofs.py --jobs 2         # two Pythons at a time
 
 The interpreters stay as they are: `bytecode` and pytest are pure Python and lie in a folder beside a copy of the
@@ -102,7 +102,7 @@ def run(command: list[str], root: Path, needed: Path, short: bool, output: int) 
 
         seen = Path("/") / folder.relative_to(root)  # as the interpreter sees it
         arguments = ["-q", "-ra", "-p", "no:cacheprovider", "--rootdir", f"{seen}", "-c", f"{seen}/pyproject.toml"]
-        marked = ["-m", "not long"] if short else ["-m", ""]
+        marked = ["-m", "not long and not slow"] if short else ["-m", ""]
         # record_property, by which the long tests give their counts, is a warning in the newer format of reports
         arguments += ["-o", "junit_family=xunit1"]
         arguments += [f"--junitxml={seen}/report.xml", *marked, *(f"{seen}/tests/{test}" for test in ENGINE_TESTS)]
@@ -127,7 +127,9 @@ def run(command: list[str], root: Path, needed: Path, short: bool, output: int) 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the engine's tests on every Python the package names.")
     parser.add_argument("--chroot", type=Path, help="a folder with usr/bin/python3.14 and the like; needs root")
-    parser.add_argument("--short", action="store_true", help="leave out the tests marked long and CPython's own")
+    parser.add_argument(
+        "--short", action="store_true", help="leave out the tests marked slow or long and CPython's own"
+    )
     parser.add_argument("--others", action="store_true", help="leave out the Python that runs this")
     parser.add_argument("--jobs", type=int, default=1, help="how many Pythons at a time")
     options = parser.parse_args()

@@ -1,7 +1,6 @@
 """What users are told when a local cannot be captured: what is wrong, where, and what to do. Nothing changes."""
 
 import pytest
-import torch
 
 from visualizer import UnknownLocalError, capture
 from visualizer.instrument import GetLocal
@@ -23,10 +22,6 @@ def test_a_local_of_a_function_inside():
 
         return inner
 
-    class Model(torch.nn.Module):
-        def forward(self, x):
-            return sum(part + 1 for part in x)
-
     line = outer.__code__.co_firstlineno
     with pytest.raises(UnknownLocalError) as caught:
         capture(outer, "secret")
@@ -36,6 +31,15 @@ def test_a_local_of_a_function_inside():
     with capture(inner, "secret") as found:  # as the message says
         inner(2)
     assert [[3]] == list(found.values())
+
+
+def test_a_local_of_an_expression_inside_a_module():
+    torch = pytest.importorskip("torch", reason="engine only: torch is not in this environment")
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return sum(part + 1 for part in x)
+
     with pytest.raises(UnknownLocalError, match=r"Model\.forward has a genexpr in line \d+, which has 'part'"):
         capture(Model(), "part")
     with pytest.raises(UnknownLocalError) as caught:
