@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from visualizer import AttentionMap, analysis, attention, models
+from visualizer import AttentionMap, Layout, analysis, attention, models
+from visualizer.layout import Part
 
 
 def test_an_even_map_has_no_sinks() -> None:
@@ -50,6 +51,15 @@ def test_a_row_of_nothing_but_sinks_stays() -> None:
     [clean] = analysis.without_sinks(weights)
     assert clean.rows([0])[0, 0, 0, 0] == 1
     assert clean.rows([1])[0, 0, 0, 0] == 0
+
+
+def test_maps_without_sinks_know_their_tokens() -> None:
+    made = AttentionMap(torch.full((1, 1, 20, 20), 1 / 20))
+    made.layout = Layout((Part("patches", 20, shape=(4, 5)),))
+    made.query_layout = None
+    [clean] = analysis.without_sinks(made)
+    assert clean.layout is made.layout
+    assert clean.query_layout is None
 
 
 def test_times_is_above_one() -> None:

@@ -89,7 +89,7 @@ def without_sinks(attention: Any, times: float = TIMES) -> list[AttentionMap]:
     made = []
     for layer in layers_of(attention).layers:
         source: Any = _Without(layer.source, sinks_of(layer, times))
-        made.append(AttentionMap.from_source(source, path=layer.path, kind=layer.kind))
+        made.append(AttentionMap.from_source(source, path=layer.path, kind=layer.kind).described_as(layer))
     return made
 
 
