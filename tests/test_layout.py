@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from visualizer import VisualizerWarning
-from visualizer.layout import Layout, Part, Windows, layout_of, part_seen, picture_of, side_by_side
+from visualizer.layout import Layout, Part, Windows, layout_of, part_seen, picture_of, read_image, side_by_side
 
 
 class TestLayout:
@@ -176,3 +176,18 @@ def test_frames_of_a_video_are_read_one_by_one():
     assert (2, 4, 6, 3) == picture_of(frames).shape
     assert (2, 4, 6, 3) == picture_of(np.zeros((2, 3, 4, 6))).shape
     assert side_by_side(np.zeros((3, 2, 2)), -1).shape == (2, 6)
+
+
+@pytest.mark.parametrize(("mode", "top"), [("I;16", 65535), ("I", 65535), ("I", 255), ("F", 1), ("F", 255)])
+def test_grey_pictures_of_more_bits_keep_their_greys(mode, top):
+    image = pytest.importorskip("PIL.Image", reason="needs Pillow")
+    grey = np.linspace(0, top, 12).reshape(3, 4)
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    picture = image.fromarray(grey.astype(kind))
+    assert mode == picture.mode
+    np.testing.assert_allclose(read_image(picture), np.stack([grey.astype(kind) / top] * 3, -1), atol=1e-6)
+
+
+def test_a_black_picture_of_more_bits_is_black():
+    image = pytest.importorskip("PIL.Image", reason="needs Pillow")
+    assert not read_image(image.fromarray(np.zeros((2, 3), np.uint16))).any()

@@ -696,6 +696,18 @@ def picture_of(image: Any) -> Array | None:
     return read_image(image)
 
 
+def greys_of(image: Any) -> Array:
+    """The numbers of a PIL image of one channel of more than 8 bits, (height, width) from 0 to 1.
+
+    PIL itself would cut them off at 255, which makes the picture white. White is the largest number of the smallest
+    usual type that holds them.
+    """
+    grey = np.asarray(image, np.float64)
+    tops = (255, 65535) if image.mode != "F" else (1, 255, 65535)
+    white = next((top for top in tops if grey.max() <= top), grey.max())
+    return np.asarray(np.clip(grey / white, 0, 1))
+
+
 def read_image(image: Any) -> Array:
     """The picture as (height, width, 3) floats from 0 to 1, from an array, a tensor or a PIL image.
 
@@ -707,7 +719,8 @@ def read_image(image: Any) -> Array:
     anything else.
     """
     if hasattr(image, "convert"):
-        image = image.convert("RGBA")  # a palette's indices are not colours
+        is_wide = image.mode.startswith(("I", "F"))
+        image = greys_of(image) if is_wide else image.convert("RGBA")  # a palette's indices are not colours
     if not (is_array(image) or hasattr(image, "__array__") or hasattr(image, "__array_interface__")):
         raise TypeError(f"image is a {type(image).__name__}: pass an array, a tensor or an opened PIL image")
     is_tensor = hasattr(image, "detach")

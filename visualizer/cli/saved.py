@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ..errors import FileFormatError, did_you_mean, few
+from ..layout import greys_of
 from ..loading import load
 from ..store import bytes_by_device
 from ..tensors import is_array
@@ -125,19 +126,14 @@ def picture_of(path: str | None) -> Any:
 
 
 def opened(path: str | os.PathLike[str]) -> Any:
-    """The picture in a file, upright, with 8 bits a channel; raises whatever Pillow raises.
-
-    Pillow cuts 16 bits of grey off at 255, which makes the picture white.
-    """
+    """The picture in a file, upright, with 8 bits a channel; raises whatever Pillow raises."""
     from PIL import Image, ImageOps
 
     with Image.open(path) as file:
         picture = ImageOps.exif_transpose(file)
     if not picture.mode.startswith(("I", "F")):
         return picture
-    grey = np.asarray(picture, np.float64)
-    white = next(top for top in (1, 255, 65535, grey.max()) if grey.max() <= top and (top > 1 or picture.mode == "F"))
-    return Image.fromarray(np.clip(255 * grey / white, 0, 255).round().astype(np.uint8))
+    return Image.fromarray((255 * greys_of(picture)).round().astype(np.uint8))
 
 
 @contextlib.contextmanager
