@@ -191,3 +191,9 @@ def test_grey_pictures_of_more_bits_keep_their_greys(mode, top):
 def test_a_black_picture_of_more_bits_is_black():
     image = pytest.importorskip("PIL.Image", reason="needs Pillow")
     assert not read_image(image.fromarray(np.zeros((2, 3), np.uint16))).any()
+
+
+@pytest.mark.parametrize("parts", ["CLS", ("CLS",), (3, 4)])
+def test_a_layout_is_made_of_parts(parts):
+    with pytest.raises(TypeError, match=r"pass Parts, or use Layout\.picture"):
+        Layout(parts)

@@ -131,6 +131,10 @@ class Layout:
     """Of each picture of the batch a small grey copy, by which `on` finds the part of a picture that the model saw; not
     kept in files."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.parts, str) or not all(isinstance(part, Part) for part in self.parts):
+            raise TypeError(f"parts={self.parts!r}: pass Parts, or use Layout.picture(grid) or Layout.text(words)")
+
     @classmethod
     def picture(
         cls,
@@ -299,7 +303,10 @@ class Layout:
         """
         patches = self.patches
         if patches is None:
-            raise ValueError(f"these tokens are no patches of a picture: {self}")
+            raise ValueError(
+                f"these tokens are no patches of a picture: {self}. plot.tokens draws words; grid= says "
+                "where patches lie"
+            )
         sheet: Indices = side_by_side(np.arange(patches.count).reshape(patches.shape) + self.first_patch, -1)
         return sheet
 
@@ -501,7 +508,7 @@ def layout_of(count: int, options: Patches, picture: Array | None = None, known:
             )
     if known is not None and known.keys == count and sides is None and prefix is None:
         raise ValueError(
-            f"these tokens are no patches of a picture: {known}"
+            f"these tokens are no patches of a picture: {known}. plot.tokens draws words; grid= says where patches lie"
             if not pictures
             else f"these tokens have {pictures} pictures, {known}: choose one by layout=maps.layout.only(0)"
         )
