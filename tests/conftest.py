@@ -2,7 +2,9 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torchvision_schemas  # noqa: F401
@@ -23,6 +25,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.en
 def pytest_xdist_auto_num_workers() -> int:
     """One process more than there are cores: some tests only wait for others to give up."""
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
+
+
+@pytest.fixture
+def gl() -> Iterator[Any]:
+    """A get_local of its own, switched off at the end."""
+    from visualizer.instrument import GetLocal
+
+    own = GetLocal()
+    yield own
+    own.deactivate()
 
 
 # Weights that several files look at and none changes; each takes seconds to load.

@@ -8,15 +8,6 @@ from collections import deque
 import pytest
 
 from visualizer import UnknownKeyError, capture, load
-from visualizer.instrument import GetLocal
-
-
-@pytest.fixture
-def gl():
-    """A get_local of its own, switched off at the end."""
-    own = GetLocal()
-    yield own
-    own.deactivate()
 
 
 def attend(x):

@@ -8,7 +8,6 @@ import weakref
 import pytest
 
 from visualizer import UnknownLocalError, VisualizerWarning, capture
-from visualizer.instrument import GetLocal
 
 
 def attend(x):
@@ -64,13 +63,6 @@ class Loses:
         attn = x
         lose()
         return x
-
-
-@pytest.fixture
-def gl():
-    own = GetLocal()
-    yield own
-    own.deactivate()
 
 
 class TestMistakes:

@@ -13,15 +13,6 @@ from collections import deque
 import pytest
 
 from visualizer import VisualizerWarning, capture
-from visualizer.instrument import GetLocal
-
-
-@pytest.fixture
-def gl():
-    """A get_local of its own, switched off at the end."""
-    own = GetLocal()
-    yield own
-    own.deactivate()
 
 
 def make(gl, *names, **options):

@@ -13,15 +13,6 @@ import weakref
 import pytest
 
 from visualizer import RewriteError, VisualizerWarning, get_local
-from visualizer.instrument import GetLocal
-
-
-@pytest.fixture
-def gl():
-    """A get_local of its own, switched off at the end."""
-    own = GetLocal()
-    yield own
-    own.deactivate()
 
 
 def make(gl, *names, **options):

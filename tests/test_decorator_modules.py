@@ -11,15 +11,6 @@ import torch
 from torch import nn
 
 from visualizer import UnknownLocalError, VisualizerWarning
-from visualizer.instrument import GetLocal
-
-
-@pytest.fixture
-def gl():
-    """A get_local of its own, switched off at the end."""
-    own = GetLocal()
-    yield own
-    own.deactivate()
 
 
 def attention_class(gl, decorate):

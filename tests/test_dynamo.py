@@ -60,14 +60,6 @@ def nothing_compiled_nothing_said(capfd):
     assert "" == capfd.readouterr().err
 
 
-@pytest.fixture
-def gl():
-    """A get_local of its own, switched off at the end."""
-    own = GetLocal()
-    yield own
-    own.deactivate()
-
-
 class Counting:
     """A backend that counts the graphs that are compiled."""
 

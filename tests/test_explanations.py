@@ -3,15 +3,6 @@
 import pytest
 
 from visualizer import UnknownLocalError, capture
-from visualizer.instrument import GetLocal
-
-
-@pytest.fixture
-def gl():
-    """A get_local of its own, switched off at the end."""
-    own = GetLocal()
-    yield own
-    own.deactivate()
 
 
 def test_a_local_of_a_function_inside():

@@ -15,17 +15,8 @@ from pathlib import Path
 import pytest
 
 from visualizer import VisualizerWarning, capture
-from visualizer.instrument import GetLocal
 from visualizer.store.budget import object_bytes
 from visualizer.store.locks import ForkSafeLock
-
-
-@pytest.fixture
-def gl():
-    """A get_local of its own, switched off at the end."""
-    own = GetLocal()
-    yield own
-    own.deactivate()
 
 
 def make(gl, *names, **options):

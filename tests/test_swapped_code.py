@@ -20,14 +20,6 @@ from visualizer.instrument import GetLocal, swapped_code
 from visualizer.rewrite import HOOK
 
 
-@pytest.fixture
-def gl():
-    """A get_local of its own, switched off at the end."""
-    own = GetLocal()
-    yield own
-    own.deactivate()
-
-
 def make(gl, *names, **options):
     def forward(x):
         q = x + 1

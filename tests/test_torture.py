@@ -18,16 +18,8 @@ from pathlib import Path
 import pytest
 
 from visualizer import UnsupportedPythonError, VisualizerWarning, capture, get_local, opcodes
-from visualizer.instrument import GetLocal
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def gl():
-    own = GetLocal()
-    yield own
-    own.deactivate()
 
 
 def run(code, *, clean=True, **environment):

@@ -6,18 +6,6 @@ import functools
 import inspect
 import pickle
 
-import pytest
-
-from visualizer.instrument import GetLocal
-
-
-@pytest.fixture
-def gl():
-    """A get_local of its own, switched off at the end."""
-    own = GetLocal()
-    yield own
-    own.deactivate()
-
 
 def make(gl, *names, **options):
     def forward(x):
