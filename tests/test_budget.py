@@ -6,6 +6,8 @@ import weakref
 import pytest
 
 from visualizer.store import NO_LIMIT, Budget, budget, bytes_by_device, memory_of
+from visualizer.store.budget import resident_bytes
+from visualizer.store.quick import quick_keeper
 
 np = pytest.importorskip("numpy", reason="engine only: numpy is not in this environment")
 torch = pytest.importorskip("torch", reason="engine only: torch is not in this environment")
@@ -31,7 +33,29 @@ class TestBudget:
         assert "77 bytes on cuda:0 (max_bytes)" == one.why_full("cuda:0")
 
     def test_without_a_limit_everything_fits(self):
-        assert Budget(NO_LIMIT).add({"cpu": 2**80}) is None
+        one = Budget(NO_LIMIT)
+        assert one.add({"cpu": 2**80}) is None
+        one.allow(2**80)
+        assert 0 == one.room("cpu")
+
+    def test_what_a_channel_takes_without_asking_counts(self):
+        one = Budget(3 * 2**30)
+        assert 3 * 2**30 == one.room("cpu")
+        taken = one.purse.left
+        one.purse.left = 0
+        assert 3 * 2**30 - taken == one.room("cpu")
+        assert one.add({"cpu": 2**30}) is None
+        assert 2 * 2**30 - taken == one.room("cpu")
+        assert one.purse.left > 2**29  # filled again
+        assert "cpu" == one.add({"cpu": 2**31})
+        one.discount({"cpu": 3 * 2**30})
+        assert 3 * 2**30 - taken == one.room("cpu")
+
+    @pytest.mark.parametrize("shape", [(), (4,), (3, 4), (2, 3, 4, 5)])
+    def test_an_array_weighs_the_same_whoever_weighs_it(self, shape):
+        for keep, array in (("numpy", np.ones(shape)), ("graph", np.ones((2, *shape))[0, ...])):
+            kept, size = quick_keeper(keep)(array)
+            assert {"cpu": size} == resident_bytes(kept)
 
 
 class TestWeights:

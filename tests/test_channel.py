@@ -13,6 +13,7 @@ from collections import deque
 import pytest
 
 from visualizer import VisualizerWarning, capture
+from visualizer.store.locks import this_thread
 
 
 def make(gl, *names, **options):
@@ -530,10 +531,10 @@ class TestThreads:
             if threading.current_thread() is thread and not arrived.is_set():
                 arrived.set()
                 assert go_on.wait(60)
-            return threading.get_ident() if not args else args[0]
+            return this_thread() if not args else args[0]
 
         if waits is None:
-            monkeypatch.setattr("visualizer.store.channel.get_ident", wait)
+            monkeypatch.setattr("visualizer.store.channel.this_thread", wait)
         else:
             waits.append(wait)
         thread = threading.Thread(target=work, args=("late",))

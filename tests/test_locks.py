@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from visualizer.store import ForkSafeLock
+from visualizer.store.locks import is_current, this_thread
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -52,3 +53,19 @@ def test_whoever_holds_it_can_take_it_again_and_nobody_else():
     assert [False] == taken
     assert lock.acquire(blocking=False)
     lock.release()
+
+
+def test_a_thread_is_known_by_its_number():
+    numbers, answers = [], []
+
+    def ask():
+        numbers.append(this_thread())
+        answers.append([is_current[number]() for number in numbers])
+
+    ask()
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    ask()
+    assert [[True], [False, True], [True, False, True]] == answers
+    assert threading.get_ident() == numbers[0] == numbers[2] != numbers[1]

@@ -19,13 +19,18 @@ from ..tensors import attributes, is_array, is_container, is_foreign_tensor, is_
 NO_LIMIT = math.inf
 """As `max_bytes`: keep whatever there is."""
 
+_UNREACHED = 2**100
+"""So many bytes no memory has: as a limit, none."""
+
 
 class Purse:
     """How many bytes may be taken without asking."""
 
     __slots__ = ("left",)
+    MOST = 2**30 - 1
+    """Below 2**30 Python subtracts in half the time."""
 
-    def __init__(self, left: float) -> None:
+    def __init__(self, left: int) -> None:
         self.left = left
 
 
@@ -43,9 +48,10 @@ class Budget:
         self.max_bytes = max_bytes
         """The most on each device; None: a quarter of its memory."""
         self.purse = Purse(0)
-        """What is left on the CPU, from which channels take without asking."""
-        self._limits: dict[str, float] = {}
-        self._left: dict[str, float] = {}
+        """What channels may take on the CPU without asking."""
+        self._limits: dict[str, int] = {}
+        self._left: dict[str, int] = {}
+        """What is left on each device, on the CPU beside the purse."""
 
     def allow(self, max_bytes: float | None) -> None:
         """Set the limit anew; what is used stays."""
@@ -55,32 +61,31 @@ class Budget:
         self._limits.clear()
         self.discount({device: -size for device, size in used.items()})
 
-    def limit(self, device: str) -> float:
+    def limit(self, device: str) -> int:
         """How many bytes values may take on a device."""
         if device not in self._limits:
             limit = memory_of(device) // 4 if self.max_bytes is None else self.max_bytes
-            self._limits[device] = limit
-            self._set(device, limit)
+            self._limits[device] = int(min(limit, _UNREACHED))
+            self._set(device, self._limits[device])
         return self._limits[device]
 
-    def room(self, device: str) -> float:
+    def room(self, device: str) -> int:
         """How many bytes more may be kept on a device; negative where there are too many."""
         self.limit(device)
-        return self.purse.left if device == "cpu" else self._left[device]
+        return self._left[device] + (self.purse.left if device == "cpu" else 0)
 
     def add(self, sizes: dict[str, int]) -> str | None:
         """Count a value; the device on which there are too many bytes now, or None."""
         self.discount({device: -size for device, size in sizes.items()})
         return self.exceeded(sizes)
 
-    def discount(self, sizes: dict[str, float] | dict[str, int]) -> None:
+    def discount(self, sizes: dict[str, int]) -> None:
         """Count a value no more."""
         for device, size in sizes.items():
             self.limit(device)
+            self._left[device] += size
             if device == "cpu":
-                self.purse.left += size
-            else:
-                self._left[device] += size
+                self._fill_purse()
 
     def exceeded(self, devices: Iterable[str]) -> str | None:
         """The first of these devices on which there are too many bytes, or None."""
@@ -91,11 +96,18 @@ class Budget:
         for device, limit in self._limits.items():
             self._set(device, limit)
 
-    def _set(self, device: str, left: float) -> None:
+    def _set(self, device: str, left: int) -> None:
+        self._left[device] = left
         if device == "cpu":
-            self.purse.left = left
-        else:
-            self._left[device] = left
+            self.purse.left = 0
+            self._fill_purse()
+
+    def _fill_purse(self) -> None:
+        """Have in the purse what is left, but no more than counts fast; a debt is taken back."""
+        more = min(self._left["cpu"], Purse.MOST - self.purse.left)
+        # Each line adds at once: another thread may take from the purse in between.
+        self.purse.left += more
+        self._left["cpu"] -= more
 
     def why_full(self, device: str) -> str:
         """The limit of a device for a message, with where it comes from: "1,000 bytes on cpu (max_bytes)"."""
@@ -105,8 +117,8 @@ class Budget:
 
 ROW_BYTES = 48
 """What the list and the columns of a store take for a value."""
-ARRAY_BYTES = 208
-"""What a small array takes beside its elements and its row."""
+ARRAY_BYTES = 96
+"""What an array takes beside what it says of itself and its row."""
 TENSOR_BYTES = 544
 """What a small tensor takes beside its elements and its row."""
 
@@ -123,7 +135,7 @@ def resident_bytes(value: Any) -> dict[str, int]:
     if kind == "other" and not attributes(value):
         return {"cpu": object_bytes(value)}
     sizes = bytes_by_device(value)
-    more = ROW_BYTES + (ARRAY_BYTES if kind == "array" else TENSOR_BYTES if kind == "tensor" else 0)
+    more = ROW_BYTES + (_beside_elements(value) if kind == "array" else TENSOR_BYTES if kind == "tensor" else 0)
     if kind in ("container", "other"):
         more += _objects_in(value)
     return {**sizes, "cpu": sizes.get("cpu", 0) + more}
@@ -160,6 +172,12 @@ def _parts(value: Any) -> Iterable[Any]:
     return attributes(value).values()
 
 
+def _beside_elements(array: Any) -> int:
+    """What an array takes beside its elements; what it says of itself has them, unless it is a view."""
+    own = array.__sizeof__() - array.nbytes if array.flags.owndata else array.__sizeof__()
+    return ARRAY_BYTES + int(own)
+
+
 def _objects_in(value: Any) -> int:
     """What the arrays and tensors in a container take beside their elements."""
     more, seen, values = 0, set[int](), [value]
@@ -170,7 +188,7 @@ def _objects_in(value: Any) -> int:
             if kind in ("container", "other") and id(item) not in seen:
                 seen.add(id(item))
                 values.extend(_parts(item))
-            more += ARRAY_BYTES if kind == "array" else TENSOR_BYTES if kind == "tensor" else 0
+            more += _beside_elements(item) if kind == "array" else TENSOR_BYTES if kind == "tensor" else 0
     except Exception:  # the class of a container has code that fails
         pass
     return more

@@ -23,7 +23,8 @@ from ..errors import VisualizerWarning, shown
 from ..rewrite import At, assigned_lines, deletes
 from ..tensors import Keep, is_array, is_tensor, keeper, kind_of, runs_foreign_code, why_unreal
 from .budget import LARGEST, NUMBER_BYTES, Purse
-from .quick import SMALL_ARRAY, Quick, is_light, quick_keeper
+from .locks import this_thread
+from .quick import ARRAY, Quick, is_light, quick_keeper
 from .store import Call, Put, Store
 
 _listening: dict[str, Channel] = {}
@@ -49,11 +50,11 @@ def receive(key: str, value: Any) -> None:
         return
     try:
         append = channel.append
-        if append is not None and channel.thread == get_ident():
+        if append is not None and channel.is_in_thread():
             cls = type(value)  # compared by identity, because a class may have its own __eq__ or __hash__
             if cls is channel.array and value.dtype is channel.dtype:
                 kept = value.copy()
-                size = kept.nbytes + SMALL_ARRAY
+                size = kept.__sizeof__() + ARRAY
             elif cls is float or (cls is int and -LARGEST < value < LARGEST):
                 kept, size = value, NUMBER_BYTES
             else:
@@ -165,8 +166,8 @@ class Channel:
         """The last rewriting that had this channel as its last: the original code, the sites, and the result."""
         self.append: Callable[[Any], None] | None = None
         """Appends to the list directly, for one thread; None while nobody may. The store alone opens and closes."""
-        self.thread = 0
-        """That thread."""
+        self.is_in_thread: Callable[[], bool] = lambda: False
+        """Whether that thread is the one that asks."""
         self.purse = Purse(0)
         """How many bytes it may append."""
         self.array: type | None = None
@@ -245,14 +246,16 @@ class Channel:
                 return
             if is_copied and is_array(value):
                 self.array, self.dtype = type(value), value.dtype
-            thread, purse = get_ident(), self.purse
-            left, append = purse.left - size, self.append
-            if left >= 0 and append is not None and self.thread == thread:  # see `Store`
-                purse.left = left
-                append(kept)
-            else:
-                append = None
-                store.put(Put(self, (kept,), thread, is_light=is_light(kept), may_append=True))
+            append = self.append
+            if append is not None and self.is_in_thread():
+                purse = self.purse
+                left = purse.left - size
+                if left >= 0 and self.append is append:  # see `Store`: nothing comes between here and the append
+                    purse.left = left
+                    append(kept)
+                    return
+            append = None
+            store.put(Put(self, (kept,), this_thread(), is_light=is_light(kept), may_append=True))
 
         def deliver_all(values: tuple[Any, ...]) -> None:
             accept(values, None)

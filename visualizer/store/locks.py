@@ -1,10 +1,12 @@
-"""Locks that stay usable in a forked child."""
+"""Locks that stay usable in a forked child, and a lock as the mark of a thread."""
 
 from __future__ import annotations
 
 import os
 import threading
 import weakref
+from _thread import get_ident
+from collections.abc import Callable
 from typing import Any
 
 _RLock: Any = type(threading.RLock())
@@ -39,3 +41,19 @@ def _renew_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_in_child)
+
+
+is_current: dict[int, Callable[[], bool]] = {}
+"""By the number of a thread that `this_thread` has given: whether it is the thread that asks."""
+
+
+def this_thread() -> int:
+    """The number of the thread that calls, for which `is_current` can be asked from now on."""
+    thread = get_ident()
+    if thread not in is_current:
+        # A lock that is never released: whether the caller owns it takes half the time of comparing get_ident(). A
+        # later thread with the same number owns it too, as for get_ident() the two are one.
+        lock: Any = threading.RLock()
+        lock.acquire()
+        is_current[thread] = lock._is_owned
+    return thread

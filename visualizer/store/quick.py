@@ -11,9 +11,9 @@ from types import ModuleType
 from typing import Any
 
 from ..tensors import Keep, is_plain_torch, kind_of
-from .budget import ARRAY_BYTES, ROW_BYTES, TENSOR_BYTES, object_bytes
+from .budget import ARRAY_BYTES, ROW_BYTES, TENSOR_BYTES, object_bytes, resident_bytes
 
-SMALL_ARRAY, _TENSOR = ARRAY_BYTES + ROW_BYTES, TENSOR_BYTES + ROW_BYTES
+ARRAY, _TENSOR = ARRAY_BYTES + ROW_BYTES, TENSOR_BYTES + ROW_BYTES
 
 Quick = Callable[[Any], tuple[Any, int]]
 """From a value to what is kept of it and the bytes that it takes on the CPU; (None, 0) for all but common values."""
@@ -33,10 +33,10 @@ def quick_keeper(keep: Keep) -> Quick:
         kind = kind_of(value)
         if kind == "array":
             if is_graph:
-                return value, value.nbytes + SMALL_ARRAY
+                return value, resident_bytes(value)["cpu"]
             if not value.dtype.hasobject:
                 kept = value.copy()
-                return kept, kept.nbytes + SMALL_ARRAY
+                return kept, kept.__sizeof__() + ARRAY
         elif kind == "tensor":
             torch = torch or sys.modules["torch"]
             cls = type(value)
@@ -47,7 +47,7 @@ def quick_keeper(keep: Keep) -> Quick:
                     try:
                         tensor = value.detach() if value.requires_grad else value
                         kept = tensor.numpy().copy() if to_numpy else tensor.clone()
-                        return kept, kept.nbytes + (SMALL_ARRAY if to_numpy else _TENSOR)
+                        return kept, kept.__sizeof__() + ARRAY if to_numpy else kept.nbytes + _TENSOR
                     except (TypeError, RuntimeError):  # numpy lacks the type, or it is no tensor of plain numbers
                         return _NOT_QUICK
         elif kind == "other" and _is_plain(type(value)):

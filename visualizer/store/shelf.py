@@ -15,6 +15,7 @@ from operator import is_
 from typing import Any, Protocol
 
 from ..tensors import is_array, is_tensor
+from .locks import is_current
 from .records import Record
 
 _NO_LINE = -(2**63)
@@ -29,7 +30,7 @@ class Express(Protocol):
 
     calls: count[int]
     append: Any
-    thread: int
+    is_in_thread: Callable[[], bool]
 
 
 class Shelf:
@@ -79,7 +80,7 @@ class Shelf:
         `call` is the number of the channel's next call. The caller has just seen that the list is in order.
         """
         self.run = channel, self.size, call, self._origin(origin)
-        channel.thread = origin[1]
+        channel.is_in_thread = is_current[origin[1]]
         return self.values.append
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ class Source(Protocol):
 
     calls: count[int]
     append: Any
-    thread: int
+    is_in_thread: Callable[[], bool]
     purse: Purse
 
     key_of: Callable[[str, str | None], str]
@@ -105,9 +105,9 @@ class Store:
     A value comes as a `Put` through one queue; to file it is to put it into its list. If nothing can come between it
     and the next value of its channel (no other thread, nobody who holds the list, no limit that is near), the channel
     gets an open run: until the run is closed, it appends to the list directly. It does so only while `source.append`
-    is there and `source.thread` is the thread that calls. Between looking at `append` and calling it, the interpreter
-    runs no other thread, signal handler or finalizer: it does so only after calls and at jumps backward. Whoever sets
-    `append` to None ends the run.
+    is there and `source.is_in_thread()` says that the run is for the thread that calls. Between looking at `append` and
+    calling it, the interpreter runs no other thread, signal handler or finalizer: it does so only after calls and at
+    jumps backward. Whoever sets `append` to None ends the run.
     """
 
     def __init__(self, state: str, *, clear: str = "clear()", off: str = "stop()") -> None:
@@ -500,10 +500,10 @@ class Store:
         if self.limit is None:
             source.purse = self.budget.purse
         else:
-            slack = min(slack, int(max(0, self.budget.room("cpu"))))
+            slack = min(slack, self.budget.room("cpu"), Purse.MOST)
             if slack <= 0:
                 return
-            self.budget.purse.left -= slack
+            self.budget.add({"cpu": slack})
             source.purse = Purse(slack)
         self._unfinished[shelf] = None
         append = shelf.open(source, number, origin)
@@ -516,7 +516,7 @@ class Store:
             shelf.close()
             if source.purse is not self.budget.purse:
                 left, source.purse.left = source.purse.left, 0
-                self.budget.purse.left += left
+                self.budget.discount({"cpu": left})
 
     def _shelf(self, cache: _Lists, key: str) -> Shelf:
         """The shelf of a key, in order, and with nobody who appends to it."""
