@@ -28,9 +28,12 @@ from visualizer.instrument import GetLocal
 
 try:
     import numpy as np
+except ImportError:  # the rows of arrays are left out
+    np = None
+try:
     import torch
-except ImportError:  # no wheel for this Python: the rows of arrays and tensors are left out
-    np = torch = None
+except ImportError:  # no wheel for this Python: the rows of tensors are left out
+    torch = None
 
 ROUNDS, CALLS, MANY = 101, 2_000, 1_000_000
 
@@ -139,10 +142,11 @@ def resident(name: str) -> tuple[float, float]:
     number = 60 if "MB" in name else 100_000
     code = f"""
 import gc, os, sys, warnings
-try:
-    import numpy as np, torch
-except ImportError:
-    pass
+for library in ("import numpy as np", "import torch"):
+    try:
+        exec(library)
+    except ImportError:
+        pass
 from visualizer.instrument import GetLocal
 def rss():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -184,10 +188,11 @@ def main() -> None:
     gc.disable()
     line("a number, by default, beside L.append(x)", above_bare("numpy", 1.5, list.append), 10)
     line('a number, keep="graph", beside L.append(x)', above_bare("graph", 1.5, list.append), 7)
-    if torch is not None:
+    if torch is not None and np is not None:
         small = torch.ones(3, 4)
         copied = above_bare("numpy", small, lambda kept, t: kept.append(t.detach().cpu().numpy().copy()))
         line("a small tensor, by default, beside L.append(t...numpy().copy())", copied, 1.5)
+    if np is not None:
         line("a small array, by default, beside L.append(a.copy())",
              above_bare("numpy", np.ones((3, 4)), lambda kept, a: kept.append(a.copy())), 2)  # fmt: skip
     gc.enable()
@@ -202,13 +207,15 @@ def main() -> None:
     few_decorated, few_captured, decorated_all, captured_all = map(statistics.median, zip(*rounds, strict=True))
     line("decorating 8,000 functions, beside 1,000", decorated_all / few_decorated, 10)
     line("capture of a list of 8,000 functions, beside 1,000", captured_all / few_captured, 10)
-    for shape in ((4,), (3, 4)) if torch is not None else ():
+    for shape in ((4,), (3, 4)) if np is not None else ():
         saving, loading, share = files(shape)
         line(f"saving 10,000 arrays of shape {shape}", saving, 0.5, "s")
         line("loading them", loading, 0.5, "s")
         line("bytes of the file beside theirs", share, 3)
     if Path("/proc/self/statm").exists():
-        for name in VALUES if torch is not None else ("float", "string"):
+        for name, needed in VALUES.items():
+            if any(known is None and f"{library}." in needed for library, known in (("np", np), ("torch", torch))):
+                continue
             each, share = resident(name)
             if name == "float":
                 line("memory of a number", each, 150, "bytes")
@@ -221,7 +228,7 @@ def machine() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     cpu = next(names, platform.processor())
-    more = f", torch {torch.__version__}, numpy {np.__version__}" if torch is not None else ""
+    more = "".join(f", {known.__name__} {known.__version__}" for known in (torch, np) if known is not None)
     return f"CPython {platform.python_version()}, bytecode {version('bytecode')}{more}, {cpu}, {sys.platform}"
 
 
