@@ -30,7 +30,7 @@ ENGINE = (
     "imports",
     "sites",
     "unwrapping",
-    "explanations",
+    "error_messages",
     "decorator",
     "capturing",
     "cache",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..errors import UnknownLocalError, did_you_mean
 from ..rewrite import At, local_names, rebinds
-from .explanations import (
+from .error_messages import (
     MethodsByClass,
     never_assigned,
     no_code,
