@@ -18,10 +18,10 @@ from . import compiler, swapped_code
 from .arguments import check_at, check_count, check_max_bytes, check_names
 from .definitions import Definition, Definitions
 from .error_messages import why_shared
-from .functions_with import has_local
 from .reruns import mark_reruns
 from .sites import function_with
 from .untraced import never_compiled
+from .unwrapping import has_local
 
 T = TypeVar("T")
 
