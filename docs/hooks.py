@@ -73,8 +73,21 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to what lies beside docs/ in a clone, as links within the site."""
+def not_shown(gallery: str) -> str:
+    """A list of the plots that the gallery does not show, each with what its docstring says first."""
+    plot = importlib.import_module("visualizer.plot")
+    lines = [
+        f"- [`{name}`](api/plot.md#visualizer.plot.{name}): {inspect.getdoc(getattr(plot, name)).splitlines()[0]}\n"
+        for name in plot.__all__
+        if f"plot.{name}(" not in gallery
+    ]
+    return "\n\n## More plots\n\n" + "".join(lines) if lines else ""
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links to what lies beside docs/ in a clone, as links within the site; and what the gallery does not show."""
+    if page.file.src_uri == "gallery.md":
+        markdown += not_shown(markdown)
     return re.sub(rf"\]\(\.\./({'|'.join(OUTSIDE)})/", r"](\1/", markdown)
 
 

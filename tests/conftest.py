@@ -66,11 +66,28 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
     Here, because xdist looks at the groups before `pytest_collection_modifyitems` of this file is called.
     """
-    for name in ("smollm2", "chromium"):
+    if item.path.name in WITH_RANKS:
+        item.add_marker(pytest.mark.xdist_group("ranks"))
+    for name in ("smollm2", "chromium", "demo"):
         if name in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group(name))
 
 
+WITH_RANKS = ("test_checkpoint.py", "test_collected.py", "test_heartbeat.py", "test_processes.py")
+"""These start processes, from a server that takes seconds to start; most of the time they wait for one another."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The notebooks begin first: some take a minute, and at the end only one process would be at work."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    """What takes a minute or more begins first: at the end only one process would be at work."""
+
+    def rank(item: pytest.Item) -> int:
+        groups = {mark.args[0] for mark in item.iter_markers("xdist_group")}
+        long = (
+            item.path.name in WITH_RANKS,
+            item.path.name == "test_notebooks.py",
+            "smollm2" in groups,
+            "chromium" in groups,
+        )
+        return [*long, True].index(True)
+
+    items.sort(key=rank)

@@ -11,13 +11,11 @@ package. Nothing else is there, which shows that the engine needs nothing else.
 
 import argparse
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -32,7 +30,7 @@ ENGINE = (
     "imports",
     "sites",
     "unwrapping",
-    "explanations",
+    "error_messages",
     "decorator",
     "capturing",
     "cache",
@@ -50,9 +48,11 @@ NEEDED = ("bytecode", "hypothesis<6.156", "pytest")  # later ones of hypothesis 
 
 
 def supported() -> list[str]:
-    """The Pythons of the classifiers: "3.11", "3.12" ..."""
-    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
-    return [found[1] for text in classifiers if (found := re.search(r":: Python :: (3\.\d+)$", text))]
+    """The Pythons that the engine knows: "3.11", "3.12" ..."""
+    sys.path.insert(0, str(ROOT))
+    from visualizer.opcodes import NEWEST, OLDEST
+
+    return [f"3.{minor}" for minor in range(OLDEST[1], NEWEST[1] + 1)]
 
 
 def full_version(command: list[str]) -> str:

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 
 import pytest
+from functions import make
 
 from visualizer import UnknownKeyError, capture, load
 
@@ -188,16 +189,6 @@ def test_saved_and_loaded(tmp_path):
     assert {"attend:q": [2, 3], "attend:attn": [4, 6]} == again
     assert [(r.key, r.call, r.thread) for r in found.records] == [(r.key, r.call, r.thread) for r in again.records]
     assert {"tokens": ["a", "b"]} == again.about
-
-
-def make(gl, *names, **options):
-    def forward(x):
-        q = x + 1
-        attn = q * 2
-        return attn + 1
-
-    forward.__qualname__ = "forward"
-    return gl(*names, **options)(forward)
 
 
 class TestKeys:

@@ -6,36 +6,9 @@ import itertools
 import weakref
 
 import pytest
+from functions import Base, attend
 
 from visualizer import UnknownLocalError, VisualizerWarning, capture
-
-
-def attend(x):
-    q = x + 1
-    attn = q * 2
-    return attn + 1
-
-
-class Base:
-    def score(self, x):
-        attn = [self, x]
-        return x
-
-    @classmethod
-    def build(cls, x):
-        made = (cls.__name__, x)
-        return made
-
-    @staticmethod
-    def scale(x):
-        scaled = 10 * x
-        return x
-
-
-class Derived(Base):
-    def other(self, x):
-        attn = -x
-        return x
 
 
 class Loses:
@@ -288,7 +261,7 @@ class TestKeysWithoutValues:
 
     def test_nothing_was_called(self):
         message, found = self.message(attend, "attn")
-        place = f"attend ({__file__}:{attend.__code__.co_firstlineno})"
+        place = f"attend ({attend.__code__.co_filename}:{attend.__code__.co_firstlineno})"
         assert f"under 1 of 1 keys ('attend'): no call of {place} returned. Call the model inside" in message
         assert "0 (not reached)" in repr(found)
         with found:

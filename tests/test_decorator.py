@@ -11,18 +11,9 @@ import warnings
 import weakref
 
 import pytest
+from functions import make
 
 from visualizer import RewriteError, VisualizerWarning, get_local
-
-
-def make(gl, *names, **options):
-    def forward(x):
-        q = x + 1
-        attn = q * 2
-        return attn + 1
-
-    forward.__qualname__ = "forward"
-    return gl(*names, **options)(forward)
 
 
 def write_module(path, name, text):

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from visualizer import VisualizerWarning, capture
-from visualizer.instrument import GetLocal, compiled
+from visualizer.instrument import GetLocal, compiler
 from visualizer.store import receive
 
 if not hasattr(torch._dynamo.eval_frame, "set_code_exec_strategy"):
@@ -603,7 +603,7 @@ def test_a_release_that_cannot_put_calls_off_ends_the_graph(monkeypatch):
     """As torch before 2.3; the compiler is made to forget what it was told."""
     from torch._dynamo.variables.builder import VariableBuilder
 
-    compiled.prepare()
+    compiler.prepare()
     monkeypatch.delitem(VariableBuilder._id_dispatch(), id(receive))
     model, x = model_of(2), images()
     with capture(model, "attn") as plain:

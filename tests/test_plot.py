@@ -336,6 +336,11 @@ class TestKeywords:
         kinds = {one.kind for one in inspect.signature(function).parameters.values()}
         assert inspect.Parameter.VAR_KEYWORD not in kinds
 
+    @pytest.mark.parametrize("name", plot.__all__)
+    def test_a_docstring_has_an_example(self, name):
+        lines = inspect.getdoc(getattr(plot, name)).splitlines()
+        assert any(line.startswith((">>> ", "    ")) and f"{name}(" in line for line in lines[1:])
+
     def test_defaults_are_those_of_the_plot(self):
         parameters = {name: inspect.signature(getattr(plot, name)).parameters for name in plot.__all__}
         assert ("viridis", "inferno", None) == tuple(

@@ -5,36 +5,9 @@ import functools
 import textwrap
 
 import pytest
+from functions import Base, Derived, attend
 
 from visualizer import capture
-
-
-def attend(x):
-    q = x + 1
-    attn = q * 2
-    return attn + 1
-
-
-class Base:
-    def score(self, x):
-        attn = [self, x]
-        return x
-
-    @classmethod
-    def build(cls, x):
-        made = (cls.__name__, x)
-        return made
-
-    @staticmethod
-    def scale(x):
-        scaled = 10 * x
-        return x
-
-
-class Derived(Base):
-    def other(self, x):
-        attn = -x
-        return x
 
 
 class TestTargets:

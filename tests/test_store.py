@@ -13,20 +13,11 @@ import weakref
 from pathlib import Path
 
 import pytest
+from functions import make
 
 from visualizer import VisualizerWarning, capture
 from visualizer.store.budget import object_bytes
 from visualizer.store.locks import ForkSafeLock
-
-
-def make(gl, *names, **options):
-    def forward(x):
-        q = x + 1
-        attn = q * 2
-        return attn + 1
-
-    forward.__qualname__ = "forward"
-    return gl(*names, **options)(forward)
 
 
 class TestLimits:

@@ -14,20 +14,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from functions import make
 
 from visualizer import RewriteError, VisualizerWarning, capture
 from visualizer.instrument import GetLocal, swapped_code
 from visualizer.rewrite import HOOK
-
-
-def make(gl, *names, **options):
-    def forward(x):
-        q = x + 1
-        attn = q * 2
-        return attn + 1
-
-    forward.__qualname__ = "forward"
-    return gl(*names, **options)(forward)
 
 
 def test_what_another_tool_put_in_place_stays_with_a_warning(gl):

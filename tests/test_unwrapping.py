@@ -6,15 +6,7 @@ import functools
 import inspect
 import pickle
 
-
-def make(gl, *names, **options):
-    def forward(x):
-        q = x + 1
-        attn = q * 2
-        return attn + 1
-
-    forward.__qualname__ = "forward"
-    return gl(*names, **options)(forward)
+from functions import make
 
 
 def decorated_at_module_level(x, /, *, y=2):

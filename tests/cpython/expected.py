@@ -79,7 +79,7 @@ class Difference:
     reason: str
     modes: tuple[str, ...] = ("captured", "identity")
     since: str = "3.11"
-    until: str = "3.15"
+    until: str = "4"
     sometimes: bool = False
     """It may also end the same."""
 

@@ -8,18 +8,15 @@ arrays. Maps are read some rows at a time, so that the attention of a fused kern
 rows: no function makes the N x N map of a head, but for `align`, `monotony` and `contacts`, which make those of a layer
 at a time (a `rollout` with `discard` makes that of all heads together).
 
-- `flow`, all layers together: `rollout`, `attention_flow`; for one output of the model, by its gradients,
-  `gradient_rollout`, `relevance`, and `cross_relevance` for two streams.
-- `rows`, row by row: `entropy`, `received`, `sink`, `confidence`, `cls_attention`, `attention_distance`, `top_keys`;
-  `mass_mask` of a row.
-- `patterns`, what each head does: `head_patterns`; `copying`, how much of an answer it finds in the text: `retrieval`.
-- `alignment`, which sound belongs to which word: `align`, and `monotony`, which heads show it; `proteins`, which
-  residues touch: `contacts`.
-- `shares`, what draws far more than its share: `sinks`, and maps `without_sinks`.
-- Not about maps: `position_similarity` and `filter_components` of a vision transformer's weights (`weights`);
-  `spike_rate` and `spike_scores` of spiking neurons (`spikes`).
+- `flow`: what all layers do together, by rollout, by maximum flow, and by the gradients of one output of the model.
+- `rows`: what each row says: how broadly a query looks, how far, how surely, and at what.
+- `patterns`: what each head does; `copying`: how much of an answer a head finds in the text.
+- `alignment`: which sound belongs to which word; `proteins`: which residues touch.
+- `shares`: what draws far more than its share, and maps without it.
+- `weights`, of a vision transformer, and `spikes`, of spiking neurons, are not about maps.
 
-Each file names its public functions in `__all__`, and these are the functions of `visualizer.analysis`.
+Each file names its public functions in `__all__`, and these are the functions of `visualizer.analysis`: `help()` and
+the reference list them.
 """
 
 from . import alignment, copying, flow, patterns, proteins, rows, shares, spikes, weights

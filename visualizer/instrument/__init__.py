@@ -2,7 +2,7 @@
 
 from .arguments import check_max_bytes
 from .capturing import Captured, capture
-from .compiled import Uncompiled, compiler_trouble
+from .compiler import Uncompiled, compiler_trouble
 from .decorator import Activation, GetLocal, get_local
 from .module_paths import named_modules
 from .reruns import mark_reruns

@@ -11,9 +11,9 @@ from ..errors import warn
 from ..rewrite import At, original_of
 from ..store import Cache, Channel, Store, listener
 from ..tensors import Keep, check_keep
-from . import compiled, swapped_code
+from . import compiler, swapped_code
 from .arguments import check_at, check_count, check_max_bytes, check_names
-from .explanations import never_reached
+from .error_messages import never_reached
 from .reruns import mark_reruns
 from .sites import Site, beginning, sites_of
 from .untraced import never_compiled
@@ -132,9 +132,9 @@ class Captured(Cache):
         >>> found["attend"]
         [2]
         """
-        compiled.prepare()
+        compiler.prepare()
         mark_reruns()
-        with compiled.compiler_paused(), swapped_code.switching:
+        with compiler.paused(), swapped_code.switching:
             if self._is_running:
                 return self
             pairs = _alive(self._pairs)
@@ -146,18 +146,18 @@ class Captured(Cache):
                 channel.connect("numpy")
             self._is_running, self.store.state = True, "capture is running"
             self._has_run = True
-            compiled.recompile()
+            compiler.recompile()
         return self
 
     @never_compiled
     def stop(self) -> None:
         """Stop recording; the values stay. Functions that no other capture needs get their own code back."""
-        with compiled.compiler_paused(), swapped_code.switching:
+        with compiler.paused(), swapped_code.switching:
             if not self._is_running:
                 return
             self._is_running, self.store.state = False, _OFF
             messages = _withdraw(self._pairs, self.store)
-            compiled.recompile()
+            compiler.recompile()
         for message in messages:
             warn(message)
         self.store.report()
@@ -248,6 +248,6 @@ def _abandon(
         _withdraw(pairs, store)
         store.abandon()
         if was_running:
-            compiled.recompile(wait=False)  # the thread that is compiling may be waiting for this one
+            compiler.recompile(wait=False)  # the thread that is compiling may be waiting for this one
 
     swapped_code.when_idle(stop)

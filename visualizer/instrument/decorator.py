@@ -14,14 +14,14 @@ from ..errors import RewriteError, shown, warn
 from ..rewrite import At, local_names, original_of
 from ..store import Cache, Channel, Record, Store
 from ..tensors import Keep, check_keep
-from . import compiled, swapped_code
+from . import compiler, swapped_code
 from .arguments import check_at, check_count, check_max_bytes, check_names
 from .definitions import Definition, Definitions
-from .explanations import why_shared
-from .functions_with import has_local
+from .error_messages import why_shared
 from .reruns import mark_reruns
 from .sites import function_with
 from .untraced import never_compiled
+from .unwrapping import has_local
 
 T = TypeVar("T")
 
@@ -217,7 +217,7 @@ class GetLocal:
 
     @never_compiled
     def _decorate(self, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None) -> None:
-        with compiled.compiler_paused() if self._active else nullcontext(), swapped_code.switching:
+        with compiler.paused() if self._active else nullcontext(), swapped_code.switching:
             before = self._decorated.get(function)
             channels = [] if before is None else before.channels
             same = [
@@ -253,7 +253,7 @@ class GetLocal:
                 if self._active:
                     channel.connect(self._keep)
             if self._active:
-                compiled.recompile()
+                compiler.recompile()
         for message in messages:
             warn(message)
 
@@ -298,9 +298,9 @@ class GetLocal:
     @never_compiled
     def _switch(self, active: bool, keep: Keep, limit: int | None, max_bytes: float | None) -> None:
         if active:
-            compiled.prepare()
+            compiler.prepare()
             mark_reruns()
-        with compiled.compiler_paused(), swapped_code.switching:
+        with compiler.paused(), swapped_code.switching:
             decorated = list(self._decorated.items())
             pairs = [(function, channel) for function, (_, channels) in decorated for channel in channels]
             messages: list[str] = []
@@ -321,7 +321,7 @@ class GetLocal:
             if active:
                 self._store.configure(limit, max_bytes)
             if changes:
-                compiled.recompile()
+                compiler.recompile()
         for message in messages:
             warn(message)
         if not active:

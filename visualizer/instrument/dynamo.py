@@ -6,7 +6,7 @@ still one graph, and the hook is the one of plain calls. A value that cannot be 
 hook call; with fullgraph=True it is refused.
 
 In the methods below `tx` traces one function, which may be inlined; `tx.output.root_tx` traces the one that is
-compiled. There is no public way to do all this, so the compiler's inner names are used, here and in `compiled.py`.
+compiled. There is no public way to do all this, so the compiler's inner names are used, here and in `compiler.py`.
 """
 
 from __future__ import annotations

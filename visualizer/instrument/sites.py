@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..errors import UnknownLocalError, did_you_mean
 from ..rewrite import At, local_names, rebinds
-from .explanations import (
+from .error_messages import (
     MethodsByClass,
     never_assigned,
     no_code,
@@ -22,7 +22,6 @@ from .explanations import (
     nowhere_in,
     unknown_local,
 )
-from .functions_with import has_local, methods_with
 from .module_paths import is_module, module_classes, named_modules
 from .owners import InstancesOf, Owners
 from .unwrapping import (
@@ -30,9 +29,11 @@ from .unwrapping import (
     definer_of_forward,
     forward_of_instance,
     functions_behind,
+    has_local,
     layers,
     members,
     methods_of_module,
+    methods_with,
     owner_parameter,
 )
 

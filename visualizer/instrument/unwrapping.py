@@ -1,4 +1,4 @@
-"""Find the Python functions behind what a user names: behind methods, wrappers, classes and modules."""
+"""Find the Python functions behind methods, wrappers, classes and modules, and which of them have a local."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
+from .. import opcodes
+from ..errors import RewriteError
+from ..rewrite import At, assigns, local_names
 from .module_paths import is_module_class, module_classes
 
 _WITH_FUNC = (
@@ -107,3 +110,25 @@ def forward_of_instance(module: Any, methods: dict[str, list[FunctionType]]) -> 
 def definer_of_forward(cls: type) -> type:
     """The class whose `forward` the objects of a module class run."""
     return next(base for base in cls.__mro__ if "forward" in vars(base))
+
+
+def has_local(function: FunctionType, name: str, at: At) -> bool:
+    """Whether capturing the local from the function can record anything: with at="assign" something must assign it."""
+    code = function.__code__
+    if name not in local_names(code) or at == "return":
+        return name in local_names(code)
+    try:
+        return opcodes.why_unsupported() is not None or assigns(code, name)
+    except RewriteError:
+        return True  # only those who want it rewritten need to hear of the refusal
+
+
+def methods_with(methods: dict[str, list[FunctionType]], name: str, at: At) -> dict[str, FunctionType]:
+    """The methods that have the local, each with the innermost function that has it; `forward` alone if it does."""
+    holders = {}
+    for method, functions in methods.items():
+        for function in reversed(functions):
+            if has_local(function, name, at):
+                holders[method] = function
+                break
+    return {"forward": holders["forward"]} if "forward" in holders else holders

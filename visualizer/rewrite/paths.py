@@ -9,6 +9,7 @@ from bytecode import Instr
 from bytecode.instr import TryBegin, TryEnd
 
 from .. import opcodes
+from ..opcodes import variable_of
 
 
 class Paths:
@@ -72,3 +73,25 @@ class Paths:
                 slot = moved
             ways.extend((after, slot) for after, _, kept in self._after(index) if kept > slot)
         return inside
+
+
+def borrowed(items: Sequence[Any], start: int) -> dict[str, set[int]]:
+    """For each name that a comprehension uses for its own, the positions of the instructions where it does.
+
+    Args:
+        items: a function's bytecode: instructions, labels and the borders of exception regions.
+        start: the position from which a call runs.
+
+    From Python 3.12 on (PEP 709) the interpreter saves the function's value on the stack, and stores it back after the
+    comprehension. So from each instruction that saves a variable, every path is followed until the saved value leaves
+    the stack.
+    """
+    saves = [(i, item) for i, item in enumerate(items) if isinstance(item, Instr) and item.name in opcodes.BORROWS]
+    if not saves:
+        return {}
+    paths = Paths(items, start)
+    inside: dict[str, set[int]] = {}
+    for save, instr in saves:
+        if save in paths.depths:  # otherwise it never runs
+            inside.setdefault(str(variable_of(instr)), set()).update(paths.while_on_stack(save))
+    return inside

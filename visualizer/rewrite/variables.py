@@ -13,7 +13,7 @@ from .. import opcodes
 from ..errors import RewriteError
 from ..opcodes import Storage, variable_of
 from ..proof import refusal
-from .comprehensions import borrowed
+from .paths import borrowed
 
 
 def disassemble(code: CodeType) -> Bytecode:

@@ -8,11 +8,11 @@ from .cache import Cache
 from .channel import Channel, is_recorded, listener, receive, unrecorded
 from .destination import check_destination
 from .locks import ForkSafeLock
+from .printing import as_html, as_text, human
 from .records import Record, Saved
 from .results import Recorded, RecordedMaps
 from .stacking import stacked
 from .store import Store
-from .tables import as_html, as_text, human
 
 __all__ = [
     "NO_LIMIT",

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnknownKeyError, did_you_mean, warn
 from ..tensors import is_array, is_tensor, shape_of
 from .budget import bytes_by_device
+from .printing import human
 from .records import Record, Saved
 from .results import RecordedMaps
 from .shelf import listed
 from .stacking import stacked
 from .store import Store
-from .tables import human
 
 if TYPE_CHECKING:
     from collections.abc import ValuesView

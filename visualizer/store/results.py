@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
+from .printing import as_html, as_text
 from .records import Record, Saved
-from .tables import as_html, as_text
 
 
 class Recorded(ABC):
@@ -119,7 +119,7 @@ class RecordedMaps(Recorded):
             TypeError: a value is no map; the message names its key.
             IndexError: there is no such head or query.
         """
-        from .numbers import Choice, frame  # loads numpy, and most programs make no tables
+        from .export import Choice, frame  # loads numpy, and most programs make no tables
 
         return frame(self.records, Choice(layers, heads, queries, top, tokens, query_tokens, key_tokens, max_rows))
 
@@ -145,7 +145,7 @@ class RecordedMaps(Recorded):
             ValueError: besides the reasons of `to_frame`, the suffix of the path says another format.
             OSError: the file cannot be written; the path is a folder, a device or a named pipe.
         """
-        from .numbers import Choice, write_csv
+        from .export import Choice, write_csv
 
         choice = Choice(layers, heads, queries, top, tokens, query_tokens, key_tokens, max_rows)
         write_csv(path, self.records, choice)

@@ -106,7 +106,7 @@ class Uncompiled:
                 stance.__exit__(None, None, None)
 
 
-def compiler_paused() -> AbstractContextManager[Any]:
+def paused() -> AbstractContextManager[Any]:
     """Within it no other thread compiles, for code that is swapped meanwhile would confuse the compiler."""
     return getattr(sys.modules.get(f"{_COMPILER}.convert_frame"), "compile_lock", nullcontext())
 

@@ -11,10 +11,9 @@ from typing import Any
 from ..errors import UnknownLocalError, did_you_mean
 from ..rewrite import At, assigned_lines, local_names
 from ..store import Channel
-from .functions_with import has_local
 from .module_paths import module_classes
 from .swapped_code import place_of
-from .unwrapping import definer_of_forward, functions_behind, is_called, members
+from .unwrapping import definer_of_forward, functions_behind, has_local, is_called, members
 
 _LISTED = 60
 """How many functions a message lists."""

@@ -1,4 +1,4 @@
-"""Maps as numbers for other programs: a table with a row for each weight, as pandas, R and spreadsheets read it.
+"""Maps for other programs: a table with a row for each weight, as pandas, R and spreadsheets read it.
 
 Nothing is made at once but the table itself: maps are read some rows at a time, and fused ones computed so.
 """
@@ -21,8 +21,8 @@ import numpy.typing as npt
 from ..errors import few, not_installed
 from ..tensors import is_array, is_tensor, keeper
 from .destination import check_destination, replacing
+from .printing import human
 from .records import Record
-from .tables import human
 
 Array = npt.NDArray[Any]
 

@@ -1,4 +1,4 @@
-"""Results as tables, in a terminal and in a notebook."""
+"""Results printed as tables, in a terminal and in a notebook."""
 
 from __future__ import annotations
 

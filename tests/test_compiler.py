@@ -8,7 +8,7 @@ import pytest
 import torch._dynamo
 
 from visualizer import capture
-from visualizer.instrument import compiled, compiler_trouble
+from visualizer.instrument import compiler, compiler_trouble
 
 if not hasattr(torch._dynamo.eval_frame, "set_code_exec_strategy"):
     pytest.skip("capturing works, but older releases of torch put many things differently", allow_module_level=True)
@@ -117,7 +117,7 @@ def test_why_the_compiler_does_not_know_the_hook_is_remembered_until_it_does(mon
         raise AttributeError("this release has no such table")
 
     assert compiler_trouble() is None
-    monkeypatch.setattr(compiled, "_knows_hook", False)
+    monkeypatch.setattr(compiler, "_knows_hook", False)
     with monkeypatch.context() as release:
         release.setattr(VariableBuilder, "_id_dispatch", broken)
         assert "AttributeError: this release has no such table" == compiler_trouble()
@@ -129,7 +129,7 @@ def test_why_the_compiler_does_not_know_the_hook_is_remembered_until_it_does(mon
 
 def test_without_torch_there_is_no_trouble_and_a_broken_one_says_so(monkeypatch):
     with monkeypatch.context() as without:
-        without.setattr(compiled, "import_module", lambda name: __import__("torch_that_is_missing"))
+        without.setattr(compiler, "import_module", lambda name: __import__("torch_that_is_missing"))
         assert "No module named 'torch_that_is_missing'" in compiler_trouble()
     code = (
         "import sys; sys.modules['torch'] = None; from visualizer.instrument import compiler_trouble;"
