@@ -115,6 +115,10 @@ def warn(message: str, section: Section) -> None:
     warnings.warn(VisualizerWarning(message, section), stacklevel=level)
 
 
+ALL_WORDS = "tokenizer.convert_ids_to_tokens(ids) names special tokens and padding too"
+"""The way out where there are fewer words than tokens, for a message."""
+
+
 def not_installed(distribution: str, install: str = '"get-local[demo]"') -> ImportError:
     """The error for a missing package; its message says what to give to `pip install`."""
     return ImportError(f"{distribution} is not installed: pip install {install}", name=distribution)
