@@ -23,7 +23,7 @@ def test_our_warnings_are_lines_and_others_stay_warnings(capsys):
     with pytest.warns(DeprecationWarning, match="soon gone") as others, cli.outcome.warnings_as_lines():
         warnings.warn("two\n lines", VisualizerWarning, stacklevel=1)
         warnings.warn("soon gone", DeprecationWarning, stacklevel=1)
-    assert "visualizer: two lines\n" == capsys.readouterr().err
+    assert "visualizer: two lines (docs/errors.md#warnings)\n" == capsys.readouterr().err
     assert 1 == len(others)
 
 

@@ -203,7 +203,7 @@ class TestBatchesThatFail:
         with pytest.warns(VisualizerWarning) as told:
             collect(Failing(1, 3), self.DATA, Entropy())
         numbers = 1, 3
-        way = "(docs/errors.md#warnings)"
+        way = "(docs/errors.md#failed-batch)"
         assert [f"batch {number} failed and does not count: ArithmeticError: too hot {way}" for number in numbers] == [
             str(warning.message) for warning in told
         ]

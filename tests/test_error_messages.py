@@ -16,6 +16,7 @@ def test_a_local_of_a_function_inside():
     line = outer.__code__.co_firstlineno
     with pytest.raises(UnknownLocalError) as caught:
         capture(outer, "secret")
+    assert "did you mean" not in str(caught.value)
     for part in (f"defines inner in line {line + 1}, which has 'secret'", "@get_local('secret') above that def"):
         assert part in str(caught.value)
     inner = outer(1)
@@ -25,6 +26,64 @@ def test_a_local_of_a_function_inside():
     with pytest.raises(UnknownLocalError) as caught:
         capture(outer, "nothing")
     assert "defines" not in str(caught.value)
+    with pytest.raises(UnknownLocalError, match="did you mean 'secret'"):
+        capture(outer, "secrt")
+
+
+class Nested:
+    def method(self, x):
+        def helper(y):
+            def deeper(z):
+                deepest = z
+                return deepest
+
+            return deeper(y)
+
+        return helper(x)
+
+    def twins(self):
+        found = (lambda both: both)(1)
+
+        def one():
+            both = 1
+            return both
+
+        def other():
+            both = 2
+            return both
+
+        return one() + other() + found
+
+    def expressions(self, x):
+        total = sum(part for part in x)
+        return (lambda argument: argument)(total)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("deepest", r"Nested\.method defines deeper in line \d+, which has 'deepest': put @get_local"),
+        ("both", r"Nested\.twins defines one in line \d+, which has 'both' \(so has other in line \d+\): put"),
+        ("argument", r"Nested\.expressions has a lambda in line \d+, which has 'argument': .* write it as a def"),
+        ("part", r"Nested\.expressions has a generator expression in line \d+, which has 'part': .* as a loop"),
+    ],
+)
+def test_a_local_inside_a_method(name, told):
+    with pytest.raises(UnknownLocalError, match=told):
+        capture(Nested, name)
+    with pytest.raises(TypeError, match=told):
+        capture(Nested(), name)
+
+
+def test_a_module_of_python():
+    import colorsys
+
+    with pytest.raises(
+        TypeError, match=r"colorsys is a module\. 'sumc' is a local of \.rgb_to_hls: pass that function"
+    ):
+        capture(colorsys, "sumc")
+    with pytest.raises(TypeError, match=r"no function of the module colorsys has a local 'sumd'; did you mean 'sumc'"):
+        capture(colorsys, "sumd")
 
 
 def test_a_local_of_an_expression_inside_a_module():
@@ -34,7 +93,9 @@ def test_a_local_of_an_expression_inside_a_module():
         def forward(self, x):
             return sum(part + 1 for part in x)
 
-    with pytest.raises(UnknownLocalError, match=r"Model\.forward has a genexpr in line \d+, which has 'part'"):
+    with pytest.raises(
+        UnknownLocalError, match=r"Model\.forward has a generator expression in line \d+, which has 'part'"
+    ):
         capture(Model(), "part")
 
 
@@ -50,7 +111,7 @@ def test_an_object_with_methods():
     with capture(means.fit, "labels") as found:
         means.fit(1), Means().fit(5)
     assert [[2]] == list(found.values())
-    with pytest.raises(TypeError, match=r"no method of it has a local 'lables'; did you mean 'labels'\?"):
+    with pytest.raises(TypeError, match=r"no method of .*Means.* has a local 'lables'; did you mean 'labels'\?"):
         capture(means, "lables")
     with pytest.raises(TypeError, match=r"3 has no Python code to capture from$"):
         capture(3, "x")

@@ -302,7 +302,7 @@ class TestRowCheck:
         nan, odd = (str(one.message) for one in caught)
         assert nan.startswith("1 of 6 rows hold NaN and are left blank")
         assert odd.startswith("2 of 6 rows do not sum to 1 (sums from 0.3 to 1.8)")
-        assert odd.endswith("They are drawn as they are (docs/errors.md#warnings)")
+        assert odd.endswith("They are drawn as they are (docs/errors.md#rows-that-do-not-sum-to-1)")
 
     def test_it_says_nothing_of_attention(self):
         check = RowCheck()

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -70,16 +71,30 @@ def test_both_languages_have_the_same_python(names: tuple[str, str]) -> None:
     assert english == chinese
 
 
-def test_each_error_and_warning_names_its_section() -> None:
-    from visualizer import VisualizerError, VisualizerWarning
+def headings(page: str, level: str) -> set[str]:
+    """The headings of one level as they stand in addresses, on the site and where the page is read as it is."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return {heading.lower().replace(" ", "-") for heading in re.findall(rf"^{level} ([\w ]+)$", text, re.M)}
 
-    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
-    anchors = {heading.lower() for heading in re.findall(r"^##+ (\w+)$", page, re.M)}
+
+def test_each_error_has_its_section_and_names_it() -> None:
+    from visualizer import VisualizerError
+
     kinds = [VisualizerError, *VisualizerError.__subclasses__()]
-    said = [kind("what").__notes__[0] for kind in kinds] + [str(VisualizerWarning("what"))]
-    named = [re.search(r"docs/errors\.md#(\w+)", text)[1] for text in said]  # type: ignore[index]
-    assert len(set(named)) == len(named) >= 7
-    assert set(named) <= anchors
+    sections = {re.search(r"docs/errors\.md#(\w+)", kind("what").__notes__[0])[1] for kind in kinds}  # type: ignore[index]
+    assert len(sections) == len(kinds) >= 6
+    assert headings("errors.md", "##") == sections | {"warnings"}
+
+
+def test_each_kind_of_warning_has_its_section_and_is_given() -> None:
+    from visualizer.errors import Section
+
+    sections = set(get_args(Section))
+    assert headings("errors.md", "###") == sections - {"warnings"}
+    given = [
+        file.read_text(encoding="utf-8") for file in (ROOT / "visualizer").rglob("*.py") if file.name != "errors.py"
+    ]
+    assert {section for section in sections if f'"{section}"' in "".join(given)} == sections - {"warnings"}
 
 
 def test_what_the_gallery_shows_is_a_plot_with_its_own_picture() -> None:

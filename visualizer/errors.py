@@ -16,10 +16,42 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 _PAGE = "docs/errors.md"
 """Where errors and warnings are explained, each under its own heading."""
+
+Section = Literal[
+    "array-of-four-axes",
+    "code-replaced",
+    "copies-of-dataparallel",
+    "decorated-twice",
+    "error-while-recording",
+    "failed-batch",
+    "inherited-forward",
+    "kept-by-reference",
+    "layer-without-attention",
+    "map-not-kept",
+    "memory-limit",
+    "missing-font",
+    "missing-parts",
+    "model-not-in-the-cache",
+    "module-without-a-map",
+    "no-attention-seen",
+    "no-value",
+    "nothing-recorded",
+    "patches-out-of-place",
+    "recursion-limit",
+    "rows-of-nan",
+    "rows-that-do-not-sum-to-1",
+    "scripted-model",
+    "several-functions-of-one-name",
+    "unknown-kernel",
+    "values-not-copied",
+    "values-without-numbers",
+    "warnings",
+]
+"""The headings of the page about warnings, as they stand in its address."""
 
 
 class VisualizerError(Exception):
@@ -54,19 +86,37 @@ class UnsupportedPythonError(VisualizerError, RuntimeError):
 
 
 class VisualizerWarning(UserWarning):
-    """Something is missing from what was recorded, or looks wrong; the message says why and what to do."""
+    """Something is missing from what was recorded, or looks wrong; the message says why and what to do.
+
+    `section` is the heading of docs/errors.md about it, and ends the message.
+    """
+
+    def __init__(self, message: object = "", section: Section = "warnings") -> None:
+        super().__init__(message, section)  # what copies and pickles are made of
+        self.message, self.section = message, section
 
     def __str__(self) -> str:
-        return f"{super().__str__()} ({_PAGE}#warnings)"
+        return f"{self.message} ({_PAGE}#{self.section})"
 
 
-def warn(message: str) -> None:
+class News(NamedTuple):
+    """What `warn` is given, kept until there is time for it."""
+
+    message: str
+    section: Section
+
+
+def warn(message: str, section: Section) -> None:
     """Issue a VisualizerWarning at the innermost line outside this package."""
     package = __name__.rpartition(".")[0] + "."
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, VisualizerWarning, stacklevel=level)
+    warnings.warn(VisualizerWarning(message, section), stacklevel=level)
+
+
+ALL_WORDS = "tokenizer.convert_ids_to_tokens(ids) names special tokens and padding too"
+"""The way out where there are fewer words than tokens, for a message."""
 
 
 def not_installed(distribution: str, install: str = '"get-local[demo]"') -> ImportError:

@@ -675,7 +675,8 @@ def _check_sides(layout: Layout, patches: Part, size: tuple[int, ...]) -> None:
     warn(
         f"{layout} on a picture of {size[0]} x {size[1]} pixels, (height, width), makes patches of "
         f"{size[0] / rows:.3g} x {size[1] / columns:.3g} pixels, and {what}: if the model saw a part of this picture, "
-        "they are in the wrong places. Pass the picture as the model saw it, cropped alike"
+        "they are in the wrong places. Pass the picture as the model saw it, cropped alike",
+        "patches-out-of-place",
     )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .statistics import Collected
 
 
-def load(path: str | PathLike[str]) -> Cache | Maps | Collected:
+def load(path: str | PathLike[str]) -> Cache[Any] | Maps[Any] | Collected:
     """A cache of captured values, attention maps, or statistics, read from a file; the model is not needed.
 
     >>> import os, tempfile, torch

@@ -256,10 +256,12 @@ class RowCheck:
         if self._missing:
             warn(
                 f"{self._missing} of {self._rows} rows hold NaN and are {missing} (the softmax of a row whose keys are "
-                "all masked is NaN)"
+                "all masked is NaN)",
+                "rows-of-nan",
             )
         if self._odd:
             warn(
                 f"{self._odd} of {self._rows} rows do not sum to 1 (sums from {self._low:.3g} to {self._high:.3g}): "
-                f"are these scores before the softmax, or weights after dropout? They are {odd} as they are"
+                f"are these scores before the softmax, or weights after dropout? They are {odd} as they are",
+                "rows-that-do-not-sum-to-1",
             )

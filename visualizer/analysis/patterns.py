@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..errors import ALL_WORDS
 from ..maps import AttentionMap, without_autograd
 from ..store import as_html, as_text
 from .layers import layer_label, layers_of, real_tokens
@@ -327,7 +328,7 @@ def _names(tokens: Any, batch: int, count: int) -> list[list[str]] | None:
     if len(lists) != batch or any(len(words) != count for words in lists):
         raise ValueError(
             f"tokens is a list of {count} words, or {batch} such lists, one for each text; this has "
-            f"{sorted({len(words) for words in lists})} in {len(lists)} lists"
+            f"{sorted({len(words) for words in lists})} in {len(lists)} lists. {ALL_WORDS}"
         )
     return lists
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..errors import ALL_WORDS
 from ..layout import Layout, Patches, layout_of
 from ..maps import AttentionMap, without_autograd
 from ..reading import Reduction
@@ -419,7 +420,8 @@ def top_keys(
     for number, layer in enumerate(layers_of(attention).layers):
         images, count, queries, keys = layer.shape
         if tokens is not None and len(tokens) != keys:
-            raise ValueError(f"there are {len(tokens)} tokens for the {keys} keys of {layer_label(number, layer)}")
+            what = f"there are {len(tokens)} tokens for the {keys} keys of {layer_label(number, layer)}"
+            raise ValueError(f"{what}: {ALL_WORDS}")
         for axis, index, size in (("batch", batch, images), ("head", heads, count)):
             if not isinstance(index, str) and not -size <= operator.index(index) < size:
                 raise IndexError(f"there is no {axis} {index}: {layer_label(number, layer)} has {size} of them")

@@ -98,7 +98,7 @@ def warnings_as_lines(quiet: bool = False) -> Iterator[None]:
         finally:
             for warning in caught:
                 if isinstance(warning.message, VisualizerWarning) and not quiet:
-                    say(warning.message.args[0])
+                    say(warning.message)
     for warning in caught:
         if not issubclass(warning.category, VisualizerWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

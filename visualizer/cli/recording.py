@@ -64,13 +64,13 @@ class Target:
 
     trouble: Exception | None = None
 
-    def __init__(self, target: str, program_names: set[str], make: Callable[[str], Captured]) -> None:
+    def __init__(self, target: str, program_names: set[str], make: Callable[[str], Captured[Any]]) -> None:
         self._module, colon, self._qualname = target.partition(":")
         if not (self._module and colon and self._qualname):
             raise Mistake(f"{target!r} is no target: write package.module:function or package.module:Class.method")
         self.is_in_program = self._module in program_names
         self._make = make
-        self._captured: Captured | None = None
+        self._captured: Captured[Any] | None = None
 
     def start(self) -> None:
         """Capture the function as soon as its module is imported."""

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..errors import ALL_WORDS
 from ..layout import Layout, Patches, layout_of, picture_of
 from ..reading import Array
 from ..words import printable as printable
@@ -126,8 +127,8 @@ def _words(name: str, words: Sequence[Any] | None, size: int, known: Layout | No
         return Side([str(number) for number in range(size)], [])
     if len(words) != size:
         raise ValueError(
-            f"{name} has {len(words)} words, and there are {size} {'keys' if name == 'key_tokens' else 'queries'}: "
-            "special tokens and padding count"
+            f"{name} has {len(words)} words, and there are {size} "
+            f"{'keys' if name == 'key_tokens' else 'queries'}: {ALL_WORDS}"
         )
     labels = [printable(word) for word in readable(words)]
     return Side(labels, [at for at, word in enumerate(words) if re.fullmatch(_SPECIAL, str(word))])

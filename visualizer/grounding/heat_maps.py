@@ -125,7 +125,7 @@ class WordMaps:
         self._layers, self._keeps_heads, self._keeps_steps = layers, keeps_heads, keeps_steps
         self.sums: dict[_Key, list[_Sum]] = {}
         """What was added up, by text, picture, layer and grid of the picture."""
-        self._maps: Maps | None = None
+        self._maps: Maps[Any] | None = None
         self._hook: Any = None
         self._error: Exception | None = None
         self._title = type(model).__name__
@@ -136,7 +136,8 @@ class WordMaps:
 
     def _start(self, is_block: bool) -> WordMaps:
         if self._maps is None:
-            maps = Maps(self._module, list(self._layers) if self._layers else None, self._add, False, math.inf)
+            layers: list[int | str] | None = [*self._layers] if self._layers else None
+            maps: Maps[Any] = Maps(self._module, layers, self._add, False, math.inf)
             maps.is_asked_for = self._asks_for
             self._hook = self._module.register_forward_pre_hook(self._begin, with_kwargs=True)
             if self._pipeline is not None:
@@ -163,7 +164,8 @@ class WordMaps:
                 self._pipeline.stop()
         own, self._error = self._error, None
         if own is not None and error is None:
-            warn(f"the words of {self._title} were not all recorded: {type(own).__name__}: {own}")
+            what = f"the words of {self._title} were not all recorded: {type(own).__name__}: {own}"
+            warn(what, "error-while-recording")
 
     def __enter__(self) -> WordMaps:
         return self._start(is_block=True)

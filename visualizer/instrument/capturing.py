@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import weakref
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from .. import opcodes
-from ..errors import warn
+from ..errors import News, warn
 from ..rewrite import At, original_of
-from ..store import Cache, Channel, Store, listener
+from ..store import Cache, Channel, Stack, Store, listener
 from ..tensors import Keep, check_keep
 from . import compiler, swapped_code
 from .arguments import check_at, check_count, check_max_bytes, check_names
@@ -17,6 +17,38 @@ from .error_messages import never_reached
 from .reruns import mark_reruns
 from .sites import Site, beginning, sites_of
 from .untraced import never_compiled
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+@overload
+def capture(
+    target: Any,
+    *names: str,
+    at: At = ...,
+    keep: Literal["numpy"] = ...,
+    limit: int | None = ...,
+    max_bytes: float | None = ...,
+) -> Captured[np.ndarray[Any, Any]]: ...
+
+
+@overload
+def capture(
+    target: Any,
+    *names: str,
+    at: At = ...,
+    keep: Literal["tensor"],
+    limit: int | None = ...,
+    max_bytes: float | None = ...,
+) -> Captured[Tensor]: ...
+
+
+@overload
+def capture(
+    target: Any, *names: str, at: At = ..., keep: Keep, limit: int | None = ..., max_bytes: float | None = ...
+) -> Captured[Any]: ...
 
 
 @never_compiled
@@ -27,7 +59,7 @@ def capture(
     keep: Keep = "numpy",
     limit: int | None = None,
     max_bytes: float | None = None,
-) -> Captured:
+) -> Captured[Any]:
     """The values that locals have while a model runs, by module path; its source needs no change.
 
     >>> import torch
@@ -91,7 +123,7 @@ def capture(
     opcodes.require_supported()
     sites, keys = sites_of(target, names, at)
     several = len(names) > 1
-    captured = Captured(f"captured {', '.join(names)}", limit, max_bytes)
+    captured: Captured[Any] = Captured(f"captured {', '.join(names)}", limit, max_bytes)
     for site in sites:
         captured._add(site, at, keep, several)
     for base, name in keys:
@@ -99,7 +131,7 @@ def capture(
     return captured
 
 
-class Captured(Cache):
+class Captured(Cache[Stack]):
     """What `capture` returns: the values by key, recorded inside its `with` block.
 
     It holds neither the model nor, once dropped, anything that was captured.
@@ -118,7 +150,7 @@ class Captured(Cache):
         weakref.finalize(self, _abandon, self._weak_pairs, weakref.ref(store))
 
     @never_compiled
-    def start(self) -> Captured:
+    def start(self) -> Captured[Stack]:
         """Record from now on, and return itself; for notebooks, where a `with` would have to hold all cells.
 
         >>> from visualizer import capture
@@ -156,10 +188,10 @@ class Captured(Cache):
             if not self._is_running:
                 return
             self._is_running, self.store.state = False, _OFF
-            messages = _withdraw(self._pairs, self.store)
+            found = _withdraw(self._pairs, self.store)
             compiler.recompile()
-        for message in messages:
-            warn(message)
+        for news in found:
+            warn(*news)
         self.store.report()
 
     def clear(self) -> None:
@@ -171,7 +203,7 @@ class Captured(Cache):
         """Whether calls are recorded now."""
         return self._is_running
 
-    def __enter__(self) -> Captured:
+    def __enter__(self) -> Captured[Stack]:
         return self.start()
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
@@ -181,7 +213,7 @@ class Captured(Cache):
             missing = {key: self._sources[key] for key in self._unreached()}
             if missing:
                 self._has_warned = True
-                warn(never_reached(missing, len(self)))
+                warn(never_reached(missing, len(self)), "nothing-recorded")
 
     def table(self) -> tuple[str, list[tuple[str, ...]]]:
         """A line that sums everything up, and the rows of the table; the first row has the column names.
@@ -222,15 +254,15 @@ def _alive(pairs: list[tuple[weakref.ref[FunctionType], Channel]]) -> list[tuple
     return [(function, channel) for reference, channel in pairs if (function := reference()) is not None]
 
 
-def _withdraw(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Store) -> list[str]:
+def _withdraw(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Store) -> list[News]:
     """Give the functions their code back, so that nothing refers to the store any more; returns what to warn of."""
     with swapped_code.switching:
         alive = _alive(pairs)
-        messages = swapped_code.detach(alive)
+        found = swapped_code.detach(alive)
         for _, channel in pairs:
             channel.disconnect()
             store.remove(channel)
-    return messages
+    return found
 
 
 @never_compiled

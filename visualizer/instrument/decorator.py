@@ -10,7 +10,7 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple, TypeVar
 
 from .. import opcodes
-from ..errors import RewriteError, shown, warn
+from ..errors import News, RewriteError, shown, warn
 from ..rewrite import At, local_names, original_of
 from ..store import Cache, Channel, Record, Store
 from ..tensors import Keep, check_keep
@@ -57,7 +57,7 @@ class GetLocal:
 
     def __init__(self) -> None:
         self._store = Store(_OFF, clear="get_local.clear()", off="get_local.deactivate()")
-        self._cache = Cache(self._store, "get_local.cache")
+        self._cache: Cache[Any] = Cache(self._store, "get_local.cache")
         self._active = False
         self._keep: Keep = "numpy"
         self._definitions = Definitions()
@@ -107,7 +107,7 @@ class GetLocal:
             self._decorate(function_with(target, names, at), names, at, keep)
             message = why_shared(target, names)
             if message is not None:
-                warn(message)
+                warn(message, "inherited-forward")
             return target
 
         return decorate
@@ -161,7 +161,7 @@ class GetLocal:
         self._store.clear()
 
     @property
-    def cache(self) -> Cache:
+    def cache(self) -> Cache[Any]:
         """Captured values: a dict from key to the list of values, in call order.
 
         >>> @get_local("attn")
@@ -238,14 +238,15 @@ class GetLocal:
             for channel in new:
                 channel.code = original_of(function.__code__)
                 self._register(definition, function, channel)
-            messages = swapped_code.detach((function, other) for other in replaced)
+            news = swapped_code.detach((function, other) for other in replaced)
             for other in replaced:
                 both = [name for name in other.names if name in names]
-                messages.append(
+                what = (
                     f"{swapped_code.place_of(function)} was decorated for {', '.join(both)} before, with "
                     f"at={other.at!r} and keep={shown(repr, other.own_keep)}; the new get_local("
                     f"{', '.join(map(repr, names))}, at={at!r}, keep={shown(repr, keep)}) takes its place."
                 )
+                news.append(News(what, "decorated-twice"))
             channels = [*(c for c in channels if c not in replaced), *new]
             self._decorated[function] = _Decorated(original_of(function.__code__), channels)
             self._name_keys(definition, function, [name for channel in channels for name in channel.names])
@@ -254,8 +255,8 @@ class GetLocal:
                     channel.connect(self._keep)
             if self._active:
                 compiler.recompile()
-        for message in messages:
-            warn(message)
+        for one in news:
+            warn(*one)
 
     def _channel(
         self, definition: Definition, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None
@@ -303,13 +304,13 @@ class GetLocal:
         with compiler.paused(), swapped_code.switching:
             decorated = list(self._decorated.items())
             pairs = [(function, channel) for function, (_, channels) in decorated for channel in channels]
-            messages: list[str] = []
+            news: list[News] = []
             if active and not self._active:
                 replaced = {function for function, (code, _) in decorated if original_of(function.__code__) is not code}
                 swapped_code.attach((function, channel) for function, channel in pairs if function not in replaced)
-                messages = _attach_replaced([pair for pair in pairs if pair[0] in replaced])
+                news = _attach_replaced([pair for pair in pairs if pair[0] in replaced])
             elif self._active and not active:
-                messages = swapped_code.detach(pairs)
+                news = swapped_code.detach(pairs)
             changes = bool(pairs) and (active, keep) != (self._active, self._keep)
             self._active, self._keep = active, keep
             self._store.state = "capture is active" if active else _OFF
@@ -322,8 +323,8 @@ class GetLocal:
                 self._store.configure(limit, max_bytes)
             if changes:
                 compiler.recompile()
-        for message in messages:
-            warn(message)
+        for one in news:
+            warn(*one)
         if not active:
             self._store.report()
 
@@ -341,9 +342,9 @@ class Activation:
         self._owner._switch(*self._before)
 
 
-def _attach_replaced(pairs: list[tuple[FunctionType, Channel]]) -> list[str]:
+def _attach_replaced(pairs: list[tuple[FunctionType, Channel]]) -> list[News]:
     """Attach functions whose code another tool has replaced, as far as that code allows; what to warn of."""
-    messages = []
+    news = []
     for function, channel in pairs:
         try:
             for name in channel.names:
@@ -352,11 +353,12 @@ def _attach_replaced(pairs: list[tuple[FunctionType, Channel]]) -> list[str]:
                     raise RewriteError(f"it has no {what} {name!r} now")
             swapped_code.attach([(function, channel)])
         except RewriteError as error:
-            messages.append(
+            what = (
                 f"the code of {swapped_code.place_of(function)} was replaced by another tool since it was decorated "
                 f"for {', '.join(channel.names)}, and it is not captured: {error}."
             )
-    return messages
+            news.append(News(what, "code-replaced"))
+    return news
 
 
 get_local = GetLocal()

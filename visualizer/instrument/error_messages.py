@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from ..errors import UnknownLocalError, did_you_mean
@@ -27,22 +27,31 @@ MethodsByClass = dict[type, dict[str, list[FunctionType]]]
 def no_target(target: Any, names: tuple[str, ...]) -> str:
     """Nothing can be captured from an object that is not called itself, or that has no Python code."""
     beginning = "capture takes an nn.Module, a function, method or class, 'package.module:name', or a list of these"
-    cls = type(target)
-    methods = {
-        name: set(local_names(function.__code__))
-        for name, member in members(cls, (object,)).items()
+    cls, is_module = type(target), isinstance(target, ModuleType)
+    # Of a module without what it imports, and without its classes, whose names a user would pass.
+    attributes = vars(target) if is_module else members(cls, (object,))
+    functions = {
+        name: function
+        for name, member in attributes.items()
         for function in functions_behind(member)
+        if not (is_module and (isinstance(member, type) or function.__module__ != target.__name__))
     }
-    holders = [name for name, known in methods.items() if set(names) <= known]
-    if not holders:
-        hint = did_you_mean(set().union(*methods.values()), *names)
-        without = f", and no method of it has a local {' and '.join(map(repr, names))}{hint}" if methods else ""
-        return f"{beginning}; {_short(target)} has no Python code to capture from{without}"
-    few = " or ".join(f".{name}" for name in holders[:3])
-    return (
-        f"{beginning}; {_short(target)} is an object with methods. {' and '.join(map(repr, names))} is a local of "
-        f"{few}: pass that method of it, for this object's calls, or its class {cls.__qualname__}, for all objects'"
-    )
+    them = " and ".join(map(repr, names))
+    holders = [name for name, function in functions.items() if set(names) <= set(local_names(function.__code__))]
+    if holders:
+        few = " or ".join(f".{name}" for name in holders[:3])
+        if is_module:
+            return f"{beginning}; {target.__name__} is a module. {them} is a local of {few}: pass that function of it"
+        return (
+            f"{beginning}; {_short(target)} is an object with methods. {them} is a local of {few}: pass that method of "
+            f"it, for this object's calls, or its class {cls.__qualname__}, for all objects'"
+        )
+    if not functions:
+        return f"{beginning}; {_short(target)} has no Python code to capture from"
+    what = f"function of the module {target.__name__}" if is_module else f"method of {_short(target)}"
+    hint = _close(functions.values(), *names) or "."
+    inside = next(filter(None, (_inside(function, names) for function in functions.values())), "")
+    return f"{beginning}; no {what} has a local {them}{hint}{inside}"
 
 
 def no_code(target: Any) -> str:
@@ -111,7 +120,7 @@ def unknown_local(target: Any, function: FunctionType, names: tuple[str, ...]) -
     known = local_names(code)
     missing = [name for name in names if name not in known]
     message = f"{place_of(function)} has no local {' and no local '.join(map(repr, missing))}"
-    hint = did_you_mean(known, *missing)
+    hint = _close([function], *missing)
     if hint:
         message += hint
     elif any(name in code.co_names for name in missing):
@@ -188,11 +197,10 @@ def nothing_has(name: str, at: At, beginning: str, classes: MethodsByClass) -> V
         known = tuple(name for function in functions[-1:] for name in local_names(function.__code__) if name != "self")
         if known:
             locals_by_method[f"{cls.__qualname__}.{method}"] = known
-    everywhere = list(dict.fromkeys(local for known in locals_by_method.values() for local in known))
     listing = [f"\n  {method}: {', '.join(known)}" for method, known in locals_by_method.items()]
     if len(listing) > _LISTED:
         listing[_LISTED:] = [f"\n  and {len(listing) - _LISTED} more functions"]
-    hint = did_you_mean(everywhere, name) or "."
+    hint = _close((function for _, _, functions in triples for function in functions[-1:]), name) or "."
     elsewhere = _elsewhere(name, at, classes)
     if not elsewhere:
         inner = (_inside(function, (name,)) for _, _, functions in triples for function in functions[-1:])
@@ -239,18 +247,42 @@ def _enclosed(function: FunctionType) -> Iterator[FunctionType]:
 
 def _inside(function: FunctionType, names: tuple[str, ...]) -> str:
     """A sentence that names what is defined inside a function and has the locals, and how to reach it."""
-    inner = next((code for code in _codes_inside(function.__code__) if set(names) <= set(local_names(code))), None)
-    if inner is None:
+    inner = [code for code in _codes_inside(function.__code__) if set(names) <= set(local_names(code))]
+    if not inner:
         return ""
-    outer, line = function.__qualname__, inner.co_firstlineno
+    # A def first: the variables of an expression cannot be captured where they are.
+    inner.sort(key=lambda code: code.co_name.startswith("<"))
+    outer, first = function.__qualname__, inner[0]
     has = f"which has {' and '.join(map(repr, names))}"
-    if inner.co_name.startswith("<"):
-        what = inner.co_name.strip("<>")
-        return f" {outer} has a {what} in line {line}, {has}: to capture it, give it to a local of {outer} itself."
+    if first.co_name.startswith("<"):
+        what = _EXPRESSIONS.get(first.co_name, first.co_name)
+        way_out = "write it as a def" if first.co_name == "<lambda>" else "write it as a loop"
+        return f" {outer} has {what} in line {first.co_firstlineno}, {has}: to capture it, {way_out}."
+    others = [
+        f"{code.co_name} in line {code.co_firstlineno}" for code in inner[1:3] if not code.co_name.startswith("<")
+    ]
+    too = f" (so has {' and '.join(others)})" if others else ""
     return (
-        f" {outer} defines {inner.co_name} in line {line}, {has}: put @get_local({', '.join(map(repr, names))}) above "
-        f"that def, or pass the inner function itself to capture where you hold it, such as what {outer} returns."
+        f" {outer} defines {first.co_name} in line {first.co_firstlineno}, {has}{too}: put "
+        f"@get_local({', '.join(map(repr, names))}) above that def, or pass the inner function itself to capture where "
+        f"you hold it, as where {outer} returns it."
     )
+
+
+_EXPRESSIONS = {
+    "<lambda>": "a lambda",
+    "<listcomp>": "a list comprehension",
+    "<setcomp>": "a set comprehension",
+    "<dictcomp>": "a dict comprehension",
+    "<genexpr>": "a generator expression",
+}
+
+
+def _close(functions: Iterable[FunctionType], *names: str) -> str:
+    """The close matches of names that neither the functions nor what is defined inside them have, for a message."""
+    codes = (inner for function in functions for inner in (function.__code__, *_codes_inside(function.__code__)))
+    known = dict.fromkeys(local for code in codes for local in local_names(code))
+    return did_you_mean(known, *(name for name in names if name not in known))
 
 
 def _codes_inside(code: CodeType) -> Iterator[CodeType]:

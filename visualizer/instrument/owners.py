@@ -47,7 +47,8 @@ class Owners:
             self._has_warned = True
             warn(
                 f"a {type(owner).__qualname__} is a copy that nn.DataParallel made of the model: it is not recorded. "
-                "Capture from the class's forward instead of the model, or use one device."
+                "Capture from the class's forward instead of the model, or use one device.",
+                "copies-of-dataparallel",
             )
         return path
 

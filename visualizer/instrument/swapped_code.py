@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from types import CodeType, FunctionType
 from typing import Any
 
+from ..errors import News
 from ..rewrite import HOOK, Capture, original_of, rewrite_for
 from ..store import Channel, ForkSafeLock, listener, receive
 
@@ -109,17 +110,17 @@ def _found(code: CodeType) -> _Swap:
     return swap
 
 
-def detach(pairs: Iterable[tuple[FunctionType, Channel]]) -> list[str]:
+def detach(pairs: Iterable[tuple[FunctionType, Channel]]) -> list[News]:
     """Undo `attach`; when the last channel leaves a function, it gets its original code object back.
 
-    Returns the messages to warn with once everything is done, for a warning may be turned into an error.
+    Returns what to warn of once everything is done, for a warning may be turned into an error.
     """
     with switching:
-        messages = [_detach(function, channel) for function, channel in pairs]
-    return [message for message in messages if message is not None]
+        found = [_detach(function, channel) for function, channel in pairs]
+    return [news for news in found if news is not None]
 
 
-def _detach(function: FunctionType, channel: Channel) -> str | None:
+def _detach(function: FunctionType, channel: Channel) -> News | None:
     swap = _swaps.get(function)
     if swap is None or channel not in swap.channels:
         return None
@@ -130,9 +131,10 @@ def _detach(function: FunctionType, channel: Channel) -> str | None:
         if ours is not None:  # a tool that reloads modules has given it the rewritten code of its newer definition
             function.__code__ = ours[0]
             return None
-        return (
+        return News(
             f"the code of {place_of(function)} was replaced by another tool while it was captured: it stays as that "
-            "tool made it. What it still brings is ignored."
+            "tool made it. What it still brings is ignored.",
+            "code-replaced",
         )
     _install(function, swap, [other for other in swap.channels if other is not channel])
     if not swap.channels:

@@ -8,11 +8,11 @@ import weakref
 from _thread import get_ident
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, overload
 
 from torch import Tensor, nn
 
-from ..errors import UnknownKeyError, did_you_mean, warn
+from ..errors import News, Section, UnknownKeyError, did_you_mean, warn
 from ..instrument import check_max_bytes
 from ..layout import Layout
 from ..maps import AttentionMap, generated_maps, is_generation
@@ -22,6 +22,35 @@ from .axes import Output
 from .copies import AttentionCall, Copies, Copy
 from .layouts import Layouts
 from .watch import Watch
+
+Kept = TypeVar("Kept")
+"""What is kept of a call: its map, or what `keep` makes of it."""
+
+
+@overload
+def attention(
+    model: nn.Module,
+    *,
+    layers: int | str | Sequence[int | str] | None = ...,
+    keep: None = ...,
+    gradients: bool = ...,
+    max_bytes: float | None = ...,
+    tokenizer: Any = ...,
+    processor: Any = ...,
+) -> Maps[AttentionMap]: ...
+
+
+@overload
+def attention(
+    model: nn.Module,
+    *,
+    layers: int | str | Sequence[int | str] | None = ...,
+    keep: Callable[[AttentionMap], Kept],
+    gradients: bool = ...,
+    max_bytes: float | None = ...,
+    tokenizer: Any = ...,
+    processor: Any = ...,
+) -> Maps[Kept]: ...
 
 
 def attention(
@@ -33,7 +62,7 @@ def attention(
     max_bytes: float | None = None,
     tokenizer: Any = None,
     processor: Any = None,
-) -> Maps:
+) -> Maps[Any]:
     """The attention weights of a model as it runs, whether its kernels make them or not.
 
     >>> import torch
@@ -126,7 +155,7 @@ class _Entry:
     sizes: dict[str, int]
 
 
-class Maps(RecordedMaps, Sequence[Any]):
+class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
     """The attention maps of a model's calls, in call order, or what was kept of each; made by `attention`."""
 
     def __init__(
@@ -152,7 +181,7 @@ class Maps(RecordedMaps, Sequence[Any]):
         self._layouts = Layouts(tokenizer)
         self._doubted = set[str]()
         self._why_apart = dict[str, str]()
-        self._postponed: list[str] = []
+        self._postponed: list[News] = []
         self.is_asked_for: Callable[[AttentionCall], bool] = lambda call: True
         """Whether a call is recorded at all, asked before anything of it is copied."""
 
@@ -160,7 +189,7 @@ class Maps(RecordedMaps, Sequence[Any]):
         # What `keep` makes of a map is all that stays: keys that grow would outlive the map that they are of.
         return Copies(self._gradients, share_keys=self._keep is None)
 
-    def start(self) -> Maps:
+    def start(self) -> Maps[Kept]:
         """Record from now on; for notebooks, where a `with` cannot span cells. Returns the maps themselves."""
         if self._watch is None:
             model = self._model()
@@ -176,10 +205,10 @@ class Maps(RecordedMaps, Sequence[Any]):
                 maps = known()
                 return None if maps is None else maps.file(path, copy, output, kernel)
 
-            def warn_in_call(message: str) -> None:
+            def warn_in_call(message: str, section: Section) -> None:
                 maps = known()
                 if maps is not None:
-                    maps.warn_in_call(message)
+                    maps.warn_in_call(message, section)
 
             self._copies = self._new_copies()
             self._watch = Watch(model, record, file, warn_in_call)
@@ -200,16 +229,17 @@ class Maps(RecordedMaps, Sequence[Any]):
             finally:
                 self._watch = None
             postponed, self._postponed = self._postponed, []
-            for text in (*postponed, *(self._unseen(watch) if watch.has_run else ())) if warns else ():
-                warn(text)
+            for news in (*postponed, *(self._unseen(watch) if watch.has_run else ())) if warns else ():
+                warn(*news)
 
-    def _unseen(self, watch: Watch) -> Iterator[str]:
-        """What ran without a map, and what was asked for and did not run, in words."""
+    def _unseen(self, watch: Watch) -> Iterator[News]:
+        """What ran without a map, and what was asked for and did not run."""
         paths = list(self._paths)
         if not paths and not watch.has_seen_attention:
-            yield (
+            yield News(
                 f"{self._title.rpartition(' ')[2]} ran without any attention that can be seen: neither a fused "
-                "kernel of torch nor a softmax between two matrix products was called in it."
+                "kernel of torch nor a softmax between two matrix products was called in it.",
+                "no-attention-seen",
             )
         for layer in self._layers or () if paths else ():
             is_there = (
@@ -218,29 +248,33 @@ class Maps(RecordedMaps, Sequence[Any]):
                 else -len(paths) <= layer < len(paths)
             )
             if not is_there:
-                yield f"no attention was seen in {layer!r}, one of the layers to record; it was in {_some(paths)}."
+                what = f"no attention was seen in {layer!r}, one of the layers to record; it was in {_some(paths)}."
+                yield News(what, "layer-without-attention")
         for (name, reason), unmapped in watch.without_maps().items():
             more = f" and {len(unmapped) - 1} more" if len(unmapped) > 1 else ""
             where = f"{name} ({unmapped[0]!r}{more})"
             if reason == "without keys":
-                yield (
+                yield News(
                     f"{where} ran, and what it multiplied were no weights of queries for keys, but a softmax over "
                     "features, as in linear attention, or weights that a layer made without keys, as VOLO's outlook "
-                    "attention: it has no map here."
+                    "attention: it has no map here.",
+                    "module-without-a-map",
                 )
             elif reason == "unseen":
-                yield (
+                yield News(
                     f"{where} called a function that is not torch's, and not known here, with what may be query, key "
                     "and value: if that attends, it has no map here. Choose a kernel that is seen, such as "
-                    'attn_implementation="sdpa" in transformers.'
+                    'attn_implementation="sdpa" in transformers.',
+                    "unknown-kernel",
                 )
             else:
-                yield (
+                yield News(
                     f"{where} ran, but no softmax of it stands between two matrix products, and it called no kernel: "
-                    "it has no map here. Linear attention has none at all."
+                    "it has no map here. Linear attention has none at all.",
+                    "module-without-a-map",
                 )
 
-    def __enter__(self) -> Maps:
+    def __enter__(self) -> Maps[Kept]:
         return self.start()
 
     def __exit__(self, error: object, *_: object) -> None:
@@ -272,7 +306,7 @@ class Maps(RecordedMaps, Sequence[Any]):
         """The paths of the modules that have maps, in the order of their first calls."""
         return tuple(dict.fromkeys(entry.path for entry in self._entries))
 
-    def calls(self, path: str) -> list[Any]:
+    def calls(self, path: str) -> list[Kept]:
         """The maps of all calls of a module, in order, such as one for each step of a generation; see `generated`."""
         values = [entry.value for entry in self._entries if entry.path == path]
         if not values:
@@ -285,10 +319,12 @@ class Maps(RecordedMaps, Sequence[Any]):
     @property
     def is_generation(self) -> bool:
         """Whether the calls are the steps of a generation: each module's has the keys of the one before, and more."""
-        calls = {path: self.calls(path) for path in self.paths} if len(self.paths) < len(self) else {}
+        calls: dict[str, list[Any]] = (
+            {path: self.calls(path) for path in self.paths} if len(self.paths) < len(self) else {}
+        )
         return all(isinstance(one, AttentionMap) for one in self) and is_generation(calls)
 
-    def generated(self, queries: Literal["all", "new"] = "all", *, beam_indices: Any = None) -> Maps:
+    def generated(self, queries: Literal["all", "new"] = "all", *, beam_indices: Any = None) -> Maps[AttentionMap]:
         """The maps of a text that the model wrote: the prompt and all steps as one map of each module.
 
         >>> import torch
@@ -340,22 +376,29 @@ class Maps(RecordedMaps, Sequence[Any]):
         other = next((one for one in self if not isinstance(one, AttentionMap)), None)
         if other is not None:
             raise TypeError(f"generated() puts maps together, and keep= kept a {type(other).__name__} of each call")
-        calls = {path: self.calls(path) for path in self.paths}
+        calls: dict[str, list[Any]] = {path: self.calls(path) for path in self.paths}
         threads = {entry.path: entry.thread for entry in self._entries}
-        made = Maps(None, None, None, False, None)
+        made: Maps[AttentionMap] = Maps(None, None, None, False, None)
         made._title, made.about = self._title, self.about
         for path, several in generated_maps(calls, queries == "new", beam_indices).items():
             made._entries += [_Entry(path, one, threads[path], {str(one.device): one.nbytes}) for one in several]
         return made
 
-    def __getitem__(self, key: Any) -> Any:
+    @overload
+    def __getitem__(self, key: int | str) -> Kept: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> list[Kept]: ...
+
+    def __getitem__(self, key: int | str | slice) -> Kept | list[Kept]:
         if not isinstance(key, str):
             if isinstance(key, slice):
                 return [entry.value for entry in self._entries[key]]
             try:
-                return self._entries[key].value
+                value: Kept = self._entries[key].value
             except IndexError:
                 raise IndexError(f"there is no map {key}: {len(self)} were recorded") from None
+            return value
         values = self.calls(key)
         if len(values) > 1:
             why = self._why_apart.get(key)
@@ -373,7 +416,7 @@ class Maps(RecordedMaps, Sequence[Any]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Kept]:
         return iter([entry.value for entry in self._entries])
 
     def __contains__(self, item: object) -> bool:
@@ -419,9 +462,9 @@ class Maps(RecordedMaps, Sequence[Any]):
         return Saved("maps", self.paths, records, self.about if about is None else about)
 
     @classmethod
-    def from_saved(cls, saved: Saved) -> Maps:
+    def from_saved(cls, saved: Saved) -> Maps[Any]:
         """The maps of which `saved` made this."""
-        maps = Maps(None, None, None, False, None)
+        maps: Maps[Any] = Maps(None, None, None, False, None)
         maps.about = saved.about
         for record in sorted(saved.records, key=lambda record: record.call):
             value = AttentionMap.unpacked(record.value) if record.variable == _MAP else record.value
@@ -436,7 +479,7 @@ class Maps(RecordedMaps, Sequence[Any]):
         ]
         total = sum(size for entry in self._entries for size in entry.sizes.values())
         for path in self.paths:
-            values = self.calls(path)
+            values: list[Any] = self.calls(path)
             first = values[0]
             if isinstance(first, AttentionMap):
                 dtype = str(first.source.dtype).removeprefix("torch.")
@@ -466,12 +509,12 @@ class Maps(RecordedMaps, Sequence[Any]):
             for layer in self._layers
         )
 
-    def warn_in_call(self, message: str) -> None:
+    def warn_in_call(self, message: str, section: Section) -> None:
         """Warn at once, from within a call of the model. Where warnings are errors, `stop` does, not to disturb it."""
         try:
-            warn(message)
+            warn(message, section)
         except Exception:
-            self._postponed.append(message)
+            self._postponed.append(News(message, section))
 
     def record(self, call: AttentionCall) -> Copy | None:
         """Copy what is kept of an attention call."""
@@ -490,7 +533,8 @@ class Maps(RecordedMaps, Sequence[Any]):
                 self._doubted.add(path)
                 self.warn_in_call(
                     f"the map of {path!r} is not kept, for it is not the one that was used: times the values it is not "
-                    f"what {kernel} returned, {doubt}."
+                    f"what {kernel} returned, {doubt}.",
+                    "map-not-kept",
                 )
             return None
         value = copy.map_of(output.order)
@@ -521,7 +565,8 @@ class Maps(RecordedMaps, Sequence[Any]):
             self._is_full = True
         self.warn_in_call(
             f"attention maps would take more than {self._budget.why_full(exceeded)}: that of {path!r} and all that "
-            "follow are not recorded, until clear(). Keep less (layers=, keep=), or allow more (max_bytes=)."
+            "follow are not recorded, until clear(). Keep less (layers=, keep=), or allow more (max_bytes=).",
+            "memory-limit",
         )
 
     def _drop_passed(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
+from ..errors import Section
 from ..instrument import Uncompiled, mark_reruns, named_modules
 from ..store import is_recorded
 from ..tensors import is_plain_torch, why_unreal
@@ -104,7 +105,7 @@ class Watch:
         model: nn.Module,
         record: Callable[[AttentionCall], Copy | None],
         file: File,
-        warn: Callable[[str], None],
+        warn: Callable[[str, Section], None],
     ) -> None:
         modules = list(named_modules(model))
         compiled = [path for path, module in modules if is_compiled(module)]
@@ -150,7 +151,8 @@ class Watch:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
             self._warn(
                 f"{', '.join(repr(path) if path else 'the model' for path in tops)} is scripted (torch.jit): it runs "
-                "without Python, and its attention is not seen."
+                "without Python, and its attention is not seen.",
+                "scripted-model",
             )
 
     def end(self) -> None:
@@ -407,7 +409,8 @@ class Watch:
             self._refused.add(path)
             self._warn(
                 f"an attention of {path!r} is not recorded, for an error that the model does not see: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}",
+                "error-while-recording",
             )
 
     def _see_fused(self, name: str, describe: Callable[[], FusedCall]) -> None:
@@ -543,7 +546,7 @@ class Watch:
             self._attended.add(path)
         elif path not in self._refused:
             self._refused.add(path)
-            self._warn(f"the attention of {path!r} {reason}: such calls are not recorded.")
+            self._warn(f"the attention of {path!r} {reason}: such calls are not recorded.", "values-without-numbers")
         return reason is not None
 
 

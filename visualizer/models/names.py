@@ -81,7 +81,8 @@ def load(name: str) -> tuple[Any, Any]:
         if os.path.isdir(name):
             raise OSError(f"cannot load the folder {name!r}: {error}") from error
         if short is not None:
-            warn(f"{name!r} is not in the hub's cache, and {error}. It comes out of {MODELS[short].package} instead")
+            what = f"{name!r} is not in the hub's cache, and {error}. It comes out of {MODELS[short].package} instead"
+            warn(what, "model-not-in-the-cache")
             return _out_of_its_package(short)
         known = ", ".join([*MODELS, *(weights.hub for weights in MODELS.values() if weights.hub)])
         raise OSError(

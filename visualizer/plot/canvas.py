@@ -218,4 +218,5 @@ _warned_of: set[str] = set()
 def _warn_once(fonts: str, characters: str) -> None:
     if fonts not in _warned_of:
         _warned_of.add(fonts)
-        warn(f"no installed font has {characters}, and others like it: they are drawn as boxes. Install {fonts}")
+        what = f"no installed font has {characters}, and others like it: they are drawn as boxes. Install {fonts}"
+        warn(what, "missing-font")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
+from ..errors import ALL_WORDS
 from ..layout import Indices, picture_of
 from ..reading import Array
 from ..words import readable
@@ -242,7 +243,4 @@ def _of_drawn(name: str, words: Sequence[str], drawn: Indices, count: int) -> li
 def _way_out(words: int, count: int) -> str:
     if words >= count:
         return ""
-    return (
-        ". tokenizer.convert_ids_to_tokens(ids) names special tokens and padding too; without the padding at the end "
-        f"draw a part of the map, weights[..., :{words}, :{words}]"
-    )
+    return f". {ALL_WORDS}; without the padding at the end draw a part of the map, weights[..., :{words}, :{words}]"

@@ -346,7 +346,8 @@ def read_layers(maps: Any, batch: Choice | None = 0) -> list[Any]:
     if batch is None and is_array(maps) and not hasattr(maps, "rows") and len(maps.shape) == 4 and maps.shape[0] > 1:
         warn(
             f"an array of the shape {tuple(maps.shape)} is read as (batch, heads, queries, keys), and its first image "
-            "or text is drawn: pass batch=0 if that is right; if its first axis is the layers, pass list(maps)"
+            "or text is drawn: pass batch=0 if that is right; if its first axis is the layers, pass list(maps)",
+            "array-of-four-axes",
         )
     layers = layers_in(maps).layers
     check_not_empty(layers)

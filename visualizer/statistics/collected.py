@@ -188,7 +188,8 @@ def merge(parts: Sequence[Collected]) -> Collected:
     for (ranks, _), times in times_by_run.items():
         missing = [str(rank) for rank in range(ranks) if times[rank] < max(times.values())]
         if missing:
-            warn(f"of a run of {ranks} processes the files of these are missing: {', '.join(missing)}")
+            what = f"of a run of {ranks} processes the files of these are missing: {', '.join(missing)}"
+            warn(what, "missing-parts")
     whole = without_states(parts)
     whole.states = {
         name: merge_states(torch.stack(to_one_shape([part.states[name] for part in parts]))) for name in parts[0]

@@ -190,7 +190,8 @@ def _run(
                     if is_out_of_step or failures == (_MANY if found.batches else _FEW):
                         raise
                     found.failed.append((batch.number, f"{type(error).__name__}: {error}"))
-                    warn(f"batch {batch.number} failed and does not count: {found.failed[-1][1]}")
+                    what = f"batch {batch.number} failed and does not count: {found.failed[-1][1]}"
+                    warn(what, "failed-batch")
                 bar.update()
                 if not failures:  # so a run that failures end, as when a GPU hangs, resumes behind the last good batch
                     file.write_if_due(found)

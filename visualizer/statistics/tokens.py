@@ -48,7 +48,7 @@ def _is_real(mask: Tensor | None, tokens: int) -> Tensor | None:
     return mask != 0 if mask is not None and mask.shape[-1] == tokens else None
 
 
-def tokens_of_call(layer: AttentionMap, maps: Maps, batch: Tokens) -> Tokens:
+def tokens_of_call(layer: AttentionMap, maps: Maps[Any], batch: Tokens) -> Tokens:
     """What is known of the tokens of the call that is being recorded: from its modules' arguments, else from the batch.
 
     The innermost module decides: an encoder and a decoder get masks of their own, or None where nothing is padding.

@@ -4,7 +4,7 @@
 """
 
 from .budget import NO_LIMIT, Budget, bytes_by_device, memory_of
-from .cache import Cache
+from .cache import Cache, Stack
 from .channel import Channel, is_recorded, listener, receive, unrecorded
 from .destination import check_destination
 from .locks import ForkSafeLock
@@ -24,6 +24,7 @@ __all__ = [
     "Recorded",
     "RecordedMaps",
     "Saved",
+    "Stack",
     "Store",
     "as_html",
     "as_text",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import ItemsView, Iterable, Iterator
 from sys import getsizeof
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..errors import UnknownKeyError, did_you_mean, warn
 from ..tensors import is_array, is_tensor, shape_of
@@ -19,11 +19,14 @@ from .store import Store
 if TYPE_CHECKING:
     from collections.abc import ValuesView
 
+Stack = TypeVar("Stack")
+"""What the values become in one: an array, or a tensor."""
+
 _NAMED = 12  # keys in an error message
 _NUMBERS = frozenset((int, float, bool))
 
 
-class Cache(RecordedMaps, dict[str, list[Any]]):
+class Cache(RecordedMaps, dict[str, list[Any]], Generic[Stack]):
     """Captured values: a dict from key to the list of values, in call order.
 
     Reading it first waits for values that are on their way, from a GPU for example. The error about a missing key lists
@@ -55,7 +58,7 @@ class Cache(RecordedMaps, dict[str, list[Any]]):
         """
         return self.store.records()
 
-    def stack(self, call: int | None = None) -> Any:
+    def stack(self, call: int | None = None) -> Stack:
         """One array of all maps, layers first: the values of the keys stacked, in the order of the keys.
 
         >>> import numpy as np
@@ -80,17 +83,18 @@ class Cache(RecordedMaps, dict[str, list[Any]]):
             ValueError: nothing was captured, a key has no such value, or the shapes differ; the message says which.
         """
         self.store.fetch()
-        return stacked(self, call, state=self.store.state)
+        whole: Stack = stacked(self, call, state=self.store.state)
+        return whole
 
     def saved(self, about: dict[str, Any] | None = None) -> Saved:
         """The values and their records as plain data."""
         return Saved("values", tuple(self), self.records, self.about if about is None else about)
 
     @classmethod
-    def from_saved(cls, saved: Saved, source: str = "") -> Cache:
+    def from_saved(cls, saved: Saved, source: str = "") -> Cache[Any]:
         """A cache of its own, with the same values and records; `source` is the file that they were read from."""
         store = Store(state=f"read from {source}" if source else "this is a copy of what was captured")
-        cache = Cache(store, f"load({source!r})" if source else "captured values")
+        cache: Cache[Any] = Cache(store, f"load({source!r})" if source else "captured values")
         store.restore(saved.keys, saved.records)
         cache.about = saved.about
         return cache
@@ -134,7 +138,8 @@ class Cache(RecordedMaps, dict[str, list[Any]]):
         if len(keys) > 1:
             warn(
                 f"several functions are named {key!r}, and none has run: this list stays empty. Read again after the "
-                f"calls, or read {' or '.join(map(repr, keys))}."
+                f"calls, or read {' or '.join(map(repr, keys))}.",
+                "several-functions-of-one-name",
             )
             return []
         if keys:
@@ -207,7 +212,7 @@ class Cache(RecordedMaps, dict[str, list[Any]]):
         for key, values in dict(*args, **kwargs).items():
             self[key] = values
 
-    def __ior__(self, other: Any) -> Cache:  # type: ignore[override, misc]
+    def __ior__(self, other: Any) -> Cache[Stack]:  # type: ignore[override, misc]
         self.update(other)
         return self
 

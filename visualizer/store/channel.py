@@ -222,14 +222,15 @@ class Channel:
         """
         if name not in self._unreal:
             self._unreal.add(name)
-            self.store.warn_in_call(f"{name!r} of {self.place()} {reason}: such calls are not recorded.")
+            what = f"{name!r} of {self.place()} {reason}: such calls are not recorded."
+            self.store.warn_in_call(what, "values-without-numbers")
 
     def survives(self, error: Exception) -> bool:
         """Take note of an error in recording; False where it is for the program to see."""
         if _raised.pop(get_ident(), None) is error or _is_of_signal_handler(error):
             return False
         if isinstance(error, VisualizerWarning):  # warnings are errors
-            self.store.warn_in_call(str(error))
+            self.store.warn_in_call(str(error.message), error.section)
         else:
             self.store.miss(self, ", ".join(self.key_of(name, None) for name in self.names), error)
         return True
@@ -382,4 +383,4 @@ class Channel:
             "has them all the same; or build the model with timm.layers.set_fused_attn(False), or "
             'attn_implementation="eager" in transformers), or a flag of the model that guards those lines.'
         )
-        self.store.warn_in_call(f"{name!r} {state} when {self.place()} returned; {where}. {causes}")
+        self.store.warn_in_call(f"{name!r} {state} when {self.place()} returned; {where}. {causes}", "no-value")

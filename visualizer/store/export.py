@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import few, not_installed
+from ..errors import ALL_WORDS, few, not_installed
 from ..tensors import is_array, is_tensor, keeper
 from .destination import check_destination, replacing
 from .printing import human
@@ -118,7 +118,7 @@ class _Map:
             if len(texts) != size:
                 raise ValueError(
                     f"{name if choice.tokens is None else 'tokens'} has {len(texts)} words, and {self.name} has {size} "
-                    f"{'queries' if name == 'query_tokens' else 'keys'}: special tokens and padding count"
+                    f"{'queries' if name == 'query_tokens' else 'keys'}: {ALL_WORDS}"
                 )
             made.append(np.broadcast_to(np.array(texts, dtype=object), (self.batch, size)))
         return made[0], made[1]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any, Protocol
 
-from ..errors import shown, warn
+from ..errors import News, Section, shown, warn
 from .budget import Budget, Purse, resident_bytes, resident_bytes_of
 from .locks import ForkSafeLock
 from .records import Record
@@ -130,8 +130,8 @@ class Store:
         self._sources: dict[Source, None] = {}
         self._recorded: set[Source] = set()
         self._failure: BaseException | None = None
-        self._messages: list[str] = []
-        self._postponed: list[str] = []
+        self._news: list[News] = []
+        self._postponed: list[News] = []
         self._missed: dict[tuple[Source, str, type], list[Any]] = {}
         self._shared: weakref.WeakSet[type] = weakref.WeakSet()
         """The classes whose objects are kept by reference, as far as the user was told."""
@@ -316,31 +316,32 @@ class Store:
         missed = self._missed.setdefault((source, key, type(error)), [0, shown(str, error)])
         missed[0] += 1
 
-    def warn_in_call(self, message: str) -> None:
+    def warn_in_call(self, message: str, section: Section) -> None:
         """Warn at once, from within a recorded call. Where warnings are errors, `report` does, not to disturb it."""
         try:
-            warn(message)
+            warn(message, section)
         except Exception:
-            self._postponed.append(message)
+            self._postponed.append(News(message, section))
 
     def report(self) -> None:
         """Warn of what could not be recorded, and has not been warned of."""
         with self._lock:
             missed, self._missed = self._missed, {}
             skipped, self.skipped_near_recursion_limit = self.skipped_near_recursion_limit, {}
-            self._messages += self._postponed
+            self._news += self._postponed
             self._postponed.clear()
         for source, number in skipped.items():
             message = f"{number} calls of {source.place()} came too close to the recursion limit to be recorded."
-            self._messages.append(message)
+            self._news.append(News(message, "recursion-limit"))
         for (source, key, cls), (number, text) in missed.items():
             way_out = (
                 "" if "keep=" in text else " keep='graph' keeps the object itself, a callable what it makes of it."
             )
-            self._messages.append(
+            message = (
                 f"{number} values of {source.place()} could not be recorded under {key!r}, and the program went on: "
                 f"{cls.__name__}: {text.removesuffix('.')}.{way_out}"
             )
+            self._news.append(News(message, "values-not-copied"))
         self._warn()
 
     def tell_shared(self, cls: type, where: str) -> None:
@@ -351,10 +352,11 @@ class Store:
             self._shared.add(cls)
         except Exception:  # its metaclass has no hash, or one that fails
             return
-        self._messages.append(
+        message = (
             f"{where} is or holds a {cls.__qualname__}, which is kept by reference, because no safe way to copy it is "
             "known: later changes to it show in what was captured. To keep a copy or a part, pass keep= a function."
         )
+        self._news.append(News(message, "kept-by-reference"))
 
     def file_pending(self) -> None:
         """File everything that has arrived."""
@@ -425,8 +427,8 @@ class Store:
                 self._file_arrived(wait)
             finally:
                 self._lock.release()
-            while self._messages and not self._lock.depth:
-                self.warn_in_call(self._messages.pop(0))
+            while self._news and not self._lock.depth:
+                self.warn_in_call(*self._news.pop(0))
 
     def _file_arrived(self, wait: bool = True) -> None:
         """File what has arrived. Without `wait`, stop at the first value that is still being copied.
@@ -563,13 +565,14 @@ class Store:
         self.is_full = True
         for shelf in self._shelves.values():
             self._close(shelf)
-        self._messages.append(
+        message = (
             f"captured values would take more than {self.budget.why_full(device)}: {key!r} and all that follows is "
             f"not recorded, until {self.clear_call}. If capture was left on by mistake, call {self.stop_call}; else "
             "keep less (limit=, keep=) or allow more (max_bytes=)."
         )
+        self._news.append(News(message, "memory-limit"))
 
     def _warn(self) -> None:
         """Issue the warnings that came up, without the lock: while one is shown, another thread may need the lock."""
-        while self._messages and not self._lock.depth:
-            warn(self._messages.pop(0))
+        while self._news and not self._lock.depth:
+            warn(*self._news.pop(0))
