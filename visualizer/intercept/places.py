@@ -20,6 +20,10 @@ from torch import Tensor
 _IDS = ("image_token_id", "image_token_index", "image_token", "video_token_id", "video_token_index")
 
 
+ABOUT_PICTURES = ("image_grid_thw", "video_grid_thw", "image_sizes", "image_embeds_position_mask")
+"""The arguments beside the ids that say where the pictures of a prompt lie."""
+
+
 class Picture(NamedTuple):
     """Where one picture of a prompt lies."""
 
