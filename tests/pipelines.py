@@ -266,9 +266,9 @@ def weights_by_hand(pipeline: Any, **arguments: Any) -> tuple[list[torch.Tensor]
     is_inside = [False]
     original = F.scaled_dot_product_attention
 
-    def eager(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **more: Any) -> Any:
+    def eager(query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **more: Any) -> Any:
         if not is_inside[0]:
-            return original(query, key, value, attn_mask, dropout_p, **more)
+            return original(query, key, value, attn_mask, *rest, **more)
         if more.get("enable_gqa"):
             key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], 1) for one in (key, value))
         scale = more.get("scale") or query.shape[-1] ** -0.5

@@ -44,7 +44,8 @@ CASES: dict[str, tuple[dict[str, Any], Any, dict[tuple[int, int], Any]]] = {
         {word: [*CLIP[word], *(77 + place for place in T5[word])] for word in T5},
         {(24, 333): (0, 0, (4, 6))},
     ),
-    "kandinsky_3": ({"height": 64, "width": 128}, T5, {(32, 9): (0, 0, (4, 8))}),  # without the padding
+    # Its layers see no padding, and one of them the mean of the text beside it, with a single query.
+    "kandinsky_3": ({"height": 64, "width": 128}, T5, {(32, 9): (0, 0, (4, 8)), (128, 9): (0, 0, (8, 16))}),
     "wan": (VIDEO, T5, {(18, 16): (0, 0, (3, 2, 3))}),
     "ltx": ({**VIDEO, "width": 64}, T5, {(384, 16): (0, 0, (3, 8, 16))}),
 }
