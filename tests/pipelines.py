@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -45,85 +46,90 @@ def t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=[(piece, -float(number)) for number, piece in enumerate(pieces)], extra_ids=0)
 
 
-def _clip(width: int, projected: bool = False) -> Any:
+def clip(width: int = 32, projected: bool = False) -> dict[str, Any]:
+    """A text encoder and its tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(
-        vocab_size=200,
-        hidden_size=width,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        projection_dim=width,
-        bos_token_id=clip_tokenizer().bos_token_id,
-        eos_token_id=clip_tokenizer().eos_token_id,
-    )
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+    tokenizer = clip_tokenizer()
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"hidden_size": width, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPTextConfig(vocab_size=200, projection_dim=width, **sizes, **ends)
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    return {"text_encoder": kind(config), "tokenizer": tokenizer}
 
 
-def _t5(width: int) -> Any:
+def t5() -> dict[str, Any]:
     from transformers import T5Config, T5EncoderModel
 
-    return T5EncoderModel(T5Config(vocab_size=64, d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4)).eval()
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    return {"text_encoder": T5EncoderModel(config), "tokenizer": t5_tokenizer()}
 
 
-def _vae(channels: int = 4, **more: Any) -> Any:
-    from diffusers import AutoencoderKL
+def gemma() -> dict[str, Any]:
+    from transformers import Gemma2Config, Gemma2Model
 
-    return AutoencoderKL(
-        block_out_channels=[4, 8],
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma2Config(vocab_size=64, num_key_value_heads=2, head_dim=4, **sizes)
+    return {"text_encoder": Gemma2Model(config), "tokenizer": t5_tokenizer()}
+
+
+def vae(kind: str = "AutoencoderKL", channels: int = 4, blocks: int = 2, **more: Any) -> Any:
+    return of_diffusers(kind)(
+        block_out_channels=[4, 8, 8, 8][:blocks],
         norm_num_groups=2,
-        in_channels=3,
-        out_channels=3,
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
+        down_block_types=["DownEncoderBlock2D"] * blocks,
+        up_block_types=["UpDecoderBlock2D"] * blocks,
         latent_channels=channels,
         **more,
-    ).eval()
+    )
 
 
-DOWN, UP = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+FLOW_VAE = {"shift_factor": 0.0609, "scaling_factor": 1.5035, "use_quant_conv": False, "use_post_quant_conv": False}
 
 
-def _unet(**more: Any) -> Any:
-    from diffusers import UNet2DConditionModel
+def unet(**more: Any) -> Any:
+    sizes = {"block_out_channels": (4, 8), "layers_per_block": 1, "sample_size": 32, "norm_num_groups": 2}
+    return of_diffusers("UNet2DConditionModel")(**sizes, **more)
 
-    return UNet2DConditionModel(
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        sample_size=32,
-        norm_num_groups=2,
-        in_channels=4,
-        out_channels=4,
-        **({"down_block_types": DOWN, "up_block_types": UP} | more),
-    ).eval()
+
+def of_diffusers(name: str) -> Any:
+    return getattr(pytest.importorskip("diffusers"), name)
+
+
+def pipeline(kind: str, *encoders: dict[str, Any], scheduler: Any = None, **parts: Any) -> Any:
+    """A pipeline of these parts and text encoders, the second of which is its text_encoder_2 and so on."""
+    for number, encoder in enumerate(encoders):
+        parts |= {name + (f"_{number + 1}" if number else ""): part for name, part in encoder.items()}
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    scheduler = of_diffusers("FlowMatchEulerDiscreteScheduler")() if scheduler is None else scheduler
+    return of_diffusers(kind)(scheduler=scheduler, **parts)
+
+
+UNSAFE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 def stable_diffusion() -> Any:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    return StableDiffusionPipeline(
-        unet=_unet(
-            cross_attention_dim=32,
-            attention_head_dim=4,
-            down_block_types=("CrossAttnDownBlock2D",) * 2,
-            up_block_types=("CrossAttnUpBlock2D",) * 2,
-        ),
-        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-        vae=_vae(),
-        text_encoder=_clip(32),
-        tokenizer=clip_tokenizer(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+    return pipeline(
+        "StableDiffusionPipeline",
+        clip(),
+        unet=unet(cross_attention_dim=32, attention_head_dim=4, **blocks),
+        scheduler=of_diffusers("DDIMScheduler")(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        vae=vae(),
+        **UNSAFE,
     )
 
 
 def stable_diffusion_xl() -> Any:
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-
-    return StableDiffusionXLPipeline(
-        unet=_unet(
+    return pipeline(
+        "StableDiffusionXLPipeline",
+        clip(),
+        clip(projected=True),
+        unet=unet(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=64,
             attention_head_dim=(2, 4),
             use_linear_projection=True,
@@ -132,195 +138,121 @@ def stable_diffusion_xl() -> Any:
             transformer_layers_per_block=(1, 2),
             projection_class_embeddings_input_dim=80,
         ),
-        scheduler=EulerDiscreteScheduler(steps_offset=1, timestep_spacing="leading"),
-        vae=_vae(),
-        text_encoder=_clip(32),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=_clip(32, projected=True),
-        tokenizer_2=clip_tokenizer(),
+        scheduler=of_diffusers("EulerDiscreteScheduler")(steps_offset=1, timestep_spacing="leading"),
+        vae=vae(),
         add_watermarker=False,
     )
 
 
 def stable_diffusion_3() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-
-    return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=32,
-            patch_size=1,
-            in_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            caption_projection_dim=32,
-            joint_attention_dim=32,
-            pooled_projection_dim=64,
-            out_channels=4,
-        ).eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(shift_factor=0.0609, scaling_factor=1.5035, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=_clip(32, projected=True),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=_clip(32, projected=True),
-        tokenizer_2=clip_tokenizer(),
-        text_encoder_3=_t5(32),
-        tokenizer_3=t5_tokenizer(),
+    heads = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4}
+    text = {"caption_projection_dim": 32, "joint_attention_dim": 32, "pooled_projection_dim": 64}
+    return pipeline(
+        "StableDiffusion3Pipeline",
+        clip(projected=True),
+        clip(projected=True),
+        t5(),
+        transformer=of_diffusers("SD3Transformer2DModel")(
+            sample_size=32, patch_size=1, in_channels=4, out_channels=4, **heads, **text
+        ),
+        vae=vae(**FLOW_VAE),
     )
 
 
 def flux() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-
-    return FluxPipeline(
-        transformer=FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=4,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            pooled_projection_dim=32,
-            axes_dims_rope=(4, 4, 8),
-        ).eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(1, shift_factor=0.0609, scaling_factor=1.5035, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=_clip(32),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=_t5(32),
-        tokenizer_2=t5_tokenizer(),
+    heads = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    text = {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8)}
+    return pipeline(
+        "FluxPipeline",
+        clip(),
+        t5(),
+        transformer=of_diffusers("FluxTransformer2DModel")(patch_size=1, in_channels=4, **heads, **text),
+        vae=vae(channels=1, **FLOW_VAE),
     )
 
 
 def pixart() -> Any:
-    from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+    heads = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 3, "cross_attention_dim": 24}
+    return pipeline(
+        "PixArtAlphaPipeline",
+        t5(),
+        transformer=of_diffusers("PixArtTransformer2DModel")(
+            sample_size=8, patch_size=2, out_channels=8, caption_channels=32, use_additional_conditions=False, **heads
+        ),
+        scheduler=of_diffusers("DDIMScheduler")(),
+        vae=vae(),
+    )
 
-    return PixArtAlphaPipeline(
-        transformer=PixArtTransformer2DModel(
-            sample_size=8,
-            num_layers=2,
-            patch_size=2,
-            attention_head_dim=8,
-            num_attention_heads=3,
-            caption_channels=32,
-            in_channels=4,
-            cross_attention_dim=24,
-            out_channels=8,
-            use_additional_conditions=False,
-        ).eval(),
-        scheduler=DDIMScheduler(),
-        vae=_vae(),
-        text_encoder=_t5(32),
-        tokenizer=t5_tokenizer(),
+
+def hunyuan_dit() -> Any:
+    heads = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 3, "hidden_size": 24}
+    text = {"cross_attention_dim": 32, "cross_attention_dim_t5": 32, "pooled_projection_dim": 16}
+    return pipeline(
+        "HunyuanDiTPipeline",
+        clip(),
+        t5(),
+        transformer=of_diffusers("HunyuanDiT2DModel")(sample_size=8, patch_size=2, in_channels=4, **heads, **text),
+        scheduler=of_diffusers("DDPMScheduler")(),
+        vae=vae(blocks=4),
+        **UNSAFE,
+    )
+
+
+def kandinsky_3() -> Any:
+    return pipeline(
+        "Kandinsky3Pipeline",
+        t5(),
+        unet=of_diffusers("Kandinsky3UNet")(
+            block_out_channels=(8, 16),
+            groups=2,
+            layers_per_block=2,
+            attention_head_dim=4,
+            time_embedding_dim=16,
+            cross_attention_dim=16,
+            encoder_hid_dim=32,
+        ),
+        scheduler=of_diffusers("DDPMScheduler")(),
+        movq=vae("VQModel"),
     )
 
 
 def lumina() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
-    from transformers import Gemma2Config, Gemma2Model
-
-    tokenizer = t5_tokenizer()
-    return Lumina2Pipeline(
-        transformer=Lumina2Transformer2DModel(
-            sample_size=4,
-            patch_size=2,
-            in_channels=4,
-            hidden_size=8,
-            num_layers=2,
-            num_attention_heads=1,
-            num_kv_heads=1,
-            multiple_of=16,
-            axes_dim_rope=[4, 2, 2],
-            axes_lens=[300, 64, 64],
-            cap_feat_dim=8,
-        ).eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(shift_factor=0.0),
-        text_encoder=Gemma2Model(
-            Gemma2Config(
-                vocab_size=64,
-                hidden_size=8,
-                intermediate_size=8,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=4,
-            )
-        ).eval(),
-        tokenizer=tokenizer,
+    heads = {"hidden_size": 8, "num_layers": 2, "num_attention_heads": 1, "num_kv_heads": 1}
+    places = {"axes_dim_rope": [4, 2, 2], "axes_lens": [300, 64, 64]}
+    return pipeline(
+        "Lumina2Pipeline",
+        gemma(),
+        transformer=of_diffusers("Lumina2Transformer2DModel")(
+            sample_size=4, patch_size=2, in_channels=4, multiple_of=16, cap_feat_dim=8, **heads, **places
+        ),
+        vae=vae(shift_factor=0.0),
     )
 
 
 def wan() -> Any:
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-
-    return WanPipeline(
-        transformer=WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=16,
-            out_channels=16,
-            text_dim=32,
-            freq_dim=256,
-            ffn_dim=32,
-            num_layers=2,
-            cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads",
-            rope_max_seq_len=32,
-        ).eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        vae=AutoencoderKLWan(
-            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
-        ).eval(),
-        text_encoder=_t5(32),
-        tokenizer=t5_tokenizer(),
+    heads = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32}
+    blocks = {"dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    return pipeline(
+        "WanPipeline",
+        t5(),
+        transformer=of_diffusers("WanTransformer3DModel")(text_dim=32, freq_dim=256, rope_max_seq_len=32, **heads),
+        scheduler=of_diffusers("FlowMatchEulerDiscreteScheduler")(shift=7.0),
+        vae=of_diffusers("AutoencoderKLWan")(base_dim=3, z_dim=16, **blocks),
     )
 
 
 def ltx() -> Any:
-    from diffusers import (
-        AutoencoderKLLTXVideo,
-        FlowMatchEulerDiscreteScheduler,
-        LTXPipeline,
-        LTXVideoTransformer3DModel,
-    )
-
-    return LTXPipeline(
-        transformer=LTXVideoTransformer3DModel(
-            in_channels=8,
-            out_channels=8,
-            patch_size=1,
-            patch_size_t=1,
-            num_attention_heads=4,
-            attention_head_dim=8,
-            cross_attention_dim=32,
-            num_layers=1,
-            caption_channels=32,
-        ).eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKLLTXVideo(
-            in_channels=3,
-            out_channels=3,
-            latent_channels=8,
-            block_out_channels=(8, 8, 8, 8),
-            decoder_block_out_channels=(8, 8, 8, 8),
-            layers_per_block=(1, 1, 1, 1, 1),
-            decoder_layers_per_block=(1, 1, 1, 1, 1),
-            spatio_temporal_scaling=(True, True, False, False),
-            decoder_spatio_temporal_scaling=(True, True, False, False),
-            decoder_inject_noise=(False, False, False, False, False),
-            upsample_residual=(False, False, False, False),
-            upsample_factor=(1, 1, 1, 1),
-            timestep_conditioning=False,
-            patch_size=1,
-            patch_size_t=1,
-            encoder_causal=True,
-            decoder_causal=False,
-        ).eval(),
-        text_encoder=_t5(32),
-        tokenizer=t5_tokenizer(),
+    heads = {"num_layers": 1, "num_attention_heads": 4, "attention_head_dim": 8, "cross_attention_dim": 32}
+    blocks = {f"{part}block_out_channels": (8,) * 4 for part in ("", "decoder_")}
+    blocks |= {f"{part}layers_per_block": (1,) * 5 for part in ("", "decoder_")}
+    blocks |= {f"{part}spatio_temporal_scaling": (True, True, False, False) for part in ("", "decoder_")}
+    return pipeline(
+        "LTXPipeline",
+        t5(),
+        transformer=of_diffusers("LTXVideoTransformer3DModel")(
+            in_channels=8, out_channels=8, caption_channels=32, **heads
+        ),
+        vae=of_diffusers("AutoencoderKLLTXVideo")(latent_channels=8, patch_size=1, **blocks),
     )
 
 
@@ -334,9 +266,9 @@ def weights_by_hand(pipeline: Any, **arguments: Any) -> tuple[list[torch.Tensor]
     is_inside = [False]
     original = F.scaled_dot_product_attention
 
-    def eager(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **more: Any) -> Any:
+    def eager(query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **more: Any) -> Any:
         if not is_inside[0]:
-            return original(query, key, value, attn_mask, dropout_p, **more)
+            return original(query, key, value, attn_mask, *rest, **more)
         if more.get("enable_gqa"):
             key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], 1) for one in (key, value))
         scale = more.get("scale") or query.shape[-1] ** -0.5

@@ -39,6 +39,13 @@ CASES: dict[str, tuple[dict[str, Any], Any, dict[tuple[int, int], Any]]] = {
         {(56, 56): (0, 32, (4, 6))},
     ),
     "pixart": ({**SIZE, "use_resolution_binning": False, "clean_caption": False}, T5, {(96, 120): (0, 0, (8, 12))}),
+    "hunyuan_dit": (
+        {"height": 64, "width": 96, "use_resolution_binning": False},
+        {word: [*CLIP[word], *(77 + place for place in T5[word])] for word in T5},
+        {(24, 333): (0, 0, (4, 6))},
+    ),
+    # Its layers see no padding, and one of them the mean of the text beside it, with a single query.
+    "kandinsky_3": ({"height": 64, "width": 128}, T5, {(32, 9): (0, 0, (4, 8)), (128, 9): (0, 0, (8, 16))}),
     "wan": (VIDEO, T5, {(18, 16): (0, 0, (3, 2, 3))}),
     "ltx": ({**VIDEO, "width": 64}, T5, {(384, 16): (0, 0, (3, 8, 16))}),
 }
@@ -193,7 +200,7 @@ def test_a_pipeline_without_words_is_refused() -> None:
 
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (4,)}
     unet = UNet2DModel(sample_size=8, norm_num_groups=2, layers_per_block=1, **blocks)
-    with pytest.raises(ValueError, match="DDPMPipeline has no words"):
+    with pytest.raises(ValueError, match=r"DDPMPipeline has no words .* attention\(pipeline\.unet\)"):
         word_maps(DDPMPipeline(unet, DDIMScheduler()))
     with pytest.raises(TypeError, match="word_maps takes a whole pipeline"):
         attention(DDPMPipeline(unet, DDIMScheduler()))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import vision_language
 from attention import Attention
 from torch import nn
 from zoo import GPT2, SIZE, SMALL, TEXT, VIT, images, timm_model, transformers_model
@@ -273,6 +274,18 @@ class TestTexts:
         maps = recorded(model, input_ids=ids, pixel_values=images(32)[:1], tokenizer=Tokenizer())
         assert "[CLS], 1 token, 2 x 2 patches of 16 pixels, 1 token" == str(maps.layout)
         assert (4, "patch (1, 0)") == (maps.layout.token((1, 0)), maps.layout.name(4))
+
+    @pytest.mark.parametrize(
+        ("family", "layout"),
+        [
+            (vision_language.llava, "1 token, 3 x 3 patches of 4 pixels, 3 x 3 patches of 4 pixels, 2 tokens, "),
+            (vision_language.qwen2_vl, "2 tokens, 2 x 3 patches, 3 tokens, 2 x 2 patches, 2 tokens"),  # merged
+            (vision_language.llava_next, "1 token, 3 x 3 patches of 4 pixels, 30 <image>, 2 tokens"),  # tiles behind
+        ],
+    )
+    def test_pictures_lie_where_the_family_puts_them(self, family, layout):
+        model, prompt, _ = family()
+        assert str(recorded(model.eval(), **prompt).layout).startswith(layout)
 
 
 @pytest.fixture(scope="module")

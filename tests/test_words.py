@@ -2,7 +2,7 @@
 
 import pytest
 
-from visualizer.words import printable, readable, word_index
+from visualizer.words import Text, printable, readable, word_index
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,24 @@ def test_a_word_is_found_with_or_without_its_marker():
 
 def test_bidi_and_control_characters_have_signs():
     assert "a‹202E›b␀" == printable("a\u202eb\0")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "word", "places"),
+    [
+        (["a</w>", "cat</w>"], "cat", [[1]]),
+        (["cat", "er", "pillar</w>", "cat</w>"], "cat", [[3]]),
+        (["cat", "er", "pillar</w>"], "Caterpillar", [[0, 1, 2]]),
+        (["▁a", "▁black", "▁ca", "t", "▁a"], "black cat", [[1, 2, 3]]),
+        (["▁a", "▁ca", "t", "▁a"], "a", [[0], [3]]),
+        (["Ġa", "Ġcat", "."], "cat", [[1]]),
+        (["[CLS]", "cat", "##s", "cat"], "cat", [[3]]),
+        (["[CLS]", "cat", "##s"], "cats", [[1, 2]]),
+        (["<s>", "▁The", "▁the"], "the", [[2]]),
+        (["<s>", "▁The"], "the", [[1]]),
+        (["▁猫", "在", "垫", "子", "上"], "垫子", [[2, 3]]),
+        (["a", "red", "cat"], "dog", []),
+    ],
+)
+def test_words_of_several_pieces(tokens: list[str], word: str, places: list[list[int]]) -> None:
+    assert Text(tuple(tokens)).find(word) == places

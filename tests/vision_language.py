@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -168,18 +168,73 @@ def internvl() -> Any:
     return transformers.InternVLForConditionalGeneration(config), given, [[grid(10, 2, 2)]]
 
 
-FAMILIES = (*(llava, llava_next, qwen2_vl, qwen2_5_vl, qwen3_vl, gemma3, paligemma, idefics3, smolvlm, internvl),)
+def florence2() -> Any:
+    four = {"embed_dim": (8, 8, 8, 16), "num_heads": (2,) * 4, "num_groups": (2,) * 4, "depths": (1,) * 4}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = transformers.Florence2Config(
+        vision_config={**four, "patch_stride": (4, 2, 1, 1), "window_size": 4, "projection_dim": 16},
+        text_config=transformers.BartConfig(
+            **{"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 64, **ids},
+            **{f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in HEADS.items()},
+        ),
+        image_token_id=IMAGE,
+    )
+    # The mean of all patches stands before them.
+    given = prompt((IMAGE, 10), 1, 7, CAT, pixel_values=pixels(1, 3, 24, 24))
+    return transformers.Florence2ForConditionalGeneration(config), given, [[grid(1, 3, 3)]]
 
 
-def blip2() -> Any:
+HEADS = {"attention_heads": 2, "ffn_dim": 16}
+
+
+def _blip2(**text: Any) -> Any:
     config = transformers.Blip2Config(
-        vision_config={**VISION, "image_size": 16},
-        qformer_config={**SMALL, "vocab_size": 64, "encoder_hidden_size": 16},
-        text_config={"model_type": "opt", **SMALL, "vocab_size": 64, "ffn_dim": 16, "word_embed_proj_dim": 16},
+        vision_config={**VISION, "image_size": 16, "initializer_range": 0.02},
+        qformer_config={**SMALL, "num_hidden_layers": 3, "vocab_size": 64, "encoder_hidden_size": 16},
+        text_config={**text, "vocab_size": 64},
         num_query_tokens=4,
         image_token_index=IMAGE,
     )
-    return transformers.Blip2ForConditionalGeneration(config)
+    model = transformers.Blip2ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.query_tokens)
+    former = Formed([0, 1, 2, 3], grid(1, 4, 4), "crossattention.attention")
+    return model, prompt((IMAGE, 4), 1, 7, CAT, pixel_values=pixels(1, 3, 16, 16)), [former]
+
+
+def blip2() -> Any:
+    return _blip2(model_type="opt", **SMALL, ffn_dim=16, word_embed_proj_dim=16)
+
+
+def blip2_t5() -> Any:
+    return _blip2(model_type="t5", d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0)
+
+
+def kosmos2() -> Any:
+    config = transformers.Kosmos2Config(
+        text_config={"embed_dim": 16, "layers": 2, "vocab_size": 64, **HEADS},
+        vision_config={**VISION, "image_size": 16},
+        latent_query_num=4,
+    )
+    given = prompt(0, 3, (20, 4), 4, 7, CAT, pixel_values=pixels(1, 3, 16, 16))
+    given["image_embeds_position_mask"] = (given["input_ids"] == 20).long()
+    return transformers.Kosmos2ForConditionalGeneration(config), given, [Formed([2, 3, 4, 5], grid(1, 4, 4), "x_attn")]
+
+
+class Formed(NamedTuple):
+    """A picture behind a query former."""
+
+    tokens: list[int]
+    """Of the text."""
+    patches: torch.Tensor
+    """The grid of them among the keys of the former."""
+    module: str
+    """The end of the paths of its modules that attend to them."""
+
+
+FAMILIES = (
+    *(llava, llava_next, qwen2_vl, qwen2_5_vl, qwen3_vl, gemma3, paligemma, idefics3, smolvlm, internvl),
+    *(florence2, blip2, blip2_t5, kosmos2),
+)
 
 
 class Tokenizer:

@@ -12,7 +12,7 @@ Both are rows of some tokens on the patches of some picture: `recording` asks a 
 they lie, `text` finds words among tokens, and `heat_maps` adds up what is seen, so that no map is kept.
 """
 
+from ..intercept.places import Picture, Prompt, pictures_in
 from .heat_maps import WordMaps, word_maps
-from .places import Picture, Prompt, pictures_in
 
 __all__ = ["Picture", "Prompt", "WordMaps", "pictures_in", "word_maps"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import wraps
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial, wraps
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,8 +18,8 @@ from ..analysis.shares import TIMES
 from ..errors import few, warn
 from ..intercept import AttentionCall, Maps
 from ..maps import AttentionMap, without_autograd
-from .recording import Look, Reader, Whose, source_of, weights_between
-from .text import no_such_word
+from ..words import no_such_word
+from .recording import FORMER, Look, Plan, Whose, source_of
 
 Sinks = Literal["keep", "remove"]
 
@@ -108,6 +110,16 @@ class _Sum:
     calls: int = 1
 
 
+@dataclass
+class _New:
+    """What was seen of the maps of one layer whose words and patches lie alike, not yet told apart by words."""
+
+    path: str
+    plan: Plan
+    weights: Tensor
+    calls: int = 1
+
+
 class WordMaps:
     """What words and patches attend to each other, by word; made by `word_maps`."""
 
@@ -123,10 +135,13 @@ class WordMaps:
     ) -> None:
         self._module, self._source, self._pipeline = source_of(model, tokenizer, tokens, are_queries)
         self._layers, self._keeps_heads, self._keeps_steps = layers, keeps_heads, keeps_steps
-        self.sums: dict[_Key, list[_Sum]] = {}
-        """What was added up, by text, picture, layer and grid of the picture."""
+        self._sums: dict[_Key, list[_Sum]] = {}
+        self._new: dict[Any, _New] = {}
+        self._formed: dict[tuple[int, str], Tensor] = {}
+        """Of each text's picture and layer of a query former what its tokens look at, (tokens, rows, columns)."""
+        self._paths_seen: dict[str, None] = {}  # of all layers with words and patches, those too that are not wanted
         self._maps: Maps[Any] | None = None
-        self._hook: Any = None
+        self._hooks: list[Any] = []
         self._error: Exception | None = None
         self._title = type(model).__name__
 
@@ -136,14 +151,16 @@ class WordMaps:
 
     def _start(self, is_block: bool) -> WordMaps:
         if self._maps is None:
-            layers: list[int | str] | None = [*self._layers] if self._layers else None
-            maps: Maps[Any] = Maps(self._module, layers, self._add, False, math.inf)
-            maps.is_asked_for = self._asks_for
-            self._hook = self._module.register_forward_pre_hook(self._begin, with_kwargs=True)
+            maps: Maps[Any] = Maps(self._module, None, self._add, False, math.inf)
+            self._paths_seen.clear()
+            maps.is_asked_for, maps.needs_layouts = self._asks_for, False
+            self._hooks = [
+                module.register_forward_pre_hook(partial(self._note, note), with_kwargs=True)
+                for module, note in self._source.watched
+            ]
             if self._pipeline is not None:
                 self._pipeline.start()
-            elif isinstance(self._source, Reader):
-                self._see_generate(self._source)
+            self._see_generate()
             self._maps = maps.__enter__() if is_block else maps.start()
         return self
 
@@ -158,14 +175,24 @@ class WordMaps:
         try:
             maps.__exit__(error)
         finally:
-            self._hook.remove()
+            for hook in self._hooks:
+                hook.remove()
             self._module.__dict__.pop("generate", None)
             if self._pipeline is not None:
                 self._pipeline.stop()
         own, self._error = self._error, None
-        if own is not None and error is None:
+        if error is not None:
+            return
+        if own is not None:
             what = f"the words of {self._title} were not all recorded: {type(own).__name__}: {own}"
             warn(what, "error-while-recording")
+        for layer in self._layers or ():
+            if self._paths_seen and not any(fnmatchcase(path, layer) for path in self._paths_seen):
+                warn(
+                    f"layers: no words and patches attend to each other in {layer!r}; they do in "
+                    f"{few([*self._paths_seen], 12)}",
+                    "layer-without-attention",
+                )
 
     def __enter__(self) -> WordMaps:
         return self._start(is_block=True)
@@ -175,7 +202,16 @@ class WordMaps:
 
     def clear(self) -> None:
         """Drop what was recorded; recording goes on."""
-        self.sums.clear()
+        self._drop(0)
+
+    @property
+    def sums(self) -> dict[_Key, list[_Sum]]:
+        """What was added up, by text, picture, layer and grid of the picture."""
+        new, self._new = self._new, {}
+        for one in new.values():
+            for look in one.plan.looks:
+                self._add_look(one.path, look, one.plan.of(look, one.weights), one.calls)
+        return self._sums
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -194,7 +230,7 @@ class WordMaps:
     @property
     def nbytes(self) -> int:
         """The bytes that are kept."""
-        weights = [one.weights for several in self.sums.values() for one in several]
+        weights = [one.weights for several in self.sums.values() for one in several] + [*self._formed.values()]
         return sum(one.numel() * one.element_size() for one in weights)
 
     def __getitem__(self, word: str) -> Tensor:
@@ -207,7 +243,7 @@ class WordMaps:
         *,
         picture: int = 0,
         layer: int | str | None = None,
-        head: int | None = None,
+        head: int | Literal["pointing"] | None = None,
         step: int | None = None,
         sample: int = 0,
         negative: bool = False,
@@ -225,7 +261,8 @@ class WordMaps:
             word: a word, or a phrase; or the number of a token, or several.
             picture: which picture of the prompt, counted from 0.
             layer: a number or path of `layers`; None: the mean of all.
-            head: the number of a head, recorded with `heads="all"`; None: the mean.
+            head: the number of a head; "pointing": the mean of the heads that `pointing` names; both are recorded with
+                `heads="all"`. None: the mean of all.
             step: the number of a step, recorded with `steps="all"`; None: the mean.
             sample: which text of the batch, or which of several pictures made at once.
             negative: the negative prompt of a guidance.
@@ -242,39 +279,79 @@ class WordMaps:
         if sinks not in ("keep", "remove"):
             raise ValueError(f"sinks={sinks!r}: pass 'keep' or 'remove'")
         whose = Whose(sample, negative)
+        heats, _, are_queries = self._of_heads(word, whose, picture, layer, head, step, occurrence, encoder, sinks)
+        heat = heats[_that_point(heats)].mean(0) if head == "pointing" else heats.mean(0)
+        if sinks == "remove" and are_queries:
+            is_sink = self._sink_patches(whose, picture, layer, tuple(heat.shape))
+            total = heat.sum()
+            heat = heat.masked_fill(is_sink, 0)
+            heat = (heat * (total / heat.sum().clamp_min(1e-12))).masked_fill(is_sink, math.nan)
+        return heat
+
+    def pointing(
+        self,
+        word: str | int | Sequence[int],
+        *,
+        picture: int = 0,
+        layer: int | str | None = None,
+        step: int | None = None,
+        sample: int = 0,
+        negative: bool = False,
+        occurrence: int | None = None,
+        encoder: int | None = None,
+        count: int = 3,
+    ) -> list[tuple[str, int]]:
+        """The heads in which a word points at a place of the picture: (layer, number), the sharpest first.
+
+        Most heads look at the picture little, or everywhere alike. Of those in which word and patches attend to each
+        other no less than in the mean head, these are the heads whose weights lie on the fewest patches: those of the
+        lowest entropy, as in "Your Large Vision-Language Model Only Needs A Few Attention Heads For Visual Grounding"
+        (Kang et al., 2025). Recorded with `heads="all"`. Arguments and errors are those of `of`.
+        """
+        whose = Whose(sample, negative)
+        heats, names, _ = self._of_heads(word, whose, picture, layer, "pointing", step, occurrence, encoder, "keep")
+        return [names[number] for number in _that_point(heats, count)]
+
+    def _of_heads(
+        self,
+        word: Any,
+        whose: Whose,
+        picture: int,
+        layer: int | str | None,
+        head: int | str | None,
+        step: int | None,
+        occurrence: int | None,
+        encoder: int | None,
+        sinks: Sinks,
+    ) -> tuple[Tensor, list[tuple[str, int]], bool]:
+        """The weights of a word in each head that is asked for, (heads, *grid), with layer and number of each, and
+        whether they are rows of the word; with head=None the mean of each layer stands in place of its heads."""
         self._check(whose, picture)
         places = self._places(word, whose, encoder)
         if occurrence is not None:
             if not -len(places) <= occurrence < len(places):
-                raise IndexError(f"occurrence={occurrence}: the word {word!r} stands {len(places)} times in the text")
+                raise IndexError(
+                    f"occurrence={occurrence}: the word {word!r} stands {len(places)} times in the text; count from 0"
+                )
             places = [places[occurrence]]
-        wanted = [token for several in places for token in several]
         by_layer: list[Tensor] = []
+        names: list[tuple[str, int]] = []
+        are_queries = False
         for path in self._paths(layer):
             views = {key.view: several for key, several in self.sums.items() if key[:3] == (whose, picture, path)}
             grids = [
                 made
                 for _, several in sorted(views.items())
-                if (made := self._weights(several, places, head, step, sinks)) is not None
+                if (made := self._weights(several, places, head, step, sinks, whose)) is not None
             ]
             if grids:
                 are_queries = next(iter(views.values()))[0].are_queries
-                finest = max(tuple(grid.shape) for grid in grids)
-                by_layer.append(sum(resized(grid, finest, are_queries) for grid in grids))  # type: ignore[arg-type]
-                kept_shares = are_queries
+                by_layer.append(torch.stack(_alike(grids, are_queries)).sum(0))
+                names += [(path, number) for number in range(len(grids[0]))]
         if not by_layer:
-            raise ValueError(
-                f"nothing was kept of {word!r}, the tokens {few(list(map(str, wanted)))}: the model is never given the "
-                "last word that it writes, nor does it look from what a layer with a window has dropped"
-            )
-        finest = max(tuple(grid.shape) for grid in by_layer)
-        heat = torch.stack([resized(grid, finest, kept_shares) for grid in by_layer]).mean(0)
-        if sinks == "remove" and kept_shares:
-            is_sink = self._sink_patches(whose, picture, layer, finest)
-            total = heat.sum()
-            heat = heat.masked_fill(is_sink, 0)
-            heat = (heat * (total / heat.sum().clamp_min(1e-12))).masked_fill(is_sink, math.nan)
-        return heat
+            wanted = few([str(token) for several in places for token in several])
+            raise ValueError(f"nothing was kept of {word!r}, the tokens {wanted}: {self._source.missing}")
+        return torch.cat(_alike(by_layer, are_queries)), names, are_queries
 
     def _check(self, whose: Whose, picture: int) -> None:
         """Raise an error where there is no such text or picture."""
@@ -286,25 +363,39 @@ class WordMaps:
                 f"{'; '.join(texts[:8])}"
             )
         count = 1 if pictures is None else len(pictures)
+        if not known and not self._source.texts(whose):
+            raise ValueError(
+                f"no attention between words and patches was recorded of {self._title}: run it inside the `with`; what "
+                "it is given must have a text and a picture, and a text must come as ids"
+            )
         if not 0 <= picture < count:
-            raise IndexError(f"there is no picture {picture} in the prompt: it has {count}")
+            wanted = (
+                f"pass picture=0 to {count - 1}"
+                if count
+                else "give the model the picture too, with the ids that its processor makes of both"
+            )
+            raise IndexError(f"there is no picture {picture} in the prompt: it has {count}; {wanted}")
         if pictures is not None and not pictures[picture].views:
             tokens = len(pictures[picture].tokens)
             raise ValueError(
                 f"the {tokens} tokens of picture {picture} have no place on it: no grid of patches fits them"
             )
+        is_formed = pictures is not None and pictures[picture].views[0].ndim == 1
+        if is_formed and not any(sample == whose.sample for sample, _ in self._formed):
+            raise ValueError(
+                f"the query former of {self._title} did not run inside the `with`, so that the places of its tokens on "
+                f"picture {picture} are not known: give the model the picture itself, not embeddings of it"
+            )
         if not known:
             raise ValueError(
-                f"no attention between words and patches was recorded of {self._title}: run it inside the `with`; what "
-                "it is given must have a text and a picture"
+                f"no attention between words and patches was recorded of {self._title}, though it was given both: "
+                "layers= may leave them out, or warnings of the recording say why"
             )
 
     def _places(self, word: Any, whose: Whose, encoder: int | None) -> list[list[int]]:
         """The tokens of each place of a word; of several encoders' those that are the same place."""
-        if isinstance(word, int):
-            return [[word]]
         if not isinstance(word, str):
-            return [list(map(int, word))]
+            return [[operator.index(word)] if hasattr(word, "__index__") else [*map(operator.index, word)]]
         texts = self._source.texts(whose)
         if not texts:
             raise ValueError(
@@ -317,7 +408,7 @@ class WordMaps:
             texts = [texts[encoder]]
         found = [places for text in texts if (places := text.find(word))]
         if not found:
-            raise no_such_word(word, texts)
+            raise no_such_word(word, texts, self._source.unread)
         # The encoders have the same text, but one may see less of it.
         count = max(map(len, found))
         return [[place for each in found if number < len(each) for place in each[number]] for number in range(count)]
@@ -335,18 +426,24 @@ class WordMaps:
         return [layers[layer]]
 
     def _weights(
-        self, several: list[_Sum], places: list[list[int]], head: int | None, step: int | None, sinks: Sinks
+        self,
+        several: list[_Sum],
+        places: list[list[int]],
+        head: int | str | None,
+        step: int | None,
+        sinks: Sinks,
+        whose: Whose,
     ) -> Tensor | None:
-        """The weights of a word in one layer, on its own grid; None where nothing was kept of it."""
+        """The weights of a word in one layer, (heads, *grid) on its own grid; None where nothing was kept of it."""
         wanted = {token for place in places for token in place}
         rows: dict[int, list[Tensor]] = {}
         for one in self._of_step(several, step):
-            weights = self._of_head(one.weights, head) / one.calls
+            weights = self._on_patches(self._of_head(one.weights, head), whose) / one.calls
             if sinks == "remove" and not one.are_queries:
                 weights = _without_sink_tokens(weights)
             for number, token in enumerate(one.tokens):
                 if token in wanted:
-                    rows.setdefault(token, []).append(weights[number])
+                    rows.setdefault(token, []).append(weights[:, number])
         if not rows:
             return None
         means = {token: torch.stack(each).mean(0) for token, each in rows.items()}
@@ -357,6 +454,12 @@ class WordMaps:
                 stacked = torch.stack(pieces)
                 made.append(stacked.mean(0) if several[0].are_queries else stacked.sum(0))
         return torch.stack(made).mean(0)
+
+    def _on_patches(self, weights: Tensor, whose: Whose) -> Tensor:
+        """The weights (..., *grid); those on the tokens of a query former go where these look, by the mean of its
+        layers and heads."""
+        formed = [one for (sample, _), one in self._formed.items() if sample == whose.sample]
+        return torch.tensordot(weights, torch.stack(formed).mean(0), 1) if formed else weights
 
     def _of_step(self, several: list[_Sum], step: int | None) -> list[_Sum]:
         if step is None:
@@ -369,16 +472,21 @@ class WordMaps:
             raise IndexError(f"step={step}: {len(several)} steps were recorded")
         return [several[step]]
 
-    def _of_head(self, weights: Tensor, head: int | None) -> Tensor:
+    def _of_head(self, weights: Tensor, head: int | str | None) -> Tensor:
+        """Of (heads, ...) those that are asked for, or their mean, (1, ...)."""
         if head is None:
-            return weights.mean(0)
+            return weights.mean(0, keepdim=True)
+        if isinstance(head, str) and head != "pointing":
+            raise ValueError(f"head={head!r}: pass a number, 'pointing' or None")
         if not self._keeps_heads:
             raise ValueError(
-                f"head={head}: only the mean of the heads was kept; record with word_maps(..., heads='all')"
+                f"head={head!r}: only the mean of the heads was kept; record with word_maps(..., heads='all')"
             )
+        if isinstance(head, str):
+            return weights
         if not -len(weights) <= head < len(weights):
             raise IndexError(f"head={head}: the layer has {len(weights)} heads")
-        return weights[head]
+        return weights[head][None]
 
     def _sink_patches(self, whose: Whose, picture: int, layer: int | str | None, shape: tuple[int, ...]) -> Tensor:
         """Which patches draw far more than their share from all words alike, (rows, columns)."""
@@ -386,10 +494,11 @@ class WordMaps:
         for key, several in self.sums.items():
             if key[:2] == (whose, picture) and key.path in paths:
                 for one in several:
-                    total += resized(one.weights.mean((0, 1)).cpu().float() / one.calls, shape, True)
+                    weights = self._on_patches(one.weights.mean((0, 1)), whose).cpu().float()
+                    total += resized(weights / one.calls, shape, True)
         return total > TIMES * total.mean()
 
-    def _see_generate(self, source: Reader) -> None:
+    def _see_generate(self) -> None:
         """Have what `generate` is given noted."""
         original: Any = getattr(self._module, "generate", None)
         if original is None:
@@ -397,26 +506,44 @@ class WordMaps:
 
         @wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            source.generates(dict(kwargs))
+            self._note(self._source.generates, original, args, kwargs)
             return original(*args, **kwargs)
 
         self._module.__dict__["generate"] = generate
 
     def _asks_for(self, call: AttentionCall) -> bool:
-        return self._error is None and self._source.asks_for(call)
+        asked = None if self._error is not None else self._source.asks_for(call)
+        if asked == "layer":
+            self._paths_seen[call.path] = None
+            return self._layers is None or any(fnmatchcase(call.path, layer) for layer in self._layers)
+        return asked is not None
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note(self, note: Callable[[dict[str, Any]], int | None], called: Any, args: Any, kwargs: Any) -> None:
+        """Have the source take note of a call of a module, or of a function, by the names of its arguments."""
         if self._error is None:
             try:
-                names = [*inspect.signature(type(module).forward).parameters][1:]
+                names = [*inspect.signature(called.forward if isinstance(called, nn.Module) else called).parameters]
                 # What is looked at is no function of the model, and may be seen by a mode of the user's.
                 with torch._C.DisableTorchFunction():
-                    if self._source.begin({**dict(zip(names, args, strict=False)), **kwargs}):
-                        self.sums.clear()
+                    void = note({**dict(zip(names, args, strict=False)), **kwargs})
+                if void is not None:
+                    self._drop(void)
                 if self._maps is not None:
                     self._maps.clear()
             except Exception as error:  # the model must not see it
                 self._error = error
+
+    def _drop(self, first: int) -> None:
+        """Drop what was seen of the tokens from that number on, which are others now; 0: all."""
+        if first == 0:
+            self._sums, self._new, self._formed = {}, {}, {}
+        for key, several in self.sums.items():
+            kept = [(one, [place for place, token in enumerate(one.tokens) if token < first]) for one in several]
+            self.sums[key] = [
+                replace(one, tokens=tuple(one.tokens[place] for place in places), weights=one.weights[:, places])
+                for one, places in kept
+                if places
+            ]
 
     @without_autograd
     def _add(self, made: AttentionMap) -> None:
@@ -424,21 +551,31 @@ class WordMaps:
         if self._error is not None:
             return
         try:
-            looks = self._source.looks(made)
-            for look, weights in zip(looks, weights_between(made, looks, self._reduced), strict=True):
-                self._add_look(made.path, look, weights)
+            plan = self._source.plan(made)
+            if plan.looks:
+                weights = plan.weights(made, self._reduced)
+                alike = len(self._new) if self._keeps_steps else (made.path, plan)
+                known = self._new.get(alike)
+                if known is None:
+                    self._new[alike] = _New(made.path, plan, weights)
+                else:
+                    known.weights += weights
+                    known.calls += 1
         except Exception as error:  # the model must not see it
             self._error = error
 
-    def _add_look(self, path: str, look: Look, weights: Tensor) -> None:
-        several = self.sums.setdefault(_Key(look.whose, look.picture, path, look.view), [])
+    def _add_look(self, path: str, look: Look, weights: Tensor, calls: int) -> None:
+        if look.view == FORMER:
+            self._formed[look.whose.sample, path] = weights.mean(0)
+            return
+        several = self._sums.setdefault(_Key(look.whose, look.picture, path, look.view), [])
         same = (one for one in several if one.tokens == look.tokens and one.weights.shape == weights.shape)
         known = None if self._keeps_steps else next(same, None)
         if known is None:
-            several.append(_Sum(look.tokens, weights, look.are_queries))
+            several.append(_Sum(look.tokens, weights, look.are_queries, calls))
         else:
             known.weights += weights
-            known.calls += 1
+            known.calls += calls
 
     def _reduced(self, weights: Tensor) -> Tensor:
         return weights if self._keeps_heads else weights.mean(1, keepdim=True)
@@ -472,11 +609,27 @@ def resized(weights: Tensor, shape: tuple[int, ...], are_shares: bool) -> Tensor
     return weights
 
 
+def _alike(grids: Sequence[Tensor], are_shares: bool) -> list[Tensor]:
+    """Weights (heads, *grid), brought to the finest of their grids."""
+    finest = max(tuple(grid.shape[1:]) for grid in grids)
+    return [resized(grid, (len(grid), *finest), are_shares) for grid in grids]
+
+
+def _that_point(heats: Tensor, count: int = 3) -> list[int]:
+    """Which of (heads, *grid) point at a place, the sharpest first; see `WordMaps.pointing`."""
+    flat = heats.flatten(1)
+    mass = flat.sum(1)
+    shares = flat / mass[:, None].clamp_min(1e-12)
+    entropy = torch.special.entr(shares).sum(1)
+    order: list[int] = entropy.masked_fill(mass < mass.mean(), math.inf).argsort().tolist()
+    return order[: min(count, int((mass >= mass.mean()).sum()))]
+
+
 def _without_sink_tokens(weights: Tensor) -> Tensor:
-    """What patches look at, (tokens, *grid), without the tokens that draw far more than their share, rescaled."""
-    total = weights.flatten(1).mean(1)
+    """What patches look at, (heads, tokens, *grid), without tokens that draw far more than their share, rescaled."""
+    total = weights.mean(0).flatten(1).mean(1)
     is_sink = total > total.sum() / 2
     if not bool(is_sink.any()):
         return weights
-    rest = weights.masked_fill(is_sink.view(-1, *[1] * (weights.ndim - 1)), 0)
-    return rest * (weights.sum(0) / rest.sum(0).clamp_min(1e-12))
+    rest = weights.masked_fill(is_sink.view(-1, *[1] * (weights.ndim - 2)), 0)
+    return rest * (weights.sum(1, keepdim=True) / rest.sum(1, keepdim=True).clamp_min(1e-12))

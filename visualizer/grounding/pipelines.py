@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .text import Text
+from ..words import Text
 
 _DENOISERS = ("transformer", "unet", "prior", "transformer_2")
 
@@ -54,6 +54,7 @@ class Pipeline:
                 f"pipeline of diffusers with one of the parts {', '.join(_DENOISERS)}"
             )
         self.denoiser: nn.Module = found[0]
+        part = next(part for part in _DENOISERS if parts.get(part) is self.denoiser)
         self._pipeline = pipeline
         self._tokenizers = {
             part.removeprefix("tokenizer"): one
@@ -66,9 +67,11 @@ class Pipeline:
             if part.startswith("text_encoder") and isinstance(one, nn.Module)
         }
         if not self._tokenizers or not hasattr(pipeline, "encode_prompt"):
+            what = "has no tokenizer" if not self._tokenizers else "does not tell how it encodes a prompt"
             raise ValueError(
-                f"{name} has no words: it has no tokenizer, or makes pictures from embeddings. Record attention("
-                "pipeline.unet), or the pipeline before it, which reads the prompt"
+                f"{name} has no words for a picture: it {what}, as one that is not given a prompt, or makes no picture "
+                f"of it. attention(pipeline.{part}) records its maps; word_maps(pipeline.{part}, tokens=...) has the "
+                "tokens that it is given called by these names"
             )
         self._prompts: list[_Prompt] = []
         self._under_way: list[_Encoding] | None = None
@@ -156,7 +159,10 @@ class Pipeline:
         texts, start = [], 0
         for encoding in chosen:
             number = picture * len(encoding.ids) // max(1, pictures)
-            ids, is_real = encoding.ids[number][-tokens:], encoding.is_real[number][-tokens:]
+            ids, is_real = encoding.ids[number], encoding.is_real[number]
+            # Of more tokens than the layers see, the padding at the end is cut off, or what a template puts before.
+            part = slice(-tokens, None) if any(is_real[tokens:]) else slice(tokens)
+            ids, is_real = ids[part], is_real[part]
             real = [one for one, is_one in zip(ids, is_real, strict=True) if is_one]
             first = is_real.index(True) if True in is_real else 0
             texts.append(Text.of(real, self._tokenizers.get(encoding.name), start + first))

@@ -7,16 +7,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..intercept import AttentionCall
+from ..intercept.places import (
+    Canvas,
+    Picture,
+    Prompt,
+    canvas_of,
+    ids_of_prompt,
+    patches_of_former,
+    pictures_in,
+    queries_of_former,
+    reads_pictures,
+    words_start,
+)
 from ..maps import AttentionMap
+from ..words import Text
 from .pipelines import Pipeline, rows_of, tensors_of_text
-from .places import Canvas, Picture, Prompt, canvas_of, image_ids, pictures_in, words_start
-from .text import Text
 
 
 class Whose(NamedTuple):
@@ -26,6 +38,10 @@ class Whose(NamedTuple):
     """Of which picture, or the row of the batch."""
     is_negative: bool = False
     """Whether it is the negative prompt of a guidance."""
+
+
+FORMER = -1
+"""The view of a query former: its queries stand in place of the words."""
 
 
 class Look(NamedTuple):
@@ -47,17 +63,66 @@ class Look(NamedTuple):
     """Whether the words are the queries; else the patches are."""
 
 
+class Plan:
+    """What is kept of maps whose words and patches lie alike, as those of all layers do, and of all steps of a picture.
+
+    Args:
+        looks: the weights that are wanted.
+        device: that of the maps.
+    """
+
+    def __init__(self, looks: Sequence[Look], device: torch.device) -> None:
+        self.looks = looks
+        words = sorted({word for look in looks for word in look.words})
+        patches = sorted({patch for look in looks for patch in look.patches.flatten().tolist()})
+        self._words, self._patches = (torch.tensor(one, device=device) for one in (words, patches))
+        self._word_places, self._patch_places = ({one: n for n, one in enumerate(each)} for each in (words, patches))
+
+    def weights(self, made: AttentionMap, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """The weights of all words and patches, (batch, heads, words, patches).
+
+        `reduce` makes of (batch, heads, ...) what is kept of the heads. Rows are computed some at a time: no more than
+        some rows of the map exist at once.
+        """
+        if not self.looks[0].are_queries:
+            return reduce(made.columns(self._words)).mT[..., self._patches]
+        size = max(1, _ROWS // max(1, made.shape[0] * made.shape[1] * made.shape[3]))
+        parts = [reduce(made.rows(part)[..., self._patches]) for part in torch.split(self._words, size)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def of(self, look: Look, weights: Tensor) -> Tensor:
+        """Of all weights those of a look, (heads, words, *grid)."""
+        words = [self._word_places[word] for word in look.words]
+        patches = [self._patch_places[patch] for patch in look.patches.flatten().tolist()]
+        chosen = weights[look.row][:, words][..., patches]
+        return chosen.reshape(len(chosen), len(words), *look.patches.shape)
+
+
+_ROWS = 2**21  # numbers of rows that are computed at a time
+
+
+Watched = tuple[nn.Module, Callable[[dict[str, Any]], int | None]]
+
+
 class Source(Protocol):
     """What knows the words and pictures of the call under way."""
 
-    def begin(self, arguments: dict[str, Any]) -> bool:
-        """Take note of a call of the model; returns whether it begins anew, with another text."""
+    watched: list[Watched]
+    """The modules of whose calls it takes note, and what takes note of their arguments. That returns from which token
+    on what was seen of the texts is void: 0 for new texts; None: nothing is."""
+    missing: str
+    """Why there may be nothing of a token, in words."""
+    unread: str
+    """Of which words nothing is known, and the way out, in words; "": of none."""
 
-    def asks_for(self, call: AttentionCall) -> bool:
-        """Whether an attention call may be between words and patches."""
+    def generates(self, arguments: dict[str, Any]) -> int | None:
+        """Take note of what `generate` is given; returns the same."""
 
-    def looks(self, made: AttentionMap) -> list[Look]:
-        """The weights of a map between words and patches."""
+    def asks_for(self, call: AttentionCall) -> Literal["layer", "former"] | None:
+        """Whether an attention call may be between words and patches, or is of the query former of a picture."""
+
+    def plan(self, made: AttentionMap) -> Plan:
+        """What is kept of a map: its weights between words and patches."""
 
     def texts(self, whose: Whose) -> list[Text]:
         """A text, once for each tokenizer; none where its words are not known."""
@@ -70,13 +135,16 @@ class Denoiser:
     """A model that makes a picture of a text, step by step.
 
     Args:
+        denoiser: the transformer or UNet.
         pipeline: what it belongs to; None: it is called on its own.
         tokens: the words of its text; None: those that the pipeline's text encoders are given.
         are_queries: whether the words' rows are wanted, where text and picture look at each other; else those of the
             patches.
     """
 
-    def __init__(self, pipeline: Pipeline | None, tokens: Sequence[str] | None, are_queries: bool) -> None:
+    def __init__(
+        self, denoiser: nn.Module, pipeline: Pipeline | None, tokens: Sequence[str] | None, are_queries: bool
+    ) -> None:
         self._pipeline, self._tokens, self._are_queries = pipeline, tokens, are_queries
         self._prompts: list[Any] = []
         self._canvas: Canvas | None = None
@@ -85,8 +153,14 @@ class Denoiser:
         self._rows: list[Whose] = []
         self._is_text_first = True
         self._texts: dict[Whose, list[Text]] = {}
+        self._plans: dict[Any, Plan] = {}
+        self.watched: list[Watched] = [(denoiser, self._begin)]
+        self.missing, self.unread = "the layers see no such tokens", ""
 
-    def begin(self, arguments: dict[str, Any]) -> bool:
+    def generates(self, arguments: dict[str, Any]) -> None:
+        """Nothing: it writes no text."""
+
+    def _begin(self, arguments: dict[str, Any]) -> int | None:
         """Take note of a step."""
         self._canvas = canvas_of(arguments)
         given = [tensor for _, tensor in tensors_of_text(arguments)]
@@ -97,25 +171,33 @@ class Denoiser:
         batch = len(given[0]) if given else 0
         self._rows = [Whose(row) for row in range(batch)]
         if self._pipeline is None:
-            return False
+            return None
         prompts = self._pipeline.take_prompts()
         is_new, self._prompts = prompts is not self._prompts, prompts
         if is_new:
-            self._texts = {}
+            self._texts, self._plans = {}, {}
         known = next((rows for tensor in given if (rows := rows_of(tensor, prompts)) is not None), None)
         if known is not None:
             self._rows = [Whose(sample, is_negative) for is_negative, sample in known]
-        return is_new
+        return 0 if is_new else None
 
-    def asks_for(self, call: AttentionCall) -> bool:
+    def asks_for(self, call: AttentionCall) -> Literal["layer"] | None:
         """Whether an attention call may be between words and patches, by its numbers of tokens."""
         queries, keys = call.sizes
-        return self._place(queries, keys, call.origin.kind, call.origin.joined) is not None
+        place = self._place(queries, keys, call.origin.kind, call.origin.joined)
+        return None if place is None else "layer"
 
-    def looks(self, made: AttentionMap) -> list[Look]:
-        """The weights of a map between words and patches."""
+    def plan(self, made: AttentionMap) -> Plan:
+        """What is kept of a map: its weights between words and patches."""
         batch, _, queries, keys = made.shape
         place = self._place(queries, keys, made.kind, made.joined)
+        alike = batch, queries, keys, made.kind, place, *self._rows, *map(tuple, self._lengths)
+        if alike not in self._plans:
+            self._plans[alike] = Plan(self._looks(made, place), made.device)
+        return self._plans[alike]
+
+    def _looks(self, made: AttentionMap, place: tuple[int, int, int, tuple[int, ...]] | None) -> list[Look]:
+        batch, _, queries, keys = made.shape
         if place is None or batch != len(self._rows):
             return []
         text, start, pixels, grid = place
@@ -176,8 +258,22 @@ class Denoiser:
         return tuple(place for place in places if place < own)
 
 
+_MISSING = (
+    "the model is never given the last word that it writes, and layers with a window no longer see a picture behind it"
+)
+_APART = "; layers of the encoder have the words of the prompt, those of the decoder what is written"
+_BEAMS = (
+    "what a beam search writes is not recorded, for its beams change places: to have it, call the model itself once "
+    "with the ids that generate returned and the pictures"
+)
+
+
 class Reader:
     """A model that reads a text with pictures in it, and goes on writing.
+
+    Its tokens are numbered from the first of the prompt to the last that was written, whether one stack of layers has
+    all of them or an encoder has the prompt and a decoder what is written. A part of it may write in its place, and be
+    given the prompt without ids: then the model's own call has them.
 
     Args:
         model: of transformers, with a decoder of text.
@@ -186,70 +282,161 @@ class Reader:
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         self._config, self._tokenizer = getattr(model, "config", None), tokenizer
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
-        self._decoder = next((path for path, module in model.named_modules() if module is decoder), "")
-        self._rows: list[list[int]] = []
+        inner = (one for one in model.modules() if one is not model and hasattr(one, "generate"))
+        writer = next(inner, model)
+        self._has_encoder = bool(getattr(getattr(writer, "config", None), "is_encoder_decoder", False))
+        paths = {module: path for path, module in model.named_modules()}
+        self._decoder, self._encoder = (paths.get(_part(writer, name), "") for name in ("decoder", "encoder"))
+        self._former = queries_of_former(self._config)
+        self._rows: list[list[int]] = []  # of the prompt, and of what was written behind it
         self._is_real: list[list[bool]] = []
         self._pictures: list[list[Picture]] = []
-        self._seen = self._new = 0
-        self._prompt: dict[str, Any] | None = None
-        self._beside: dict[str, Any] = {}
+        self._given: dict[str, Any] = {}  # the texts' arguments
+        self._prompt = self._seen = self._new = 0  # how many tokens
+        self._is_noted = self._is_beam_search = False
+        self._plans: dict[Any, Plan] = {}  # of the tokens that are given now
+        self.unread = ""
+        self.missing = _MISSING + _APART * self._has_encoder
+        self.watched: list[Watched] = [(writer, self._begin), *([] if writer is model else [(model, self._note)])]
 
-    def generates(self, arguments: dict[str, Any]) -> None:
+    def generates(self, arguments: dict[str, Any]) -> int:
         """Take note of what `generate` is given: it may look at the pictures before it calls the model."""
-        self._prompt = arguments
+        config = arguments.get("generation_config", getattr(self.watched[0][0], "generation_config", None))
+        beams, several = (
+            arguments.get(name, getattr(config, name, None)) or 1 for name in ("num_beams", "num_return_sequences")
+        )
+        self._note(arguments, max(beams, several))
+        self._is_beam_search = beams > 1
+        self.unread = _BEAMS * self._is_beam_search
+        self.missing = self.unread or _MISSING + _APART * self._has_encoder
+        return 0
 
-    def begin(self, arguments: dict[str, Any]) -> bool:
-        """Take note of the prompt, or of the tokens that were written since."""
-        ids = arguments.get("input_ids")
-        if not isinstance(ids, Tensor):
-            self._new = 0
-            return False
-        rows, self._new = ids.tolist(), ids.shape[1]
-        has_pixels = any(name.startswith("pixel_values") and one is not None for name, one in arguments.items())
-        prompt, self._prompt = self._prompt, None
-        if prompt is None and not has_pixels and len(rows) == len(self._rows) and self._new < len(self._rows[0]):
-            self._seen = len(self._rows[0])
-            for own, is_real, more in zip(self._rows, self._is_real, rows, strict=True):
-                own += more
-                is_real += [True] * len(more)
-            return False
-        self._seen, self._rows = 0, rows
-        arguments = {**self._beside, **arguments} if prompt is None else {**prompt, **arguments}
-        self._beside = arguments
-        mask = arguments.get("attention_mask")
-        self._is_real = [[True] * self._new for _ in rows]
-        if isinstance(mask, Tensor) and mask.shape == ids.shape:
+    def _note(self, arguments: dict[str, Any], copies: int = 1) -> int:
+        """Take note of a prompt, before the part that writes is given it."""
+        self._start(arguments, ids_of_prompt(self._config, arguments), copies)
+        self._is_noted = True
+        return 0
+
+    def _start(self, arguments: dict[str, Any], rows: list[list[int]] | None, copies: int = 1) -> None:
+        """Begin with new texts, each of them some times."""
+        self._given, self._is_beam_search, self._plans = arguments, False, {}
+        rows, mask = rows or [], arguments.get("attention_mask")
+        self._is_real = [[True] * len(row) for row in rows]
+        if isinstance(mask, Tensor) and rows and mask.shape == (len(rows), len(rows[0])):
             self._is_real = (mask > 0).tolist()
-        self._pictures = pictures_in(Prompt(rows, self._config, arguments, self._words))
-        return True
+        pictures = pictures_in(Prompt(rows, self._config, arguments, self._words))
+        self._pictures = [one for one in pictures for _ in range(copies)]
+        self._rows, self._is_real = ([[*one] for one in each for _ in range(copies)] for each in (rows, self._is_real))
+        self._prompt = len(rows[0]) if rows else 0
 
-    def asks_for(self, call: AttentionCall) -> bool:
-        """Whether an attention call is one of the decoder's, of the tokens that it is given now."""
-        is_own = not self._decoder or call.path == self._decoder or call.path.startswith(f"{self._decoder}.")
-        return is_own and call.origin.kind != "cross" and call.sizes[0] == self._new > 0
+    def _begin(self, arguments: dict[str, Any]) -> int | None:
+        """Take note of a call of the part that writes: the prompt, or tokens that were written since."""
+        given = arguments.get("decoder_input_ids" if self._has_encoder else "input_ids")
+        ids = given.tolist() if isinstance(given, Tensor) else None
+        tokens = given if ids is not None or self._has_encoder else arguments.get("inputs_embeds")
+        batch, self._new = tokens.shape[:2] if isinstance(tokens, Tensor) else (0, 0)
+        seen, void, self._plans = _length_of(arguments), None, {}
+        is_first, self._is_noted = self._is_noted and batch == len(self._rows), False
+        if not is_first and not self._goes_on(arguments, ids, seen):
+            is_first, void = True, 0
+            arguments = {**self._given, "attention_mask": None, **arguments}
+            own = ids_of_prompt(self._config, arguments)
+            self._start(arguments, own, max(1, batch // len(own)) if own else 1)
+        if not self._rows or (self._is_beam_search and not is_first):
+            self._new = 0
+            return void
+        length = len(self._rows[0])
+        if seen is None:
+            self._seen = length - self._new if is_first and not self._has_encoder else length
+        else:
+            self._seen = seen + (self._prompt if self._has_encoder else 0)
+        is_known = 0 <= self._seen <= length
+        if is_first and not self._has_encoder:
+            return void if is_known and self._seen + self._new <= length else self._forget()
+        if ids is None or not is_known:
+            return void if ids is None else self._forget()
+        if self._seen < length and void is None:  # tokens were taken back
+            void = self._seen
+        for row, is_real, more in zip(self._rows, self._is_real, ids, strict=True):
+            row[self._seen :], is_real[self._seen :] = more, [True] * len(more)
+        return void
 
-    def looks(self, made: AttentionMap) -> list[Look]:
-        """The weights of a map between the words that are given now and the patches before them."""
-        batch, _, _, keys = made.shape
-        if batch != len(self._rows):
+    def _goes_on(self, arguments: dict[str, Any], ids: list[list[int]] | None, seen: int | None) -> bool:
+        """Whether a call goes on with the texts that are known."""
+        if ids is None or not ids or len(ids) != len(self._rows):
+            return False
+        if self._has_encoder:
+            return arguments.get("encoder_outputs") is not None
+        has_pixels = any(name.startswith("pixel_values") and one is not None for name, one in arguments.items())
+        return not has_pixels and (len(ids[0]) < len(self._rows[0]) if seen is None else seen > 0)
+
+    def _forget(self) -> int:
+        """Know nothing of the texts, which are not those that were noted."""
+        self._start({}, None)
+        self._new = 0
+        return 0
+
+    def _places(self, path: str, kind: str | None, queries: int, keys: int) -> tuple[int, int] | None:
+        """The numbers of the first query and the first key of a map; None where it has no words and patches."""
+        if not any(self._pictures):
+            return None
+        if self._has_encoder and _is_in(path, self._encoder):
+            return (0, 0) if queries == keys == self._prompt else None
+        if not _is_in(path, self._decoder) or queries != self._new:
+            return None
+        if self._has_encoder:
+            return (self._seen, 0) if kind == "cross" and keys == self._prompt else None
+        # A layer with a window keeps the last keys only; a static cache has more than there are yet.
+        return None if kind == "cross" else (self._seen, max(0, self._seen + self._new - keys))
+
+    def asks_for(self, call: AttentionCall) -> Literal["layer", "former"] | None:
+        """Whether an attention call is between words and patches, or of the query former of a picture."""
+        queries, keys = call.sizes
+        if self._places(call.path, call.origin.kind, queries, keys) is not None:
+            return "layer"
+        is_former = queries == self._former > 0 and keys > queries and not _is_in(call.path, self._decoder)
+        return "former" if is_former and self._patches_of_former(keys) is not None else None
+
+    def _patches_of_former(self, keys: int) -> Tensor | None:
+        return patches_of_former(self._config, self._given, keys)
+
+    def plan(self, made: AttentionMap) -> Plan:
+        """What is kept of a map: its weights between the words that are given now and the patches before them."""
+        batch, _, queries, keys = made.shape
+        place = self._places(made.path, made.kind, queries, keys)
+        if (alike := (place, batch, queries, keys)) not in self._plans:
+            self._plans[alike] = Plan(self._looks(place, batch, queries, keys), made.device)
+        return self._plans[alike]
+
+    def _looks(self, place: tuple[int, int] | None, batch: int, queries: int, keys: int) -> list[Look]:
+        if len(self._rows) % batch:
             return []
-        gone = max(0, self._seen + self._new - keys)  # a layer with a window keeps the last keys only
-        found = []
-        for row, (ids, is_real, pictures) in enumerate(zip(self._rows, self._is_real, self._pictures, strict=True)):
+        times = len(self._rows) // batch  # the text of a row stands in so many rows behind the encoder
+        if place is None:
+            grid, numbers = self._patches_of_former(keys), tuple(range(queries))
+            if grid is None:
+                return []
+            rows = range(len(self._rows))
+            return [Look(row // times, Whose(row), 0, FORMER, numbers, numbers, grid, True) for row in rows]
+        found, (seen, gone) = [], place
+        for row, (is_real, pictures) in enumerate(zip(self._is_real, self._pictures, strict=True)):
             of_pictures = {token for picture in pictures for token in picture.tokens}
-            tokens = range(self._seen, self._seen + self._new)
-            words = tuple(token for token in tokens if is_real[token] and token not in of_pictures)
-            local = tuple(word - self._seen for word in words)
+            words = tuple(token for token in range(seen, seen + queries) if is_real[token] and token not in of_pictures)
+            local = tuple(word - seen for word in words)
             for number, picture in enumerate(pictures):
                 for view, patches in enumerate(picture.views):
-                    if words and int(patches.min()) >= gone and len(ids):
-                        found.append(Look(row, Whose(row), number, view, local, words, patches - gone, True))
+                    if words and int(patches.min()) >= gone:
+                        found.append(Look(row // times, Whose(row), number, view, local, words, patches - gone, True))
         return found
 
     def texts(self, whose: Whose) -> list[Text]:
-        """The prompt and what was written."""
-        return [Text.of(self._rows[whose.sample], self._tokenizer)] if whose.sample < len(self._rows) else []
+        """The prompt and what was written, without the tokens that stand for pictures."""
+        if whose.sample >= len(self._rows):
+            return []
+        text = Text.of(self._rows[whose.sample], self._tokenizer)
+        of_pictures = {token for picture in self._pictures[whose.sample] for token in picture.tokens}
+        tokens = ("<image>" if place in of_pictures else token for place, token in enumerate(text.tokens))
+        return [replace(text, tokens=tuple(tokens))]
 
     def pictures(self, whose: Whose) -> list[Picture]:
         """The pictures of the prompt."""
@@ -257,6 +444,23 @@ class Reader:
 
     def _words(self, ids: Sequence[int]) -> Sequence[str]:
         return Text.of(ids, self._tokenizer).tokens
+
+
+def _part(model: nn.Module, name: str) -> nn.Module:
+    """The encoder or decoder of a model of transformers; itself where it has none."""
+    part: nn.Module = getattr(model, f"get_{name}", lambda: model)()
+    return part
+
+
+def _is_in(path: str, module: str) -> bool:
+    return not module or path == module or path.startswith(f"{module}.")
+
+
+def _length_of(arguments: dict[str, Any]) -> int | None:
+    """How many tokens the cache of a call has; 0 where there is none; None where that is not known."""
+    cache = arguments.get("cache", arguments.get("past_key_values"))
+    length = 0 if cache is None else getattr(cache, "get_seq_length", lambda: None)()
+    return length if isinstance(length, int) else None
 
 
 def source_of(
@@ -268,52 +472,7 @@ def source_of(
     """
     if not isinstance(model, nn.Module):
         pipeline = Pipeline(model)
-        return pipeline.denoiser, Denoiser(pipeline, tokens, are_queries), pipeline
-    config = getattr(model, "config", None)
-    if any(getattr(config, name, None) is not None for name in ("qformer_config", "latent_query_num")):
-        raise ValueError(
-            f"the tokens of a picture in {type(model).__name__} are those of a query former, which have no place on "
-            "it: record attention(model), whose cross attention has what each of them looks at"
-        )
-    if image_ids(config):
+        return pipeline.denoiser, Denoiser(pipeline.denoiser, pipeline, tokens, are_queries), pipeline
+    if reads_pictures(getattr(model, "config", None)):
         return model, Reader(model, tokenizer), None
-    return model, Denoiser(None, tokens, are_queries), None
-
-
-Reduce = Callable[[Tensor], Tensor]
-
-
-def weights_between(made: AttentionMap, looks: Sequence[Look], reduce: Reduce) -> list[Tensor]:
-    """For each look the weights between its words and its patches, (heads, words, *grid).
-
-    `reduce` makes of (batch, heads, ...) what is kept of the heads. Rows are computed some at a time: no more than some
-    rows of the map exist at once.
-    """
-    if not looks:
-        return []
-    words = sorted({word for look in looks for word in look.words})
-    place = {word: number for number, word in enumerate(words)}
-    index = torch.tensor(words, device=made.device)
-    if looks[0].are_queries:
-        keys = torch.zeros(made.shape[3], dtype=torch.bool)
-        for look in looks:
-            keys[look.patches.flatten()] = True
-        kept = keys.nonzero().flatten()
-        position = torch.zeros(len(keys), dtype=torch.long)
-        position[kept] = torch.arange(len(kept))
-        columns, size = kept.to(made.device), max(1, _ROWS // max(1, made.shape[0] * made.shape[1] * made.shape[3]))
-        parts = [reduce(made.rows(part)[..., columns]) for part in torch.split(index, size)]
-        whole = torch.cat(parts, 2)  # (batch, heads, words, kept patches)
-        patches = [position[look.patches.flatten()].to(made.device) for look in looks]
-    else:
-        whole = reduce(made.columns(index)).mT  # (batch, heads, words, queries)
-        patches = [look.patches.flatten().to(made.device) for look in looks]
-    found = []
-    for look, own in zip(looks, patches, strict=True):
-        chosen = torch.tensor([place[word] for word in look.words], device=made.device)
-        weights = whole[look.row][:, chosen][..., own]
-        found.append(weights.reshape(len(weights), len(look.words), *look.patches.shape))
-    return found
-
-
-_ROWS = 2**21  # numbers of rows that are computed at a time
+    return model, Denoiser(model, None, tokens, are_queries), None

@@ -184,6 +184,8 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         self._postponed: list[News] = []
         self.is_asked_for: Callable[[AttentionCall], bool] = lambda call: True
         """Whether a call is recorded at all, asked before anything of it is copied."""
+        self.needs_layouts = True
+        """Whether maps are told what their tokens are."""
 
     def _new_copies(self) -> Copies:
         # What `keep` makes of a map is all that stays: keys that grow would outlive the map that they are of.
@@ -538,7 +540,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                 )
             return None
         value = copy.map_of(output.order)
-        if self._watch is not None:
+        if self._watch is not None and self.needs_layouts:
             self._layouts.describe(value, self._watch.calls)
         return lambda: self._keep_map(path, value, copy.sizes)
 

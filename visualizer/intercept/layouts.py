@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..layout import THUMBNAIL, Layout, Part, Thumbnail, Windows, pair_of
 from ..maps import AttentionMap, Factors, Keys
 from ..words import readable
+from . import places
 from .modules import ModuleCall, argument_names, arguments_of, inputs_of, shapes_of
 
 # The parameters that become tokens before the patches, in this order, as timm, transformers, torchvision and DINO's own
@@ -42,7 +43,6 @@ _PREFIXES = {
     "storage_tokens": "REG",
 }
 _IDS = ("decoder_input_ids", "input_ids")
-_IMAGE_IDS = ("image_token_id", "image_token_index", "video_token_id", "image_token")
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ class Layouts(threading.local):
         # The pixels that were seen last, the convolution that cut them, and how.
         self._cut: tuple[Callable[[], Tensor | None], Any, Picture | None] = (lambda: None), None, None
         self._picture: Picture | None = None  # the last that was seen, for the tokens that stand for it in a text
+        self._beside: dict[str, Any] = {}  # what is said about the pictures of the texts under way
         self._last: tuple[Any, Layout | None] = None, None  # the last text, which all layers of a model have in common
         self._sequences: dict[str, Layout] = {}  # by the path of the module that tells them, in the order of their use
 
@@ -239,12 +240,14 @@ class Layouts(threading.local):
             rows = None
         if rows is None and real is None:
             return None
-        known = call.path, tokens, rows, real, self._picture
+        beside = {name: arguments[name] for name in places.ABOUT_PICTURES if arguments.get(name) is not None}
+        self._beside = beside or self._beside
+        known = call.path, tokens, rows, real, self._picture, id(self._beside)
         if known != self._last[0]:
-            image_ids = _image_ids(call.module)
-            each = zip(rows or itertools.repeat(None), real or itertools.repeat(None), strict=False)
             count = len(rows if rows is not None else real or ())
-            texts = [self._text(row, mask, tokens, image_ids) for row, mask in itertools.islice(each, count)]
+            shown = itertools.repeat([None] * tokens) if rows is None else self._pictures_in(call.module, rows)
+            each = zip(rows or itertools.repeat(None), real or itertools.repeat(None), shown, strict=False)
+            texts = [self._text(*one, tokens) for one in itertools.islice(each, count)]
             self._last = known, Layout.batch(texts)
         return self._last[1]
 
@@ -277,47 +280,73 @@ class Layouts(threading.local):
         history.keys[made.path] = keys, None if grown is None else weakref.ref(grown)
         return own if tokens == count else history.rows
 
-    def _text(self, ids: list[int] | None, real: list[bool] | None, tokens: int, image_ids: frozenset[int]) -> Layout:
-        """The layout of one text."""
+    def _pictures_in(self, module: nn.Module, rows: list[list[int]]) -> list[list[Any]]:
+        """For each token of each text None for a word; else the picture that it stands for, by its number and the grid
+        of its patches: () where these are not neighbouring tokens, None where the grid is not known."""
+        config = getattr(module, "config", None)
+        ids = places.image_ids(config)
+        shown: list[list[Any]] = [[(0, None) if one in ids else None for one in row] for row in rows]
+        pictures: list[list[places.Picture]] = []
+        with suppress(ValueError, StopIteration):  # a layer with a window may see a part of a picture
+            pictures = places.pictures_in(places.Prompt(rows, config, self._beside, self._words))
+        for row, own in zip(shown, pictures, strict=False):
+            for number, picture in enumerate(own):
+                for token in picture.tokens:
+                    row[token] = number, () if picture.views else None
+                for grid in filter(_is_in_line, picture.views[:1]):
+                    for token in grid.flatten().tolist():
+                        row[token] = number, tuple(grid.shape)
+        return shown
+
+    def _text(self, ids: list[int] | None, real: list[bool] | None, shown: list[Any], tokens: int) -> Layout:
+        """The layout of one text; `shown`: the pictures that its tokens stand for, see `_pictures_in`."""
         words = [""] * tokens
-        if ids is not None and self._tokenizer is not None:
+        if ids is not None:
             words = readable([str(word) for word in self._words(ids)])
 
-        def kind(place: int) -> str:
+        def kind(place: int) -> Any:
             if real is not None and not real[place]:
                 return "padding"
-            if ids is None:
-                return "text"
-            if ids[place] in image_ids:
-                return "patches"
-            return "special" if ids[place] in self._special else "text"
+            if shown[place] is not None:
+                return shown[place]
+            return "special" if ids is not None and ids[place] in self._special else "text"
 
         parts: list[Part] = []
         for what, run in itertools.groupby(range(tokens), kind):
             places = list(run)
             names = tuple(words[place] for place in places)
-            if what == "patches":
-                parts.append(self._stands_for_picture(len(places)))
+            if isinstance(what, tuple):
+                parts.append(self._stands_for_picture(len(places), what[1]))
             elif what == "padding" or not any(names):
                 parts.append(Part("padding" if what == "padding" else "text", len(places)))
             else:
                 parts.append(Part("special" if what == "special" else "text", len(places), names))
         return Layout(tuple(parts))
 
-    def _words(self, ids: list[int]) -> list[Any]:
+    def _words(self, ids: Sequence[int]) -> list[Any]:
+        if self._tokenizer is None:
+            return [""] * len(ids)
         if hasattr(self._tokenizer, "convert_ids_to_tokens"):
             return list(self._tokenizer.convert_ids_to_tokens(ids))
         return [self._tokenizer.id_to_token(one) for one in ids]
 
-    def _stands_for_picture(self, tokens: int) -> Part:
+    def _stands_for_picture(self, tokens: int, shape: tuple[int, ...] | None) -> Part:
         """The tokens of a text that stand for a picture: its patches, perhaps several of them in one token."""
-        if self._picture is not None:
-            for factor in range(1, 9):
-                shape = tuple(side // factor for side in self._picture.shape)
-                if math.prod(shape) == tokens:
-                    high, wide = (side * factor for side in self._picture.patch)
-                    return Part("patches", tokens, (), shape, (high, wide), self._picture.size)
-        return Part("special", tokens, ("<image>",) * tokens)
+        seen, size, patch = self._picture, None, None
+        if shape is None and seen is not None:
+            grids = (tuple(side // factor for side in seen.shape) for factor in range(1, 9))
+            shape = next((grid for grid in grids if math.prod(grid) == tokens), ())
+        if not shape:
+            return Part("special", tokens, ("<image>",) * tokens)
+        if seen is not None and all(side % own == 0 for side, own in zip(seen.shape[-2:], shape[-2:], strict=True)):
+            size, patch = seen.size, (seen.size[0] / shape[-2], seen.size[1] / shape[-1])
+        return Part("patches", tokens, (), shape, patch, size)
+
+
+def _is_in_line(grid: Tensor) -> bool:
+    """Whether patches are neighbouring tokens, row by row."""
+    flat = grid.flatten()
+    return grid.ndim > 1 and torch.equal(flat, torch.arange(len(flat)) + flat[0])
 
 
 def _go_on(known: weakref.ref[Keys] | None, grown: Keys | None, count: int) -> bool:
@@ -347,12 +376,6 @@ def _is_ids(value: Any) -> TypeGuard[Tensor]:
 def _takes_ids(call: ModuleCall) -> bool:
     """Whether a call is of a text, or of a text and a picture: the tokens within it need not be those of a picture."""
     return any(name in _IDS for name in argument_names(call.module)) or any(map(_is_ids, call.args))
-
-
-def _image_ids(module: nn.Module) -> frozenset[int]:
-    """The ids that stand for pictures, by the configuration of a model of transformers."""
-    config = getattr(module, "config", None)
-    return frozenset(one for name in _IMAGE_IDS if isinstance(one := getattr(config, name, None), int))
 
 
 def _first_convolution(module: nn.Module) -> nn.Conv2d | nn.Conv3d | None:

@@ -20,12 +20,17 @@ from torch import Tensor
 _IDS = ("image_token_id", "image_token_index", "image_token", "video_token_id", "video_token_index")
 
 
+ABOUT_PICTURES = ("image_grid_thw", "video_grid_thw", "image_sizes", "image_embeds_position_mask")
+"""The arguments beside the ids that say where the pictures of a prompt lie."""
+
+
 class Picture(NamedTuple):
     """Where one picture of a prompt lies."""
 
     views: tuple[Tensor, ...]
     """Grids of token numbers, (rows, columns) or (frames, rows, columns): each shows the whole picture, such as a small
-    version of it, and the tiles of a large one. Empty: its tokens have no place on it, as those of a query former."""
+    version of it, and the tiles of a large one. Of a query former's tokens, which have no place on the picture, they
+    are in a row, (tokens,). Empty: no grid fits them."""
     tokens: tuple[int, ...]
     """All tokens that stand for it."""
 
@@ -46,8 +51,9 @@ def pictures_in(prompt: Prompt) -> list[list[Picture]]:
 
     Raises ValueError where the tokens do not fit what the model was given beside them.
     """
-    ids = image_ids(prompt.config)
-    places = [[place for place, one in enumerate(row) if one in ids] for row in prompt.rows]
+    ids, mask = image_ids(prompt.config), prompt.arguments.get("image_embeds_position_mask")
+    is_of_picture = [[one in ids for one in row] for row in prompt.rows] if mask is None else (mask > 0).tolist()
+    places = [[place for place, one in enumerate(row) if one] for row in is_of_picture]
     for name, arrange in _ARRANGEMENTS:
         if _has(prompt, name):
             return arrange(prompt, places)
@@ -57,6 +63,40 @@ def pictures_in(prompt: Prompt) -> list[list[Picture]]:
 def image_ids(config: Any) -> frozenset[int]:
     """The ids of the tokens that stand for patches."""
     return frozenset(one for name in _IDS if isinstance(one := getattr(config, name, None), int))
+
+
+def reads_pictures(config: Any) -> bool:
+    """Whether a model has pictures among its tokens, by its configuration."""
+    return bool(image_ids(config)) or queries_of_former(config) > 0
+
+
+def queries_of_former(config: Any) -> int:
+    """How many tokens a query former makes of each picture; 0 where the patches themselves are tokens."""
+    name = "num_query_tokens" if getattr(config, "qformer_config", None) is not None else "latent_query_num"
+    return getattr(config, name, None) or 0
+
+
+def patches_of_former(config: Any, arguments: dict[str, Any], keys: int) -> Tensor | None:
+    """The grid of the patches among the keys of a query former, (rows, columns); None where they are not these.
+
+    A class token may come before them, and behind them the queries themselves.
+    """
+    pixels, side = arguments.get("pixel_values"), getattr(getattr(config, "vision_config", None), "patch_size", None)
+    if not isinstance(pixels, Tensor) or not isinstance(side, int):
+        return None
+    rows, columns = (size // side for size in pixels.shape[-2:])
+    first = (keys - rows * columns) % queries_of_former(config)
+    fits = first in (0, 1) and keys - rows * columns - first in (0, queries_of_former(config))
+    return first + torch.arange(rows * columns).view(rows, columns) if fits else None
+
+
+def ids_of_prompt(config: Any, arguments: dict[str, Any]) -> list[list[int]] | None:
+    """The ids that a model, or its `generate`, is given for each text; None where it is given none."""
+    ids = next((one for name in ("input_ids", "inputs") if isinstance(one := arguments.get(name), Tensor)), None)
+    pixels, queries = arguments.get("pixel_values"), queries_of_former(config)
+    if ids is None and isinstance(pixels, Tensor) and queries and image_ids(config):  # BLIP-2 begins by itself
+        return [[*image_ids(config)] * queries + [config.text_config.bos_token_id]] * len(pixels)
+    return None if ids is None or ids.ndim != 2 or ids.is_floating_point() else ids.tolist()
 
 
 def _has(prompt: Prompt, name: str) -> bool:
@@ -152,6 +192,18 @@ def _tiles(prompt: Prompt, places: list[list[int]]) -> list[list[Picture]]:
     return found
 
 
+def _formed(prompt: Prompt, places: list[list[int]]) -> list[list[Picture]]:
+    """BLIP-2 and Kosmos-2: the tokens of a query former, each of which has looked at all patches."""
+    each = queries_of_former(prompt.config)
+    found: list[list[Picture]] = []
+    for own in places:
+        if len(own) % each:
+            raise ValueError(f"{len(own)} tokens of pictures are no multiple of the {each} of a query former")
+        parts = (own[start : start + each] for start in range(0, len(own), each))
+        found.append([Picture((torch.tensor(part),), tuple(part)) for part in parts])
+    return found
+
+
 def _squares(prompt: Prompt, places: list[list[int]]) -> list[list[Picture]]:
     """LLaVA 1.5, PaliGemma, Gemma 3, InternVL ...: so many tokens for each picture, in a square, perhaps behind one."""
     config = prompt.config
@@ -194,6 +246,8 @@ _ARRANGEMENTS: tuple[tuple[str, _Arrange], ...] = (
     ("video_grid_thw", _merged),
     ("image_grid_pinpoints", _pinpoints),
     ("scale_factor", _tiles),
+    ("qformer_config", _formed),
+    ("latent_query_num", _formed),
 )
 """By what a family's calls are given, or its configuration has, the function for its arrangement."""
 
@@ -209,6 +263,8 @@ class Canvas(NamedTuple):
     def grid(self, tokens: int) -> tuple[int, ...] | None:
         """The (rows, columns), or (frames, rows, columns), of that many tokens; None if they are not the picture's."""
         *frames, high, wide = self.shape
+        if tokens == 1:  # the mean of others, such as that of a text
+            return None
         for halvings in range(1 if self.is_exact else 8):
             rows, columns = -(-high // 2**halvings), -(-wide // 2**halvings)
             for deep in [[frame] for frame in {*frames, *(-(-frame // 2) for frame in frames)}] or [[]]:
