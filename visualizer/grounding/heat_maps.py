@@ -12,14 +12,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..analysis.shares import TIMES
+from ..analysis.shares import Sinks, check_sinks, sink_limit
 from ..errors import few, warn
 from ..intercept import AttentionCall, Maps
 from ..maps import AttentionMap, without_autograd
 from .recording import Look, Reader, Whose, source_of, weights_between
 from .text import no_such_word
-
-Sinks = Literal["keep", "remove"]
 
 
 def word_maps(
@@ -229,16 +227,15 @@ class WordMaps:
             negative: the negative prompt of a guidance.
             occurrence: which of several places where the word stands, counted from 0; None: the mean of all.
             encoder: which text encoder's tokens, where the layers see several; None: all.
-            sinks: "remove": without the patches that the mean of all words looks at 8 times as much as at others, or
-                without the token that draws more than half of what patches give to all words, such as the one that
-                starts the text. The others are rescaled to the same sum; removed patches are NaN.
+            sinks: "remove": without the sinks of the mean of all words, see `analysis.sinks`: patches that draw far more
+                than their share, or, where patches look at words, tokens, such as the one that starts the text. The
+                others are rescaled to the same sum; removed patches are NaN.
 
         Raises:
             ValueError: there is no such word, or nothing was kept of it; the message names close ones.
             IndexError: there is no such picture, layer, head, step, text or occurrence.
         """
-        if sinks not in ("keep", "remove"):
-            raise ValueError(f"sinks={sinks!r}: pass 'keep' or 'remove'")
+        check_sinks(sinks)
         whose = Whose(sample, negative)
         self._check(whose, picture)
         places = self._places(word, whose, encoder)
@@ -385,7 +382,7 @@ class WordMaps:
             if key[:2] == (whose, picture) and key.path in paths:
                 for one in several:
                     total += resized(one.weights.mean((0, 1)).cpu().float() / one.calls, shape, True)
-        return total > TIMES * total.mean()
+        return total > sink_limit(total.numel()) * total.mean()
 
     def _see_generate(self, source: Reader) -> None:
         """Have what `generate` is given noted."""
@@ -473,7 +470,7 @@ def resized(weights: Tensor, shape: tuple[int, ...], are_shares: bool) -> Tensor
 def _without_sink_tokens(weights: Tensor) -> Tensor:
     """What patches look at, (tokens, *grid), without the tokens that draw far more than their share, rescaled."""
     total = weights.flatten(1).mean(1)
-    is_sink = total > total.sum() / 2
+    is_sink = total > sink_limit(total.numel()).to(total) * total.mean()
     if not bool(is_sink.any()):
         return weights
     rest = weights.masked_fill(is_sink.view(-1, *[1] * (weights.ndim - 1)), 0)
