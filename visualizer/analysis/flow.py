@@ -66,8 +66,8 @@ def rollout(
             the int(discard * N * N) smallest become 0, before the residual is added. Entries that tie with the smallest
             one that stays, stay too; so does the column of key 0, the class token. The fused map of one layer is then
             in memory, N x N numbers for each image.
-        sinks: "remove": each layer without its sinks, see `without_sinks`, rescaled. In trained vision transformers a few
-            patches take most of a plain rollout.
+        sinks: "remove": each layer without its sinks, rescaled, see `without_sinks`. In trained vision transformers a
+            few patches take most of a plain rollout.
 
     Returns:
         (batch, keys) for one query; (batch, chosen queries, keys) for several; (batch, queries, keys) for all.

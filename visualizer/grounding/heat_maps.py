@@ -227,9 +227,9 @@ class WordMaps:
             negative: the negative prompt of a guidance.
             occurrence: which of several places where the word stands, counted from 0; None: the mean of all.
             encoder: which text encoder's tokens, where the layers see several; None: all.
-            sinks: "remove": without the sinks of the mean of all words, see `analysis.sinks`: patches that draw far more
-                than their share, or, where patches look at words, tokens, such as the one that starts the text. The
-                others are rescaled to the same sum; removed patches are NaN.
+            sinks: "remove": without the sinks of the mean of all words, see `analysis.sinks`: patches that draw far
+                more than their share, or, where patches look at words, tokens, such as the one that starts the text.
+                The others are rescaled to the same sum; removed patches are NaN.
 
         Raises:
             ValueError: there is no such word, or nothing was kept of it; the message names close ones.
