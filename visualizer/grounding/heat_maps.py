@@ -88,6 +88,19 @@ def word_maps(
     return WordMaps(model, words, tokens, chosen, heads == "all", steps == "all", queries == "words")
 
 
+class WordTable(NamedTuple):
+    """All words of one text and their weights on one picture; made by `WordMaps.table`."""
+
+    layers: tuple[str, ...]
+    """The paths of the layers."""
+    words: tuple[str, ...]
+    """The words' tokens, as texts; ids where the words are not known."""
+    weights: Tensor
+    """(layers, heads, words, *grid), on the grid of the layer that sees the picture finest, the mean of all calls."""
+    are_queries: bool
+    """Whether words look at patches; else patches look at words."""
+
+
 class _Key(NamedTuple):
     whose: Whose
     picture: int
@@ -270,6 +283,40 @@ class WordMaps:
             heat = heat.masked_fill(is_sink, 0)
             heat = (heat * (total / heat.sum().clamp_min(1e-12))).masked_fill(is_sink, math.nan)
         return heat
+
+    def table(self, *, picture: int = 0, sample: int = 0, negative: bool = False) -> WordTable:
+        """The weights of every token of a text that is no patch, in each layer and head; for the page of `explore`.
+
+        Layers with different numbers of heads have the mean of these. Raises as `of` does.
+        """
+        whose = Whose(sample, negative)
+        self._check(whose, picture)
+        found = {key: several for key, several in self.sums.items() if key[:2] == (whose, picture)}
+        sums = [one for several in found.values() for one in several]
+        tokens = sorted({token for one in sums for token in one.tokens})
+        place = {token: number for number, token in enumerate(tokens)}
+        has_heads = len({len(one.weights) for one in sums}) == 1
+        finest = max(tuple(one.weights.shape[2:]) for one in sums)
+        layers = tuple(dict.fromkeys(key.path for key in found))
+        table = torch.zeros(len(layers), len(sums[0].weights) if has_heads else 1, len(tokens), *finest)
+        for key, several in found.items():
+            counts = torch.zeros(len(tokens))
+            whole = table.new_zeros(table.shape[1], len(tokens), *several[0].weights.shape[2:])
+            for one in several:
+                weights = one.weights if has_heads else one.weights.mean(0, keepdim=True)
+                places = torch.tensor([place[token] for token in one.tokens])
+                whole[:, places] += weights.cpu().float() / one.calls
+                counts[places] += 1
+            whole /= counts.clamp_min(1).view(-1, *[1] * len(finest))
+            table[layers.index(key.path)] += resized(whole, (*whole.shape[:2], *finest), sums[0].are_queries)
+        texts = {text.start + at: one for text in self._source.texts(whose) for at, one in enumerate(text.tokens)}
+        words = tuple(texts.get(token, str(token)).removesuffix("</w>") for token in tokens)
+        return WordTable(layers, words, table, sums[0].are_queries)
+
+    @property
+    def texts_and_pictures(self) -> list[tuple[int, int]]:
+        """The numbers of each text, without negative prompts, and of each picture of it."""
+        return sorted({(key.whose.sample, key.picture) for key in self.sums if not key.whose.is_negative})
 
     def _check(self, whose: Whose, picture: int) -> None:
         """Raise an error where there is no such text or picture."""
