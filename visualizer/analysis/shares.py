@@ -21,6 +21,7 @@ TIMES = 8.0
 """How many times its even share a token draws that is a sink."""
 _FEW = 16  # eight times the even share of fewer tokens would be more than half of all
 _LEAST = 2.5  # of two or three tokens one always draws half
+_ROUNDS = 32  # enough but for weights each of which is half of the one before
 _TINY = 1e-12
 
 
@@ -55,7 +56,8 @@ def sinks(attention: Any, times: float = TIMES) -> Any:
             where it sees fewer than 16: there a sink draws more than half (times=8). A key counts by the mean over the
             queries that see it, without its own, and only if they are a quarter of all: so the first token of a causal
             text is no sink because early tokens see little else, nor the last because it sees itself. Rows that do not
-            sum to one count as if they did.
+            sum to one count as if they did. What is none beside a larger sink may be one among the others, so it is
+            looked again without those that were found, until there are no more.
 
     Returns:
         True or False, (batch, heads, keys); several layers are the first axis.
@@ -69,8 +71,15 @@ def sinks(attention: Any, times: float = TIMES) -> Any:
 
 def sinks_of(layer: AttentionMap, times: float = TIMES) -> Tensor:
     """Which keys of one layer are sinks, (batch, heads, keys)."""
-    drawn, limit, seen_by = _drawn(layer, times)
-    return (drawn > limit) & (seen_by >= max(1, layer.shape[2] / 4))
+    least = max(1, layer.shape[2] / 4)
+    found = torch.zeros(*layer.shape[:2], layer.shape[3], dtype=torch.bool, device=layer.device)
+    for _ in range(_ROUNDS):
+        drawn, limit, seen_by = _drawn(layer, times, found)
+        more = (drawn > limit) & (seen_by >= least)
+        if not bool(more.any()):
+            break
+        found |= more
+    return found
 
 
 def common_sinks(layers: Sequence[AttentionMap], times: float = TIMES) -> Tensor:
@@ -80,22 +89,30 @@ def common_sinks(layers: Sequence[AttentionMap], times: float = TIMES) -> Tensor
     return (drawn > limit) & (seen_by >= len(layers) * layers[0].shape[1] * max(1, layers[0].shape[2] / 4))
 
 
-def _drawn(layer: AttentionMap, times: float) -> tuple[Tensor, Tensor, Tensor]:
+def _drawn(layer: AttentionMap, times: float, without: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """What each key draws, in even shares, summed over the queries that see it; how much a sink would draw; and how
-    many these are: each (batch, heads, keys)."""
+    many these are: each (batch, heads, keys). `without` are keys of each head that do not count."""
     batch, heads, queries, keys = layer.shape
     drawn, limit, seen_by = torch.zeros(3, batch, heads, keys, dtype=layer.dtype, device=layer.device)
     own = torch.arange(queries, device=layer.device) + keys - queries  # with a cache the last query is the last key
-    numbers = torch.arange(keys, device=layer.device)
     for part, rows in layer.chunks():
         rows = rows.nan_to_num(0)
+        rows = rows if without is None else rows.masked_fill_(without[:, :, None], 0)
+        if layer.kind != "cross":  # the row's own key counts among the keys that it sees, but draws nothing
+            at = torch.arange(len(rows[0, 0]), device=layer.device)[own[part] >= 0]
+            own_weights = rows[:, :, at, own[part][at]]
         is_seen = (rows > 0).to(rows.dtype)
-        if layer.kind != "cross":
-            is_seen *= numbers != own[part][:, None]
-        seen = (rows > 0).sum(-1, keepdim=True)
-        drawn += (rows * is_seen * (seen / rows.sum(-1, keepdim=True).clamp_min(_TINY))).sum(2)
-        limit += (is_seen * sink_limit(seen, times)).sum(2)
+        seen, sums = is_seen.sum(-1), rows.sum(-1).clamp_min_(_TINY)
+        limits = sink_limit(seen, times).to(rows)
+        factors = seen / sums
+        drawn += (factors[:, :, None] @ rows)[:, :, 0]
+        limit += (limits[:, :, None] @ is_seen)[:, :, 0]
         seen_by += is_seen.sum(2)
+        if layer.kind != "cross":
+            places = own[part][at].expand(batch, heads, -1)
+            drawn.scatter_add_(2, places, -factors[:, :, at] * own_weights)
+            limit.scatter_add_(2, places, -limits[:, :, at] * (own_weights > 0))
+            seen_by.scatter_add_(2, places, -(own_weights > 0).to(rows))
     return drawn, limit, seen_by
 
 

@@ -107,10 +107,10 @@ def explore(
     """
     where: Patches = {"layout": layout, "grid": grid, "prefix_tokens": prefix_tokens}
     if isinstance(maps, WordMaps):
-        others = {"tokens": tokens, "query_tokens": query_tokens, "key_tokens": key_tokens, **where}
-        if wrong := [name for name, value in others.items() if value is not None]:
+        words = {"tokens": tokens, "query_tokens": query_tokens, "key_tokens": key_tokens, "processor": processor}
+        if wrong := [name for name, value in {**words, **where}.items() if value is not None]:
             raise ValueError(f"{wrong[0]}= is known: word_maps knows its words and where the patches lie; leave it out")
-        return Explorer(examples_of_word_maps(maps, image, batch, title, sinks))
+        return Explorer(examples_of_word_maps(maps, image, batch, printable(title) if title else "", sinks))
     layers = _read_layers(maps, image is not None)
     tokens = getattr(tokens, "tolist", lambda: tokens)()
     size, _, queries, keys = layers[0].shape
