@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import vision_language
 from PIL import Image
 
-from visualizer import AttentionMap, VisualizerWarning, analysis, attention, capture, explore, load
+from visualizer import AttentionMap, VisualizerWarning, analysis, attention, capture, explore, load, word_maps
 from visualizer.explorer import coding, page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -635,6 +636,128 @@ def sunk(queries, heads=3):
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-9) * 10
     weights[..., 0] = 1 - weights[..., 1:].sum(-1)
     return weights
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """A model that wrote four words about two pictures, as word maps and as its own eager attentions."""
+    torch.manual_seed(0)
+    model, prompt, _ = vision_language.qwen2_vl()
+    model.eval().set_attn_implementation("eager")
+    with torch.no_grad(), word_maps(model, tokenizer=vision_language.Tokenizer(), heads="all") as looks:
+        model.generate(**prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        attentions = model(**prompt, output_attentions=True).attentions
+    return looks, attentions, prompt["input_ids"]
+
+
+class TestWordsAndPictures:
+    """What words look at on pictures: of `word_maps`, and of maps whose tokens are words and patches alike."""
+
+    PICTURES = tuple(np.random.default_rng(0).random((24, wide, 3)) for wide in (36, 24))
+
+    def test_each_word_and_picture_of_word_maps(self, qwen):
+        looks, _, _ = qwen
+        made = explore(looks, image=self.PICTURES)
+        about = described(made)["examples"]
+        assert ["picture 0", "picture 1"] == [one["title"] for one in about]
+        for number, one in enumerate(about):
+            words = one["sides"][0]["labels"]
+            assert [0, 1, "all"] == one["numbers"]
+            assert ["<s>", "<vision>", "</vision>", "␣a"] == words[:4]
+            assert 7 + 3 == len(words), "given and generated"
+            weights = decoded(made, number).reshape(3, 2, len(words), *one["sides"][1]["grid"])
+            cat = [
+                [looks.of("cat", picture=number, layer=layer, head=head, occurrence=0).numpy() for head in range(2)]
+                for layer in range(2)
+            ]
+            np.testing.assert_allclose(weights[:2, :, words.index("␣cat")], cat, rtol=0.016, atol=1e-4)
+            np.testing.assert_allclose(weights[2], weights[:2].mean(0), rtol=0.02, atol=1e-4)
+        assert "picture 1" not in explore(looks, image=[self.PICTURES], batch=0).html[:200]
+
+    def test_maps_of_the_prompt_with_ids_or_words(self, qwen):
+        looks, attentions, ids = qwen
+        pages = [
+            explore(attentions, tokens=tokens, image=self.PICTURES, processor=processor, grid=None)
+            for tokens, processor in (
+                (ids, vision_language.Tokenizer()),
+                (vision_language.Tokenizer().convert_ids_to_tokens(ids[0].tolist()), None),
+            )
+        ]
+        assert pages[0].html == pages[1].html
+        labels = described(pages[0])["examples"][1]["sides"][0]["labels"]
+        weights, expected = decoded(pages[0], 1)[:2], decoded(explore(looks, image=self.PICTURES), 1)[:2]
+        assert ["</vision>", "␣cat"] == labels[-2:]
+        np.testing.assert_allclose(weights, expected[:, :, : len(labels)], rtol=0.03, atol=1e-4)
+
+    def test_patches_that_the_maps_know(self):
+        torch.manual_seed(0)
+        model, prompt, _ = vision_language.llava()
+        with torch.no_grad(), attention(model.eval(), tokenizer=vision_language.Tokenizer()) as maps:
+            model.generate(**prompt, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        squares = [np.ones((12, 12, 3))] * 3
+        about = described(explore(maps, image=squares))["examples"]
+        assert [[3, 3]] * 3 == [one["sides"][1]["grid"] for one in about]
+        assert ["<s>", "␣a", "␣cat", "␣dog"] == about[2]["sides"][0]["labels"][:4]
+        with pytest.raises(ValueError, match=r"image= has 5 pictures, and 2 lie in the text.* word_maps"):
+            explore(maps, image=squares + squares[:2])
+
+    def test_sinks_are_removed_from_rows_on_a_picture(self):
+        """In the last layer all words look at one patch of nine."""
+        torch.manual_seed(0)
+        model, prompt, _ = vision_language.llava()
+        with torch.no_grad(), word_maps(model.eval()) as looks:
+            model(**prompt)
+        for key, several in looks.sums.items():
+            if "layers.1" in key.path:
+                several[0].weights[..., 1, 2] += 9 * several[0].weights.sum((-1, -2))
+        page, clean = (explore(looks, image=self.PICTURES[1:] * 3, sinks=sinks) for sinks in ("keep", "remove"))
+        [raw, left] = [decoded(one)[:, 0, 1:] for one in (page, clean)]  # without the first word, which sees none
+        assert left[1, -1, 5] == 0 < raw[1, -1, 5]
+        np.testing.assert_allclose(raw[0], left[0], rtol=0.02)
+        np.testing.assert_allclose(raw.sum(-1), left.sum(-1), rtol=0.02)
+        assert [False, True] == [described(one)["examples"][0]["clean"] for one in (page, clean)]
+
+    @pytest.mark.parametrize(
+        ("call", "words"),
+        [
+            (lambda looks, maps, ids: explore(looks, tokens=["a"]), ["tokens= is known", "word_maps"]),
+            (lambda looks, maps, ids: explore(looks, image=[np.ones((24, 24, 3))] * 3), ["has 3 pictures", "2 lie in"]),
+            (lambda looks, maps, ids: explore(looks, batch=1), ["there are 1 images or texts"]),
+            (lambda looks, maps, ids: explore(looks, sinks="hide"), ["sinks='hide'"]),
+            (lambda looks, maps, ids: explore(maps, sinks="hide"), ["sinks='hide'"]),
+            (lambda looks, maps, ids: explore(maps, image=np.ones((4, 4, 3)), processor=looks), ["maps have no ids"]),
+            (
+                lambda looks, maps, ids: explore(maps, tokens=ids, image=np.ones((4, 4, 3))),
+                ["no token stands for its patches", "'5'", "processor=", "key_tokens="],
+            ),
+            (
+                lambda looks, maps, ids: explore(
+                    maps, tokens=ids, image=[np.ones((40, 40, 3))] * 2, processor=vision_language.Tokenizer()
+                ),
+                ["cannot tell the patch grid of 6 tokens", "grid=(rows, columns)", "word_maps(model"],
+            ),
+        ],
+    )
+    def test_what_does_not_fit_says_what_to_do(self, qwen, call, words):
+        with pytest.raises((ValueError, IndexError)) as caught:
+            call(*qwen)
+        for word in words:
+            assert word in str(caught.value)
+
+    @needs_browser
+    def test_the_page_opens_on_the_last_word_over_all_layers(self, open_page, qwen):
+        looks, _, _ = qwen
+        tab = open_page(explore(looks, image=self.PICTURES, title="two pictures"))
+        assert (2, "mean", 0, [9]) == tuple(tab.state()[name] for name in ("layer", "head", "side", "tokens"))
+        assert "mean of 2 layers, mean of 2 heads" in tab.text("#readout")
+        assert "% of its attention is on this picture" in tab.text("#readout")
+        assert ["0", "1", "all"] == tab.page.locator("#layer option").all_inner_texts()
+        assert ["Words", "Picture"] == tab.page.locator(".side h2").all_inner_texts()
+        tab.page.select_option("#example", "1")
+        tab.page.select_option("#layer", "0")
+        assert "layer 0, mean of 2 heads" in tab.text("#readout")
+        assert "example=1&layer=0&" in tab.page.evaluate("location.hash")
 
 
 @needs_browser

@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from plots import frames, hot, maps_of, no_figure_left, pixel  # noqa: F401
 
-from visualizer import AttentionMap, Layout, VisualizerWarning, plot
+from visualizer import AttentionMap, Layout, VisualizerWarning, analysis, plot
 from visualizer.layout import Part
 
 
@@ -366,6 +366,65 @@ class TestKeywords:
             call()
         for part in parts:
             assert part in str(caught.value)
+
+
+class TestSinks:
+    """`sinks="remove"` in every plot of maps: the weights of `analysis.without_sinks`, and a title that says so."""
+
+    WITH = 0.4 * maps_of(2, 1, 2, 17, 17) + 0.6 * np.eye(17)[5]  # all look at one patch
+    CALLS = pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("head", {"layer": 1, "head": 0}),
+            ("heads", {}),
+            ("heads", {"query": 0}),
+            ("tokens", {"layer": 0, "head": 1, "tokens": list("abcdefghijklmnopq")}),
+            ("layers", {}),
+            ("layers", {"query": (1, 2), "head": "mean"}),
+            ("query", {"query": 3}),
+            ("class_token", {}),
+            ("rollout", {}),
+        ],
+    )
+
+    @staticmethod
+    def drawn(figure):
+        return [np.asarray(image.get_array()) for ax in figure.axes for image in ax.images]
+
+    @CALLS
+    def test_plots_draw_what_is_left(self, name, options):
+        raw, clean, expected = (
+            getattr(plot, name)(maps, **options, **more)
+            for maps, more in (
+                (self.WITH, {}),
+                (self.WITH, {"sinks": "remove"}),
+                (analysis.without_sinks(self.WITH), {}),
+            )
+        )
+        figures = [getattr(one, "figure", one) for one in (raw, clean, expected)]
+        one, two, three = map(self.drawn, figures)
+        for left, right in zip(two, three, strict=True):
+            np.testing.assert_array_equal(left, right)
+        assert any(not np.array_equal(left, right) for left, right in zip(one, two, strict=True))
+        titles = [one.get_suptitle() if isinstance(one, Figure) else one.get_title() for one in (raw, clean)]
+        assert titles[1] == ", ".join(filter(None, (titles[0], "sinks removed")))
+
+    def test_windows_and_arrays_of_several_images_are_read_as_without(self):
+        windows = np.concatenate([self.WITH[0][:, :, 1:, 1:]] * 4)
+        windows /= windows.sum(-1, keepdims=True)
+        ax = plot.query(windows, query=(2, 5), grid=(8, 8), window=4, sinks="remove")
+        assert "sinks removed" in ax.get_title()
+        with pytest.warns(VisualizerWarning, match="pass batch=0 if that is right"):
+            plot.heads(np.concatenate([self.WITH[0]] * 2), sinks="remove")
+
+    @CALLS
+    def test_other_words_are_refused(self, name, options):
+        with pytest.raises(ValueError, match="sinks='hide': pass 'keep' or 'remove'"):
+            getattr(plot, name)(self.WITH, **options, sinks="hide")
+
+    def test_plots_of_other_things_have_no_sinks(self):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'sinks'"):
+            plot.overlay(np.eye(4), sinks="remove")
 
 
 class TestPadding:

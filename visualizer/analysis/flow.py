@@ -22,6 +22,7 @@ from .layers import (
     layers_of,
     like_input,
 )
+from .shares import Sinks, check_sinks, without_sinks
 
 __all__ = ["attention_flow", "cross_relevance", "gradient_rollout", "relevance", "rollout"]
 
@@ -36,6 +37,7 @@ def rollout(
     heads: Reduction = "mean",
     residual: float = 0.5,
     discard: float = 0.0,
+    sinks: Sinks = "keep",
 ) -> Any:
     """How much each token of the input flows into a query after all layers: the attention rollout.
 
@@ -64,6 +66,8 @@ def rollout(
             the int(discard * N * N) smallest become 0, before the residual is added. Entries that tie with the smallest
             one that stays, stay too; so does the column of key 0, the class token. The fused map of one layer is then
             in memory, N x N numbers for each image.
+        sinks: "remove": each layer without its sinks, rescaled, see `without_sinks`. In trained vision transformers a
+            few patches take most of a plain rollout.
 
     Returns:
         (batch, keys) for one query; (batch, chosen queries, keys) for several; (batch, queries, keys) for all.
@@ -74,7 +78,7 @@ def rollout(
         IndexError: there is no such query.
     """
     read = layers_of(attention)
-    maps = read.layers
+    maps = without_sinks(read.layers) if check_sinks(sinks) else read.layers
     check_heads(heads)
     check_residual(residual)
     if not 0 <= discard < 1:

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..analysis.shares import common_sinks
 from ..maps import AttentionMap
 from ..reading import RowCheck, check_least
 from .sides import Side
@@ -56,12 +57,28 @@ class Example:
     """The keys of these weights."""
     notes: list[str] = field(default_factory=list)
     """What a reader of the page must know about the numbers."""
+    sinks: list[int] = field(default_factory=list)
+    """Keys that are sinks in the mean of all heads: a scale that reached their weights would show nothing else."""
+    has_sinks: bool = True
+    """Whether sinks are among the weights; else they were removed."""
+    part: str = ""
+    """Where all keys lie that the page has, if the rows have others too."""
+    has_mean: bool = False
+    """Whether the last layer is the mean of the others."""
+    opens: int = 0
+    """Whether the page opens on a query, 0, or on a key, 1."""
 
 
 def code_maps(
-    layers: Sequence[AttentionMap], images: Sequence[int], sides: Sequence[tuple[Side, Side]], titles: Sequence[str]
+    layers: Sequence[AttentionMap],
+    images: Sequence[int],
+    sides: Sequence[tuple[Side, Side]],
+    titles: Sequence[str],
+    part: str = "",
 ) -> list[Example]:
     """An example for each of the chosen images of the batch.
+
+    `part` says where the keys lie, where these are some of those that the rows are shared among.
 
     Raises ValueError for weights that are negative or infinite. Warns of rows with NaN and of rows that do not sum to
     one.
@@ -89,23 +106,28 @@ def code_maps(
                 np.empty((*shape[:3], count), np.float32),
                 np.empty((*shape[:3], count), np.uint16),
                 _pooling_notes(factor, query_side, key_side),
+                part=part,
             )
         )
+    are_sinks = common_sinks(layers).numpy()
+    for image, example, (_, (_, groups)) in zip(images, examples, pooled, strict=True):
+        example.sinks.extend(sorted({int(group) for group in groups[are_sinks[image]]}))
     check = RowCheck()
     for number, layer in enumerate(layers):
         sums: list[Array] = [np.zeros(example.codes.shape[1:], np.float32) for example in examples if factor > 1]
-        for part, rows in layer.chunks():
+        for queried, rows in layer.chunks():
             for at, image in enumerate(images):
                 weights = rows[image].cpu().numpy().astype(np.float32)  # (heads, some queries, keys)
                 weights = _without_nan(weights, check, f"layer {number}")
                 if factor > 1:
                     (_, query_groups), (_, key_groups) = pooled[at]
-                    _add_pooled(sums[at], weights, query_groups, key_groups, part)
+                    _add_pooled(sums[at], weights, query_groups, key_groups, queried)
                 else:
-                    _code(examples[at], number, part, weights)
+                    _code(examples[at], number, queried, weights)
         for example, whole in zip(examples, sums, strict=False):
             _code(example, number, slice(0, whole.shape[1]), whole)
-    check.warn("shown as zeros", "shown")
+    if not part:
+        check.warn("shown as zeros", "shown")
     return examples
 
 

@@ -44,16 +44,8 @@
       this.places = new Uint16Array(joinPlanes(bytes, exact * 4, exact, 2));
       this.codes = bytes.subarray(exact * 6);
       this.mixed = [];
-      this.sinks = this.findSinks();
-    }
-
-    // Keys that take a large share of all attention in the mean, as the first token of many texts does. A scale that has
-    // to reach their weights shows nothing else.
-    findSinks() {
-      const received = new Float64Array(this.keys), rows = this.values.length / this.count;
-      for (let i = 0; i < this.values.length; i++) received[this.places[i]] += this.values[i] / rows;
-      const isSink = Array.from(received, (share) => share > Math.max(0.3, 2.5 / this.keys));
-      return isSink.every(Boolean) ? isSink.fill(false) : isSink;
+      // A scale that has to reach the weights of sinks, such as a decoder's first token, shows nothing else.
+      this.sinks = Array.from({ length: this.keys }, (_, key) => example.sinks.includes(key));
     }
 
     row(layer, head, query) {
@@ -241,8 +233,8 @@
   // The token that a page opens on: the class token or the middle of a picture, the last word of a text. Never one whose
   // row is a single number, as that of a decoder's first token is.
   function opening() {
-    if (state.side === KEYS) return 0;
-    const about = example.sides[QUERIES], all = Array.from({ length: maps.queries }, (_, token) => token);
+    const about = example.sides[state.side], all = Array.from({ length: maps.sizes[state.side] }, (_, token) => token);
+    if (state.side === KEYS) return all.filter((token) => !about.special.includes(token)).pop() ?? 0;
     const order = about.grid
       ? [...all.slice(0, about.labels.length), about.labels.length + Math.floor(about.grid[0] / 2) * about.grid[1] + Math.floor(about.grid[1] / 2), ...all]
       : [...all.filter((token) => !about.special.includes(token)).reverse(), ...all.reverse()];
@@ -335,10 +327,10 @@
     state.example = numbers("example", page.examples.length)[0] ?? 0;
     state.with = numbers("with", page.examples.length)[0] ?? null;
     const one = page.examples[state.example], [layers, heads, queries, keys] = one.shape;
-    const layer = words.has("layer") ? one.numbers.indexOf(Number(words.get("layer"))) : -1;
+    const layer = words.has("layer") ? one.numbers.map(String).indexOf(words.get("layer")) : -1;
     state.layer = layer < 0 ? layers - 1 : layer;
     state.head = words.get("head") === "rollout" ? "rollout" : numbers("head", heads)[0] ?? "mean";
-    state.side = words.has("key") ? KEYS : QUERIES;
+    state.side = words.has("key") ? KEYS : words.has("query") ? QUERIES : one.opens;
     state.tokens = state.side === KEYS ? numbers("key", keys) : numbers("query", queries);
     state.lines = words.has("lines") ? numbers("lines", heads) : null;
     state.whole = words.has("whole");
@@ -710,7 +702,7 @@
   class View {
     constructor(number, title, about, maps, pictures) {
       Object.assign(this, { number, example: about, maps, colours: maps.isSigned ? diverging : viridis });
-      const titleFor = (side) => (about.same ? (about.sides[side].grid ? "Picture" : "Text") : side === QUERIES ? "Queries" : "Keys");
+      const titleFor = (side) => (about.part || about.same ? (about.sides[side].grid ? "Picture" : about.same ? "Text" : "Words") : side === QUERIES ? "Queries" : "Keys");
       this.panels = (about.same ? [KEYS] : [QUERIES, KEYS]).map((side) => {
         return new (about.sides[side].grid ? Patches : Words)(side, titleFor(side), about.sides[side], pictures[side]);
       });
@@ -925,9 +917,10 @@
 
   const short = (of, side, token) => [...label(side, token, of)].slice(0, 14).join("");
   const headName = (now) => {
-    const layer = example.numbers[now.layer];
-    if (now.head === "rollout") return now.layer ? `rollout of layers ${example.numbers[0]} to ${layer}` : `rollout of layer ${layer}`;
-    return now.head === "mean" ? `layer ${layer}, mean of ${maps.heads} heads` : `layer ${layer}, head ${now.head}`;
+    const number = example.numbers[now.layer], layer = number === "all" ? `mean of ${maps.layers - 1} layers` : `layer ${number}`;
+    if (now.head === "rollout") return now.layer ? `rollout of layers ${example.numbers[0]} to ${number}` : `rollout of ${layer}`;
+    if (maps.heads === 1) return layer;
+    return now.head === "mean" ? `${layer}, mean of ${maps.heads} heads` : `${layer}, head ${now.head}`;
   };
   const names = (now, of = example) => {
     const few = now.tokens.slice(0, 3).map((token) => quoted(now.side, token, of)).join(" + ");
@@ -1071,9 +1064,11 @@
       sum += weight;
       if (weight > 0) entropy -= weight * Math.log(weight);
     }
-    if (now.side === QUERIES && !sum) facts.push("attends to nothing");
+    if (now.side === QUERIES && example.part) facts.push(`${sum ? `${(100 * sum).toPrecision(3)} %` : "none"} of its attention is ${example.part}`);
+    else if (now.side === QUERIES && !sum) facts.push("attends to nothing");
     else if (now.side === QUERIES) facts.push(`entropy ${entropy.toFixed(2)} of at most ${Math.log(weights.length).toFixed(2)} nats`);
     else facts.push(`${((100 * sum) / weights.length).toPrecision(3)} % of all attention`);
+    if (example.clean) facts.push("sinks removed");
     $("readout").replaceChildren(before, element("b", "", who), behind, element("span", "", ` · ${facts.join(" · ")}`));
   }
 

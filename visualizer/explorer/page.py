@@ -15,6 +15,7 @@ import tempfile
 import webbrowser
 from base64 import b64encode
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 from importlib.resources import files
@@ -26,13 +27,17 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
+from ..analysis import without_sinks
 from ..analysis.layers import maps_of
-from ..layout import Layout
+from ..analysis.shares import Sinks, check_sinks
+from ..grounding import WordMaps
+from ..layout import Layout, Patches
 from ..maps import AttentionMap
 from ..reading import check_not_empty
 from ..store import check_destination
 from .coding import NOTHING, STEP, WEIGHTS, Example, code_maps, pack
-from .sides import Side, printable, read_sides
+from .sides import Side, chosen_images, for_each, printable, read_sides
+from .words import BY_WORD_MAPS, TextAndPictures, examples_of_texts, examples_of_word_maps, no_pictures
 
 MAX_BYTES = 30_000_000
 """The most bytes of a page; larger maps are reduced, and the page says how."""
@@ -51,6 +56,8 @@ def explore(
     grid: tuple[int, int] | None = None,
     prefix_tokens: int | Sequence[str] | None = None,
     batch: int | Sequence[int] | None = None,
+    processor: Any = None,
+    sinks: Sinks = "keep",
     title: str = "",
 ) -> Explorer:
     """A page to walk through the maps of all layers and heads: shown in a notebook, saved to a file or opened.
@@ -68,12 +75,15 @@ def explore(
     that loads nothing; `?` on it lists its keys.
 
     Args:
-        maps: one map, or layers of one shape: an `AttentionMap` or several; the result of `attention`, `capture` or
+        maps: what `word_maps` recorded, which knows words and patches; or one map, or layers of one shape: an
+            `AttentionMap` or several; the result of `attention`, `capture` or
             `load`; a model's tuple of attentions; a tensor or an array (queries, keys), (heads, queries, keys), (batch,
             heads, queries, keys) or (layers, batch, heads, queries, keys). Rows sum to one.
         tokens: the words of a text, one for each query; the keys are the same tokens.
         image: the picture whose patches are the keys, and the queries too if there are as many: an array or tensor
             (height, width, channels) or (channels, height, width), of integers to 255 or floats to 1, or a PIL image.
+            Of a text with pictures in it, such as the prompt of a vision-language model, the picture, or a list of
+            them in order: the page then has an example for each, with what each word looks at on it.
         query_tokens, key_tokens: the words of one side alone, in cross-attention; `image` is then the other side.
         layout: what the tokens are; None: what the maps know of them, as those that `attention` records do.
         grid: (rows, columns) of patches; None: what the maps know, or the only grid that suits the picture, or without
@@ -81,41 +91,64 @@ def explore(
         prefix_tokens: how many tokens come before the patches, or their names.
         batch: which images or texts of the batch, one or several; None: all. For several, `tokens` and `image` are
             lists with one entry for each image or text of the whole batch.
+        processor: names the tokens where these are ids: a model's processor or tokenizer of transformers.
+        sinks: "remove": without the attention sinks of each head, see `analysis.sinks`, each row rescaled to its sum;
+            the page says so.
         title: the heading of the page, and the name of the example on a page with several.
 
     Returns:
         An `Explorer`. It holds one byte for each weight and keeps no reference to the maps.
 
     Raises:
-        ValueError: there are no maps, or layers have different shapes; words or grid do not fit them; or the numbers
-            are not attention weights (negative or infinite).
+        ValueError: there are no maps, or layers have different shapes; words, pictures or grid do not fit them; or the
+            numbers are not attention weights (negative or infinite).
         TypeError: `maps` or `image` has another type.
         IndexError: there is no such image in the batch.
     """
-    layers = _read_layers(maps)
+    where: Patches = {"layout": layout, "grid": grid, "prefix_tokens": prefix_tokens}
+    if isinstance(maps, WordMaps):
+        words = {"tokens": tokens, "query_tokens": query_tokens, "key_tokens": key_tokens, "processor": processor}
+        if wrong := [name for name, value in {**words, **where}.items() if value is not None]:
+            raise ValueError(f"{wrong[0]}= is known: word_maps knows its words and where the patches lie; leave it out")
+        return Explorer(examples_of_word_maps(maps, image, batch, printable(title) if title else "", sinks))
+    layers = _read_layers(maps, image is not None)
+    tokens = getattr(tokens, "tolist", lambda: tokens)()
     size, _, queries, keys = layers[0].shape
-    images = _images(batch, size)
-    if tokens is not None and (image is not None or query_tokens is not None or key_tokens is not None):
+    images = chosen_images(batch, size)
+    if tokens is not None and (query_tokens is not None or key_tokens is not None):
         raise ValueError(
-            "tokens= names both queries and keys, so image=, query_tokens= and key_tokens= cannot be passed with it: "
-            "in cross-attention name one side by query_tokens= or key_tokens="
+            "tokens= names both queries and keys, so query_tokens= and key_tokens= cannot be passed with it: in "
+            "cross-attention name one side by query_tokens= or key_tokens="
         )
     if image is not None and any(layer.kind == "window" for layer in layers):
         raise ValueError("these layers attend within windows, which are parts of the picture: pass no image")
+    if is_clean := check_sinks(sinks):
+        layers = without_sinks(layers)
+    names = [title if len(images) == 1 else f"{title} {number}".strip() for number in images]
+    names = [printable(name) if name else "" for name in names]
     named = {"tokens": tokens, "query_tokens": query_tokens, "key_tokens": key_tokens, "image": image}
-    of_each = {name: _for_each(name, value, images, size) for name, value in named.items()}
+    of_each = {name: for_each(name, value, images, size) for name, value in named.items()}
+    of_each["tokens"] = [_words_of(one, processor, layers) for one in of_each["tokens"]]
+    if image is not None and query_tokens is None and key_tokens is None:
+        known = [layout or _shared(layers, "layout", at) for at in images]
+        found = [TextAndPictures.of(*both) for both in zip(known, of_each["tokens"], strict=True)]
+        texts = [text for text in found if text is not None and text.layout.count == queries == keys]
+        if len(texts) == len(found):
+            where = {"grid": grid, "prefix_tokens": prefix_tokens}
+            return Explorer(examples_of_texts(layers, images, texts, of_each["image"], where, names, is_clean))
+        if tokens is not None:
+            raise no_pictures(of_each["tokens"][0])
     sides = [
         read_sides(
             queries,
             keys,
             **{name: values[at] for name, values in of_each.items()},
-            where={"layout": layout, "grid": grid, "prefix_tokens": prefix_tokens},
+            where=where,
             known=(_shared(layers, "query_layout", images[at]), _shared(layers, "layout", images[at])),
         )
         for at in range(len(images))
     ]
-    names = [title if len(images) == 1 else f"{title} {number}".strip() for number in images]
-    return Explorer(code_maps(layers, images, sides, [printable(name) if name else "" for name in names]))
+    return Explorer([replace(one, has_sinks=not is_clean) for one in code_maps(layers, images, sides, names)])
 
 
 class Explorer:
@@ -164,16 +197,39 @@ class Explorer:
         return f"<Explorer: {first}>" if count == 1 else f"<Explorer: {count} examples, the first of {first}>"
 
 
-def _read_layers(maps: Any) -> list[AttentionMap]:
-    """The layers in whatever holds attention; raises ValueError if they have different shapes or an empty axis."""
+def _words_of(tokens: Any, processor: Any, layers: Sequence[AttentionMap]) -> list[str] | None:
+    """The words that the user passes, or that a processor reads from ids."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokens is None:
+        if tokenizer is not None and not any(one.layout is not None and one.layout.of(0).has_words for one in layers):
+            raise ValueError(
+                "processor= reads words from ids, and maps have no ids: pass tokens=inputs['input_ids'] with it, or "
+                "record with attention(model, processor=processor)"
+            )
+        return None
+    if tokenizer is not None and all(isinstance(one, int) for one in tokens):
+        return [str(one) for one in tokenizer.convert_ids_to_tokens(list(tokens))]
+    return [str(one) for one in tokens]
+
+
+def _read_layers(maps: Any, has_picture: bool) -> list[AttentionMap]:
+    """The layers in whatever holds attention; raises ValueError if they have different shapes or an empty axis.
+
+    Beside the layers of a text, those that look at its picture alone are left out where a picture is shown.
+    """
     layers: list[AttentionMap] = maps_of(maps).layers
     check_not_empty(layers)
+    hint = ""
+    if has_picture and len({layer.shape for layer in layers}) > 1:
+        texts = [one for one in layers if one.layout is not None and TextAndPictures.of(one.layout.of(0), None)]
+        hint = f". {BY_WORD_MAPS}" if texts else ""
+        layers = texts or layers
     for number, layer in enumerate(layers):
         if layer.shape != layers[0].shape:
             raise ValueError(
                 f"a page shows layers of one shape, (batch, heads, queries, keys): layer 0 has {layers[0].shape}, "
                 f"layer {number} has {layer.shape}. Make a page for each shape, and add them: explore(some) "
-                "+ explore(others)"
+                f"+ explore(others){hint}"
             )
     return layers
 
@@ -182,31 +238,6 @@ def _shared(layers: Sequence[AttentionMap], name: str, image: int) -> Layout | N
     """The layout of an image's queries or keys, if all layers have the same."""
     first: Layout | None = getattr(layers[0], name)
     return None if first is None or any(getattr(layer, name) != first for layer in layers) else first.of(image)
-
-
-def _images(batch: int | Sequence[int] | None, size: int) -> list[int]:
-    if batch is None:
-        return list(range(size))
-    chosen = [batch] if isinstance(batch, int) else list(batch)
-    for number in chosen:
-        if not -size <= number < size:
-            raise IndexError(f"batch={batch!r}: there are {size} images or texts, 0 to {size - 1}")
-    if not chosen:
-        raise ValueError("batch=[] chooses nothing")
-    return [number % size for number in chosen]
-
-
-def _for_each(name: str, value: Any, images: Sequence[int], size: int) -> list[Any]:
-    """The argument of that name for each chosen image: entries of a list for the whole batch, or the value for one."""
-    if value is None:
-        return [None] * len(images)
-    if isinstance(value, (list, tuple)) and len(value) == size and not isinstance(value[0], (str, int, float)):
-        return [value[number] for number in images]
-    if len(images) > 1:
-        raise ValueError(
-            f"{name}= must be a list of {size}, one for each image or text of the batch; or choose one by batch=0"
-        )
-    return [value]
 
 
 def _page(examples: Sequence[Example]) -> str:
@@ -232,12 +263,16 @@ def _page(examples: Sequence[Example]) -> str:
             {
                 "title": example.title,
                 "layers": [printable(path) if path else "" for path in example.layers],
-                "numbers": _layer_numbers(example.layers),
+                "numbers": _numbers(example),
                 "shape": example.codes.shape,
                 "top": example.top.shape[3],
                 "same": queries is keys,
                 "multiplies": example.is_one_space,
                 "sides": [described(queries), described(keys)],
+                "sinks": example.sinks,
+                "clean": not example.has_sinks,
+                "opens": example.opens,
+                "part": example.part,
             }
         )
     script, style = (_resource(name) for name in ("explore.js", "explore.css"))
@@ -259,6 +294,11 @@ def _page(examples: Sequence[Example]) -> str:
         page=_json({**page, "examples": about}),
         data="\n".join(blocks),
     )
+
+
+def _numbers(example: Example) -> list[int | str]:
+    """What the layers are called on the page."""
+    return [*_layer_numbers(example.layers[:-1]), "all"] if example.has_mean else [*_layer_numbers(example.layers)]
 
 
 def _layer_numbers(paths: Sequence[str]) -> list[int]:
@@ -310,7 +350,8 @@ def _still(example: Example) -> str:
         weights = WEIGHTS[example.codes[:, :, 0]] * example.top[:, :, 0, :1]
         cells = weights[..., len(key_side.labels) :].reshape(layers, heads, *key_side.grid)
         cells = cells / np.maximum(cells.max((2, 3), keepdims=True), 4 / keys)
-        caption = f"what {key_side.labels[0] if key_side.labels else 'the first patch'} attends to"
+        first = example.sides[0].labels
+        caption = f"what {first[0] if first else 'the first patch'} attends to"
     else:
         down, across = (np.linspace(0, count, min(count, 32) + 1).astype(int)[:-1] for count in (queries, keys))
         cells = WEIGHTS[np.minimum.reduceat(np.minimum.reduceat(example.codes, down, axis=2), across, axis=3)]

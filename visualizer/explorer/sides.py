@@ -21,7 +21,7 @@ from ..words import readable
 
 _PICTURE_SIDE = 768  # pixels, more than the page gives to a picture
 # Tokens that are not words, as tokenizers write them: [CLS], <s>, <|endoftext|>.
-_SPECIAL = r"\[[A-Z]+\d*\]|<[^<>\s]{1,40}>|<\|.{1,40}\|>"
+SPECIAL = r"\[[A-Z]+\d*\]|<[^<>\s]{1,40}>|<\|.{1,40}\|>"
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,32 @@ class Side:
         return Side(self.labels, self.special, coarse, self.picture, factor), groups
 
 
+def chosen_images(batch: int | Sequence[int] | None, size: int) -> list[int]:
+    """The numbers of the chosen images or texts of a batch; IndexError for one that is not there."""
+    if batch is None:
+        return list(range(size))
+    chosen = [batch] if isinstance(batch, int) else list(batch)
+    for number in chosen:
+        if not -size <= number < size:
+            raise IndexError(f"batch={batch!r}: there are {size} images or texts, 0 to {size - 1}")
+    if not chosen:
+        raise ValueError("batch=[] chooses nothing")
+    return [number % size for number in chosen]
+
+
+def for_each(name: str, value: Any, images: Sequence[int], size: int) -> list[Any]:
+    """The argument of that name for each chosen image: entries of a list for the whole batch, or the value for one."""
+    if value is None:
+        return [None] * len(images)
+    if isinstance(value, (list, tuple)) and len(value) == size and not isinstance(value[0], (str, int, float)):
+        return [value[number] for number in images]
+    if len(images) > 1:
+        raise ValueError(
+            f"{name}= must be a list of {size}, one for each image or text of the batch; or choose one by batch=0"
+        )
+    return [value]
+
+
 def read_sides(
     queries: int,
     keys: int,
@@ -82,7 +108,7 @@ def read_sides(
     def patches(size: int, layout: Layout | None) -> Side:
         picture = picture_of(image)
         layout = layout_of(size, where, picture, layout)
-        return _patches(layout, picture) or _named(layout)
+        return patches_of(layout, picture) or _named(layout)
 
     if query_tokens is not None or key_tokens is not None:
         if query_tokens is not None and key_tokens is not None and has_picture:
@@ -90,19 +116,21 @@ def read_sides(
         query_is_picture = query_tokens is None and has_picture
         key_is_picture = key_tokens is None and has_picture
         return (
-            patches(queries, known[0]) if query_is_picture else _words("query_tokens", query_tokens, queries, known[0]),
-            patches(keys, known[1]) if key_is_picture else _words("key_tokens", key_tokens, keys, known[1]),
+            patches(queries, known[0])
+            if query_is_picture
+            else side_of_words("query_tokens", query_tokens, queries, known[0]),
+            patches(keys, known[1]) if key_is_picture else side_of_words("key_tokens", key_tokens, keys, known[1]),
         )
     if tokens is not None and queries != keys:
         raise ValueError(
             f"tokens= names both queries and keys, but these are {queries} queries over {keys} keys: pass "
             "query_tokens= and key_tokens="
         )
-    side = patches(keys, known[1]) if has_picture else _words("tokens", tokens, keys, known[1])
-    return (side if queries == keys else _words("query_tokens", None, queries, known[0])), side
+    side = patches(keys, known[1]) if has_picture else side_of_words("tokens", tokens, keys, known[1])
+    return (side if queries == keys else side_of_words("query_tokens", None, queries, known[0])), side
 
 
-def _patches(layout: Layout, picture: Array | None) -> Side | None:
+def patches_of(layout: Layout, picture: Array | None) -> Side | None:
     """A side of named tokens and the patches behind them, the frames of a video from above; None for other tokens."""
     patches = layout.patches
     if patches is None or layout.first_patch + patches.count != layout.count:
@@ -113,17 +141,24 @@ def _patches(layout: Layout, picture: Array | None) -> Side | None:
     return Side(prefix, list(range(len(prefix))), (rows, patches.shape[-1]), shown)
 
 
+def side_of_patches(layout: Layout, picture: Array | None) -> Side:
+    """A side of the patches of a picture, where a layout has nothing else."""
+    side = patches_of(layout, picture)
+    assert side is not None
+    return side
+
+
 def _named(layout: Layout) -> Side:
     """A side of words, and of what else a layout names."""
     is_word = layout.are("text") | layout.are("patches")
     return Side(list(map(printable, layout.names)), np.flatnonzero(~is_word).tolist())
 
 
-def _words(name: str, words: Sequence[Any] | None, size: int, known: Layout | None) -> Side:
+def side_of_words(name: str, words: Sequence[Any] | None, size: int, known: Layout | None) -> Side:
     """A side of words, passed as the argument of that name; without words, of what is known, or of numbers."""
     if words is None:
         if known is not None and known.count == size:
-            return _patches(known, None) or _named(known)
+            return patches_of(known, None) or _named(known)
         return Side([str(number) for number in range(size)], [])
     if len(words) != size:
         raise ValueError(
@@ -131,7 +166,7 @@ def _words(name: str, words: Sequence[Any] | None, size: int, known: Layout | No
             f"{'keys' if name == 'key_tokens' else 'queries'}: {ALL_WORDS}"
         )
     labels = [printable(word) for word in readable(words)]
-    return Side(labels, [at for at, word in enumerate(words) if re.fullmatch(_SPECIAL, str(word))])
+    return Side(labels, [at for at, word in enumerate(words) if re.fullmatch(SPECIAL, str(word))])
 
 
 def _jpeg(picture: Any) -> bytes:

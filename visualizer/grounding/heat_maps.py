@@ -14,14 +14,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..analysis.shares import TIMES
+from ..analysis.shares import Sinks, check_sinks, sink_limit
 from ..errors import few, warn
 from ..intercept import AttentionCall, Maps
 from ..maps import AttentionMap, without_autograd
 from ..words import no_such_word
 from .recording import FORMER, Look, Plan, Whose, source_of
-
-Sinks = Literal["keep", "remove"]
 
 
 def word_maps(
@@ -90,6 +88,19 @@ def word_maps(
     if any(not isinstance(layer, str) for layer in chosen or ()):
         raise TypeError(f"layers={layers!r}: pass paths or patterns of paths, such as '*attn2'")
     return WordMaps(model, words, tokens, chosen, heads == "all", steps == "all", queries == "words")
+
+
+class WordTable(NamedTuple):
+    """All words of one text and their weights on one picture; made by `WordMaps.table`."""
+
+    layers: tuple[str, ...]
+    """The paths of the layers."""
+    words: tuple[str, ...]
+    """The words' tokens, as texts; ids where the words are not known."""
+    weights: Tensor
+    """(layers, heads, words, *grid), on the grid of the layer that sees the picture finest, the mean of all calls."""
+    are_queries: bool
+    """Whether words look at patches; else patches look at words."""
 
 
 class _Key(NamedTuple):
@@ -268,16 +279,15 @@ class WordMaps:
             negative: the negative prompt of a guidance.
             occurrence: which of several places where the word stands, counted from 0; None: the mean of all.
             encoder: which text encoder's tokens, where the layers see several; None: all.
-            sinks: "remove": without the patches that the mean of all words looks at 8 times as much as at others, or
-                without the token that draws more than half of what patches give to all words, such as the one that
-                starts the text. The others are rescaled to the same sum; removed patches are NaN.
+            sinks: "remove": without the sinks of the mean of all words, see `analysis.sinks`: patches that draw far
+                more than their share, or, where patches look at words, tokens, such as the one that starts the text.
+                The others are rescaled to the same sum; removed patches are NaN.
 
         Raises:
             ValueError: there is no such word, or nothing was kept of it; the message names close ones.
             IndexError: there is no such picture, layer, head, step, text or occurrence.
         """
-        if sinks not in ("keep", "remove"):
-            raise ValueError(f"sinks={sinks!r}: pass 'keep' or 'remove'")
+        check_sinks(sinks)
         whose = Whose(sample, negative)
         heats, _, are_queries = self._of_heads(word, whose, picture, layer, head, step, occurrence, encoder, sinks)
         heat = heats[_that_point(heats)].mean(0) if head == "pointing" else heats.mean(0)
@@ -352,6 +362,40 @@ class WordMaps:
             wanted = few([str(token) for several in places for token in several])
             raise ValueError(f"nothing was kept of {word!r}, the tokens {wanted}: {self._source.missing}")
         return torch.cat(_alike(by_layer, are_queries)), names, are_queries
+
+    def table(self, *, picture: int = 0, sample: int = 0, negative: bool = False) -> WordTable:
+        """The weights of every token of a text that is no patch, in each layer and head; for the page of `explore`.
+
+        Layers with different numbers of heads have the mean of these. Raises as `of` does.
+        """
+        whose = Whose(sample, negative)
+        self._check(whose, picture)
+        found = {key: several for key, several in self.sums.items() if key[:2] == (whose, picture)}
+        sums = [one for several in found.values() for one in several]
+        tokens = sorted({token for one in sums for token in one.tokens})
+        place = {token: number for number, token in enumerate(tokens)}
+        has_heads = len({len(one.weights) for one in sums}) == 1
+        finest = max(tuple(one.weights.shape[2:]) for one in sums)
+        layers = tuple(dict.fromkeys(key.path for key in found))
+        table = torch.zeros(len(layers), len(sums[0].weights) if has_heads else 1, len(tokens), *finest)
+        for key, several in found.items():
+            counts = torch.zeros(len(tokens))
+            whole = table.new_zeros(table.shape[1], len(tokens), *several[0].weights.shape[2:])
+            for one in several:
+                weights = one.weights if has_heads else one.weights.mean(0, keepdim=True)
+                places = torch.tensor([place[token] for token in one.tokens])
+                whole[:, places] += weights.cpu().float() / one.calls
+                counts[places] += 1
+            whole /= counts.clamp_min(1).view(-1, *[1] * len(finest))
+            table[layers.index(key.path)] += resized(whole, (*whole.shape[:2], *finest), sums[0].are_queries)
+        texts = {text.start + at: one for text in self._source.texts(whose) for at, one in enumerate(text.tokens)}
+        words = tuple(texts.get(token, str(token)).removesuffix("</w>") for token in tokens)
+        return WordTable(layers, words, table, sums[0].are_queries)
+
+    @property
+    def texts_and_pictures(self) -> list[tuple[int, int]]:
+        """The numbers of each text, without negative prompts, and of each picture of it."""
+        return sorted({(key.whose.sample, key.picture) for key in self.sums if not key.whose.is_negative})
 
     def _check(self, whose: Whose, picture: int) -> None:
         """Raise an error where there is no such text or picture."""
@@ -496,7 +540,7 @@ class WordMaps:
                 for one in several:
                     weights = self._on_patches(one.weights.mean((0, 1)), whose).cpu().float()
                     total += resized(weights / one.calls, shape, True)
-        return total > TIMES * total.mean()
+        return total > sink_limit(total.numel()) * total.mean()
 
     def _see_generate(self) -> None:
         """Have what `generate` is given noted."""
@@ -628,7 +672,7 @@ def _that_point(heats: Tensor, count: int = 3) -> list[int]:
 def _without_sink_tokens(weights: Tensor) -> Tensor:
     """What patches look at, (heads, tokens, *grid), without tokens that draw far more than their share, rescaled."""
     total = weights.mean(0).flatten(1).mean(1)
-    is_sink = total > total.sum() / 2
+    is_sink = total > sink_limit(total.numel()).to(total) * total.mean()
     if not bool(is_sink.any()):
         return weights
     rest = weights.masked_fill(is_sink.view(-1, *[1] * (weights.ndim - 2)), 0)

@@ -15,7 +15,17 @@ from .canvas import LABEL, colour_bar, full_rows, mosaic, shrunk, write_title
 from .look import Keywords, Look, OverPicture, exceeds, matrix_top, row_top
 from .matrices import matrices
 from .over_picture import blend_over, panels_over_picture
-from .selection import QUERY_NEEDED, Choice, find_query, head_words, read_layers, same_shape, select_layers, token_axes
+from .selection import (
+    QUERY_NEEDED,
+    Choice,
+    find_query,
+    head_words,
+    note_of,
+    read_layers,
+    same_shape,
+    select_layers,
+    token_axes,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +58,7 @@ def layers(
     'layer 11'
 
     Args:
-        maps, batch, vmin, cbar: as in `head`. All layers have the same number of heads and of tokens.
+        maps, batch, vmin, cbar, sinks: as in `head`. All layers have the same number of heads and of tokens.
         image: the picture that the patches cover, where `query` is given.
         head: None: the canvas of all heads; an index, "mean", "max" or "min": a strip of one map for each layer.
         query: None: whole matrices. A patch (row, column) or a token's index (0: the class token): only what it attends
@@ -112,6 +122,8 @@ def layers(
             )
         if reduction := head_words(maps[0], head):
             words.append(reduction)
+    if note := note_of(maps):
+        words.append(note)
     if words or look.title:
         write_title(figure, look.title, ", ".join(words))
     return figure

@@ -9,25 +9,30 @@ A plot names a group of keywords once in its header and reads them in one line:
         look = _OPTIONS.look(options)
 
 Type checkers and editors read the names and types from the group. `show` writes them with their defaults into the
-signature that `help` and `inspect.signature` give, and `look` refuses any other name.
+signature that `help` and `inspect.signature` give, and `look` refuses any other name. A plot of maps is handed them as
+`read_maps` reads them, so that it knows nothing of `sinks`.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast, get_args
 
 import numpy as np
 
 from ..errors import did_you_mean
 from ..layout import Patches
 from ..reading import Array
+from .selection import read_maps
 
 if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Colormap
+
+    from ..analysis.shares import Sinks
 
 Style = Literal["overlay", "mask"]
 
@@ -56,7 +61,17 @@ class Blend(TypedDict, total=False):
     smooth: bool
 
 
-class OverPicture(Patches, Blend, Scale, total=False):
+class OfMaps(TypedDict, total=False):
+    """The keyword of any plot of maps: whether sinks stay in them."""
+
+    sinks: Sinks
+
+
+class Matrix(Scale, OfMaps, total=False):
+    """All keywords of a plot of maps as matrices."""
+
+
+class OverPicture(Patches, Blend, Scale, OfMaps, total=False):
     """All keywords of a plot of weights over the picture that their patches cover."""
 
 
@@ -94,7 +109,7 @@ class Keywords:
     """
 
     def __init__(self, group: type, **defaults: Any) -> None:
-        defaults = {field.name: field.default for field in fields(Look)} | defaults
+        defaults = {"sinks": "keep"} | {field.name: field.default for field in fields(Look)} | defaults
         self._annotations = {
             name: getattr(annotation, "__forward_arg__", annotation)
             for name, annotation in group.__annotations__.items()
@@ -102,15 +117,16 @@ class Keywords:
         self._defaults = {name: defaults.get(name) for name in self._annotations}
 
     def show(self, plot: _Plot) -> _Plot:
-        """Decorate a plot: its signature shows these keywords in place of `**options`."""
+        """Decorate a plot: its signature shows these keywords in place of `**options`, and its maps are read."""
         signature = inspect.signature(plot)
+        drawn: Any = _of_maps(plot) if "sinks" in self._annotations else plot
         named = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
         shared = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=self._annotations[name])
             for name, default in self._defaults.items()
         ]
-        plot.__signature__ = signature.replace(parameters=named + shared)  # type: ignore[attr-defined]
-        return plot
+        drawn.__signature__ = signature.replace(parameters=named + shared)
+        return cast(_Plot, drawn)
 
     def look(self, options: Mapping[str, Any]) -> Look:
         """The look that a call asks for. Raises TypeError for a keyword that the plot does not have."""
@@ -119,6 +135,16 @@ class Keywords:
                 raise TypeError(f"unexpected keyword argument {name!r}{did_you_mean(self._defaults, name)}")
         chosen = {**self._defaults, **options}
         return Look(**{field.name: chosen[field.name] for field in fields(Look) if field.name in chosen})
+
+
+def _of_maps(plot: Callable[..., Any]) -> Callable[..., Any]:
+    """The plot, which draws its maps with or without their sinks."""
+
+    @functools.wraps(plot)
+    def draw(maps: Any, *args: Any, sinks: Sinks = "keep", **options: Any) -> Any:
+        return plot(read_maps(maps, sinks, options), *args, **options)
+
+    return draw
 
 
 def matrix_top(weights: Array) -> float:

@@ -14,7 +14,7 @@ from ..layout import Indices, picture_of
 from ..reading import Array
 from ..words import readable
 from .canvas import axes_of, colour_bar, full_rows, label_ticks, panels, write_title
-from .look import Keywords, Look, OverPicture, Scale, exceeds, matrix_top
+from .look import Keywords, Look, Matrix, OverPicture, exceeds, matrix_top
 from .over_picture import panels_over_picture
 from .selection import QUERY_NEEDED, Choice, select, select_row
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["head", "heads", "tokens"]
 
-_OPTIONS = Keywords(Scale)
+_OPTIONS = Keywords(Matrix)
 _HEADS = Keywords(OverPicture, cmap=None)
 
 
@@ -38,7 +38,7 @@ def head(
     ax: Axes | None = None,
     xticklabels: Sequence[str] | None = None,
     yticklabels: Sequence[str] | None = None,
-    **options: Unpack[Scale],
+    **options: Unpack[Matrix],
 ) -> Axes:
     """One head's map as a matrix, queries down and keys across.
 
@@ -57,6 +57,8 @@ def head(
             on both sides.
         cmap, vmin, vmax, cbar: colours, as in matplotlib. vmax=None: the 99.5th percentile, so that a few large
             weights do not leave the others dark. The colour bar is pointed where weights lie past its end.
+        sinks: "remove": without the attention sinks of each head, see `analysis.sinks`, each row rescaled to its sum;
+            the title says so.
         title: None: the layer and the head.
 
     Raises:
@@ -96,7 +98,7 @@ def heads(
     >>> over = heads([np.full((1, 6, 17, 17), 1 / 17)], np.zeros((56, 56, 3)), query=0)  # of the class token
 
     Args:
-        maps, layer, batch, vmin, vmax, cbar: as in `head`; by default the last layer.
+        maps, layer, batch, vmin, vmax, cbar, sinks: as in `head`; by default the last layer.
         image: the picture that the patches cover, where `query` is given.
         query: None: whole matrices. Else only what it attends to, over the patches; a patch, a token's index or a word.
         layout, grid, image_size, patch_size, prefix_tokens, style, smooth: as in `query`.
@@ -147,7 +149,7 @@ def tokens(
     head: Choice | None = None,
     batch: Choice | None = None,
     ax: Axes | None = None,
-    **options: Unpack[Scale],
+    **options: Unpack[Matrix],
 ) -> Axes:
     """Which token attends to which: a matrix with the words at its sides.
 
@@ -156,7 +158,7 @@ def tokens(
     ['[CLS]', 'cat', '$5']
 
     Args:
-        maps, layer, head, batch, ax, cmap, vmin, cbar, title: as in `head`.
+        maps, layer, head, batch, ax, cmap, vmin, cbar, sinks, title: as in `head`.
         tokens: the words of the queries, and of the keys too unless `key_tokens` has those (cross-attention). None:
             what the maps know, as those of `attention(model, tokenizer=...)` do. Pieces of a tokenizer become text, and
             white space is made visible. Where not all words fit, every second or third and so on is written. Arabic and

@@ -11,9 +11,9 @@ import numpy as np
 from ..layout import Layout, Patches, Size, layout_of, picture_of
 from ..reading import Array, Reduction, as_numbers
 from .canvas import LABEL, axes_of, lay_out, panel_size, panels, write_title
-from .look import Blend, Colours, Keywords, Look, OverPicture, Scale
+from .look import Blend, Colours, Keywords, Look, OfMaps, OverPicture, Scale
 from .over_picture import draw_row, figure_size, sheet_size, spread
-from .selection import Choice, Row, head_words, read_layers, select_mean_row, select_row, token_axes
+from .selection import Choice, Row, head_words, note_of, read_layers, select_mean_row, select_row, token_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ class _OnPicture(Blend, Scale, total=False):
     """The keywords of `overlay`, which takes weights of patches."""
 
 
-class _Beside(Patches, Blend, Colours, total=False):
+class _Beside(Patches, Blend, Colours, OfMaps, total=False):
     """The keywords of `rollout`, whose panels have a colour scale each."""
 
 
@@ -60,8 +60,8 @@ def query(
     only one grid makes square patches on it; without a picture the patches must form a square.
 
     Args:
-        maps, layer, head, batch, ax, cmap, vmin, cbar, title: as in `head`; by default the mean of the last layer's
-            heads.
+        maps, layer, head, batch, ax, cmap, vmin, cbar, sinks, title: as in `head`; by default the mean of the last
+            layer's heads.
         image: the picture that the patches cover: an array, a tensor or a PIL image, or the frames of a video; None:
             the weights alone. It is the picture as the model saw it, at any size: a warning says where it has other
             proportions.
@@ -175,6 +175,7 @@ def rollout(
         query: as in `query`; None: the class token, or what all patches attend to in the mean where the model is known
             to have none.
         heads, residual, discard: as in `analysis.rollout`; `heads` reduces the last layer too.
+        sinks: as in `head`: "remove" shows what a few patches that draw most of a rollout hide.
         batch: the index of one image.
         title: above all panels; None: the query.
 
@@ -214,7 +215,7 @@ def rollout(
     ):
         draw_row(weights, layout, behind, look, ax=ax, framed=row.framed, label=label)
         ax.set_title(text)
-    write_title(figure, look.title, f"query: {row.name}")
+    write_title(figure, look.title, ", ".join(filter(None, (f"query: {row.name}", note_of(layers)))))
     lay_out(figure)
     return figure
 

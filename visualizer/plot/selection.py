@@ -8,15 +8,18 @@ rows that are drawn are computed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import numpy as np
 
 from ..errors import warn
 from ..layout import Indices, Layout, Patches, Size, layout_in_windows, layout_of
 from ..reading import Array, Reduction, RowCheck, as_numbers, check_not_empty, is_array, layers_in
+
+if TYPE_CHECKING:
+    from ..analysis.shares import Sinks
 
 Choice: TypeAlias = int | Reduction
 
@@ -96,7 +99,7 @@ def select(
     weights = np.stack([_image(one, layers, batch, head, all_heads, query, check) for one in chosen])
     check.warn("left blank", "drawn")
     weights = _reduce(weights, layer if at is None else None, axis=0)[0]
-    words = [_words("layer", layer, at, len(layers)), "" if all_heads else head_words(chosen[0], head)]
+    words = [_words("layer", layer, at, len(layers)), "" if all_heads else head_words(chosen[0], head), note_of(layers)]
     selection = Selection(weights, ", ".join(word for word in words if word), axes)
     if query is None:
         weights = weights[:, selection.queries][..., selection.keys]
@@ -273,7 +276,7 @@ def select_mean_row(
         is_patch = places[number] >= 0
         whole[..., place[is_patch]] += window[..., is_patch]
     chosen = select([whole[:, :, None]], layer=None, batch=batch, head=head, query=0)
-    label = ", ".join(filter(None, (_words("layer", layer, at, len(layers)), chosen.label)))
+    label = ", ".join(filter(None, (_words("layer", layer, at, len(layers)), chosen.label, note_of(layers))))
     name = f"mean of {patches.count} patches"
     return Row(chosen.weights[0], replace(layout, windows=None), label, name, None, layout.count)
 
@@ -306,6 +309,26 @@ def head_words(layer: Any, head: Choice | None) -> str:
     """Such as "head 3" or "mean of 6 heads"; empty if the layer has one head."""
     heads = int(layer.shape[1])
     return _words("head", head, _position("head", head, heads, [layer]), heads)
+
+
+def read_maps(maps: Any, sinks: Sinks, options: Mapping[str, Any]) -> Any:
+    """What a plot draws of the maps that it is passed: these, or a map of each layer without its sinks.
+
+    `options` are the plot's other keywords. Raises as `read_layers` and `analysis.without_sinks` do, and ValueError for
+    `sinks` that are neither "keep" nor "remove".
+    """
+    if isinstance(sinks, str) and sinks == "keep":
+        return maps
+    from ..analysis.shares import check_sinks, without_sinks
+
+    check_sinks(sinks)
+    # Of windows, the first axis cannot be the layers.
+    return without_sinks(read_layers(maps, options.get("batch") if options.get("window") is None else 0))
+
+
+def note_of(layers: Sequence[Any]) -> str:
+    """What a title says of the weights, such as "sinks removed"; empty if they are as the model has them."""
+    return str(getattr(getattr(layers[0], "source", None), "note", ""))
 
 
 def same_shape(layers: Sequence[Any], user: str) -> None:
