@@ -6,10 +6,12 @@ Tokens and titles reach the page as JSON in a block that does not run, and the d
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import json
 import math
+import operator
 import os
 import tempfile
 import webbrowser
@@ -26,7 +28,7 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
-from ..analysis.layers import maps_of
+from ..analysis.layers import maps_of, merged_into
 from ..layout import Layout
 from ..maps import AttentionMap
 from ..reading import check_not_empty
@@ -65,12 +67,14 @@ def explore(
     >>> both = page + explore(maps, grid=(2, 2), title="a picture")     # 1 class token and 2 x 2 patches
 
     Point at a word or a patch to see what it attends to in every head, click to keep it. The page is one file
-    that loads nothing; `?` on it lists its keys.
+    that loads nothing; `?` on it lists its keys. Of a model whose layers merge patches, such as a Swin, it has an
+    example for each size of the grid; windows that `attention` knows are shown as parts of the whole picture.
 
     Args:
-        maps: one map, or layers of one shape: an `AttentionMap` or several; the result of `attention`, `capture` or
-            `load`; a model's tuple of attentions; a tensor or an array (queries, keys), (heads, queries, keys), (batch,
-            heads, queries, keys) or (layers, batch, heads, queries, keys). Rows sum to one.
+        maps: one map, or layers of one shape, or whose patches are merged: an `AttentionMap` or several; the result of
+            `attention`, `capture` or `load`; a model's tuple of attentions; a tensor or an array (queries, keys),
+            (heads, queries, keys), (batch, heads, queries, keys) or (layers, batch, heads, queries, keys). Rows sum to
+            one.
         tokens: the words of a text, one for each query; the keys are the same tokens.
         image: the picture whose patches are the keys, and the queries too if there are as many: an array or tensor
             (height, width, channels) or (channels, height, width), of integers to 255 or floats to 1, or a PIL image.
@@ -92,7 +96,24 @@ def explore(
         TypeError: `maps` or `image` has another type.
         IndexError: there is no such image in the batch.
     """
-    layers = _read_layers(maps)
+    layers, *merged = _read_stages(maps)
+    if merged:
+        pages = [
+            explore(
+                stage,
+                tokens,
+                image,
+                query_tokens=query_tokens,
+                key_tokens=key_tokens,
+                layout=layout,
+                grid=grid,
+                prefix_tokens=prefix_tokens,
+                batch=batch,
+                title=f"{title}{': ' if title else ''}{stage[0].layout}",
+            )
+            for stage in (layers, *merged)
+        ]
+        return functools.reduce(operator.add, pages)
     size, _, queries, keys = layers[0].shape
     images = _images(batch, size)
     if tokens is not None and (image is not None or query_tokens is not None or key_tokens is not None):
@@ -164,18 +185,27 @@ class Explorer:
         return f"<Explorer: {first}>" if count == 1 else f"<Explorer: {count} examples, the first of {first}>"
 
 
-def _read_layers(maps: Any) -> list[AttentionMap]:
-    """The layers in whatever holds attention; raises ValueError if they have different shapes or an empty axis."""
-    layers: list[AttentionMap] = maps_of(maps).layers
+def _read_stages(maps: Any) -> list[list[AttentionMap]]:
+    """The layers in whatever holds attention; as several groups where each has the merged patches of the one before.
+
+    Raises ValueError if they have other shapes or an empty axis.
+    """
+    layers: list[AttentionMap] = [layer.stitched() for layer in maps_of(maps).layers]
     check_not_empty(layers)
-    for number, layer in enumerate(layers):
-        if layer.shape != layers[0].shape:
+    stages = [[layers[0]]]
+    for number, layer in enumerate(layers[1:], 1):
+        before = layers[number - 1]
+        if layer.shape == before.shape:
+            stages[-1].append(layer)
+        elif layer.shape[0] == before.shape[0] and merged_into(before.layout, layer.layout) is not None:
+            stages.append([layer])
+        else:
             raise ValueError(
-                f"a page shows layers of one shape, (batch, heads, queries, keys): layer 0 has {layers[0].shape}, "
-                f"layer {number} has {layer.shape}. Make a page for each shape, and add them: explore(some) "
-                "+ explore(others)"
+                f"a page shows layers of one shape, (batch, heads, queries, keys): layer {number - 1} has "
+                f"{before.shape}, layer {number} has {layer.shape}. Make a page for each shape, and add them: "
+                "explore(some) + explore(others)"
             )
-    return layers
+    return stages
 
 
 def _shared(layers: Sequence[AttentionMap], name: str, image: int) -> Layout | None:
