@@ -21,6 +21,7 @@ from PIL import Image
 
 from visualizer import AttentionMap, VisualizerWarning, analysis, attention, capture, explore, load, word_maps
 from visualizer.explorer import coding, page
+from visualizer.layout import Layout, Windows
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = [
@@ -154,6 +155,20 @@ class TestInput:
         window = AttentionMap(torch.eye(4)[None, None], kind="window")
         with pytest.raises(ValueError, match="windows"):
             explore(window, image=np.zeros((4, 4, 3)))
+
+    def test_patches_that_are_merged_have_an_example_for_each_size(self):
+        """Of windows the whole picture is shown."""
+        stages = [(8, Layout.picture((4, 4), windows=Windows((2, 2)))), (2, Layout.picture((2, 2)))]
+        maps = []
+        for windows, layout in stages:
+            maps.append(AttentionMap(torch.from_numpy(random_maps(windows, 3, 4, 4))))
+            maps[-1].layout = maps[-1].query_layout = layout
+        explorer = explore(maps, image=np.ones((8, 8, 3)), batch=1, title="cat")
+        first, second = described(explorer)["examples"]
+        assert ["cat: 4 x 4 patches", "cat: 2 x 2 patches"] == [first["title"], second["title"]]
+        assert [[4, 4], [2, 2]] == [one["sides"][0]["grid"] for one in (first, second)]
+        assert [[1, 3, 16, 16], [1, 3, 4, 4]] == [one["shape"] for one in (first, second)]
+        assert first["multiplies"]
 
     def test_rows_that_are_no_attention_are_told(self):
         maps = np.eye(4, dtype=np.float32)

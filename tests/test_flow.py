@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.models import swin_transformer
 from zoo import IDS, TEXT, timm_model, transformers_model
 
 from visualizer import AttentionMap, attention, capture
 from visualizer.analysis import attention_flow, cross_relevance, gradient_rollout, relevance, rollout
+from visualizer.layout import Layout
 from visualizer.models import VisionTransformer
 
 L, B, H, N = 3, 2, 4, 7
@@ -348,6 +350,78 @@ class TestWithGradients:
             method(maps, 0)
         with pytest.raises(ValueError, match="multiplies square maps"):
             method(torch.rand(1, 1, 5, 6), gradients=torch.rand(1, 1, 5, 6))
+
+
+def whole_of(numbers, block, side):
+    """What lies in the windows of a Swin's block on its grid, by the model's own way to cut it."""
+    grid = torch.arange(side * side).view(1, side, side, 1).roll([-step for step in block.shift_size], (1, 2))
+    places = swin_transformer.window_partition(grid, block.window_size).flatten(1)
+    made = torch.zeros(len(numbers) // len(places), numbers.shape[1], side * side, side * side)
+    for at, window in enumerate(numbers):
+        image, place = at // len(places), places[at % len(places)]
+        made[image, :, place[:, None], place] = window
+    return made.double().numpy()
+
+
+@pytest.fixture(scope="module")
+def swin():
+    """The maps of four blocks, and their weights and gradients as matrices of the whole picture."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2)}
+    model = timm_model("swin_tiny_patch4_window7_224", **sizes)
+    with attention(model, gradients=True) as maps:
+        logits = model(torch.randn(2, 3, 32, 32))
+    logits[:, 7].sum().backward()
+    blocks = [block for stage in model.layers for block in stage.blocks]
+    assert [(0, 0), (2, 2), (0, 0), (0, 0)] == [block.shift_size for block in blocks]
+    return maps, [
+        tuple(whole_of(numbers, block, side) for numbers in (one.dense(), one.grad_dense()))
+        for one, block, side in zip(maps, blocks, (8, 8, 4, 4), strict=True)
+    ]
+
+
+class TestWindows:
+    """Windows count as maps of the whole picture, and a merged patch as the mean of the patches that it was made of."""
+
+    @staticmethod
+    def product(matrices):
+        """Of four blocks, with patches that are merged between the second and the third."""
+        merging = np.zeros((16, 64))
+        for row, column in np.ndindex(8, 8):
+            merging[row // 2 * 4 + column // 2, row * 8 + column] = 1 / 4
+        first, second, third, fourth = matrices
+        return fourth @ third @ merging @ second @ first
+
+    def test_rollout(self, swin):
+        maps, matrices = swin
+        mixed = [0.5 * weights.mean(1) + 0.5 * np.eye(weights.shape[-1]) for weights, _ in matrices]
+        expected = self.product(mixed)
+        found = rollout(maps)
+        close(expected, found)
+        close(expected[:, [5, 0]], rollout(maps, [5, 0]))
+        close(np.ones((2, 16)), found.sum(-1))
+        close((mixed[1] @ mixed[0])[:, 60], rollout(maps[:2], 60))
+
+    @pytest.mark.parametrize("name", METHODS)
+    def test_with_gradients(self, swin, name):
+        method, _ = METHODS[name]
+        maps, matrices = swin
+        relevant = [relu(weights * grads) for weights, grads in matrices]
+        if method is relevance:
+            mixed = [one.mean(1) + np.eye(one.shape[-1]) for one in relevant]
+        else:
+            mixed = [
+                0.5 * relu((weights * grads).mean(1)) + 0.5 * np.eye(len(weights[0, 0])) for weights, grads in matrices
+            ]
+            mixed = [one / one.sum(-1, keepdims=True) for one in mixed]
+        close(self.product(mixed), method(maps), 1e-5)
+
+    def test_patches_that_are_not_merged_by_two_are_refused(self):
+        layers = [AttentionMap(torch.full((1, 1, side**2, side**2), 1 / side**2), path=f"b.{side}") for side in (9, 3)]
+        for layer, side in zip(layers, (9, 3), strict=True):
+            layer.layout = layer.query_layout = Layout.picture((side, side))
+        with pytest.raises(ValueError, match=r"9 tokens of 1 images, layer 0 .* 81 of 1"):
+            rollout(layers)
 
 
 def test_a_gradient_rollout_sums_to_one():

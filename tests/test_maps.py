@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visualizer import AttentionMap
+from visualizer.layout import Layout, Windows
 from visualizer.maps import Block, Factors, Gradient, Joined, Keys, Modifiers, attention_map
 
 B, H, Q, K, D = 2, 4, 7, 9, 8
@@ -755,6 +756,40 @@ class TestGradient:
         attention.gradient = Gradient(attention.shape, None, "dropout was on")
         with pytest.raises(RuntimeError, match="dropout was on"):
             attention.grad_dense()
+
+
+class TestStitched:
+    """Windows as one map of the whole picture: a shifted grid that they do not fill, of two pictures."""
+
+    layout = Layout.picture((3, 4), windows=Windows((2, 2), (1, 1), pads_first=False))
+
+    @pytest.fixture(params=["weights", "factors"])
+    def windows(self, request):
+        places = len(self.layout.windows.places(3, 4))
+        query, key = factors(2 * places, 2, 4, 4)
+        made = AttentionMap.from_query_key(query, key)
+        return made if request.param == "factors" else AttentionMap(made.dense())
+
+    def test_each_weight_lies_at_its_patches(self, windows):
+        places, weights = self.layout.windows.places(3, 4), windows.dense()
+        expected = torch.zeros(2, 2, 12, 12)
+        for picture, (window, place) in itertools.product(range(2), enumerate(places.tolist())):
+            for i, j in itertools.product(range(4), repeat=2):
+                if min(place[i], place[j]) >= 0:
+                    expected[picture, :, place[i], place[j]] = weights[picture * len(places) + window, :, i, j]
+        whole = windows.stitched(self.layout)
+        assert (2, 2, 12, 12) == whole.shape
+        torch.testing.assert_close(whole.dense(), expected)
+        torch.testing.assert_close(whole.rows([11, 0, 5]), expected[:, :, [11, 0, 5]])
+        torch.testing.assert_close(torch.cat([rows for _, rows in whole.chunks(500)], 2), expected)
+        again = AttentionMap.unpacked(whole.packed({})).to("cpu")
+        torch.testing.assert_close(again.rows(slice(3, 9, 2)), expected[:, :, 3:9:2])
+        assert Layout.picture((3, 4)) == again.layout == again.query_layout
+
+    def test_what_is_not_of_windows_stays_as_it_is(self, windows):
+        assert windows.stitched() is windows
+        with pytest.raises(ValueError, match=r"4 windows of 4 tokens a picture.*\(7, 2, 4, 4\)"):
+            AttentionMap(windows.dense()[:7]).stitched(self.layout)
 
 
 def test_a_chunk_fits_a_cache():

@@ -29,12 +29,19 @@ def build(kind, how="sdpa"):
     return transformers_model(name, head=head, attention=how, **options)
 
 
-def write(model, mask=None, **options):
+class Tokenizer:
+    """Each id is a word."""
+
+    def convert_ids_to_tokens(self, ids):
+        return [f"w{one}" for one in ids]
+
+
+def write(model, mask=None, layers=None, **options):
     """The maps of a generation, and what was written."""
     mask = torch.ones_like(IDS) if mask is None else mask
     given = {"input_ids": IDS, "attention_mask": mask, "max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
     options = {"pad_token_id": 0, "return_dict_in_generate": True, "output_scores": True} | options
-    with attention(model) as maps:
+    with attention(model, layers=layers, tokenizer=Tokenizer()) as maps:
         written = model.generate(**given | options)
     return maps, written
 
@@ -166,13 +173,65 @@ def test_new_rows_are_those_behind_the_prompt(recorded):
         assert torch.equal(new[path].rows([-1, 0]), whole[path].rows([10, 5]))
 
 
-def test_it_knows_its_tokens(llama):
+def test_it_knows_its_padding_and_its_answer(llama):
     maps, _ = write(llama, LEFT_PADDED)
     whole, new = maps.generated()[0], maps.generated("new")[0]
-    assert whole.layout == whole.query_layout == new.layout == maps.layout
-    assert new.query_layout is None
-    padding = [whole.layout.of(text).are("padding").tolist() for text in range(2)]
-    assert padding == [[False] * 11, [True] * 2 + [False] * 9]
+    assert whole.layout == whole.query_layout == new.layout
+    assert new.query_layout == whole.layout.cut(5)
+    for text, padding in enumerate(([False] * 5, [True, True, False, False, False])):
+        assert padding + [False] * 6 == whole.layout.of(text).are("padding").tolist()
+        assert [False] * 5 + [True] * 6 == whole.layout.of(text).generated.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(LLAMA, {}), (LLAMA, STATIC), (LLAMA, {"use_cache": False}), (LLAMA, {"num_beams": 3}), (NARROW, {}), (T5, {})],
+    ids=["cache", "static", "none", "beams", "window", "encoder-decoder"],
+)
+def test_it_knows_the_words_of_prompt_and_answer(kind, options):
+    maps, written = write(build(kind), **options)
+    whole = maps.generated(beam_indices=getattr(written, "beam_indices", None))
+    decoders = [one for one in whole if not one.path.startswith("encoder")]
+    assert len(decoders) in (2, 4)
+    for one in decoders:
+        for text, ids in enumerate(written.sequences[:, :-1].tolist()):
+            queries, keys = one.query_layout.of(text), one.layout.of(text)
+            assert [f"w{number}" for number in ids] == [*queries.names]
+            prompt = 1 if kind is T5 else 5
+            assert [False] * prompt + [True] * (len(ids) - prompt) == queries.generated.tolist()
+            assert one.kind == "cross" or keys == queries
+            if one.kind == "cross":
+                assert [f"w{number}" for number in IDS[text].tolist()] == [*keys.names]
+
+
+class TestCrossAttentionAlone:
+    """Where only that of an encoder-decoder was recorded, nothing grows from step to step."""
+
+    CROSS = "decoder.*.EncDecAttention"
+
+    def test_is_a_generation(self):
+        model = build(T5)
+        alone, _ = write(model, PADDING, layers=self.CROSS)
+        whole, _ = write(model, PADDING)
+        assert alone.is_generation and 2 == len(alone.generated())
+        for path in alone.paths:
+            assert torch.equal(alone.generated()[path].dense(), whole.generated()[path].dense())
+
+    def test_beams_look_at_the_same_keys(self):
+        maps, written = write(build(T5), layers=self.CROSS, num_beams=2)
+        with pytest.raises(ValueError, match=r"only cross-attention was recorded.*may be beams"):
+            maps.generated()
+        assert (2, 4, 7, 5) == maps.generated(beam_indices=written.beam_indices)[0].shape
+
+    def test_a_head_that_pools_pictures_writes_nothing(self):
+        pool = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+        query, pictures = torch.randn(1, 1, 8), torch.randn(3, 1, 9, 8)
+        for each in (pictures, pictures[[0, 0, 0]]):
+            with torch.no_grad(), attention(pool) as maps:
+                for picture in each:
+                    pool(query, picture, picture)
+            assert {"cross"} == {one.kind for one in maps}
+            assert not maps.is_generation
 
 
 def test_modules_without_new_rows_are_left_out():

@@ -13,7 +13,7 @@ from plots import frames, hot, maps_of, no_figure_left, pixel  # noqa: F401
 from timm.layers import set_fused_attn
 from timm.models.swin_transformer import window_partition
 
-from visualizer import AttentionMap, Layout, VisualizerWarning, attention, capture, plot
+from visualizer import AttentionMap, Layout, VisualizerWarning, analysis, attention, capture, plot
 
 
 def drawn(ax):
@@ -462,8 +462,10 @@ class TestRecordedMaps:
         assert (
             "query: mean of 49 patches, layer 3, mean of 2 heads" == plot.class_token(maps, np.ones((9, 9))).get_title()
         )
-        with pytest.raises(ValueError, match="within windows"):
-            plot.rollout(maps, query=(0, 0))
+        _, rolled = plot.rollout(maps, query=(2, 3), batch=1, cbar=False).axes
+        flow = analysis.rollout(maps, query=2 * 7 + 3)[1]
+        np.testing.assert_allclose(flow.reshape(14, 14), drawn(rolled), rtol=1e-5)
+        assert "query: patch (2, 3)" == rolled.figure._suptitle.get_text()
 
     def test_without_a_class_token_all_patches_count(self):
         model = timm.create_model(

@@ -61,8 +61,13 @@ class Part:
     """(height, width) of a patch in pixels of the picture that the model saw."""
     image_size: tuple[int, int] | None = None
     """(height, width) of that picture in pixels."""
+    is_generated: bool = False
+    """Whether the model wrote these tokens, in a generation."""
 
     def __str__(self) -> str:
+        return self._in_words() + " generated" * self.is_generated
+
+    def _in_words(self) -> str:
         if self.kind == "patches":
             size = ""
             if self.patch_size is not None:
@@ -92,6 +97,8 @@ class Windows:
     """By how many (rows, columns) the grid is rolled before it is cut."""
     pads_first: bool = True
     """Whether a grid that the windows do not fill is padded before it is rolled, or behind."""
+    is_spread: bool = False
+    """Whether the patches of a window lie at even distances over the whole grid, as in MaxViT's grid attention."""
 
     def places(self, rows: int, columns: int) -> Indices:
         """For each window and each of its tokens the index of the patch, row by row; -1 where it is padding.
@@ -100,13 +107,15 @@ class Windows:
         array([ 5,  6,  9, 10])
         """
         places = np.arange(rows * columns).reshape(rows, columns)
+        high, wide = self.size
+        if self.is_spread:
+            return places.reshape(high, -1, wide, columns // wide).transpose(1, 3, 0, 2).reshape(-1, high * wide)
         filling = [(0, -size % side) for size, side in zip((rows, columns), self.size, strict=True)]
         back = [-step for step in self.shift]
         if self.pads_first:
             places = np.roll(np.pad(places, filling, constant_values=-1), back, axis=(0, 1))
         else:
             places = np.pad(np.roll(places, back, axis=(0, 1)), filling, constant_values=-1)
-        high, wide = self.size
         down, across = places.shape[0] // high, places.shape[1] // wide
         return places.reshape(down, high, across, wide).swapaxes(1, 2).reshape(down * across, high * wide)
 
@@ -143,6 +152,7 @@ class Layout:
         *,
         patch_size: Size | None = None,
         image_size: Size | None = None,
+        windows: Windows | None = None,
     ) -> Layout:
         """Patches row by row, behind tokens with names or only a number of tokens.
 
@@ -160,7 +170,7 @@ class Layout:
         names = _prefix_names(count or 0) if names is None else names
         sizes = [None if size is None else pair_of("size", size) for size in (patch_size, image_size)]
         patches = Part("patches", math.prod(shape), (), shape, *sizes)
-        return cls((*([Part("special", len(names), tuple(names))] if names else []), patches))
+        return cls((*([Part("special", len(names), tuple(names))] if names else []), patches), windows)
 
     @classmethod
     def text(cls, words: Sequence[str] | int, special: Iterable[int] = ()) -> Layout:
@@ -171,15 +181,28 @@ class Layout:
         """
         if isinstance(words, int):
             return cls((Part("text", words),))
-        shown, marked = readable(words), set(special)
+        marked = set(special)
+        kinds: list[Kind] = ["special" if place in marked else "text" for place in range(len(words))]
+        each = zip(kinds, readable(words), strict=True)
+        return cls.joined(cls((Part(kind, 1, (word,)),)) for kind, word in each)
+
+    @classmethod
+    def joined(cls, layouts: Iterable[Layout]) -> Layout:
+        """The layout of tokens behind each other, such as those of a prompt and of each step of the answer.
+
+        >>> Layout.joined([Layout.text(4), Layout.text(1), Layout.text(1)])
+        <Layout: 6 tokens>
+        """
         parts: list[Part] = []
-        for place, word in enumerate(shown):
-            kind: Kind = "special" if place in marked else "text"
-            if parts and parts[-1].kind == kind:
-                last = parts.pop()
-                parts.append(Part(kind, last.count + 1, (*last.names, word)))
-            else:
-                parts.append(Part(kind, 1, (word,)))
+        every = enumerate(part for layout in layouts for part in layout.parts)
+        for _, run in itertools.groupby(every, lambda one: _what_is_alike(*one)):
+            first, *more = [part for _, part in run]
+            names = itertools.chain(first.names, *(part.names for part in more))
+            parts.append(
+                replace(first, count=first.count + sum(part.count for part in more), names=tuple(names))
+                if more
+                else first
+            )
         return cls(tuple(parts))
 
     @classmethod
@@ -192,6 +215,41 @@ class Layout:
         if len(self.seen) > 1:
             return replace(self, seen=self.seen[sample : sample + 1 or None])
         return self.samples[sample] if self.samples else self
+
+    def cut(self, start: int, stop: int | None = None) -> Layout:
+        """The layout of some neighbouring tokens. Patches that are cut apart are special tokens with their names.
+
+        >>> Layout.picture((2, 2), ["CLS"]).cut(0, 2)
+        <Layout: CLS, patch (0, 0)>
+        """
+        if self.samples:
+            return replace(self, samples=tuple(one.cut(start, stop) for one in self.samples))
+        parts, first = [], 0
+        for part in self.parts:
+            begin, end = (min(max(at - first, 0), part.count) for at in (start, self.count if stop is None else stop))
+            if begin < end:
+                kind, names = part.kind, part.names
+                if kind == "patches" and end - begin < part.count:
+                    kind, names = "special", self.names[first : first + part.count]
+                parts.append(replace(part, kind=kind, count=end - begin, names=names[begin:end]))
+            first += part.count
+        return replace(self, parts=tuple(parts))
+
+    def written_from(self, first: int) -> Layout:
+        """The layout of a generation, in which the model wrote the tokens from that number on.
+
+        >>> Layout.text(7).written_from(4)
+        <Layout: 4 tokens, 3 tokens generated>
+        """
+        if self.samples:
+            return replace(self, samples=tuple(one.written_from(first) for one in self.samples))
+        answer = (replace(part, is_generated=part.kind != "padding") for part in self.cut(first).parts)
+        return replace(self, parts=(*self.cut(0, first).parts, *answer))
+
+    @property
+    def generated(self) -> npt.NDArray[np.bool_]:
+        """Which tokens the model wrote, (tokens,)."""
+        return np.repeat([part.is_generated for part in self.parts], [part.count for part in self.parts])
 
     @property
     def count(self) -> int:
@@ -206,10 +264,18 @@ class Layout:
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """What each token is called: its word, "CLS", "patch (2, 1)"; its number where nothing more is known."""
+        return self._names("patch {}")
+
+    @functools.cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The names as they are written at the side of a map: of a patch only its place, "(2, 1)"."""
+        return self._names("{}")
+
+    def _names(self, of_patch: str) -> tuple[str, ...]:
         named: list[str] = []
         for part in self.parts:
             if part.kind == "patches":
-                named += [f"patch {tuple(map(int, place))}" for place in np.ndindex(*part.shape)]
+                named += [of_patch.format(tuple(map(int, place))) for place in np.ndindex(*part.shape)]
             elif part.kind == "padding":
                 named += ["[PAD]"] * part.count
             else:
@@ -237,6 +303,11 @@ class Layout:
     def patches(self) -> Part | None:
         """The patches of its picture; None where it has none."""
         return next((part for part in self.parts if part.kind == "patches"), None)
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether all of its tokens are the patches of one picture."""
+        return len(self.parts) == 1 and len(self.parts[0].shape) == 2
 
     @property
     def first_patch(self) -> int:
@@ -401,7 +472,7 @@ class Layout:
         parts = tuple(Part(**part) for part in plain)
         windows = packed["windows"]
         if windows is not None:
-            windows = Windows(tuple(windows["size"]), tuple(windows["shift"]), windows["pads_first"])
+            windows = Windows(**{name: tuple(one) if isinstance(one, list) else one for name, one in windows.items()})
         return cls(parts, windows, tuple(map(cls.unpacked, packed["samples"])))
 
     def __str__(self) -> str:
@@ -412,10 +483,16 @@ class Layout:
         if self.windows is not None:
             windows = " in windows of {} x {}".format(*self.windows.size)
             windows += " shifted by {} x {}".format(*self.windows.shift) if any(self.windows.shift) else ""
+            windows += " spread over the grid" if self.windows.is_spread else ""
         return ", ".join(map(str, self.parts)) + windows
 
     def __repr__(self) -> str:
         return f"<Layout: {self}>"
+
+
+def _what_is_alike(place: int, part: Part) -> Any:
+    """What neighbours must have in common to be one part; a picture's patches are always one of their own."""
+    return place if part.kind == "patches" else (part.kind, not part.names, part.is_generated)
 
 
 def part_seen(picture: Array, seen: Thumbnail, size: tuple[int, int]) -> Array | None:
@@ -558,7 +635,7 @@ def layout_in_windows(keys: int, options: Patches, picture: Array | None, window
             f"windows of {sides[0]} x {sides[1]} do not fill the grid of {sizes[0]} x {sizes[1]} patches, and models "
             "differ in whether they shift or pad first: pass the padded grid="
         )
-    return replace(Layout.picture(sizes), windows=Windows(sides, (steps[0], steps[1])))
+    return Layout.picture(sizes, windows=Windows(sides, (steps[0], steps[1])))
 
 
 def _prefix_names(count: int) -> list[str]:

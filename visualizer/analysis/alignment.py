@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..maps import AttentionMap, without_autograd
+from ..maps import AttentionMap, generated_maps, is_generation, without_autograd
 from .layers import layer_label, layers_of, per_layer
 
 __all__ = ["Alignment", "align", "monotony"]
@@ -162,7 +163,12 @@ def monotony_of(layer: AttentionMap, queries: Chosen, keys: Chosen) -> Tensor:
 def _cross_layers(attention: Any) -> list[AttentionMap]:
     """The layers of cross attention, or all where none is known to be that; of one number of queries and keys."""
     layers = layers_of(attention).layers
-    layers = _joined_steps([layer for layer in layers if layer.kind == "cross"] or layers)
+    layers = [layer for layer in layers if layer.kind == "cross"] or layers
+    calls: dict[str, list[AttentionMap]] = {}
+    for layer in layers:
+        calls.setdefault(layer.path, []).append(layer)
+    if is_generation(calls):  # steps that were picked out of what was recorded
+        layers = [*itertools.chain(*generated_maps(calls, are_new=False).values())]
     for number, layer in enumerate(layers):
         if layer.shape[0] != layers[0].shape[0] or layer.shape[2:] != layers[0].shape[2:]:
             raise ValueError(
@@ -170,19 +176,6 @@ def _cross_layers(attention: Any) -> list[AttentionMap]:
                 f"{layers[0].shape}, {layer_label(number, layer)} {layer.shape}. Leave such layers out"
             )
     return layers
-
-
-def _joined_steps(layers: list[AttentionMap]) -> list[AttentionMap]:
-    """The layers, with the calls of a module that each have the next query, as in `generate`, as one."""
-    calls: dict[str, list[AttentionMap]] = {}
-    for layer in layers:
-        calls.setdefault(layer.path, []).append(layer)
-    if "" in calls or all(len(steps) == 1 or any(step.shape[2] > 1 for step in steps[1:]) for steps in calls.values()):
-        return layers  # of no known module, or a module that several layers share
-    return [
-        AttentionMap(torch.cat([step.dense() for step in steps], 2), path=path, kind=steps[0].kind)
-        for path, steps in calls.items()
-    ]
 
 
 def _found(layers: list[AttentionMap], queries: Chosen, keys: Chosen, batch: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import few
-from ..maps import AttentionMap, without_autograd
+from ..maps import AttentionMap, stitched_rows, without_autograd
 from ..reading import Reduction
 from .gradients import Rows, with_gradients
 from .layers import (
@@ -21,6 +21,7 @@ from .layers import (
     layer_label,
     layers_of,
     like_input,
+    merged_into,
 )
 from .shares import Sinks, check_sinks, without_sinks
 
@@ -56,9 +57,14 @@ def rollout(
     The product starts at the last layer with the rows of the chosen queries only. So one query takes the time to
     compute each map once, and the memory of some rows. All queries take two N x N matrices for each image.
 
+    Maps of windows, as of a Swin, count as maps of the whole picture. Where 2 x 2 patches were merged between two
+    layers, each has a quarter of the share of the patch that they became: the keys are the patches of the first layer,
+    the queries those of the last. What a patch gives to the padding of a window is left out.
+
     Args:
-        attention: the layers, from the first to the last, all with the same number of images and tokens. A tensor with
-            four axes is one layer, (batch, heads, queries, keys); layers have an axis before these.
+        attention: the layers, from the first to the last, all with the same number of images and tokens, or with
+            patches that are merged as above. A tensor with four axes is one layer, (batch, heads, queries, keys);
+            layers have an axis before these.
         query: a token's number, several, or None for all; -1 is the last.
         heads: how the heads of a layer become one map.
         residual: the share of the residual connection, from 0 to 1.
@@ -73,17 +79,20 @@ def rollout(
         (batch, keys) for one query; (batch, chosen queries, keys) for several; (batch, queries, keys) for all.
 
     Raises:
-        ValueError: a layer's map is not square, or not of the first layer's size. Layers with cross attention, windows
-            or pooled tokens do not share their tokens. Or an option is out of its range.
+        ValueError: a layer's map is not square, or not of the first layer's size. Layers with cross attention, or with
+            windows or pooled tokens whose places are not known, do not share their tokens. Or an option is out of its
+            range.
         IndexError: there is no such query.
     """
     read = layers_of(attention)
-    maps = without_sinks(read.layers) if check_sinks(sinks) else read.layers
+    maps = [layer.stitched() for layer in read.layers]
+    if check_sinks(sinks):
+        maps = without_sinks(maps)
     check_heads(heads)
     check_residual(residual)
     if not 0 <= discard < 1:
         raise ValueError(f"discard={discard!r} is a share from 0 up to, not including, 1")
-    check_tokens(maps, "a rollout")
+    check_tokens(maps, "a rollout", may_merge=True)
 
     return _from_the_last(
         maps, query, read.are_arrays, lambda number: _mixed_rows(maps[number], heads, residual, discard)
@@ -194,8 +203,8 @@ def gradient_rollout(
         Of the shapes of `relevance`. Rows sum to one.
     """
     check_residual(residual)
-    maps, grads, are_arrays = with_gradients(attention, gradients)
-    check_tokens(maps, "a rollout")
+    maps, grads, are_arrays = _stitched(*with_gradients(attention, gradients))
+    check_tokens(maps, "a rollout", may_merge=True)
 
     def mixed(number: int) -> Rows:
         layer, grad = maps[number], grads[number]
@@ -247,8 +256,8 @@ def relevance(attention: Any, query: int | Sequence[int] | Tensor | None = None,
         RuntimeError: no backward pass has reached a layer.
         IndexError: there is no such query.
     """
-    maps, grads, are_arrays = with_gradients(attention, gradients)
-    check_tokens(maps, "relevance")
+    maps, grads, are_arrays = _stitched(*with_gradients(attention, gradients))
+    check_tokens(maps, "relevance", may_merge=True)
     return _from_the_last(maps, query, are_arrays, lambda number: _relevant(maps[number], grads[number]), is_added=True)
 
 
@@ -376,9 +385,28 @@ def _from_the_last(
     for number in reversed(range(len(maps))):
         layer = maps[number]
         flow = flow.to(layer.device, torch.promote_types(flow.dtype, layer.dtype))
+        if flow.shape[2] != layer.shape[3]:  # patches that were merged behind this layer
+            merged = merged_into(layer.layout, maps[number + 1].layout)
+            assert merged is not None
+            flow = (flow / merged.bincount().to(flow))[..., merged.to(flow.device)]
         product = _times(layer, flow, matrix(number))
         flow = flow + product if is_added else product
     return like_input(flow[:, 0] if _is_one_token(query) else flow, as_array)
+
+
+def _stitched(
+    maps: list[AttentionMap], grads: list[Rows], are_arrays: bool
+) -> tuple[list[AttentionMap], list[Rows], bool]:
+    """Maps of whole pictures in place of those of windows, and their gradients."""
+
+    def whole(layer: AttentionMap, grad: Rows) -> Rows:
+        layout = layer.layout
+        if layout is None or layout.windows is None or layout.patches is None:
+            return grad
+        places = torch.from_numpy(layout.windows.places(*layout.patches.shape))
+        return lambda queries: stitched_rows(places, grad, queries)
+
+    return [one.stitched() for one in maps], [*map(whole, maps, grads)], are_arrays
 
 
 def _mixed_rows(layer: AttentionMap, heads: Reduction, residual: float, discard: float) -> Rows:

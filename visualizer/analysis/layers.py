@@ -114,11 +114,13 @@ def check_residual(residual: float) -> None:
         raise ValueError(f"residual={residual!r} is a share from 0 to 1")
 
 
-def check_tokens(maps: list[AttentionMap], what: str) -> None:
-    """Raise ValueError unless the layers can be multiplied: the same images and tokens in all."""
-    batch, tokens = maps[0].shape[0], maps[0].shape[3]
+def check_tokens(maps: list[AttentionMap], what: str, may_merge: bool = False) -> None:
+    """Raise ValueError unless the layers can be multiplied: the same images and tokens in all.
+
+    `may_merge`: or patches that each was made of by merging those of the layer before.
+    """
     for number, layer in enumerate(maps):
-        own = layer_label(number, layer)
+        own, before = layer_label(number, layer), maps[max(0, number - 1)]
         why = None
         if layer.kind == "cross":
             why = f"{own} is cross attention, whose keys are others than its queries"
@@ -126,10 +128,29 @@ def check_tokens(maps: list[AttentionMap], what: str) -> None:
             why = f"{own} has {layer.shape[2]} queries and {layer.shape[3]} keys: cross attention, or a cache of keys"
         elif layer.kind == "window" and len(maps) > 1:
             why = f"{own} attends within windows, whose tokens are others in the next layer"
-        elif (layer.shape[0], layer.shape[3]) != (batch, tokens):
+        elif (layer.shape[0], layer.shape[3]) != (before.shape[0], before.shape[3]) and not (
+            may_merge and layer.shape[0] == before.shape[0] and merged_into(before.layout, layer.layout) is not None
+        ):
             why = (
-                f"{own} has {layer.shape[3]} tokens of {layer.shape[0]} images, {layer_label(0, maps[0])} {tokens} of "
-                f"{batch}: windows, pooled tokens, or other inputs"
+                f"{own} has {layer.shape[3]} tokens of {layer.shape[0]} images, {layer_label(number - 1, before)} "
+                f"{before.shape[3]} of {before.shape[0]}: windows, pooled tokens, or other inputs"
             )
         if why is not None:
             raise ValueError(f"{what} multiplies square maps of the same tokens, and {why}. Leave such layers out")
+
+
+def merged_into(finer: Layout | None, coarser: Layout | None) -> Tensor | None:
+    """Which patch of a later layer each patch of a layer is a part of, (patches,), where 2 x 2 were merged into one.
+
+    >>> merged_into(Layout.picture((2, 4)), Layout.picture((1, 2)))
+    tensor([0, 0, 1, 1, 0, 0, 1, 1])
+
+    None where it is not known that these are the patches of one picture, and merged so.
+    """
+    if finer is None or coarser is None or not (finer.is_picture and coarser.is_picture):
+        return None
+    before, after = (one.sheet.shape for one in (finer, coarser))
+    if after != tuple(-(-side // 2) for side in before):
+        return None
+    rows, columns = (torch.arange(side) // 2 for side in before)
+    return (rows[:, None] * after[1] + columns).flatten()

@@ -147,8 +147,8 @@ def head_patterns(
         tokens: the words of the tokens, one list for all texts, or a list for each text. They show which tokens are
             special and which repeat. None: what the maps know, as those of `attention(model, tokenizer=...)` do.
         ids: the tokens' numbers, (batch, tokens) or (tokens,). They show which tokens repeat, in place of `tokens`.
-        special: names or positions (-1 is the last) of special tokens; None: the tokens with names that tokenizers use,
-            such as [CLS], [SEP], <s> and <|im_end|>.
+        special: names or positions (-1 is the last) of special tokens; None: those that the maps know, and the tokens
+            with names that tokenizers use, such as [CLS], [SEP], <s> and <|im_end|>.
         attention_mask: (batch, tokens), 0 for padding, as tokenizers give it; queries that are padding do not count.
             None: what the maps know.
         window: how far "local" reaches, in tokens, to either side.
@@ -188,7 +188,12 @@ def head_patterns(
     if not bool(real.any(1).all()):
         raise ValueError("attention_mask leaves a text without a token: it is 0 everywhere")
     repeats = _numbers("ids", ids, batch, count) if ids is not None else _as_numbers(names)
-    facts = facts_of(maps, repeats, _special(special, names, batch, count), real, window)
+    is_special = _special(special, names, batch, count)
+    if special is None and known is not None and known.count == count:
+        of_layout = torch.from_numpy(np.stack([known.of(text).are("special") for text in range(batch)]))
+        is_special = of_layout if is_special is None else is_special | of_layout
+        is_special = is_special if bool(is_special.any()) else None
+    facts = facts_of(maps, repeats, is_special, real, window)
     # Twice (layers, patterns, heads): the scores, and those of even attention.
     of_heads, of_even = torch.stack([_means(*score_sums(layer, facts)).cpu() for layer in maps], 1).numpy()
     scores, uniform = (

@@ -13,8 +13,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -273,32 +271,8 @@ def distance_of(
         raise ValueError(f"along={along!r}: pass 'space', or of a video 'time'; these tokens are {layout}")
     axes = layout.coordinates()
     axes = axes[:, :1] if along == "time" else axes[:, -2:]
-    if layout.windows is not None:
-        return _distance_in_windows(layer, layout, axes, patch_size, renormalise)
     unit = 1 if along == "time" else patch_size
-    return unit * _distance(layer, torch.from_numpy(axes), prefix, renormalise)
-
-
-def _distance_in_windows(
-    layer: AttentionMap, layout: Layout, axes: npt.NDArray[np.float64], patch_size: float, renormalise: bool
-) -> Tensor:
-    """The mean distance over the windows of each image, (images, heads), each window counted by its patches."""
-    patches, windows = layout.patches, layout.windows
-    assert patches is not None and windows is not None
-    places = windows.places(*patches.shape)
-    images, left = divmod(layer.shape[0], len(places))
-    if left:
-        raise ValueError(f"there are {layer.shape[0]} windows, not a multiple of the {len(places)} of {layout}")
-    total = torch.zeros(images, layer.shape[1], dtype=layer.dtype, device=layer.device)
-    counted = torch.zeros_like(total)
-    weights = layer.dense()
-    weights = weights.view(images, len(places), *weights.shape[1:])
-    for number, place in enumerate(places):
-        is_patch = np.flatnonzero(place >= 0)
-        inner = AttentionMap(weights[:, number][:, :, is_patch][..., is_patch])
-        total += _distance(inner, torch.from_numpy(axes[place[is_patch]]), 0, renormalise).nan_to_num(0) * len(is_patch)
-        counted += len(is_patch)
-    return patch_size * total / counted
+    return unit * _distance(layer.stitched(layout), torch.from_numpy(axes), prefix, renormalise)
 
 
 def _distance(layer: AttentionMap, axes: Tensor, prefix: int, renormalise: bool) -> Tensor:

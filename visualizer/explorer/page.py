@@ -6,10 +6,12 @@ Tokens and titles reach the page as JSON in a block that does not run, and the d
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import json
 import math
+import operator
 import os
 import tempfile
 import webbrowser
@@ -28,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 from ..analysis import without_sinks
-from ..analysis.layers import maps_of
+from ..analysis.layers import maps_of, merged_into
 from ..analysis.shares import Sinks, check_sinks
 from ..grounding import WordMaps
 from ..layout import Layout, Patches
@@ -72,13 +74,14 @@ def explore(
     >>> both = page + explore(maps, grid=(2, 2), title="a picture")     # 1 class token and 2 x 2 patches
 
     Point at a word or a patch to see what it attends to in every head, click to keep it. The page is one file
-    that loads nothing; `?` on it lists its keys.
+    that loads nothing; `?` on it lists its keys. Of a model whose layers merge patches, such as a Swin, it has an
+    example for each size of the grid; windows that `attention` knows are shown as parts of the whole picture.
 
     Args:
-        maps: what `word_maps` recorded, which knows words and patches; or one map, or layers of one shape: an
-            `AttentionMap` or several; the result of `attention`, `capture` or
-            `load`; a model's tuple of attentions; a tensor or an array (queries, keys), (heads, queries, keys), (batch,
-            heads, queries, keys) or (layers, batch, heads, queries, keys). Rows sum to one.
+        maps: what `word_maps` recorded, which knows words and patches; or one map, or layers of one shape, or whose
+            patches are merged: an `AttentionMap` or several; the result of `attention`, `capture` or `load`; a model's
+            tuple of attentions; a tensor or an array (queries, keys), (heads, queries, keys), (batch, heads, queries,
+            keys) or (layers, batch, heads, queries, keys). Rows sum to one.
         tokens: the words of a text, one for each query; the keys are the same tokens.
         image: the picture whose patches are the keys, and the queries too if there are as many: an array or tensor
             (height, width, channels) or (channels, height, width), of integers to 255 or floats to 1, or a PIL image.
@@ -111,7 +114,26 @@ def explore(
         if wrong := [name for name, value in {**words, **where}.items() if value is not None]:
             raise ValueError(f"{wrong[0]}= is known: word_maps knows its words and where the patches lie; leave it out")
         return Explorer(examples_of_word_maps(maps, image, batch, printable(title) if title else "", sinks))
-    layers = _read_layers(maps, image is not None)
+    layers, *merged = _read_stages(maps, image is not None)
+    if merged:
+        pages = [
+            explore(
+                stage,
+                tokens,
+                image,
+                query_tokens=query_tokens,
+                key_tokens=key_tokens,
+                layout=layout,
+                grid=grid,
+                prefix_tokens=prefix_tokens,
+                batch=batch,
+                processor=processor,
+                sinks=sinks,
+                title=f"{title}{': ' if title else ''}{stage[0].layout}",
+            )
+            for stage in (layers, *merged)
+        ]
+        return functools.reduce(operator.add, pages)
     tokens = getattr(tokens, "tolist", lambda: tokens)()
     size, _, queries, keys = layers[0].shape
     images = chosen_images(batch, size)
@@ -212,26 +234,33 @@ def _words_of(tokens: Any, processor: Any, layers: Sequence[AttentionMap]) -> li
     return [str(one) for one in tokens]
 
 
-def _read_layers(maps: Any, has_picture: bool) -> list[AttentionMap]:
-    """The layers in whatever holds attention; raises ValueError if they have different shapes or an empty axis.
+def _read_stages(maps: Any, has_picture: bool) -> list[list[AttentionMap]]:
+    """The layers in whatever holds attention; as several groups where each has the merged patches of the one before.
 
-    Beside the layers of a text, those that look at its picture alone are left out where a picture is shown.
+    Beside the layers of a text, those that look at its picture alone are left out where a picture is shown. Raises
+    ValueError if layers have other shapes or an empty axis.
     """
-    layers: list[AttentionMap] = maps_of(maps).layers
+    layers: list[AttentionMap] = [layer.stitched() for layer in maps_of(maps).layers]
     check_not_empty(layers)
     hint = ""
     if has_picture and len({layer.shape for layer in layers}) > 1:
         texts = [one for one in layers if one.layout is not None and TextAndPictures.of(one.layout.of(0), None)]
         hint = f". {BY_WORD_MAPS}" if texts else ""
         layers = texts or layers
-    for number, layer in enumerate(layers):
-        if layer.shape != layers[0].shape:
+    stages = [[layers[0]]]
+    for number, layer in enumerate(layers[1:], 1):
+        before = layers[number - 1]
+        if layer.shape == before.shape:
+            stages[-1].append(layer)
+        elif layer.shape[0] == before.shape[0] and merged_into(before.layout, layer.layout) is not None:
+            stages.append([layer])
+        else:
             raise ValueError(
-                f"a page shows layers of one shape, (batch, heads, queries, keys): layer 0 has {layers[0].shape}, "
-                f"layer {number} has {layer.shape}. Make a page for each shape, and add them: explore(some) "
-                f"+ explore(others){hint}"
+                f"a page shows layers of one shape, (batch, heads, queries, keys): layer {number - 1} has "
+                f"{before.shape}, layer {number} has {layer.shape}. Make a page for each shape, and add them: "
+                f"explore(some) + explore(others){hint}"
             )
-    return layers
+    return stages
 
 
 def _shared(layers: Sequence[AttentionMap], name: str, image: int) -> Layout | None:

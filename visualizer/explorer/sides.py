@@ -151,7 +151,7 @@ def side_of_patches(layout: Layout, picture: Array | None) -> Side:
 def _named(layout: Layout) -> Side:
     """A side of words, and of what else a layout names."""
     is_word = layout.are("text") | layout.are("patches")
-    return Side(list(map(printable, layout.names)), np.flatnonzero(~is_word).tolist())
+    return Side(list(map(printable, layout.labels)), np.flatnonzero(~is_word).tolist())
 
 
 def side_of_words(name: str, words: Sequence[Any] | None, size: int, known: Layout | None) -> Side:

@@ -8,7 +8,7 @@ runs in the memory of a few rows. `Maps`, what `attention(model)` returns, is in
 from .attention_map import AttentionMap, joined_map
 from .generated import generated_maps, is_generation
 from .gradients import Gradient
-from .joined import Block, Joined, JoinedGradient, Source
+from .joined import Block, Joined, JoinedGradient, Source, stitched_rows
 from .samples import Samples
 from .sources import Factors, Keys, Modifiers, Weights, may_be_autocast, without_autograd
 
@@ -28,5 +28,6 @@ __all__ = [
     "is_generation",
     "joined_map",
     "may_be_autocast",
+    "stitched_rows",
     "without_autograd",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..layout import Layout
 from .gradients import Gradient
-from .joined import Block, Joined, JoinedGradient, Source, unpacked_source
+from .joined import Block, Joined, JoinedGradient, Source, Stitched, unpacked_source
 from .sources import Factors, Keys, Weights, computed_in, slices, without_autograd
 
 CHUNK = 2**23
@@ -173,6 +174,39 @@ class AttentionMap:
         """
         sources = self.source.of_sequences() if isinstance(self.source, Factors) else []
         return tuple(AttentionMap.from_source(source, path=self.path, kind=self.kind) for source in sources)
+
+    def stitched(self, layout: Layout | None = None) -> AttentionMap:
+        """Of windows the map of the whole picture, (images, heads, patches, patches); any other map as it is.
+
+        >>> import torch
+        >>> from visualizer import AttentionMap, Layout
+        >>> from visualizer.layout import Windows
+        >>> windows = AttentionMap(torch.full((4, 1, 4, 4), 0.25))                 # of 2 x 2 patches each
+        >>> windows.stitched(Layout.picture((4, 4), windows=Windows((2, 2)))).shape
+        (1, 1, 16, 16)
+
+        Keys outside of a query's window have no weight, and what a query gives to padding is left out. Nothing is
+        computed before it is read.
+
+        Args:
+            layout: how the windows lie; None: what the map knows.
+
+        Raises:
+            ValueError: there are more or fewer windows than those of whole pictures.
+        """
+        layout = self.layout if layout is None else layout
+        if layout is None or layout.windows is None or layout.patches is None:
+            return self
+        places = torch.from_numpy(layout.windows.places(*layout.patches.shape))
+        if self.shape[0] % len(places) or self.shape[3] != places.shape[1]:
+            raise ValueError(
+                f"{layout} has {len(places)} windows of {places.shape[1]} tokens a picture, and the map has the shape "
+                f"{self.shape}, (pictures x windows, heads, tokens, tokens)"
+            )
+        made = AttentionMap.from_source(Stitched(self.source, places), path=self.path, kind="self")
+        made.is_softmax, made.axes_assumed = self.is_softmax, self.axes_assumed
+        made.layout = made.query_layout = replace(layout, windows=None)
+        return made
 
     def described_as(self, other: AttentionMap) -> AttentionMap:
         """This map, with what is known of the tokens of another one of the same tokens."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..layout import Layout, Part
 from .attention_map import AttentionMap, joined_map
 from .joined import Block
 from .sources import Factors, same_texts
@@ -66,7 +67,12 @@ def is_generation(calls: Calls) -> bool:
     (True, False)
     """
     several = [one for one in calls.values() if not _are_apart(one)]
-    return bool(several) and all(map(_may_be_steps, several)) and any(map(_grow, several))
+    if not several or not all(map(_may_be_steps, several)):
+        return False
+    if any(map(_grow, several)):
+        return True
+    # Of cross-attention alone nothing grows: then all that was recorded looks at the same keys again and again.
+    return all(len(one) == 1 or _look_at_the_same(one) for one in calls.values())
 
 
 def _are_apart(calls: Sequence[AttentionMap]) -> bool:
@@ -86,6 +92,14 @@ def _may_be_steps(calls: Sequence[AttentionMap]) -> bool:
 def _look_elsewhere(calls: Sequence[AttentionMap]) -> bool:
     """Whether the keys are those of another sequence, such as an encoder's, which does not grow."""
     return calls[0].kind == "cross" and len({one.shape[3] for one in calls}) == 1
+
+
+def _look_at_the_same(calls: Sequence[AttentionMap]) -> bool:
+    """Whether the calls have the same keys of another sequence, and not the same query, as for one picture again."""
+    if not _look_elsewhere(calls) or torch.equal(calls[0].rows([-1]), calls[-1].rows([-1])):
+        return False
+    pairs = (_as_pair(*(_keys(one, slice(None)) for one in pair)) for pair in itertools.pairwise(calls))
+    return all(pair is not None and _are_same(*pair) for pair in pairs)
 
 
 def _grow(calls: Sequence[AttentionMap]) -> bool:
@@ -206,6 +220,8 @@ def _orders(all_steps: Mapping[str, _Steps]) -> list[Tensor] | None:
     cached = {path: one for path, one in all_steps.items() if one.keys is None}
     count = max((len(one.steps) for one in cached.values()), default=0)
     texts = max((one.steps[0].map.shape[0] for one in cached.values()), default=0)
+    if not cached:
+        _check_texts_differ(all_steps)
     order = [torch.arange(texts)]
     for number in range(count - 1, 0, -1):
         parents = _parents({path: one for path, one in cached.items() if number < len(one.steps)}, number)
@@ -217,6 +233,22 @@ def _orders(all_steps: Mapping[str, _Steps]) -> list[Tensor] | None:
         if len(one.steps) != count:
             raise _not_one(path, f"beams have changed their order, and it was called {len(one.steps)} times of {count}")
     return order
+
+
+def _check_texts_differ(all_steps: Mapping[str, _Steps]) -> None:
+    """Raise ValueError where only cross-attention was recorded and its texts may be beams, which look at the same keys.
+
+    Nothing tells then which beam a step goes on from.
+    """
+    for path, one in all_steps.items():
+        first = one.steps[0].map
+        keys = _keys(first, slice(None))
+        are_apart = keys is not None and not any(_are_same(*pair) for pair in itertools.combinations(keys, 2))
+        if first.shape[0] > 1 and not one.are_recomputed and not are_apart:
+            raise ValueError(
+                f"only cross-attention was recorded, and the {first.shape[0]} texts of {path!r} may be beams, which "
+                "change their order from step to step: record the decoder's self-attention too, or pass beam_indices="
+            )
 
 
 def _parents(cached: Mapping[str, _Steps], number: int) -> Tensor | None:
@@ -283,9 +315,10 @@ def _joined(whole: _Steps, order: list[Tensor] | None, are_new: bool) -> Attenti
         raise ValueError('queries="new": beam_indices end with the prompt')
     queries = steps[-1].first + steps[-1].map.shape[2]
     keys = whole.begun + queries if whole.keys is None else whole.keys
+    texts, heads = len(order[0]) if order else steps[0].map.shape[0], steps[0].map.shape[1]
+    of_keys, of_queries = _layouts(whole, steps, order, texts)
     if are_new and not whole.are_recomputed:
         steps, order = steps[1:], order and order[1:]
-    texts, heads = len(order[0]) if order else steps[0].map.shape[0], steps[0].map.shape[1]
 
     def blocks(sources: Sequence[Any]) -> list[Block]:
         made, numbers = [], torch.arange(heads)
@@ -298,11 +331,43 @@ def _joined(whole: _Steps, order: list[Tensor] | None, are_new: bool) -> Attenti
             made.append(Block(source, places, step.first - left, step.first_key, taken))
         return made
 
-    made, last = joined_map([step.map for step in steps], blocks, (texts, heads, queries - left, keys)), steps[-1].map
-    if order is None and last.layout is not None and last.layout.keys == keys:  # else a window, or other texts
-        made.layout = last.layout
-        made.query_layout = last.layout if made.kind == "self" and queries - left == keys else None
+    made = joined_map([step.map for step in steps], blocks, (texts, heads, queries - left, keys))
+    made.layout = of_keys
+    made.query_layout = of_queries if of_queries is None or not (begin := whole.begun + left) else of_queries.cut(begin)
     return made
+
+
+def _layouts(
+    whole: _Steps, steps: Sequence[_Step], order: list[Tensor] | None, texts: int
+) -> tuple[Layout | None, Layout | None]:
+    """What the keys and the queries of all steps are, those of the answer told apart; None where a step does not know.
+
+    The queries are those of the keys that come from before the first step, too.
+    """
+    first, last = steps[0].map, steps[-1].map
+    tokens = last.layout if order is None and last.kind != "cross" else None
+    if (
+        tokens is None or tokens.count != whole.begun + steps[-1].first + last.shape[2]
+    ):  # a window's, or a static cache's
+        known = [step.map.query_layout for step in steps]
+        tokens = None if None in known else Layout.batch([_of_text(whole, steps, order, text) for text in range(texts)])
+    tokens = None if tokens is None else tokens.written_from(whole.begun + whole.prompt)
+    if first.kind != "cross":
+        return tokens, tokens
+    source = first.layout
+    if source is not None and order is not None:
+        source = Layout.batch([source.of(max(0, int(place))) for place in order[0]])
+    return source, tokens
+
+
+def _of_text(whole: _Steps, steps: Sequence[_Step], order: list[Tensor] | None, text: int) -> Layout:
+    """The tokens of one text, put together from what each step knows of its own; behind its end they are padding."""
+    each = [Layout.text(whole.begun)] if whole.begun else []
+    for at, (step, _, _) in enumerate(steps):
+        place = text if order is None else int(order[at][text])
+        assert step.query_layout is not None
+        each.append(step.query_layout.of(place) if place >= 0 else Layout((Part("padding", step.shape[2]),)))
+    return Layout.joined(each)
 
 
 def _not_one(path: str, why: str) -> ValueError:

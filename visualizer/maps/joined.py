@@ -1,6 +1,7 @@
-"""Where the rows of a map come from that several calls made: each has some of the heads, the images or the queries.
+"""Where the rows of a map come from that is made of parts: several calls, or the windows of a picture.
 
-The calls of one pass are put together where the model itself does so; the steps of a generation, in generated.py.
+Each call has some of the heads, the images or the queries. The calls of one pass are put together where the model
+itself does so; the steps of a generation, in generated.py.
 """
 
 from __future__ import annotations
@@ -99,13 +100,79 @@ class Joined:
         return {"blocks": [block.packed(shared) for block in self.blocks], "shape": [*self.shape]}
 
 
-Source = Weights | Factors | Samples | Joined
+def stitched_rows(places: Tensor, rows_of: Callable[[Tensor], Tensor], queries: slice | Tensor) -> Tensor:
+    """Some rows of the whole grid of patches, (images, heads, those patches, patches), from the rows of its windows.
+
+    Args:
+        places: (windows, tokens), which patch each token of each window is; -1: padding.
+        rows_of: gives the rows of some tokens in all windows, (images x windows, heads, those tokens, tokens).
+        queries: the patches.
+    """
+    places = places.to(queries.device if isinstance(queries, Tensor) else "cpu")
+    is_patch = places.flatten() >= 0
+    patches = int(is_patch.sum())
+    at = torch.empty(patches, dtype=torch.long, device=places.device)  # the place of each patch in the flat windows
+    at[places.flatten()[is_patch]] = is_patch.nonzero().flatten()
+    window, token = at[queries] // places.shape[1], at[queries] % places.shape[1]
+    tokens, order = token.unique(return_inverse=True)
+    rows = rows_of(tokens)
+    rows = rows.unflatten(0, (-1, len(places)))[:, window, :, order].movedim(0, 2)  # (images, heads, queries, tokens)
+    keys = torch.where(places >= 0, places, patches)[window].to(rows.device)  # what goes to padding is left out
+    made = rows.new_zeros(*rows.shape[:3], patches + 1)
+    return made.scatter_(3, keys.expand_as(rows), rows)[..., :patches]
+
+
+class Stitched:
+    """The windows of an attention as one map of the whole grid; keys outside of a query's window have no weight.
+
+    >>> import torch
+    >>> from visualizer.maps import Weights
+    >>> windows = torch.tensor([[0, 2], [1, 3]])  # of a grid of 2 x 2 patches its columns
+    >>> Stitched(Weights(torch.full((2, 1, 2, 2), 0.5)), windows).rows(slice(0, 2))
+    tensor([[[[0.5000, 0.0000, 0.5000, 0.0000],
+              [0.0000, 0.5000, 0.0000, 0.5000]]]])
+
+    Args:
+        source: of the windows, (images x windows, heads, tokens, tokens).
+        places: (windows, tokens), which patch each token of each window is; -1: padding.
+    """
+
+    def __init__(self, source: Any, places: Tensor) -> None:
+        patches = int((places >= 0).sum())
+        self._source, self._places = source, places
+        self.shape: tuple[int, int, int, int] = (source.shape[0] // len(places), source.shape[1], patches, patches)
+        self.dtype: torch.dtype = source.dtype
+        self.device: torch.device = source.device
+        self.kept = f"{source.kept} of windows"
+        """What is held, in words."""
+
+    def rows(self, queries: slice | Tensor) -> Tensor:
+        """The weights of some queries."""
+        return stitched_rows(self._places, lambda tokens: self._source.rows(tokens.to(self.device)), queries)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are held."""
+        held: list[Tensor] = self._source.tensors()
+        return held
+
+    def to(self, device: torch.device | str) -> Stitched:
+        """The same on another device."""
+        return Stitched(self._source.to(device), self._places)
+
+    def packed(self, shared: dict[int, Tensor]) -> dict[str, Any]:
+        """As tensors and numbers, for a file."""
+        return {"windows": self._source.packed(shared), "places": self._places.tolist()}
+
+
+Source = Weights | Factors | Samples | Joined | Stitched
 
 
 def unpacked_source(packed: dict[str, Any]) -> Source:
     """What `packed` of a source made, as it was."""
     if "weights" in packed:
         return Weights(packed["weights"])
+    if "windows" in packed:
+        return Stitched(unpacked_source(packed["windows"]), torch.tensor(packed["places"]))
     if "blocks" not in packed:
         return (Samples if "cells" in packed else Factors).unpacked(packed)
     batch, heads, queries, keys = packed["shape"]

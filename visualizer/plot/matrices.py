@@ -162,7 +162,8 @@ def tokens(
         tokens: the words of the queries, and of the keys too unless `key_tokens` has those (cross-attention). None:
             what the maps know, as those of `attention(model, tokenizer=...)` do. Pieces of a tokenizer become text, and
             white space is made visible. Where not all words fit, every second or third and so on is written. Arabic and
-            Hebrew need matplotlib 3.11 or newer, which joins letters and writes them from the right.
+            Hebrew need matplotlib 3.11 or newer, which joins letters and writes them from the right. In a generation a
+            white line divides the prompt from the answer.
         vmax: None: the largest weight.
 
     Raises what `head` raises, and ValueError where there are more or fewer tokens than rows or columns.
@@ -177,8 +178,8 @@ def tokens(
     if tokens is None:
         if axes.query_layout is None or (axes.layout is None and key_tokens is None):
             raise ValueError("the words are not known: pass tokens=, or record with attention(model, tokenizer=...)")
-        tokens = axes.query_layout.names
-        key_tokens = axes.layout.names if key_tokens is None and axes.layout is not None else key_tokens
+        tokens = axes.query_layout.labels
+        key_tokens = axes.layout.labels if key_tokens is None and axes.layout is not None else key_tokens
     rows = _of_drawn("tokens", tokens, chosen.queries, axes.queries)
     name, words = ("tokens", tokens) if key_tokens is None else ("key_tokens", key_tokens)
     columns = _of_drawn(name, words, chosen.keys, axes.keys)
@@ -188,6 +189,12 @@ def tokens(
     _draw_matrix(ax, chosen.weights, look, float(np.nanmax(chosen.weights)))
     write_title(ax, look.title, chosen.label)
     label_ticks(ax, rows, columns)
+    for known, drawn, line in (
+        (axes.query_layout, chosen.queries, ax.axhline),
+        (axes.layout, chosen.keys, ax.axvline),
+    ):
+        if known is not None and known.generated.any():  # where the answer begins
+            line(float(np.argmax(known.generated[drawn])) - 0.5, color="white", linewidth=0.8)
     return ax
 
 

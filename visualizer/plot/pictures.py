@@ -192,7 +192,7 @@ def rollout(
         layers.pop()  # a head that pools the patches, behind the layers
     axes = token_axes(layers, -1, batch)
     layout = layout_of(axes.keys, options, picture, axes.layout)
-    if query is None and axes.layout is not None and layout.windows is None and layout.first_patch == 0:
+    if query is None and axes.layout is not None and layout.first_patch == 0:
         row = select_mean_row(layers, layout, layer=-1, batch=batch, head=heads)
         tokens: Any = list(range(layout.count))
     else:
@@ -200,6 +200,8 @@ def rollout(
         tokens = row.framed
     rolled = as_numbers(analysis.rollout(layers, query=tokens, heads=heads, residual=residual, discard=discard))[batch]
     rolled = rolled.mean(0) if rolled.ndim == 2 else rolled
+    # The rollout's keys are the patches of the first layer, which may have been merged since.
+    at_first = row.layout if len(rolled) == row.layout.count else token_axes(layers, 0, batch).layout or row.layout
 
     behind = layout.on(picture)
     width, height = panel_size(sheet_size(layout, behind), 3.2)
@@ -210,10 +212,11 @@ def rollout(
         axes_drawn[0].set(title="picture", xticks=[], yticks=[])
     source = ", ".join(filter(None, (f"layer {len(layers) - 1}", head_words(layers[-1], heads))))
     titles = (source, f"rollout of {len(layers)} layers")
-    for ax, weights, text, label in zip(
-        axes_drawn[-2:], (row.weights, rolled), titles, (LABEL, "rollout"), strict=True
+    for ax, weights, place, text, label in zip(
+        axes_drawn[-2:], (row.weights, rolled), (row.layout, at_first), titles, (LABEL, "rollout"), strict=True
     ):
-        draw_row(weights, layout, behind, look, ax=ax, framed=row.framed, label=label)
+        framed = row.framed if place is row.layout else None
+        draw_row(weights, place, behind, look, ax=ax, framed=framed, label=label)
         ax.set_title(text)
     write_title(figure, look.title, ", ".join(filter(None, (f"query: {row.name}", note_of(layers)))))
     lay_out(figure)

@@ -263,19 +263,10 @@ def select_mean_row(
     at = _position("layer", layer, len(layers), layers)
     if at is None or patches is None:
         raise ValueError(f"layer={layer!r}: of models without a class token, pass the index of one layer")
-    [one] = maps_of([layers[at]]).layers
-    places = np.arange(layout.count)[None] if layout.windows is None else layout.windows.places(*patches.shape)
-    images = one.shape[0] // len(places)
-    first = layout.first_patch
-    counts = torch.from_numpy((places >= first) & (places < first + patches.count)).repeat(images, 1)
-    rows = one.row_product(counts).cpu().numpy() / patches.count  # (images * windows, heads, keys)
-    whole = np.zeros((images, one.shape[1], layout.count), rows.dtype)
-    for number, (place, window) in enumerate(
-        zip(places, rows.reshape(images, len(places), *rows.shape[1:]).swapaxes(0, 1), strict=True)
-    ):
-        is_patch = places[number] >= 0
-        whole[..., place[is_patch]] += window[..., is_patch]
-    chosen = select([whole[:, :, None]], layer=None, batch=batch, head=head, query=0)
+    one = maps_of([layers[at]]).layers[0].stitched(layout)
+    counts = torch.from_numpy(layout.are("patches")).expand(one.shape[0], -1)
+    rows = one.row_product(counts).cpu().numpy() / patches.count  # (images, heads, keys)
+    chosen = select([rows[:, :, None]], layer=None, batch=batch, head=head, query=0)
     label = ", ".join(filter(None, (_words("layer", layer, at, len(layers)), chosen.label, note_of(layers))))
     name = f"mean of {patches.count} patches"
     return Row(chosen.weights[0], replace(layout, windows=None), label, name, None, layout.count)

@@ -147,22 +147,26 @@ class PrefixMass(Statistic):
     array([[0.2, 0.2]])
 
     Args:
-        prefix_tokens: how many tokens.
+        prefix_tokens: how many tokens; None: those that the maps know, or else 1.
     """
 
-    about = "how much goes to the class token"
+    about = "how much goes to the class token and registers"
     default_for = ("images",)
 
-    def __init__(self, prefix_tokens: int = 1, *, name: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, prefix_tokens: int | None = None, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
-        if not isinstance(prefix_tokens, int) or prefix_tokens < 1:
+        if prefix_tokens is not None and (not isinstance(prefix_tokens, int) or prefix_tokens < 1):
             raise ValueError(f"prefix_tokens={prefix_tokens!r}: pass how many tokens, 1 or more")
-        self.prefix_tokens, self.label = prefix_tokens, f"attention to prefix tokens ({prefix_tokens})"
+        self.prefix_tokens = prefix_tokens
+        self.label = "attention to prefix tokens" + (f" ({prefix_tokens})" if prefix_tokens else "")
 
     def of(self, layer: AttentionMap, tokens: Tokens) -> Tensor:
         """(batch, heads), from 0 to 1."""
-        received = _received(layer, tokens)
-        return received[..., : self.prefix_tokens].nansum(-1).masked_fill(received.isnan().all(-1), math.nan)
+        received, known = _received(layer, tokens), layer.layout
+        count = self.prefix_tokens
+        if count is None:
+            count = 1 if known is None or known.patches is None else known.first_patch
+        return received[..., :count].nansum(-1).masked_fill(received.isnan().all(-1), math.nan)
 
 
 class Received(Statistic):

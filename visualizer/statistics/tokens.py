@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,26 +48,18 @@ def _is_real(mask: Tensor | None, tokens: int) -> Tensor | None:
 
 
 def tokens_of_call(layer: AttentionMap, maps: Maps[Any], batch: Tokens) -> Tokens:
-    """What is known of the tokens of the call that is being recorded: from its modules' arguments, else from the batch.
+    """What is known of the tokens of the call that is being recorded: by the map's layouts, else from the batch.
 
-    The innermost module decides: an encoder and a decoder get masks of their own, or None where nothing is padding.
+    An encoder and a decoder have padding of their own, or none.
     """
-    from_batch = {"attention_mask": batch.mask, "input_ids": batch.ids, "encoder_attention_mask": None}
-    return Tokens(
-        *(_of_arguments(maps.call_arguments(name), layer.shape[0], name, known) for name, known in from_batch.items())
-    )
+    images, _, queries, keys = layer.shape
+    mask = batch.mask if layer.query_layout is None else real_tokens(layer.query_layout, images, queries)
+    return Tokens(mask, _ids_of_call(maps, images, batch.ids), real_tokens(layer.layout, images, keys))
 
 
-def _of_arguments(arguments: Sequence[Any], batch: int, name: str, known: Tensor | None) -> Tensor | None:
-    """The first argument that is a mask or ids, (batch, tokens); None where a module was given None before that."""
-    for value in arguments:
-        if value is None:
-            return None
-        if isinstance(value, Tensor) and value.ndim == 2 and len(value) == batch:
-            value = value.detach()
-            # A mask with other numbers than 0 and 1 is added to scores, and says nothing of tokens.
-            if name == "input_ids" or bool(((value == 0) | (value == 1)).all()):
-                # With as many texts as tokens, (batch, tokens) cannot be told from (tokens, tokens): trust the batch.
-                is_unclear = known is not None and known.shape == value.shape and batch == value.shape[1]
-                return known if is_unclear else value
+def _ids_of_call(maps: Maps[Any], batch: int, known: Tensor | None) -> Tensor | None:
+    """The ids that the innermost module was given that takes any, (batch, tokens); else those of the batch."""
+    for value in maps.call_arguments("input_ids"):
+        if value is None or (isinstance(value, Tensor) and value.ndim == 2 and len(value) == batch):
+            return None if value is None else value.detach()
     return known

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from .printing import as_html, as_text
 from .records import Record, Saved
@@ -65,21 +65,23 @@ class Recorded(ABC):
         return as_html(*self.table())
 
 
+class Choosing(TypedDict, total=False):
+    """The keywords that choose the rows of a table; `RecordedMaps.to_frame` explains them."""
+
+    layers: int | str | Sequence[int | str] | None
+    heads: int | Sequence[int] | None
+    queries: int | Sequence[int] | None
+    top: int | None
+    tokens: Sequence[Any] | None
+    query_tokens: Sequence[Any] | None
+    key_tokens: Sequence[Any] | None
+    max_rows: float
+
+
 class RecordedMaps(Recorded):
     """What was recorded, where it is attention maps: the results of `attention`, and of `capture` if they are maps."""
 
-    def to_frame(
-        self,
-        *,
-        layers: int | str | Sequence[int | str] | None = None,
-        heads: int | Sequence[int] | None = None,
-        queries: int | Sequence[int] | None = None,
-        top: int | None = None,
-        tokens: Sequence[Any] | None = None,
-        query_tokens: Sequence[Any] | None = None,
-        key_tokens: Sequence[Any] | None = None,
-        max_rows: float = 10_000_000,
-    ) -> Any:
+    def to_frame(self, **choice: Unpack[Choosing]) -> Any:
         """The weights as a `pandas.DataFrame`, a row for each.
 
         >>> import numpy as np
@@ -110,32 +112,20 @@ class RecordedMaps(Recorded):
             tokens: the words of the queries and the keys, where these are the same. None: those that the maps know, as
                 of `attention(model, tokenizer=...)`.
             query_tokens, key_tokens: those of one side, where they are not.
-            max_rows: larger tables are refused. The default takes about a gigabyte; `math.inf`: no limit.
+            max_rows: larger tables are refused. The default, ten million, takes about a gigabyte; `math.inf`: no limit.
 
         Raises:
             ImportError: pandas is not installed; `to_csv` does without.
             ValueError: nothing was recorded, the words do not fit, or the table is too large; the message says how
                 large, and how to choose.
-            TypeError: a value is no map; the message names its key.
+            TypeError: a value is no map; the message names its key. Or there is no such keyword.
             IndexError: there is no such head or query.
         """
         from .export import Choice, frame  # loads numpy, and most programs make no tables
 
-        return frame(self.records, Choice(layers, heads, queries, top, tokens, query_tokens, key_tokens, max_rows))
+        return frame(self.records, Choice(**choice))
 
-    def to_csv(
-        self,
-        path: str | PathLike[str],
-        *,
-        layers: int | str | Sequence[int | str] | None = None,
-        heads: int | Sequence[int] | None = None,
-        queries: int | Sequence[int] | None = None,
-        top: int | None = None,
-        tokens: Sequence[Any] | None = None,
-        query_tokens: Sequence[Any] | None = None,
-        key_tokens: Sequence[Any] | None = None,
-        max_rows: float = 10_000_000,
-    ) -> None:
+    def to_csv(self, path: str | PathLike[str], **choice: Unpack[Choosing]) -> None:
         """Write the table of `to_frame` to a text file in UTF-8, with commas; with tabs if the path ends in ".tsv".
 
         It is written some rows at a time, so that a large `max_rows` takes room on the disk alone. Weights have as many
@@ -147,5 +137,4 @@ class RecordedMaps(Recorded):
         """
         from .export import Choice, write_csv
 
-        choice = Choice(layers, heads, queries, top, tokens, query_tokens, key_tokens, max_rows)
-        write_csv(path, self.records, choice)
+        write_csv(path, self.records, Choice(**choice))
