@@ -714,7 +714,7 @@ class TestWordsAndPictures:
         about = described(explore(maps, image=squares))["examples"]
         assert [[3, 3]] * 3 == [one["sides"][1]["grid"] for one in about]
         assert ["<s>", "␣a", "␣cat", "␣dog"] == about[2]["sides"][0]["labels"][:4]
-        with pytest.raises(ValueError, match=r"image= has 5 pictures, and 2 lie in the text.* word_maps"):
+        with pytest.raises(ValueError, match=r"image= has 5 pictures, and 3 lie in the text.* word_maps"):
             explore(maps, image=squares + squares[:2])
 
     def test_sinks_are_removed_from_rows_on_a_picture(self):
