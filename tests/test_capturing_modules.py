@@ -558,6 +558,7 @@ class TestMemory:
         assert [1, 1, 1] == [len(values) for values in found.values()]
 
     @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc, which is not there")
+    @pytest.mark.slow
     @pytest.mark.parametrize("options", [{"limit": 5}, {"max_bytes": 10**6}], ids=str)
     @pytest.mark.filterwarnings("ignore:captured values would take more")
     def test_ten_thousand_runs_in_bounded_memory(self, x, options):
