@@ -8,7 +8,7 @@ nbclient = pytest.importorskip("nbclient", reason="needs the notebooks extra")
 nbformat = pytest.importorskip("nbformat", reason="needs the notebooks extra")
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-LESS = {"05_spike_driven": ("epochs=6", "epochs=1"), "06_long_context": ("side = 1792", "side = 896")}
+LESS = {"05_spike_driven": ("epochs=3", "epochs=1"), "06_long_context": ("side = 1792", "side = 896")}
 """What takes minutes in some notebooks, and what does the same in seconds."""
 
 
