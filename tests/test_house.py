@@ -321,6 +321,18 @@ def test_all_is_what_is_public() -> None:
         visualizer.nonsense
 
 
+def test_everything_can_be_imported_at_once_without_the_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    import visualizer
+
+    for name in [name for name in sys.modules if name.startswith("visualizer.statistics")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(visualizer, "statistics", raising=False)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    names: dict[str, Any] = {}
+    exec("from visualizer import *", names)
+    assert {"attention", "capture", "get_local", "plot"} <= names.keys()
+
+
 def files_for_git() -> list[Path]:
     """The files that are or would be committed."""
     if not (ROOT / ".git").exists() or not shutil.which("git"):

@@ -11,7 +11,7 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 LESS = {
     "02_any_model": {"max_new_tokens=40": "max_new_tokens=8"},
     "03_inspecting_vit": {"in range(20)": "in range(2)"},
-    "05_spike_driven": {"epochs=6": "epochs=1", "order[:1437]": "order[:320]"},
+    "05_spike_driven": {"epochs=3": "epochs=1", "order[:1437]": "order[:320]"},
     "06_long_context": {"side = 1792": "side = 560"},
 }
 """What takes long in some notebooks, and what does the same in seconds."""

@@ -237,6 +237,18 @@ def test_every_entrance_refuses_for_one_reason(entrance, form, error, said):
         assert part in str(caught.value)
 
 
+def test_what_a_model_of_transformers_returns_is_read_for_its_attentions():
+    outputs = pytest.importorskip("transformers.modeling_outputs", reason="needs transformers")
+    maps, hidden = (torch.eye(3).expand(1, 2, 3, 3),), torch.zeros(1, 3, 8)
+    read = layers_in(outputs.BaseModelOutput(last_hidden_state=hidden, attentions=maps)).layers
+    assert [(1, 2, 3, 3)] == [tuple(layer.shape) for layer in read]
+    with pytest.raises(ValueError, match=r"got a BaseModelOutput without attentions.*output_attentions=True"):
+        layers_in(outputs.BaseModelOutput(last_hidden_state=hidden))
+    both = outputs.Seq2SeqModelOutput(last_hidden_state=hidden, decoder_attentions=maps, cross_attentions=maps)
+    with pytest.raises(ValueError, match="has decoder_attentions, cross_attentions: pass one of them"):
+        layers_in(both)
+
+
 class TestWeights:
     @pytest.mark.parametrize("entrance", ENTRANCES)
     def test_rounding_below_zero_is_zero(self, entrance):

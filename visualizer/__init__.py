@@ -48,7 +48,8 @@ from .errors import (
 from .instrument import capture, get_local
 
 if TYPE_CHECKING:
-    from . import analysis, models, plot, statistics
+    from . import analysis, models, plot
+    from . import statistics as statistics
     from .explorer import explore
     from .grounding import word_maps
     from .intercept.attention import attention
@@ -76,9 +77,8 @@ __all__ = [
     "load",
     "models",
     "plot",
-    "statistics",
     "word_maps",
-]
+]  # without statistics, whose extra may be missing: `from visualizer import *` would fail
 
 _LAZY = {
     "AttentionMap": ".maps",

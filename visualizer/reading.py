@@ -58,7 +58,8 @@ def layers_in(attention: Any) -> Layers:
         attention = attention.generated()  # one map of each module, in place of one of each step
     attention = _means_in(attention)
     if isinstance(attention, Mapping):
-        attention = _layers_of_mapping(attention)
+        is_output = hasattr(attention, "to_tuple")  # what a model of transformers returns
+        attention = _layers_of_output(attention) if is_output else _layers_of_mapping(attention)
     if not is_array(attention):
         attention = _layers_of_sequence(attention)
     if isinstance(attention, list):
@@ -119,6 +120,16 @@ def _layers_of_mapping(mapping: Mapping[Any, Any]) -> Any:
     if not filled:
         raise _no_maps(f"a {type(mapping).__name__} without entries")
     return [value[0] if isinstance(value, list) else value for value in filled.values()]
+
+
+def _layers_of_output(output: Mapping[str, Any]) -> Any:
+    """The attentions among all that a model of transformers returned."""
+    names = [name for name in output if name.endswith("attentions")]
+    if len(names) > 1:
+        raise ValueError(f"a {type(output).__name__} has {', '.join(names)}: pass one of them")
+    if not names:
+        raise _no_maps(f"a {type(output).__name__} without attentions")
+    return output[names[0]]
 
 
 def _layers_of_sequence(sequence: Any) -> Any:
