@@ -153,7 +153,7 @@ class WordMaps:
         if self._maps is None:
             maps = Maps(self._module, None, self._add, False, math.inf)
             self._paths_seen.clear()
-            maps.is_asked_for, maps.needs_layouts = self._asks_for, False
+            maps.is_asked_for, maps.needs_layouts, maps.needs_sums = self._asks_for, False, self._source.needs_columns
             self._hooks = [
                 module.register_forward_pre_hook(partial(self._note, note), with_kwargs=True)
                 for module, note in self._source.watched
@@ -576,7 +576,8 @@ class WordMaps:
             known.calls += calls
 
     def _reduced(self, weights: Tensor) -> Tensor:
-        return weights if self._keeps_heads else weights.mean(1, keepdim=True)
+        # What is kept is no view of the rows, which have the keys of all tokens.
+        return weights.clone() if self._keeps_heads else weights.mean(1, keepdim=True)
 
     def __repr__(self) -> str:
         texts = dict.fromkeys(key.whose for key in self.sums)

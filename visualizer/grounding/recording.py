@@ -75,7 +75,8 @@ class Plan:
         self.looks = looks
         words = sorted({word for look in looks for word in look.words})
         patches = sorted({patch for look in looks for patch in look.patches.flatten().tolist()})
-        self._words, self._patches = (torch.tensor(one, device=device) for one in (words, patches))
+        self._words, self._patches = words, _as_slice(patches, device)
+        self._parts: list[slice | Tensor] = []
         self._word_places, self._patch_places = ({one: n for n, one in enumerate(each)} for each in (words, patches))
 
     def weights(self, made: AttentionMap, reduce: Callable[[Tensor], Tensor]) -> Tensor:
@@ -85,9 +86,12 @@ class Plan:
         some rows of the map exist at once.
         """
         if not self.looks[0].are_queries:
-            return reduce(made.columns(self._words)).mT[..., self._patches]
-        size = max(1, _ROWS // max(1, made.shape[0] * made.shape[1] * made.shape[3]))
-        parts = [reduce(made.rows(part)[..., self._patches]) for part in torch.split(self._words, size)]
+            return reduce(made.columns(torch.tensor(self._words, device=made.device))).mT[..., self._patches]
+        if not self._parts:
+            size = max(1, _ROWS // max(1, made.shape[0] * made.shape[1] * made.shape[3]))
+            groups = (self._words[start : start + size] for start in range(0, len(self._words), size))
+            self._parts = [_as_slice(group, made.device) for group in groups]
+        parts = [reduce(made.source.rows(part)[..., self._patches]) for part in self._parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def of(self, look: Look, weights: Tensor) -> Tensor:
@@ -101,6 +105,12 @@ class Plan:
 _ROWS = 2**21  # numbers of rows that are computed at a time
 
 
+def _as_slice(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
+    """What chooses these ascending numbers, as a slice where that is one: nothing is copied then."""
+    whole = slice(numbers[0], numbers[-1] + 1) if numbers else slice(0)
+    return whole if len(numbers) == whole.stop - (whole.start or 0) else torch.tensor(numbers, device=device)
+
+
 Watched = tuple[nn.Module, Callable[[dict[str, Any]], int | None]]
 
 
@@ -110,6 +120,8 @@ class Source(Protocol):
     watched: list[Watched]
     """The modules of whose calls it takes note, and what takes note of their arguments. That returns from which token
     on what was seen of the texts is void: 0 for new texts; None: nothing is."""
+    needs_columns: bool
+    """Whether patches look at words, so that the columns of words are wanted."""
     missing: str
     """Why there may be nothing of a token, in words."""
     unread: str
@@ -155,6 +167,7 @@ class Denoiser:
         self._texts: dict[Whose, list[Text]] = {}
         self._plans: dict[Any, Plan] = {}
         self.watched: list[Watched] = [(denoiser, self._begin)]
+        self.needs_columns = True
         self.missing, self.unread = "the layers see no such tokens", ""
 
     def generates(self, arguments: dict[str, Any]) -> None:
@@ -295,7 +308,7 @@ class Reader:
         self._prompt = self._seen = self._new = 0  # how many tokens
         self._is_noted = self._is_beam_search = False
         self._plans: dict[Any, Plan] = {}  # of the tokens that are given now
-        self.unread = ""
+        self.needs_columns, self.unread = False, ""
         self.missing = _MISSING + _APART * self._has_encoder
         self.watched: list[Watched] = [(writer, self._begin), *([] if writer is model else [(model, self._note)])]
 
