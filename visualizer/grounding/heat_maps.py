@@ -505,7 +505,9 @@ class WordMaps:
         @wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             self._note(self._source.generates, original, args, kwargs)
-            return original(*args, **kwargs)
+            made = original(*args, **kwargs)
+            self._note(lambda _: self._source.wrote(made), original, (), {})
+            return made
 
         self._module.__dict__["generate"] = generate
 

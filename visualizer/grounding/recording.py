@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol
@@ -130,6 +131,9 @@ class Source(Protocol):
     def generates(self, arguments: dict[str, Any]) -> int | None:
         """Take note of what `generate` is given; returns the same."""
 
+    def wrote(self, made: Any) -> int | None:
+        """Take note of what `generate` returns; returns the same."""
+
     def asks_for(self, call: AttentionCall) -> Literal["layer", "former"] | None:
         """Whether an attention call may be between words and patches, or is of the query former of a picture."""
 
@@ -172,6 +176,9 @@ class Denoiser:
 
     def generates(self, arguments: dict[str, Any]) -> None:
         """Nothing: it writes no text."""
+
+    def wrote(self, made: Any) -> None:
+        """Nothing."""
 
     def _begin(self, arguments: dict[str, Any]) -> int | None:
         """Take note of a step."""
@@ -364,15 +371,33 @@ class Reader:
         else:
             self._seen = seen + (self._prompt if self._has_encoder else 0)
         is_known = 0 <= self._seen <= length
-        if is_first and not self._has_encoder:
-            return void if is_known and self._seen + self._new <= length else self._forget()
-        if ids is None or not is_known:
-            return void if ids is None else self._forget()
-        if self._seen < length and void is None:  # tokens were taken back
+        behind = self._seen + self._new
+        if not is_known or (ids is None and behind > length):
+            return self._forget()
+        if ids is None or (is_first and not self._has_encoder and behind <= length):  # the prompt, or a part of it
+            return void
+        if self._seen < length and void is None and not is_first:  # tokens were taken back
             void = self._seen
         for row, is_real, more in zip(self._rows, self._is_real, ids, strict=True):
-            row[self._seen :], is_real[self._seen :] = more, [True] * len(more)
+            row[self._seen :] = more
+            is_real[length if is_first else self._seen :] = [True] * (behind - (length if is_first else self._seen))
         return void
+
+    def wrote(self, made: Any) -> int | None:
+        """Take note of what `generate` returns: words that were only proposed are no words of the text."""
+        ids = getattr(made, "sequences", made)
+        if not isinstance(ids, Tensor) or len(ids) != len(self._rows) or self._is_beam_search:
+            return None
+        common = len(self._rows[0])
+        for row, own in zip(self._rows, ids.tolist(), strict=True):
+            whole = own if own[: self._prompt] == row[: self._prompt] else row[: self._prompt] + own
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(row, whole, strict=False))
+            common = min(common, sum(1 for _ in same))
+        if not self._prompt <= common < len(self._rows[0]):
+            return None
+        for row, is_real in zip(self._rows, self._is_real, strict=True):
+            del row[common:], is_real[common:]
+        return common
 
     def _goes_on(self, arguments: dict[str, Any], ids: list[list[int]] | None, seen: int | None) -> bool:
         """Whether a call goes on with the texts that are known."""
