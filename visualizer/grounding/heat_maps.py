@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..analysis.shares import TIMES
 from ..errors import few, warn
 from ..intercept import AttentionCall, Maps
+from ..intercept.modules import argument_names
 from ..maps import AttentionMap, without_autograd
 from ..words import no_such_word
 from .recording import FORMER, Look, Plan, Whose, source_of
@@ -522,7 +523,8 @@ class WordMaps:
         """Have the source take note of a call of a module, or of a function, by the names of its arguments."""
         if self._error is None:
             try:
-                names = [*inspect.signature(called.forward if isinstance(called, nn.Module) else called).parameters]
+                is_module = isinstance(called, nn.Module)
+                names = argument_names(called) if is_module else [*inspect.signature(called).parameters]
                 # What is looked at is no function of the model, and may be seen by a mode of the user's.
                 with torch._C.DisableTorchFunction():
                     void = note({**dict(zip(names, args, strict=False)), **kwargs})
