@@ -1194,3 +1194,19 @@ class TestReading:
         assert "attention of Sequential: 3 maps of 3 modules, 1.92 kB" in repr(maps)
         assert "<td" in maps._repr_html_()
         assert isinstance(maps[0], AttentionMap)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_the_sums_of_a_softmax_that_the_kernel_has_anyway(mode):
+    """With them a few columns take no second attention; the model's output stays what it was, bit by bit."""
+    model, x = Fused(), torch.randn(2, 5, 8)
+    with mode():
+        expected = model(x)
+        maps = attention(model)
+        maps.needs_sums = True
+        with maps:
+            made = model(x)
+    assert torch.equal(expected, made)
+    q, k, _ = (one.detach() for one in model.last)
+    torch.testing.assert_close(maps[0].source.log_sums, (q @ k.mT / 2).logsumexp(-1))
+    torch.testing.assert_close(maps[0].columns([3, 0]), maps[0].dense()[..., [3, 0]])

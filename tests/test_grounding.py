@@ -117,10 +117,92 @@ def test_a_text_without_pictures_has_nothing_to_look_at(llava: Any) -> None:
     model, _, _ = llava
     with word_maps(model) as maps, torch.no_grad():
         model(input_ids=torch.tensor([[1, 7, 8]]))
-    with pytest.raises(IndexError, match="no picture 0 in the prompt: it has 0"):
+    with pytest.raises(IndexError, match="no picture 0 in the prompt: it has 0; give the model the picture too"):
         maps.of(1)
-    with pytest.raises(IndexError, match="no picture 0"):  # nothing has run
+    with pytest.raises(ValueError, match="run it inside the `with`"):  # nothing has run
         word_maps(model).of(1)
+
+
+def test_heads_that_point(llava: Any) -> None:
+    model, prompt, _ = llava
+    with word_maps(model, tokenizer=vision_language.Tokenizer(), heads="all") as maps, torch.no_grad():
+        model(**prompt)
+    heads = [(path, number) for path in maps.layers for number in (0, 1)]
+    each = torch.stack([maps.of("dog", layer=path, head=number) for path, number in heads]).flatten(1)
+    wide = each.sum(1) >= each.sum(1).mean()
+    entropy = torch.distributions.Categorical(each).entropy()
+    expected = [heads[number] for number in entropy.argsort().tolist() if wide[number]]
+    assert maps.pointing("dog") == expected[:3] and maps.pointing("dog", count=1) == expected[:1]
+    mean = torch.stack([each[heads.index(one)] for one in expected[:3]]).mean(0).view(3, 3)
+    torch.testing.assert_close(maps.of("dog", head="pointing"), mean)
+    title = plot.words(maps, "dog", head="pointing").get_title()
+    assert title == "'dog', mean of 2 layers, heads that point"
+    with pytest.raises(ValueError, match="head='sharp': pass a number, 'pointing' or None"):
+        maps.of("dog", head="sharp")
+
+
+def test_the_words_of_a_beam_search_are_those_of_the_prompt(llava: Any) -> None:
+    model, prompt, _ = llava
+    with word_maps(model, tokenizer=vision_language.Tokenizer()) as maps, torch.no_grad():
+        model(**prompt)
+        expected = maps["cat"]
+        written = generated(model, prompt, num_beams=2)
+    torch.testing.assert_close(maps["cat"], expected, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="call the model itself once with the ids that generate returned"):
+        maps.of(prompt["input_ids"].shape[1])
+    with pytest.raises(ValueError, match=r"'w70' is not in the text.* what a beam search writes is not recorded"):
+        maps["w70"]
+    whole = {"input_ids": written, "pixel_values": prompt["pixel_values"]}
+    with word_maps(model) as maps, torch.no_grad():  # the way out
+        model(**whole)
+    assert float(maps.of(prompt["input_ids"].shape[1]).sum()) > 0
+
+
+def test_words_that_were_taken_back_have_no_rows(llava: Any) -> None:
+    """As where another model, or the prompt itself, proposes words, and some are refused."""
+    model, prompt, _ = llava
+    prompt = {**prompt, "input_ids": torch.cat([prompt["input_ids"], torch.tensor([[7, 9, 7, 9, 7]])], 1)}
+    del prompt["attention_mask"]
+    with word_maps(model, heads="all") as maps:
+        written = generated(model, prompt, prompt_lookup_num_tokens=3)
+    with word_maps(model, heads="all") as whole, torch.no_grad():
+        model(input_ids=written, pixel_values=prompt["pixel_values"])
+    for token in range(prompt["input_ids"].shape[1], written.shape[1] - 1):
+        torch.testing.assert_close(maps.of(token, head=1), whole.of(token, head=1), atol=1e-5, rtol=0)
+    tokens = [token for one in next(iter(maps.sums.values())) for token in one.tokens]
+    assert len(set(tokens)) == len(tokens) and max(tokens) < written.shape[1]
+
+
+def test_an_encoder_and_a_decoder_without_a_cache() -> None:
+    model, prompt, _ = made(vision_language.florence2)
+    found = []
+    for more in ({}, {"use_cache": False}):
+        with word_maps(model, tokenizer=vision_language.Tokenizer()) as maps:
+            generated(model, prompt, **more)
+        found.append(torch.stack([maps["cat"], maps.of(14), maps.of(15)]))
+    torch.testing.assert_close(*found)
+    with pytest.raises(
+        ValueError, match=r"nothing was kept of 14, .* layers of the encoder have the words of the prompt"
+    ):
+        maps.of(14, layer=0)
+
+
+def test_a_query_former_is_seen_whatever_layers_are_asked_for() -> None:
+    model, prompt, _ = made(vision_language.blip2)
+    embedded = {name: one for name, one in prompt.items() if name != "pixel_values"}
+    with pytest.warns(UserWarning, match=r"attend to each other in '\*nine\*'; they do in"), torch.no_grad():
+        with word_maps(model, layers=["*layers.1.*", "*nine*"]) as maps:
+            model(**prompt)
+    assert [path[-18:] for path in maps.layers] == ["layers.1.self_attn"]
+    assert maps.of(vision_language.CAT - 2).shape == (4, 4)
+    with word_maps(model) as maps, torch.no_grad():  # a caption of its own
+        model.generate(pixel_values=prompt["pixel_values"], max_new_tokens=2, min_new_tokens=2)
+    assert maps.of(4).shape == (4, 4)
+    outputs = model.get_image_features(prompt["pixel_values"])
+    with word_maps(model) as maps, torch.no_grad():
+        model(**embedded, pixel_values=None, mm_encoder_outputs={"image": outputs})
+    with pytest.raises(ValueError, match="query former of Blip2ForConditionalGeneration did not run inside"):
+        maps.of(5)
 
 
 def test_texts_of_a_batch_with_padding_on_the_left(llava: Any) -> None:
@@ -147,7 +229,7 @@ def test_a_prompt_that_does_not_fit_its_pictures_is_told_and_harms_nothing() -> 
         with torch.no_grad(), word_maps(model), pytest.raises(Exception) as plain:  # the model itself cannot take it
             model(**wrong)
     assert "grounding" not in str(plain.traceback[-1].path)
-    assert any("ValueError: 10 tokens of a picture do not fit image_grid_thw [1, 40, 60]" in str(one) for one in told)
+    assert any("ValueError: 18 tokens of a picture do not fit image_grid_thw [1, 40, 60]" in str(one) for one in told)
 
 
 def test_only_what_is_asked_for_is_kept(llava: Any) -> None:

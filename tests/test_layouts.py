@@ -279,7 +279,10 @@ class TestTexts:
         ("family", "layout"),
         [
             (vision_language.llava, "1 token, 3 x 3 patches of 4 pixels, 3 x 3 patches of 4 pixels, 2 tokens, "),
-            (vision_language.qwen2_vl, "2 tokens, 2 x 3 patches, 3 tokens, 2 x 2 patches, 2 tokens"),  # merged
+            (
+                vision_language.qwen2_vl,
+                "2 tokens, 2 x 3 patches, 3 tokens, 2 x 2 patches, 2 tokens, 2 x 2 x 2 ",
+            ),  # merged
             (vision_language.llava_next, "1 token, 3 x 3 patches of 4 pixels, 30 <image>, 2 tokens"),  # tiles behind
         ],
     )

@@ -806,3 +806,16 @@ def test_columns_of_a_long_map_come_from_one_more_fused_call(groups: int) -> Non
     masked = AttentionMap.from_query_key(query, key, mask=torch.rand(50, 70) > 0.5)
     assert masked.source.columns(torch.tensor([3])) is None
     torch.testing.assert_close(masked.columns([3]), masked.dense()[..., [3]])
+
+
+def test_columns_come_from_the_sums_that_a_kernel_told_if_these_are_right() -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    attention, expected = AttentionMap.from_query_key(query, key), AttentionMap.from_query_key(query, key).dense()
+    sums = (query @ key.repeat_interleave(2, 1).mT / 8**0.5).logsumexp(-1)
+    for told in (sums, sums + 1):
+        attention.source.log_sums = told
+        torch.testing.assert_close(attention.columns([3, -1]), expected[..., [3, 6]])
+    assert attention.source.columns(torch.tensor([3])) is None
+    attention.source.log_sums = sums
+    assert attention.source.columns(torch.tensor([3])) is not None

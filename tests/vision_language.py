@@ -25,7 +25,7 @@ WORDS = [
     "terpillar",
 ]
 WORDS += ["<row_1_col_1>", "<row_1_col_2>", "<row_2_col_1>", "<row_2_col_2>", "<global-img>"]
-IMAGE, CAT = 5, 8
+IMAGE, VIDEO, CAT = 5, 6, 8
 
 
 def prompt(*ids: Any, **more: Any) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def llava_next() -> Any:
     return transformers.LlavaNextForConditionalGeneration(config), given, [views]
 
 
-def _qwen(name: str, vision: dict[str, Any], **text: Any) -> Any:
+def _qwen(name: str, vision: dict[str, Any], has_video: bool = False, **text: Any) -> Any:
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
     vision = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "in_channels": 3, **vision}
     config = getattr(transformers, f"{name}Config")(
@@ -81,16 +81,20 @@ def _qwen(name: str, vision: dict[str, Any], **text: Any) -> Any:
         vision_end_token_id=4,
     )
     given = prompt(
-        *(1, 3, (IMAGE, 6), 4, 7, 3, (IMAGE, 4), 4, CAT),
+        *(1, 3, (IMAGE, 6), 4, 7, 3, (IMAGE, 4), 4, 3, (VIDEO, 8 * has_video), 4, CAT),
         pixel_values=pixels(24 + 16, 3 * 2 * 16),
         image_grid_thw=torch.tensor([[1, 4, 6], [1, 4, 4]]),
     )
-    given["mm_token_type_ids"] = (given["input_ids"] == IMAGE).long()
-    return getattr(transformers, f"{name}ForConditionalGeneration")(config), given, [[grid(2, 2, 3)], [grid(11, 2, 2)]]
+    pictures = [[grid(2, 2, 3)], [grid(11, 2, 2)]]
+    if has_video:  # of two frames
+        given |= {"pixel_values_videos": pixels(32, 3 * 2 * 16), "video_grid_thw": torch.tensor([[2, 4, 4]])}
+        pictures.append([torch.stack([grid(17, 2, 2), grid(21, 2, 2)])])
+    given["mm_token_type_ids"] = (given["input_ids"] == IMAGE).long() + 2 * (given["input_ids"] == VIDEO)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config), given, pictures
 
 
 def qwen2_vl() -> Any:
-    return _qwen("Qwen2VL", {"embed_dim": 16, "hidden_size": 16, "mlp_ratio": 2})
+    return _qwen("Qwen2VL", {"embed_dim": 16, "hidden_size": 16, "mlp_ratio": 2}, has_video=True)
 
 
 def qwen2_5_vl() -> Any:

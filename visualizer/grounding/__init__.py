@@ -8,11 +8,11 @@
         model.generate(**inputs)
     plot.words(maps, "cat", image)
 
-Both are rows of some tokens on the patches of some picture: `recording` asks a model for these, `places` knows where
-they lie, `text` finds words among tokens, and `heat_maps` adds up what is seen, so that no map is kept.
+Both are rows of some tokens on the patches of some picture: `recording` asks a model for these, and `heat_maps` adds up
+what is seen, so that no map is kept. `intercept.places` says where patches lie among tokens, `words` which tokens are a
+word.
 """
 
-from ..intercept.places import Picture, Prompt, pictures_in
 from .heat_maps import WordMaps, word_maps
 
-__all__ = ["Picture", "Prompt", "WordMaps", "pictures_in", "word_maps"]
+__all__ = ["WordMaps", "word_maps"]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..analysis.shares import Sinks, check_sinks, sink_limit
 from ..errors import few, warn
 from ..intercept import AttentionCall, Maps
+from ..intercept.modules import argument_names
 from ..maps import AttentionMap, without_autograd
 from ..words import no_such_word
 from .recording import FORMER, Look, Plan, Whose, source_of
@@ -164,7 +165,7 @@ class WordMaps:
         if self._maps is None:
             maps: Maps[Any] = Maps(self._module, None, self._add, False, math.inf)
             self._paths_seen.clear()
-            maps.is_asked_for, maps.needs_layouts = self._asks_for, False
+            maps.is_asked_for, maps.needs_layouts, maps.needs_sums = self._asks_for, False, self._source.needs_columns
             self._hooks = [
                 module.register_forward_pre_hook(partial(self._note, note), with_kwargs=True)
                 for module, note in self._source.watched
@@ -551,7 +552,9 @@ class WordMaps:
         @wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             self._note(self._source.generates, original, args, kwargs)
-            return original(*args, **kwargs)
+            made = original(*args, **kwargs)
+            self._note(lambda _: self._source.wrote(made), original, (), {})
+            return made
 
         self._module.__dict__["generate"] = generate
 
@@ -566,7 +569,8 @@ class WordMaps:
         """Have the source take note of a call of a module, or of a function, by the names of its arguments."""
         if self._error is None:
             try:
-                names = [*inspect.signature(called.forward if isinstance(called, nn.Module) else called).parameters]
+                is_module = isinstance(called, nn.Module)
+                names = argument_names(called) if is_module else [*inspect.signature(called).parameters]
                 # What is looked at is no function of the model, and may be seen by a mode of the user's.
                 with torch._C.DisableTorchFunction():
                     void = note({**dict(zip(names, args, strict=False)), **kwargs})
@@ -622,7 +626,8 @@ class WordMaps:
             known.calls += calls
 
     def _reduced(self, weights: Tensor) -> Tensor:
-        return weights if self._keeps_heads else weights.mean(1, keepdim=True)
+        # What is kept is no view of the rows, which have the keys of all tokens.
+        return weights.clone() if self._keeps_heads else weights.mean(1, keepdim=True)
 
     def __repr__(self) -> str:
         texts = dict.fromkeys(key.whose for key in self.sums)

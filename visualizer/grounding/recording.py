@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol
@@ -75,7 +76,8 @@ class Plan:
         self.looks = looks
         words = sorted({word for look in looks for word in look.words})
         patches = sorted({patch for look in looks for patch in look.patches.flatten().tolist()})
-        self._words, self._patches = (torch.tensor(one, device=device) for one in (words, patches))
+        self._words, self._patches = words, _as_slice(patches, device)
+        self._parts: list[slice | Tensor] = []
         self._word_places, self._patch_places = ({one: n for n, one in enumerate(each)} for each in (words, patches))
 
     def weights(self, made: AttentionMap, reduce: Callable[[Tensor], Tensor]) -> Tensor:
@@ -85,9 +87,12 @@ class Plan:
         some rows of the map exist at once.
         """
         if not self.looks[0].are_queries:
-            return reduce(made.columns(self._words)).mT[..., self._patches]
-        size = max(1, _ROWS // max(1, made.shape[0] * made.shape[1] * made.shape[3]))
-        parts = [reduce(made.rows(part)[..., self._patches]) for part in torch.split(self._words, size)]
+            return reduce(made.columns(torch.tensor(self._words, device=made.device))).mT[..., self._patches]
+        if not self._parts:
+            size = max(1, _ROWS // max(1, made.shape[0] * made.shape[1] * made.shape[3]))
+            groups = (self._words[start : start + size] for start in range(0, len(self._words), size))
+            self._parts = [_as_slice(group, made.device) for group in groups]
+        parts = [reduce(made.source.rows(part)[..., self._patches]) for part in self._parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def of(self, look: Look, weights: Tensor) -> Tensor:
@@ -101,6 +106,12 @@ class Plan:
 _ROWS = 2**21  # numbers of rows that are computed at a time
 
 
+def _as_slice(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
+    """What chooses these ascending numbers, as a slice where that is one: nothing is copied then."""
+    whole = slice(numbers[0], numbers[-1] + 1) if numbers else slice(0)
+    return whole if len(numbers) == whole.stop - (whole.start or 0) else torch.tensor(numbers, device=device)
+
+
 Watched = tuple[nn.Module, Callable[[dict[str, Any]], int | None]]
 
 
@@ -110,6 +121,8 @@ class Source(Protocol):
     watched: list[Watched]
     """The modules of whose calls it takes note, and what takes note of their arguments. That returns from which token
     on what was seen of the texts is void: 0 for new texts; None: nothing is."""
+    needs_columns: bool
+    """Whether patches look at words, so that the columns of words are wanted."""
     missing: str
     """Why there may be nothing of a token, in words."""
     unread: str
@@ -117,6 +130,9 @@ class Source(Protocol):
 
     def generates(self, arguments: dict[str, Any]) -> int | None:
         """Take note of what `generate` is given; returns the same."""
+
+    def wrote(self, made: Any) -> int | None:
+        """Take note of what `generate` returns; returns the same."""
 
     def asks_for(self, call: AttentionCall) -> Literal["layer", "former"] | None:
         """Whether an attention call may be between words and patches, or is of the query former of a picture."""
@@ -155,10 +171,14 @@ class Denoiser:
         self._texts: dict[Whose, list[Text]] = {}
         self._plans: dict[Any, Plan] = {}
         self.watched: list[Watched] = [(denoiser, self._begin)]
+        self.needs_columns = True
         self.missing, self.unread = "the layers see no such tokens", ""
 
     def generates(self, arguments: dict[str, Any]) -> None:
         """Nothing: it writes no text."""
+
+    def wrote(self, made: Any) -> None:
+        """Nothing."""
 
     def _begin(self, arguments: dict[str, Any]) -> int | None:
         """Take note of a step."""
@@ -295,7 +315,7 @@ class Reader:
         self._prompt = self._seen = self._new = 0  # how many tokens
         self._is_noted = self._is_beam_search = False
         self._plans: dict[Any, Plan] = {}  # of the tokens that are given now
-        self.unread = ""
+        self.needs_columns, self.unread = False, ""
         self.missing = _MISSING + _APART * self._has_encoder
         self.watched: list[Watched] = [(writer, self._begin), *([] if writer is model else [(model, self._note)])]
 
@@ -351,15 +371,33 @@ class Reader:
         else:
             self._seen = seen + (self._prompt if self._has_encoder else 0)
         is_known = 0 <= self._seen <= length
-        if is_first and not self._has_encoder:
-            return void if is_known and self._seen + self._new <= length else self._forget()
-        if ids is None or not is_known:
-            return void if ids is None else self._forget()
-        if self._seen < length and void is None:  # tokens were taken back
+        behind = self._seen + self._new
+        if not is_known or (ids is None and behind > length):
+            return self._forget()
+        if ids is None or (is_first and not self._has_encoder and behind <= length):  # the prompt, or a part of it
+            return void
+        if self._seen < length and void is None and not is_first:  # tokens were taken back
             void = self._seen
         for row, is_real, more in zip(self._rows, self._is_real, ids, strict=True):
-            row[self._seen :], is_real[self._seen :] = more, [True] * len(more)
+            row[self._seen :] = more
+            is_real[length if is_first else self._seen :] = [True] * (behind - (length if is_first else self._seen))
         return void
+
+    def wrote(self, made: Any) -> int | None:
+        """Take note of what `generate` returns: words that were only proposed are no words of the text."""
+        ids = getattr(made, "sequences", made)
+        if not isinstance(ids, Tensor) or len(ids) != len(self._rows) or self._is_beam_search:
+            return None
+        common = len(self._rows[0])
+        for row, own in zip(self._rows, ids.tolist(), strict=True):
+            whole = own if own[: self._prompt] == row[: self._prompt] else row[: self._prompt] + own
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(row, whole, strict=False))
+            common = min(common, sum(1 for _ in same))
+        if not self._prompt <= common < len(self._rows[0]):
+            return None
+        for row, is_real in zip(self._rows, self._is_real, strict=True):
+            del row[common:], is_real[common:]
+        return common
 
     def _goes_on(self, arguments: dict[str, Any], ids: list[list[int]] | None, seen: int | None) -> bool:
         """Whether a call goes on with the texts that are known."""

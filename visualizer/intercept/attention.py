@@ -184,8 +184,8 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         self._postponed: list[News] = []
         self.is_asked_for: Callable[[AttentionCall], bool] = lambda call: True
         """Whether a call is recorded at all, asked before anything of it is copied."""
-        self.needs_layouts = True
-        """Whether maps are told what their tokens are."""
+        self.needs_layouts, self.needs_sums = True, False
+        """Whether maps are told what their tokens are; whether columns are wanted, and what makes these cheap."""
 
     def _new_copies(self) -> Copies:
         # What `keep` makes of a map is all that stays: keys that grow would outlive the map that they are of.
@@ -214,6 +214,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
 
             self._copies = self._new_copies()
             self._watch = Watch(model, record, file, warn_in_call)
+            self._watch.needs_sums = self.needs_sums
             self._abandon = weakref.finalize(self, self._watch.end)
             self._abandon.atexit = False
         return self

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..maps import Modifiers, may_be_autocast
 
@@ -46,6 +47,35 @@ class FusedCall:
     """The tensor that the kernel returned, where the output is another view of it. The gradient arrives there."""
     as_output: Callable[[Tensor], Tensor] | None = None
     """Gives a tensor that has the axes of `returned` those of the output."""
+    log_sums: Tensor | None = None
+    """Of each query the logarithm of the sum that its softmax is divided by, (batch, heads, queries), as far as the
+    kernel returned it."""
+
+
+class LogSums(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within it, fused attention leaves in `found` what its kernel returns beside the output, see `FusedCall.log_sums`.
+
+    Kernels that torch chooses for a graph-less call on a GPU may return none.
+    """
+
+    @classmethod
+    def may_see(cls, func: Any, query: Any, **others: Any) -> bool:
+        """Whether a call can be looked at: one of torch's own, with plain tensors, under no mode of somebody else."""
+        is_plain = func is F.scaled_dot_product_attention and type(query) is Tensor and query.ndim == 4
+        return is_plain and torch._C._len_torch_dispatch_stack() == 0
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ == "scaled_dot_product_attention.default":  # in inference mode the kernel is chosen only now
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        if func.__name__.startswith("_scaled_dot_product") and isinstance(made, tuple):
+            self.found = made[1]
+        return made
 
 
 _globals = {**vars(F), "has_torch_function": lambda *_: False}

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
@@ -25,7 +26,7 @@ from ..store import is_recorded
 from ..tensors import is_plain_torch, why_unreal
 from . import functions
 from .axes import Factor, Order, Output
-from .calls import FusedCall, as_computed, in_four_axes, multi_head_attention, name_of
+from .calls import FusedCall, LogSums, as_computed, in_four_axes, multi_head_attention, name_of
 from .copies import AttentionCall, Copy, joined_copy
 from .gaps import Gap
 from .kernels import KERNELS
@@ -116,6 +117,8 @@ class Watch:
             )
         self.has_run = False
         """Whether a module of the model has been called."""
+        self.needs_sums = False
+        """Whether `FusedCall.log_sums` is of use."""
         self._record, self._file, self._warn = record, file, warn
         self._thread = _Thread()
         self._mode = _Mode(self)
@@ -343,9 +346,11 @@ class Watch:
         """Run one of torch's functions for a module, and record it if it attends."""
         thread, name = self._thread, name_of(func)
         if name in KERNELS:
-            output = func(*args, **kwargs)
+            sums = LogSums() if self.needs_sums and LogSums.may_see(func, *args[:1], **kwargs) else None
+            with nullcontext() if sums is None else sums:
+                output = func(*args, **kwargs)
             with self._unharmed():
-                self._see_fused(name, lambda: KERNELS[name](output, *args, **kwargs))
+                self._see_fused(name, lambda: KERNELS[name](output, *args, **kwargs), sums)
         elif name in SAMPLING_KERNELS:
             output = func(*args, **kwargs)
             with self._unharmed():
@@ -413,10 +418,12 @@ class Watch:
                 "error-while-recording",
             )
 
-    def _see_fused(self, name: str, describe: Callable[[], FusedCall]) -> None:
+    def _see_fused(self, name: str, describe: Callable[[], FusedCall], sums: LogSums | None = None) -> None:
         """Record a fused call."""
         with _aside():
             seen = describe()
+            if sums is not None and sums.found is not None and sums.found.shape == seen.query.shape[:3]:
+                seen = replace(seen, log_sums=sums.found)
         calls = self._thread.calls
         if self._is_refused(seen.query):
             return

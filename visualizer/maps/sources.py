@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _COUNTS = 1e-4  # smaller weights change no sum of values by much
+_CLOSE = 1e-3  # how far a sum may be off that a kernel computes in half precision
 _HIDING = -1e30  # below it a score is nothing, whatever it was
 
 P = ParamSpec("P")
@@ -315,6 +316,9 @@ class Factors:
         self._modifiers = _UNMODIFIED if modifiers is None else modifiers
         self.shape = query.shape[0], query.shape[1], query.shape[2], length
         self.dtype, self.device = query.dtype, query.device
+        self.log_sums: Tensor | None = None
+        """Of each query the logarithm of the sum that its softmax is divided by, (batch, heads, queries), if the kernel
+        told it; not kept in files."""
         self._bias = None
         if mask is not None:
             if mask.ndim > 4:
@@ -356,12 +360,18 @@ class Factors:
     def columns(self, keys: Tensor) -> Tensor | None:
         """The weights that all queries give to a few keys; None where only rows tell them, or tell them sooner.
 
-        A fused kernel gives them at the cost of one more attention: its output is the weights of those keys whose
-        values are the rows of an identity. Values are as wide as queries, for else some kernels make the whole map.
+        Where the sums of the softmax are known, they are a product of all queries with these keys. Else a fused kernel
+        gives them at the cost of one more attention: its output is the weights of those keys whose values are the rows
+        of an identity. Values are as wide as queries, for else some kernels make the whole map.
         """
         width = self._query.shape[-1]
         if self.has_functions or self._modifiers.packed() or self._bias is not None or self._causal is not None:
             return None
+        if self.log_sums is not None and self._are_sums_right(self.log_sums):
+            dtype = computed_in(self.dtype)
+            chosen = self.key[:, :, keys].to(dtype).repeat_interleave(self.shape[1] // max(1, self.key.shape[1]), 1)
+            scores = torch.matmul(self._query.to(dtype) * self._scale, chosen.mT)
+            return scores.sub_(self.log_sums[..., None]).exp_()
         if len(keys) > width or self._length < 4 * width:
             return None
         dtype = computed_in(self.dtype)
@@ -372,6 +382,12 @@ class Factors:
         values = values.expand(*key.shape[:2], *values.shape)
         made = F.scaled_dot_product_attention(self._query.to(dtype), key, values, scale=self._scale)
         return made[..., : len(keys)]
+
+    def _are_sums_right(self, log_sums: Tensor) -> bool:
+        """Whether the sums that the kernel told are those of the first and the last query."""
+        ends = torch.tensor([0, -1], device=self.device)
+        sums = self.scores(ends)[0].logsumexp(-1)
+        return bool(((sums - log_sums[:, :, ends]).abs() <= _CLOSE * sums.abs().clamp_min(1)).all())
 
     def scores(self, queries: slice | Tensor) -> tuple[Tensor, bool]:
         """What the softmax of some queries is taken of, and whether some may attend to nothing."""

@@ -27,7 +27,7 @@ def words(
     *,
     picture: int = 0,
     layer: int | str | None = None,
-    head: int | None = None,
+    head: int | Literal["pointing"] | None = None,
     step: int | None = None,
     sample: int = 0,
     negative: bool = False,
@@ -99,9 +99,10 @@ def words(
     return figure
 
 
-def _where(maps: WordMaps, layer: int | str | None, head: int | None, step: int | None) -> str:
+def _where(maps: WordMaps, layer: int | str | None, head: int | str | None, step: int | None) -> str:
     """Which layers, heads and steps are drawn, in words."""
     layers = maps.layers
     where = f"mean of {len(layers)} layers" if layer is None else f"layer {layer}"
-    parts = [where, *([] if head is None else [f"head {head}"]), *([] if step is None else [f"step {step}"])]
+    heads = "heads that point" if head == "pointing" else f"head {head}"
+    parts = [where, *([] if head is None else [heads]), *([] if step is None else [f"step {step}"])]
     return ", ".join(parts)
