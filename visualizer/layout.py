@@ -31,6 +31,7 @@ Thumbnail: TypeAlias = tuple[int, ...]
 
 THUMBNAIL = 24
 _MOST_PREFIX = 16  # tokens that a grid may leave over without a word; models have a class token and up to 8 registers
+_MOST_NAMES = 12  # of special tokens, as the layout is printed
 _TOLERANCE = 0.05  # how far from square a patch may be on the picture
 _LIKENESS = 0.9  # the correlation from which on a picture is the one that was seen
 _SHEET_COLUMNS = 4  # how many frames of a video stand side by side
@@ -78,6 +79,8 @@ class Part:
             runs = [
                 (stem, [*run]) for stem, run in itertools.groupby(self.names, lambda name: name.rstrip("0123456789"))
             ]
+            if len(runs) > _MOST_NAMES:
+                return f"{self.count} special, {self.names[0]} to {self.names[-1]}"
             return ", ".join(
                 ", ".join(run) if len(run) < 3 else f"{len(run)} {'registers' if stem == 'REG' else stem}"
                 for stem, run in runs
