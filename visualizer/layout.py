@@ -171,8 +171,8 @@ class Layout:
             raise ValueError(f"grid={grid!r}: pass (rows, columns) or (frames, rows, columns), each at least 1")
         names, count = _read_prefix(prefix_tokens)
         names = _prefix_names(count or 0) if names is None else names
-        sizes = [None if size is None else pair_of("size", size) for size in (patch_size, image_size)]
-        patches = Part("patches", math.prod(shape), (), shape, *sizes)
+        patch, image = (None if size is None else pair_of("size", size) for size in (patch_size, image_size))
+        patches = Part("patches", math.prod(shape), (), shape, patch, image)
         return cls((*([Part("special", len(names), tuple(names))] if names else []), patches), windows)
 
     @classmethod
@@ -473,10 +473,10 @@ class Layout:
             for part in packed["parts"]
         ]
         parts = tuple(Part(**part) for part in plain)
-        windows = packed["windows"]
+        windows: dict[str, Any] | None = packed["windows"]
         if windows is not None:
-            windows = Windows(**{name: tuple(one) if isinstance(one, list) else one for name, one in windows.items()})
-        return cls(parts, windows, tuple(map(cls.unpacked, packed["samples"])))
+            windows = {name: tuple(one) if isinstance(one, list) else one for name, one in windows.items()}
+        return cls(parts, None if windows is None else Windows(**windows), tuple(map(cls.unpacked, packed["samples"])))
 
     def __str__(self) -> str:
         if self.samples:

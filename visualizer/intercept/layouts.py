@@ -421,7 +421,7 @@ def _image_ids(module: nn.Module) -> frozenset[int]:
 
 def _first_convolution(module: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
     """The first convolution of a module, where it cuts its input into patches."""
-    embeds = getattr(module, "embeds", None)
+    embeds: Any = getattr(module, "embeds", None)
     if getattr(embeds, "is_linear", False):  # of timm's NaFlex models: the same, as a product
         return nn.Conv2d(3, 1, embeds.patch_size, embeds.patch_size, device="meta")
     first = next((one for one in module.modules() if isinstance(one, (nn.Conv2d, nn.Conv3d))), None)
@@ -605,7 +605,7 @@ def _grids_given(call: ModuleCall) -> list[tuple[int, int, int]]:
     if tensor is None:
         return []
     if tensor.ndim == 4:
-        images, *sides = tensor.shape
-        return [(images, sides[0], sides[1]), (images, sides[1], sides[2])]
+        images, first, second, third = tensor.shape
+        return [(images, first, second), (images, second, third)]
     sides = arguments_of(call).get("input_dimensions")
     return [(tensor.shape[0], int(sides[0]), int(sides[1]))] if sides is not None and tensor.ndim == 3 else []
