@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import html
 import io
+import itertools
 import json
 import math
 import operator
@@ -96,24 +97,14 @@ def explore(
         TypeError: `maps` or `image` has another type.
         IndexError: there is no such image in the batch.
     """
-    layers, *merged = _read_stages(maps)
-    if merged:
-        pages = [
-            explore(
-                stage,
-                tokens,
-                image,
-                query_tokens=query_tokens,
-                key_tokens=key_tokens,
-                layout=layout,
-                grid=grid,
-                prefix_tokens=prefix_tokens,
-                batch=batch,
-                title=f"{title}{': ' if title else ''}{stage[0].layout}",
-            )
-            for stage in (layers, *merged)
-        ]
+    maps = [layer.stitched() for layer in maps_of(maps).layers]
+    if stages := _stages(maps):
+        options: Any = {"query_tokens": query_tokens, "key_tokens": key_tokens, "layout": layout, "grid": grid}
+        options |= {"prefix_tokens": prefix_tokens, "batch": batch}
+        titles = [f"{title}: {one[0].layout}" if title else str(one[0].layout) for one in stages]
+        pages = [explore(one, tokens, image, **options, title=name) for one, name in zip(stages, titles, strict=True)]
         return functools.reduce(operator.add, pages)
+    layers = _read_layers(maps)
     size, _, queries, keys = layers[0].shape
     images = _images(batch, size)
     if tokens is not None and (image is not None or query_tokens is not None or key_tokens is not None):
@@ -185,27 +176,28 @@ class Explorer:
         return f"<Explorer: {first}>" if count == 1 else f"<Explorer: {count} examples, the first of {first}>"
 
 
-def _read_stages(maps: Any) -> list[list[AttentionMap]]:
-    """The layers in whatever holds attention; as several groups where each has the merged patches of the one before.
+def _stages(layers: Sequence[AttentionMap]) -> list[list[AttentionMap]]:
+    """The layers by the size of their grid, where each has the merged patches of the one before; [] of other layers."""
+    groups = [[*group] for _, group in itertools.groupby(layers, lambda layer: layer.shape)]
+    are_merged = all(
+        before.shape[0] == after.shape[0] and merged_into(before.layout, after.layout) is not None
+        for (before, *_), (after, *_) in itertools.pairwise(groups)
+    )
+    return groups if len(groups) > 1 and are_merged else []
 
-    Raises ValueError if they have other shapes or an empty axis.
-    """
-    layers: list[AttentionMap] = [layer.stitched() for layer in maps_of(maps).layers]
+
+def _read_layers(maps: Any) -> list[AttentionMap]:
+    """The layers in whatever holds attention; raises ValueError if they have different shapes or an empty axis."""
+    layers: list[AttentionMap] = maps_of(maps).layers
     check_not_empty(layers)
-    stages = [[layers[0]]]
-    for number, layer in enumerate(layers[1:], 1):
-        before = layers[number - 1]
-        if layer.shape == before.shape:
-            stages[-1].append(layer)
-        elif layer.shape[0] == before.shape[0] and merged_into(before.layout, layer.layout) is not None:
-            stages.append([layer])
-        else:
+    for number, layer in enumerate(layers):
+        if layer.shape != layers[0].shape:
             raise ValueError(
-                f"a page shows layers of one shape, (batch, heads, queries, keys): layer {number - 1} has "
-                f"{before.shape}, layer {number} has {layer.shape}. Make a page for each shape, and add them: "
-                "explore(some) + explore(others)"
+                f"a page shows layers of one shape, (batch, heads, queries, keys): layer 0 has {layers[0].shape}, "
+                f"layer {number} has {layer.shape}. Make a page for each shape, and add them: explore(some) "
+                "+ explore(others)"
             )
-    return stages
+    return layers
 
 
 def _shared(layers: Sequence[AttentionMap], name: str, image: int) -> Layout | None:
