@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import transformers
 import vision_language
 from attention import Attention
 from torch import nn
 from zoo import GPT2, SIZE, SMALL, TEXT, VIT, images, timm_model, transformers_model
 
-from visualizer import AttentionMap, analysis, attention, load
+from visualizer import AttentionMap, analysis, attention, load, plot
 from visualizer.layout import Layout, Windows
 
 DINOV3 = SIZE | {"image_size": 32, "patch_size": 16, "num_register_tokens": 4}
@@ -112,6 +113,31 @@ def test_a_model_of_ones_own():
     assert recorded(Attention(), torch.randn(2, 16, 8)).layout is None, "16 tokens need not be a square"
 
 
+def test_the_inputs_of_joint_attention_are_parts():
+    class Joint(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_qkv = nn.Linear(8, 24)
+
+        def forward(self, hidden_states, encoder_hidden_states):
+            both = torch.cat([hidden_states, encoder_hidden_states], 1)
+            out = nn.functional.scaled_dot_product_attention(*self.to_qkv(both)[:, None].chunk(3, -1))[:, 0]
+            return out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
+
+    class Transformer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.attn = nn.Conv2d(4, 8, 2, 2), Joint()
+
+        def forward(self, latents, text):
+            return self.attn(self.proj(latents).flatten(2).mT, text)
+
+    maps = recorded(Transformer(), torch.randn(1, 4, 6, 8), torch.randn(1, 5, 8))
+    assert "joint" == maps[0].kind
+    assert "3 x 4 patches of 2 pixels, 5 tokens" == str(maps.layout)
+    assert recorded(Transformer(), torch.randn(1, 4, 6, 8), torch.randn(1, 12, 8)).layout is None
+
+
 def test_a_head_that_pools_the_patches():
     maps = recorded(timm_model("vit_base_patch16_siglip_224", **SMALL), images(64))
     assert ["4 x 4 patches of 16 pixels"] * 3 == [str(one.layout) for one in maps]
@@ -162,6 +188,61 @@ def test_windows_lie_where_the_model_cut_them(library):
             int(place) for place, weight in zip(window, seen.amax(0), strict=True) if weight > 1e-9 and place >= 0
         }
         assert reached == weighed
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_windows_that_are_spread_over_the_grid(library):
+    """What changes where a patch changes is just what is in its window."""
+    torch.manual_seed(0)
+    if library == "timm":
+        sizes = {"embed_dim": (8, 16), "depths": (1, 1), "stem_width": 8, "transformer_dim_head": 4, "img_size": 64}
+        cut = {"transformer_window_size": (2, 2), "transformer_grid_size": (2, 2)}
+        model = timm_model("maxvit_tiny_rw_224", **sizes, **cut)
+    else:
+        sizes = {"stem_channels": 8, "block_channels": [8, 16], "block_layers": [1, 1], "head_dim": 4}
+        model = torchvision.models.MaxVit((64, 64), partition_size=2, stochastic_depth_prob=0.0, **sizes).eval()
+    maps = recorded(model, torch.randn(2, 3, 64, 64))
+    assert [False, True] * 2 == [one.layout.windows.is_spread for one in maps]
+    assert [(16, 16)] * 2 + [(8, 8)] * 2 == [one.layout.patches.shape for one in maps]
+    assert {(64, 64)} == {one.layout.patches.image_size for one in maps} and 2 == len(maps.layout.seen)
+    kind = "PartitionAttentionCl" if library == "timm" else "PartitionAttentionLayer"
+    block, grid = [one for one in model.modules() if type(one).__name__ == kind][:2]
+    for module, one in ((block, maps[0]), (grid, maps[1])):
+        channels = 8
+        entered = torch.randn(1, 16, 16, channels) if library == "timm" else torch.randn(1, channels, 16, 16)
+        entered.requires_grad_()
+        out = module(entered)
+        place = (0, 5, 3) if library == "timm" else (0, slice(None), 5, 3)
+        [reached] = torch.autograd.grad(out[place] @ torch.randn(channels), entered)
+        reached = reached[0].abs().sum(-1 if library == "timm" else 0).flatten()
+        [window] = [window for window in one.layout.windows.places(16, 16) if 5 * 16 + 3 in window]
+        assert {*window.tolist()} == {*np.flatnonzero(reached > 1e-12).tolist()}
+
+
+@pytest.mark.parametrize("name", ["timm", "SigLIP 2"])
+def test_patches_in_a_sequence_have_a_grid_for_each_picture(name):
+    """And the padding of the smaller ones."""
+    sizes, patches = [(3, 4), (2, 3)], torch.randn(2, 12, 768)
+    coordinates, is_patch = torch.zeros(2, 12, 2, dtype=torch.long), torch.zeros(2, 12, dtype=torch.long)
+    for at, (rows, columns) in enumerate(sizes):
+        is_patch[at, : rows * columns] = 1
+        coordinates[at, : rows * columns] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    if name == "timm":
+        model = timm_model("naflexvit_base_patch16_gap", depth=2, embed_dim=32, num_heads=4)
+        given = {"patches": patches, "patch_coord": coordinates, "patch_valid": is_patch.bool()}
+        maps, prefix = recorded(model, given), "4 registers, "
+        assert "4 registers, 3 x 4 patches of 16 pixels" == str(recorded(model, torch.randn(1, 3, 48, 64)).layout)
+        shuffled = given | {"patch_coord": coordinates.flip(1)}
+        assert recorded(model, shuffled).layout is None
+    else:
+        model = transformers_model("Siglip2Vision", **SIZE, num_patches=16, patch_size=16)
+        given = {"pixel_values": patches, "pixel_attention_mask": is_patch, "spatial_shapes": torch.tensor(sizes)}
+        maps, prefix = recorded(model, **given), ""
+        assert (1, None) == (maps[-1].shape[2], maps[-1].query_layout), "the head that pools"
+    for one in maps:
+        expected = "{0}3 x 4 patches of 16 pixels; {0}2 x 3 patches of 16 pixels, 6 padding"
+        assert expected.format(prefix) == str(one.layout)
+    assert (32, 48) == maps.layout.of(1).patches.image_size
 
 
 @pytest.mark.parametrize(
@@ -225,6 +306,26 @@ class TestTexts:
                 words[:2] = ["[PAD]", "[PAD]"] if text == 0 else words[:2]
                 assert words == [*call.layout.of(text).names]
 
+    @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+    def test_room_in_a_static_cache_is_padding(self, kernel):
+        """And padding before a text is known by its positions, for the model has no mask of tokens then."""
+        torch.manual_seed(0)
+        model = transformers_model("Llama", "ForCausalLM", attention=kernel, **LLAMA)
+        ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+        with attention(model, tokenizer=Tokenizer()) as maps, torch.no_grad():
+            out = model.generate(ids, attention_mask=mask, **options)
+        for number, call in enumerate(maps.calls(maps.paths[-1])):
+            filled = 4 + number
+            assert call.shape[3] == call.layout.count == 7
+            for text, padding in enumerate((2, 0)):
+                real = [padding <= token < filled for token in range(7)]
+                assert [not one for one in real] == call.layout.of(text).are("padding").tolist()
+                assert [weight > 0 for weight in call.rows([-1])[text, 0, 0].tolist()] == real
+                words = [TOKENS[one].replace("Ġ", "␣") for one in out[text, padding:filled].tolist()]
+                is_known = kernel == "sdpa" or number == 0  # weights do not tell whether texts changed places
+                assert not is_known or words == [*call.layout.of(text).names[padding:filled]]
+
     def test_beams_change_places_and_their_words_stay_unknown_or_right(self):
         torch.manual_seed(0)
         model = transformers_model("Llama", "ForCausalLM", attention="sdpa", **LLAMA)
@@ -261,6 +362,17 @@ class TestTexts:
         by_side = {one.path.split(".")[0]: one.layout for one in maps}
         assert "␣w7" == by_side["text_model"].name(1)
         assert "CLS, 2 x 2 patches of 16 pixels" == str(by_side["vision_model"])
+
+    def test_patches_that_come_in_squares_are_named_and_no_grid(self):
+        """Those of Qwen2-VL's vision tower are not row by row: they must not be drawn so."""
+        sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4, "temporal_patch_size": 1}
+        tower = transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel(
+            transformers.models.qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig(**sizes, hidden_size=16)
+        ).eval()
+        maps = recorded(tower, torch.randn(16 + 8, 48), grid_thw=torch.tensor([[1, 4, 4], [1, 2, 4]]))
+        assert ["patch (0, 2)", "patch (1, 1)"] == [maps[0].layout.name(4), maps[1].layout.name(3)]
+        with pytest.raises(ValueError, match=r"no patches of a picture: 16 special, patch \(0, 0\) to"):
+            plot.query(maps, np.zeros((40, 40, 3)), query=(0, 2), layer=0)
 
     def test_the_tokens_of_a_text_that_stand_for_a_picture(self):
         model = transformers_model(

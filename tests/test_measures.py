@@ -19,7 +19,7 @@ from statistics_by_hand import (
 )
 
 import visualizer
-from visualizer import AttentionMap
+from visualizer import AttentionMap, Layout
 from visualizer.statistics import (
     Confidence,
     Distance,
@@ -168,6 +168,15 @@ def test_a_text_without_tokens_has_no_prefix():
     statistic = PrefixMass(1)
     statistic.update(torch.full((1, 2, 1, 4, 4), 1 / 4), mask)
     assert ([[1]], [[0.25]]) == (statistic.compute().count.tolist(), statistic.compute().mean.tolist())
+
+
+def test_the_prefix_is_what_the_map_knows():
+    made = AttentionMap(torch.full((1, 2, 6, 6), 1 / 6))
+    for layout, share in ((None, 1 / 6), (Layout.picture((2, 2), 2), 2 / 6), (Layout.picture((2, 3)), 0)):
+        made.layout = made.query_layout = layout
+        statistic = PrefixMass()
+        statistic.update(made)
+        np.testing.assert_allclose([[share] * 2], statistic.compute().mean, atol=1e-6)
 
 
 def test_confidence_is_that_of_queries_that_see_anything():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from visualizer import AttentionMap, attention
+from visualizer import AttentionMap, Layout, attention
 from visualizer.analysis import head_patterns
 
 N = 12
@@ -182,6 +182,13 @@ class TestSpecial:
         lists = [tokens, ["[CLS]", "b", "[SEP]", "[PAD]", "[PAD]"]]
         expected = (weights[0, 0][..., [0, 3, 4]].sum(-1) + weights[0, 1][..., [0, 2, 3, 4]].sum(-1)).mean(-1) / 2
         np.testing.assert_allclose(expected, head_patterns(weights, lists).scores["special"][0], atol=1e-12)
+
+    def test_those_that_the_map_knows(self):
+        """By their ids, whatever their names are."""
+        made = AttentionMap(torch.from_numpy(random_weights(1, 2, 5, 5)))
+        made.layout = made.query_layout = Layout.text(["«end»", "a", "b", "c", "[SEP]"], special=[0])
+        expected = made.dense()[0, :, :, [0, 4]].sum(-1).mean(-1)
+        np.testing.assert_allclose(expected, head_patterns(made).scores["special"][0], atol=1e-12)
 
     def test_without_any(self):
         assert np.isnan(head_patterns(random_weights(1, 1, 2, 5, 5), list("abcde")).scores["special"]).all()

@@ -31,6 +31,7 @@ Thumbnail: TypeAlias = tuple[int, ...]
 
 THUMBNAIL = 24
 _MOST_PREFIX = 16  # tokens that a grid may leave over without a word; models have a class token and up to 8 registers
+_MOST_NAMES = 12  # of special tokens, as the layout is printed
 _TOLERANCE = 0.05  # how far from square a patch may be on the picture
 _LIKENESS = 0.9  # the correlation from which on a picture is the one that was seen
 _SHEET_COLUMNS = 4  # how many frames of a video stand side by side
@@ -78,6 +79,8 @@ class Part:
             runs = [
                 (stem, [*run]) for stem, run in itertools.groupby(self.names, lambda name: name.rstrip("0123456789"))
             ]
+            if len(runs) > _MOST_NAMES:
+                return f"{self.count} special, {self.names[0]} to {self.names[-1]}"
             return ", ".join(
                 ", ".join(run) if len(run) < 3 else f"{len(run)} {'registers' if stem == 'REG' else stem}"
                 for stem, run in runs
@@ -168,8 +171,8 @@ class Layout:
             raise ValueError(f"grid={grid!r}: pass (rows, columns) or (frames, rows, columns), each at least 1")
         names, count = _read_prefix(prefix_tokens)
         names = _prefix_names(count or 0) if names is None else names
-        sizes = [None if size is None else pair_of("size", size) for size in (patch_size, image_size)]
-        patches = Part("patches", math.prod(shape), (), shape, *sizes)
+        patch, image = (None if size is None else pair_of("size", size) for size in (patch_size, image_size))
+        patches = Part("patches", math.prod(shape), (), shape, patch, image)
         return cls((*([Part("special", len(names), tuple(names))] if names else []), patches), windows)
 
     @classmethod
@@ -470,10 +473,10 @@ class Layout:
             for part in packed["parts"]
         ]
         parts = tuple(Part(**part) for part in plain)
-        windows = packed["windows"]
+        windows: dict[str, Any] | None = packed["windows"]
         if windows is not None:
-            windows = Windows(**{name: tuple(one) if isinstance(one, list) else one for name, one in windows.items()})
-        return cls(parts, windows, tuple(map(cls.unpacked, packed["samples"])))
+            windows = {name: tuple(one) if isinstance(one, list) else one for name, one in windows.items()}
+        return cls(parts, None if windows is None else Windows(**windows), tuple(map(cls.unpacked, packed["samples"])))
 
     def __str__(self) -> str:
         if self.samples:

@@ -153,4 +153,5 @@ def merged_into(finer: Layout | None, coarser: Layout | None) -> Tensor | None:
     if after != tuple(-(-side // 2) for side in before):
         return None
     rows, columns = (torch.arange(side) // 2 for side in before)
-    return (rows[:, None] * after[1] + columns).flatten()
+    merged: Tensor = rows[:, None] * after[1] + columns
+    return merged.flatten()

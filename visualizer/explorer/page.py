@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import html
 import io
+import itertools
 import json
 import math
 import operator
@@ -114,26 +115,14 @@ def explore(
         if wrong := [name for name, value in {**words, **where}.items() if value is not None]:
             raise ValueError(f"{wrong[0]}= is known: word_maps knows its words and where the patches lie; leave it out")
         return Explorer(examples_of_word_maps(maps, image, batch, printable(title) if title else "", sinks))
-    layers, *merged = _read_stages(maps, image is not None)
-    if merged:
-        pages = [
-            explore(
-                stage,
-                tokens,
-                image,
-                query_tokens=query_tokens,
-                key_tokens=key_tokens,
-                layout=layout,
-                grid=grid,
-                prefix_tokens=prefix_tokens,
-                batch=batch,
-                processor=processor,
-                sinks=sinks,
-                title=f"{title}{': ' if title else ''}{stage[0].layout}",
-            )
-            for stage in (layers, *merged)
-        ]
+    maps = [layer.stitched() for layer in maps_of(maps).layers]
+    if stages := _stages(maps):
+        options: Any = {"query_tokens": query_tokens, "key_tokens": key_tokens, "layout": layout, "grid": grid}
+        options |= {"prefix_tokens": prefix_tokens, "batch": batch, "processor": processor, "sinks": sinks}
+        titles = [f"{title}: {one[0].layout}" if title else str(one[0].layout) for one in stages]
+        pages = [explore(one, tokens, image, **options, title=name) for one, name in zip(stages, titles, strict=True)]
         return functools.reduce(operator.add, pages)
+    layers = _read_layers(maps, image is not None)
     tokens = getattr(tokens, "tolist", lambda: tokens)()
     size, _, queries, keys = layers[0].shape
     images = chosen_images(batch, size)
@@ -234,33 +223,36 @@ def _words_of(tokens: Any, processor: Any, layers: Sequence[AttentionMap]) -> li
     return [str(one) for one in tokens]
 
 
-def _read_stages(maps: Any, has_picture: bool) -> list[list[AttentionMap]]:
-    """The layers in whatever holds attention; as several groups where each has the merged patches of the one before.
+def _stages(layers: Sequence[AttentionMap]) -> list[list[AttentionMap]]:
+    """The layers by the size of their grid, where each has the merged patches of the one before; [] of other layers."""
+    groups = [[*group] for _, group in itertools.groupby(layers, lambda layer: layer.shape)]
+    are_merged = all(
+        before.shape[0] == after.shape[0] and merged_into(before.layout, after.layout) is not None
+        for (before, *_), (after, *_) in itertools.pairwise(groups)
+    )
+    return groups if len(groups) > 1 and are_merged else []
 
-    Beside the layers of a text, those that look at its picture alone are left out where a picture is shown. Raises
-    ValueError if layers have other shapes or an empty axis.
+
+def _read_layers(maps: Any, has_picture: bool) -> list[AttentionMap]:
+    """The layers in whatever holds attention; raises ValueError if they have different shapes or an empty axis.
+
+    Beside the layers of a text, those that look at its picture alone are left out where a picture is shown.
     """
-    layers: list[AttentionMap] = [layer.stitched() for layer in maps_of(maps).layers]
+    layers: list[AttentionMap] = maps_of(maps).layers
     check_not_empty(layers)
     hint = ""
     if has_picture and len({layer.shape for layer in layers}) > 1:
         texts = [one for one in layers if one.layout is not None and TextAndPictures.of(one.layout.of(0), None)]
         hint = f". {BY_WORD_MAPS}" if texts else ""
         layers = texts or layers
-    stages = [[layers[0]]]
-    for number, layer in enumerate(layers[1:], 1):
-        before = layers[number - 1]
-        if layer.shape == before.shape:
-            stages[-1].append(layer)
-        elif layer.shape[0] == before.shape[0] and merged_into(before.layout, layer.layout) is not None:
-            stages.append([layer])
-        else:
+    for number, layer in enumerate(layers):
+        if layer.shape != layers[0].shape:
             raise ValueError(
-                f"a page shows layers of one shape, (batch, heads, queries, keys): layer {number - 1} has "
-                f"{before.shape}, layer {number} has {layer.shape}. Make a page for each shape, and add them: "
-                f"explore(some) + explore(others){hint}"
+                f"a page shows layers of one shape, (batch, heads, queries, keys): layer 0 has {layers[0].shape}, "
+                f"layer {number} has {layer.shape}. Make a page for each shape, and add them: explore(some) "
+                f"+ explore(others){hint}"
             )
-    return stages
+    return layers
 
 
 def _shared(layers: Sequence[AttentionMap], name: str, image: int) -> Layout | None:

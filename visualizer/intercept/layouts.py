@@ -16,7 +16,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
@@ -62,7 +62,7 @@ class Picture:
 
     def of(self, tokens: int, batch: int) -> Layout | None:
         """The layout of that many tokens; None where these are not the patches, with or without what precedes them."""
-        prefix = {len(names): names for names in (self.prefix[:1], self.prefix, ())}
+        prefix = _by_count(self.prefix)
         patches = Part("patches", math.prod(self.shape), (), self.shape, self.patch, self.size)
         names = prefix.get(tokens - patches.count)
         if names is None and len(self.shape) == 3:  # space and time apart, as TimeSformer has them
@@ -144,15 +144,31 @@ class Layouts(threading.local):
             return None
         shape, windows = cut
         picture = next((one for call in reversed(calls) if (one := self._picture_of(call)) is not None), None)
+        picture = self._whole_picture(calls[0]) if picture is None else picture
         size = patch = None
         if picture is not None:
             size, patch = picture.size, (picture.size[0] / shape[0], picture.size[1] / shape[1])
         patches = Part("patches", math.prod(shape), (), shape, patch, size)
         return Layout((patches,), windows, seen=() if picture is None else picture.seen)
 
+    def _in_parts(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> Layout | None:
+        """The layout of a joint attention, the tokens of each input of its module; None where none is a picture."""
+        batch, _, queries, keys = made.shape
+        inputs = sorted((part.start, part.stop) for part in made.joined.values())
+        if queries != keys or sum(stop - start for start, stop in inputs) != keys:
+            return None
+        pictures = [one for call in reversed(calls) if (one := self._picture_of(call)) is not None]
+        told: list[Layout] = []
+        for start, stop in inputs:
+            as_picture = (picture.of(stop - start, batch) for picture in pictures)
+            told.append(next(filter(None, as_picture), Layout.text(stop - start)))
+        # Where a text has as many tokens as the picture, which of the two is which is not known.
+        return Layout.joined(told) if sum(one.patches is not None for one in told) == 1 else None
+
     def _read(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> None:
         batch, _, queries, keys = made.shape
         if made.kind == "joint":
+            made.layout = made.query_layout = self._in_parts(made, calls)
             return
         is_self = made.kind != "cross"
         owner: str | None = None
@@ -196,15 +212,14 @@ class Layouts(threading.local):
             if picture is not None:
                 told = picture.of(tokens, made.shape[0]) or _on_the_way(picture, calls, tokens)
                 self._picture = picture if told is not None else self._picture
+            else:
+                told = _patches_given(call, arguments, self._known_of(call.module)[1], tokens)
         return told if told is not None and _fits(told, made.shape[0]) else None
 
     def _picture_of(self, call: ModuleCall) -> Picture | None:
         """The picture that a call was given; None where it was given none, or does not cut it into patches."""
         module = call.module
-        known = self._convolutions.get(module)
-        if known is None:
-            known = self._convolutions[module] = _first_convolution(module), _prefix(module)
-        convolution, prefix = known
+        convolution, prefix = self._known_of(module)
         if convolution is None:
             return None
         for name, pixels in inputs_of(call):
@@ -219,6 +234,21 @@ class Layouts(threading.local):
                     return picture
         return None
 
+    def _whole_picture(self, call: ModuleCall) -> Picture | None:
+        """The picture that a model was given whose first layers cut no patches; None where it was given none."""
+        pixels = next((one for _, one in inputs_of(call) if one.ndim == 4 and one.shape[1] in (1, 3)), None)
+        if pixels is not None and (self._cut[0]() is not pixels or self._cut[1] is not None):
+            size = pixels.shape[2], pixels.shape[3]
+            self._cut = weakref.ref(pixels), None, Picture((), size, (1.0, 1.0), (), _thumbnails(pixels))
+        return None if pixels is None else self._cut[2]
+
+    def _known_of(self, module: nn.Module) -> tuple[Any, tuple[str, ...]]:
+        """The convolution of a module that cuts patches, and what the tokens before these are called."""
+        known = self._convolutions.get(module)
+        if known is None:
+            known = self._convolutions[module] = _first_convolution(module), _prefix(module)
+        return known
+
     def _text_of(
         self, call: ModuleCall, arguments: dict[str, Any], made: AttentionMap, tokens: int, is_source: bool
     ) -> Layout | None:
@@ -232,12 +262,18 @@ class Layouts(threading.local):
             given = (written, arguments.get("input_ids"), *call.args[:1])
             ids = next((one for one in given if _is_ids(one)), None)
         real = self._real(mask, made.shape[0], tokens)
+        filled = None if made.kind == "cross" else _filled(arguments)
+        if real is None and filled is not None:
+            real = self._real_in_cache(arguments, filled, made, tokens)
         rows: Any = None
         if ids is not None and _is_ids(ids):
-            rows = self._ids(call.path, ids, made, tokens) if made.kind != "cross" else self._lists.of(ids)
+            rows = self._ids(call.path, ids, made, tokens, filled) if made.kind != "cross" else self._lists.of(ids)
+            if rows is not None and len(rows[0]) < tokens and len(rows[0]) == filled:
+                rows = [row + row[-1:] * (tokens - filled) for row in rows]  # room that is not filled, as `real` says
             rows = None if rows is None or len(rows[0]) < tokens else [row[-tokens:] for row in rows]
-        if made.kind == "cross" and ids is not None and ids.shape[1] != tokens:
-            rows = None
+        if made.kind == "cross":  # the tokens of a cache have no queries, and a head that pools has queries of its own
+            rows = None if ids is not None and ids.shape[1] != tokens else rows
+            real = None if ids is None and isinstance(mask, Tensor) and mask.shape[1] != tokens else real
         if rows is None and real is None:
             return None
         beside = {name: arguments[name] for name in places.ABOUT_PICTURES if arguments.get(name) is not None}
@@ -262,17 +298,39 @@ class Layouts(threading.local):
             return None
         return [[bool(one) for one in row[-tokens:]] for row in rows]
 
-    def _ids(self, path: str, ids: Tensor, made: AttentionMap, tokens: int) -> list[list[int]] | None:
+    def _real_in_cache(
+        self, arguments: dict[str, Any], filled: int, made: AttentionMap, tokens: int
+    ) -> list[list[bool]] | None:
+        """The same by a static cache and the position of each text's last token: the mask is then not one of tokens.
+
+        Such a cache has room for more keys than there are, and padding before a text takes no position.
+        """
+        positions = arguments.get("position_ids")
+        padding = [0] * made.shape[0]
+        if arguments.get("attention_mask") is not None and _is_ids(positions) and len(positions) == made.shape[0]:
+            padding = [max(0, filled - 1 - row[-1]) for row in self._lists.of(positions)]
+        is_of_keys = tokens == made.shape[3]
+        room = max(0, tokens - filled) if is_of_keys else 0
+        if not room and not any(padding):
+            return None
+        rows = [[False] * count + [True] * (filled - count) + [False] * room for count in padding]
+        return [row[-tokens:] for row in rows]
+
+    def _ids(
+        self, path: str, ids: Tensor, made: AttentionMap, tokens: int, filled: int | None
+    ) -> list[list[int]] | None:
         """The ids of the last `tokens` tokens of each text; None where those before this call are not known."""
         own, count, keys = self._lists.of(ids), ids.shape[1], made.shape[3]
         grown = made.source.keys if isinstance(made.source, Factors) else None
         history = self._histories.get(path)
         if history is None or history.current() is not ids:  # a new call, of which this is the first map
-            rows = own if keys <= count else None
+            rows = own if keys <= count or filled == count else None
             if history is not None and history.rows is not None and rows is None:
                 before, known = history.keys.get(made.path, (0, None))
                 # The texts of a batch may change places, as the beams of a search do, and their keys with them.
-                are_same = len(own) == len(history.rows) and (len(own) == 1 or _go_on(known, grown, before))
+                are_same = len(own) == len(history.rows) and (
+                    len(own) == 1 or _go_on(known, grown, before if filled is None else min(before, filled - count))
+                )
                 if are_same and keys in (before + count, before):  # where only so many keys are kept, they stay so many
                     rows = [old + new for old, new in zip(history.rows, own, strict=True)]
             history = _History(weakref.ref(ids), rows, {} if history is None else history.keys)
@@ -363,6 +421,12 @@ def _fits(layout: Layout, batch: int) -> bool:
     return len(layout.samples) in (0, batch)
 
 
+def _filled(arguments: dict[str, Any]) -> int | None:
+    """How many tokens are in the static cache that a module was given, those of its own call too; None without one."""
+    cache = next((one for one in arguments.values() if getattr(one, "is_compileable", False) is True), None)
+    return None if cache is None else int(cache.get_seq_length())
+
+
 def _is_ids(value: Any) -> TypeGuard[Tensor]:
     return (
         isinstance(value, Tensor)
@@ -380,6 +444,9 @@ def _takes_ids(call: ModuleCall) -> bool:
 
 def _first_convolution(module: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
     """The first convolution of a module, where it cuts its input into patches."""
+    embeds: Any = getattr(module, "embeds", None)
+    if getattr(embeds, "is_linear", False):  # of timm's NaFlex models: the same, as a product
+        return nn.Conv2d(3, 1, embeds.patch_size, embeds.patch_size, device="meta")
     first = next((one for one in module.modules() if isinstance(one, (nn.Conv2d, nn.Conv3d))), None)
     if first is None or max(first.stride[-2:]) < 2 or tuple(first.kernel_size) != tuple(first.stride):
         return None
@@ -436,6 +503,64 @@ def _cut(
     return Picture(shape, (sides[-2], sides[-1]), (float(steps[-2]), float(steps[-1])), prefix)
 
 
+def _by_count(prefix: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
+    """The names of the tokens before the patches, by how many there are: all, or the class token, or none."""
+    return {len(names): names for names in (prefix[:1], prefix, ())}
+
+
+def _patches_given(call: ModuleCall, arguments: dict[str, Any], prefix: tuple[str, ...], tokens: int) -> Layout | None:
+    """The layout of patches that a module was given as a sequence, each picture with a grid and padding of its own.
+
+    So do timm's NaFlex models and SigLIP 2. None where the module was given no such sequence.
+    """
+    grids, side = arguments.get("grid_thw"), getattr(call.module, "spatial_merge_size", None)
+    if isinstance(grids, Tensor) and isinstance(side, int):
+        return _merging_next(call.module, grids.tolist(), side, tokens)
+    given = call.args[0] if call.args and isinstance(call.args[0], Mapping) else arguments
+    coordinates, sizes = given.get("patch_coord"), given.get("spatial_shapes")
+    patches = next((given[name] for name in ("patches", "pixel_values", "x") if name in given), None)
+    if not isinstance(patches, Tensor) or patches.ndim != 3 or tokens - patches.shape[1] not in _by_count(prefix):
+        return None
+    if isinstance(coordinates, Tensor):
+        sizes = coordinates.amax(1) + 1
+    if not isinstance(sizes, Tensor) or sizes.shape != (len(patches), 2):
+        return None
+    names, side = _by_count(prefix)[tokens - patches.shape[1]], float(math.isqrt(patches.shape[2] // 3))
+    samples = []
+    for at, (rows, columns) in enumerate(sizes.tolist()):
+        count = rows * columns
+        if isinstance(coordinates, Tensor):
+            places = coordinates[at, :count]
+            if not torch.equal(places[:, 0] * columns + places[:, 1], torch.arange(count).to(places)):
+                return None  # not row by row, as where patches were dropped
+        size = int(rows * side), int(columns * side)
+        parts = [Part("special", len(names), names)] if names else []
+        parts.append(Part("patches", count, (), (rows, columns), (side, side), size))
+        left = patches.shape[1] - count
+        samples.append(Layout((*parts, Part("padding", left)) if left else tuple(parts)))
+    return Layout.batch(samples)
+
+
+def _merging_next(module: nn.Module, grids: list[list[int]], side: int, tokens: int) -> Layout | None:
+    """The layout of patches that come in squares, which are merged later, as in the vision tower of Qwen2-VL.
+
+    They are not row by row, so that they are tokens with names here, without a grid. Where the module sorts them by
+    windows besides, they have no names. A kernel is called for each picture or frame, or for all of them packed.
+    """
+    each = [(rows, columns) for frames, rows, columns in grids for _ in range(frames)]
+    alike = {shape for shape in each if math.prod(shape) == tokens}
+    if len(alike) == 1:
+        each = [*alike]
+    elif sum(map(math.prod, each)) != tokens:
+        return None
+    names: list[str] = []
+    for number, (rows, columns) in enumerate(each):
+        picture = f"picture {number}, " if len(each) > 1 else ""
+        squares = Windows((side, side)).places(rows, columns).ravel().tolist()
+        names += [f"{picture}patch {divmod(place, columns)}" for place in squares]
+    return Layout((Part("special", tokens, () if hasattr(module, "fullatt_block_indexes") else tuple(names)),))
+
+
 def _on_the_way(picture: Picture, calls: Sequence[ModuleCall], tokens: int) -> Layout | None:
     """The layout of tokens that are no longer the first patches, as where layers merge 2 x 2 of them.
 
@@ -461,35 +586,49 @@ def _cut_in_windows(made: AttentionMap, calls: Sequence[ModuleCall]) -> tuple[tu
     if queries != keys:
         return None
     for call in reversed(calls):
-        size = getattr(call.module, "window_size", None)
+        size = _window_size(call.module)
         if size is None:
             continue
-        given = _grid_given(call)
         sides = pair_of("window_size", tuple(size) if isinstance(size, (list, tuple)) else size)
-        if given is None or math.prod(sides) != keys:
+        if math.prod(sides) != keys:
             continue
-        images, rows, columns = given
+        library = type(call.module).__module__.partition(".")[0]
         shift = getattr(call.module, "shift_size", 0)
         steps = [int(step) for step in (shift if isinstance(shift, (list, tuple)) else (shift, shift))]
-        library = type(call.module).__module__.partition(".")[0]
-        if library == "torchvision":
-            steps = [
-                0 if side >= size else step for step, side, size in zip(steps, sides, (rows, columns), strict=True)
-            ]
-        windows = Windows(sides, (steps[0], steps[1]), pads_first=library != "timm")
-        if batch != images * len(windows.places(rows, columns)):
-            return None
-        return (rows, columns), windows
+        is_spread = getattr(call.module, "partition_type", None) == "grid" or not _is_block(call.module)
+        for images, rows, columns in _grids_given(call):
+            own = steps
+            if library == "torchvision":
+                own = [
+                    0 if side >= size else step for step, side, size in zip(steps, sides, (rows, columns), strict=True)
+                ]
+            windows = Windows(sides, (own[0], own[1]), library != "timm", is_spread)
+            is_filled = not is_spread or not (rows % sides[0] or columns % sides[1])
+            if is_filled and batch == images * len(windows.places(rows, columns)):
+                return (rows, columns), windows
     return None
 
 
-def _grid_given(call: ModuleCall) -> tuple[int, int, int] | None:
-    """(images, rows, columns) of the patches that a module was given: (images, rows, columns, width), or with the sides
-    beside them."""
+def _window_size(module: nn.Module) -> Any:
+    """The sides of the windows that a module cuts; None where it cuts none. MaxViT calls them partitions."""
+    size = getattr(module, "window_size", getattr(module, "partition_size", None))
+    if size is None and hasattr(module, "partition_type"):  # torchvision has the number of windows under either name
+        size = module.g if module.partition_type == "grid" else module.p
+    return size
+
+
+def _is_block(module: nn.Module) -> bool:
+    return bool(getattr(module, "partition_block", True))
+
+
+def _grids_given(call: ModuleCall) -> list[tuple[int, int, int]]:
+    """What may be (images, rows, columns) of the patches that a module was given, which has the width last, or second;
+    or the sides beside it."""
     tensor = next((one for _, one in inputs_of(call)), None)
     if tensor is None:
-        return None
+        return []
     if tensor.ndim == 4:
-        return tensor.shape[0], tensor.shape[1], tensor.shape[2]
+        images, first, second, third = tensor.shape
+        return [(images, first, second), (images, second, third)]
     sides = arguments_of(call).get("input_dimensions")
-    return (tensor.shape[0], int(sides[0]), int(sides[1])) if sides is not None and tensor.ndim == 3 else None
+    return [(tensor.shape[0], int(sides[0]), int(sides[1]))] if sides is not None and tensor.ndim == 3 else []

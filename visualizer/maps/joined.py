@@ -114,12 +114,14 @@ def stitched_rows(places: Tensor, rows_of: Callable[[Tensor], Tensor], queries: 
     at = torch.empty(patches, dtype=torch.long, device=places.device)  # the place of each patch in the flat windows
     at[places.flatten()[is_patch]] = is_patch.nonzero().flatten()
     window, token = at[queries] // places.shape[1], at[queries] % places.shape[1]
-    tokens, order = token.unique(return_inverse=True)
+    tokens, order = torch.unique(token, return_inverse=True)
     rows = rows_of(tokens)
-    rows = rows.unflatten(0, (-1, len(places)))[:, window, :, order].movedim(0, 2)  # (images, heads, queries, tokens)
+    rows = rows.view(-1, len(places), *rows.shape[1:])  # (images, windows, heads, tokens, tokens)
+    rows = rows[:, window, :, order].movedim(0, 2)  # (images, heads, queries, tokens)
     keys = torch.where(places >= 0, places, patches)[window].to(rows.device)  # what goes to padding is left out
     made = rows.new_zeros(*rows.shape[:3], patches + 1)
-    return made.scatter_(3, keys.expand_as(rows), rows)[..., :patches]
+    made.scatter_(3, keys.expand_as(rows), rows)
+    return made[..., :patches]
 
 
 class Stitched:
