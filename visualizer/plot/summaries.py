@@ -40,10 +40,11 @@ __all__ = ["distance", "filters", "patterns", "positions", "spikes", "statistic"
 _POSITIONS = Keywords(Scale, vmin=-1, vmax=1)
 _SPIKES = Keywords(Colours, cmap="inferno")
 
-# Okabe and Ito's colours can be told apart with any colour vision (https://jfly.uni-koeln.de/color/). Each label of
-# analysis.head_patterns has the same colour in every picture; other labels take the colours that are left.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-_KNOWN = ("previous", "next", "self", "local", "special", "induction", "broad")
+# Okabe and Ito's colours can be told apart with any colour vision (https://jfly.uni-koeln.de/color/), and a wine red in
+# place of their black. Each label of analysis.head_patterns has the same colour in every picture; other labels take the
+# colours that are left.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#882255")
+_KNOWN = ("previous", "next", "self", "local", "special", "induction", "broad", "vertical")
 _NONE = ("mixed", "other", "none", "")
 _GREY = "#D0D0D0"
 
@@ -371,7 +372,8 @@ def _write_in_cells(ax: Axes, labels: Any, colours: Mapping[str, str]) -> None:
         label = labels[row, column]
         luminance = float(np.dot(to_rgb(colours[label]), [0.299, 0.587, 0.114]))
         text = ax.text(column, row, label, ha="center", va="center", fontsize=min(0.9 * font_size(), room))
-        text.set(parse_math=False, color="white" if luminance < 0.5 else "black")
+        ink = "0.35" if label in _NONE else "white" if luminance < 0.5 else "black"
+        text.set(parse_math=False, color=ink)
 
 
 def statistic(
