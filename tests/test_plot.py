@@ -148,7 +148,7 @@ class TestHeads:
         panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
         tops = [ax.images[0].get_clim()[1] for ax in panels]
         assert tops[0] < tops[1]
-        assert ["head 0\n0 to 0.1", "head 1\n0 to 1"] == [ax.get_title() for ax in panels]
+        assert ["head 0\nto 0.1", "head 1\nto 1"] == [ax.get_title() for ax in panels]
         [bar] = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
         assert (0, 1) == bar.get_ylim()
         assert "share of each panel's scale (√ scale)" == bar.get_ylabel()

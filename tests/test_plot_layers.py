@@ -159,7 +159,7 @@ class TestStrip:
         figure = plot.layers(maps, query=0, head=0, share=False)
         tops = [ax.images[0].get_clim()[1] for ax in panels_of(figure)]
         np.testing.assert_allclose([max(maps[layer, 0, 0, 0, 1:].max(), 4 / 17) for layer in range(3)], tops)
-        assert [f"layer {number}\n0 to {top:.2g}" for number, top in enumerate(tops)] == [
+        assert [f"layer {number}\nto {top:.2g}" for number, top in enumerate(tops)] == [
             ax.get_title() for ax in panels_of(figure)
         ]
         [bar] = bars_of(figure)

@@ -92,7 +92,7 @@ def panels(
 def name_panels(axes: Sequence[Axes], names: Sequence[str], ends: Sequence[float] | None = None) -> None:
     """Write a name above each panel, and where its scale ends if it has one of its own."""
     for number, (ax, name) in enumerate(zip(axes, names, strict=True)):
-        text = name if ends is None else f"{name}\n0 to {ends[number]:.2g}"
+        text = name if ends is None else f"{name}\nto {ends[number]:.2g}"
         ax.set_title(with_letters(text), fontsize="medium", parse_math=False, fontfamily=_fonts())
 
 
@@ -110,7 +110,7 @@ def colour_bar(figure: Any, image: Any, where: Any, is_cut: bool, label: str = L
     from matplotlib.colors import PowerNorm
 
     aspect = max(20.0, 4.5 * getattr(figure, "figure", figure).get_size_inches()[1])  # not broader on a high figure
-    pad = {"pad": 0.02} if isinstance(where, Sequence) else {}  # of many panels a twentieth of the width is too far
+    pad = {"pad": 0.03} if isinstance(where, Sequence) else {}  # of many panels a twentieth of the width is too far
     bar = figure.colorbar(image, ax=where, extend="max" if is_cut else "neither", shrink=0.9, aspect=aspect, **pad)
     if isinstance(image.norm, PowerNorm):
         label += " (√ scale)"
