@@ -43,6 +43,17 @@ def pixel(ax, x, y):
     return colour
 
 
+def marked(ax, rows, columns):
+    """The patches of a picture of one colour that do not look as most of its patches do."""
+    _, right, bottom, _ = ax.images[0].get_extent()
+    colours = {
+        (row, column): pixel(ax, (column + 0.5) * right / columns, (row + 0.5) * bottom / rows)
+        for row, column in np.ndindex(rows, columns)
+    }
+    usual = np.median(list(colours.values()), axis=0)
+    return [place for place, colour in colours.items() if np.abs(colour - usual).max() > 0.1]
+
+
 def places_of_text(ax):
     """The boxes of the labels along an axes' two sides, as they are drawn, and the figure's own."""
     ax.figure.canvas.draw()

@@ -10,6 +10,7 @@ from visualizer import AttentionMap, Layout, attention
 from visualizer.analysis import head_patterns
 
 N = 12
+PATTERNS = ("previous", "next", "self", "local", "special", "broad", "induction", "vertical")
 CAT = "The cat sat on the mat because it was tired."
 
 
@@ -27,7 +28,7 @@ def random_weights(*shape, seed=0, causal=False):
 
 def by_hand(head, repeats, special, real, window, causal):
     """The scores of one head, entry by entry: head (texts, queries, keys), the rest (texts, tokens)."""
-    found = {name: [] for name in ("previous", "next", "self", "local", "special", "broad", "induction")}
+    found = {name: [] for name in (*PATTERNS, "even")}
     for text, weights in enumerate(head):
         tokens = range(len(weights))
         for i in [i for i in tokens if real[text][i]]:
@@ -46,6 +47,11 @@ def by_hand(head, repeats, special, real, window, causal):
             after = [j + 1 for j in earlier if j + 1 < i]
             if after:
                 found["induction"].append(sum(weights[i, j] for j in after))
+            seen = np.array([j in visible for j in tokens])
+            others = [k for k in tokens if k != i and real[text][k]]
+            mean = [np.mean([weights[k, j] for k in others if not (causal and j > k)] or [0]) for j in tokens] * seen
+            found["vertical"].append(np.minimum(weights[i], mean / max(mean.sum(), 1e-12)).sum())
+            found["even"].append(np.minimum(weights[i], seen / seen.sum()).sum())
     return {name: np.mean(values) if values else math.nan for name, values in found.items()}
 
 
@@ -79,12 +85,14 @@ def test_each_score_is_what_counting_gives(causal, padded, window, monkeypatch):
     for layer in range(layers):
         for head in range(heads):
             expected = by_hand(weights[layer, :, head], ids, special, real, window, causal)
-            assert expected.keys() == found.scores.keys() == found.uniform.keys()
+            np.testing.assert_allclose(expected.pop("even"), found.uniform["vertical"][layer, head], atol=1e-12)
+            assert {*PATTERNS} == expected.keys() == found.scores.keys() == found.uniform.keys()
             for name, score in expected.items():
                 assert found.scores[name].shape == (layers, heads)
                 np.testing.assert_allclose(score, found.scores[name][layer, head], atol=1e-12)
-    for name, score in by_hand(even_attention(real, causal), ids, special, real, window, causal).items():
-        np.testing.assert_allclose(score, found.uniform[name], atol=1e-12)
+    even = by_hand(even_attention(real, causal), ids, special, real, window, causal)
+    for name in {*PATTERNS} - {"vertical"}:
+        np.testing.assert_allclose(even[name], found.uniform[name], atol=1e-12)
 
 
 def one_head(weights, **options):
@@ -98,6 +106,7 @@ def mixed(target, share=0.8):
 
 PLACES = np.arange(N)
 IDEAL = {
+    "vertical": (np.full(N, 5), {}),
     "previous": (np.maximum(PLACES - 1, 0), {}),
     "next": (np.minimum(PLACES + 1, N - 1), {}),
     "self": (PLACES, {}),
@@ -113,6 +122,14 @@ class TestLabels:
     def test_of_a_clear_head(self, name):
         target, options = IDEAL[name]
         assert name == one_head(mixed(target), **options).labels[0, 0]
+
+    def test_two_keys_for_all_queries_are_vertical_and_one_of_two_by_turns_is_not(self):
+        both = 0.4 * np.eye(N)[[5] * N] + 0.4 * np.eye(N)[[8] * N] + 0.2 / N
+        assert "vertical" == one_head(both).labels[0, 0]
+        assert "mixed" == one_head(mixed(np.where(PLACES % 2, 5, 8))).labels[0, 0]
+        assert "the same keys for all queries: 1.00 of its attention (0.33 if it were even)" == one_head(both).evidence(
+            0, 0
+        )
 
     def test_of_induction(self):
         """A text of nine tokens, twice: each of the second half sees what came next in the first."""

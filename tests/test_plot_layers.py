@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
-from plots import cell, frames, hot, maps_of, no_figure_left, pixel, places_of_text, resampled  # noqa: F401
+from plots import cell, frames, hot, maps_of, marked, no_figure_left, places_of_text, resampled  # noqa: F401
 
 from visualizer import AttentionMap, VisualizerWarning, attention, capture, plot
 
@@ -108,7 +108,7 @@ class TestCanvas:
         [ax] = panels_of(plot.layers(maps, image, query=0))
         for layer, place in enumerate([(0, 3), (2, 1)]):
             brightness = resampled(cell(ax, layer, 0, 2, 1), 4, 4).sum(-1)
-            assert place == np.unravel_index(brightness.argmax(), (4, 4))
+            assert place == np.unravel_index(brightness.argmin(), (4, 4))
 
     @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (32, 32), (48, 4)])
     def test_labels_do_not_overlap_and_stay_on_the_figure(self, layers, heads):
@@ -152,14 +152,18 @@ class TestStrip:
         figure = plot.layers(maps, np.full((56, 84, 3), 0.8), query=(2, 1), head=0)
         for ax in panels_of(figure):
             assert {(14.0, 28.0, 14.0, 14.0)} == {(*f.get_xy(), f.get_width(), f.get_height()) for f in frames(ax)}
-            assert pixel(ax, 3 * 14 + 7, 7).sum() > 1.9 > pixel(ax, 7, 7).sum()
+            assert [(0, 3)] == marked(ax, 4, 6)
 
     def test_a_scale_of_its_own_for_each(self):
         maps = maps_of(3, 1, 1, 17, 17)
         figure = plot.layers(maps, query=0, head=0, share=False)
         tops = [ax.images[0].get_clim()[1] for ax in panels_of(figure)]
         np.testing.assert_allclose([max(maps[layer, 0, 0, 0, 1:].max(), 4 / 17) for layer in range(3)], tops)
-        assert 3 == len(bars_of(figure))
+        assert [f"layer {number}\nto {top:.2g}" for number, top in enumerate(tops)] == [
+            ax.get_title() for ax in panels_of(figure)
+        ]
+        [bar] = bars_of(figure)
+        assert (0, 1) == bar.get_ylim()
 
     def test_titles_do_not_touch_one_another(self):
         figure = plot.layers(maps_of(12, 1, 1, 16, 16), query=3, head=0)

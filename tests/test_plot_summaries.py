@@ -303,8 +303,34 @@ class TestLabels:
         )
         assert all(set(one) <= {*word, "□"} and len(one) == len(word) for one, word in zip(shown, words, strict=True))
 
+    def test_any_installed_font_that_has_the_letters_is_taken(self, monkeypatch):
+        monkeypatch.setattr(canvas, "_more_fonts", [])
+        monkeypatch.setattr(canvas, "_letters", lambda: frozenset(range(0x80)))
+        ax = plot.tokens(maps_of(2, 2), ["é", "a"])
+        ax.figure.canvas.draw()
+        [family] = canvas._more_fonts
+        for label in (*ax.get_xticklabels(), *ax.get_yticklabels()):
+            assert family in label.get_fontfamily()
+        assert ["é", "a"] == [label.get_text() for label in ax.get_yticklabels()]
+
+    @pytest.mark.filterwarnings("ignore:no installed font has")
+    def test_chinese_and_japanese_stand_upright_below_the_matrix(self):
+        ax = plot.tokens(maps_of(5, 5), ["[CLS]", "垫子", "トマト", "GPT模型", "。"])
+        ax.figure.canvas.draw()
+        labels = ax.get_xticklabels()
+        assert [90, 0, 0, 90, 0] == [label.get_rotation() for label in labels]
+        assert [1, 2, 3, 1, 1] == [len(label.get_text().split("\n")) for label in labels]
+        assert {0} == {label.get_rotation() for label in ax.get_yticklabels()}
+
+    def test_a_long_word_leaves_room_for_the_matrix(self):
+        ax = plot.tokens(maps_of(3, 3), ["a" * 60, "b", "c"])
+        ax.figure.canvas.draw()
+        assert ax.get_yticklabels()[0].get_text() == "a" * 23 + "…"
+        assert ax.get_window_extent().width > 0.3 * ax.figure.bbox.width
+
     def test_a_missing_font_is_one_warning_that_names_one(self, tmp_path, monkeypatch):
         monkeypatch.setattr(canvas, "_letters", lambda: frozenset(range(0x250)))
+        monkeypatch.setattr(canvas, "_font_with", lambda letter: None)
         monkeypatch.setattr(canvas, "_warned_of", set())
         with pytest.warns(VisualizerWarning, match="has 猫, .*Noto Sans CJK") as caught:
             ax = plot.tokens(maps_of(3, 3), ["猫", "a", "好"], title="猫")

@@ -20,7 +20,7 @@ from .layers import layer_label, layers_of, real_tokens
 __all__ = ["HeadPatterns", "head_patterns"]
 
 SCORES = ("previous", "next", "self", "local", "special", "broad", "induction")
-"""The patterns with a score, in the order of `score_sums`."""
+"""The patterns with a score, in the order of `score_sums`; "vertical" takes a second look at a map and is not here."""
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -41,6 +41,7 @@ _PATTERNS = {
     "special": "special tokens",
     "local": "tokens nearby",
     "broad": "broad",
+    "vertical": "the same keys for all queries",
     "mixed": "mixed",
 }
 
@@ -50,12 +51,13 @@ class HeadPatterns:
     """The pattern of each head, and the scores behind it; made by `head_patterns`."""
 
     labels: npt.NDArray[np.str_]
-    """(layers, heads): "induction", "previous", "next", "self", "special", "local", "broad" or "mixed"."""
+    """(layers, heads): "induction", "previous", "next", "self", "special", "local", "broad", "vertical" or "mixed"."""
     scores: dict[str, Floats]
     """By pattern, (layers, heads), 0 to 1: the share of its attention that a head gives to the keys of the pattern; for
     "broad" its entropy as a share of the largest possible. NaN where it is not known."""
     uniform: dict[str, Floats]
-    """By pattern, (layers, heads): the score of a head that attends evenly to all keys that it may see."""
+    """By pattern, (layers, heads): the score of a head that attends evenly to all keys that it may see; for "vertical"
+    how much of the head's attention is that of such a head."""
 
     def evidence(self, layer: int, head: int) -> str:
         """One line that says why a head has its label.
@@ -109,7 +111,7 @@ def head_patterns(
     attention_mask: Any = None,
     window: int = 2,
 ) -> HeadPatterns:
-    """Which pattern each head follows: previous or next token, itself, special tokens, nearby, broad, induction.
+    """Which pattern each head follows: previous or next token, itself, special tokens, nearby, induction and others.
 
     >>> import torch
     >>> from visualizer.analysis import head_patterns
@@ -136,11 +138,14 @@ def head_patterns(
       that they have no use for. NaN where there is no such token.
     - "local": the weights of the keys at most `window` away.
     - "broad": the entropy divided by ln(keys that the query may see), over the queries that see more than one.
+    - "vertical", after Kovaleva et al. 2019 (https://arxiv.org/abs/1908.08593): how much of a query's attention the
+      mean of all other queries has too, the sum of the smaller weights. The map of such a head is made of columns.
 
     The label of a head is the first pattern, in the order induction, previous, next, self, special, local, whose score
     is at least half of the way from the score of even attention to 1. If there is none, it is "broad" for a score of
-    0.9 or more, else "mixed". A query may see all keys except padding, and in a causal model (whose first tokens see
-    only themselves) no key after itself. Distances are counted along the text; for pictures see `attention_distance`.
+    0.9 or more; else "vertical", if that score is at least half of the way from the head's likeness to even attention
+    to 1; else "mixed". A query may see all keys except padding, and in a causal model (whose first tokens see only
+    themselves) no key after itself. Distances are counted along the text; for pictures see `attention_distance`.
 
     Args:
         attention: layers with the same number of heads, whose queries and keys are the same tokens; or one map.
@@ -199,6 +204,8 @@ def head_patterns(
     scores, uniform = (
         {pattern: means[:, place] for place, pattern in enumerate(SCORES)} for means in (of_heads, of_even)
     )
+    alike = torch.stack([_likeness(layer, facts).cpu() for layer in maps], 1).numpy()
+    scores["vertical"], uniform["vertical"] = alike
     return HeadPatterns(_labels(scores, uniform), scores, uniform)
 
 
@@ -229,9 +236,10 @@ def facts_of(
 
 
 def _labels(scores: dict[str, Floats], uniform: dict[str, Floats]) -> npt.NDArray[np.str_]:
-    labels = np.where(scores["broad"] >= _BROAD, "broad", "mixed").astype("<U9")
-    for pattern in reversed([pattern for pattern in _PATTERNS if pattern in scores and pattern != "broad"]):
-        labels[_gain(scores[pattern], uniform[pattern]) >= _GAIN] = pattern
+    labels = np.full(scores["broad"].shape, "mixed", "<U9")
+    for pattern in reversed([pattern for pattern in _PATTERNS if pattern in scores]):
+        is_broad = scores["broad"] >= _BROAD
+        labels[is_broad if pattern == "broad" else _gain(scores[pattern], uniform[pattern]) >= _GAIN] = pattern
     return labels
 
 
@@ -284,7 +292,7 @@ def score_sums(layer: AttentionMap, facts: TokenFacts) -> tuple[Tensor, Tensor]:
     keys = torch.arange(count, device=device)
     for part, rows in layer.chunks():
         queries = keys[part, None]
-        seen = real[:, None] & (keys <= queries) if facts.is_causal else real[:, None].expand(-1, len(queries), -1)
+        seen = _seen(queries, real, facts)
         visible = seen.sum(-1)  # (batch, some queries)
         even = seen.to(rows.dtype) / visible.clamp(min=1)[..., None]
         both = torch.cat([rows, even[:, None]], 1)  # even attention as one more head
@@ -322,6 +330,37 @@ def score_sums(layer: AttentionMap, facts: TokenFacts) -> tuple[Tensor, Tensor]:
             total[1, place] += (values[:, -1:] * counts).sum(2, dtype=torch.float64)
             counted[place] += counts.sum(2)
     return total, counted
+
+
+def _seen(queries: Tensor, real: Tensor, facts: TokenFacts) -> Tensor:
+    """Which keys some queries, (queries, 1), may see, (batch, queries, keys)."""
+    keys = torch.arange(real.shape[1], device=real.device)
+    return real[:, None] & (keys <= queries) if facts.is_causal else real[:, None].expand(-1, len(queries), -1)
+
+
+def _likeness(layer: AttentionMap, facts: TokenFacts) -> Tensor:
+    """The score of "vertical" of each head, and how much of its attention is even, (2, heads)."""
+    batch, heads, count, _ = layer.shape
+    real = facts.real.to(layer.device)
+    places = torch.arange(count, device=layer.device)[:, None]
+    # What each key gets, and from how many queries that may see it: (batch, heads, keys).
+    received, times = torch.zeros(2, batch, heads, count, dtype=torch.float64, device=layer.device)
+    for part, rows in layer.chunks():
+        counts = (real[:, None, part] & (rows.amax(-1) > 0))[..., None]
+        received += (rows * counts).sum(2, dtype=torch.float64)
+        times += (counts & _seen(places[part], real, facts)[:, None]).sum(2)
+    shares = torch.zeros(2, heads, dtype=torch.float64, device=layer.device)
+    number = torch.zeros(heads, dtype=torch.float64, device=layer.device)
+    for part, rows in layer.chunks():
+        counts = real[:, None, part] & (rows.amax(-1) > 0)
+        seen = _seen(places[part], real, facts)[:, None].double()
+        others = (received[:, :, None] - rows).clamp(min=0) / (times[:, :, None] - 1).clamp(min=1) * seen
+        others = others / others.sum(-1, keepdim=True).clamp(min=1e-12)
+        even = seen / seen.sum(-1, keepdim=True).clamp(min=1)
+        for place, wanted in enumerate((others, even)):
+            shares[place] += (torch.minimum(rows.double(), wanted).sum(-1) * counts).sum((0, 2))
+        number += counts.sum((0, 2))
+    return torch.where(number > 0, shares / number, math.nan)
 
 
 def _names(tokens: Any, batch: int, count: int) -> list[list[str]] | None:

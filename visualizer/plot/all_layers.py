@@ -12,7 +12,7 @@ import numpy as np
 from ..layout import layout_of, picture_of
 from ..reading import Array
 from .canvas import LABEL, colour_bar, full_rows, mosaic, shrunk, write_title
-from .look import Keywords, Look, OverPicture, exceeds, matrix_top, row_top
+from .look import Keywords, Look, OverPicture, exceeds, matrix_top, row_top, without_future
 from .matrices import matrices
 from .over_picture import blend_over, panels_over_picture
 from .selection import (
@@ -65,8 +65,9 @@ def layers(
             to, over the grid of patches; prefix tokens are left out.
         layout, grid, image_size, patch_size, prefix_tokens, style, smooth: as in `query`.
         columns: the number of a strip's panels in a row; None: six, or a few less where that fills the rows.
-        share: True: one colour scale for all maps; False: one for each, which a canvas shows as shares of its end.
-        cmap: None: "viridis" for matrices, "inferno" for what a query attends to.
+        share: True: one colour scale for all maps; False: one for each, in shares of its end, which a strip writes
+            above each panel.
+        cmap: None: "viridis" for matrices, "YlOrRd" for what a query attends to.
         vmax: None: the 99.5th percentile; of a query's map with a scale of its own the largest weight; but no less
             than 4 / number of keys.
         title: None: the query and the head.
@@ -94,20 +95,21 @@ def layers(
         words.append(f"query: {name}")
         # Where the scale is shared, one patch in one layer must not leave the others dark.
         end = functools.partial(row_top, keys=axes.keys, vmin=look.vmin, percent=99.5 if share else 100)
-    look = replace(look, cmap=look.cmap or ("viridis" if layout is None else "inferno"))
+    share = share or look.vmax is not None
+    look = replace(look, cmap=look.cmap or ("viridis" if layout is None else "YlOrRd"))
     chosen = list(select_layers(maps, batch=batch, head=head, query=token))  # of each layer (heads, queries, keys)
     if head is None:
         if layout is not None:
             cells = [layout.spread(weights[:, 0]) for weights in chosen]
         else:
-            cells = [np.stack([shrunk(one) for one in weights]) for weights in chosen]
+            cells = [_cells(weights) for weights in chosen]
         figure = _canvas(np.stack(cells), picture, look, share, end)
     else:
         columns = full_rows(len(chosen), columns, 6)
         names = [f"layer {number}" for number in range(len(chosen))]
         if layout is None:
             strip = [weights[0] for weights in chosen]
-            figure = matrices(strip, names, look, share=share, columns=columns, size=(2.2, 2.3))
+            figure = matrices(strip, names, look, share=share, columns=columns)
         else:
             figure = panels_over_picture(
                 [weights[0, 0] for weights in chosen],
@@ -129,15 +131,24 @@ def layers(
     return figure
 
 
+def _cells(maps: Array) -> Array:
+    """The matrices of a layer's heads, (heads, queries, keys), as small as a cell of the canvas; NaN is not seen."""
+    seen = without_future(maps)
+    cells = np.stack([shrunk(np.nan_to_num(one)) for one in seen])
+    blank = shrunk(np.isnan(seen[0]).astype(maps.dtype)) > 0.999  # of the keys after a query, alike in all heads
+    cells[:, blank] = np.nan
+    return cells
+
+
 def _canvas(cells: Array, picture: Array | None, look: Look, share: bool, end: Callable[[Array], float]) -> Figure:
     """Cells (layers, heads, rows, columns) as one image, in colours up to `vmax` or else to the end of the weights."""
     from matplotlib import pyplot as plt
 
     count, heads, high, wide = cells.shape
     if share:
-        top, label = look.vmax if look.vmax is not None else end(cells), LABEL
+        top, label = end(cells) if look.vmax is None else look.vmax, LABEL
     else:
-        tops = [[look.vmax if look.vmax is not None else end(cell) for cell in row] for row in cells]
+        tops = [[end(cell) for cell in row] for row in cells]
         cells = cells / np.array(tops, cells.dtype)[..., None, None]
         top, label = 1.0, "attention weight, as a share of the map's own scale"
     ratio = high / wide if picture is None else picture.shape[0] / picture.shape[1]
@@ -145,11 +156,11 @@ def _canvas(cells: Array, picture: Array | None, look: Look, share: bool, end: C
     size = max(2.5, side * heads) + 1.7, max(2.0, side * ratio * count) + 0.9
     figure = plt.figure(figsize=size, layout="compressed")
     ax = figure.add_subplot(xlabel="head", ylabel="layer")
-    scale = look.scale(top)
+    scale = look.matrix_scale(top) if end is matrix_top else look.scale(top, over_picture=picture is not None)
     if look.cbar:
         colour_bar(figure, scale, ax, exceeds(cells, top), label)
     if picture is None:
-        mosaic(ax, cells, cmap=look.cmap, vmin=scale.get_clim()[0], vmax=top)
+        mosaic(ax, cells, cmap=scale.cmap, norm=scale.norm)
     else:
         small = shrunk(np.ascontiguousarray(picture), _THUMBNAIL)
         image = mosaic(ax, np.array([[blend_over(cell, small, scale, look) for cell in row] for row in cells]))

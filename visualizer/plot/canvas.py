@@ -1,12 +1,13 @@
-"""What every picture is made of: axes and panels, colour bars, titles, mosaics, labels that do not overlap."""
+"""What every picture is made of: axes and panels, images, colour bars, titles, mosaics, labels that do not overlap."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,15 +18,27 @@ from ..words import printable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 LABEL = "attention weight"
+OWN_SCALE = "share of each panel's scale"
 # matplotlib tries those that are installed in this order, so that a label in another script is not a row of boxes.
 _FONTS = (
     *("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei"),
     *("Microsoft YaHei", "PingFang SC", "SimHei", "Arial Unicode MS", "Noto Sans Arabic", "Noto Sans"),
 )
 # Of scripts that DejaVu Sans, which matplotlib brings, has no letters of: first and last character, and a font.
-_SCRIPTS = ((0x2E80, 0x9FFF, "Noto Sans CJK"), (0xAC00, 0xD7AF, "Noto Sans CJK"), (0x1F000, 0x1FAFF, "Noto Emoji"))
+_SCRIPTS = (
+    *((low, high, "Noto Sans CJK") for low, high in ((0x2E80, 0x9FFF), (0xAC00, 0xD7AF), (0xF900, 0xFAFF))),
+    *((0xFE30, 0xFE4F, "Noto Sans CJK"), (0xFF00, 0xFFEF, "Noto Sans CJK"), (0x20000, 0x3FFFF, "Noto Sans CJK")),
+    *((0x0900, 0x097F, "Noto Sans Devanagari"), (0x0980, 0x09FF, "Noto Sans Bengali")),
+    *((0x0B80, 0x0BFF, "Noto Sans Tamil"), (0x0C00, 0x0C7F, "Noto Sans Telugu"), (0x0E00, 0x0E7F, "Noto Sans Thai")),
+    *((0x1F000, 0x1FAFF, "Noto Emoji"), (0x2600, 0x27BF, "Noto Sans Symbols")),
+)
+# Scripts that are set in columns, and their signs that lie on their side there.
+_UPRIGHT = tuple((low, high) for low, high, font in _SCRIPTS if font == "Noto Sans CJK")
+_SET_UPRIGHT = str.maketrans("ー（）「」『』《》〈〉【】", "︱︵︶﹁﹂﹃﹄︽︾︿﹀︻︼")
+LONGEST = 24  # letters of a word at an axis
 _CELL = 256  # the largest side of a mosaic's cell, in pixels: 144 such cells are 38 MB
 
 
@@ -50,16 +63,37 @@ def full_rows(count: int, columns: int | None, wanted: int) -> int:
     return min(count, columns or math.ceil(count / math.ceil(count / wanted)))
 
 
-def panels(count: int, columns: int, size: tuple[float, float], shared: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with that many panels of (width, height) in inches; `shared` panels have the same axes."""
+def panels(
+    count: int,
+    columns: int,
+    size: tuple[float, float],
+    *,
+    lines: int = 1,
+    has_bar: bool = True,
+    has_ticks: bool = False,
+) -> tuple[Figure, list[Axes]]:
+    """A figure with that many panels of (width, height) in inches, each with so many lines above it.
+
+    Panels with ticks share both axes.
+    """
     from matplotlib import pyplot as plt
 
     rows = math.ceil(count / columns)
-    figure = plt.figure(figsize=(size[0] * columns + 1, size[1] * rows + 0.4), layout="compressed")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared).ravel().tolist()
+    line = 1.2 * font_size() / 72
+    wide = columns * (size[0] + 0.1) + has_bar * (0.4 + 4 * line) + has_ticks * 4 * line
+    high = rows * (size[1] + 0.08 + 1.1 * lines * line) + has_ticks * 3 * line + 2 * line
+    figure = plt.figure(figsize=(wide, high), layout="compressed")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=has_ticks, sharey=has_ticks).ravel().tolist()
     for empty in axes[count:]:
         empty.set_axis_off()
     return figure, axes[:count]
+
+
+def name_panels(axes: Sequence[Axes], names: Sequence[str], ends: Sequence[float] | None = None) -> None:
+    """Write a name above each panel, and where its scale ends if it has one of its own."""
+    for number, (ax, name) in enumerate(zip(axes, names, strict=True)):
+        text = name if ends is None else f"{name}\nto {ends[number]:.2g}"
+        ax.set_title(with_letters(text), fontsize="medium", parse_math=False, fontfamily=_fonts())
 
 
 def panel_size(size: tuple[int, ...], side: float) -> tuple[float, float]:
@@ -73,17 +107,86 @@ def panel_size(size: tuple[int, ...], side: float) -> tuple[float, float]:
 
 def colour_bar(figure: Any, image: Any, where: Any, is_cut: bool, label: str = LABEL) -> None:
     """Draw a colour bar beside some axes, pointed where weights lie past its end."""
+    from matplotlib.colors import PowerNorm
+
     aspect = max(20.0, 4.5 * getattr(figure, "figure", figure).get_size_inches()[1])  # not broader on a high figure
-    bar = figure.colorbar(image, ax=where, extend="max" if is_cut else "neither", shrink=0.9, aspect=aspect)
+    pad = {"pad": 0.03} if isinstance(where, Sequence) else {}  # of many panels a twentieth of the width is too far
+    bar = figure.colorbar(image, ax=where, extend="max" if is_cut else "neither", shrink=0.9, aspect=aspect, **pad)
+    if isinstance(image.norm, PowerNorm):
+        label += " (√ scale)"
+        ticks = _ticks_of_roots(image.get_clim()[1])
+        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        bar.minorticks_off()
     bar.set_label(label, parse_math=False)
 
 
+def _ticks_of_roots(top: float) -> list[float]:
+    """Round numbers from 0 to `top` whose square roots are about evenly spaced."""
+    ticks = [0.0]
+    for power in range(-6, 1):
+        for digit in (1, 2, 5):
+            tick = digit * 10.0 ** (power + math.floor(math.log10(top)))
+            if tick <= top * 1.000001 and math.sqrt(tick / top) - math.sqrt(ticks[-1] / top) > 0.11:
+                ticks.append(tick)
+    return ticks
+
+
 def write_title(drawn: Any, title: str | None, default: str | None = None) -> None:
-    """Write a title above axes or a figure: the user's, else the default, else none."""
-    text = default if title is None else title
+    """Write a title above axes or a figure: the user's, else the default, broken where it is wider, else none."""
+    is_axes = hasattr(drawn, "set_title")
+    text = title
+    if title is None and default is not None:
+        text = _broken(default, *_room(drawn, is_axes))
     if text is not None:
-        write = drawn.set_title if hasattr(drawn, "set_title") else drawn.suptitle
+        write = drawn.set_title if is_axes else drawn.suptitle
         write(with_letters(text), parse_math=False, fontfamily=_fonts())
+
+
+def _room(drawn: Any, is_axes: bool) -> tuple[float, float]:
+    """How wide a title may be, in points, and the size of its font."""
+    import matplotlib as mpl
+    from matplotlib.font_manager import FontProperties
+
+    size = FontProperties(size=mpl.rcParams["axes.titlesize" if is_axes else "figure.titlesize"]).get_size_in_points()
+    figure = drawn.figure if is_axes else drawn
+    whole = figure.bbox
+    others = [ax for ax in figure.axes if ax is not drawn and ax.get_label() != "<colorbar>"]
+    if is_axes and others:
+        wide = 1.05 * drawn.get_window_extent().width
+    else:
+        middle = drawn.get_window_extent() if is_axes else whole
+        wide = min(middle.x0 + middle.x1 - 2 * whole.x0, 2 * whole.x1 - middle.x0 - middle.x1)
+    return float(wide / figure.dpi * 72), size
+
+
+def _broken(text: str, room: float, size: float) -> str:
+    """The text with a line break in place of the space after a comma, wherever a line would be wider than the room."""
+    lines = [""]
+    for part in text.split(", "):
+        longer = f"{lines[-1]}, {part}" if lines[-1] else part
+        # Letters of DejaVu Sans, which matplotlib brings, are 0.58 of its size wide in the mean.
+        if lines[-1] and sum(1.0 if ord(letter) > 0x2E80 else 0.58 for letter in longer) * size > room:
+            lines[-1] += ","
+            lines.append(part)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def draw_image(
+    ax: Axes, values: Array, *, aspect: float | Literal["auto", "equal"] = "equal", **options: Any
+) -> AxesImage:
+    """Draw weights (rows, columns) or colours (rows, columns, 3), row 0 on top; options as in `Axes.imshow`."""
+    from .artists import Picture
+
+    # Means are those of weights, as a mean of colours leaves a sink dark.
+    image = Picture(ax, origin="upper", interpolation_stage="data", **options)
+    image.set_data(values)
+    image.set_clip_path(ax.patch)
+    image.set_extent(image.get_extent())  # the axes now end where the image does
+    ax.set_aspect(aspect)
+    ax.add_image(image)
+    return image
 
 
 def shrunk(cell: Array, size: int = _CELL) -> Array:
@@ -116,19 +219,12 @@ def mosaic(
     # perhaps an attention sink, would be averaged with the gap.
     wider = np.pad(cells, [(0, 0), (0, 0), (margin, margin), (margin, margin), *[(0, 0)] * (cells.ndim - 4)], "edge")
     whole = wider.swapaxes(1, 2).reshape(rows * wider.shape[2], columns * wider.shape[3], *cells.shape[4:])
-    image = ax.imshow(
-        whole,
-        extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
-        aspect=wider.shape[2] / wider.shape[3],
-        origin="upper",
-        interpolation="antialiased",
-        interpolation_stage="data",
-        **options,
-    )
-    _gaps(ax, rows, columns, 0.6 * margin / wider.shape[2], 0.6 * margin / wider.shape[3])
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+    image = draw_image(ax, whole, extent=extent, aspect=wider.shape[2] / wider.shape[3], **options)
+    _gaps(ax, rows, columns, 0.4 * margin / wider.shape[2], 0.4 * margin / wider.shape[3])
     ax.tick_params(length=0)
     names = [range(count) if side is None else side for count, side in zip((rows, columns), ticks, strict=True)]
-    label_ticks(ax, *([str(name) for name in side] for side in names), rotation=0)
+    label_ticks(ax, *([str(name) for name in side] for side in names), turned=False)
     ax.spines[:].set_visible(False)
     return image
 
@@ -144,32 +240,56 @@ def _gaps(ax: Axes, rows: int, columns: int, high: float, wide: float) -> None:
     ax.add_collection(PolyCollection(corners, facecolor="white", edgecolor="none", snap=False), autolim=False)
 
 
-def label_ticks(ax: Axes, down: Sequence[str] | None, across: Sequence[str] | None, *, rotation: int = 90) -> None:
-    """Write words along the y axis and along the x axis, as many as fit once the figure is laid out.
+def label_ticks(ax: Axes, down: Sequence[str] | None, across: Sequence[str] | None, *, turned: bool = True) -> None:
+    """Write words along the y axis and along the x axis, as many as fit whenever the figure is drawn.
 
-    None leaves an axis as it is; an empty list removes its ticks.
+    None leaves an axis as it is; an empty list removes its ticks. The words of the x axis are `turned` to run upwards.
     """
-    sides = [(ax.yaxis, down, 0), (ax.xaxis, across, rotation)]
-    for _ in range(2):  # words take room from the axes, so that fewer words fit
-        lay_out(ax.figure)
-        ax.apply_aspect()
-        for axis, words, turned in sides:
-            if not words:
-                if words is not None:
-                    axis.set_ticks([])
-                continue
-            box = ax.get_window_extent()
-            points = (box.height if axis is ax.yaxis else box.width) / ax.figure.dpi * 72
-            if axis is ax.xaxis and not turned:
-                size, room = 9.0, 6.0 * max(map(len, words)) + 4
-                step = max(1, math.ceil(room * len(words) / points))
-            else:
-                step = max(1, math.ceil(6.5 * len(words) / points))
-                size = min(10.0, max(5.5, 0.8 * step * points / len(words)))
-            places = range(0, len(words), step)
-            axis.set_ticks(list(places), [with_letters(printable(words[place])) for place in places])
-            for label in axis.get_ticklabels():
-                label.set(fontsize=size, rotation=turned, parse_math=False, fontfamily=_fonts())
+    ax.apply_aspect()
+    for axis, words, is_turned in ((ax.yaxis, down, False), (ax.xaxis, across, turned)):
+        if words:
+            write_ticks(axis, words, range(len(words)), is_turned=is_turned)
+        elif words is not None:
+            axis.set_ticks([])
+
+
+def write_ticks(axis: Any, words: Sequence[str], places: Sequence[float], *, is_turned: bool = False) -> None:
+    """Write a word at each place of an axis; where not all fit, every second or third and so on."""
+    from matplotlib.ticker import FuncFormatter
+
+    from .artists import Words, length_of
+
+    texts = [with_letters("\n".join(_short(line) for line in word.split("\n"))) for word in words]
+    columns = [_as_column(text) if is_turned else None for text in texts]
+    by_place = {float(place): column or text for place, text, column in zip(places, texts, columns, strict=True)}
+    angles = [90 if is_turned and column is None else 0 for column in columns]
+    longest = max(len(line) for text in texts for line in text.split("\n"))
+    # How much of the axis a word takes, in units of its font's size.
+    room = 1.2 if is_turned or axis.axis_name == "y" else 0.62 * longest + 0.6
+    medium = font_size()
+    size = min(0.9 * medium, max(0.6 * medium, length_of(axis) / (room * len(words))))
+    axis.set_tick_params(labelsize=size)
+    axis.set_major_locator(Words(list(by_place), angles, room, _fonts()))
+    axis.set_major_formatter(FuncFormatter(lambda place, _: by_place.get(place, "")))
+
+
+def font_size() -> float:
+    """The size of ordinary text in points, as the user's style has it."""
+    import matplotlib as mpl
+
+    return float(mpl.rcParams["font.size"])
+
+
+def _short(word: str) -> str:
+    """The word as visible text, cut where it would take half of the picture."""
+    word = printable(word)
+    return word if len(word) <= LONGEST else f"{word[: LONGEST - 1]}…"
+
+
+def _as_column(word: str) -> str | None:
+    """A word of Chinese, Japanese or Korean with its letters one below another, as these are set; None for others."""
+    is_upright = all(letter == "□" or any(low <= ord(letter) <= high for low, high in _UPRIGHT) for letter in word)
+    return "\n".join(word.translate(_SET_UPRIGHT)) if is_upright else None
 
 
 def lay_out(figure: Any) -> None:
@@ -181,21 +301,41 @@ def lay_out(figure: Any) -> None:
             engine.execute(getattr(figure, "figure", figure))
 
 
-@functools.cache
 def _fonts() -> list[str]:
-    """The installed font families that cover many scripts, in order of preference."""
+    """The font families in which texts are written, matplotlib's own first."""
+    return [*_usual_fonts(), *_more_fonts] or ["sans-serif"]
+
+
+_more_fonts: list[str] = []  # that were found to have letters which the usual ones have not
+
+
+@functools.cache
+def _usual_fonts() -> list[str]:
     from matplotlib.font_manager import fontManager
 
     installed = {font.name for font in fontManager.ttflist}
-    return [name for name in _FONTS if name in installed] or ["sans-serif"]
+    return [name for name in _FONTS if name in installed]
 
 
 @functools.cache
 def _letters() -> frozenset[int]:
-    """The characters that the fonts have with which labels are written."""
+    """The characters that the usual fonts have."""
     from matplotlib.font_manager import findfont, get_font
 
-    return frozenset[int]().union(*(get_font(findfont(name)).get_charmap() for name in _fonts()))
+    return frozenset[int]().union(*(get_font(findfont(name)).get_charmap() for name in _usual_fonts()))
+
+
+@functools.cache
+def _font_with(letter: str) -> str | None:
+    """An installed font family that has a letter."""
+    from matplotlib.font_manager import fontManager, get_font
+
+    paths = {font.name: font.fname for font in fontManager.ttflist if font.style == "normal"}
+    for name, path in paths.items():
+        with contextlib.suppress(OSError, RuntimeError):  # a font that has gone or cannot be read
+            if ord(letter) in get_font(path).get_charmap():
+                return name
+    return None
 
 
 def with_letters(text: str) -> str:
@@ -203,13 +343,20 @@ def with_letters(text: str) -> str:
 
     Without it matplotlib would warn of each character at each drawing, and name no font.
     """
-    missing = [character for character in dict.fromkeys(text) if ord(character) not in _letters() and character != "\n"]
+    missing = []
+    for letter in dict.fromkeys(text.replace("\n", "")):
+        if ord(letter) not in _letters():
+            font = _font_with(letter)
+            if font is None:
+                missing.append(letter)
+            elif font not in _more_fonts:
+                _more_fonts.append(font)
     if not missing:
         return text
-    codes = [ord(character) for character in missing]
+    codes = [ord(letter) for letter in missing]
     fonts = [font for low, high, font in _SCRIPTS if any(low <= code <= high for code in codes)] or ["Noto Sans"]
     _warn_once(" and ".join(dict.fromkeys(fonts)), "".join(missing))
-    return "".join("□" if character in missing else character for character in text)
+    return "".join("□" if letter in missing else letter for letter in text)
 
 
 _warned_of: set[str] = set()

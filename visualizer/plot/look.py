@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from ..analysis.shares import Sinks
 
+_LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue
 Style = Literal["overlay", "mask"]
 
 _Plot = TypeVar("_Plot", bound=Callable[..., Any])
@@ -91,13 +92,62 @@ class Look:
         if self.style not in get_args(Style):
             raise ValueError(f"style={self.style!r}: pass one of {', '.join(map(repr, get_args(Style)))}")
 
-    def scale(self, top: float) -> ScalarMappable:
-        """The colours of weights from `vmin` to `top`, for the picture and for its colour bar."""
+    def scale(self, top: float, *, over_picture: bool = False) -> ScalarMappable:
+        """The colours of weights from `vmin` to `top`; over a picture, those that they have on an empty one."""
         from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
+        from matplotlib.colors import ListedColormap, Normalize
 
-        colours = "gray" if self.style == "mask" else self.cmap
+        colours = self._colours
+        if over_picture or self.style == "mask":
+            empty = 0.0 if self.style == "mask" or self._ends_light else 1.0
+            ramp = self.blend(np.linspace(0, 1, 256), np.full((256, 3), empty))
+            colours = ListedColormap(ramp, f"{colours.name} {self.style}")
         return ScalarMappable(Normalize(0 if self.vmin is None else self.vmin, top), colours)
+
+    def matrix_scale(self, top: float) -> ScalarMappable:
+        """The colours of the weights of a matrix, up to the user's `vmax`, or else, by their square roots, to `top`.
+
+        A few keys, such as the first of a text, often get nearly all attention: on an even scale the rest is dark.
+        """
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize, PowerNorm
+
+        colours = self._colours.with_extremes(bad="white")
+        if self.has_roots:
+            return ScalarMappable(PowerNorm(0.5, 0, top), colours)
+        return ScalarMappable(Normalize(self.vmin, top if self.vmax is None else self.vmax), colours)
+
+    @property
+    def has_roots(self) -> bool:
+        """Whether a matrix' colours are even in the weights' square roots: unless the user says where they end."""
+        return self.vmax is None and self.vmin == 0
+
+    def blend(self, strength: Array, picture: Array) -> Array:
+        """The colours (..., 3) of a picture with weights on it, these (...) from 0 to 1.
+
+        The picture is seen everywhere. As an overlay it becomes grey, and lighter where the colours end in dark ones,
+        darker where they end in light ones; colours cover it the more, the larger the weight. As a mask it keeps its
+        own colours, and fades to white where the weight is low.
+        """
+        # Most weights are far below the largest: an even opacity would show that alone.
+        opacity = strength[..., None] ** 0.7
+        if self.style == "mask":
+            return np.asarray(1 - (1 - picture) * (0.15 + 0.85 * opacity))
+        grey = (picture @ np.array(_LUMINANCE, picture.dtype))[..., None]
+        ground = 0.1 + 0.6 * grey if self._ends_light else 0.35 + 0.65 * grey
+        over = np.asarray(self._colours(strength))[..., :3]
+        return np.asarray((1 - 0.9 * opacity) * ground + 0.9 * opacity * over)
+
+    @property
+    def _colours(self) -> Colormap:
+        from matplotlib.pyplot import get_cmap
+
+        return get_cmap(self.cmap)
+
+    @property
+    def _ends_light(self) -> bool:
+        """Whether the colour of the largest weight is lighter than middle grey."""
+        return float(np.dot(self._colours(1.0)[:3], _LUMINANCE)) > 0.5
 
 
 class Keywords:
@@ -149,9 +199,18 @@ def _of_maps(plot: Callable[..., Any]) -> Callable[..., Any]:
 
 def matrix_top(weights: Array) -> float:
     """The end of a matrix's colour scale: nearly its largest weight, but no less than four times an even share."""
-    top, share = float(np.percentile(np.nan_to_num(weights), 99.5)), 4 / weights.shape[-1]
-    largest = float(np.max(np.nan_to_num(weights)))
-    return min(max(top, share), largest) if largest > 0 else 1.0
+    top, largest = (float(np.nanpercentile(weights, percent)) for percent in (99.5, 100))
+    return min(max(top, 4 / weights.shape[-1]), largest) if largest > 0 else 1.0
+
+
+def without_future(weights: Array) -> Array:
+    """Weights (..., queries, keys) with NaN for the keys after their query, where no query sees these."""
+    queries, keys = weights.shape[-2:]
+    behind = np.arange(queries)[:, None] + keys - queries - np.arange(keys)  # how many tokens a key is before its query
+    numbers = np.nan_to_num(weights)
+    if queries < 2 or keys < queries or numbers[..., behind < 0].any() or not numbers[..., behind > 0].any():
+        return weights
+    return np.where(behind < 0, np.array(np.nan, weights.dtype), weights)
 
 
 def row_top(weights: Array, keys: int, vmin: float | None, percent: float = 100) -> float:

@@ -13,8 +13,21 @@ from ..errors import ALL_WORDS
 from ..layout import Indices, picture_of
 from ..reading import Array
 from ..words import readable
-from .canvas import axes_of, colour_bar, full_rows, label_ticks, panels, write_title
-from .look import Keywords, Look, Matrix, OverPicture, exceeds, matrix_top
+from .canvas import (
+    LABEL,
+    LONGEST,
+    OWN_SCALE,
+    axes_of,
+    colour_bar,
+    draw_image,
+    font_size,
+    full_rows,
+    label_ticks,
+    name_panels,
+    panels,
+    write_title,
+)
+from .look import Keywords, Look, Matrix, OverPicture, exceeds, matrix_top, without_future
 from .over_picture import panels_over_picture
 from .selection import QUERY_NEEDED, Choice, select, select_row
 
@@ -26,6 +39,7 @@ __all__ = ["head", "heads", "tokens"]
 
 _OPTIONS = Keywords(Matrix)
 _HEADS = Keywords(OverPicture, cmap=None)
+_MOST_CELLS = 500  # of a matrix with words, across and down: more would be smaller than a dot of a screen
 
 
 @_OPTIONS.show
@@ -55,8 +69,10 @@ def head(
         ax: the axes to draw on; None: those of a new figure.
         xticklabels, yticklabels: the labels of the keys and of the queries; None: their numbers. `tokens` writes words
             on both sides.
-        cmap, vmin, vmax, cbar: colours, as in matplotlib. vmax=None: the 99.5th percentile, so that a few large
-            weights do not leave the others dark. The colour bar is pointed where weights lie past its end.
+        cmap, vmin, vmax, cbar: colours, as in matplotlib. vmax=None: they are even in the weights' square roots, up to
+             the 99.5th percentile, so that a few large weights, such as those of a sink, do not leave the others dark;
+             the colour bar says so, and is pointed where weights lie past its end. With vmax= they are even in the
+             weights. Keys that no query sees before its own place, as in a causal model, are left white.
         sinks: "remove": without the attention sinks of each head, see `analysis.sinks`, each row rescaled to its sum;
             the title says so.
         title: None: the layer and the head.
@@ -69,7 +85,8 @@ def head(
     look = _OPTIONS.look(options)
     chosen = select(maps, layer=layer, batch=batch, head=head)
     ax = axes_of(ax, (6, 5))
-    _draw_matrix(ax, chosen.weights, look, matrix_top(chosen.weights))
+    weights = without_future(chosen.weights)
+    _draw_matrix(ax, weights, look, matrix_top(weights))
     down = None if yticklabels is None else _of_drawn("yticklabels", yticklabels, chosen.queries, chosen.axes.queries)
     across = None if xticklabels is None else _of_drawn("xticklabels", xticklabels, chosen.keys, chosen.axes.keys)
     write_title(ax, look.title, chosen.label)
@@ -102,9 +119,10 @@ def heads(
         image: the picture that the patches cover, where `query` is given.
         query: None: whole matrices. Else only what it attends to, over the patches; a patch, a token's index or a word.
         layout, grid, image_size, patch_size, prefix_tokens, style, smooth: as in `query`.
-        cmap: None: "viridis" for matrices, "inferno" over the picture.
+        cmap: None: "viridis" for matrices, "YlOrRd" over the picture.
         columns: the number of panels in a row; None: about as many as rows.
-        share: True: one colour scale, and one colour bar, for all heads; False: one for each.
+        share: True: one colour scale for all heads; False: one for each, whose end stands above it, and a colour bar
+            in shares of that. With vmax= all have one.
         title: above all panels; None: the layer, and the query.
 
     Raises what `head` and `query` raise.
@@ -117,7 +135,7 @@ def heads(
         chosen = select(maps, layer=layer, batch=batch, all_heads=True)
         names = [f"head {number}" for number in range(len(chosen.weights))]
         columns = full_rows(len(names), columns, math.ceil(math.sqrt(len(names) * 1.3)))
-        figure = matrices(list(chosen.weights), names, look, share=share, columns=columns, size=(2.6, 2.7))
+        figure = matrices(list(chosen.weights), names, look, share=share, columns=columns)
         write_title(figure, look.title, chosen.label)
         return figure
     picture = picture_of(image)
@@ -129,7 +147,7 @@ def heads(
         names,
         row.layout,
         row.layout.on(picture),
-        replace(look, cmap=look.cmap or "inferno"),
+        replace(look, cmap=look.cmap or "YlOrRd"),
         keys=row.keys,
         share=share,
         columns=columns,
@@ -164,7 +182,8 @@ def tokens(
             white space is made visible. Where not all words fit, every second or third and so on is written. Arabic and
             Hebrew need matplotlib 3.11 or newer, which joins letters and writes them from the right. In a generation a
             white line divides the prompt from the answer.
-        vmax: None: the largest weight.
+
+    Of more than 500 tokens, a cell is the largest weight of a block of them, as the colour bar says.
 
     Raises what `head` raises, and ValueError where there are more or fewer tokens than rows or columns.
     """
@@ -183,10 +202,23 @@ def tokens(
     rows = _of_drawn("tokens", tokens, chosen.queries, axes.queries)
     name, words = ("tokens", tokens) if key_tokens is None else ("key_tokens", key_tokens)
     columns = _of_drawn(name, words, chosen.keys, axes.keys)
-    queries, keys = chosen.weights.shape
-    side = [min(14.0, max(4.0, 0.26 * count + 1.5)) for count in (keys, queries)]
-    ax = axes_of(ax, (side[0] + 1, side[1]))
-    _draw_matrix(ax, chosen.weights, look, float(np.nanmax(chosen.weights)))
+    weights, label = without_future(chosen.weights), LABEL
+    queries, keys = weights.shape
+    letter = 0.55 * font_size() / 72
+    size = [
+        min(9.0, max(2.2, 0.2 * count)) + 0.6 + letter * min(LONGEST, max(map(len, words)))
+        for count, words in ((keys, rows), (queries, columns))
+    ]
+    ax = axes_of(ax, (size[0] + 1, size[1]))
+    block = math.ceil(max(queries, keys) / _MOST_CELLS)
+    if block > 1:
+        for axis in (0, 1):
+            weights = np.fmax.reduceat(weights, range(0, weights.shape[axis], block), axis)
+        label = f"largest {LABEL} of {block} x {block} tokens"
+    image = _draw_matrix(ax, weights, look, matrix_top(weights), label)
+    # Blocks at the end may be of fewer tokens.
+    image.set_extent((-0.5, weights.shape[1] * block - 0.5, weights.shape[0] * block - 0.5, -0.5))
+    ax.set(xlim=(-0.5, keys - 0.5), ylim=(queries - 0.5, -0.5))
     write_title(ax, look.title, chosen.label)
     label_ticks(ax, rows, columns)
     for known, drawn, line in (
@@ -198,42 +230,35 @@ def tokens(
     return ax
 
 
-def matrices(
-    maps: Sequence[Array], names: list[str], look: Look, *, share: bool, columns: int, size: tuple[float, float]
-) -> Figure:
-    """A panel of (width, height) in inches for each matrix; the outer ones have the numbers of queries and keys."""
-    figure, axes = panels(len(maps), columns, size, shared=True)
-    tops = [matrix_top(np.stack(maps))] * len(maps) if share else [matrix_top(weights) for weights in maps]
-    each = replace(look, cbar=look.cbar and not share)
-    for number, (ax, weights, top, name) in enumerate(zip(axes, maps, tops, names, strict=True)):
+def matrices(maps: Sequence[Array], names: list[str], look: Look, *, share: bool, columns: int) -> Figure:
+    """A panel for each matrix; the outer ones have the numbers of queries and keys."""
+    share = share or look.vmax is not None
+    seen = list(without_future(np.stack(maps)))
+    figure, axes = panels(len(seen), columns, (2.1, 2.1), lines=1 if share else 2, has_bar=look.cbar, has_ticks=True)
+    tops = [matrix_top(np.stack(seen))] * len(seen) if share else [matrix_top(weights) for weights in seen]
+    tops = tops if look.vmax is None else [look.vmax] * len(tops)
+    for number, (ax, weights, top) in enumerate(zip(axes, seen, tops, strict=True)):
         is_left, is_low = number % columns == 0, number + columns >= len(axes)  # no panel is below it
-        image = _draw_matrix(ax, weights, each, top)
-        ax.set(title=name, xlabel="key" if is_low else "", ylabel="query" if is_left else "")
+        image = _draw_matrix(ax, weights, replace(look, cbar=False), top)
+        ax.set(xlabel="key" if is_low else "", ylabel="query" if is_left else "")
         ax.tick_params(labelbottom=is_low, labelleft=is_left)
+    name_panels(axes, names, None if share else tops)
+    is_cut = any(exceeds(weights, top) for weights, top in zip(seen, tops, strict=True))
     if look.cbar and share:
-        colour_bar(figure, image, axes, any(exceeds(weights, image.get_clim()[1]) for weights in maps))
+        colour_bar(figure, image, axes, is_cut)
+    elif look.cbar:
+        colour_bar(figure, look.matrix_scale(1), axes, is_cut, OWN_SCALE)
     return figure
 
 
-def _draw_matrix(ax: Axes, weights: Array, look: Look, top: float) -> Any:
+def _draw_matrix(ax: Axes, weights: Array, look: Look, top: float, label: str = LABEL) -> Any:
     """Draw a matrix in colours up to the user's `vmax`, or else to `top`; return the image."""
-    top = top if look.vmax is None else look.vmax
-    # "antialiased" is nearest where there is a pixel for each weight. Where there is not, nearest would leave out whole
-    # columns, perhaps an attention sink, and this takes means: of the weights, as a mean of colours leaves a sink dark.
-    image = ax.imshow(
-        weights,
-        cmap=look.cmap,
-        vmin=look.vmin,
-        vmax=top,
-        interpolation="antialiased",
-        aspect="equal",
-        origin="upper",
-        interpolation_stage="data",
-    )
+    scale = look.matrix_scale(top)
+    image = draw_image(ax, weights, cmap=scale.cmap, norm=scale.norm)
     ax.set_xlabel("key")
     ax.set_ylabel("query")
     if look.cbar:
-        colour_bar(ax.figure, image, ax, exceeds(weights, top))
+        colour_bar(ax.figure, image, ax, exceeds(weights, scale.get_clim()[1]), label)
     return image
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,18 @@ import numpy.typing as npt
 
 from ..layout import Layout
 from ..reading import Array
-from .canvas import LABEL, axes_of, colour_bar, panel_size, panels
+from .canvas import (
+    LABEL,
+    OWN_SCALE,
+    axes_of,
+    colour_bar,
+    draw_image,
+    name_panels,
+    panel_size,
+    panels,
+    shrunk,
+    write_ticks,
+)
 from .look import Look, exceeds, row_top
 
 if TYPE_CHECKING:
@@ -18,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_SWATCHES = 16  # more special tokens, such as those between the tiles of a picture, would be too small
+_FINE = 1600  # pixels of the longer side of a picture in print: 300 dots per inch across 5 inches
 
 
 def draw_row(
@@ -35,7 +48,7 @@ def draw_row(
     top = row_top(patches, int(np.count_nonzero(~np.isnan(row))), look.vmin) if look.vmax is None else look.vmax
     high, wide = sheet_size(layout, picture)
     ax = axes_of(ax, figure_size(high, wide))
-    scale = look.scale(top)
+    scale = look.scale(top, over_picture=picture is not None)
     lay_over(ax, patches, picture, scale, look)
     frame_patch(ax, layout, framed, (high, wide))
     special: list[int] = np.flatnonzero(layout.are("special")).tolist()
@@ -59,17 +72,20 @@ def figure_size(high: int, wide: int) -> tuple[float, float]:
     return 5 * min(1.5, ratio) + 1, 5 * min(1.5, ratio) / ratio + 0.4
 
 
-def lay_over(ax: Axes, patches: Array, picture: Array | None, scale: ScalarMappable, look: Look) -> None:
-    """Draw weights (rows, columns), over a picture where there is one. NaN lets the picture through and is hatched."""
+def lay_over(
+    ax: Axes, patches: Array, picture: Array | None, scale: ScalarMappable, look: Look, most: int = _FINE
+) -> None:
+    """Draw weights (rows, columns), over a picture where there is one. NaN lets the picture through and is hatched.
+
+    The picture is drawn with at most `most` pixels a side.
+    """
     high, wide = patches.shape if picture is None else picture.shape[:2]
     extent = (0.0, float(wide), float(high), 0.0)
     if picture is None:
-        low, top = scale.get_clim()
-        blend = "bilinear" if look.smooth else "nearest"
-        ax.imshow(patches, cmap=scale.cmap, vmin=low, vmax=top, extent=extent, interpolation=blend, origin="upper")
+        blend = "bilinear" if look.smooth else "antialiased"
+        draw_image(ax, patches, extent=extent, cmap=scale.cmap, norm=scale.norm, interpolation=blend)
     else:
-        blended = blend_over(patches, picture, scale, look)
-        image = ax.imshow(blended, extent=extent, interpolation="nearest", origin="upper")
+        image = draw_image(ax, blend_over(patches, shrunk(picture, most), scale, look), extent=extent)
         image.set(cmap=scale.cmap, norm=scale.norm)  # for a colour bar of the user's own: these are colours already
     ax.set_xticks([])
     ax.set_yticks([])
@@ -80,17 +96,9 @@ def lay_over(ax: Axes, patches: Array, picture: Array | None, scale: ScalarMappa
 def blend_over(patches: Array, picture: Array, scale: ScalarMappable, look: Look) -> Array:
     """The picture with the weights of its patches on it, (height, width, 3)."""
     size = picture.shape[0], picture.shape[1]
-    blank = np.isnan(spread(patches, size))[..., None]
     weights = np.asarray(scale.norm(spread(np.nan_to_num(patches), size, look.smooth)))
-    strength = np.clip(weights, 0, 1)
-    # Darkened, so that white in the picture does not bleach the colours laid over it.
-    grey = 0.6 * (picture @ np.array([0.299, 0.587, 0.114], picture.dtype))[..., None]
-    if look.style == "mask":
-        return np.where(blank, grey, picture * strength[..., None])
-    # The square root makes middling weights visible; the colours are those of the weights themselves.
-    colours = np.asarray(scale.cmap(strength))[..., :3]
-    alpha = np.where(blank, 0, 0.85 * np.sqrt(strength)[..., None])
-    return np.asarray((1 - alpha) * grey + alpha * colours)
+    strength = np.where(np.isnan(spread(patches, size)), 0, np.clip(weights, 0, 1))
+    return np.clip(look.blend(strength, picture), 0, 1)
 
 
 def spread(patches: Any, size: tuple[int, int], smooth: bool = False) -> Any:
@@ -127,20 +135,10 @@ def _draw_swatches(ax: Axes, weights: Array, names: list[str], scale: ScalarMapp
     """Draw each special token's weight as a square below the picture, on the patches' scale, and write the number."""
     count = len(weights)
     strip = ax.inset_axes((0.0, -0.08, min(1.0, 0.2 * count), 0.05))
-    low, high = scale.get_clim()
-    strip.imshow(
-        weights[None],
-        cmap=scale.cmap,
-        vmin=low,
-        vmax=high,
-        aspect="auto",
-        extent=(0, count, 1, 0),
-        interpolation="nearest",
-        origin="upper",
-    )
+    draw_image(strip, weights[None], aspect="auto", extent=(0, count, 1, 0), cmap=scale.cmap, norm=scale.norm)
     strip.set_yticks([])
     labels = [f"{name}\n{weight:.2g}" for name, weight in zip(names, weights, strict=True)]
-    strip.set_xticks(np.arange(count) + 0.5, labels, fontsize=8 if count < 6 else 6, parse_math=False)
+    write_ticks(strip.xaxis, labels, [place + 0.5 for place in range(count)])
     strip.tick_params(length=0)
     if framed is not None:
         _frame(strip, (framed, 0), (1, 1))
@@ -158,7 +156,7 @@ def _hatch(ax: Axes, blank: npt.NDArray[np.bool_], has_picture: bool, size: tupl
             corners = [(start, row), (stop, row), (stop, row + 1), (start, row + 1), (start, row)]
             runs.append(Path([(x * size[1], y * size[0]) for x, y in corners], closed=True))
     whole = Path.make_compound_path(*runs)
-    colour = (1, 1, 1, 0.35) if has_picture else "0.75"
+    colour = (0, 0, 0, 0.22) if has_picture else "0.75"
     ax.add_patch(PathPatch(whole, facecolor="none", edgecolor=colour, hatch="//", linewidth=0))
 
 
@@ -179,26 +177,22 @@ def panels_over_picture(
     `keys` is how many tokens the weights are shared among. Shared scales end at the 99.5th percentile: one patch in one
     panel must not leave the others dark.
     """
+    share = share or look.vmax is not None
     sheets = [layout.spread(row) for row in maps]
     size = sheet_size(layout, picture)
-    width, height = panel_size(size, 2.0)
-    has_bars = look.cbar and not share
-    figure, axes = panels(len(sheets), columns, (width + (0.7 if has_bars else 0.0), height + 0.25))
-    whole = np.stack(sheets)
-    tops = [
-        look.vmax
-        if look.vmax is not None
-        else row_top(whole if share else sheet, keys, look.vmin, 99.5 if share else 100)
-        for sheet in sheets
-    ]
-    scales = [look.scale(top) for top in tops]
-    is_cut = [exceeds(sheet, top) for sheet, top in zip(sheets, tops, strict=True)]
-    for number, ax in enumerate(axes):
-        lay_over(ax, sheets[number], picture, scales[number], look)
+    figure, axes = panels(len(sheets), columns, panel_size(size, 2.0), lines=1 if share else 2, has_bar=look.cbar)
+    percent = 99.5 if share else 100
+    tops = [row_top(np.stack(sheets) if share else sheet, keys, look.vmin, percent) for sheet in sheets]
+    tops = tops if look.vmax is None else [look.vmax] * len(tops)
+    scales = [look.scale(top, over_picture=picture is not None) for top in tops]
+    is_cut = any(exceeds(sheet, top) for sheet, top in zip(sheets, tops, strict=True))
+    for ax, sheet, scale in zip(axes, sheets, scales, strict=True):
+        lay_over(ax, sheet, picture, scale, look, _FINE // 2)
         frame_patch(ax, layout, framed, size)
-        ax.set_title(names[number])
-        if has_bars:
-            colour_bar(figure, scales[number], ax, is_cut[number])
+    name_panels(axes, names, None if share else tops)
     if look.cbar and share:
-        colour_bar(figure, scales[0], axes, any(is_cut))
+        colour_bar(figure, scales[0], axes, is_cut)
+    elif look.cbar:
+        ends = replace(look, vmin=0).scale(1, over_picture=picture is not None)
+        colour_bar(figure, ends, axes, is_cut, OWN_SCALE)
     return figure

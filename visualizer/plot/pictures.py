@@ -10,7 +10,7 @@ import numpy as np
 
 from ..layout import Layout, Patches, Size, layout_of, picture_of
 from ..reading import Array, Reduction, as_numbers
-from .canvas import LABEL, axes_of, lay_out, panel_size, panels, write_title
+from .canvas import LABEL, axes_of, draw_image, lay_out, name_panels, panel_size, panels, write_title
 from .look import Blend, Colours, Keywords, Look, OfMaps, OverPicture, Scale
 from .over_picture import draw_row, figure_size, sheet_size, spread
 from .selection import Choice, Row, head_words, note_of, read_layers, select_mean_row, select_row, token_axes
@@ -30,9 +30,9 @@ class _Beside(Patches, Blend, Colours, OfMaps, total=False):
     """The keywords of `rollout`, whose panels have a colour scale each."""
 
 
-_OPTIONS = Keywords(OverPicture, cmap="inferno")
-_OVERLAY = Keywords(_OnPicture, cmap="inferno")
-_ROLLOUT = Keywords(_Beside, cmap="inferno")
+_OPTIONS = Keywords(OverPicture, cmap="YlOrRd")
+_OVERLAY = Keywords(_OnPicture, cmap="YlOrRd")
+_ROLLOUT = Keywords(_Beside, cmap="YlOrRd")
 
 
 @_OPTIONS.show
@@ -76,8 +76,9 @@ def query(
         image_size, patch_size: in pixels, one number or (height, width); image_size=None: the picture's own.
         prefix_tokens: the number of tokens before the patches, or their names; None: as many as the grid leaves over.
             Each has a swatch below the picture, on the patches' scale, with its weight.
-        style: "overlay": the picture in grey, coloured by weight; "mask": the picture itself, dark where the weight is
-            low.
+        style: "overlay": the picture in grey, with colours that cover it the more, the larger the weight; "mask": the
+            picture in its own colours, which fades to white where the weight is low. The colour bar has the colours
+            that weights have on an empty picture.
         smooth: interpolate between patches instead of showing their edges.
         vmax: None: the largest weight of a patch, but no less than 4 / number of keys, so that a row that attends to
             everything alike does not look like one that attends to something.
@@ -204,20 +205,20 @@ def rollout(
     at_first = row.layout if len(rolled) == row.layout.count else token_axes(layers, 0, batch).layout or row.layout
 
     behind = layout.on(picture)
-    width, height = panel_size(sheet_size(layout, behind), 3.2)
+    width, height = panel_size(sheet_size(layout, behind), 2.6)
     count = 2 + (picture is not None)
-    figure, axes_drawn = panels(count, count, (width + 0.5 * look.cbar, height + 0.6))
+    figure, axes_drawn = panels(count, count, (width + 0.5 * look.cbar, height + 0.4), has_bar=False)
     if behind is not None:
-        axes_drawn[0].imshow(behind, interpolation="nearest", origin="upper")
-        axes_drawn[0].set(title="picture", xticks=[], yticks=[])
+        draw_image(axes_drawn[0], behind)
+        axes_drawn[0].set(xticks=[], yticks=[])
     source = ", ".join(filter(None, (f"layer {len(layers) - 1}", head_words(layers[-1], heads))))
     titles = (source, f"rollout of {len(layers)} layers")
-    for ax, weights, place, text, label in zip(
-        axes_drawn[-2:], (row.weights, rolled), (row.layout, at_first), titles, (LABEL, "rollout"), strict=True
+    for ax, weights, place, label in zip(
+        axes_drawn[-2:], (row.weights, rolled), (row.layout, at_first), (LABEL, "rollout"), strict=True
     ):
         framed = row.framed if place is row.layout else None
         draw_row(weights, place, behind, look, ax=ax, framed=framed, label=label)
-        ax.set_title(text)
+    name_panels(axes_drawn, ["picture", *titles][-count:])
     write_title(figure, look.title, ", ".join(filter(None, (f"query: {row.name}", note_of(layers)))))
     lay_out(figure)
     return figure
@@ -278,7 +279,7 @@ def highlight(
     ax: Axes | None = None,
     title: str | None = None,
 ) -> Axes:
-    """Chosen patches on the picture: bright inside, dimmed outside, with an outline round them.
+    """Chosen patches on the picture: as they are inside, faded outside, with an outline round them.
 
     >>> ax = highlight(np.eye(4, dtype=bool), np.ones((56, 56, 3)))
     >>> len(ax.collections[0].get_segments())  # pieces of the outline, white on black
@@ -308,9 +309,9 @@ def highlight(
     chosen = place.spread(values) > 0
     high, wide = sheet_size(place, picture)
     ax = axes_of(ax, figure_size(high, wide))
-    lit = np.full((*chosen.shape, 3), 0.8) if picture is None else picture
+    lit = np.full((*chosen.shape, 3), 0.5) if picture is None else picture
     inside = spread(chosen, (high, wide))[..., None]
-    ax.imshow(np.where(inside, lit, 0.3 * lit), extent=(0, wide, high, 0), interpolation="nearest", origin="upper")
+    draw_image(ax, np.where(inside, lit, 0.7 + 0.3 * lit), extent=(0, wide, high, 0))
     ax.set(xticks=[], yticks=[])
     lines = _outline(chosen) * np.array([wide / chosen.shape[1], high / chosen.shape[0]])
     for colour, width in (("black", 3.0), ("white", 1.2)):

@@ -11,7 +11,20 @@ import numpy as np
 
 from ..layout import layout_of
 from ..reading import Array, as_numbers
-from .canvas import axes_of, colour_bar, full_rows, label_ticks, mosaic, panel_size, panels, write_title
+from .canvas import (
+    axes_of,
+    colour_bar,
+    draw_image,
+    font_size,
+    full_rows,
+    label_ticks,
+    lay_out,
+    mosaic,
+    name_panels,
+    panel_size,
+    panels,
+    write_title,
+)
 from .look import Colours, Keywords, Scale, exceeds
 from .matrices import heads
 from .selection import Choice
@@ -27,10 +40,11 @@ __all__ = ["distance", "filters", "patterns", "positions", "spikes", "statistic"
 _POSITIONS = Keywords(Scale, vmin=-1, vmax=1)
 _SPIKES = Keywords(Colours, cmap="inferno")
 
-# Okabe and Ito's colours can be told apart with any colour vision (https://jfly.uni-koeln.de/color/). Each label of
-# analysis.head_patterns has the same colour in every picture; other labels take the colours that are left.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-_KNOWN = ("previous", "next", "self", "local", "special", "induction", "broad")
+# Okabe and Ito's colours can be told apart with any colour vision (https://jfly.uni-koeln.de/color/), and a wine red in
+# place of their black. Each label of analysis.head_patterns has the same colour in every picture; other labels take the
+# colours that are left.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#882255")
+_KNOWN = ("previous", "next", "self", "local", "special", "induction", "broad", "vertical")
 _NONE = ("mixed", "other", "none", "")
 _GREY = "#D0D0D0"
 
@@ -182,13 +196,13 @@ def positions(similarity: Any, *, every: int = 1, ax: Axes | None = None, **opti
     top = float(np.nanmax(values)) if look.vmax is None else look.vmax
     side = min(9.0, max(4.0, 0.4 * max(rows, columns)))
     ax = axes_of(ax, (side * min(1, columns / rows) + 1.2, side * min(1, rows / columns) + 0.4))
+    scale = replace(look, vmin=low).scale(top)
     if look.cbar:
-        scale = replace(look, vmin=low).scale(top)
         colour_bar(ax.figure, scale, ax, exceeds(values, top + 1e-5), "cosine similarity")
     ax.set_xlabel("input patch column")
     ax.set_ylabel("input patch row")
     write_title(ax, look.title)
-    mosaic(ax, values, (chosen[0], chosen[1]) if is_whole else ([], []), cmap=look.cmap, vmin=low, vmax=top)
+    mosaic(ax, values, (chosen[0], chosen[1]) if is_whole else ([], []), cmap=scale.cmap, norm=scale.norm)
     return ax
 
 
@@ -234,14 +248,15 @@ def spikes(
     cells = [block for blocks in maps.values() for block in blocks]
     columns = count if len(maps) > 1 else full_rows(count, columns, 8)
     width, height = panel_size(cells[0].shape, 1.5 if len(cells) > 4 else 2.2)
-    figure, axes = panels(len(cells), columns, (max(1.0, width), height + 0.3))
+    figure, axes = panels(len(cells), columns, (max(1.0, width), height), lines=2, has_bar=look.cbar)
     highest = max(float(block.max()) for block in cells)
     top = vmax if vmax is not None else highest or 1.0
+    scale = look.scale(top)
+    names = [f"block {number}\n" if number < count else "" for number in range(len(cells))]
+    name_panels(axes, [f"{name}mean {block.mean():.2f}" for name, block in zip(names, cells, strict=True)])
     for number, (ax, block) in enumerate(zip(axes, cells, strict=True)):
-        image = ax.imshow(block, cmap=look.cmap, vmin=0, vmax=top, interpolation="nearest", origin="upper")
+        image = draw_image(ax, block, cmap=scale.cmap, norm=scale.norm)
         ax.set(xticks=[], yticks=[])
-        name = f"block {number}\n" if number < count else ""
-        ax.set_title(f"{name}mean {block.mean():.2f}", fontsize=9)
         if len(maps) > 1 and number % columns == 0:
             ax.set_ylabel(list(maps)[number // columns], parse_math=False)
     if look.cbar:
@@ -300,14 +315,15 @@ def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) ->
     labels = labels.astype(str)
     colours = _colours_of(sorted(set(labels.ravel().tolist())))
     count, heads = labels.shape
-    wide = min(0.9, max(0.3, 12 / heads))
-    high = min(0.42, max(0.2, 11 / count))
-    ax = axes_of(ax, (wide * heads + 2.6, high * count + 0.9))
-    ax.imshow(
+    # Cells in which the longest name is as large as other text, and no more: on paper the figure is not made smaller.
+    em = font_size() / 72
+    wide = min(0.56 * em * max(map(len, labels.ravel().tolist())) + 0.1, 10 / heads)
+    high = min(2.2 * em, 9 / count)
+    ax = axes_of(ax, (max(1.5, wide * heads) + 12 * em, max(1.0, high * count) + 5 * em))
+    draw_image(
+        ax,
         np.array([[to_rgb(colours[label]) for label in row] for row in labels]),
         aspect="auto",
-        interpolation="nearest",
-        origin="upper",
     )
     ax.set_xticks(np.arange(heads + 1) - 0.5, minor=True)
     ax.set_yticks(np.arange(count + 1) - 0.5, minor=True)
@@ -322,7 +338,7 @@ def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) ->
     ]
     ax.legend(handles=entries, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0)
     write_title(ax, title)
-    label_ticks(ax, [str(number) for number in range(count)], [str(number) for number in range(heads)], rotation=0)
+    label_ticks(ax, [str(number) for number in range(count)], [str(number) for number in range(heads)], turned=False)
     _write_in_cells(ax, labels, colours)
     return ax
 
@@ -344,18 +360,20 @@ def _write_in_cells(ax: Axes, labels: Any, colours: Mapping[str, str]) -> None:
     """Write each cell's label, if the longest label is readable in its cell."""
     from matplotlib.colors import to_rgb
 
+    lay_out(ax.figure)
     box = ax.get_window_extent()
     points = 72 / ax.figure.dpi
     count, heads = labels.shape
     longest = max(map(len, labels.ravel().tolist()))
-    size = min(9.0, 0.7 * box.height * points / count, 0.9 * box.width * points / heads / (0.62 * max(1, longest)))
-    if size < 4.5:
+    room = min(0.7 * box.height * points / count, 0.95 * box.width * points / heads / (0.6 * max(1, longest)))
+    if room < 0.6 * font_size():
         return
     for row, column in np.ndindex(count, heads):
-        red, green, blue = to_rgb(colours[labels[row, column]])
-        is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-        text = ax.text(column, row, labels[row, column], ha="center", va="center", fontsize=size, parse_math=False)
-        text.set_color("white" if is_dark else "black")
+        label = labels[row, column]
+        luminance = float(np.dot(to_rgb(colours[label]), [0.299, 0.587, 0.114]))
+        text = ax.text(column, row, label, ha="center", va="center", fontsize=min(0.9 * font_size(), room))
+        ink = "0.35" if label in _NONE else "white" if luminance < 0.5 else "black"
+        text.set(parse_math=False, color=ink)
 
 
 def statistic(
@@ -425,15 +443,17 @@ def _of_positions(means: Array, label: str, ax: Axes | None) -> Axes:
 
 def _of_names(means: Array, names: tuple[str, ...], label: str, title: str) -> Figure:
     """(layers, heads, names): a panel for each name, layers down, heads across."""
+    from matplotlib.colors import Normalize
+
     layers, count, _ = means.shape
     columns = min(4, len(names))
-    figure, axes = panels(len(names), columns, (2.5, 0.8 + 2 * layers / count))
+    figure, axes = panels(len(names), columns, (2.2, max(0.8, min(4.0, 2.2 * layers / count)) + 0.3))
     low, high = min(0.0, float(np.nanmin(means))), max(1.0, float(np.nanmax(means)))
-    for ax, name, scores in zip(axes, names, means.transpose(2, 0, 1), strict=True):
-        image = ax.imshow(scores, vmin=low, vmax=high, cmap="viridis", interpolation="none")
-        ax.set_title(name, parse_math=False)
+    for ax, scores in zip(axes, means.transpose(2, 0, 1), strict=True):
+        image = draw_image(ax, np.ma.masked_invalid(scores), norm=Normalize(low, high), cmap="viridis")
         ax.set(xlabel="head", ylabel="layer")
         _at_whole_numbers(ax.yaxis)
+    name_panels(axes, names)
     figure.colorbar(image, ax=axes).set_label(label, parse_math=False)
     write_title(figure, title)
     return figure

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..reading import as_numbers
-from .canvas import lay_out, panel_size, panels, write_title
+from .canvas import lay_out, name_panels, panel_size, panels, write_title
 from .pictures import overlay
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def words(
     ax: Axes | None = None,
     smooth: bool = True,
     style: Literal["overlay", "mask"] = "overlay",
-    cmap: Any = "inferno",
+    cmap: Any = "YlOrRd",
     cbar: bool = True,
     title: str | None = None,
 ) -> Axes | Figure:
@@ -90,10 +90,11 @@ def words(
     if ax is not None:
         raise ValueError("ax= takes one word; several have a figure of their own")
     heat = maps.of(words[0], **options)
-    size = panel_size(heat.shape[-2:] if image is None else np.asarray(image).shape[:2], 2.6)
-    figure, axes = panels(len(words), min(columns, len(words)), (size[0] + 0.6 * cbar, size[1] + 0.4))
+    size = panel_size(heat.shape[-2:] if image is None else np.asarray(image).shape[:2], 2.2)
+    figure, axes = panels(len(words), min(columns, len(words)), (size[0] + 0.8 * cbar, size[1]), has_bar=False)
     for word, one in zip(words, axes, strict=True):
-        write_title(draw(word, one), None, repr(word))
+        draw(word, one)
+    name_panels(axes, [repr(word) for word in words])
     write_title(figure, title, where)
     lay_out(figure)
     return figure
