@@ -85,6 +85,39 @@ def are_windows(batch: int, queries: int, shapes: Sequence[tuple[int, ...]]) -> 
     return False
 
 
+def are_given_the_same(calls: Sequence[ModuleCall], others: Sequence[ModuleCall]) -> bool:
+    """Whether two modules are as one layer and another of a stack: within the same calls, and all that they are given
+    is the same but for the numbers of their tokens, (batch, tokens, width)."""
+    if len(calls) != len(others):
+        return False
+    for one, other in zip(calls, others, strict=True):
+        if one is other:
+            continue
+        is_like = (
+            type(one.module) is type(other.module)
+            and not hasattr(one.module, "window_size")
+            and len(one.args) == len(other.args)
+            and one.kwargs.keys() == other.kwargs.keys()
+            and all(map(_is_same_but_tokens, one.args, other.args))
+            and all(map(_is_same_but_tokens, one.kwargs.values(), other.kwargs.values()))
+        )
+        if not is_like:
+            return False
+    return True
+
+
+def _is_same_but_tokens(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    return (
+        isinstance(one, Tensor)
+        and isinstance(other, Tensor)
+        and one.ndim == 3
+        and one.is_floating_point()
+        and one.shape == other.shape
+    )
+
+
 def heads_of(call: ModuleCall, tensor: Tensor) -> int | None:
     """How many heads share the first axis of a tensor with three axes; None if that is not known."""
     if tensor.ndim != 3:
@@ -151,6 +184,12 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def has_global_hooks() -> bool:
+    """Whether there are hooks of all modules, of which we have none."""
+    hooks = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+
 def cannot_attend(module: nn.Module) -> bool:
     """Whether it is one of torch's own layers without submodules, such as nn.Linear, whose calls are of no interest."""
     is_torchs = type(module).__module__.startswith("torch.nn.modules.")
@@ -199,6 +238,8 @@ def _works_by_token(module: nn.Module, known: dict[nn.Module, bool]) -> bool:
     if type(forward) is not FunctionType or "forward" in vars(module) or is_called_attention(type(module).__qualname__):
         return False
     if forward.__closure__ or hasattr(forward, "__wrapped__"):
+        return False
+    if any(map(callable, (*(forward.__defaults__ or ()), *(forward.__kwdefaults__ or {}).values()))):
         return False
     names, globals_ = _names_in(forward.__code__)
     if names is None or any(forward.__globals__.get(name) not in _TORCH for name in globals_):
