@@ -87,6 +87,8 @@ class _Memory:
     """Of the last pass, or of all that are alike."""
     states: _States | None = None
     """The model as it was in the passes that made a plan; None: there is none."""
+    layers: frozenset[str] = frozenset()
+    """The paths of layers in which nothing was looked at."""
     failures: int = 0
 
 
@@ -104,6 +106,8 @@ class Pass:
         self._plan = memory.steps if states is None and memory.steps is not None else None
         self.is_plain = True
         """Whether nothing was recorded but calls of fused operators."""
+        self.layers: set[str] = set() if self._plan is None else {*memory.layers}
+        """The paths of layers in which nothing is looked at."""
         self.readers = set[str]()
         """The paths of modules that read numbers of tensors."""
         self._seen: dict[str, list[_Seen]] = {}
@@ -168,11 +172,12 @@ class Pass:
         if before is not None and steps is not None and memory.failures < _MOST_FAILURES:
             common = _common(before, steps)
             if common is not None and self._states is not None and self._states.are_same():
+                memory.layers &= self.layers
                 memory.steps, memory.states = common, self._states
                 pairs = zip(memory.sizes, self._sizes, strict=True)
                 memory.sizes = tuple(one if one == other else None for one, other in pairs)
                 return
-        memory.sizes = self._sizes
+        memory.sizes, memory.layers = self._sizes, frozenset(self.layers)
 
     def _steps(self) -> dict[str, tuple[Step, ...]] | None:
         if not self.is_plain or any(self.readers & seen.frames for several in self._seen.values() for seen in several):

@@ -272,6 +272,12 @@ class Watch:
         thread = self._thread
         if not thread.calls or thread.calls[-1].module is not module:
             return None  # the call began before recording did
+        if thread.is_planned and len(thread.calls) > 1 and not thread.pending:
+            thread.calls.pop()
+            thread.gaps.pop()
+            if is_called_attention(type(module).__qualname__):
+                self._ran[path] = type(module).__qualname__
+            return None
         try:
             self._end_gap(path, module, output)
             if thread.pending:
@@ -294,7 +300,8 @@ class Watch:
         if thread.layer is not None and not _has_ended(thread.frame):
             return  # it is a part of that layer
         if thread.is_planned:
-            self._begin_call(path, module, args, kwargs)
+            if thread.current is None or path not in thread.current.layers:
+                self._begin_call(path, module, args, kwargs)
             return
         is_plain = (
             thread.is_watched
@@ -312,6 +319,8 @@ class Watch:
         if is_plain:
             _pop_mode()  # type: ignore[no-untyped-call]
             thread.layer = module
+            if thread.current is not None:
+                thread.current.layers.add(path)
         else:
             self._begin_call(path, module, args, kwargs)
 
@@ -421,6 +430,7 @@ class Watch:
                     self._see_product(name, product)
                 elif thread.tracing.are_keyless:
                     thread.tracing.are_keyless = False
+                    self._is_not_plain()
                     self._without_keys.add(thread.calls[-1].path)
                 sampled = thread.sampling.after(func, args, kwargs, output)
                 if sampled is not None:
