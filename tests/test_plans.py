@@ -1,6 +1,8 @@
 """Passes that follow a plan are recorded as those that are watched in full; where it may be wrong there is no plan."""
 
+import sys
 import threading
+import types
 import warnings
 
 import pytest
@@ -371,6 +373,26 @@ class TestToldApart:
         assert [(one.kind, one.axes_assumed) for one in maps[:4]] == [("self", False)] * 4
         assert [(one.kind, one.axes_assumed) for one in maps[4:6]] == [("self", False), (None, True)]
         assert [(one.kind, one.axes_assumed) for one in maps[6:]] == [("self", False)] * 4
+
+    def test_a_function_of_another_library(self, x, late, monkeypatch):
+        """It is seen without the mode, which alone knows where its query and key come from."""
+
+        def flash_attn_func(q, k, v):
+            return scaled_dot_product_attention(*(one.transpose(1, 2) for one in (q, k, v))).transpose(1, 2)
+
+        def other(x):
+            q, k = model.attn.q(x).unflatten(-1, (2, -1)), model.attn.k(memory).unflatten(-1, (2, -1))
+            return model.attn.out(library.flash_attn_func(q, k, k).flatten(2))
+
+        library, memory = types.ModuleType("flash_attn_like"), torch.randn(3, 4, 8)
+        library.flash_attn_func = flash_attn_func
+        monkeypatch.setitem(sys.modules, library.__name__, library)
+        model = Around(late)
+        model.attn.other = other
+        with attention(model) as maps:
+            for _ in range(6):
+                model(x)
+        assert [one.kind for one in maps] == ["self"] * 4 + [None, "cross"]
 
     def test_other_heads(self, x, late):
         model = Around(late)

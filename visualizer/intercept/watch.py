@@ -504,7 +504,7 @@ class Watch:
             if isinstance(seen, SampledCall):
                 self._see_sampled(name, seen)
             else:
-                self._see_fused(name, lambda: seen)
+                self._see_fused(name, lambda: seen, UNKNOWN if self._thread.is_planned else None)
         self._file_settled()
 
     def _unharmed(self, calls: Sequence[ModuleCall] = ()) -> _Unharmed:
@@ -568,7 +568,12 @@ class Watch:
         if self._is_refused(weights):
             return
         with _aside():
-            origin = self._thread.provenance.of_query_and_key(*sampled.made_of, calls)
+            provenance = self._thread.provenance
+            origin = UNKNOWN.origin
+            if self._thread.is_planned:
+                self._is_not_planned()
+            else:
+                origin = provenance.of_query_and_key(*sampled.made_of, calls)
             call = self._call(origin, sampled, self._heads_of(weights))
             output = Output(sampled.output.shape)
             output.order = sampled.order
