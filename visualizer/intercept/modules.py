@@ -59,10 +59,19 @@ def _argument_names(forward: Any) -> list[str]:
     return [*inspect.signature(forward).parameters][1:]
 
 
-def shapes_of(calls: Sequence[ModuleCall]) -> list[tuple[int, ...]]:
-    """The shapes of the first tensor of tokens or pixels that each call under way was given, the innermost first."""
-    firsts = (next((tensor for _, tensor in inputs_of(call) if tensor.ndim > 2), None) for call in reversed(calls))
-    return [shape for first in firsts if (shape := shape_of(first)) is not None]
+def shapes_of(
+    calls: Sequence[ModuleCall], known: dict[int, tuple[int, ...] | None] | None = None
+) -> list[tuple[int, ...]]:
+    """The shapes of the first tensor of tokens or pixels that each call under way was given, the innermost first.
+
+    Args:
+        known: those of calls that are still under way, by their ids; the others are added.
+    """
+    known = {} if known is None else known
+    for call in calls:
+        if id(call) not in known:
+            known[id(call)] = shape_of(next((one for _, one in inputs_of(call) if one.ndim > 2), None))
+    return [shape for call in reversed(calls) if (shape := known[id(call)]) is not None]
 
 
 def are_windows(batch: int, queries: int, shapes: Sequence[tuple[int, ...]]) -> bool:

@@ -16,7 +16,7 @@ there one where calls are joined to one attention, or where a map was made of an
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -296,8 +296,10 @@ def _common_step(one: Step, other: Step) -> Step | None:
 class _States:
     """What modules are at one time, besides the numbers in their tensors."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._watched = [weakref.ref(module) for module in modules]
+        parts = {part for module in modules for part in module._modules.values() if part is not None}
+        self._leaves = [weakref.ref(part) for part in parts.difference(modules)]
         configs = {id(value): value for module in modules for value in vars(module).values() if _is_config(value)}
         self._configs = [*configs.values()]
         self._kept = [
@@ -324,21 +326,19 @@ class _States:
             if module is None:
                 return []
             numbers.append(id(type(module).forward))
-            numbers.extend(map(id, vars(module).values()))
-            for part in module._modules.values():
-                numbers += (id(part), 0 if part is None else len(vars(part)))  # it may get a forward of its own
+            numbers += map(id, vars(module).values())
+            if module._modules:
+                numbers += map(id, module._modules.values())
+        for known in self._leaves:
+            module = known()
+            numbers.append(0 if module is None else len(vars(module)))  # it may get a forward of its own
         for config in self._configs:
-            numbers.extend(map(id, vars(config).values()))
+            numbers += map(id, vars(config).values())
         return numbers
 
     def _count_hooks(self) -> int:
-        count = 0
-        for known in self._watched:
-            module = known()
-            for one in () if module is None else (module, *module._modules.values()):
-                if one is not None:
-                    count += len(one._forward_hooks) + len(one._forward_pre_hooks) + ("forward" in vars(one))
-        return count
+        modules = [module for known in (*self._watched, *self._leaves) if (module := known()) is not None]
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
 
 
 def _is_config(value: Any) -> bool:

@@ -88,6 +88,7 @@ class _Thread(threading.local):
         self.count = 0
         self.frame: FrameType | None = None  # that runs the outermost call
         self.told: dict[Any, Any] = {}  # what was found out for all of the pass
+        self.shapes: dict[int, tuple[int, ...] | None] = {}  # of what the calls under way were given, by their ids
 
     def forget(self) -> None:
         """Forget the calls under way, which have ended."""
@@ -98,6 +99,7 @@ class _Thread(threading.local):
         self.sampling.lineage.clear()
         self.provenance.clear()
         self.told.clear()
+        self.shapes.clear()
         self.frame = self.layer = self.current = None
         self.is_planned = False
 
@@ -273,7 +275,7 @@ class Watch:
         if not thread.calls or thread.calls[-1].module is not module:
             return None  # the call began before recording did
         if thread.is_planned and len(thread.calls) > 1 and not thread.pending:
-            thread.calls.pop()
+            thread.shapes.pop(id(thread.calls.pop()), None)
             thread.gaps.pop()
             if is_called_attention(type(module).__qualname__):
                 self._ran[path] = type(module).__qualname__
@@ -287,6 +289,7 @@ class Watch:
                     thread.current.end()
         finally:
             call = thread.calls.pop()
+            thread.shapes.pop(id(call), None)
             thread.gaps.pop()
             if is_called_attention(type(module).__qualname__):
                 self._ran[path] = type(module).__qualname__
@@ -582,7 +585,9 @@ class Watch:
 
     def _call(self, origin: Origin, computed: Any, heads: int | None) -> AttentionCall:
         calls = self._thread.calls
-        return AttentionCall(calls[-1].path, origin, shapes_of(calls), computed, heads, self._thread.count)
+        return AttentionCall(
+            calls[-1].path, origin, shapes_of(calls, self._thread.shapes), computed, heads, self._thread.count
+        )
 
     def _await(
         self,
