@@ -46,6 +46,7 @@ Section = Literal[
     "rows-that-do-not-sum-to-1",
     "scripted-model",
     "several-functions-of-one-name",
+    "unforeseen-attention",
     "unknown-kernel",
     "values-not-copied",
     "values-without-numbers",
