@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,23 @@ def gl() -> Iterator[Any]:
     own = GetLocal()
     yield own
     own.deactivate()
+
+
+@pytest.fixture
+def refuses(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str], str], None]:
+    """Checks that the command says of wrong arguments what is wrong, in one line, with status 2."""
+
+    def check(arguments: list[str], said: str) -> None:
+        from visualizer import cli
+
+        assert 2 == cli.main(arguments)
+        printed = capsys.readouterr()
+        assert "" == printed.out
+        assert said in printed.err
+        assert printed.err.startswith("visualizer: ")
+        assert 1 == printed.err.count("\n")
+
+    return check
 
 
 # Weights that several files look at and none changes; each takes seconds to load.

@@ -27,13 +27,8 @@ ROOT = Path(__file__).parent.parent
         (["plot", "x", "--style", "masc"], "did you mean 'mask'?"),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_status_2(arguments, said, capsys):
-    assert 2 == cli.main(arguments)
-    printed = capsys.readouterr()
-    assert "" == printed.out
-    assert said in printed.err
-    assert printed.err.startswith("visualizer: ")
-    assert 1 == printed.err.count("\n")
+def test_a_wrong_argument_is_one_line_and_status_2(arguments, said, refuses):
+    refuses(arguments, said)
 
 
 def test_the_version(capsys):

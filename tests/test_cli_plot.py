@@ -149,12 +149,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arguments", "said"), WRONG)
-def test_wrong_use_is_one_line_and_status_2(arguments, said, folder, capsys):
+def test_wrong_use_is_one_line_and_status_2(arguments, said, folder, refuses):
     before = sorted(path.name for path in folder.iterdir())
-    assert 2 == cli.main(arguments)
-    printed = capsys.readouterr()
-    assert "" == printed.out
-    assert said in printed.err
-    assert printed.err.startswith("visualizer: ")
-    assert 1 == printed.err.count("\n")
+    refuses(arguments, said)
     assert before == sorted(path.name for path in folder.iterdir())

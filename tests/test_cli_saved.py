@@ -95,17 +95,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arguments", "said"), WRONG)
-def test_wrong_use_is_one_line_and_status_2(arguments, said, folder, capsys):
+def test_wrong_use_is_one_line_and_status_2(arguments, said, folder, refuses):
     whole = (folder / "text.safetensors").read_bytes()
     (folder / "empty").write_bytes(b"")
     (folder / "cut").write_bytes(whole[:-100])
     (folder / "flipped").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     (folder / "foreign").write_bytes(b"\x0e\0\0\0\0\0\0\0" + b'{"a":{},"b":1}')
     before = sorted(path.name for path in folder.iterdir())
-    assert 2 == cli.main(arguments)
-    printed = capsys.readouterr()
-    assert "" == printed.out
-    assert said in printed.err
-    assert printed.err.startswith("visualizer: ")
-    assert 1 == printed.err.count("\n")
+    refuses(arguments, said)
     assert before == sorted(path.name for path in folder.iterdir())

@@ -476,6 +476,8 @@ def test_each_name_of_the_table_gives_a_model_and_what_makes_its_input(name, mon
     model, prepare = models.load(name)
     assert ("", "") == tuple(capfd.readouterr())
     assert bars is gguf.tqdm and logging.is_progress_bar_enabled()
+    for reader in ("GGUFReader", "get_tensor_name_map"):  # as before: within, each is called once
+        assert not hasattr(getattr(sys.modules.get("gguf"), reader, None), "cache_clear")
     if name == "dinov2-small":
         images, _ = prepare(models.photo("coffee"), size=28)
         output = model(images)
