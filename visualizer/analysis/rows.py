@@ -13,6 +13,8 @@ import operator
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -272,7 +274,26 @@ def distance_of(
     axes = layout.coordinates()
     axes = axes[:, :1] if along == "time" else axes[:, -2:]
     unit = 1 if along == "time" else patch_size
-    return unit * _distance(layer.stitched(layout), torch.from_numpy(axes), prefix, renormalise)
+    if layout.windows is not None:
+        return unit * _distance_in_windows(layer, layout.windows.places(*patches.shape), axes, renormalise)
+    return unit * _distance(layer, torch.from_numpy(axes), prefix, renormalise)
+
+
+def _distance_in_windows(
+    layer: AttentionMap, places: npt.NDArray[np.intp], axes: npt.NDArray[np.float64], renormalise: bool
+) -> Tensor:
+    """The mean distance over the windows of each image, (images, heads), by the patch that each token is; -1: none."""
+    if layer.shape[0] % len(places):
+        raise ValueError(f"there are {layer.shape[0]} windows, not a multiple of the {len(places)} of the grid")
+    is_patch = torch.from_numpy(places >= 0).to(layer.device)[:, None]  # (windows, 1, tokens)
+    at = torch.from_numpy(axes[places]).to(layer.device, layer.dtype)
+    apart = torch.cdist(at, at, compute_mode="donot_use_mm_for_euclid_dist")[:, None]
+    weights = layer.dense().view(-1, len(places), *layer.shape[1:])  # (images, windows, heads, queries, keys)
+    weights = weights * is_patch[..., None, :]
+    mass, distances = weights.sum(-1), (weights * apart).sum(-1)
+    counts = is_patch & (mass > 0)
+    distances = torch.where(counts, distances / mass if renormalise else distances, 0)
+    return distances.sum((1, 3)) / counts.sum((1, 3))
 
 
 def _distance(layer: AttentionMap, axes: Tensor, prefix: int, renormalise: bool) -> Tensor:
