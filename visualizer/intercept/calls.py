@@ -78,6 +78,12 @@ class LogSums(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
 
+def with_sums(call: FusedCall, seen: LogSums | None) -> FusedCall:
+    """The call with the sums that were seen of it, if they have its axes."""
+    found = None if seen is None else seen.found
+    return call if found is None or found.shape != call.query.shape[:-1] else replace(call, log_sums=found)
+
+
 _globals = {**vars(F), "has_torch_function": lambda *_: False}
 multi_head_attention: Any = types.FunctionType(
     F.multi_head_attention_forward.__code__, _globals, argdefs=F.multi_head_attention_forward.__defaults__

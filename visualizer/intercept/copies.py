@@ -196,7 +196,8 @@ class Copies:
         functions = fused.score_mod, fused.mask_mod
         modifiers = None if fused.modifiers is None else fused.modifiers.mapped(_copied)
         source = Factors(query, keys, key.shape[2], fused.scale, mask, fused.causal, *functions, modifiers, begin)
-        source.log_sums = None if fused.log_sums is None else fused.log_sums.detach()
+        if fused.log_sums is not None and fused.log_sums.shape == source.shape[:3]:
+            source.log_sums = fused.log_sums.detach()
         if self._share_keys:
             self._latest[call.path] = keys, weakref.ref(source)
         evidence = None

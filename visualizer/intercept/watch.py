@@ -28,7 +28,7 @@ from ..store import is_recorded
 from ..tensors import is_plain_torch, why_unreal
 from . import functions, operators
 from .axes import Factor, Order, Output
-from .calls import FusedCall, LogSums, as_computed, in_four_axes, multi_head_attention, name_of
+from .calls import FusedCall, LogSums, as_computed, in_four_axes, multi_head_attention, name_of, with_sums
 from .copies import AttentionCall, Copy, joined_copy
 from .gaps import Gap
 from .kernels import KERNELS
@@ -416,7 +416,7 @@ class Watch:
             with nullcontext() if sums is None else sums:
                 output = func(*args, **kwargs)
             with self._unharmed():
-                self._see_fused(name, lambda: KERNELS[name](output, *args, **kwargs), sums=sums)
+                self._see_fused(name, lambda: with_sums(KERNELS[name](output, *args, **kwargs), sums))
         elif name in SAMPLING_KERNELS:
             output = func(*args, **kwargs)
             with self._unharmed():
@@ -533,21 +533,10 @@ class Watch:
                 "error-while-recording",
             )
 
-    def _see_fused(
-        self, name: str, describe: Callable[[], FusedCall], step: Step | None = None, sums: LogSums | None = None
-    ) -> None:
-        """Record a fused call.
-
-        Args:
-            name: of the kernel.
-            describe: what it was given, and what it returned.
-            step: what is known of it where the mode does not look.
-            sums: what the kernel returned beside the output.
-        """
+    def _see_fused(self, name: str, describe: Callable[[], FusedCall], step: Step | None = None) -> None:
+        """Record a fused call; `step` has what is known of it where the mode does not look."""
         with _aside():
             seen = describe()
-            if sums is not None and sums.found is not None and sums.found.shape == seen.query.shape[:3]:
-                seen = replace(seen, log_sums=sums.found)
         calls = self._thread.calls
         if self._is_refused(seen.query):
             return
