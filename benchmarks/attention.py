@@ -9,7 +9,8 @@ allocator that keeps what is freed. For whatever a process holds on to between p
 back and fetch it anew, which costs more than the copies do. Memory: the peak of a fresh process for each variant, three
 passes long, above that of the bare one (Linux). Query and key of all layers are 58 MB.
 
-The second command has SmolLM2-135M generate, 500 steps unless told otherwise, plain and recorded in turn.
+The second command has a small Llama of random weights and SmolLM2-135M generate, 500 steps unless told otherwise, plain
+and recorded in turn. `IMAGES=1` has the first take one image in place of eight.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ import torch
 from timm.layers import set_fused_attn
 
 from visualizer import analysis, attention, capture
-from visualizer.intercept import copies
+from visualizer.intercept import copies, operators
 
-ROUNDS, BATCH = 15, 8
+ROUNDS, BATCH = 15, int(os.environ.get("IMAGES", 8))
 
 
 def make_model(fused: bool) -> torch.nn.Module:
@@ -52,13 +53,30 @@ def with_attention(**options) -> Callable:
     return run
 
 
-def unproven(model, images):
-    """As `with_attention()`, without the proof that each map is the one that was used: what is less is its share."""
-    proof, copies.of_fused = copies.of_fused, lambda *_: None
-    try:
-        return with_attention()(model, images)
-    finally:
-        copies.of_fused = proof
+def watched_in_full(run: Callable) -> Callable:
+    """As recording, without plans: what is more is the share of the mode, and of following each function."""
+
+    def made(*args):
+        are_seen, operators.are_seen = operators.are_seen, lambda: False
+        try:
+            return run(*args)
+        finally:
+            operators.are_seen = are_seen
+
+    return made
+
+
+def without_proof(run: Callable) -> Callable:
+    """As recording, without the proof that each map is the one that was used: what is less is its share."""
+
+    def made(*args):
+        proof, copies.of_fused = copies.of_fused, lambda *_: None
+        try:
+            return run(*args)
+        finally:
+            copies.of_fused = proof
+
+    return made
 
 
 def captured(model, images):
@@ -72,7 +90,8 @@ def captured(model, images):
 VARIANTS: dict[str, tuple[bool, Callable]] = {
     "fused, bare": (True, lambda model, images: model(images)),
     "fused, attention(model)": (True, with_attention()),
-    "fused, the same without its proof": (True, unproven),
+    "fused, the same without its proof": (True, without_proof(with_attention())),
+    "fused, the same watched in full": (True, watched_in_full(with_attention())),
     "fused, attention(model, layers=-1)": (True, with_attention(layers=-1)),
     "fused, attention(model, keep=row 0)": (True, with_attention(keep=lambda a: a.rows(0))),
     "fused, attention(model, keep=entropy)": (True, with_attention(keep=analysis.entropy)),
@@ -94,31 +113,57 @@ def times(models, images) -> dict[str, float]:
     return {name: statistics.median(values[2:]) for name, values in taken.items()}
 
 
-def generation(steps: int, rounds: int = 3) -> None:
-    """What recording costs a model that generates: processor time of alternating runs, and what each call takes."""
+def small_llama() -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+
+
+def smollm() -> torch.nn.Module:
     from visualizer import models
 
-    torch.manual_seed(0)
     model, _ = models.smollm2()
     model.set_attn_implementation("sdpa")
-    prompt = torch.randint(0, 1000, (1, 16))
+    return model
+
+
+def generation(steps: int, rounds: int = 3) -> None:
+    """What recording costs models that generate: processor time of runs in turn, and what each map takes."""
+    torch.manual_seed(0)
+    prompt = torch.randint(0, 100, (1, 16))
     options = {"max_new_tokens": steps, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    taken: dict[bool, list[float]] = {False: [], True: []}
-    calls = 1
-    for _ in range(rounds):
-        for is_recorded in taken:
-            gc.collect()
-            start = time.process_time()
-            if is_recorded:
-                with attention(model) as maps:
-                    model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-                calls = len(maps)
-            else:
-                model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-            taken[is_recorded].append(time.process_time() - start)
-    plain, recorded = (statistics.median(taken[key]) for key in (False, True))
-    print(f"generation, {steps} steps, {calls} maps: plain {plain:.1f} s, recorded {recorded:.1f} s", end=", ")
-    print(f"x {recorded / plain:.2f}, {(recorded - plain) / calls * 1e6:.0f} us a call")
+
+    def plain(model):
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+
+    def recorded(model):
+        with attention(model) as maps:
+            plain(model)
+        return maps
+
+    for make in (small_llama, smollm):
+        model = make()
+        variants = {
+            "plain": plain,
+            "recorded": recorded,
+            "the same without its proof": without_proof(recorded),
+            "watched in full": watched_in_full(recorded),
+        }
+        taken: dict[str, list[float]] = {name: [] for name in variants}
+        calls = len(recorded(model))
+        for _ in range(rounds):
+            for name, run in variants.items():
+                gc.collect()
+                start = time.process_time()
+                kept = run(model)
+                taken[name].append(time.process_time() - start)
+                del kept
+        print(f"{make.__name__}, {steps} steps, {calls} maps")
+        bare = statistics.median(taken["plain"])
+        for name, values in taken.items():
+            middle = statistics.median(values)
+            print(f"  {name:30}{middle:8.2f} s, x {middle / bare:.2f}, {(middle - bare) / calls * 1e6:6.0f} us a map")
 
 
 def in_a_fresh_process(what: str, keeps_memory: bool = False) -> str:

@@ -21,6 +21,7 @@ from ..tensors import keeper
 from .axes import Output
 from .copies import AttentionCall, Copies, Copy
 from .layouts import Layouts
+from .modules import ModuleCall, are_given_the_same
 from .watch import Watch
 
 
@@ -498,8 +499,18 @@ class Maps(RecordedMaps, Sequence[Any]):
             return None
         value = copy.map_of(output.order)
         if self._watch is not None and self.needs_layouts:
-            self._layouts.describe(value, self._watch.calls)
+            self._describe(value, self._watch.calls, self._watch.told)
         return lambda: self._keep_map(path, value, copy.sizes)
+
+    def _describe(self, value: AttentionMap, calls: Sequence[ModuleCall], told: dict[Any, Any]) -> None:
+        """Give a map its layouts: those of the layer before, where they cannot be others."""
+        key = value.kind, value.shape
+        known = told.get(key)
+        if known is not None and value.kind in ("self", "cross") and are_given_the_same(calls, known[0]):
+            value.layout, value.query_layout = known[1]
+        else:
+            self._layouts.describe(value, calls)
+            told[key] = tuple(calls), (value.layout, value.query_layout)
 
     def _keep_map(self, path: str, value: Any, sizes: dict[str, int]) -> None:
         """Keep a map, or what `keep` makes of it, as far as the budget allows."""

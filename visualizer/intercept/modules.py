@@ -59,10 +59,19 @@ def _argument_names(forward: Any) -> list[str]:
     return [*inspect.signature(forward).parameters][1:]
 
 
-def shapes_of(calls: Sequence[ModuleCall]) -> list[tuple[int, ...]]:
-    """The shapes of the first tensor of tokens or pixels that each call under way was given, the innermost first."""
-    firsts = (next((tensor for _, tensor in inputs_of(call) if tensor.ndim > 2), None) for call in reversed(calls))
-    return [shape for first in firsts if (shape := shape_of(first)) is not None]
+def shapes_of(
+    calls: Sequence[ModuleCall], known: dict[int, tuple[int, ...] | None] | None = None
+) -> list[tuple[int, ...]]:
+    """The shapes of the first tensor of tokens or pixels that each call under way was given, the innermost first.
+
+    Args:
+        known: those of calls that are still under way, by their ids; the others are added.
+    """
+    known = {} if known is None else known
+    for call in calls:
+        if id(call) not in known:
+            known[id(call)] = shape_of(next((one for _, one in inputs_of(call) if one.ndim > 2), None))
+    return [shape for call in reversed(calls) if (shape := known[id(call)]) is not None]
 
 
 def are_windows(batch: int, queries: int, shapes: Sequence[tuple[int, ...]]) -> bool:
@@ -83,6 +92,39 @@ def are_windows(batch: int, queries: int, shapes: Sequence[tuple[int, ...]]) -> 
         is_covered = batch // first * queries in counts.values()
         return is_covered or any(count > queries and width in within for width, count in counts.items())
     return False
+
+
+def are_given_the_same(calls: Sequence[ModuleCall], others: Sequence[ModuleCall]) -> bool:
+    """Whether two modules are as one layer and another of a stack: within the same calls, and all that they are given
+    is the same but for the numbers of their tokens, (batch, tokens, width)."""
+    if len(calls) != len(others):
+        return False
+    for one, other in zip(calls, others, strict=True):
+        if one is other:
+            continue
+        is_like = (
+            type(one.module) is type(other.module)
+            and not hasattr(one.module, "window_size")
+            and len(one.args) == len(other.args)
+            and one.kwargs.keys() == other.kwargs.keys()
+            and all(map(_is_same_but_tokens, one.args, other.args))
+            and all(map(_is_same_but_tokens, one.kwargs.values(), other.kwargs.values()))
+        )
+        if not is_like:
+            return False
+    return True
+
+
+def _is_same_but_tokens(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    return (
+        isinstance(one, Tensor)
+        and isinstance(other, Tensor)
+        and one.ndim == 3
+        and one.is_floating_point()
+        and one.shape == other.shape
+    )
 
 
 def heads_of(call: ModuleCall, tensor: Tensor) -> int | None:
@@ -151,6 +193,12 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def has_global_hooks() -> bool:
+    """Whether there are hooks of all modules, of which we have none."""
+    hooks = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+
 def cannot_attend(module: nn.Module) -> bool:
     """Whether it is one of torch's own layers without submodules, such as nn.Linear, whose calls are of no interest."""
     is_torchs = type(module).__module__.startswith("torch.nn.modules.")
@@ -199,6 +247,8 @@ def _works_by_token(module: nn.Module, known: dict[nn.Module, bool]) -> bool:
     if type(forward) is not FunctionType or "forward" in vars(module) or is_called_attention(type(module).__qualname__):
         return False
     if forward.__closure__ or hasattr(forward, "__wrapped__"):
+        return False
+    if any(map(callable, (*(forward.__defaults__ or ()), *(forward.__kwdefaults__ or {}).values()))):
         return False
     names, globals_ = _names_in(forward.__code__)
     if names is None or any(forward.__globals__.get(name) not in _TORCH for name in globals_):

@@ -127,6 +127,8 @@ class Provenance:
     def __init__(self) -> None:
         self._nodes: dict[int, _Node] = {}
         self._frames: dict[int, tuple[ModuleCall, _Frame]] = {}
+        self.first_frame = 0
+        """The outermost of the calls that were asked, the last time, where a query and a key come from."""
 
     def clear(self) -> None:
         """Forget all."""
@@ -248,13 +250,17 @@ class Provenance:
         for number in range(len(calls) - 1, -1, -1):
             frame = self._frame(calls, number)
             around = self._frame(calls, number - 1) if number else None
+            self.first_frame = number
             of_query, of_key = frame.trace(query), frame.trace(key)
             if around is not None and not any(part.is_projected for part in (*of_query, *of_key)):
                 continue  # the module is handed query and key: the one around it has made them
             kind = _kind(of_query, of_key)
             parts = _joined(of_query, of_key, frame.inputs, queries, keys)
             is_unseen = kind is None and len(frame.inputs) == 1  # by functions that are not seen
-            is_given_twice = kind == "cross" and around is not None and _is_one_sequence(of_query, of_key, around)
+            is_given_twice = False
+            if kind == "cross" and around is not None:
+                self.first_frame = number - 1
+                is_given_twice = _is_one_sequence(of_query, of_key, around)
             if is_unseen or is_given_twice:
                 kind = "self"
             elif kind == "self" and not parts and around is not None and len(_roots(of_query)) == 1:

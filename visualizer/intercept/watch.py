@@ -1,6 +1,8 @@
 """Watches a model as it runs: which module is running, and which of its calls of torch compute attention.
 
-Hooks on the modules say which one is running. A mode of torch sees the calls of torch's functions.
+Hooks on the modules say which one is running. A mode of torch sees the calls of torch's functions. It costs more than
+many a function does, so that a pass that is like earlier ones is followed without it, by a plan (see `plans`): then
+nothing but the operators that attend is seen, and what else may attend ends the plan.
 """
 
 from __future__ import annotations
@@ -18,22 +20,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _get_function_stack_at, _len_torch_function_stack
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import _pop_mode, _push_mode
 
 from ..instrument import Uncompiled, mark_reruns, named_modules
 from ..store import is_recorded
 from ..tensors import is_plain_torch, why_unreal
-from . import functions
+from . import functions, operators
 from .axes import Factor, Order, Output
 from .calls import FusedCall, LogSums, as_computed, in_four_axes, multi_head_attention, name_of, with_sums
 from .copies import AttentionCall, Copy, joined_copy
 from .gaps import Gap
 from .kernels import KERNELS
+from .modes import (
+    BEGINS,
+    FOLLOWS,
+    MULTI_HEAD,
+    NO_TENSOR,
+    TO_PYTHON,
+    Mode,
+    add_mode,
+    interest_of,
+    remove_mode,
+    see_scripted,
+)
 from .modules import (
     ModuleCall,
     arguments_named,
     as_native,
     cannot_attend,
+    has_global_hooks,
     heads_of,
     is_called_attention,
     is_compiled,
@@ -42,9 +57,10 @@ from .modules import (
     shapes_of,
     works_by_token,
 )
+from .plans import UNKNOWN, Pass, Step, plans_of
 from .provenance import Origin, Provenance
-from .sampling import SAMPLING_KERNELS, SampledCall, Sampling, may_read_cells, may_sample
-from .softmax import OUTER, Product, Tracing, is_of_activations, makes_pairs, may_begin
+from .sampling import SAMPLING_KERNELS, SampledCall, Sampling
+from .softmax import Product, Tracing
 
 File = Callable[[str, Copy, Output, str], Callable[[], None] | None]
 """Makes the map of a module's call whose axes are known now, and returns what keeps it; the last text says which kernel
@@ -58,6 +74,11 @@ class _Thread(threading.local):
         self.calls: list[ModuleCall] = []
         self.gaps: list[Gap | None] = []  # of each call; None once it attended, or was looked through before
         self.is_watched = False  # by a mode that ends with the outermost call
+        self.ours = (
+            0  # how many pieces of our own code run, within one another, whose operators are none of the model's
+        )
+        self.current: Pass | None = None  # where operators are seen too
+        self.is_planned = False  # and there is no mode, for the pass follows a plan
         self.layer: nn.Module | None = None  # under way without the mode, for nothing in it attends
         self.heads: int | None = None  # of the nn.MultiheadAttention under way
         self.tracing = Tracing()
@@ -67,6 +88,8 @@ class _Thread(threading.local):
         self.filing: tuple[ModuleCall, ...] | None = None  # the calls that were under way when the map was made
         self.count = 0
         self.frame: FrameType | None = None  # that runs the outermost call
+        self.told: dict[Any, Any] = {}  # what was found out for all of the pass
+        self.shapes: dict[int, tuple[int, ...] | None] = {}  # of what the calls under way were given, by their ids
 
     def forget(self) -> None:
         """Forget the calls under way, which have ended."""
@@ -76,7 +99,10 @@ class _Thread(threading.local):
         self.tracing.clear()
         self.sampling.lineage.clear()
         self.provenance.clear()
-        self.frame = self.layer = None
+        self.told.clear()
+        self.shapes.clear()
+        self.frame = self.layer = self.current = None
+        self.is_planned = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +146,7 @@ class Watch:
         """Whether `FusedCall.log_sums` is of use."""
         self._record, self._file, self._warn = record, file, warn
         self._thread = _Thread()
-        self._mode = _Mode(self)
+        self._mode = Mode(self)
         self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
         self._called_unseen: dict[str, str] = {}  # the classes of modules that called what may attend, by their paths
         self._without_keys: set[str] = set()  # the paths of modules that made weights of something else than scores
@@ -128,10 +154,14 @@ class Watch:
         self._looked_through: set[type | str] = set()
         self._attended: set[str] = set()  # the paths of modules with maps
         self._refused: set[str] = set()  # the paths of modules whose calls cannot be recorded
+        self._unforeseen: set[str] = set()  # the paths of modules that may have attended where nobody looked
+        self._attending = weakref.WeakSet[nn.Module]()  # layers that were taken for some in which nothing attends
         self._uncompiled = Uncompiled()
         self._has_ended = False
+        self._plans = plans_of(model)
         mark_reruns()
         self._handles: list[Any] = []
+        self._watched: list[weakref.ref[nn.Module]] = []
         scripted, by_token = [], dict[nn.Module, bool]()
         for path, module in modules:
             if isinstance(module, torch.jit.ScriptModule):
@@ -140,6 +170,7 @@ class Watch:
             if path and cannot_attend(module):
                 continue
             known = weakref.ref(module)
+            self._watched.append(known)
             begin, end = self._begin_call, self._end_call
             if path and works_by_token(module, by_token):
                 begin, end = self._begin_layer, self._end_layer
@@ -148,7 +179,7 @@ class Watch:
                 module.register_forward_hook(_Hook(end, path, known), always_call=True),
             ]
         functions.begin(self)
-        _see_scripted(True)
+        see_scripted(True)
         if scripted:
             tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
             self._warn(
@@ -164,13 +195,9 @@ class Watch:
         functions.end(self)
         if not self._has_ended:
             self._has_ended = True
-            _see_scripted(False)
-        thread = self._thread
+            see_scripted(False)
         self._file_settled(1)
-        thread.forget()
-        if thread.is_watched:
-            thread.is_watched = False
-            _remove(self._mode)
+        self._leave(self._thread)
 
     @property
     def has_seen_attention(self) -> bool:
@@ -205,6 +232,11 @@ class Watch:
         thread = self._thread
         return thread.calls if thread.filing is None else thread.filing
 
+    @property
+    def told(self) -> dict[Any, Any]:
+        """A place for what is found out in a pass of this thread; it is empty again in the next."""
+        return self._thread.told
+
     def _begin_call(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         thread = self._thread
         self.has_run = True
@@ -213,10 +245,12 @@ class Watch:
         if not thread.calls:
             if torch._C._current_graph_task_id() != -1:
                 return  # in a backward pass checkpointing computes again what has been seen
-            _add(self._mode)
-            thread.is_watched = True
+            self._enter(thread, ModuleCall(path, module, args, kwargs))
             thread.frame = sys._getframe(2)  # behind the hook
         thread.calls.append(ModuleCall(path, module, args, kwargs))
+        if thread.is_planned:
+            thread.gaps.append(None)
+            return
         outer = thread.gaps[-1] if thread.gaps else None
         is_new = type(module) not in self._looked_through and path not in self._looked_through
         thread.gaps.append(None)
@@ -227,16 +261,38 @@ class Watch:
                 if is_new:
                     thread.gaps[-1] = Gap(args, kwargs)
 
+    def _enter(self, thread: _Thread, call: ModuleCall) -> None:
+        """Begin what belongs to the outermost call: a plan, or else the mode."""
+        with self._unharmed([call]), torch._C.DisableTorchFunction():
+            if operators.are_seen() and _len_torch_function_stack() == 0:
+                modules = [module for known in self._watched if (module := known()) is not None]
+                thread.current = self._plans.begin(call, modules)
+                thread.is_planned = thread.current.is_planned
+                operators.begin(self)
+        if not thread.is_planned:
+            add_mode(self._mode)
+            thread.is_watched = True
+
     def _end_call(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         thread = self._thread
         if not thread.calls or thread.calls[-1].module is not module:
             return None  # the call began before recording did
+        if thread.is_planned and len(thread.calls) > 1 and not thread.pending:
+            thread.shapes.pop(id(thread.calls.pop()), None)
+            thread.gaps.pop()
+            if is_called_attention(type(module).__qualname__):
+                self._ran[path] = type(module).__qualname__
+            return None
         try:
             self._end_gap(path, module, output)
             if thread.pending:
                 self._file_settled(len(thread.calls))
+            if len(thread.calls) == 1 and thread.current is not None and output is not None:
+                with self._unharmed(), torch._C.DisableTorchFunction():
+                    thread.current.end()
         finally:
             call = thread.calls.pop()
+            thread.shapes.pop(id(call), None)
             thread.gaps.pop()
             if is_called_attention(type(module).__qualname__):
                 self._ran[path] = type(module).__qualname__
@@ -249,14 +305,19 @@ class Watch:
         thread = self._thread
         if thread.layer is not None and not _has_ended(thread.frame):
             return  # it is a part of that layer
+        if thread.is_planned:
+            if thread.current is None or path not in thread.current.layers:
+                self._begin_call(path, module, args, kwargs)
+            return
         is_plain = (
             thread.is_watched
             and len(thread.calls) > 0
             and _len_torch_function_stack() == 1
+            and not has_global_hooks()
             and not kwargs
             and all(type(one) is Tensor for one in args)
-            and len(module._forward_hooks) == len(module._forward_pre_hooks) == 1
-            and "forward" not in vars(module)
+            and _is_as_built(module)
+            and module not in self._attending
             and not thread.tracing.lineage.may_know(args)
             and not thread.sampling.lineage.may_know(args)
             and _get_function_stack_at(0) is self._mode
@@ -264,6 +325,8 @@ class Watch:
         if is_plain:
             _pop_mode()  # type: ignore[no-untyped-call]
             thread.layer = module
+            if thread.current is not None:
+                thread.current.layers.add(path)
         else:
             self._begin_call(path, module, args, kwargs)
 
@@ -297,10 +360,12 @@ class Watch:
 
     def _leave(self, thread: _Thread) -> None:
         """End what belongs to the outermost call."""
+        if thread.current is not None:
+            operators.end(self)
         thread.forget()
         if thread.is_watched:
             thread.is_watched = False
-            _remove(self._mode)
+            remove_mode(self._mode)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions, and take note of it if a module of the model calls it."""
@@ -309,12 +374,12 @@ class Watch:
         if not calls:
             return func(*args, **kwargs)
         gap = thread.gaps[-1]
-        interest = _INTEREST.get(func)
-        if interest is None:
-            interest = _interest_of(func)
-        if interest is _NO_TENSOR:
+        interest = interest_of(func)
+        if interest is NO_TENSOR or interest is TO_PYTHON:
+            if interest is TO_PYTHON and thread.current is not None:
+                thread.current.readers.add(calls[-1].path)
             return func(*args, **kwargs)
-        is_seen = interest is _BEGINS or (interest is not _FOLLOWS and interest(args, kwargs))
+        is_seen = interest is BEGINS or (interest is not FOLLOWS and interest(args, kwargs))
         for lineage in () if is_seen else (thread.tracing.lineage, thread.sampling.lineage):
             if lineage:
                 is_seen |= lineage.may_know(args) or (bool(kwargs) and lineage.may_know(kwargs.values()))
@@ -337,6 +402,7 @@ class Watch:
 
     def _note_unseen(self, has_gap: bool) -> None:
         if has_gap:
+            self._is_not_plain()
             call = self._thread.calls[-1]
             self._called_unseen.setdefault(call.path, type(call.module).__qualname__)
 
@@ -353,7 +419,8 @@ class Watch:
             output = func(*args, **kwargs)
             with self._unharmed():
                 self._see_sampled(name, SAMPLING_KERNELS[name](output, *args, **kwargs))
-        elif name == _MULTI_HEAD:
+        elif name == MULTI_HEAD:
+            self._is_not_plain()  # without the mode torch takes a path of its own
             before, thread.heads = thread.heads, args[4] if len(args) > 4 else kwargs.get("num_heads")
             try:
                 with self._mode:
@@ -371,6 +438,7 @@ class Watch:
                     self._see_product(name, product)
                 elif thread.tracing.are_keyless:
                     thread.tracing.are_keyless = False
+                    self._is_not_plain()
                     self._without_keys.add(thread.calls[-1].path)
                 sampled = thread.sampling.after(func, args, kwargs, output)
                 if sampled is not None:
@@ -382,9 +450,53 @@ class Watch:
     def see_scripted(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Take note of what a scripted function returned."""
         if self._thread.calls:
+            self._is_not_plain()
             with self._unharmed(), _aside():
                 self._thread.tracing.after_scripted(function, args, kwargs, result)
                 self._thread.provenance.note(function, args, kwargs, result, self._thread.calls)
+
+    def see_operator(self, name: str, args: Any, kwargs: Any, output: Any, sums: LogSums | None = None) -> None:
+        """Take note of an operator that has run; record it if it attends, and no mode sees it."""
+        thread = self._thread
+        current, call = thread.current, thread.calls[-1] if thread.calls else None
+        if current is None or call is None or thread.ours or thread.filing is not None:
+            return
+        if _has_ended(thread.frame):
+            return
+        if not current.is_planned:
+            if thread.layer is None:
+                with self._unharmed():
+                    current.note(name, args, call)
+                return  # the mode sees it
+            self._is_not_plain()
+            self._attending.add(thread.layer)
+        step = None
+        with self._unharmed():
+            step = current.step(name, args, call)
+        if name in KERNELS:
+            with self._unharmed():
+                self._see_fused(name, lambda: with_sums(KERNELS[name](output, *args, **kwargs), sums), step or UNKNOWN)
+            self._file_settled()
+        elif step is None and name not in operators.READS and (current.is_planned or name in operators.PRODUCTS):
+            with self._unharmed():
+                self._tell_unforeseen(call if thread.layer is None else call._replace(module=thread.layer))
+
+    def _tell_unforeseen(self, call: ModuleCall) -> None:
+        if call.path not in self._unforeseen:
+            self._unforeseen.add(call.path)
+            self._warn(
+                f"{type(call.module).__qualname__}, called in {call.path!r}, multiplied matrices or took a softmax, "
+                "which neither its code nor earlier passes like this one let expect: if that was attention, it has no "
+                "map in this pass. The next pass is watched in full."
+            )
+
+    def _is_not_planned(self) -> None:
+        if self._thread.current is not None:
+            self._thread.current.is_as_planned = False
+
+    def _is_not_plain(self) -> None:
+        if self._thread.current is not None:
+            self._thread.current.is_plain = False
 
     def seen_calls(self) -> int | None:
         """How many attention calls were seen in this thread; None outside of a module's call."""
@@ -393,20 +505,22 @@ class Watch:
 
     def see_function(self, name: str, describe: Callable[[], FusedCall | SampledCall]) -> None:
         """Record a call of a function in Python that attends, in which nothing else was seen."""
+        self._is_not_plain()
         with self._unharmed():
             with _aside():
                 seen = describe()
             if isinstance(seen, SampledCall):
                 self._see_sampled(name, seen)
             else:
-                self._see_fused(name, lambda: seen)
+                self._see_fused(name, lambda: seen, UNKNOWN if self._thread.is_planned else None)
         self._file_settled()
 
     def _unharmed(self, calls: Sequence[ModuleCall] = ()) -> _Unharmed:
         """The model does not see an error of ours: a warning says, once for each module, what is not recorded."""
-        return _Unharmed(self._refuse, calls or self._thread.calls)
+        return _Unharmed(self._thread, self._refuse, calls or self._thread.calls)
 
     def _refuse(self, calls: Sequence[ModuleCall], error: Exception) -> None:
+        self._is_not_plain()
         path = calls[-1].path if calls else ""
         if path not in self._refused:
             self._refused.add(path)
@@ -415,8 +529,8 @@ class Watch:
                 f"{type(error).__name__}: {error}"
             )
 
-    def _see_fused(self, name: str, describe: Callable[[], FusedCall]) -> None:
-        """Record a fused call."""
+    def _see_fused(self, name: str, describe: Callable[[], FusedCall], step: Step | None = None) -> None:
+        """Record a fused call; `step` has what is known of it where the mode does not look."""
         with _aside():
             seen = describe()
         calls = self._thread.calls
@@ -425,15 +539,24 @@ class Watch:
         with _aside():
             groups = 1 if seen.has_heads else packed_groups(calls[-1], seen.query, seen.key)
             fused = in_four_axes(as_computed(seen), self._heads_of(seen.query), groups)
-            origin = self._thread.provenance.of_query_and_key(seen.query, seen.key, calls)
+            provenance = self._thread.provenance
+            origin = provenance.of_query_and_key(seen.query, seen.key, calls) if step is None else step.origin
             call = self._call(origin, fused, None)
             output = Output(seen.output.shape)
+            if step is not None:
+                output.order = step.order
             if seen.has_heads or groups > 1:  # the kernel, or the model's own way of calling it, tells them apart
                 output.order = Order(tuple(fused.query.shape[:2]), (False, True))
-            self._await(name, call, seen.output, output)
+            is_recorded = self._await(name, call, seen.output, output, is_followed=step is None)
+            current = self._thread.current
+            if current is not None and step is None:
+                current.found(name, calls, provenance.first_frame, origin, output if is_recorded else None)
+            elif is_recorded and step is not None and not step.is_known:
+                self._is_not_planned()
 
     def _see_product(self, name: str, product: Product) -> None:
         weights, calls = product.weights, self._thread.calls
+        self._is_not_plain()
         if self._is_refused(weights):
             return
         with _aside():
@@ -449,10 +572,16 @@ class Watch:
 
     def _see_sampled(self, name: str, sampled: SampledCall) -> None:
         calls, weights = self._thread.calls, sampled.weights
+        self._is_not_plain()
         if self._is_refused(weights):
             return
         with _aside():
-            origin = self._thread.provenance.of_query_and_key(*sampled.made_of, calls)
+            provenance = self._thread.provenance
+            origin = UNKNOWN.origin
+            if self._thread.is_planned:
+                self._is_not_planned()
+            else:
+                origin = provenance.of_query_and_key(*sampled.made_of, calls)
             call = self._call(origin, sampled, self._heads_of(weights))
             output = Output(sampled.output.shape)
             output.order = sampled.order
@@ -461,18 +590,31 @@ class Watch:
 
     def _call(self, origin: Origin, computed: Any, heads: int | None) -> AttentionCall:
         calls = self._thread.calls
-        return AttentionCall(calls[-1].path, origin, shapes_of(calls), computed, heads, self._thread.count)
+        return AttentionCall(
+            calls[-1].path, origin, shapes_of(calls, self._thread.shapes), computed, heads, self._thread.count
+        )
 
-    def _await(self, kernel: str, call: AttentionCall, returned: Tensor, output: Output, layout: Any = None) -> None:
-        """Record a call, and file its map once the model has told its axes apart."""
+    def _await(
+        self,
+        kernel: str,
+        call: AttentionCall,
+        returned: Tensor,
+        output: Output,
+        layout: Any = None,
+        is_followed: bool = True,
+    ) -> bool:
+        """Record a call, and file its map once the model has told its axes apart; whether it is recorded."""
         thread = self._thread
         thread.count += 1
         copy = self._record(call)
-        if copy is not None:
-            if output.order is None:
-                output.attended = call.attended(thread.calls[-1])
-            thread.pending.append(_Pending(output, tuple(thread.calls), kernel, copy))
+        if copy is None:
+            return False
+        if output.order is None and is_followed:
+            output.attended = call.attended(thread.calls[-1])
+        thread.pending.append(_Pending(output, tuple(thread.calls), kernel, copy))
+        if is_followed:
             thread.tracing.follow_output(returned, output, layout)
+        return True
 
     def _file_settled(self, ending: int | None = None) -> None:
         """File the maps of calls whose axes are known, in order.
@@ -546,7 +688,9 @@ class Watch:
             reason = "was a nested tensor"
         if reason is None:
             self._attended.add(path)
-        elif path not in self._refused:
+        else:
+            self._is_not_plain()
+        if reason is not None and path not in self._refused:
             self._refused.add(path)
             self._warn(f"the attention of {path!r} {reason}: such calls are not recorded.")
         return reason is not None
@@ -555,15 +699,21 @@ class Watch:
 class _Unharmed:
     """Hands an error to a function in place of the caller. Not a generator: it is entered at each step."""
 
-    __slots__ = ("_calls", "_refuse")
+    __slots__ = ("_calls", "_refuse", "_thread")
 
-    def __init__(self, refuse: Callable[[Sequence[ModuleCall], Exception], None], calls: Sequence[ModuleCall]) -> None:
-        self._refuse, self._calls = refuse, calls
+    def __init__(
+        self,
+        thread: _Thread,
+        refuse: Callable[[Sequence[ModuleCall], Exception], None],
+        calls: Sequence[ModuleCall],
+    ) -> None:
+        self._thread, self._refuse, self._calls = thread, refuse, calls
 
     def __enter__(self) -> None:
-        pass
+        self._thread.ours += 1
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        self._thread.ours -= 1
         if not isinstance(error, Exception):
             return False
         self._refuse(self._calls, error)
@@ -598,45 +748,6 @@ _LEFT: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
 )
 
 
-_MULTI_HEAD = "multi_head_attention_forward"
-
-
-_ATTRIBUTES = frozenset(
-    ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_nested", "_base")
-)
-_WITHOUT_TENSOR = frozenset(
-    ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item")
-)
-_FOLLOWS, _BEGINS, _NO_TENSOR = "follows", "begins", "no tensor"
-_INTEREST: dict[Any, Any] = {}
-"""By function, why it may have to do with attention; filled as functions are called."""
-
-
-def _interest_of(func: Any) -> Any:
-    """Whether a function attends, or may be the first to; or makes no tensor that could be followed.
-
-    All others mean something only after one that is the first. Of some, what they are called with tells; then this is
-    a function of (args, kwargs).
-    """
-    interest: Any
-    name = name_of(func)
-    if name in KERNELS or name == _MULTI_HEAD or may_begin(name) or may_sample(name):
-        interest = _BEGINS
-    elif func is Tensor.__getitem__:
-        interest = may_read_cells
-    elif name == "linear":
-        interest = is_of_activations
-    elif name in OUTER:
-        interest = makes_pairs
-    elif name in _WITHOUT_TENSOR or (name == "__get__" and getattr(func.__self__, "__name__", "") in _ATTRIBUTES):
-        interest = _NO_TENSOR
-    else:
-        interest = _FOLLOWS
-    if len(_INTEREST) < 4096:
-        _INTEREST[func] = interest
-    return interest
-
-
 class _Hook:
     """A hook of a module that is recorded; on a copy of the module, in memory or in a file, it does nothing."""
 
@@ -655,6 +766,17 @@ class _Hook:
         return _idle_hook, ()
 
 
+def _is_as_built(module: nn.Module) -> bool:
+    """Whether the classes of a layer and of its parts say all that happens in it: hooks of the user may attend too."""
+    inner = [one for one in module._modules.values() if one is not None]
+    return (
+        len(module._forward_hooks) == len(module._forward_pre_hooks)
+        and all(type(hook) is _Hook for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
+        and "forward" not in vars(module)
+        and all((one._forward_hooks or cannot_attend(one)) and _is_as_built(one) for one in inner)
+    )
+
+
 def _idle_hook() -> _Hook:
     return _Hook(lambda *_: None, "", lambda: None)  # type: ignore[arg-type]
 
@@ -671,69 +793,3 @@ def _has_ended(frame: FrameType | None) -> bool:
     except RuntimeError:  # it is running
         return False
     return True
-
-
-def _add(mode: TorchFunctionMode) -> None:
-    """Begin a mode in this thread below all others: each of those ends by taking the uppermost mode away, as its own.
-
-    For KeyboardInterrupt torch calls no hooks: a mode above the others would be taken away in place of that of a
-    `with torch.device(...)` around the call, which would go on for the rest of the process. The default device stays
-    below: torch asks for it there.
-    """
-    above = [_pop_mode() for _ in range(_len_torch_function_stack())]  # type: ignore[no-untyped-call]
-    default = getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
-    if above and above[-1] is default:
-        _push_mode(above.pop())  # type: ignore[no-untyped-call]
-    for other in (mode, *reversed(above)):
-        _push_mode(other)  # type: ignore[no-untyped-call]
-
-
-def _remove(mode: TorchFunctionMode) -> None:
-    """End a mode of this thread, whichever have begun behind it and go on."""
-    behind = []
-    while _len_torch_function_stack() > 0:
-        last = _pop_mode()  # type: ignore[no-untyped-call]
-        if last is mode:
-            break
-        behind.append(last)
-    for other in reversed(behind):
-        _push_mode(other)  # type: ignore[no-untyped-call]
-
-
-_ScriptFunction: Any = torch.jit.ScriptFunction
-_call_script = _ScriptFunction.__call__
-_scripted_lock = threading.RLock()  # a recording that nobody holds any more may end in the middle of anything
-_watches = 0
-
-
-def _see_scripted(is_on: bool) -> None:
-    """Have the calls of scripted functions seen, which no mode of torch sees, as long as anything is watched."""
-    global _watches
-    with _scripted_lock:
-        _watches += 1 if is_on else -1
-        _ScriptFunction.__call__ = _called_script if _watches else _call_script
-
-
-def _called_script(function: Any, *args: Any, **kwargs: Any) -> Any:
-    result = _call_script(function, *args, **kwargs)
-    for place in range(_len_torch_function_stack()):
-        mode = _get_function_stack_at(place)
-        watch = mode.watch() if isinstance(mode, _Mode) else None
-        if watch is not None:
-            watch.see_scripted(function, args, kwargs, result)
-    return result
-
-
-class _Mode(TorchFunctionMode):
-    """Shows a watch what torch's functions are called with; several threads may be in it."""
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()
-        self.watch = weakref.ref(watch)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        watch = self.watch()
-        if watch is None or _INTEREST.get(func) is _NO_TENSOR:
-            return func(*args, **kwargs)
-        return watch.run(func, args, kwargs)

@@ -1,0 +1,454 @@
+"""Passes that follow a plan are recorded as those that are watched in full; where it may be wrong there is no plan."""
+
+import sys
+import threading
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from visualizer import VisualizerWarning, attention
+from visualizer.intercept import operators
+
+CALLS = 6
+modes = []
+
+
+def split(x):
+    return x.unflatten(-1, (2, -1)).transpose(1, 2)
+
+
+def joined(x):
+    return x.transpose(1, 2).flatten(2)
+
+
+class Attends(nn.Module):
+    """Calls the kernel under a name of its own, and notes how many modes look at it."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.out = (nn.Linear(8, 8) for _ in range(3))
+
+    def attend(self, x, y):
+        modes.append(torch._C._len_torch_function_stack())
+        k = split(self.k(y))
+        return self.out(joined(scaled_dot_product_attention(split(self.q(x)), k, k)))
+
+    def forward(self, x, y=None):
+        return self.attend(x, x if y is None else y)
+
+
+class Opens(Attends):
+    def attend(self, x, y):
+        q, k = split(self.q(x)), split(self.k(y))
+        return self.out(joined((q @ k.mT).softmax(-1) @ k))
+
+
+class Around(nn.Module):
+    def __init__(self, inner=Attends):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(8), inner()
+
+    def forward(self, x, *others):
+        return x + self.attn(self.norm(x), *others)
+
+
+@pytest.fixture(autouse=True)
+def no_modes_noted():
+    modes.clear()
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(3, 5, 8)
+
+
+def facts(maps):
+    return [(one.path, one.kind, one.shape, one.axes_assumed) for one in maps]
+
+
+def both_ways(model, calls, monkeypatch):
+    """The maps of the calls as they are recorded, which have to be those of a full watch of all."""
+    with attention(model) as maps:
+        outputs = [call() for call in calls]
+    with monkeypatch.context() as patch:
+        patch.setattr(operators, "are_seen", lambda: False)
+        with attention(model) as full:
+            for call, output in zip(calls, outputs, strict=True):
+                assert torch.equal(call(), output)
+    assert facts(maps) == facts(full)
+    for one, other in zip(maps, full, strict=True):
+        assert torch.equal(one.dense(), other.dense())
+        assert one.layout == other.layout and one.query_layout == other.query_layout
+    return maps
+
+
+needs_operators = pytest.mark.skipif(not operators.are_seen(), reason="this torch cannot show operators alone")
+
+
+@needs_operators
+class TestFollowed:
+    def test_after_two_passes_there_is_no_mode(self, x, monkeypatch):
+        model = nn.Sequential(Around(), Around())
+        both_ways(model, [lambda: model(x)] * CALLS, monkeypatch)
+        assert modes[: 2 * CALLS] == [1] * 4 + [0] * (2 * CALLS - 4)
+
+    def test_other_lengths_and_numbers(self, x, monkeypatch):
+        model = Around()
+        calls = [lambda n=n: model(x[:, :n] * n) for n in (5, 4, 3, 5, 2, 1)]
+        maps = both_ways(model, calls, monkeypatch)
+        assert modes[:CALLS] == [1, 1, 0, 0, 0, 0]
+        assert {one.kind for one in maps} == {"self"}
+
+    def test_the_next_recording_goes_on(self, x):
+        model = Around()
+        for _ in range(2):
+            with attention(model):
+                model(x)
+        with attention(model) as maps:
+            model(x)
+        assert modes == [1, 1, 0]
+        assert facts(maps) == [("attn", "self", (3, 2, 5, 5), False)]
+
+    def test_self_and_cross_attention_in_one_module(self, x, monkeypatch):
+        class Both(Attends):
+            def forward(self, x, y):
+                return self.attend(self.attend(x, x), y)
+
+        model = Around(Both)
+        maps = both_ways(model, [lambda: model(x, x[:, :4] + 1)] * CALLS, monkeypatch)
+        assert modes[:8] == [1] * 4 + [0] * 4
+        assert [one.kind for one in maps[-2:]] == ["self", "cross"]
+
+    def test_gradients(self, x):
+        model = Around()
+        with attention(model, gradients=True) as maps:
+            for _ in range(CALLS):
+                model(x).square().sum().backward()
+        assert modes[-1] == 0
+        assert torch.equal(maps[-1].grad_rows(slice(None)), maps[0].grad_rows(slice(None)))
+
+    def test_a_mask_of_another_form(self, x, monkeypatch):
+        class Masked(Attends):
+            def forward(self, x, mask=None):
+                k = split(self.k(x))
+                modes.append(torch._C._len_torch_function_stack())
+                return self.out(joined(scaled_dot_product_attention(split(self.q(x)), k, k, attn_mask=mask)))
+
+        model, mask = Around(Masked), torch.ones(5, 5, dtype=torch.bool).tril()
+        masks = [None, None, None, mask, mask[None], torch.randn(5, 5)]
+        both_ways(model, [lambda mask=mask: model(x, mask) for mask in masks], monkeypatch)
+        assert modes[:6] == [1, 1, 0, 1, 1, 1]
+
+    def test_some_layers(self, x):
+        model = nn.Sequential(Around(), Around())
+        with attention(model, layers=-1) as maps:
+            for _ in range(CALLS):
+                model(x)
+        assert facts(maps) == [("1.attn", "self", (3, 2, 5, 5), False)] * CALLS
+
+    def test_two_recordings_at_once(self, x):
+        model = Around()
+        with attention(model) as first:
+            for _ in range(3):
+                model(x)
+            with attention(model) as second:
+                for _ in range(3):
+                    model(x)
+        assert facts(first) == [("attn", "self", (3, 2, 5, 5), False)] * 6
+        assert facts(second) == facts(first)[:3]
+
+    def test_threads(self, x):
+        model, found = Around(), {}
+
+        def run(number):
+            for _ in range(CALLS):
+                model(x[:number])
+
+        with attention(model) as maps:
+            threads = [threading.Thread(target=run, args=(number,)) for number in (1, 2, 3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        for one in maps:
+            found[one.shape] = found.get(one.shape, 0) + 1
+            assert (one.kind, one.axes_assumed) == ("self", False)
+        assert found == {(number, 2, 5, 5): CALLS for number in (1, 2, 3)}
+
+    def test_an_interrupted_pass(self, x):
+        class Stops(nn.Module):
+            error = None
+
+            def forward(self, x):
+                if Stops.error is not None:
+                    raise Stops.error
+                return x
+
+        model = nn.Sequential(Around(), Stops())
+        maps = attention(model).start()
+        for _ in range(3):
+            model(x)
+        Stops.error = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        scaled_dot_product_attention(x, x, x)  # of nobody
+        Stops.error = None
+        model(x)
+        maps.stop()
+        scaled_dot_product_attention(x, x, x)
+        assert facts(maps) == [("0.attn", "self", (3, 2, 5, 5), False)] * 5
+        assert modes == [1, 1, 0, 0, 0]
+        assert torch.overrides._get_current_function_mode() is None
+        assert not torch._C._is_any_autocast_enabled()
+
+    @pytest.mark.slow
+    def test_a_text_that_is_written(self, monkeypatch):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        model, prompt = LlamaForCausalLM(config).eval(), torch.tensor([[3, 4, 5, 6], [0, 0, 7, 8]])
+        mask = (prompt > 0).long()
+
+        def write():
+            options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            return model.generate(prompt, attention_mask=mask, **options)
+
+        maps = both_ways(model, [write], monkeypatch)
+        assert len(maps) == 16
+        assert maps.generated()[0].shape == (2, 4, 11, 11)
+
+
+class TestNotFollowed:
+    """Where a plan may be wrong, the pass is watched in full."""
+
+    def test_what_attends_to_depends_on_numbers(self, x, monkeypatch):
+        class Chooses(Attends):
+            def forward(self, x, y):
+                return self.attend(x, y if y.mean() > 0 else x)
+
+        class Reads(Attends):
+            def forward(self, x, y):
+                return self.attend(x, y if y[0, 0].tolist()[0] > 0 else x)
+
+        for cls in (Chooses, Reads):
+            model = Around(cls)
+            signs = [1, 1, 1, -1, 1, -1, -1]
+            calls = [lambda sign=sign: model(x, torch.full_like(x, sign) + x / 100) for sign in signs]
+            maps = both_ways(model, calls, monkeypatch)
+            assert [one.kind for one in maps] == ["cross" if sign > 0 else "self" for sign in signs]
+
+    def test_whether_it_attends_depends_on_numbers(self, x, monkeypatch):
+        class Chooses(Attends):
+            def forward(self, x):
+                return self.attend(x, x) if x.mean() > 0 else x
+
+        model = Around(Chooses)
+        calls = [lambda sign=sign: model.attn(sign * x.abs()) for sign in (1, 1, 1, -1, 1, -1, 1, 1)]
+        assert len(both_ways(model, calls, monkeypatch)) == 6
+
+    def test_the_module_around_gives_it_something_else(self, x, monkeypatch):
+        class Gives(Around):
+            def forward(self, x, y):
+                return self.attn(x, y if y.mean() > 0 else x)
+
+        model = Gives()
+        signs = [1, 1, 1, -1, 1, -1]
+        calls = [lambda sign=sign: model(x, torch.full_like(x, sign) + x / 100) for sign in signs]
+        maps = both_ways(model, calls, monkeypatch)
+        assert [one.kind for one in maps] == ["cross" if sign > 0 else "self" for sign in signs]
+
+    def test_calls_that_are_joined(self, x, monkeypatch):
+        class Heads(Attends):
+            def forward(self, x):
+                modes.append(torch._C._len_torch_function_stack())
+                q, k = split(self.q(x)), split(self.k(x))
+                heads = [scaled_dot_product_attention(q[:, i], k[:, i], k[:, i]) for i in range(2)]
+                return self.out(joined(torch.stack(heads, 1)))
+
+        model = Around(Heads)
+        maps = both_ways(model, [lambda: model(x)] * 4, monkeypatch)
+        assert facts(maps) == [("attn", "self", (3, 2, 5, 5), False)] * 4
+        assert modes[:4] == [1] * 4
+
+    def test_multihead_attention_of_torch(self, x, monkeypatch):
+        """Without a mode torch may take its native path, in which nothing is seen."""
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 1).eval()
+        with torch.no_grad():
+            maps = both_ways(model, [lambda: model(x)] * 4, monkeypatch)
+        assert facts(maps) == [("layers.0.self_attn", "self", (3, 2, 5, 5), False)] * 4
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda model: setattr(model.attn, "is_cross", False),
+            lambda model: setattr(model.attn.config, "is_cross", False),
+            lambda model: setattr(model, "attn", Opens()) or setattr(model.attn, "config", None),
+            lambda model: setattr(model.attn, "forward", lambda x, y: model.attn.attend(x, x)),
+            lambda model: setattr(type(model.attn), "forward", lambda self, x, y: self.attend(x, x)),
+            lambda model: model.norm.register_forward_hook(lambda module, args, output: Opens()(output)),
+        ],
+        ids=["attribute", "config", "part", "forward", "class", "hook"],
+    )
+    def test_the_model_changes(self, x, change, monkeypatch):
+        class Config:
+            is_cross = True
+
+        class Changes(Attends):
+            def __init__(self):
+                super().__init__()
+                self.is_cross, self.config = True, Config()
+                self.config.is_cross = True
+
+            def forward(self, x, y):
+                return self.attend(x, y if self.is_cross and self.config.is_cross else x)
+
+        model, y = Around(Changes), x + 1
+        with attention(model) as maps:
+            for _ in range(3):
+                model(x, y)
+        assert [one.kind for one in maps] == ["cross"] * 3
+        change(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(operators, "are_seen", lambda: False)
+            with attention(model) as full:
+                model(x, y)
+        with attention(model) as maps:
+            model(x, y)
+        assert facts(maps) == facts(full)
+
+    def test_another_forward_while_it_is_recorded(self, x):
+        model = Around()
+        own = model.norm.forward
+        with attention(model) as maps:
+            for _ in range(3):
+                model(x)
+            model.norm.forward = lambda y: own(y) + (y @ y.mT).softmax(-1) @ y
+            model(x)
+        assert len(maps) == 5
+
+
+@needs_operators
+class TestToldApart:
+    """What a plan could not foresee is told, or recorded as far as it is known."""
+
+    @pytest.fixture
+    def late(self):
+        """Something else happens at a call that nothing announces."""
+
+        class Late(Attends):
+            def forward(self, x):
+                calls.append(None)
+                return self.attend(x, x) if len(calls) < 5 else self.other(x)
+
+        calls = []
+        return Late
+
+    def test_an_attention_without_a_kernel(self, x, late):
+        model = Around(late)
+        model.attn.other = lambda x: Opens.attend(model.attn, x, x)
+        with pytest.warns(VisualizerWarning, match=r"Late, called in 'attn', multiplied matrices"):
+            with attention(model) as maps:
+                for _ in range(7):
+                    model(x)
+        assert facts(maps) == [("attn", "self", (3, 2, 5, 5), False)] * 6
+
+    def test_one_more_kernel(self, x, late):
+        model = Around(late)
+        model.attn.other = lambda x: model.attn.attend(model.attn.attend(x, x), x + 1)
+        with attention(model) as maps:
+            for _ in range(7):
+                model(x)
+        assert [(one.kind, one.axes_assumed) for one in maps[:4]] == [("self", False)] * 4
+        assert [(one.kind, one.axes_assumed) for one in maps[4:6]] == [("self", False), (None, True)]
+        assert [(one.kind, one.axes_assumed) for one in maps[6:]] == [("self", False)] * 4
+
+    def test_a_function_of_another_library(self, x, late, monkeypatch):
+        """It is seen without the mode, which alone knows where its query and key come from."""
+
+        def flash_attn_func(q, k, v):
+            return scaled_dot_product_attention(*(one.transpose(1, 2) for one in (q, k, v))).transpose(1, 2)
+
+        def other(x):
+            q, k = model.attn.q(x).unflatten(-1, (2, -1)), model.attn.k(memory).unflatten(-1, (2, -1))
+            return model.attn.out(library.flash_attn_func(q, k, k).flatten(2))
+
+        library, memory = types.ModuleType("flash_attn_like"), torch.randn(3, 4, 8)
+        library.flash_attn_func = flash_attn_func
+        monkeypatch.setitem(sys.modules, library.__name__, library)
+        model = Around(late)
+        model.attn.other = other
+        with attention(model) as maps:
+            for _ in range(6):
+                model(x)
+        assert [one.kind for one in maps] == ["self"] * 4 + [None, "cross"]
+
+    def test_other_heads(self, x, late):
+        model = Around(late)
+
+        def other(x):
+            q = model.attn.q(x).unflatten(-1, (4, -1)).transpose(1, 2)
+            return model.attn.out(joined(scaled_dot_product_attention(q, q, q)))
+
+        model.attn.other = other
+        with attention(model) as maps:
+            for _ in range(7):
+                model(x)
+        assert [one.shape[1] for one in maps] == [2] * 4 + [4] * 3
+        assert [one.axes_assumed for one in maps] == [False] * 4 + [True] + [False] * 2
+        assert maps[4].kind is None
+
+    def test_a_hook_that_attends_in_a_layer_of_torch(self, x):
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attn, self.mlp = Attends(), MLP()
+
+            def forward(self, x):
+                return self.mlp(self.attn(x))
+
+        class MLP(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(8, 8)
+
+            def forward(self, x):
+                return self.fc(x)
+
+        def attends(module, args, output):
+            return scaled_dot_product_attention(output, output, output)
+
+        def opens(module, args, output):
+            return (output @ output.mT).softmax(-1) @ output
+
+        for hook in (attends, opens):
+            model = Block()
+            with attention(model) as maps:
+                for _ in range(3):
+                    model(x)
+                model.mlp.fc.register_forward_hook(hook)
+                for _ in range(4):
+                    model(x)
+            assert [one.path for one in maps] == ["attn"] * 3 + ["attn", "mlp"] * 4
+
+
+def test_without_operators_everything_is_watched_in_full(x, monkeypatch):
+    monkeypatch.setattr(operators, "are_seen", lambda: False)
+    model = Around()
+    with attention(model) as maps, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            model(x)
+    assert modes == [1] * 4
+    assert facts(maps) == [("attn", "self", (3, 2, 5, 5), False)] * 4

@@ -1,0 +1,347 @@
+"""What a model's passes have in common: after two that were watched in full, those like them need not be.
+
+A full watch finds where queries and keys come from, and which axes are heads, for each attention call. A plan is what
+two passes in a row had in common: the operators that each module called, in order, and what was found of those that
+attend. A later pass follows it as long as nothing differs that could make it wrong:
+
+- what the model is given: which arguments, their types, shapes (those that did not differ between the two passes) and
+  numbers of Python; for each module that attends also which of its arguments are one tensor;
+- the watched modules: their classes, attributes and parts, their configurations, and all hooks;
+- the operators, with the type, device and axes of query, key and value.
+
+Where a module that attends reads numbers of tensors, its next step may depend on them: there is no plan then. Nor is
+there one where calls are joined to one attention, or where a map was made of anything else than a fused call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .axes import Order, Output
+from .kernels import KERNELS
+from .modules import ModuleCall, has_global_hooks
+from .operators import READS
+from .provenance import Origin
+
+_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_MOST_FORMS, _MOST_FAILURES = 32, 8
+
+
+class Step(NamedTuple):
+    """One operator that a module called, and what is known of it if it attends."""
+
+    name: str
+    given: Any
+    """Of one that attends: what its module was given, see `form_of`."""
+    tensors: Any
+    """And the type, device and shape of query, key and value; None for lengths that differ."""
+    origin: Origin
+    order: Order | None
+    is_known: bool
+    """Whether the axes were looked for: not of a call that was not to be recorded."""
+
+
+UNKNOWN = Step("", None, None, Origin(None, {}), None, False)
+"""An attention call that is not in the plan."""
+
+
+@dataclass
+class _Seen:
+    """An operator of a pass that is watched in full."""
+
+    name: str
+    given: Any = None
+    tensors: Any = None
+    origin: Origin | None = None
+    output: Output | None = None
+    frames: frozenset[str] = frozenset()
+    """The paths of the modules whose code tells where query and key come from."""
+
+    def step(self) -> Step | None:
+        """What is to be remembered; None where that is not all there is to know."""
+        if self.name not in KERNELS:
+            return Step(self.name, None, None, *UNKNOWN[3:])
+        if self.origin is None or self.origin.joined:
+            return None
+        output = self.output
+        if output is not None and (output.whole is not None or output.parts or output.why_apart):
+            return None
+        order = None if output is None else output.order
+        return Step(self.name, self.given, self.tensors, self.origin, order, output is not None)
+
+
+@dataclass
+class _Memory:
+    """What is known of the passes that are given arguments of one form."""
+
+    sizes: tuple[int | None, ...] = ()
+    steps: dict[str, tuple[Step, ...]] | None = None
+    """Of the last pass, or of all that are alike."""
+    states: _States | None = None
+    """The model as it was in the passes that made a plan; None: there is none."""
+    layers: frozenset[str] = frozenset()
+    """The paths of layers in which nothing was looked at."""
+    failures: int = 0
+
+
+class Pass:
+    """One call of the outermost module, and the operators that are seen in it.
+
+    Args:
+        memory: of passes like it.
+        sizes: of the tensors that it is given.
+        states: of the model, where it may become a plan; None where it follows one.
+    """
+
+    def __init__(self, memory: _Memory, sizes: tuple[int, ...], states: _States | None) -> None:
+        self._memory, self._sizes, self._states = memory, sizes, states
+        self._plan = memory.steps if states is None and memory.steps is not None else None
+        self.is_plain = True
+        """Whether nothing was recorded but calls of fused operators."""
+        self.layers: set[str] = set() if self._plan is None else {*memory.layers}
+        """The paths of layers in which nothing is looked at."""
+        self.readers = set[str]()
+        """The paths of modules that read numbers of tensors."""
+        self._seen: dict[str, list[_Seen]] = {}
+        self._counts: dict[str, int] = {}
+        self.is_as_planned = True
+        """Whether nothing differed from it up to now."""
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether it follows a plan."""
+        return self._plan is not None
+
+    def note(self, name: str, args: Any, call: ModuleCall) -> None:
+        """Note an operator of a pass that is watched in full."""
+        seen = _Seen(name)
+        if name in KERNELS:
+            if any(type(one) is not Tensor or one.is_nested for one in args[:3]):
+                self.is_plain = False
+                return
+            seen.given, seen.tensors = _given(call), _tensors(args)
+        elif name in READS:
+            self.readers.add(call.path)
+        self._seen.setdefault(call.path, []).append(seen)
+
+    def found(self, name: str, calls: Sequence[ModuleCall], first: int, origin: Origin, output: Output | None) -> None:
+        """Note what was found of the operator that was noted last, which attends.
+
+        Args:
+            first: the outermost of the calls whose code tells where query and key come from.
+            output: None if it is not recorded.
+        """
+        seen = self._seen.get(calls[-1].path)
+        last = seen[-1] if seen else None
+        if last is None or last.name != name or last.origin is not None:
+            self.is_plain = False  # it did not get there as the operator that it is called like
+        else:
+            last.origin, last.output, last.frames = origin, output, frozenset(call.path for call in calls[first:])
+
+    def step(self, name: str, args: Any, call: ModuleCall) -> Step | None:
+        """What is remembered of an operator; None if it was not foreseen."""
+        number = self._counts.get(call.path, 0)
+        self._counts[call.path] = number + 1
+        steps = self._plan.get(call.path, ()) if self._plan is not None else ()
+        if number < len(steps):
+            step = steps[number]
+            if step.name == name and (name not in KERNELS or _fits(step, args, call)):
+                return step
+        self.is_as_planned = False
+        return None
+
+    def end(self) -> None:
+        """Learn from what was seen."""
+        memory = self._memory
+        if self._plan is not None:
+            counts = {path: len(steps) for path, steps in self._plan.items()}
+            if not self.is_as_planned or counts != self._counts:
+                memory.steps = memory.states = None
+                memory.failures += 1
+            return
+        steps = self._steps()
+        before, memory.steps, memory.states = memory.steps, steps, None
+        if before is not None and steps is not None and memory.failures < _MOST_FAILURES:
+            common = _common(before, steps)
+            if common is not None and self._states is not None and self._states.are_same():
+                memory.layers &= self.layers
+                memory.steps, memory.states = common, self._states
+                pairs = zip(memory.sizes, self._sizes, strict=True)
+                memory.sizes = tuple(one if one == other else None for one, other in pairs)
+                return
+        memory.sizes, memory.layers = self._sizes, frozenset(self.layers)
+
+    def _steps(self) -> dict[str, tuple[Step, ...]] | None:
+        if not self.is_plain or any(self.readers & seen.frames for several in self._seen.values() for seen in several):
+            return None
+        steps = {path: tuple(seen.step() for seen in several) for path, several in self._seen.items()}
+        return steps if all(None not in several for several in steps.values()) else None  # type: ignore[return-value]
+
+
+class Plans:
+    """The plans of a model, by the forms of what its outermost calls are given."""
+
+    def __init__(self) -> None:
+        self._memories: dict[Any, _Memory] = {}
+
+    def begin(self, call: ModuleCall, modules: Sequence[nn.Module]) -> Pass:
+        """Begin a pass, by a plan if there is one.
+
+        Args:
+            call: the outermost one.
+            modules: those that are watched.
+        """
+        lengths = list[int]()
+        key = call.path, torch.is_grad_enabled(), form_of((call.args, call.kwargs), {}, lengths)
+        sizes = tuple(lengths)
+        memory = self._memories.get(key)
+        if memory is None:
+            if len(self._memories) >= _MOST_FORMS:
+                self._memories.clear()
+            memory = self._memories[key] = _Memory()
+        if memory.states is not None and _agree(memory.sizes, sizes) and memory.states.are_same():
+            return Pass(memory, sizes, None)
+        return Pass(memory, sizes, _States(modules))
+
+
+_of_models: weakref.WeakKeyDictionary[nn.Module, Plans] = weakref.WeakKeyDictionary()
+
+
+def plans_of(model: nn.Module) -> Plans:
+    """The plans of a model, which later recordings of it go on with."""
+    try:
+        return _of_models.setdefault(model, Plans())
+    except TypeError:  # it has no hash
+        return Plans()
+
+
+def form_of(value: Any, known: dict[int, int], sizes: list[int]) -> Any:
+    """What arguments are, but for the lengths and the numbers of tensors.
+
+    Args:
+        known: the tensors up to now, which tell whether two are the same.
+        sizes: gets the lengths.
+    """
+    kind = type(value)
+    if isinstance(value, Tensor):
+        sizes.extend(() if value.is_nested else value.shape)
+        return kind, value.is_nested, value.dtype, value.device, value.ndim, known.setdefault(id(value), len(known))
+    if kind in _SIMPLE:
+        return kind, value
+    if isinstance(value, (list, tuple)):
+        return kind, *(form_of(one, known, sizes) for one in value)
+    if isinstance(value, dict):
+        return kind, *((str(name), form_of(one, known, sizes)) for name, one in value.items())
+    return kind
+
+
+def _given(call: ModuleCall) -> Any:
+    return form_of((call.args, call.kwargs), {}, [])
+
+
+def _tensors(args: Any) -> Any:
+    return tuple((type(one), one.dtype, one.device, tuple(one.shape)) for one in args[:3])
+
+
+def _fits(step: Step, args: Any, call: ModuleCall) -> bool:
+    for (kind, dtype, device, shape), one in zip(step.tensors, args, strict=False):
+        if type(one) is not kind or one.dtype != dtype or one.device != device or len(shape) != one.ndim:
+            return False
+        if not _agree(shape, one.shape):
+            return False
+    return bool(step.given == _given(call))
+
+
+def _agree(known: Sequence[int | None], sizes: Sequence[int]) -> bool:
+    return all(one is None or one == size for one, size in zip(known, sizes, strict=True))
+
+
+def _common(
+    before: dict[str, tuple[Step, ...]], after: dict[str, tuple[Step, ...]]
+) -> dict[str, tuple[Step, ...]] | None:
+    """The steps that two passes have in common, as far as the number of tokens may differ; None if they are others."""
+    if {path: len(steps) for path, steps in before.items()} != {path: len(steps) for path, steps in after.items()}:
+        return None
+    made = {}
+    for path, steps in before.items():
+        common = [_common_step(*pair) for pair in zip(steps, after[path], strict=True)]
+        if None in common:
+            return None
+        made[path] = tuple(common)
+    return made  # type: ignore[return-value]
+
+
+def _common_step(one: Step, other: Step) -> Step | None:
+    if one._replace(tensors=None) != other._replace(tensors=None):
+        return None
+    if one.tensors is None or one.tensors == other.tensors:
+        return one
+    tensors = []
+    for (*what, shape), (*others, second) in zip(one.tensors, other.tensors, strict=True):
+        lengths = tuple(size if size == own else None for size, own in zip(shape, second, strict=False))
+        if what != others or len(shape) != len(second) or None in (*lengths[:-2], *lengths[-1:]):
+            return None
+        tensors.append((*what, lengths))
+    return one._replace(tensors=tuple(tensors))
+
+
+class _States:
+    """What modules are at one time, besides the numbers in their tensors."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._watched = [weakref.ref(module) for module in modules]
+        parts = {part for module in modules for part in module._modules.values() if part is not None}
+        self._leaves = [weakref.ref(part) for part in parts.difference(modules)]
+        configs = {id(value): value for module in modules for value in vars(module).values() if _is_config(value)}
+        self._configs = [*configs.values()]
+        self._kept = [
+            value
+            for one in (*modules, *self._configs)
+            for value in vars(one).values()
+            if type(value) in (int, float, str)
+        ]  # as long as they are there, no other has their number
+        self._hooks, self._next = self._count_hooks(), RemovableHandle.next_id
+        self._numbers = self._number()
+
+    def are_same(self) -> bool:
+        """Whether the modules are still that."""
+        if RemovableHandle.next_id != self._next:
+            if self._count_hooks() != self._hooks:
+                return False
+            self._next = RemovableHandle.next_id
+        return not has_global_hooks() and self._number() == self._numbers
+
+    def _number(self) -> list[int]:
+        numbers = list[int]()
+        for known in self._watched:
+            module = known()
+            if module is None:
+                return []
+            numbers.append(id(type(module).forward))
+            numbers += map(id, vars(module).values())
+            if module._modules:
+                numbers += map(id, module._modules.values())
+        for known in self._leaves:
+            module = known()
+            numbers.append(0 if module is None else len(vars(module)))  # it may get a forward of its own
+        for config in self._configs:
+            numbers += map(id, vars(config).values())
+        return numbers
+
+    def _count_hooks(self) -> int:
+        modules = [module for known in (*self._watched, *self._leaves) if (module := known()) is not None]
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+
+
+def _is_config(value: Any) -> bool:
+    """Whether an attribute holds settings, as a configuration of transformers does."""
+    others = (nn.Module, Tensor, type, FunctionType)
+    return hasattr(value, "__dict__") and not isinstance(value, others) and "config" in type(value).__name__.lower()
