@@ -61,7 +61,8 @@ class LogSums(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @classmethod
     def may_see(cls, func: Any, query: Any, **others: Any) -> bool:
         """Whether a call can be looked at: one of torch's own, with plain tensors, under no mode of somebody else."""
-        is_plain = func is F.scaled_dot_product_attention and type(query) is Tensor and query.ndim == 4
+        is_own = func in (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+        is_plain = is_own and type(query) is Tensor and query.ndim == 4
         return is_plain and torch._C._len_torch_dispatch_stack() == 0
 
     def __init__(self) -> None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
 
+from .calls import LogSums
 from .kernels import KERNELS
 
 READS = frozenset(("_local_scalar_dense", "equal"))
@@ -46,7 +47,10 @@ _KEY = "AutocastIPU"
 class Observer(Protocol):
     """What is told of the operators."""
 
-    def see_operator(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
+    needs_sums: bool
+    """Whether `FusedCall.log_sums` is of use."""
+
+    def see_operator(self, name: str, args: Any, kwargs: Any, output: Any, sums: LogSums | None) -> None:
         """Take note of an operator that has run."""
 
 
@@ -123,13 +127,14 @@ def _observed(name: str, operator: Any, own: Any) -> Callable[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(own):
-            with torch._C.DisableTorchFunction():  # modes have seen it as a function
+            told = [observer for known in _here.observers if (observer := known()) is not None]
+            needs_sums = any(observer.needs_sums for observer in told)
+            sums = LogSums() if needs_sums and LogSums.may_see(operator, *args[:1], **kwargs) else None
+            with torch._C.DisableTorchFunction(), nullcontext() if sums is None else sums:  # modes saw the function
                 output = operator(*args, **kwargs)
-            for known in tuple(_here.observers):
-                observer = known()
-                if observer is not None:
-                    named = dict(zip(names, args[3:], strict=False))  # behind query, key and value, as they are passed
-                    observer.see_operator(name, args[:3], named | kwargs, output)
+            for observer in told:
+                named = dict(zip(names, args[3:], strict=False))  # behind query, key and value, as they are passed
+                observer.see_operator(name, args[:3], named | kwargs, output, sums)
         return output
 
     return run

@@ -457,7 +457,7 @@ class Watch:
                 self._thread.tracing.after_scripted(function, args, kwargs, result)
                 self._thread.provenance.note(function, args, kwargs, result, self._thread.calls)
 
-    def see_operator(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
+    def see_operator(self, name: str, args: Any, kwargs: Any, output: Any, sums: LogSums | None = None) -> None:
         """Take note of an operator that has run; record it if it attends, and no mode sees it."""
         thread = self._thread
         current, call = thread.current, thread.calls[-1] if thread.calls else None
@@ -477,7 +477,7 @@ class Watch:
             step = current.step(name, args, call)
         if name in KERNELS:
             with self._unharmed():
-                self._see_fused(name, lambda: KERNELS[name](output, *args, **kwargs), step or UNKNOWN)
+                self._see_fused(name, lambda: with_sums(KERNELS[name](output, *args, **kwargs), sums), step or UNKNOWN)
             self._file_settled()
         elif step is None and name not in operators.READS and (current.is_planned or name in operators.PRODUCTS):
             with self._unharmed():
