@@ -189,10 +189,12 @@ def draw_image(
     return image
 
 
-def shrunk(cell: Array, size: int = _CELL) -> Array:
-    """Shrink (height, width, ...) to at most `size` pixels a side, each the mean of the area that it covers."""
+def shrunk(cell: Array, most: int = _CELL, *, keep_ratio: bool = False) -> Array:
+    """Shrink (height, width, ...) to at most so many pixels a side, each the mean of the area that it covers."""
+    longest = max(cell.shape[:2])
     for axis in (0, 1):
         count = cell.shape[axis]
+        size = max(1, round(most * count / longest)) if keep_ratio and longest > most else most
         if count > size:
             edges = np.linspace(0, count, size + 1)
             places = np.arange(count)
