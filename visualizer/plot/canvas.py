@@ -327,17 +327,21 @@ def _letters() -> frozenset[int]:
     return frozenset[int]().union(*(get_font(findfont(name)).get_charmap() for name in _usual_fonts()))
 
 
-@functools.cache
 def _font_with(letter: str) -> str | None:
     """An installed font family that has a letter."""
+    return _fonts_by_letter().get(ord(letter))
+
+
+@functools.cache
+def _fonts_by_letter() -> dict[int, str]:
+    """For each character that any installed font has, a family that has it; read once, as that takes a while."""
     from matplotlib.font_manager import fontManager, get_font
 
-    paths = {font.name: font.fname for font in fontManager.ttflist if font.style == "normal"}
-    for name, path in paths.items():
+    found: dict[int, str] = {}
+    for name, path in {font.name: font.fname for font in fontManager.ttflist if font.style == "normal"}.items():
         with contextlib.suppress(OSError, RuntimeError):  # a font that has gone or cannot be read
-            if ord(letter) in get_font(path).get_charmap():
-                return name
-    return None
+            found = dict.fromkeys(get_font(path).get_charmap(), name) | found
+    return found
 
 
 def with_letters(text: str) -> str:
