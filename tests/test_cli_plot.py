@@ -17,6 +17,13 @@ def test_a_heads_matrix_is_that_of_the_layer_and_head(folder, drawn, capsys):
         assert np.asarray(picture.convert("L")).std() > 10
 
 
+def test_text_stays_text_in_files_of_vectors(folder, drawn):
+    head = ["plot", "text.safetensors", "--kind", "head", "--layer", "1", "--head", "0"]
+    assert 0 == cli.main([*head, "-o", "x.svg"]) == cli.main([*head, "-o", "x.pdf"])
+    assert "layer 1, head 0</text>" in (folder / "x.svg").read_text(encoding="utf-8")
+    assert b"/Type3" not in (folder / "x.pdf").read_bytes(), "many journals take no fonts of that kind"
+
+
 def test_all_heads_are_drawn_unless_told_otherwise(folder, drawn, capsys):
     assert 0 == cli.main(["plot", "maps.safetensors"])
     assert "heads.png\n" == capsys.readouterr().out

@@ -110,6 +110,12 @@ class TestCanvas:
             brightness = resampled(cell(ax, layer, 0, 2, 1), 4, 4).sum(-1)
             assert place == np.unravel_index(brightness.argmin(), (4, 4))
 
+    def test_an_oblong_picture_stays_oblong(self):
+        [ax] = panels_of(plot.layers(maps_of(2, 1, 2, 25, 25), np.ones((200, 300, 3)), query=0, grid=(4, 6)))
+        ax.figure.canvas.draw()
+        box = ax.get_window_extent()
+        assert 1.5 == pytest.approx(box.width / box.height, rel=0.05)
+
     @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (32, 32), (48, 4)])
     def test_labels_do_not_overlap_and_stay_on_the_figure(self, layers, heads):
         [ax] = panels_of(plot.layers(maps_of(layers, 1, heads, 4, 4), title="a title"))

@@ -68,10 +68,13 @@ def save(figure: Figure, path: Path, dpi: int = 150) -> None:
 
     One line names all characters that no font has, in place of a warning for each.
     """
+    from matplotlib import rc_context
+
     with trying_to(f"write {path}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         check_destination(path, "png")
-        figure.savefig(path, dpi=dpi)
+        with rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # text stays text, in fonts that journals take
+            figure.savefig(path, dpi=dpi)
     glyphs: dict[str, None] = {}
     for warning in caught:
         missing = re.match(r"Glyph (\d+) .* missing from", str(warning.message))

@@ -162,7 +162,7 @@ def _canvas(cells: Array, picture: Array | None, look: Look, share: bool, end: C
     if picture is None:
         mosaic(ax, cells, cmap=scale.cmap, norm=scale.norm)
     else:
-        small = shrunk(np.ascontiguousarray(picture), _THUMBNAIL)
+        small = shrunk(np.ascontiguousarray(picture), _THUMBNAIL, keep_ratio=True)
         image = mosaic(ax, np.array([[blend_over(cell, small, scale, look) for cell in row] for row in cells]))
         image.set(cmap=scale.cmap, norm=scale.norm)  # for a colour bar of the user's own
     return figure

@@ -189,10 +189,12 @@ def draw_image(
     return image
 
 
-def shrunk(cell: Array, size: int = _CELL) -> Array:
-    """Shrink (height, width, ...) to at most `size` pixels a side, each the mean of the area that it covers."""
+def shrunk(cell: Array, most: int = _CELL, *, keep_ratio: bool = False) -> Array:
+    """Shrink (height, width, ...) to at most so many pixels a side, each the mean of the area that it covers."""
+    longest = max(cell.shape[:2])
     for axis in (0, 1):
         count = cell.shape[axis]
+        size = max(1, round(most * count / longest)) if keep_ratio and longest > most else most
         if count > size:
             edges = np.linspace(0, count, size + 1)
             places = np.arange(count)
@@ -325,17 +327,21 @@ def _letters() -> frozenset[int]:
     return frozenset[int]().union(*(get_font(findfont(name)).get_charmap() for name in _usual_fonts()))
 
 
-@functools.cache
 def _font_with(letter: str) -> str | None:
     """An installed font family that has a letter."""
+    return _fonts_by_letter().get(ord(letter))
+
+
+@functools.cache
+def _fonts_by_letter() -> dict[int, str]:
+    """For each character that any installed font has, a family that has it; read once, as that takes a while."""
     from matplotlib.font_manager import fontManager, get_font
 
-    paths = {font.name: font.fname for font in fontManager.ttflist if font.style == "normal"}
-    for name, path in paths.items():
+    found: dict[int, str] = {}
+    for name, path in {font.name: font.fname for font in fontManager.ttflist if font.style == "normal"}.items():
         with contextlib.suppress(OSError, RuntimeError):  # a font that has gone or cannot be read
-            if ord(letter) in get_font(path).get_charmap():
-                return name
-    return None
+            found = dict.fromkeys(get_font(path).get_charmap(), name) | found
+    return found
 
 
 def with_letters(text: str) -> str:

@@ -85,7 +85,7 @@ def lay_over(
         blend = "bilinear" if look.smooth else "antialiased"
         draw_image(ax, patches, extent=extent, cmap=scale.cmap, norm=scale.norm, interpolation=blend)
     else:
-        image = draw_image(ax, blend_over(patches, shrunk(picture, most), scale, look), extent=extent)
+        image = draw_image(ax, blend_over(patches, shrunk(picture, most, keep_ratio=True), scale, look), extent=extent)
         image.set(cmap=scale.cmap, norm=scale.norm)  # for a colour bar of the user's own: these are colours already
     ax.set_xticks([])
     ax.set_yticks([])

@@ -310,7 +310,7 @@ def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) ->
     if labels.ndim != 2 or not labels.size or labels.dtype.kind not in "UO":
         raise ValueError(
             f"labels have shape {labels.shape} and type {labels.dtype}; expected (layers, heads) of text, as "
-            "analysis.head_patterns gives them"
+            "analysis.head_patterns gives them; plot.statistic draws the scores that collect gives"
         )
     labels = labels.astype(str)
     colours = _colours_of(sorted(set(labels.ravel().tolist())))
