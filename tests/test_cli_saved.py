@@ -33,9 +33,9 @@ def test_the_steps_of_a_generation_are_one_map(tmp_path, monkeypatch, drawn):
         model(x[:, :, -1:], cache)
     maps.save("x")
     assert 0 == cli.main(["plot", "x", "--kind", "head", "--layer", "0", "--head", "1"])
-    assert np.allclose(maps.generated()[0].numpy()[0, 1], matrix(drawn[0]))
+    assert np.allclose(maps.generated()[0].numpy()[0, 1], np.nan_to_num(matrix(drawn[0])))  # the future is blank
     assert 0 == cli.main(["plot", "x", "--kind", "head", "--layer", "0", "--head", "1", "--call", "0"])
-    assert np.allclose(maps[0].numpy()[0, 1], matrix(drawn[1]))
+    assert np.allclose(maps[0].numpy()[0, 1], np.nan_to_num(matrix(drawn[1])))
 
 
 def test_a_wrapper_that_passes_a_map_on_is_no_layer_of_its_own(tmp_path, monkeypatch, drawn):

@@ -190,7 +190,7 @@ def drawn(monkeypatch):
         ("distance", "mean attention distance (patches)"),
         ("entropy", "mean entropy (nats)"),
         ("confidence", "mean of the largest weight"),
-        ("prefix-mass", "attention to prefix tokens (1)"),
+        ("prefix-mass", "attention to prefix tokens"),
         ("sink", "attention to token 0"),
     ],
 )

@@ -6,14 +6,17 @@ import sys
 
 import pytest
 
+from visualizer.store.locks import this_thread
 from visualizer.store.shelf import Shelf
+
+THREAD = this_thread()
 
 
 class Channel:
     """As much of a channel as a shelf knows."""
 
     def __init__(self):
-        self.calls, self.thread, self.append = itertools.count(), 0, None
+        self.calls, self.append = itertools.count(), None
 
 
 def rows(shelf):
@@ -23,12 +26,12 @@ def rows(shelf):
 def filled(number=5):
     shelf = Shelf("key", [])
     for i in range(number):
-        shelf.add(10 * i, i, i if i % 2 else None, None, ("attn", 7, "path"))
+        shelf.add(10 * i, i, i if i % 2 else None, None, ("attn", THREAD, "path"))
     return shelf
 
 
 def row(i):
-    return 10 * i, i, i if i % 2 else None, "attn", 7, "path"
+    return 10 * i, i, i if i % 2 else None, "attn", THREAD, "path"
 
 
 def test_records_are_made_of_the_columns():
@@ -39,11 +42,11 @@ def test_records_are_made_of_the_columns():
 
 def test_what_is_appended_directly_gets_the_numbers_of_its_calls():
     shelf, channel = filled(2), Channel()
-    channel.append = shelf.open(channel, 2, ("attn", 8, None))
+    channel.append = shelf.open(channel, 2, ("attn", THREAD, None))
     for i in range(2, 1002):
         channel.append(i)
     shelf.close()
-    assert [(i, i, None, "attn", 8, None) for i in range(2, 1002)] == rows(shelf)[2:]
+    assert [(i, i, None, "attn", THREAD, None) for i in range(2, 1002)] == rows(shelf)[2:]
     assert 1002 == next(channel.calls)
     assert channel.append is None
     shelf.close()
@@ -104,9 +107,9 @@ def test_an_interrupt_anywhere_leaves_each_value_with_its_own_record(act):
     for strike in itertools.count():
         shelf, channel = filled(), Channel()
         if act == "scattered trim":
-            shelf.add(50, 5, 5, shelf.begun[0], ("attn", 7, "path"))
+            shelf.add(50, 5, 5, shelf.begun[0], ("attn", THREAD, "path"))
         if act == "close":
-            channel.append = shelf.open(channel, 5, ("attn", 7, "path"))
+            channel.append = shelf.open(channel, 5, ("attn", THREAD, "path"))
             channel.append(50), channel.append(60)
         if act == "match":
             del shelf.values[1]
@@ -126,7 +129,7 @@ def test_an_interrupt_anywhere_leaves_each_value_with_its_own_record(act):
         sys.settrace(trace)
         try:
             if act == "add":
-                shelf.add(50, 5, 5, None, ("attn", 7, "path"))
+                shelf.add(50, 5, 5, None, ("attn", THREAD, "path"))
             elif "trim" in act:
                 shelf.trim(2, 0)
             elif act == "close":
