@@ -26,11 +26,11 @@ from ..maps import (
 from ..store import bytes_by_device
 from .axes import Order
 from .calls import FusedCall, four_axes
+from .deformable import SampledCall
 from .evidence import Evidence, of_fused, of_samples, of_weights
 from .joins import Attended
 from .modules import are_windows
 from .provenance import Origin
-from .sampling import SampledCall
 from .softmax import Product
 
 

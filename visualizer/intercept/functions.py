@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from .calls import FusedCall
+from .deformable import SampledCall, ms_deform_attn_forward
 from .kernels import FUNCTIONS, attention_interface
-from .sampling import SampledCall, ms_deform_attn_forward
 
 
 class Watcher(Protocol):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..maps import Modifiers
 from .calls import FusedCall
-from .spans import Places, ends_of, packed, unpacked
+from .key_intervals import KeyIntervals, ends_of, packed, unpacked
 
 
 def scaled_dot_product_attention(
@@ -295,7 +295,7 @@ def _flash(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    places: Places | None,
+    places: KeyIntervals | None,
     *,
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
@@ -467,7 +467,7 @@ def _restarts(position_ids: Tensor, query: Tensor) -> Tensor | None:
     return None if len(starts) < 2 else torch.cat([starts, starts.new_tensor([len(positions)])])
 
 
-def _padded(is_token: Tensor, queries: int, output: Tensor) -> Places:
+def _padded(is_token: Tensor, queries: int, output: Tensor) -> KeyIntervals:
     """The places of queries that may be padding; (batch, keys) says which keys are not."""
     keys = is_token.shape[1]
     places = unpacked(queries, keys, is_token.device)

@@ -12,8 +12,8 @@ from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from .calls import name_of
+from .deformable import may_read_cells, may_sample
 from .kernels import KERNELS
-from .sampling import may_read_cells, may_sample
 from .softmax import OUTER, is_of_activations, makes_pairs, may_begin
 
 MULTI_HEAD = "multi_head_attention_forward"

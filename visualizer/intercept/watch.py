@@ -30,7 +30,8 @@ from . import functions, operators
 from .axes import Factor, Order, Output
 from .calls import FusedCall, LogSums, as_computed, in_four_axes, multi_head_attention, name_of, with_sums
 from .copies import AttentionCall, Copy, joined_copy
-from .gaps import Gap
+from .deformable import SAMPLING_KERNELS, SampledCall, Sampling
+from .foreign import Gap
 from .kernels import KERNELS
 from .modes import (
     BEGINS,
@@ -60,7 +61,6 @@ from .modules import (
 )
 from .plans import UNKNOWN, Pass, Step, plans_of
 from .provenance import Origin, Provenance
-from .sampling import SAMPLING_KERNELS, SampledCall, Sampling
 from .softmax import Product, Tracing
 
 File = Callable[[str, Copy, Output, str], Callable[[], None] | None]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Places:
+class KeyIntervals:
     """Where each query stands among the keys, and which keys are those of its sequence; each (batch or 1, queries)."""
 
     place: Tensor
@@ -38,7 +38,7 @@ class Places:
 
 def unpacked(
     queries: int, keys: int, device: torch.device, first: Tensor | None = None, behind: Tensor | None = None
-) -> Places:
+) -> KeyIntervals:
     """The places where the last query stands at the last key, of keys that each of the batch has in use.
 
     Args:
@@ -47,10 +47,10 @@ def unpacked(
     start = torch.zeros(1, 1, dtype=torch.long, device=device) if first is None else first.long()[:, None]
     end = torch.full_like(start[:1], keys) if behind is None else behind.long()[:, None]
     place = end - queries + torch.arange(queries, device=device)
-    return Places(place, start.expand(-1, queries), end.expand(-1, queries))
+    return KeyIntervals(place, start.expand(-1, queries), end.expand(-1, queries))
 
 
-def packed(ends: Tensor, queries: int, is_from_end: bool = True) -> Places:
+def packed(ends: Tensor, queries: int, is_from_end: bool = True) -> KeyIntervals:
     """The places of the queries of several sequences.
 
     Args:
@@ -63,7 +63,7 @@ def packed(ends: Tensor, queries: int, is_from_end: bool = True) -> Places:
     first_query, behind_queries, first, behind = ends[sequence].unbind(-1)
     place = index + (behind - behind_queries if is_from_end else first - first_query)
     behind = torch.where(index < behind_queries, behind, first)
-    return Places(place[None], first[None], behind[None], sequence, ends)
+    return KeyIntervals(place[None], first[None], behind[None], sequence, ends)
 
 
 def ends_of(query_starts: Tensor, key_starts: Tensor, key_lengths: Tensor | None = None) -> Tensor:
