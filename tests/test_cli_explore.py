@@ -82,6 +82,7 @@ def test_wrong_use_is_one_line_and_status_2(arguments, said, folder, capsys):
     assert not list(folder.glob("*.html"))
 
 
+@pytest.mark.slow
 def test_a_file_of_a_script_is_explored_from_the_shell(folder):
     done = subprocess.run(
         [sys.executable, "-m", "visualizer", "explore", "text", "-o", "t.html"], capture_output=True, text=True

@@ -269,6 +269,7 @@ def test_every_value_that_is_assigned(tmp_path):
     assert 2 == done.returncode and "--at goes with --var" in done.stderr
 
 
+@pytest.mark.slow
 def test_several_locals_and_a_limit(tmp_path):
     (tmp_path / "script.py").write_text(f"{MODEL}\nmodel(x)\nmodel(2 * x)")
     assert 0 == run("--var", "attn", "--var", "scores", "--limit", "1", "script.py", folder=tmp_path).returncode
@@ -280,6 +281,7 @@ def test_several_locals_and_a_limit(tmp_path):
     assert all(np.array_equal(found[key], saved[key]) and 1 == len(saved[key]) for key in saved)
 
 
+@pytest.mark.slow
 def test_models_of_one_script_are_told_apart_by_their_classes(tmp_path):
     (tmp_path / "script.py").write_text(
         f"{MODEL}\nmodel(x)\nother = nn.Sequential(Attention())\nother(3 * x)\n"
@@ -292,6 +294,7 @@ def test_models_of_one_script_are_told_apart_by_their_classes(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_part_that_was_called_before_its_model_is_not_captured_twice(tmp_path):
     (tmp_path / "script.py").write_text(f"{MODEL}\nmodel[1](x)\nmodel(x)\nmodel[0](x)\nmodel(x)")
     assert 0 == run("--var", "attn", "script.py", folder=tmp_path).returncode
@@ -299,6 +302,7 @@ def test_a_part_that_was_called_before_its_model_is_not_captured_twice(tmp_path)
     assert {"Attention": 1, "Sequential.0": 3, "Sequential.1": 2} == {key: len(values) for key, values in saved.items()}
 
 
+@pytest.mark.slow
 def test_models_that_are_gone_are_not_kept_alive_and_their_values_are_saved(tmp_path):
     (tmp_path / "script.py").write_text(
         f"{MODEL}\nimport weakref, gc\nfor size in range(3):\n    model = nn.Sequential(Attention())\n    model(x)\n"
@@ -346,6 +350,7 @@ def test_a_model_may_first_be_called_as_it_is_compiled(option, tmp_path):
         assert all(np.allclose(found[key][0], value, atol=1e-6) for value in values)
 
 
+@pytest.mark.slow
 def test_the_class_has_its_own_call_again_when_the_script_has_ended(tmp_path):
     (tmp_path / "script.py").write_text(
         f"import atexit\n{MODEL}\nmodel(x)\nown = Attention.forward.__code__\n"
@@ -382,6 +387,7 @@ def test_attention_is_what_attention_gives(tmp_path):
     assert all(torch.equal(one.dense(), other.dense()) for one, other in zip(maps, saved, strict=True))
 
 
+@pytest.mark.slow
 def test_attention_of_an_attention_module_alone_and_of_two_models(tmp_path):
     """The outermost module may be the one that attends, in its very first call."""
     code = "import torch\ntorch.manual_seed(0)\nx = torch.randn(2, 5, 16)\n"
