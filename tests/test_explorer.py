@@ -22,6 +22,7 @@ from PIL import Image
 from visualizer import AttentionMap, VisualizerWarning, analysis, attention, capture, explore, load, word_maps
 from visualizer.explorer import coding, page
 from visualizer.layout import Layout, Windows
+from visualizer.plot.look import Look
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = [
@@ -904,10 +905,12 @@ def colour_at(tab, x, y):
 
 @needs_browser
 class TestPicture:
-    def test_the_patch_that_is_attended_to_is_bright(self, open_page):
-        tab = open_page(explore(hot(1 + 2 * 4 + 3), image=np.zeros((40, 40, 3), np.uint8)))
-        assert min(colour_at(tab, *tab.patch(2, 3, (4, 4)))[:2]) > 200  # inferno ends in pale yellow
-        assert max(colour_at(tab, *tab.patch(2, 2, (4, 4)))) < 40
+    @pytest.mark.parametrize("grey", [0, 200])
+    def test_patches_have_the_colours_of_the_plots(self, grey, open_page):
+        tab = open_page(explore(hot(1 + 2 * 4 + 3), image=np.full((40, 40, 3), grey, np.uint8)))
+        blended = Look(cmap="YlOrRd").blend(np.array([1.0, 0.0]), np.full((2, 3), grey / 255))
+        for place, expected in zip([(2, 3), (2, 2)], 255 * blended, strict=True):
+            np.testing.assert_allclose(colour_at(tab, *tab.patch(*place, (4, 4))), expected, atol=3)
         assert [("patch (2, 3)", "1.000")] == tab.top()
         assert "CLS" in tab.text(".prefix")
 

@@ -340,7 +340,7 @@
   // ---- Drawing ------------------------------------------------------------------------------------------------------
 
   const bytesOfHex = (text) => Uint8ClampedArray.from(text.match(/../g), (pair) => parseInt(pair, 16));
-  const viridis = bytesOfHex(page.viridis), inferno = bytesOfHex(page.inferno), diverging = bytesOfHex(page.diverging);
+  const viridis = bytesOfHex(page.viridis), heat = bytesOfHex(page.heat), diverging = bytesOfHex(page.diverging);
   let zoom = 0; // canvas pixels for each CSS pixel; 0: as many as the screen has
   const SHADES = 20; // of a word's background
   const theme = {}; // the style sheet's colours, read again with each layout: reading them while drawing is slow
@@ -447,9 +447,11 @@
   }
 
   const rooted = (share) => (share < 0 ? -Math.sqrt(-share) : Math.sqrt(share));
-  const colour = (colours, share) => {
+  // The colour of a share of the scale; with less opacity, as it is on white.
+  const colour = (colours, share, opacity = 1) => {
     const index = 3 * Math.max(0, Math.min(255, Math.round(255 * share)));
-    return `rgb(${colours[index]} ${colours[index + 1]} ${colours[index + 2]})`;
+    const [red, green, blue] = [0, 1, 2].map((i) => Math.round(255 - opacity * (255 - colours[index + i])));
+    return `rgb(${red} ${green} ${blue})`;
   };
   // The colour of a word's background, for a share of the scale from -1 to 1.
   const shadeOf = (shade, isSigned) => (isSigned ? (shade < 0 ? theme.less[-shade] : theme.more[shade]) : theme.shades[shade]);
@@ -535,7 +537,8 @@
         context.drawImage(this.picture, 0, 0, canvas.width, canvas.height);
         const image = context.getImageData(0, 0, canvas.width, canvas.height), data = image.data;
         for (let i = 0; i < data.length; i += 4) {
-          data[i] = data[i + 1] = data[i + 2] = 0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2];
+          const grey = 0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2];
+          data[i] = data[i + 1] = data[i + 2] = 0.35 * 255 + 0.65 * grey; // light, as in the plots: the colours end dark
         }
         context.putImageData(image, 0, 0);
         this.grey = canvas;
@@ -550,14 +553,16 @@
         context.fillStyle = theme.panel;
         context.fillRect(0, 0, this.width, this.height);
       }
-      const colours = isSigned ? diverging : this.grey ? inferno : viridis;
-      // Over a picture the dark end of the colours is left out, and what has little weight is the picture as it is.
-      const place = (share) => (isSigned ? 0.5 + share / 2 : this.grey ? 0.25 + 0.75 * share : share);
+      const colours = isSigned ? diverging : this.grey ? heat : viridis;
+      const place = (share) => (isSigned ? 0.5 + share / 2 : share);
+      // Colours cover a picture the more, the larger the weight.
+      const opacity = (share) => (this.grey ? 0.9 * Math.min(1, Math.abs(share)) ** 0.7 : 1);
+      const shade = (share) => colour(colours, place(share), opacity(share));
       if (weights) {
         const data = this.layer.image.data;
         for (let i = 0; i < this.rows * this.columns; i++) {
           const share = Math.max(-1, Math.min(1, weights[this.first + i] / top));
-          paintPixel(data, 4 * i, colours, place(share), this.grey ? 230 * Math.abs(share) ** 0.7 : 255);
+          paintPixel(data, 4 * i, colours, place(share), 255 * opacity(share));
         }
         this.layer.context.putImageData(this.layer.image, 0, 0);
         context.imageSmoothingEnabled = false;
@@ -565,7 +570,7 @@
       }
       this.swatches.forEach(({ button, swatch, value }, token) => {
         const inner = swatch.getContext("2d");
-        inner.fillStyle = colour(colours, place(weights ? weights[token] / top : 0));
+        inner.fillStyle = shade(weights ? weights[token] / top : 0);
         inner.fillRect(0, 0, swatch.width, swatch.height);
         swatch.hidden = value.hidden = !weights;
         value.textContent = weights ? weights[token].toFixed(3) : "";
@@ -576,7 +581,7 @@
         const place = token - this.first;
         if (place >= 0) box(context, (place % this.columns) * side, Math.floor(place / this.columns) * side, side, side);
       }
-      showLegend(this, weights, top, isSigned, (share) => colour(colours, place(share)));
+      showLegend(this, weights, top, isSigned, shade);
       this.canvas.setAttribute("aria-label", `${this.rows} by ${this.columns} patches; the arrow keys move among them. ${$("readout").textContent}`);
     }
 

@@ -304,7 +304,7 @@ def _page(examples: Sequence[Example]) -> str:
         packed, notes = pack(example, budget)
         blocks.append(_block(f"weights{number}", packed))
         about[number]["notes"] = example.notes + notes
-    colours = {"viridis": "viridis", "inferno": "inferno", "diverging": "RdBu_r"}
+    colours = {"viridis": "viridis", "heat": "YlOrRd", "diverging": "RdBu_r"}
     page = {"step": STEP, "nothing": NOTHING, **{name: _colours(of) for name, of in colours.items()}}
     return Template(_resource("explore.html")).substitute(
         script=script,
