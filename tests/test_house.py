@@ -18,9 +18,9 @@ PACKAGE = ROOT / "visualizer"
 
 # Each room imports only from rooms before it. A folder is one room.
 ROOMS = (
-    "errors", "opcodes", "proof", "rewrite", "tensors", "store", "instrument", "reading", "words", "layout", "maps",
-    "intercept", "analysis", "statistics", "loading", "grounding", "plot", "explorer", "models", "cli", "display",
-    "__main__", "__init__",
+    "errors", "opcodes", "proof", "rewrite", "tensors", "store", "instrument", "reading", "words", "images", "layout",
+    "maps", "intercept", "analysis", "statistics", "loading", "grounding", "plot", "explorer", "models", "cli",
+    "display", "__main__", "__init__",
 )  # fmt: skip
 
 

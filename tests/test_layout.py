@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from visualizer import VisualizerWarning
-from visualizer.layout import Layout, Part, Windows, layout_of, part_seen, picture_of, read_image, side_by_side
+from visualizer.layout import Layout, Part, Windows, layout_of
 
 
 class TestLayout:
@@ -135,62 +135,6 @@ class TestWhichLayout:
         with pytest.warns(VisualizerWarning, match=r"427 x 640.*the model saw 224 x 224"):
             known.on(np.zeros((427, 640, 3)))
         known.on(np.zeros((500, 510, 3)))  # near enough
-
-
-def photo(high, wide, seed=0):
-    rough = np.random.default_rng(seed).random((6, 8, 3))
-    return np.kron(rough, np.ones((high // 6, wide // 8, 1)))
-
-
-def small(picture):
-    high, wide = (side // 24 for side in picture.shape[:2])
-    return tuple(picture.mean(-1).reshape(24, high, 24, wide).mean((1, 3)).ravel())
-
-
-class TestPartSeen:
-    """A model that cuts out a square sees a part of the photograph, and the patches lie on that part."""
-
-    picture = photo(240, 384)
-
-    @pytest.mark.parametrize("side", [240, 216])
-    def test_the_middle(self, side):
-        top, left = (240 - side) // 2, (384 - side) // 2
-        part = self.picture[top : top + side, left : left + side]
-        np.testing.assert_array_equal(part, part_seen(self.picture, small(part), (224, 224)))
-
-    def test_all_of_it_squeezed(self):
-        np.testing.assert_array_equal(self.picture, part_seen(self.picture, small(self.picture), (224, 224)))
-
-    def test_another_picture(self):
-        assert part_seen(photo(240, 384, seed=1), small(self.picture), (224, 224)) is None
-        assert part_seen(np.ones((240, 384, 3)), small(self.picture), (224, 224)) is None
-
-    def test_a_layout_that_knows_what_was_seen_draws_it_there(self):
-        part = self.picture[:, 72:312]
-        layout = Layout(Layout.picture((14, 14), image_size=224, patch_size=16).parts, seen=(small(part),))
-        np.testing.assert_array_equal(part, layout.on(self.picture))
-
-
-def test_frames_of_a_video_are_read_one_by_one():
-    frames = [np.zeros((4, 6), np.uint8), np.full((4, 6, 3), 255, np.uint8)]
-    assert (2, 4, 6, 3) == picture_of(frames).shape
-    assert (2, 4, 6, 3) == picture_of(np.zeros((2, 3, 4, 6))).shape
-    assert side_by_side(np.zeros((3, 2, 2)), -1).shape == (2, 6)
-
-
-@pytest.mark.parametrize(("mode", "top"), [("I;16", 65535), ("I", 65535), ("I", 255), ("F", 1), ("F", 255)])
-def test_grey_pictures_of_more_bits_keep_their_greys(mode, top):
-    image = pytest.importorskip("PIL.Image", reason="needs Pillow")
-    grey = np.linspace(0, top, 12).reshape(3, 4)
-    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
-    picture = image.fromarray(grey.astype(kind))
-    assert mode == picture.mode
-    np.testing.assert_allclose(read_image(picture), np.stack([grey.astype(kind) / top] * 3, -1), atol=1e-6)
-
-
-def test_a_black_picture_of_more_bits_is_black():
-    image = pytest.importorskip("PIL.Image", reason="needs Pillow")
-    assert not read_image(image.fromarray(np.zeros((2, 3), np.uint16))).any()
 
 
 @pytest.mark.parametrize("parts", ["CLS", ("CLS",), (3, 4)])

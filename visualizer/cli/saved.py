@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ..errors import FileFormatError, did_you_mean, few
-from ..layout import greys_of
+from ..images import greys_of
 from ..loading import load
 from ..store import bytes_by_device
 from ..tensors import is_array

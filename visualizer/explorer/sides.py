@@ -14,7 +14,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..errors import ALL_WORDS
-from ..layout import Layout, Patches, layout_of, picture_of
+from ..images import picture_of
+from ..layout import Layout, Patches, layout_of
 from ..reading import Array
 from ..words import printable as printable
 from ..words import readable

@@ -20,7 +20,8 @@ from ..analysis import without_sinks
 from ..analysis.shares import Sinks, check_sinks
 from ..errors import few
 from ..grounding import WordMaps
-from ..layout import Layout, Part, Patches, Thumbnail, layout_of, picture_of
+from ..images import Thumbnail, picture_of
+from ..layout import Layout, Part, Patches, layout_of
 from ..maps import AttentionMap
 from ..reading import Array
 from .coding import Example, code_maps

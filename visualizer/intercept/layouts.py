@@ -24,7 +24,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..layout import THUMBNAIL, Layout, Part, Thumbnail, Windows, pair_of
+from ..images import THUMBNAIL, Thumbnail
+from ..layout import Layout, Part, Windows, pair_of
 from ..maps import AttentionMap, Factors, Keys
 from ..words import readable
 from . import places

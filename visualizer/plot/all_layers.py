@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from ..layout import layout_of, picture_of
+from ..images import picture_of
+from ..layout import layout_of
 from ..reading import Array
 from .canvas import LABEL, colour_bar, full_rows, mosaic, shrunk, write_title
 from .look import Keywords, Look, OverPicture, exceeds, matrix_top, row_top, without_future

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from ..errors import ALL_WORDS
-from ..layout import Indices, picture_of
+from ..images import picture_of
+from ..layout import Indices
 from ..reading import Array
 from ..words import readable
 from .canvas import (

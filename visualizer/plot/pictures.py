@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from ..layout import Layout, Patches, Size, layout_of, picture_of
+from ..images import picture_of
+from ..layout import Layout, Patches, Size, layout_of
 from ..reading import Array, Reduction, as_numbers
 from .canvas import LABEL, axes_of, draw_image, lay_out, name_panels, panel_size, panels, write_title
 from .look import Blend, Colours, Keywords, Look, OfMaps, OverPicture, Scale
