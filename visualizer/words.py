@@ -192,7 +192,7 @@ class Text:
         """The words, in order, without special tokens."""
         begins = [*self._begins(), len(self.tokens)]
         spans = itertools.pairwise(begins)
-        found = [self._joined(first, last) for first, last in spans if not _is_special(self.tokens[first])]
+        found = [self._joined(first, last) for first, last in spans if not is_special(self.tokens[first])]
         return [word for word in found if word]
 
     def find(self, word: str) -> list[list[int]]:
@@ -238,8 +238,8 @@ class Text:
             if place == 0 or not _has_letters(token) or not _has_letters(last):
                 return True
             if is_before:
-                return token[:1] in _BEFORE or _is_special(token) or _is_special(last)
-            return last.endswith(_BEHIND) or _is_special(last) if is_behind else not token.startswith(_WITHIN)
+                return token[:1] in _BEFORE or is_special(token) or is_special(last)
+            return last.endswith(_BEHIND) or is_special(last) if is_behind else not token.startswith(_WITHIN)
 
         return [place for place in range(len(tokens)) if begins(place)]
 
@@ -249,8 +249,16 @@ def _has_letters(token: str) -> bool:
     return any(letter.isalnum() for letter in bare)
 
 
-def _is_special(token: str) -> bool:
-    return token[:1] in "<[" and token[-1:] in ">]" and not token.endswith(_BEHIND)
+_SPECIAL = re.compile(r"\[[A-Z]+\d*\]|<(?!0x|/w>)[^<>\s]{1,40}>|<\|.{1,40}\|>")
+
+
+def is_special(token: str) -> bool:
+    """Whether a token is named as tokenizers name those that are no words; a byte is part of a word.
+
+    >>> [is_special(token) for token in ("[CLS]", "<s>", "<|im_start|>", "<image>", "<0x0A>", "[a]", "<")]
+    [True, True, True, True, False, False, False]
+    """
+    return _SPECIAL.fullmatch(token) is not None
 
 
 def no_such_word(word: str, texts: Sequence[Text], unread: str = "") -> ValueError:

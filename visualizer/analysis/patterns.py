@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import ALL_WORDS
 from ..maps import AttentionMap, without_autograd
 from ..store import as_html, as_text
+from ..words import is_special
 from .layers import layer_label, layers_of, real_tokens
 
 __all__ = ["HeadPatterns", "head_patterns"]
@@ -27,11 +28,6 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 _GAIN = 0.5  # how far from even attention to 1 a score must be for its pattern to be the head's label
 _BROAD = 0.9
 _REPEATS = 8
-_SPECIAL = {
-    "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]", "[BOS]", "[EOS]", "<s>", "</s>", "<pad>", "<mask>", "<unk>", "<bos>",
-    "<eos>", "<cls>", "<sep>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>",
-    "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>",
-}  # fmt: skip
 # The most specific first: a previous-token head is also local.
 _PATTERNS = {
     "induction": "induction, what followed the same token before",
@@ -193,12 +189,12 @@ def head_patterns(
     if not bool(real.any(1).all()):
         raise ValueError("attention_mask leaves a text without a token: it is 0 everywhere")
     repeats = _numbers("ids", ids, batch, count) if ids is not None else _as_numbers(names)
-    is_special = _special(special, names, batch, count)
+    are_special = _special(special, names, batch, count)
     if special is None and known is not None and known.count == count:
         of_layout = torch.from_numpy(np.stack([known.of(text).are("special") for text in range(batch)]))
-        is_special = of_layout if is_special is None else is_special | of_layout
-        is_special = is_special if bool(is_special.any()) else None
-    facts = facts_of(maps, repeats, is_special, real, window)
+        are_special = of_layout if are_special is None else are_special | of_layout
+        are_special = are_special if bool(are_special.any()) else None
+    facts = facts_of(maps, repeats, are_special, real, window)
     # Twice (layers, patterns, heads): the scores, and those of even attention.
     of_heads, of_even = torch.stack([_means(*score_sums(layer, facts)).cpu() for layer in maps], 1).numpy()
     scores, uniform = (
@@ -397,13 +393,18 @@ def _special(special: Any, names: list[list[str]] | None, batch: int, count: int
     """Which tokens are special, (batch, tokens); None if no token is."""
     if isinstance(special, (str, int)):
         special = [special]
-    wanted = {entry for entry in special if isinstance(entry, str)} if special is not None else _SPECIAL
-    if special is not None and wanted and names is None:
+    wanted = None if special is None else {entry for entry in special if isinstance(entry, str)}
+    if wanted and names is None:
         raise ValueError(f"special={list(special)!r} has names: pass tokens=, or positions")
-    is_special = torch.tensor([[token in wanted for token in words] for words in names or [[""] * count] * batch])
+    are_special = torch.tensor(
+        [
+            [is_special(token) if wanted is None else token in wanted for token in words]
+            for words in names or [[""] * count] * batch
+        ]
+    )
     for position in special or ():
         if not isinstance(position, str):
             if not -count <= position < count:
                 raise ValueError(f"special={list(special)!r} has the position {position}, and there are {count} tokens")
-            is_special[:, position] = True
-    return is_special if bool(is_special.any()) else None
+            are_special[:, position] = True
+    return are_special if bool(are_special.any()) else None

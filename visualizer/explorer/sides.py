@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,10 @@ from ..errors import ALL_WORDS
 from ..images import picture_of
 from ..layout import Layout, Patches, layout_of
 from ..reading import Array
+from ..words import is_special, readable
 from ..words import printable as printable
-from ..words import readable
 
 _PICTURE_SIDE = 768  # pixels, more than the page gives to a picture
-# Tokens that are not words, as tokenizers write them: [CLS], <s>, <|endoftext|>.
-SPECIAL = r"\[[A-Z]+\d*\]|<[^<>\s]{1,40}>|<\|.{1,40}\|>"
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ def side_of_words(name: str, words: Sequence[Any] | None, size: int, known: Layo
             f"{'keys' if name == 'key_tokens' else 'queries'}: {ALL_WORDS}"
         )
     labels = [printable(word) for word in readable(words)]
-    return Side(labels, [at for at, word in enumerate(words) if re.fullmatch(SPECIAL, str(word))])
+    return Side(labels, [at for at, word in enumerate(words) if is_special(str(word))])
 
 
 def _jpeg(picture: Any) -> bytes:

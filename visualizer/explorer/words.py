@@ -7,7 +7,6 @@ picture is made, its patches look at the words, and queries and keys change plac
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -24,8 +23,9 @@ from ..images import Thumbnail, picture_of
 from ..layout import Layout, Part, Patches, layout_of
 from ..maps import AttentionMap
 from ..reading import Array
+from ..words import is_special
 from .coding import Example, code_maps
-from .sides import SPECIAL, Side, chosen_images, for_each, side_of_patches, side_of_words
+from .sides import Side, chosen_images, for_each, side_of_patches, side_of_words
 
 BY_WORD_MAPS = (
     "Where tiles and merged patches lie, word_maps(model, processor=processor) knows, and explore takes its maps"
@@ -110,7 +110,7 @@ class TextAndPictures(NamedTuple):
         """The pictures among the tokens that are known, or among words; None where there is none."""
         told = None
         if words is not None:
-            special = [place for place, word in enumerate(words) if re.fullmatch(SPECIAL, word)]
+            special = [place for place, word in enumerate(words) if is_special(word)]
             told = Layout.text(list(words), special)
         for one in (layout, told):
             if one is not None and (found := _pictures_in(one)) and (told or one).are("text").any():
@@ -146,7 +146,7 @@ def _pictures_in(layout: Layout) -> list[_Picture]:
             at = start
             for name, run in itertools.groupby(part.names):
                 count = len([*run])
-                if count >= _FEWEST and re.fullmatch(SPECIAL, name):
+                if count >= _FEWEST and is_special(name):
                     found.append(_Picture(at, Part("special", count, (name,) * count)))
                 at += count
         start += part.count
