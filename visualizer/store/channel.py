@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 from _thread import get_ident
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import count
+from itertools import count, repeat
+from operator import length_hint
 from traceback import walk_tb
 from types import CodeType
 from typing import Any
@@ -29,9 +30,12 @@ from .store import Call, Put, Store
 
 _listening: dict[str, Channel] = {}
 
-_keeping: set[int] = set()
+_keeping: list[int] = []
 """The threads that run foreign code to convert a value, or in which torch runs the model again for its own purposes.
 Calls of that code are not calls of the model."""
+
+_SMALL, _AHEAD = 2**14, 2**20
+"""Arrays of fewer bytes are paid for ahead, for so many bytes together. What larger ones cost is their copy."""
 
 _raised: dict[int, Exception] = {}
 """By thread, what a `keep` function has just raised: of all errors in recording, these alone reach the program."""
@@ -50,23 +54,21 @@ def receive(key: str, value: Any) -> None:
         return
     try:
         append = channel.append
-        if append is not None and channel.is_in_thread():
+        if channel.is_in_thread():
             cls = type(value)  # compared by identity, because a class may have its own __eq__ or __hash__
             if cls is channel.array and value.dtype is channel.dtype:
                 kept = value.copy()
-                size = kept.__sizeof__() + ARRAY
-            elif cls is float or (cls is int and -LARGEST < value < LARGEST):
-                kept, size = value, NUMBER_BYTES
-            else:
-                append = None
-                channel.deliver(value)
-                return
-            purse = channel.purse
-            left = purse.left - size
-            if left >= 0 and channel.append is append:  # see `Store`: nothing comes between here and the append
-                purse.left = left
-                append(kept)
-                return
+                if kept.__sizeof__() == channel.size and channel.append is append:  # see `Store`: nothing comes between
+                    for _ in channel.places:
+                        append(kept)  # type: ignore[misc]  # where there is a place, there is an append
+                        return
+            elif append is not None and (cls is float or (cls is int and -LARGEST < value < LARGEST)):
+                purse = channel.purse
+                left = purse.left - NUMBER_BYTES
+                if left >= 0 and channel.append is append:
+                    purse.left = left
+                    append(value)
+                    return
         append = None  # it refers to the list, which the store would take for one that a user holds
         channel.deliver(value)
     except RecursionError:  # our own call must not make the user's function hit the recursion limit
@@ -81,13 +83,11 @@ def receive(key: str, value: Any) -> None:
 def unrecorded() -> Iterator[None]:
     """Within it, no call in this thread is recorded."""
     thread = get_ident()
-    was_recorded = thread not in _keeping
-    _keeping.add(thread)
     try:
+        _keeping.append(thread)
         yield
     finally:
-        if was_recorded:
-            _keeping.discard(thread)
+        _keeping.remove(thread)
 
 
 def is_recorded() -> bool:
@@ -101,7 +101,7 @@ def _ignore(value: Any) -> None:
 
 def _forget_other_threads() -> None:
     """In a forked child: a new thread may get the number of a thread that does not exist there."""
-    _keeping.intersection_update({get_ident()})
+    _keeping[:] = [thread for thread in _keeping if thread == get_ident()]
     _raised.clear()
 
 
@@ -172,11 +172,15 @@ class Channel:
         """How many bytes it may append."""
         self.array: type | None = None
         self.dtype: Any = None
-        """The class and the type of the last array, if all that is kept of it is a copy."""
+        self.size = 0
+        """The class and the type of small arrays that come again and again, and what a copy says that it takes."""
+        self.places: Iterable[None] = ()
+        """Ends after so many of these as the purse has paid for: to take a place costs less than to count bytes."""
         self.deliver: Callable[[Any], None] = _ignore
         """Convert and file what the rewritten code delivers."""
         self._convert: Callable[[Any, list[Any]], Any] = lambda value, copies: value
         self._quick: Quick = quick_keeper("numpy")
+        self._last: tuple[Any, ...] = (None, None, 0)
         self._frames: dict[int, tuple[Call, str | None]] = {}
         self._warned: set[str] = set()
         self._unreal: set[str] = set()
@@ -184,7 +188,6 @@ class Channel:
     def connect(self, default: Keep) -> None:
         """Receive what the rewritten code delivers from now on; `default` is for a channel without its own `keep`."""
         self.keep = default if self.own_keep is None else self.own_keep
-        self.array = self.dtype = None
         self._convert, self._quick = keeper(self.keep, self._tell_shared), quick_keeper(self.keep)
         if _listening.get(self.site) is not self:
             self._frames.clear()  # their calls went on, or ended, without a listener
@@ -235,6 +238,32 @@ class Channel:
             self.store.miss(self, ", ".join(self.key_of(name, None) for name in self.names), error)
         return True
 
+    def halt(self) -> None:
+        """Append nothing directly any more: the next value may not overtake one that waits."""
+        self.append = self.array = None
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Give back to the purse what was paid for places that were not taken."""
+        places, self.places = self.places, ()
+        back = length_hint(places) * (self.size + ARRAY)
+        self.purse.left += back
+
+    def _pay_ahead(self, kept: Any, append: Callable[[Any], None]) -> None:
+        """Pay for more arrays like one that was just appended, if the one before was like it too."""
+        self._give_back()
+        last, self._last = self._last, (type(kept), kept.dtype, kept.__sizeof__())
+        cls, dtype, size = self._last
+        price, purse = size + ARRAY, self.purse
+        number = min(purse.left // 4, _AHEAD) // price if cls is last[0] and dtype is last[1] and size == last[2] else 0
+        places = repeat(None, number)
+        left = purse.left - number * price
+        if number and left >= 0 and self.append is append:  # see `Store`: nothing comes between here and the next lines
+            purse.left = left
+            self.array, self.dtype, self.size, self.places = cls, dtype, size, places
+        else:
+            self.array = None
+
     def _returns(self) -> Callable[[Any], None]:
         accept, path_of, quick, store = self.accept, self.path_of, self._quick, self.store
 
@@ -245,8 +274,6 @@ class Channel:
             if not size or store.is_full:
                 accept((value,), None)
                 return
-            if is_copied and is_array(value):
-                self.array, self.dtype = type(value), value.dtype
             append = self.append
             if append is not None and self.is_in_thread():
                 purse = self.purse
@@ -254,6 +281,8 @@ class Channel:
                 if left >= 0 and self.append is append:  # see `Store`: nothing comes between here and the append
                     purse.left = left
                     append(kept)
+                    if is_copied and size < _SMALL and is_array(kept):
+                        self._pay_ahead(kept, append)
                     return
             append = None
             store.put(Put(self, (kept,), this_thread(), is_light=is_light(kept), may_append=True))
@@ -328,7 +357,7 @@ class Channel:
         thread = get_ident() if runs_foreign_code(self.keep, value) else None
         try:
             if thread is not None:
-                _keeping.add(thread)
+                _keeping.append(thread)
             return self._convert(value, copies)
         except RecursionError:
             raise
@@ -345,7 +374,7 @@ class Channel:
             return receive
         finally:
             if thread is not None:
-                _keeping.discard(thread)
+                _keeping.remove(thread)
 
     def _tell_shared(self, cls: type) -> None:
         self.store.tell_shared(cls, f"{' or '.join(map(repr, self.names))} of {self.place()}")

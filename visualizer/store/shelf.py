@@ -32,6 +32,9 @@ class Express(Protocol):
     append: Any
     is_in_thread: Callable[[], bool]
 
+    def halt(self) -> None:
+        """Append nothing directly any more."""
+
 
 class Shelf:
     """The values under one key, and where each comes from.
@@ -88,7 +91,7 @@ class Shelf:
         if self.run is None:
             return
         channel, start, call, origin = self.run
-        channel.append = None
+        channel.halt()
         end = len(self.values)
         # An interrupt leaves the run open, and each line goes on where it was left.
         self.filed.extend(self.values[len(self.filed) :])

@@ -32,11 +32,13 @@ class Source(Protocol):
     append: Any
     is_in_thread: Callable[[], bool]
     purse: Purse
-
     key_of: Callable[[str, str | None], str]
 
     def name_values(self, values: Any) -> Iterable[tuple[str, Any]]:
         """(variable, value) for each value of a `Put`."""
+
+    def halt(self) -> None:
+        """Append nothing directly any more."""
 
     def place(self) -> str:
         """The function, file and line, for messages."""
@@ -107,7 +109,7 @@ class Store:
     gets an open run: until the run is closed, it appends to the list directly. It does so only while `source.append`
     is there and `source.is_in_thread()` says that the run is for the thread that calls. Between looking at `append` and
     calling it, the interpreter runs no other thread, signal handler or finalizer: it does so only after calls and at
-    jumps backward. Whoever sets `append` to None ends the run.
+    jumps backward. Whoever calls `halt` ends the run.
     """
 
     def __init__(self, state: str, *, clear: str = "clear()", off: str = "stop()") -> None:
@@ -169,7 +171,7 @@ class Store:
     def switch(self, source: Source, on: bool) -> None:
         """Start or stop filing what a source delivers; what it has delivered before is filed all the same."""
         self.arrived.append(Switch(source, on))
-        source.append = None
+        source.halt()
 
     def abandon(self) -> None:
         """Drop what waits: nobody can read it, and it refers to the sources, which would keep the store alive."""
@@ -389,7 +391,7 @@ class Store:
             put.size = sum(sum(resident_bytes(value).values()) for _, value in put.source.name_values(put.values))
             self._under_way += put.size
         self.arrived.append(put)
-        put.source.append = None  # the next value may not overtake this one
+        put.source.halt()  # the next value may not overtake this one
         self._try_filing(wait=put.size > 0 and self._under_way > self.budget.room("cpu"))
 
     def restore(self, keys: Iterable[str], records: Iterable[Record]) -> None:
