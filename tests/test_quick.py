@@ -1,5 +1,6 @@
 """Common values are kept without detours, and as any others are."""
 
+import threading
 import weakref
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 np = pytest.importorskip("numpy", reason="engine only: numpy is not in this environment")
 torch = pytest.importorskip("torch", reason="engine only: torch is not in this environment")
 
+from visualizer import VisualizerWarning  # noqa: E402
 from visualizer.store.budget import resident_bytes  # noqa: E402
 from visualizer.store.quick import quick_keeper  # noqa: E402
 from visualizer.tensors import keeper  # noqa: E402
@@ -82,3 +84,78 @@ def test_sparse_tensors_are_left_to_the_keeper(keep):
     torch = pytest.importorskip("torch", reason="engine only: torch is not in this environment")
     kept, size = quick_keeper(keep)(torch.sparse_coo_tensor([[0]], [1.0], (3,), check_invariants=True))
     assert (None, 0) == (kept, size)
+
+
+class TestSmallArraysAgainAndAgain:
+    """Room for them is paid for ahead."""
+
+    def decorated(self, gl, name):
+        def forward(attn):
+            return None
+
+        forward.__qualname__ = name
+        return gl("attn")(forward)
+
+    def test_each_is_a_copy_whatever_comes_between(self, gl):
+        forward = self.decorated(gl, "forward")
+        row = [1.0, 2.0]
+        values = [
+            *(np.full(3, i, float) for i in range(5)),
+            np.arange(3),  # another type of the same size
+            *(np.full(3, i, float) for i in range(5)),
+            np.array([row, row, None], object),  # its items are copied too
+            *(np.full(shape, 7.0) for shape in ((3,), (3, 1), (3, 1), (3, 1), (4,), (3, 1), (4,)) for _ in range(2)),
+            np.full(3, 1.0)[::-1],
+            0.5,
+            *(np.ma.array([1.0, 2.0, 3.0], mask=[0, 1, 0]) for _ in range(4)),
+            *(np.zeros(3) for _ in range(5)),
+        ]
+        expected = [str(value) for value in values]
+        gl.activate()
+        for value in values:
+            forward(value)
+        for value in values:
+            if isinstance(value, np.ndarray):
+                value[...] = -1
+        row.clear()
+        assert expected == [str(value) for value in gl.cache["forward"]]
+        assert [type(value) for value in values] == [type(value) for value in gl.cache["forward"]]
+        assert [*range(len(values))] == [record.call for record in gl.records]
+
+    @pytest.mark.parametrize("limit", [None, 10_000])
+    def test_what_is_paid_for_and_not_used_is_there_for_others(self, gl, limit):
+        """To the last value that fits, however many channels have paid ahead."""
+        forwards = [self.decorated(gl, f"forward{i}") for i in range(5)]
+        value = np.ones(12)
+        price = sum(resident_bytes(value.copy()).values())
+        gl.activate(max_bytes=1003 * price + 1, limit=limit)
+        for forward in forwards[:4]:
+            for _ in range(20):
+                forward(value)
+        with pytest.warns(VisualizerWarning, match="captured values would take more"):
+            for _ in range(1000):
+                forwards[4](value)
+            assert [20, 20, 20, 20, 923] == [len(values) for values in gl.cache.values()]
+        gl.clear()
+        for _ in range(1003):
+            forwards[4](value)
+        assert 1003 == len(gl.cache["forward4"])
+
+    def test_in_another_thread_they_are_that_threads(self, gl):
+        forward = self.decorated(gl, "forward")
+        gl.activate()
+
+        def work(number):
+            for i in range(50):
+                forward(np.full(3, 1000 * number + i, float))
+
+        for number in range(1, 4):
+            thread = threading.Thread(target=work, args=(number,))
+            thread.start()
+            thread.join()
+            work(0)
+        by_thread = {}
+        for record in gl.records:
+            by_thread.setdefault(record.value[0] // 1000, set()).add(record.thread)
+        assert [1, 1, 1, 1] == [len(threads) for threads in by_thread.values()]
+        assert 300 == len(gl.records)

@@ -25,7 +25,7 @@ from ..rewrite import At, assigned_lines, deletes
 from ..tensors import Keep, is_array, is_tensor, keeper, kind_of, runs_foreign_code, why_unreal
 from .budget import LARGEST, NUMBER_BYTES, Purse
 from .locks import this_thread
-from .quick import ARRAY, Quick, is_light, quick_keeper
+from .quick import ARRAY, is_light, quick_keeper
 from .store import Call, Put, Store
 
 _listening: dict[str, Channel] = {}
@@ -99,6 +99,10 @@ def _ignore(value: Any) -> None:
     pass
 
 
+def _nobody_is() -> bool:
+    return False
+
+
 def _forget_other_threads() -> None:
     """In a forked child: a new thread may get the number of a thread that does not exist there."""
     _keeping[:] = [thread for thread in _keeping if thread == get_ident()]
@@ -166,7 +170,7 @@ class Channel:
         """The last rewriting that had this channel as its last: the original code, the sites, and the result."""
         self.append: Callable[[Any], None] | None = None
         """Appends to the list directly, for one thread; None while nobody may. The store alone opens and closes."""
-        self.is_in_thread: Callable[[], bool] = lambda: False
+        self.is_in_thread: Callable[[], bool] = _nobody_is
         """Whether that thread is the one that asks."""
         self.purse = Purse(0)
         """How many bytes it may append."""
@@ -178,8 +182,7 @@ class Channel:
         """Ends after so many of these as the purse has paid for: to take a place costs less than to count bytes."""
         self.deliver: Callable[[Any], None] = _ignore
         """Convert and file what the rewritten code delivers."""
-        self._convert: Callable[[Any, list[Any]], Any] = lambda value, copies: value
-        self._quick: Quick = quick_keeper("numpy")
+        self._convert: Callable[..., Any]
         self._last: tuple[Any, ...] = (None, None, 0)
         self._frames: dict[int, tuple[Call, str | None]] = {}
         self._warned: set[str] = set()
@@ -188,10 +191,15 @@ class Channel:
     def connect(self, default: Keep) -> None:
         """Receive what the rewritten code delivers from now on; `default` is for a channel without its own `keep`."""
         self.keep = default if self.own_keep is None else self.own_keep
-        self._convert, self._quick = keeper(self.keep, self._tell_shared), quick_keeper(self.keep)
+        self._convert = keeper(self.keep, self._tell_shared)
         if _listening.get(self.site) is not self:
             self._frames.clear()  # their calls went on, or ended, without a listener
-        self.deliver = self._assignments() if self.at == "assign" else self._returns()
+        if self.at == "assign":
+            self.deliver = self._assignments()
+        elif self.owner is not None:
+            self.deliver = self._deliver_owned
+        else:
+            self.deliver = self._returns_of_one() if len(self.names) == 1 else self._deliver_all
         self.store.switch(self, True)
         _listening[self.site] = self
 
@@ -264,15 +272,22 @@ class Channel:
         else:
             self.array = None
 
-    def _returns(self) -> Callable[[Any], None]:
-        accept, path_of, quick, store = self.accept, self.path_of, self._quick, self.store
+    def _deliver_all(self, values: tuple[Any, ...]) -> None:
+        self.accept(values, None)
 
-        is_copied = self.keep in ("numpy", "tensor")
+    def _deliver_owned(self, values: tuple[Any, ...]) -> None:
+        assert self.path_of is not None
+        path = self.path_of(values[0])
+        if path is not None:
+            self.accept(values[1:], path)
 
-        def deliver_one(value: Any) -> None:
+    def _returns_of_one(self) -> Callable[[Any], None]:
+        quick, store, is_copied = quick_keeper(self.keep), self.store, self.keep in ("numpy", "tensor")
+
+        def deliver(value: Any) -> None:
             kept, size = quick(value)
             if not size or store.is_full:
-                accept((value,), None)
+                self.accept((value,), None)
                 return
             append = self.append
             if append is not None and self.is_in_thread():
@@ -287,16 +302,7 @@ class Channel:
             append = None
             store.put(Put(self, (kept,), this_thread(), is_light=is_light(kept), may_append=True))
 
-        def deliver_all(values: tuple[Any, ...]) -> None:
-            accept(values, None)
-
-        def deliver_owned(values: tuple[Any, ...]) -> None:
-            assert path_of is not None
-            path = path_of(values[0])
-            if path is not None:
-                accept(values[1:], path)
-
-        return deliver_owned if self.owner is not None else deliver_one if len(self.names) == 1 else deliver_all
+        return deliver
 
     def _assignments(self) -> Callable[[Any], None]:
         store, frames, path_of = self.store, self._frames, self.path_of

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -23,8 +24,15 @@ _NOT_QUICK: tuple[Any, int] = (None, 0)
 
 def quick_keeper(keep: Keep) -> Quick:
     """A function that keeps common values as `keeper(keep)` does."""
-    if callable(keep):
-        return lambda value: _NOT_QUICK
+    return _never_quick if callable(keep) else _quick_keeper(keep)
+
+
+def _never_quick(value: Any) -> tuple[Any, int]:
+    return _NOT_QUICK
+
+
+@cache
+def _quick_keeper(keep: str) -> Quick:
     torch: ModuleType | None = None
     is_graph, to_numpy = keep == "graph", keep == "numpy"
 
