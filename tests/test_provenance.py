@@ -295,6 +295,38 @@ def test_a_core_asks_the_module_around_it():
     assert [one.kind for one in maps] == ["self", "cross"]
 
 
+def test_products_in_modules_of_their_own_ask_the_module_around_them():
+    class Product(nn.Module):
+        def forward(self, one, other):
+            return one @ other
+
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.product = Product()
+
+        def forward(self, scores, values):
+            return self.product(scores.softmax(-1), values)
+
+    class Steps(Attends):
+        def __init__(self, last):
+            super().__init__()
+            self.scores, self.last, self.softmax = Product(), last, nn.Softmax(-1)
+
+        def attend(self, q, k, v):
+            scores = self.scores(heads(q), heads(k).mT) / D**0.5
+            made = self.last(self.softmax(scores) if isinstance(self.last, Product) else scores, heads(v))
+            return self.proj(made.transpose(1, 2).flatten(2))
+
+        def forward(self, x, memory):
+            return self.attend(self.q(x), self.k(x), self.v(x)), self.attend(self.q(x), self.k(memory), self.v(memory))
+
+    for last in (Product(), Weighted()):
+        with attention(model := Steps(last)) as maps:
+            model(X, MEMORY)
+        assert [one.kind for one in maps] == ["self", "cross"]
+
+
 def test_functions_that_are_not_seen():
     class Scaled(torch.autograd.Function):
         @staticmethod

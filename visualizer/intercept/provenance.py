@@ -233,7 +233,15 @@ class Provenance:
         for product in _products(node, ()):  # the module is handed the scores: the one that made them knows more
             if product.frame is not None:
                 query, key = product.parents[:2]
-                return Origin(_kind(product.frame.trace(query), product.frame.trace(key)), {}), product.key_sample
+                of_query, of_key = product.frame.trace(query), product.frame.trace(key)
+                if any(part.is_projected for part in (*of_query, *of_key)):
+                    return Origin(_kind(of_query, of_key), {}), product.key_sample
+                # That one is handed query and key: a module around has made them.
+                for end in range(len(calls) - 1, 0, -1):
+                    frame = self._frame(calls, end - 1)
+                    if _roots(frame.trace(query)) or _roots(frame.trace(key)):
+                        origin = self._origin(query, key, calls[:end], weights.shape[-2], weights.shape[-1])
+                        return origin, product.key_sample
         return Origin(None, {}), None
 
     def _frame(self, calls: Sequence[ModuleCall], number: int) -> _Frame:
