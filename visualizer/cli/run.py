@@ -10,7 +10,7 @@ from typing import Any
 from .. import opcodes
 from ..instrument import capture
 from .outcome import Commands, Mistake, destination, reason, say, warnings_as_lines
-from .recording import Decorated, Models, Recording, Target, has_values, save, summary
+from .recorders import Decorated, Models, Recording, Target, has_values, save, summary
 from .script import Program, show_own_frames_only
 
 
