@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import math
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -155,6 +156,18 @@ def reading_picture(path: str) -> Iterator[None]:
         raise Mistake(f"{path} is too large: {error}") from error
     except (OSError, ValueError, TypeError, SyntaxError) as error:  # SyntaxError: what Pillow raises for a broken PNG
         raise Mistake(f"cannot read {path} as a picture: {error}") from error
+
+
+def whole_number(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """A function that reads a number of this range from an argument."""
+
+    def read_number(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or not least <= int(text) <= most:
+            end = "on" if most == math.inf else f"to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} {end}")
+        return int(text)
+
+    return read_number
 
 
 def grid_of(text: str) -> tuple[int, ...]:
