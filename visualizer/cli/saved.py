@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import fnmatch
 import math
-import os
 import re
 import sys
 import warnings
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ..errors import FileFormatError, did_you_mean, few
-from ..images import greys_of
+from ..images import as_pil
 from ..loading import load
 from ..store import bytes_by_device
 from ..tensors import is_array
@@ -123,18 +122,7 @@ def picture_of(path: str | None) -> Any:
     if path is None:
         return None
     with reading_picture(path):
-        return opened(path).convert("RGB")
-
-
-def opened(path: str | os.PathLike[str]) -> Any:
-    """The picture in a file, upright, with 8 bits a channel; raises whatever Pillow raises."""
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file)
-    if not picture.mode.startswith(("I", "F")):
-        return picture
-    return Image.fromarray((255 * greys_of(picture)).round().astype(np.uint8))
+        return as_pil(path)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import did_you_mean
+from ..images import as_pil
 from .outcome import Failure, Mistake, destination, say, trying_to, warnings_as_lines, why_import_failed
-from .saved import opened, whole_number
+from .saved import whole_number
 from .script import build, is_builder
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _model(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
             if prepare is models.prepare:
                 if options.texts:
                     raise Mistake(f"{name} sees pictures: pass --images")
-                return model, lambda path: models.prepare(opened(path), size=options.size)[0]
+                return model, lambda path: models.prepare(path, size=options.size)[0]
             if hasattr(prepare, "feature_extractor"):
                 raise Mistake(f"{name} hears speech; stats reads pictures and texts: use visualizer.statistics.collect")
             if options.images:
@@ -205,7 +206,7 @@ def _model(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
             )
         model = timm.create_model(name, pretrained=True).eval()
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-        return model, lambda path: transform(opened(path).convert("RGB"))[None]
+        return model, lambda path: transform(as_pil(path))[None]
     except Mistake:
         raise
     except (OSError, ValueError, RuntimeError) as error:
