@@ -71,7 +71,7 @@ class VisualizerWarning(UserWarning):
 
 
 class News(NamedTuple):
-    """What `warn` is given, kept until there is time for it."""
+    """A warning to be given later: what `warn` takes."""
 
     message: str
     section: Section

@@ -35,7 +35,7 @@ def check_keep(keep: Any) -> None:
 
 
 Tell = Callable[[type], None]
-"""Is told the class of each object that is kept by reference, though it may change later."""
+"""It is called with the class of each object that is kept by reference although it may change."""
 
 
 def _ignore(_: type) -> None:
@@ -73,7 +73,7 @@ def keeper(keep: Keep, tell: Tell = _ignore) -> Callable[..., Any]:
     if keep == "tensor":
         return lambda value, copies=None: _snapshot(value, _to_tensor, tell)
     reduce: Callable[[Any], Any] = keep
-    # What a function of the user makes is for the user to copy: mostly it is new, and nobody else has it.
+    # What the user's function makes is mostly new, and nobody else changes it: nothing is said of what is not copied.
     return lambda value, copies=None: (
         None if value is None else _snapshot(_hidden_from_autograd(reduce, value), _to_tensor, _ignore)
     )
@@ -412,7 +412,7 @@ _ATOMS = frozenset(
         *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, types.CodeType, type),
     )
 )
-"""Classes of objects that never change, or that are no data, for nobody takes a function for a snapshot; containers."""
+"""Classes whose objects never change, or are no data (nobody wants a copy of a function); and containers."""
 
 _ways: weakref.WeakKeyDictionary[type, Callable[..., Any] | None] = weakref.WeakKeyDictionary()
 

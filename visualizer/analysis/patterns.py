@@ -21,7 +21,7 @@ from .layers import layer_label, layers_of, real_tokens
 __all__ = ["HeadPatterns", "head_patterns"]
 
 SCORES = ("previous", "next", "self", "local", "special", "broad", "induction")
-"""The patterns with a score, in the order of `score_sums`; "vertical" takes a second look at a map and is not here."""
+"""The patterns with a score, in the order of `score_sums`; "vertical", which reads a map twice, is not here."""
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 

@@ -72,7 +72,7 @@ def save(figure: Figure, path: Path, dpi: int = 150) -> None:
 
 @contextlib.contextmanager
 def warnings_as_lines(quiet: bool = False) -> Iterator[None]:
-    """Print the package's warnings as plain lines: the place in the code means nothing to users of the command.
+    """Print the package's warnings as plain lines: a place in the code means nothing to users of the command.
 
     `quiet` drops them. One line names all characters that no font has. Other warnings appear as Python shows them.
     """

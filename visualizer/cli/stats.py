@@ -230,11 +230,11 @@ def _read(paths: list[Path], prepare: Callable[[Path], Any], quiet: bool) -> Any
 
 
 def _batches(items: list[Any], collate: Callable[[list[Any]], Any], size: int, detail: int) -> Any:
-    """A loader of pictures or texts, with what tells these batches from others: a checkpoint compares it."""
+    """A loader of pictures or texts with a fingerprint, which a checkpoint compares."""
     from torch.utils.data import DataLoader
 
     loader: Any = DataLoader(items, size, collate_fn=collate)  # type: ignore[arg-type]
-    # Of a picture its name and size, as copying changes its time.
+    # A picture is known by its name and size, because copying changes its time.
     known = [(str(item), item.stat().st_size) if isinstance(item, Path) else item for item in items]
     loader.fingerprint = f"{zlib.crc32(repr(known).encode()):08x} by {size}, {detail}"
     return loader
