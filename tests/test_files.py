@@ -649,6 +649,14 @@ class TestTheFile:
         assert [*map(plain, of_keys)] == [*map(plain, load(path).records)]
         assert [*map(plain, records)] == [*map(plain, files.read(path).records)]
 
+    @pytest.mark.parametrize("order", [[0] * 20, [0, 1, 2, 2, 3, 3, 4, 4], [0, 1, 2] * 30, [1, 0, 1, 2, 0]], ids=str)
+    def test_the_same_objects_again_and_again(self, path, order):
+        kept = [np.full(3, number) for number in range(6)]
+        write(path, ["attn"], [record(kept[number], call=call) for call, number in enumerate(order)], {})
+        read = load(path)["attn"]
+        assert order == [int(value[0]) for value in read]
+        assert len({*order}) == len({*map(id, read)})
+
     def test_no_second_copy_of_the_values_is_held(self, path):
         records = [record(np.ones((10, 100, 250))) for _ in range(10)]  # 20 MB
         tracemalloc.start()

@@ -196,27 +196,30 @@ def _columns(records: Sequence[Record], slots: Sequence[Any]) -> dict[str, list[
     """The records in columns of [what, how often in a row]. In those that ascend, the next is one more each time."""
     fields = {name: map(attrgetter(name), records) for name in _REPEATING}
     repeating = {name: [[value, len([*same])] for value, same in groupby(field)] for name, field in fields.items()}
-    calls = [[first, number] for first, number in _ascending([record.call for record in records])]
+    calls: list[Any] = []
+    for record in records:
+        _append_ascending(calls, record.call)
     values: list[Any] = []
-    for isolated, group in groupby(slots, lambda slot: type(slot) is not list):
-        places = [*group]
-        if isolated:
-            values += places
-        else:
-            values += [[first, number] for first, number in _ascending([place for [place] in places])]
+    newest = -1
+    for slot in slots:
+        if type(slot) is list and slot[0] > newest:
+            [newest] = slot
+            _append_ascending(values, newest)
+        else:  # a plain value, or one that was recorded before, which is in no run: see `_rows`
+            values.append(slot)
     return {**repeating, "call": calls, "value": values}
 
 
 _REPEATING = ("key", "variable", "line", "thread", "module")
 
 
-def _ascending(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(first number, how many) for each run of numbers that ascend by one."""
-    start = 0
-    for end in range(1, len(numbers) + 1):
-        if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
-            yield numbers[start], end - start
-            start = end
+def _append_ascending(runs: list[Any], number: int) -> None:
+    """Add a number to runs of [first number, how many], each of numbers that ascend by one."""
+    last = runs[-1] if runs else None
+    if type(last) is list and sum(last) == number:
+        last[1] += 1
+    else:
+        runs.append([number, 1])
 
 
 def _rows(columns: Any, most: int) -> Iterator[tuple[Any, ...]]:
@@ -224,9 +227,10 @@ def _rows(columns: Any, most: int) -> Iterator[tuple[Any, ...]]:
     slots: list[Any] = []
     for slot in _checked(columns["value"], list):
         if type(slot) is list:
-            first, number = slot
-            most -= _checked(number, int)
-            if number < 1 or most < 0:  # a few bytes must not become endless rows
+            first, *run = slot
+            [number] = run or [1]
+            most -= sum(run)
+            if _checked(number, int) < 1 or most < 0:  # a few bytes must not become endless rows
                 raise ValueError(f"{number} values from node {first} on, which there are not")
             slots += ([place] for place in range(first, first + number))
         else:
