@@ -333,8 +333,8 @@ class _Snapshot:
         if kind == "container" and not isinstance(way, functools.partial):  # a sparse matrix may be a dict too
             return self._of_container(value)
         try:
-            if way is _with_attributes:
-                return self._of_attributes(value)
+            if way is _Snapshot.of_attributes:
+                return way(self, value)
             if way is not None:
                 return way(value)
         except Exception:  # its class has code that fails
@@ -352,7 +352,7 @@ class _Snapshot:
                     items[i] = _snapshot(item, self._convert, self._tell)
         return copied
 
-    def _of_attributes(self, value: Any) -> Any:
+    def of_attributes(self, value: Any) -> Any:
         """An object of the same class, of whose code nothing runs, with copies of all attributes."""
         cls = type(value)
         base: Any = _builtin_base(cls)
@@ -448,7 +448,7 @@ def _choose_way(cls: type) -> Callable[..., Any] | None:
     if has_data and not is_module and _builtin_base(cls) in (object, types.SimpleNamespace):
         # Whose class says how to copy it, or cleans up behind it, is more than its data.
         own = ("__del__", "__deepcopy__", "__reduce__", "__reduce_ex__")
-        return None if any(map(has, own)) else _with_attributes
+        return None if any(map(has, own)) else _Snapshot.of_attributes
     method = next(filter(has, ("copy", "clone")), None)
     if method is not None and any(map(has, ("shape", "__array__", "__array_interface__"))):
         return functools.partial(_copy_by_method, method, "deep" in _parameters(getattr(cls, method)))
@@ -477,11 +477,6 @@ def _parameters(function: Any) -> Any:
         return ()
 
 
-def _with_attributes(value: Any) -> Any:
-    """Stands for the copy that `_Snapshot` makes, attribute by attribute."""
-    raise NotImplementedError
-
-
 def _copy_by_method(method: str, takes_deep: bool, value: Any) -> Any:
     function = getattr(type(value), method)
     return function(value, deep=True) if takes_deep else function(value)
@@ -496,7 +491,7 @@ def _copy_view(view: memoryview) -> memoryview:
 def attributes(value: Any) -> dict[str, Any]:
     """What the attributes of an object hold that `keeper` copies; {} for any other."""
     way = _way_to_copy(type(value))
-    is_copied = way is _with_attributes or isinstance(way, functools.partial)
+    is_copied = way is _Snapshot.of_attributes or isinstance(way, functools.partial)
     return {**dict(_in_slots(value)), **_in_dict(value)} if is_copied else {}
 
 
