@@ -32,7 +32,7 @@ import torch
 from timm.layers import set_fused_attn
 
 from visualizer import analysis, attention, capture
-from visualizer.intercept import copies, operators
+from visualizer.intercept import operators, snapshots
 
 ROUNDS, BATCH = 15, int(os.environ.get("IMAGES", 8))
 
@@ -70,11 +70,11 @@ def without_proof(run: Callable) -> Callable:
     """As recording, without the proof that each map is the one that was used: what is less is its share."""
 
     def made(*args):
-        proof, copies.of_fused = copies.of_fused, lambda *_: None
+        proof, snapshots.of_fused = snapshots.of_fused, lambda *_: None
         try:
             return run(*args)
         finally:
-            copies.of_fused = proof
+            snapshots.of_fused = proof
 
     return made
 

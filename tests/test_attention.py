@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as by_another_name
 
 from visualizer import AttentionMap, UnknownKeyError, VisualizerWarning, attention, load
-from visualizer.intercept import copies, evidence, kernels
+from visualizer.intercept import evidence, kernels, snapshots
 from visualizer.intercept.modules import works_by_token
 
 
@@ -939,9 +939,9 @@ class TestLeftAsItWas:
             raise IndexError("of ours")
 
         target, name = {
-            "record": (copies.Copies, "of"),
+            "record": (snapshots.Copies, "of"),
             "doubt": (evidence.Evidence, "doubt"),
-            "map_of": (copies.AttentionMap, "from_source"),
+            "map_of": (snapshots.AttentionMap, "from_source"),
         }[which]
         model = model_of(depth=1)
         before = model(x)
@@ -956,7 +956,7 @@ class TestLeftAsItWas:
     def test_warnings_that_are_errors_wait_for_the_end(self, x, which, monkeypatch):
         model, options = model_of(depth=1), {}
         if which == "recorder":
-            monkeypatch.setattr(copies.Copies, "of", lambda *_: {}["of ours"])
+            monkeypatch.setattr(snapshots.Copies, "of", lambda *_: {}["of ours"])
         elif which == "doubt":
             monkeypatch.setattr(evidence.Evidence, "doubt", lambda *_: {}["of ours"])
         elif which == "wrong":

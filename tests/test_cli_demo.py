@@ -105,7 +105,7 @@ def test_progress_is_for_terminals(terminal, options, is_shown, monkeypatch, tmp
     made = {"batch": {"input_ids": np.zeros((1, 13))}, "model": model}
     monkeypatch.setattr(cli.demo, "_run", lambda _, names: names.update(made))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    monkeypatch.setattr(cli.demo, "_pictures", lambda *_: [])
+    monkeypatch.setattr(cli.demo, "PICTURES", "")
     monkeypatch.chdir(tmp_path)
     assert 0 == cli.main(["demo", *options])
     printed = capsys.readouterr()

@@ -134,7 +134,7 @@ WRONG = [
     (["plot", "text.safetensors", "--kind", "headz"], "did you mean 'head'?"),
     (["plot", "text.safetensors", "--layer", "meen"], "did you mean 'mean'?"),
     (["plot", "text.safetensors", "--cmap", "viridiz"], "no colour map 'viridiz'; did you mean 'viridis'?"),
-    (["plot", "text.safetensors", "--dpi", "many"], "'many' is not a number of dots per inch"),
+    (["plot", "text.safetensors", "--dpi", "many"], "'many' is not a number from 10 to 2400"),
     (["plot", "text.safetensors", "--kind", "entropy", "--cmap", "gray"], "has no use for --cmap"),
     (["plot", "text.safetensors", "--key", "atend"], "did you mean 'attend'?"),
     (

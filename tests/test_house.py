@@ -7,11 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from visualizer import opcodes
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "visualizer"
@@ -218,6 +221,17 @@ def test_no_file_uses_what_is_private_to_another() -> None:
 
 def test_only_opcodes_knows_the_names_of_instructions() -> None:
     assert opcode_literals(PACKAGE) == []
+
+
+def test_what_users_are_told_of_pythons_is_what_the_engine_knows() -> None:
+    oldest, newest = (f"{major}.{minor}" for major, minor in (opcodes.OLDEST, opcodes.NEWEST))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    told = [name.rpartition(" ")[2] for name in project["classifiers"] if re.search(r":: Python :: 3\.\d+$", name)]
+    assert told == [f"3.{minor}" for minor in range(opcodes.OLDEST[1], opcodes.NEWEST[1] + 1)]
+    assert project["requires-python"] == f">={oldest}"
+    for page in ("README.md", "docs/installation.md", "docs/limits.md", "docs/errors.md"):
+        assert f"{oldest} to {newest}" in (ROOT / page).read_text(encoding="utf-8"), page
+    assert f"{oldest} 到 {newest}" in (ROOT / "README_zh.md").read_text(encoding="utf-8")
 
 
 def test_each_test_file_is_named_after_what_it_tests() -> None:

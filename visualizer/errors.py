@@ -16,43 +16,13 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 _PAGE = "docs/errors.md"
 """Where errors and warnings are explained, each under its own heading."""
 
-Section = Literal[
-    "array-of-four-axes",
-    "code-replaced",
-    "copies-of-dataparallel",
-    "decorated-twice",
-    "error-while-recording",
-    "failed-batch",
-    "inherited-forward",
-    "kept-by-reference",
-    "layer-without-attention",
-    "map-not-kept",
-    "memory-limit",
-    "missing-font",
-    "missing-parts",
-    "model-not-in-the-cache",
-    "module-without-a-map",
-    "no-attention-seen",
-    "no-value",
-    "nothing-recorded",
-    "patches-out-of-place",
-    "recursion-limit",
-    "rows-of-nan",
-    "rows-that-do-not-sum-to-1",
-    "scripted-model",
-    "several-functions-of-one-name",
-    "unforeseen-attention",
-    "unknown-kernel",
-    "values-not-copied",
-    "values-without-numbers",
-    "warnings",
-]
-"""The headings of the page about warnings, as they stand in its address."""
+Section: TypeAlias = str
+"""A heading of that page about a kind of warning, as it stands in its address: "rows-of-nan"."""
 
 
 class VisualizerError(Exception):
@@ -101,7 +71,7 @@ class VisualizerWarning(UserWarning):
 
 
 class News(NamedTuple):
-    """What `warn` is given, kept until there is time for it."""
+    """A warning to be given later: what `warn` takes."""
 
     message: str
     section: Section

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -81,6 +82,24 @@ def read_image(image: Any) -> Array:
     if pixels.shape[-1] == 4:
         pixels = pixels[:, :, :3] * pixels[:, :, 3:] + 1 - pixels[:, :, 3:]
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+
+
+def as_pil(picture: Any) -> Any:
+    """A picture in a file, or whatever `read_image` reads, as an upright PIL image in RGB.
+
+    Raises what `read_image` and Pillow raise; ImportError without Pillow.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(picture, (str, os.PathLike)):
+        with Image.open(picture) as file:
+            return as_pil(ImageOps.exif_transpose(file))
+    if isinstance(picture, Image.Image):
+        picture = ImageOps.exif_transpose(picture)
+        is_opaque = {"A", "transparency"}.isdisjoint([*picture.getbands(), *picture.info])
+        if is_opaque and not picture.mode.startswith(("I", "F")):
+            return picture.convert("RGB")
+    return Image.fromarray((255 * read_image(picture)).round().astype(np.uint8))
 
 
 def part_seen(picture: Array, seen: Thumbnail, size: tuple[int, int]) -> Array | None:

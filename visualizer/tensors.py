@@ -35,7 +35,7 @@ def check_keep(keep: Any) -> None:
 
 
 Tell = Callable[[type], None]
-"""Is told the class of each object that is kept by reference, though it may change later."""
+"""It is called with the class of each object that is kept by reference although it may change."""
 
 
 def _ignore(_: type) -> None:
@@ -73,7 +73,7 @@ def keeper(keep: Keep, tell: Tell = _ignore) -> Callable[..., Any]:
     if keep == "tensor":
         return lambda value, copies=None: _snapshot(value, _to_tensor, tell)
     reduce: Callable[[Any], Any] = keep
-    # What a function of the user makes is for the user to copy: mostly it is new, and nobody else has it.
+    # What the user's function makes is mostly new, and nobody else changes it: nothing is said of what is not copied.
     return lambda value, copies=None: (
         None if value is None else _snapshot(_hidden_from_autograd(reduce, value), _to_tensor, _ignore)
     )
@@ -309,44 +309,100 @@ def _queue_copy(tensor: Any, dtype: Any, copies: list[Any]) -> Any:
 
 def _snapshot(value: Any, convert: Callable[[Any], Any], tell: Tell) -> Any:
     """The value with its tensors converted, what can be copied copied, and containers rebuilt, to any depth."""
-    return _copied(value, convert, tell, {})
+    return convert(value) if is_tensor(value) else _Snapshot(convert, tell).of(value)
 
 
-def _copied(value: Any, convert: Callable[[Any], Any], tell: Tell, copies: dict[int, Any]) -> Any:
-    """A snapshot of what is in a container.
+class _Snapshot:
+    """A copy of a value and of all that it holds."""
 
-    `copies` has the containers met so far, by id: a shared one stays shared, and one that holds itself holds itself.
-    """
-    kind = kind_of(value)
-    if kind in ("tensor", "fake tensor"):
-        return convert(value)
-    if kind == "array":
-        return _copy_array(value, convert, tell)
-    make_copy = _way_to_copy(type(value))
-    if kind == "container" and not isinstance(make_copy, functools.partial):  # a sparse matrix may be a dict too
-        return copies[id(value)] if id(value) in copies else _copy_container(value, convert, tell, copies)
-    if make_copy is _itself:
+    def __init__(self, convert: Callable[[Any], Any], tell: Tell) -> None:
+        self._convert, self._tell = convert, tell
+        self._copies: dict[int, Any] = {}
+        """By id, the copies of what holds others: what is shared stays shared, and what holds itself holds itself."""
+
+    def of(self, value: Any) -> Any:
+        """The copy of the value, or of an item of it."""
+        kind = kind_of(value)
+        if kind in ("tensor", "fake tensor"):
+            return self._convert(value)
+        if kind == "array":
+            return self._of_array(value)
+        if id(value) in self._copies:
+            return self._copies[id(value)]
+        way = _way_to_copy(type(value))
+        if kind == "container" and not isinstance(way, functools.partial):  # a sparse matrix may be a dict too
+            return self._of_container(value)
+        try:
+            if way is _Snapshot.of_attributes:
+                return way(self, value)
+            if way is not None:
+                return way(value)
+        except Exception:  # its class has code that fails
+            pass
+        self._tell(type(value))
         return value
+
+    def _of_array(self, array: Any) -> Any:
+        """A copy of an array; in an array of objects, such as maps of several sizes, these are copied too."""
+        copied = array.copy()
+        if array.dtype == object:
+            items = copied.reshape(-1)
+            for i, item in enumerate(items):
+                if item is not array:
+                    items[i] = _snapshot(item, self._convert, self._tell)
+        return copied
+
+    def of_attributes(self, value: Any) -> Any:
+        """An object of the same class, of whose code nothing runs, with copies of all attributes."""
+        cls = type(value)
+        base: Any = _builtin_base(cls)
+        new = self._copies[id(value)] = base.__new__(cls)
+        for name, item in _in_slots(value):
+            object.__setattr__(new, name, self.of(item))
+        for name, item in _in_dict(value).items():
+            _in_dict(new)[name] = self.of(item)
+        return new
+
+    def _of_container(self, value: Any) -> Any:
+        """A subclass (a model's output, a named tuple) becomes one of its own, or its plain base if that fails."""
+        cls = type(value)
+        if issubclass(cls, (dict, list, deque)):
+            done = self._of_places(value)
+        else:
+            old = list(value)
+            new = [self.of(item) for item in old]
+            if all(one is other for one, other in zip(new, old, strict=True)):
+                is_fixed = issubclass(cls, (tuple, frozenset))
+                done = value if is_fixed else _tried(lambda: copy.copy(value), lambda: set(old))
+            elif issubclass(cls, tuple):
+                done = _tried(lambda: cls(*new) if hasattr(cls, "_fields") else cls(new), lambda: tuple(new))
+            else:
+                done = _tried(lambda: cls(new), lambda: new)  # arrays have no hash: a list in place of the set
+        self._copies[id(value)] = done
+        return done
+
+    def _of_places(self, value: Any) -> Any:
+        """The copy of a dict, a list or a deque. It is known before it is filled, as the value may hold itself."""
+        is_dict = issubclass(type(value), dict)
+        places, old = (list(value), list(value.values())) if is_dict else ([*range(len(value))], list(value))
+        plain: Any = dict(zip(places, old, strict=True)) if is_dict else old.copy()
+        is_plain = type(value) in (dict, list)
+        result = self._copies[id(value)] = plain if is_plain else _tried(lambda: copy.copy(value), lambda: plain)
+        new = [self.of(item) for item in old]
+
+        def filled(container: Any) -> Any:
+            for place, item in zip(places, new, strict=True):
+                container[place] = item
+            return container
+
+        return _tried(lambda: filled(result), lambda: filled(plain))
+
+
+def _tried(make: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
     try:
-        if make_copy is _copy_attributes:
-            return copies[id(value)] if id(value) in copies else _copy_attributes(value, convert, tell, copies)
-        if make_copy is not None:
-            return make_copy(value)
-    except Exception:  # its class has code that fails
-        pass
-    tell(type(value))
-    return value
-
-
-def _copy_array(array: Any, convert: Callable[[Any], Any], tell: Tell) -> Any:
-    """A copy of an array; in an array of objects, such as maps of several sizes, these are copied too."""
-    copied = array.copy()
-    if array.dtype == object:
-        items = copied.reshape(-1)
-        for i, item in enumerate(items):
-            if item is not array:
-                items[i] = _snapshot(item, convert, tell)
-    return copied
+        return make()
+    except Exception:  # a user's class has code of its own
+        return otherwise()
 
 
 _ATOMS = frozenset(
@@ -356,7 +412,7 @@ _ATOMS = frozenset(
         *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, types.CodeType, type),
     )
 )
-"""Classes of objects that never change, or that are no data, for nobody takes a function for a snapshot; containers."""
+"""Classes whose objects never change, or are no data (nobody wants a copy of a function); and containers."""
 
 _ways: weakref.WeakKeyDictionary[type, Callable[..., Any] | None] = weakref.WeakKeyDictionary()
 
@@ -392,7 +448,7 @@ def _choose_way(cls: type) -> Callable[..., Any] | None:
     if has_data and not is_module and _builtin_base(cls) in (object, types.SimpleNamespace):
         # Whose class says how to copy it, or cleans up behind it, is more than its data.
         own = ("__del__", "__deepcopy__", "__reduce__", "__reduce_ex__")
-        return None if any(map(has, own)) else _copy_attributes
+        return None if any(map(has, own)) else _Snapshot.of_attributes
     method = next(filter(has, ("copy", "clone")), None)
     if method is not None and any(map(has, ("shape", "__array__", "__array_interface__"))):
         return functools.partial(_copy_by_method, method, "deep" in _parameters(getattr(cls, method)))
@@ -435,7 +491,7 @@ def _copy_view(view: memoryview) -> memoryview:
 def attributes(value: Any) -> dict[str, Any]:
     """What the attributes of an object hold that `keeper` copies; {} for any other."""
     way = _way_to_copy(type(value))
-    is_copied = way is _copy_attributes or isinstance(way, functools.partial)
+    is_copied = way is _Snapshot.of_attributes or isinstance(way, functools.partial)
     return {**dict(_in_slots(value)), **_in_dict(value)} if is_copied else {}
 
 
@@ -456,68 +512,3 @@ def _in_slots(value: Any) -> Iterator[tuple[str, Any]]:
                     yield name, object.__getattribute__(value, name)
                 except AttributeError:  # not set
                     continue
-
-
-def _copy_attributes(value: Any, convert: Callable[[Any], Any], tell: Tell, copies: dict[int, Any]) -> Any:
-    """An object of the same class, of whose code nothing runs, with snapshots of all attributes."""
-    cls = type(value)
-    base: Any = _builtin_base(cls)
-    new = copies[id(value)] = base.__new__(cls)
-    for name, item in _in_slots(value):
-        object.__setattr__(new, name, _copied(item, convert, tell, copies))
-    for name, item in _in_dict(value).items():
-        _in_dict(new)[name] = _copied(item, convert, tell, copies)
-    return new
-
-
-def _copy_container(value: Any, convert: Callable[[Any], Any], tell: Tell, copies: dict[int, Any]) -> Any:
-    """A copy of a container and all it holds."""
-
-    def follow(item: Any) -> Any:
-        return _copied(item, convert, tell, copies)
-
-    def rebuilt(make: Callable[[], Any], plain: Callable[[], Any]) -> Any:
-        # A subclass (a model's output, a named tuple) is rebuilt as such, or as its plain base if that fails.
-        try:
-            return make()
-        except Exception:
-            return plain()
-
-    cls = type(value)
-    if issubclass(cls, dict):
-        names, old = list(value), list(value.values())
-        result: Any = {} if cls is dict else rebuilt(lambda: copy.copy(value), dict)
-        copies[id(value)] = result
-        new = [follow(item) for item in old]
-
-        def fill() -> Any:
-            for name, item in zip(names, new, strict=True):
-                result[name] = item
-            return result
-
-        copies[id(value)] = filled = rebuilt(fill, lambda: dict(zip(names, new, strict=True)))
-        return filled
-    old = list(value)
-    if issubclass(cls, (list, deque)):
-        result = [] if cls is list else rebuilt(lambda: copy.copy(value), list)
-        if cls is list:
-            result.extend(old)
-        copies[id(value)] = result
-        new = [follow(item) for item in old]
-
-        def fill_items() -> Any:
-            for index, item in enumerate(new):
-                result[index] = item
-            return result
-
-        copies[id(value)] = filled = rebuilt(fill_items, lambda: new)
-        return filled
-    new = [follow(item) for item in old]
-    if all(one is other for one, other in zip(new, old, strict=True)):
-        done = value if issubclass(cls, (tuple, frozenset)) else rebuilt(lambda: copy.copy(value), lambda: set(old))
-    elif issubclass(cls, tuple):
-        done = rebuilt(lambda: cls(*new) if hasattr(cls, "_fields") else cls(new), lambda: tuple(new))
-    else:
-        done = rebuilt(lambda: cls(new), lambda: new)  # arrays have no hash: a list in place of the set
-    copies[id(value)] = done
-    return done

@@ -89,19 +89,11 @@ def readable(tokens: Sequence[Any]) -> list[str]:
 def _characters(pieces: Sequence[bytes]) -> list[str | None]:
     """The text of each piece of UTF-8; None for one that is no text, such as a byte of no character."""
     whole = b"".join(pieces)
-    # For each character that can be read its text and its first byte's place.
-    owner: list[tuple[str, int] | None] = [None] * len(whole)
-    place = 0
-    while place < len(whole):
-        for length in (1, 2, 3, 4):
-            try:
-                character = whole[place : place + length].decode()
-            except UnicodeDecodeError:
-                continue
-            owner[place : place + length] = [(character, place)] * len(whole[place : place + length])
-            place += length - 1
-            break
-        place += 1
+    # For each byte the character that it belongs to, and where that begins; None for a byte of no character.
+    owner: list[tuple[str, int] | None] = []
+    for character in whole.decode(errors="surrogateescape"):
+        length = len(character.encode(errors="surrogateescape"))
+        owner += [None if "\udc80" <= character <= "\udcff" else (character, len(owner))] * length
     texts: list[str | None] = []
     start = 0
     ends = np.cumsum([len(piece) for piece in pieces]).tolist()
@@ -220,18 +212,19 @@ class Text:
     def _joined(self, first: int, last: int) -> str:
         """The text of some neighbouring tokens, `last` not one of them."""
         tokens = self.tokens[first:last]
-        return join_plainly(tokens, self._has_marks) if self.join is None else self.join(tokens).strip()
+        return join_plainly(tokens, any(self._marks)) if self.join is None else self.join(tokens).strip()
 
     @functools.cached_property
-    def _has_marks(self) -> bool:
-        """Whether marks tell its words apart."""
-        return any(token[:1] in ("Ġ", "▁") or token.endswith(_BEHIND) for token in self.tokens)
+    def _marks(self) -> tuple[bool, bool]:
+        """Whether there are marks before words, and behind them."""
+        return any(token[:1] in ("Ġ", "▁") for token in self.tokens), any(
+            token.endswith(_BEHIND) for token in self.tokens
+        )
 
     def _begins(self) -> list[int]:
         """The numbers of the tokens that begin a word."""
         tokens = self.tokens
-        is_before = any(token[:1] in ("Ġ", "▁") for token in tokens)
-        is_behind = any(token.endswith(_BEHIND) for token in tokens)
+        is_before, is_behind = self._marks
 
         def begins(place: int) -> bool:
             token, last = tokens[place], tokens[place - 1]

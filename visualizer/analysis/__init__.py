@@ -12,32 +12,24 @@ at a time (a `rollout` with `discard` makes that of all heads together).
 - `rows`: what each row says: how broadly a query looks, how far, how surely, and at what.
 - `patterns`: what each head does; `copying`: how much of an answer a head finds in the text.
 - `alignment`: which sound belongs to which word; `proteins`: which residues touch.
-- `shares`: what draws far more than its share, and maps without it.
+- `sinks`: what draws far more than its share, and maps without it.
 - `weights`, of a vision transformer, and `spikes`, of spiking neurons, are not about maps.
 
 Each file names its public functions in `__all__`, and these are the functions of `visualizer.analysis`: `help()` and
 the reference list them.
 """
 
-from . import alignment, copying, flow, patterns, proteins, rows, shares, spikes, weights
-from .alignment import *  # noqa: F403
-from .copying import *  # noqa: F403
-from .flow import *  # noqa: F403
-from .patterns import *  # noqa: F403
-from .proteins import *  # noqa: F403
-from .rows import *  # noqa: F403
-from .shares import *  # noqa: F403
-from .spikes import *  # noqa: F403
-from .weights import *  # noqa: F403
+# ruff: noqa: F403
 
-__all__ = (
-    alignment.__all__
-    + copying.__all__
-    + flow.__all__
-    + patterns.__all__
-    + proteins.__all__
-    + rows.__all__
-    + shares.__all__
-    + spikes.__all__
-    + weights.__all__
-)
+from .alignment import *
+from .copying import *
+from .flow import *
+from .patterns import *
+from .proteins import *
+from .rows import *
+from .sinks import *
+from .spikes import *
+from .weights import *
+
+# What the files above name in their `__all__`. The file sinks.py has the name of its function, which stays.
+__all__ = [name for name, value in [*globals().items()] if getattr(value, "__module__", "").startswith(__name__)]

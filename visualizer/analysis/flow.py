@@ -23,7 +23,7 @@ from .layers import (
     like_input,
     merged_into,
 )
-from .shares import Sinks, check_sinks, without_sinks
+from .sinks import Sinks, check_sinks, without_sinks
 
 __all__ = ["attention_flow", "cross_relevance", "gradient_rollout", "relevance", "rollout"]
 

@@ -68,7 +68,7 @@ def per_layer(attention: Any, analyse: Callable[[AttentionMap], Tensor]) -> Any:
 
 
 def real_tokens(layout: Layout | None, batch: int, tokens: int) -> Tensor | None:
-    """Which tokens are not padding, (batch, tokens) as bool on the CPU; None where that is not known, or none is.
+    """Which tokens are not padding, (batch, tokens) as bool on the CPU; None where that is not known, or all are real.
 
     >>> from visualizer.layout import Part
     >>> real_tokens(Layout((Part("padding", 1), Part("text", 2))), 2, 3)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ..errors import ALL_WORDS
 from ..maps import AttentionMap, without_autograd
-from ..store import as_html, as_text
+from ..store import Printed
 from ..words import is_special
 from .layers import layer_label, layers_of, real_tokens
 
 __all__ = ["HeadPatterns", "head_patterns"]
 
 SCORES = ("previous", "next", "self", "local", "special", "broad", "induction")
-"""The patterns with a score, in the order of `score_sums`; "vertical" takes a second look at a map and is not here."""
+"""The patterns with a score, in the order of `score_sums`; "vertical", which reads a map twice, is not here."""
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -43,7 +43,7 @@ _PATTERNS = {
 
 
 @dataclass(repr=False, eq=False)
-class HeadPatterns:
+class HeadPatterns(Printed):
     """The pattern of each head, and the scores behind it; made by `head_patterns`."""
 
     labels: npt.NDArray[np.str_]
@@ -82,13 +82,8 @@ class HeadPatterns:
         score, even = self.scores[pattern][layer, head], self.uniform[pattern][layer, head]
         return f"{_PATTERNS[pattern]}: {score:.2f} of its attention ({even:.2f} if it were even)"
 
-    def __repr__(self) -> str:
-        return as_text(*self._table())
-
-    def _repr_html_(self) -> str:
-        return as_html(*self._table())
-
-    def _table(self) -> tuple[str, list[tuple[str, ...]]]:
+    def table(self) -> tuple[str, list[tuple[str, ...]]]:
+        """How many heads follow each pattern, and a row of labels for each layer."""
         layers, heads = self.labels.shape
         counts = [(int((self.labels == pattern).sum()), pattern) for pattern in _PATTERNS]
         listing = ", ".join(f"{count} {pattern}" for count, pattern in counts if count)

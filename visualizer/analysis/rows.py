@@ -156,11 +156,12 @@ def confidence(attention: Any) -> Any:
     return per_layer(attention, confidence_of)
 
 
-def confidence_of(layer: AttentionMap) -> Tensor:
-    """How sure the heads of one layer are, (batch, heads)."""
-    largest, real = layer.reduce(lambda rows: rows.amax(-1)), _real_queries(layer)
-    if real is not None:
-        largest = largest * real.to(largest.device)[:, None]
+def confidence_of(layer: AttentionMap, counts: Tensor | None = None) -> Tensor:
+    """How sure the heads of one layer are, (batch, heads), by the queries that count, (batch, queries), or by all but
+    padding."""
+    largest, counts = layer.reduce(lambda rows: rows.amax(-1)), _real_queries(layer) if counts is None else counts
+    if counts is not None:
+        largest = largest * counts.to(largest.device)[:, None]
     return largest.sum(-1) / (largest > 0).sum(-1)
 
 

@@ -12,9 +12,11 @@ with the status of its script.
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -23,6 +25,7 @@ from . import demo, doctor, explore, info, plot, run, stats
 from .outcome import Mistake, say, why_import_failed
 
 _COMMANDS = (run, stats, info, plot, explore, demo, doctor)
+"""Each has `arguments`, which adds its options, and `main`, whose docstring is its help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def format_help(self) -> str:
+        if callable(self.epilog):  # such a list may load torch
+            self.epilog = self.epilog()
+        return super().format_help()
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:  # said here, by the parser of the command, which knows its options
@@ -83,5 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"visualizer {version}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
-        command.add_to(commands)
+        about = inspect.getdoc(command.main) or ""  # python -OO drops it
+        name, first = command.__name__.rpartition(".")[2], about.partition(".\n")[0]
+        own = commands.add_parser(name, help=first, description=textwrap.fill(" ".join(about.split()), 80))
+        command.arguments(own)
+        own.set_defaults(run=command.main)
     return parser

@@ -23,7 +23,7 @@ from ..instrument import capture, compiler_trouble
 from ..instrument.unwrapping import functions_behind
 from ..rewrite import local_names
 from ..store import human, memory_of
-from .outcome import Commands, Failure, Mistake, why_import_failed
+from .outcome import Failure, Mistake, why_import_failed
 from .script import build, is_builder
 
 LIBRARIES = (
@@ -42,21 +42,19 @@ _MAPS = ("attn", "attn_weights", "attention_probs", "attn_probs", "attention_wei
 """The names that libraries give to the local with the weights."""
 
 
-def add_to(commands: Commands) -> None:
-    """Add the command to the parser's."""
-    doctor = commands.add_parser(
-        "doctor",
-        help="say what works here, or what can be captured from a model",
-        description="Lists versions, devices and missing extras. With a MODEL it says which locals capture() finds "
-        "and whether attention() is needed. MODEL is a name of timm, of visualizer.models or of the Hugging Face hub, "
-        "a folder, or package.module:function, which returns a model. Weights are loaded only where they must be.",
-    )
+def arguments(doctor: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     doctor.add_argument("model", nargs="?", metavar="MODEL", help="such as vit_tiny_patch16_224, or my.package:build")
     doctor.add_argument("--json", action="store_true", help="as JSON")
-    doctor.set_defaults(run=_doctor)
 
 
-def _doctor(options: argparse.Namespace) -> None:
+def main(options: argparse.Namespace) -> None:
+    """Say what works here, or what can be captured from a model.
+
+    Without a MODEL it lists versions, devices and missing extras. With one it says which locals capture() finds, and
+    whether attention() is needed. MODEL is a name of timm, of visualizer.models or of the Hugging Face hub, a folder,
+    or package.module:function, which returns a model. Weights are loaded only where they must be.
+    """
     report = _surroundings() if options.model is None else _examined(options.model)
     if options.json:
         print(json.dumps(report, indent=2))

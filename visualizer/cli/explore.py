@@ -5,28 +5,25 @@ from __future__ import annotations
 import argparse
 import webbrowser
 
-from .outcome import Commands, Mistake, destination, trying_to, warnings_as_lines
+from .outcome import Mistake, destination, trying_to, warnings_as_lines
 from .saved import add_choice, as_options, choose, grid_of, picture_of, read, tokens_of
 
 
-def add_to(commands: Commands) -> None:
-    """Add the command to the parser's."""
-    explore = commands.add_parser(
-        "explore",
-        help="make a web page that shows the maps of a saved file",
-        description="Makes one HTML page with all layers and heads of a saved file. Point at a word or a patch to see "
-        "what it attends to.",
-    )
+def arguments(explore: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     add_choice(explore)
     explore.add_argument("--grid", type=grid_of, metavar="ROWSxCOLUMNS", help="of patches; default: a square")
     explore.add_argument("--batch", type=int, metavar="N", help="which image or text; default: all")
     explore.add_argument("--title", default="", help="the title of the page")
     explore.add_argument("-o", "--out", metavar="FILE", default="explorer.html", help="default: %(default)s")
     explore.add_argument("--open", action="store_true", help="show the page in the browser")
-    explore.set_defaults(run=_explore)
 
 
-def _explore(options: argparse.Namespace) -> None:
+def main(options: argparse.Namespace) -> None:
+    """Make a web page that shows the maps of a saved file.
+
+    One HTML page has all layers and heads. Point at a word or a patch to see what it attends to.
+    """
     from ..explorer import explore
 
     path = destination(options.out, "html")

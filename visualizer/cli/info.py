@@ -7,7 +7,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ..tensors import is_array, is_tensor
-from .outcome import Commands
 from .saved import is_map, read, size_of, values_by_key
 
 if TYPE_CHECKING:
@@ -16,19 +15,17 @@ if TYPE_CHECKING:
 _KINDS = {"values": "captured values", "maps": "attention maps"}
 
 
-def add_to(commands: Commands) -> None:
-    """Add the command to the parser's."""
-    info = commands.add_parser(
-        "info",
-        help="list what is in a saved file",
-        description="Lists the keys of a saved file with their calls, shapes, types and bytes.",
-    )
+def arguments(info: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     info.add_argument("file", metavar="FILE", help="a file that visualizer run, or save() in Python, wrote")
     info.add_argument("--json", action="store_true", help="as JSON, with the shape of every value")
-    info.set_defaults(run=_info)
 
 
-def _info(options: argparse.Namespace) -> None:
+def main(options: argparse.Namespace) -> None:
+    """List what is in a saved file.
+
+    The keys are listed with their calls, shapes, types and bytes.
+    """
     results = read(options.file)
     is_statistics = results.saved().kind == "statistics"
     if options.json:

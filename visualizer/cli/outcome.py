@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import re
 import sys
@@ -12,15 +11,13 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
+from ..errors import VisualizerWarning
 from ..store import check_destination
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-"""What a command adds its parser to."""
 
 
 class Mistake(Exception):
@@ -64,38 +61,25 @@ def destination(name: str, suffix: str) -> Path:
 
 
 def save(figure: Figure, path: Path, dpi: int = 150) -> None:
-    """Save a picture; Mistake where it cannot be written.
-
-    One line names all characters that no font has, in place of a warning for each.
-    """
+    """Save a picture; Mistake where it cannot be written."""
     from matplotlib import rc_context
 
-    with trying_to(f"write {path}"), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with trying_to(f"write {path}"), warnings_as_lines():
         check_destination(path, "png")
         with rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # text stays text, in fonts that journals take
             figure.savefig(path, dpi=dpi)
-    glyphs: dict[str, None] = {}
-    for warning in caught:
-        missing = re.match(r"Glyph (\d+) .* missing from", str(warning.message))
-        if missing:
-            glyphs[chr(int(missing[1]))] = None
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    if glyphs:
-        say(f"{path.name} shows boxes for {''.join(glyphs)}: no installed font has them")
 
 
 @contextlib.contextmanager
 def warnings_as_lines(quiet: bool = False) -> Iterator[None]:
-    """Print the package's warnings as plain lines: the place in the code means nothing to users of the command.
+    """Print the package's warnings as plain lines: a place in the code means nothing to users of the command.
 
-    `quiet` drops them. Other warnings appear as Python shows them.
+    `quiet` drops them. One line names all characters that no font has. Other warnings appear as Python shows them.
     """
-    from ..errors import VisualizerWarning
-
+    glyphs: dict[str, None] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", VisualizerWarning)
+        warnings.filterwarnings("always", "Glyph")
         try:
             yield
         finally:
@@ -103,8 +87,12 @@ def warnings_as_lines(quiet: bool = False) -> Iterator[None]:
                 if isinstance(warning.message, VisualizerWarning) and not quiet:
                     say(warning.message)
     for warning in caught:
-        if not issubclass(warning.category, VisualizerWarning):
+        if missing := re.match(r"Glyph (\d+) .* missing from", str(warning.message)):
+            glyphs[chr(int(missing[1]))] = None
+        elif not issubclass(warning.category, VisualizerWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if glyphs:
+        say(f"the picture shows boxes for {''.join(glyphs)}: no installed font has them")
 
 
 def why_import_failed(error: BaseException | None) -> str | None:
@@ -143,9 +131,9 @@ def _release_of(package: str) -> str:
 
 
 def _what_fits(package: str) -> str:
-    """Of torchvision, which is compiled for one release of torch: the release that fits the torch that is here."""
+    """For torchvision, which is compiled for one release of torch: which of its releases fits the installed torch."""
     torch = re.match(r" 2\.(\d+)", _release_of("torch"))
     if torch is None or package != "torchvision":
         return ""
     vision = f"0.{int(torch[1]) + 15}"  # torch 2.0 came with torchvision 0.15, and so on
-    return f'. To torch{torch[0]} belongs torchvision {vision}: pip install "torchvision=={vision}.*"'
+    return f'. torch{torch[0]} needs torchvision {vision}: pip install "torchvision=={vision}.*"'

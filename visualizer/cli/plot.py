@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import did_you_mean
-from .outcome import Commands, Mistake, destination, save, warnings_as_lines
-from .saved import add_choice, as_options, choose, grid_of, has_words, picture_of, read, tokens_of
+from .outcome import Mistake, destination, save, warnings_as_lines
+from .saved import add_choice, as_options, choose, grid_of, has_words, picture_of, read, tokens_of, whole_number
 
 if TYPE_CHECKING:
     from ..statistics import Collected
@@ -31,18 +31,11 @@ KINDS = {
 _OPTIONS = ("layer", "head", "batch", "query", "grid", "image", "style", "cmap", "title")
 
 
-def add_to(commands: Commands) -> None:
-    """Add the command to the parser's."""
-    plot = commands.add_parser(
-        "plot",
-        help="draw the maps of a saved file",
-        description="Draws the maps of a saved file:\n\n"
-        + "\n".join(f"  {kind:12} {about}" for kind, about in KINDS.items())
-        + "\n\nor a statistic that visualizer stats saved, by its name: visualizer stats --help lists them.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def arguments(plot: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    plot.epilog = "\n".join(["kinds:", *(f"  {kind:12} {about}" for kind, about in KINDS.items())])
     add_choice(plot)
-    plot.add_argument("--kind", default="heads", metavar="KIND", help="one of those above; default: heads")
+    plot.add_argument("--kind", default="heads", metavar="KIND", help="one of those below; default: heads")
     plot.add_argument("--layer", type=_choice, metavar="N", help="0 is the first, -1 the last; or mean, max, min")
     plot.add_argument("--head", type=_choice, metavar="N", help="a number, mean, max or min, as for --layer")
     plot.add_argument("--batch", type=_choice, metavar="N", help="which image or text; default: the first")
@@ -53,9 +46,10 @@ def add_to(commands: Commands) -> None:
     plot.add_argument("--style", choices=("overlay", "mask"), help="how weights lie over the --image")
     plot.add_argument("--cmap", metavar="NAME", help="a colour map of matplotlib, such as viridis or gray_r")
     plot.add_argument("--title", help="what to write above the picture")
-    plot.add_argument("--dpi", type=_dpi, default=150, metavar="N", help="dots per inch; default: %(default)s")
+    plot.add_argument(
+        "--dpi", type=whole_number(10, 2400), default=150, metavar="N", help="of a PNG; default: %(default)s"
+    )
     plot.add_argument("-o", "--out", metavar="FILE", help="the picture: .png, .svg, .pdf; default: KIND.png")
-    plot.set_defaults(run=_plot)
 
 
 def _choice(text: str) -> int | str:
@@ -69,12 +63,6 @@ def _choice(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number, mean, max or min{hint}") from None
 
 
-def _dpi(text: str) -> int:
-    if not text.isdecimal() or not 10 <= int(text) <= 2400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of dots per inch from 10 to 2400")
-    return int(text)
-
-
 def _query(text: str) -> int | tuple[int, ...] | str:
     if re.fullmatch(r"-?\d+", text):
         return int(text)
@@ -83,7 +71,11 @@ def _query(text: str) -> int | tuple[int, ...] | str:
     return text
 
 
-def _plot(options: argparse.Namespace) -> None:
+def main(options: argparse.Namespace) -> None:
+    """Draw the maps of a saved file.
+
+    --kind is one of those below, or a statistic that visualizer stats saved: visualizer stats --help lists them.
+    """
     path = destination(options.out or f"{options.kind}.png", "png")
     path = path if path.suffix else path.with_name(f"{path.name}.png")
     results: Any = read(options.file)

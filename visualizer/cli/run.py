@@ -9,20 +9,15 @@ from typing import Any
 
 from .. import opcodes
 from ..instrument import capture
-from .outcome import Commands, Mistake, destination, reason, say, warnings_as_lines
-from .recording import Decorated, Models, Recording, Target, has_values, save, summary
+from .outcome import Mistake, destination, reason, say, warnings_as_lines
+from .recorders import Decorated, Models, Recording, Target, has_values, save, summary
+from .saved import whole_number
 from .script import Program, show_own_frames_only
 
 
-def add_to(commands: Commands) -> None:
-    """Add the command to the parser's."""
-    run = commands.add_parser(
-        "run",
-        help="run a script and save what its models attend to, or any local variables",
-        usage="visualizer run [options] script.py [arguments]\n       visualizer run [options] -m module [arguments]",
-        description="Runs a script unchanged, as Python does, and saves local variables of its functions in a file, "
-        "also when the script fails. Without an option it saves those of the functions decorated by get_local.",
-    )
+def arguments(run: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    run.usage = "visualizer run [options] script.py [arguments]\n       visualizer run [options] -m module [arguments]"
     run.add_argument(
         "--var", action="append", metavar="NAME", help="this local in all modules of all models; repeatable"
     )
@@ -33,25 +28,28 @@ def add_to(commands: Commands) -> None:
         help="when the --var is looked at; assign: at every value that it gets",
     )
     run.add_argument("--attention", action="store_true", help="the attention of all models, fused or not")
-    run.add_argument("--limit", type=int, metavar="N", help="keep only the N newest calls of each function or module")
+    run.add_argument("--limit", type=whole_number(1), metavar="N", help="keep only the N newest calls of each key")
     run.add_argument(
-        "--max-bytes", type=int, metavar="N", help="stop recording at N bytes; default: a quarter of the memory"
+        "--max-bytes",
+        type=whole_number(1),
+        metavar="N",
+        help="stop recording at N bytes; default: a quarter of the memory",
     )
     run.add_argument("-o", "--out", metavar="FILE", default="captured.safetensors", help="default: %(default)s")
     run.add_argument("-q", "--quiet", action="store_true", help="do not print what was saved")
     run.add_argument("-m", dest="is_module", action="store_true", help="run a module, as python -m does")
     run.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    run.set_defaults(run=_prepared)
 
 
-def _prepared(options: argparse.Namespace) -> Callable[[], int]:
-    """A function that runs the script. Wrong arguments raise Mistake here, before anything runs."""
+def main(options: argparse.Namespace) -> Callable[[], int]:
+    """Run a script and save what its models attend to, or any local variables.
+
+    The script runs unchanged, as Python runs it. The results are saved also when it fails. Without an option they are
+    the local variables of the functions decorated by get_local.
+    """
+    # What is returned runs the script. A wrong argument raises Mistake here, before anything runs.
     if not options.program:
         raise Mistake("there is no script to run (see visualizer run --help)")
-    for name in ("limit", "max_bytes"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise Mistake(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     out = destination(options.out, "safetensors").absolute()
     name, *arguments = options.program
     program = Program(name, arguments, options.is_module)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
-import os
+import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from ..errors import FileFormatError, did_you_mean, few
-from ..images import greys_of
+from ..images import as_pil
 from ..loading import load
 from ..store import bytes_by_device
 from ..tensors import is_array
@@ -122,18 +122,7 @@ def picture_of(path: str | None) -> Any:
     if path is None:
         return None
     with reading_picture(path):
-        return opened(path).convert("RGB")
-
-
-def opened(path: str | os.PathLike[str]) -> Any:
-    """The picture in a file, upright, with 8 bits a channel; raises whatever Pillow raises."""
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file)
-    if not picture.mode.startswith(("I", "F")):
-        return picture
-    return Image.fromarray((255 * greys_of(picture)).round().astype(np.uint8))
+        return as_pil(path)
 
 
 @contextlib.contextmanager
@@ -155,6 +144,18 @@ def reading_picture(path: str) -> Iterator[None]:
         raise Mistake(f"{path} is too large: {error}") from error
     except (OSError, ValueError, TypeError, SyntaxError) as error:  # SyntaxError: what Pillow raises for a broken PNG
         raise Mistake(f"cannot read {path} as a picture: {error}") from error
+
+
+def whole_number(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """A function that reads a number of this range from an argument."""
+
+    def read_number(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or not least <= int(text) <= most:
+            end = "on" if most == math.inf else f"to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} {end}")
+        return int(text)
+
+    return read_number
 
 
 def grid_of(text: str) -> tuple[int, ...]:

@@ -12,27 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import did_you_mean
-from .outcome import Commands, Failure, Mistake, destination, say, trying_to, warnings_as_lines, why_import_failed
-from .saved import opened
+from ..images import as_pil
+from .outcome import Failure, Mistake, destination, say, trying_to, warnings_as_lines, why_import_failed
+from .saved import whole_number
 from .script import build, is_builder
 
 if TYPE_CHECKING:
     from ..statistics import Statistic
 
 
-def add_to(commands: Commands) -> None:
-    """Add the command to the parser's."""
-    stats = commands.add_parser(
-        "stats",
-        help="statistics of a model's attention over a folder of pictures or a file of texts",
-        description="Runs a model over pictures or texts and saves the moments, over all of them, of what each head\n"
-        "does; visualizer plot draws them. Under torchrun each process takes its share, and the first one writes.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-    )
-    stats.add_argument(
-        "-h", "--help", action=_Help, nargs=0, default=argparse.SUPPRESS, help="show this help message and exit"
-    )
+def arguments(stats: Any) -> None:
+    """Add the command's arguments."""
+    stats.epilog = _listed
     stats.add_argument(
         "--model",
         required=True,
@@ -51,29 +42,26 @@ def add_to(commands: Commands) -> None:
         metavar="NAME",
         help="the statistics to collect, of those below",
     )
-    stats.add_argument("--batch-size", type=_count, default=8, metavar="N", help="default: %(default)s")
-    stats.add_argument("--size", type=_count, default=224, metavar="PIXELS", help="of pictures; default: %(default)s")
-    stats.add_argument("--length", type=_count, default=128, metavar="N", help="tokens per text; default: %(default)s")
-    stats.add_argument("--limit", type=_count, metavar="N", help="only the first N pictures or texts")
+    count = whole_number(1)
+    stats.add_argument("--batch-size", type=count, default=8, metavar="N", help="default: %(default)s")
+    stats.add_argument("--size", type=count, default=224, metavar="PIXELS", help="of pictures; default: %(default)s")
+    stats.add_argument("--length", type=count, default=128, metavar="N", help="tokens per text; default: %(default)s")
+    stats.add_argument("--limit", type=count, metavar="N", help="only the first N pictures or texts")
     stats.add_argument("--device", metavar="NAME", help="cpu, cuda, mps; default: cuda where there is one")
     stats.add_argument("--checkpoint", metavar="DIR", help="save progress here; a stopped run goes on from it")
     stats.add_argument("-q", "--quiet", action="store_true", help="no progress bar, and no lines about what failed")
-    stats.set_defaults(run=_stats)
 
 
-class _Help(argparse.Action):
-    """Shows the help, with the statistics below the options. It looks them up only now, as that loads torch."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        try:
-            parser.epilog = "statistics of each head:"
-            for name, measure in _measures().items():
-                default = f"default for {' and '.join(measure.default_for)}" if measure.default_for else "only if named"
-                parser.epilog += f"\n  {name:12} {measure.about} ({default})"
-        except Mistake as mistake:
-            parser.epilog = str(mistake)
-        parser.print_help()
-        parser.exit()
+def _listed() -> str:
+    """The statistics, below the options of the help."""
+    lines = ["statistics of each head:"]
+    try:
+        for name, measure in _measures().items():
+            default = f"default for {' and '.join(measure.default_for)}" if measure.default_for else "only if named"
+            lines.append(f"  {name:12} {measure.about} ({default})")
+    except Mistake as mistake:
+        return str(mistake)
+    return "\n".join(lines)
 
 
 def _measures() -> dict[str, type[Statistic]]:
@@ -85,14 +73,12 @@ def _measures() -> dict[str, type[Statistic]]:
     return MEASURES
 
 
-def _count(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if int(text) > 0:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+def main(options: argparse.Namespace) -> None:
+    """Collect statistics of a model's attention over a folder of pictures or a file of texts.
 
-
-def _stats(options: argparse.Namespace) -> None:
+    What is saved are the moments, over all of them, of what each head does; visualizer plot draws them. Under torchrun
+    each process takes its share, and the first one writes.
+    """
     out = destination(options.out, "safetensors")
     items: list[Any] = _pictures(options.images) if options.images else _lines(options.texts)
     items = items[: options.limit]
@@ -201,7 +187,7 @@ def _model(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
             if prepare is models.prepare:
                 if options.texts:
                     raise Mistake(f"{name} sees pictures: pass --images")
-                return model, lambda path: models.prepare(opened(path), size=options.size)[0]
+                return model, lambda path: models.prepare(path, size=options.size)[0]
             if hasattr(prepare, "feature_extractor"):
                 raise Mistake(f"{name} hears speech; stats reads pictures and texts: use visualizer.statistics.collect")
             if options.images:
@@ -220,7 +206,7 @@ def _model(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
             )
         model = timm.create_model(name, pretrained=True).eval()
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-        return model, lambda path: transform(opened(path).convert("RGB"))[None]
+        return model, lambda path: transform(as_pil(path))[None]
     except Mistake:
         raise
     except (OSError, ValueError, RuntimeError) as error:
@@ -244,11 +230,11 @@ def _read(paths: list[Path], prepare: Callable[[Path], Any], quiet: bool) -> Any
 
 
 def _batches(items: list[Any], collate: Callable[[list[Any]], Any], size: int, detail: int) -> Any:
-    """A loader of pictures or texts, with what tells these batches from others: a checkpoint compares it."""
+    """A loader of pictures or texts with a fingerprint, which a checkpoint compares."""
     from torch.utils.data import DataLoader
 
     loader: Any = DataLoader(items, size, collate_fn=collate)  # type: ignore[arg-type]
-    # Of a picture its name and size, as copying changes its time.
+    # A picture is known by its name and size, because copying changes its time.
     known = [(str(item), item.stat().st_size) if isinstance(item, Path) else item for item in items]
     loader.fingerprint = f"{zlib.crc32(repr(known).encode()):08x} by {size}, {detail}"
     return loader

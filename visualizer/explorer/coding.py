@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..analysis.shares import common_sinks
+from ..analysis.sinks import common_sinks
 from ..maps import AttentionMap
 from ..reading import RowCheck, check_least
 from .sides import Side

@@ -32,7 +32,7 @@ from PIL import Image
 
 from ..analysis import without_sinks
 from ..analysis.layers import maps_of, merged_into
-from ..analysis.shares import Sinks, check_sinks
+from ..analysis.sinks import Sinks, check_sinks
 from ..grounding import WordMaps
 from ..layout import Layout, Patches
 from ..maps import AttentionMap

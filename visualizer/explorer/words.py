@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..analysis import without_sinks
-from ..analysis.shares import Sinks, check_sinks
+from ..analysis.sinks import Sinks, check_sinks
 from ..errors import few
 from ..grounding import WordMaps
 from ..images import Thumbnail, picture_of

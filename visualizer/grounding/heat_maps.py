@@ -14,13 +14,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..analysis.shares import Sinks, check_sinks, sink_limit
+from ..analysis.sinks import Sinks, check_sinks, sink_limit
 from ..errors import few, warn
 from ..intercept import AttentionCall, Maps
 from ..intercept.modules import argument_names
 from ..maps import AttentionMap, without_autograd
 from ..words import no_such_word
-from .recording import FORMER, Look, Plan, Whose, source_of
+from .words_and_patches import FORMER, Look, Plan, Whose, source_of
 
 
 def word_maps(

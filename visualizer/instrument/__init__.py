@@ -1,4 +1,4 @@
-"""`get_local` and `capture`: which functions are captured from now, for whom, and how they become as they were."""
+"""`get_local` and `capture`: which functions are captured, for which objects, and how they get their own code back."""
 
 from .arguments import check_max_bytes
 from .capturing import Captured, capture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from .. import opcodes
 from ..errors import News, warn
@@ -23,32 +23,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class _How(TypedDict, total=False):
+    at: At
+    limit: int | None
+    max_bytes: float | None
+
+
 @overload
 def capture(
-    target: Any,
-    *names: str,
-    at: At = ...,
-    keep: Literal["numpy"] = ...,
-    limit: int | None = ...,
-    max_bytes: float | None = ...,
+    target: Any, *names: str, keep: Literal["numpy"] = ..., **how: Unpack[_How]
 ) -> Captured[np.ndarray[Any, Any]]: ...
 
 
 @overload
-def capture(
-    target: Any,
-    *names: str,
-    at: At = ...,
-    keep: Literal["tensor"],
-    limit: int | None = ...,
-    max_bytes: float | None = ...,
-) -> Captured[Tensor]: ...
+def capture(target: Any, *names: str, keep: Literal["tensor"], **how: Unpack[_How]) -> Captured[Tensor]: ...
 
 
 @overload
-def capture(
-    target: Any, *names: str, at: At = ..., keep: Keep, limit: int | None = ..., max_bytes: float | None = ...
-) -> Captured[Any]: ...
+def capture(target: Any, *names: str, keep: Keep, **how: Unpack[_How]) -> Captured[Any]: ...
 
 
 @never_compiled

@@ -55,7 +55,7 @@ class Definitions:
         A name that is defined again, in a reloaded module or a cell that is run again, is one function. So are all
         functions that one line makes. Two functions of a name in one file are two if its source still has both: a
         property's getter and setter, a class defined twice. Lambdas, and functions that are called `_` because nobody
-        needs their names, are one only where their file is one, too.
+        needs their names, are one only if they are in one file.
         """
         new = Definition(function)
         known = [definition for definition in self.named(new.name) if definition.module == new.module]
@@ -80,7 +80,7 @@ class Definitions:
         return self._by_name.get(name, [])
 
     def add(self, definition: Definition, function: FunctionType) -> None:
-        """Know an definition, of which this is the latest definition; those of its name may get other keys."""
+        """Remember a function of which this is the latest definition; others of its name may get other keys."""
         definition.file, definition.line = _place(function)
         family = self._by_name.setdefault(definition.name, [])
         if definition not in family:

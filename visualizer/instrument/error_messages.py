@@ -145,7 +145,7 @@ def never_reached(missing: dict[str, tuple[str, Channel]], keys: int) -> str:
     more = f" and {len(missing) - _KEYS} more" if len(missing) > _KEYS else ""
     reasons = list(dict.fromkeys(_what_did_not_happen(*source) for source in missing.values()))
     if len(reasons) > _REASONS:
-        reasons[_REASONS:] = [f"so it is with {len(reasons) - _REASONS} more functions"]
+        reasons[_REASONS:] = [f"the same goes for {len(reasons) - _REASONS} more functions"]
     if any(_is_bypassed(channel) for _, channel in missing.values()):
         way_out = (
             "In eval mode torch runs its own attention and encoder layers natively, without the Python code inside: "

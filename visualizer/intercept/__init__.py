@@ -5,6 +5,6 @@ call is kept as its query and key. Compiled modules run uncompiled meanwhile.
 """
 
 from .attention import Maps, attention
-from .copies import AttentionCall
+from .snapshots import AttentionCall
 
 __all__ = ["AttentionCall", "Maps", "attention"]

@@ -19,9 +19,9 @@ from ..maps import AttentionMap, generated_maps, is_generation
 from ..store import Budget, Record, RecordedMaps, Saved, bytes_by_device, human, stacked
 from ..tensors import keeper
 from .axes import Output
-from .copies import AttentionCall, Copies, Copy
 from .layouts import Layouts
 from .modules import ModuleCall, are_given_the_same
+from .snapshots import AttentionCall, Copies, Copy
 from .watch import Watch
 
 Kept = TypeVar("Kept")

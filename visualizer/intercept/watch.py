@@ -29,7 +29,6 @@ from ..tensors import is_plain_torch, why_unreal
 from . import functions, operators
 from .axes import Factor, Order, Output
 from .calls import FusedCall, LogSums, as_computed, in_four_axes, multi_head_attention, name_of, with_sums
-from .copies import AttentionCall, Copy, joined_copy
 from .deformable import SAMPLING_KERNELS, SampledCall, Sampling
 from .foreign import Gap
 from .kernels import KERNELS
@@ -61,6 +60,7 @@ from .modules import (
 )
 from .plans import UNKNOWN, Pass, Step, plans_of
 from .provenance import Origin, Provenance
+from .snapshots import AttentionCall, Copy, joined_copy
 from .softmax import Product, Tracing
 
 File = Callable[[str, Copy, Output, str], Callable[[], None] | None]

@@ -101,7 +101,7 @@ def _out_of_its_package(short: str) -> tuple[Any, Any]:
 def from_hub(name: str, load: Callable[..., _T]) -> _T:
     """What `load` reads from a folder or the hub's cache, with `local_files_only=True`, or else from the hub.
 
-    The hub is asked first whether it has the model: where there is no network, transformers would try for long.
+    The hub is first asked whether it has the model: without a network, transformers itself would try for a long time.
 
     Raises OSError, which says why the folder cannot be read, or why the hub does not give the model.
     """

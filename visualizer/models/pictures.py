@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import not_installed
+from ..images import as_pil
 from .weights import package_folder
 
 if TYPE_CHECKING:
@@ -60,12 +61,12 @@ def prepare(
     >>> images.shape, pixels.shape, pixels.dtype
     (torch.Size([1, 3, 224, 448]), (224, 448, 3), dtype('uint8'))
 
-    The picture is cropped around its centre, as large as the wanted shape allows, and resampled.
-    Photographs are turned upright, grey and palette pictures become RGB, transparent pixels become white.
+    The picture is cropped around its centre, as large as the wanted shape allows, and resampled. Photographs are turned
+    upright, grey and palette pictures become RGB, transparent pixels become white.
 
     Args:
-        picture: a PIL image, a file's path, or an array (height, width), (height, width, 3) or
-            (height, width, 4), of uint8 or of floats from 0 to 1.
+        picture: a file's path, a PIL image, or an array or tensor, (height, width), (height, width, 3 or 4) or
+            (3, height, width), of integers to 255 or floats to 1.
         size: the side of a square in pixels, or (height, width); multiples of ``patch``.
         patch: side of the model's patches in pixels.
         mean: the mean of the model's training pictures, on a scale from 0 to 1, for all channels or for red, green
@@ -78,9 +79,7 @@ def prepare(
     Raises:
         ImportError: Pillow is not installed.
         OSError: the file is missing or no picture.
-        TypeError: the array has another dtype, so the value of white is not known.
-        ValueError: the size is not a multiple of the patch, an array has another shape or values outside 0 to
-            1, or the picture has more than 8 bits a channel.
+        TypeError, ValueError: the size is not a multiple of the patch, or an array is no such picture.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < patch or height % patch or width % patch:
@@ -89,34 +88,8 @@ def prepare(
         from PIL import Image, ImageOps
     except ImportError as error:
         raise not_installed("pillow") from error
-    if isinstance(picture, (str, os.PathLike)):
-        with Image.open(picture) as file:
-            image = ImageOps.exif_transpose(file)
-    elif isinstance(picture, Image.Image):
-        image = ImageOps.exif_transpose(picture)
-    else:
-        image = Image.fromarray(_as_bytes(np.asarray(picture)))
-    if image.mode.startswith(("I", "F")):  # PIL would clip these to 0..255 and return a white picture
-        raise ValueError(f"the picture's mode is {image.mode!r}; convert it to 8 bits a channel first")
-    if "A" in image.getbands() or "transparency" in image.info:
-        above = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
-    fitted = ImageOps.fit(image.convert("RGB"), (width, height), method=Image.Resampling.BICUBIC)
+    fitted = ImageOps.fit(as_pil(picture), (width, height), method=Image.Resampling.BICUBIC)
     pixels = np.array(fitted)  # (height, width, 3)
     images = torch.from_numpy(pixels).float() / 255  # (height, width, 3)
     images = (images - torch.tensor(mean)) / torch.tensor(std)  # (height, width, 3)
     return images.permute(2, 0, 1).unsqueeze(0).contiguous(), pixels  # (1, 3, height, width)
-
-
-def _as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """The array as uint8, which PIL reads as a picture."""
-    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or not array.size:
-        raise ValueError(f"a picture is (height, width) or (height, width, 3 or 4), not {array.shape}")
-    if array.dtype == np.uint8:
-        return array
-    if not np.issubdtype(array.dtype, np.floating):
-        raise TypeError(f"a picture is an array of uint8, or of floats from 0 to 1, not of {array.dtype}")
-    low, high = array.min(), array.max()
-    if not 0 <= low <= high <= 1:  # false for NaN too
-        raise ValueError(f"a picture of floats goes from 0 to 1, this one from {low} to {high}")
-    return (array * 255).round().astype(np.uint8)

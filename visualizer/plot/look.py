@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Colormap
 
-    from ..analysis.shares import Sinks
+    from ..analysis.sinks import Sinks
 
 _LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue
 Style = Literal["overlay", "mask"]

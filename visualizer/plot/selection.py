@@ -19,7 +19,7 @@ from ..layout import Indices, Layout, Patches, Size, layout_in_windows, layout_o
 from ..reading import Array, Reduction, RowCheck, as_numbers, check_not_empty, is_array, layers_in
 
 if TYPE_CHECKING:
-    from ..analysis.shares import Sinks
+    from ..analysis.sinks import Sinks
 
 Choice: TypeAlias = int | Reduction
 
@@ -310,7 +310,7 @@ def read_maps(maps: Any, sinks: Sinks, options: Mapping[str, Any]) -> Any:
     """
     if isinstance(sinks, str) and sinks == "keep":
         return maps
-    from ..analysis.shares import check_sinks, without_sinks
+    from ..analysis.sinks import check_sinks, without_sinks
 
     check_sinks(sinks)
     # Of windows, the first axis cannot be the layers.

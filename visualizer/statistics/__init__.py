@@ -5,7 +5,6 @@ are torchmetrics metrics, which work alone as well.
 """
 # ruff: noqa: F403
 
-from . import base, collected, collecting, measures, moments, tokens, training
 from .base import *
 from .collected import *
 from .collecting import *
@@ -14,5 +13,4 @@ from .moments import *
 from .tokens import *
 from .training import *
 
-__all__ = [*base.__all__, *collected.__all__, *collecting.__all__, *measures.__all__, *moments.__all__]
-__all__ += [*tokens.__all__, *training.__all__]
+__all__ = [name for name, value in [*globals().items()] if getattr(value, "__module__", "").startswith(__name__)]

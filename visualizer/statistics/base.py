@@ -65,7 +65,7 @@ class Statistic(Metric):
     about: ClassVar[str] = ""
     """What it says of a head, in a line for `visualizer stats --help`."""
     default_for: ClassVar[tuple[Literal["images", "texts"], ...]] = ()
-    """What the command `visualizer stats` measures it of if no `--measure` is given."""
+    """For which data the command `visualizer stats` measures it when there is no `--measure`."""
     label: str = ""
     """What a plot writes at its axis, unit included; "": its name. `__init__` sets it where it depends on arguments."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor
 from ..errors import few, warn
 from ..store import Record, Recorded, Saved, stacked
 from .base import Statistic, with_layers
-from .measures import MEASURES
 from .moments import Moments, empty_state, merge_states, to_one_shape
 
 __all__ = ["Collected"]
@@ -151,26 +149,12 @@ class Collected(Recorded, Mapping[str, Moments]):
     def from_saved(cls, saved: Saved) -> Collected:
         """The statistics that were saved."""
         content = saved.about["statistics"]
-        if "labels" not in content:
-            content = {**content, **_described(content["settings"])}
         found = Collected([], Source(**content["part"]))
         found.states = {record.key: torch.from_numpy(np.array(record.value)) for record in saved.records}
         found.about = saved.about["about"]
         for name in _FACTS:
             setattr(found, name, content[name.replace("_", " ")])
         return found
-
-
-def _described(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The labels of a file's statistics, and the names of their numbers: files did not always have them."""
-    classes = {measure.__name__: measure for measure in MEASURES.values()}
-    labels = {name: name.replace("_", " ") for name in settings}
-    number_names: dict[str, tuple[str, ...]] = dict.fromkeys(settings, ())
-    for name, arguments in settings.items():
-        with suppress(KeyError, TypeError, ValueError):  # a user's own class, perhaps with the name of one of ours
-            statistic = classes[arguments["statistic"]](**{k: v for k, v in arguments.items() if k != "statistic"})
-            labels[name], number_names[name] = statistic.label, statistic.number_names
-    return {"labels": labels, "number names": number_names}
 
 
 def merge(parts: Sequence[Collected]) -> Collected:

@@ -25,7 +25,7 @@ from .tokens import Tokens, tokens_of_call
 
 __all__ = ["collect"]
 
-_FEW, _MANY = 3, 100  # failures in a row, before any batch has worked and later, after which the data is not to blame
+_FEW, _MANY = 3, 100  # so many failures in a row end the run: before any batch has worked, and later
 
 
 def collect(
@@ -246,7 +246,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _size(batches: Any) -> Any:
-    """What tells data from other data: its attribute `fingerprint`, or how many batches there are; None: not known."""
+    """A fingerprint of the data: its attribute `fingerprint`, or how many batches there are; None: not known."""
     try:
         return getattr(batches, "fingerprint", None) or len(batches)
     except Exception:  # many loaders of an iterable data set raise an error of their own
@@ -260,7 +260,7 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """What tells models apart: the names and shapes of their parameters, and the first four numbers of each."""
+    """A fingerprint of the model, from the names and shapes of its parameters and the first four numbers of each."""
     facts = []
     for path, module in named_modules(model):
         for name, tensor in module.named_parameters(recurse=False):

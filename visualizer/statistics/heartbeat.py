@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 _QUIET = 60.0
 """Seconds without a sign after which a process is given up. It gives one each second, whatever Python runs there."""
 _LEFT = 2**31
-"""The number of meetings of a process that comes to no more."""
+"""The number of meetings of a process that has left for good."""
 _REQUESTS = 5000
 """How many requests a second all processes together may make of the store."""
 
@@ -90,9 +90,9 @@ class Heartbeat:
         self._rounds = 0
         """How often the store has answered."""
         self._told = ""
-        """The trouble that the store knows of."""
+        """The trouble that has reached the store."""
         self._is_trouble = False
-        """Whether any process has told trouble."""
+        """Whether any process has failed."""
         self._is_gone = False
         """Whether the store is gone."""
         self._is_waiting = self._is_over = False

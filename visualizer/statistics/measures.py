@@ -99,11 +99,7 @@ class Confidence(Statistic):
 
     def of(self, layer: AttentionMap, tokens: Tokens) -> Tensor:
         """(batch, heads)."""
-        largest, real = layer.reduce(lambda some: some.amax(-1)), tokens.queries(layer)
-        counts = largest > 0  # a query that is masked from all keys has no weight, and is sure of nothing
-        if real is not None:
-            counts &= real.to(counts.device)[:, None]
-        return (largest * counts).sum(-1) / counts.sum(-1)
+        return rows.confidence_of(layer, tokens.queries(layer))
 
 
 class Sink(Statistic):

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..store import as_html, as_text
+from ..store import Printed
 
 __all__ = ["Moments"]
 
@@ -68,8 +68,8 @@ def to_one_shape(states: list[Tensor]) -> list[Tensor]:
     return grown
 
 
-@dataclass(eq=False)
-class Moments:
+@dataclass(repr=False, eq=False)
+class Moments(Printed):
     """A number's moments over all samples, for each layer and head: arrays (layers, heads, ...), float64."""
 
     count: npt.NDArray[np.int64]
@@ -95,13 +95,7 @@ class Moments:
         """The standard deviation over the samples."""
         return np.sqrt(self.variance)
 
-    def __repr__(self) -> str:
-        return as_text(*self._table())
-
-    def _repr_html_(self) -> str:
-        return as_html(*self._table())
-
-    def _table(self) -> tuple[str, list[tuple[str, ...]]]:
+    def table(self) -> tuple[str, list[tuple[str, ...]]]:
         """Layers down, heads across; where there are further axes, only how many numbers there are."""
         means, spread = self.mean, self.std
         if means.ndim > 2:

@@ -8,7 +8,7 @@ from .cache import Cache, Stack
 from .channel import Channel, is_recorded, listener, receive, unrecorded
 from .destination import check_destination
 from .locks import ForkSafeLock
-from .printing import as_html, as_text, human
+from .printing import Printed, human
 from .records import Record, Saved
 from .results import Recorded, RecordedMaps
 from .stacking import stacked
@@ -20,14 +20,13 @@ __all__ = [
     "Cache",
     "Channel",
     "ForkSafeLock",
+    "Printed",
     "Record",
     "Recorded",
     "RecordedMaps",
     "Saved",
     "Stack",
     "Store",
-    "as_html",
-    "as_text",
     "bytes_by_device",
     "check_destination",
     "human",

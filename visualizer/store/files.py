@@ -33,12 +33,11 @@ from .destination import check_destination, replacing, special
 from .records import Kind, Record, Saved
 
 _VERSION = 2
-"""Version 1 had a row for each record, and an entry for each array."""
 _SMALL = 4096  # bytes; arrays that take more have entries of their own
 _MANY = 16  # small arrays of one dtype and shape that share an entry, or more
 _CHUNK = 256  # rows that are put together before they are written
 _MAX_HEADER = 100_000_000  # bytes; the safetensors package opens no file that has more
-_MAX_HASHED = 1000, 1_000_000  # containers and items that are met on hashing a dict's key or a set's element
+_MAX_HASHED = 1_000_000  # items that are met on hashing a dict's key or a set's element; a container counts as 1000
 
 # For each dtype, the format's name and the bytes of an element. Dtypes that the format lacks are stored as pairs.
 _NUMPY = {
@@ -161,9 +160,10 @@ def _read(file: BufferedReader, name: str) -> Saved:
         raise _refusal(name, "is damaged: the checksum of its metadata does not match", _AGAIN)
     content = json.loads(text)
     version = _checked(content["version"], int)
-    if version > _VERSION:
-        upgrade = "upgrade with: pip install --upgrade get-local"
-        raise _refusal(name, f"was written by a newer version of this package, in format {version}", upgrade)
+    if version != _VERSION:
+        age = "a newer version of this package" if version > _VERSION else "this package before its first release"
+        upgrade = "upgrade with: pip install --upgrade get-local" if version > _VERSION else "save it anew"
+        raise _refusal(name, f"was written by {age}, in format {version}", upgrade)
     entries = [_Entry(*row) for row in content["entries"]]
     if header != _header(text, checksums, entries):
         raise _refusal(name, "is damaged, or another program changed it: its header does not match", _AGAIN)
@@ -173,21 +173,20 @@ def _read(file: BufferedReader, name: str) -> Saved:
     arrays = {}
     for entry, checksum in zip(entries, checksums[1:], strict=True):
         arrays[entry.name] = _array(file, entry, checksum, name)
-    packs = [arrays[name] for name in (content["packs"] if version > 1 else ())]
+    packs = [arrays[name] for name in content["packs"]]
     nodes = [*_each_node(content["nodes"], packs)]
     value_of = _reader(nodes, arrays, packs)
     keys = dict.fromkeys(_checked(key, str) for key in _checked(content["keys"], list))
     about = _checked(value_of(content["about"]), dict)
-    rows = content["records"] if version == 1 else _rows(content["records"], len(nodes))
     records = []
-    for key, variable, slot, call, line, thread, module in rows:
+    for key, variable, slot, call, line, thread, module in _rows(content["records"], len(nodes)):
         if key not in keys:
             raise ValueError(f"a record of {key!r}, which is no key")
         where = _checked(call, int), _checked(line, int, type(None)), _checked(thread, int)
         if not all(abs(number or 0) < 2**63 for number in where[:2]):
             raise ValueError(f"call {call} and line {line}, which no run has")
         records.append(Record(key, _checked(variable, str), value_of(slot), *where, _checked(module, str, type(None))))
-    kind: Any = content.get("kind") or _kind_of(records)
+    kind: Any = content["kind"]
     if kind not in get_args(Kind):
         raise ValueError(f"{kind!r} is no kind of results")
     return Saved(kind, tuple(keys), records, about)
@@ -197,27 +196,30 @@ def _columns(records: Sequence[Record], slots: Sequence[Any]) -> dict[str, list[
     """The records in columns of [what, how often in a row]. In those that ascend, the next is one more each time."""
     fields = {name: map(attrgetter(name), records) for name in _REPEATING}
     repeating = {name: [[value, len([*same])] for value, same in groupby(field)] for name, field in fields.items()}
-    calls = [[first, number] for first, number in _ascending([record.call for record in records])]
+    calls: list[Any] = []
+    for record in records:
+        _append_ascending(calls, record.call)
     values: list[Any] = []
-    for isolated, group in groupby(slots, lambda slot: type(slot) is not list):
-        places = [*group]
-        if isolated:
-            values += places
-        else:
-            values += [[first, number] for first, number in _ascending([place for [place] in places])]
+    newest = -1
+    for slot in slots:
+        if type(slot) is list and slot[0] > newest:
+            [newest] = slot
+            _append_ascending(values, newest)
+        else:  # a plain value, or one that was recorded before, which is in no run: see `_rows`
+            values.append(slot)
     return {**repeating, "call": calls, "value": values}
 
 
 _REPEATING = ("key", "variable", "line", "thread", "module")
 
 
-def _ascending(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(first number, how many) for each run of numbers that ascend by one."""
-    start = 0
-    for end in range(1, len(numbers) + 1):
-        if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
-            yield numbers[start], end - start
-            start = end
+def _append_ascending(runs: list[Any], number: int) -> None:
+    """Add a number to runs of [first number, how many], each of numbers that ascend by one."""
+    last = runs[-1] if runs else None
+    if type(last) is list and sum(last) == number:
+        last[1] += 1
+    else:
+        runs.append([number, 1])
 
 
 def _rows(columns: Any, most: int) -> Iterator[tuple[Any, ...]]:
@@ -225,9 +227,10 @@ def _rows(columns: Any, most: int) -> Iterator[tuple[Any, ...]]:
     slots: list[Any] = []
     for slot in _checked(columns["value"], list):
         if type(slot) is list:
-            first, number = slot
-            most -= _checked(number, int)
-            if number < 1 or most < 0:  # a few bytes must not become endless rows
+            first, *run = slot
+            [number] = run or [1]
+            most -= sum(run)
+            if _checked(number, int) < 1 or most < 0:  # a few bytes must not become endless rows
                 raise ValueError(f"{number} values from node {first} on, which there are not")
             slots += ([place] for place in range(first, first + number))
         else:
@@ -243,12 +246,6 @@ def _counted(pairs: Any, expected: int, unroll: Callable[[Any, int], Iterable[An
     if sum(max(1, _checked(number, int)) for _, number in pairs) != expected:
         raise ValueError("a column of another length than the others")
     return chain.from_iterable(unroll(what, number) for what, number in pairs)
-
-
-def _kind_of(records: Sequence[Record]) -> str:
-    """The kind of a file that does not name it, as early versions did; variables of Python have no space in them."""
-    word, space, _ = records[0].variable.partition(" ") if records else ("", "", "")
-    return {"attention": "maps", "statistics": "statistics"}.get(word, "values") if space else "values"
 
 
 def _checked(value: Any, *types: type) -> Any:
@@ -356,6 +353,8 @@ class _Nodes:
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
+        self._costs: list[int] = []
+        """What hashing each node takes."""
         self.packs: list[str] = []
         """The names of the entries whose rows are arrays."""
         self._arrays: list[tuple[Any, str, list[Any]]] = []
@@ -387,9 +386,9 @@ class _Nodes:
             else:
                 stack.pop()
                 if stack:
-                    if _is_costly_to_hash(kind, slots, self.nodes):
+                    if _is_costly_to_hash(kind, slots, self._costs):
                         raise _unwritable(where, _COSTLY, "list(x)")
-                    stack[-1][3].append(self._new(holder, [kind, slots]))
+                    stack[-1][3].append(self._new(holder, [kind, slots], _cost_of_hashing(slots, self._costs)))
         return slots[0]
 
     def entries(self) -> dict[_Entry, Any]:
@@ -434,9 +433,10 @@ class _Nodes:
         self._names.add(name)
         return name
 
-    def _new(self, value: Any, node: list[Any]) -> list[int]:
+    def _new(self, value: Any, node: list[Any], cost: int = 0) -> list[int]:
         self._known[id(value)] = len(self.nodes), value
         self.nodes.append(node)
+        self._costs.append(cost)
         return [len(self.nodes) - 1]
 
     def _leaf(self, value: Any, name: str, where: str) -> list[Any]:
@@ -500,28 +500,22 @@ def _trouble(value: Any) -> tuple[str, str] | None:
     return None if _name_of(dtype) in _TORCH else (f"a tensor of the dtype {dtype}", "x.float()")
 
 
-_COSTLY = f"a dict's key or a set's element of more than {_MAX_HASHED[0]} containers"
+_COSTLY = f"a dict's key or a set's element of more than {_MAX_HASHED // 1000} containers"
 
 
-def _is_costly_to_hash(kind: str, slots: list[Any], nodes: list[Any]) -> bool:
-    """Whether hashing a dict's keys or a set's elements would meet too many containers.
+def _cost_of_hashing(slots: list[Any], costs: list[int]) -> int:
+    """What hashing a container of these items takes, by what hashing each node takes.
 
     Hashing recurses in C without a guard, and hashes a shared container again at each place. A file must not be able to
     overflow the stack, or to keep the reader busy for hours.
     """
+    return 1000 + len(slots) + sum(costs[slot[0]] for slot in slots if type(slot) is list)
+
+
+def _is_costly_to_hash(kind: str, slots: list[Any], costs: list[int]) -> bool:
+    """Whether hashing a dict's keys or a set's elements takes too much."""
     hashed = slots if kind in ("set", "frozenset") else slots[::2] if kind == "dict" else []
-    for element in hashed:
-        waiting, containers, items = [element], 0, 0
-        while waiting:
-            slot = waiting.pop()
-            node = nodes[slot[0]] if type(slot) is list else None
-            if node and node[0] in _CONTAINERS:  # the writer has not yet filled in the nodes of arrays
-                inner = node[1]
-                containers, items = containers + 1, items + len(inner)
-                if containers > _MAX_HASHED[0] or items > _MAX_HASHED[1]:
-                    return True
-                waiting += inner
-    return False
+    return any(type(slot) is list and costs[slot[0]] > _MAX_HASHED for slot in hashed)
 
 
 def _each_node(nodes: Any, packs: list[Any]) -> Iterator[Any]:
@@ -541,6 +535,7 @@ def _each_node(nodes: Any, packs: list[Any]) -> Iterator[Any]:
 def _reader(nodes: Any, arrays: dict[str, Any], packs: list[Any]) -> Callable[[Any], Any]:
     """A function from what the text has in place of a value to the value. `packs` have arrays as their rows."""
     values: list[Any] = []
+    costs: list[int] = []
 
     def value_of(slot: Any) -> Any:
         if type(slot) is not list:
@@ -551,6 +546,7 @@ def _reader(nodes: Any, arrays: dict[str, Any], packs: list[Any]) -> Callable[[A
         return values[place]
 
     for kind, *parts in nodes:
+        cost = 0
         if type(kind) is int:
             value = packs[kind][parts[0], ...]
             value = value.clone() if is_tensor(value) else value.copy()
@@ -560,8 +556,9 @@ def _reader(nodes: Any, arrays: dict[str, Any], packs: list[Any]) -> Callable[[A
         elif kind in _CONTAINERS:
             [slots] = parts
             items = [value_of(slot) for slot in _checked(slots, list)]
-            if _is_costly_to_hash(kind, slots, nodes):
+            if _is_costly_to_hash(kind, slots, costs):
                 raise ValueError(_COSTLY)
+            cost = _cost_of_hashing(slots, costs)
             value = dict(zip(items[::2], items[1::2], strict=True)) if kind == "dict" else _CONTAINERS[kind](items)
         elif kind == "scalar":
             value = _scalar(*parts)
@@ -569,4 +566,5 @@ def _reader(nodes: Any, arrays: dict[str, Any], packs: list[Any]) -> Callable[[A
             [text] = parts
             value = _LEAVES[kind][2](text)
         values.append(value)
+        costs.append(cost)
     return value_of

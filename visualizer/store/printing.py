@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 _ROWS = 100  # the most that a table prints; a last line says how many are left out
 
 
-def as_text(head: str, rows: list[tuple[str, ...]]) -> str:
-    """A table in plain text, for a repr: `head` is a line that sums everything up, `rows[0]` names the columns."""
+class Printed(ABC):
+    """What is printed as a table."""
+
+    @abstractmethod
+    def table(self) -> tuple[str, list[tuple[str, ...]]]:
+        """A line that sums everything up, and the rows of the table; the first row has the column names."""
+
+    def __repr__(self) -> str:
+        return _as_text(*self.table())
+
+    def _repr_html_(self) -> str:
+        return _as_html(*self.table())
+
+
+def _as_text(head: str, rows: list[tuple[str, ...]]) -> str:
     if len(rows) == 1:
         return f"<{head}>"
     rows = _few_rows(rows)
@@ -15,8 +30,7 @@ def as_text(head: str, rows: list[tuple[str, ...]]) -> str:
     return "\n".join([f"<{head}", *(f"  {line.rstrip()}" for line in lines)]) + ">"
 
 
-def as_html(head: str, rows: list[tuple[str, ...]]) -> str:
-    """The same table as HTML, for notebooks."""
+def _as_html(head: str, rows: list[tuple[str, ...]]) -> str:
     import html
 
     names, *rest = _few_rows(rows)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, TypedDict, Unpack
 
-from .printing import as_html, as_text
+from .printing import Printed
 from .records import Record, Saved
 
 
-class Recorded(ABC):
+class Recorded(Printed):
     """What was recorded. It can be printed as a table, saved, copied and pickled."""
 
     about: dict[str, Any]
@@ -30,10 +30,6 @@ class Recorded(ABC):
     @abstractmethod
     def from_saved(cls, saved: Saved) -> Recorded:
         """The results that `saved()` was called on, without the model and without any capture."""
-
-    @abstractmethod
-    def table(self) -> tuple[str, list[tuple[str, ...]]]:
-        """A line that sums everything up, and the rows of a table; the first row has the column names."""
 
     def save(self, path: str | PathLike[str], about: dict[str, Any] | None = None) -> None:
         """Write everything to a `.safetensors` file, which `visualizer.load` reads without the model.
@@ -57,12 +53,6 @@ class Recorded(ABC):
 
     def __reduce__(self) -> tuple[Callable[[Saved], Any], tuple[Saved]]:
         return type(self).from_saved, (self.saved(),)
-
-    def __repr__(self) -> str:
-        return as_text(*self.table())
-
-    def _repr_html_(self) -> str:
-        return as_html(*self.table())
 
 
 class Choosing(TypedDict, total=False):

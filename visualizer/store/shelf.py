@@ -22,7 +22,7 @@ _NO_LINE = -(2**63)
 """Stands for None in the column of the lines."""
 
 call_order = count()
-"""Numbers calls in the order in which they begin, over all functions: the most recent ones stay within a limit."""
+"""Numbers the calls of all functions in the order in which they begin: a limit keeps the most recent ones."""
 
 
 class Express(Protocol):

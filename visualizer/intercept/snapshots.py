@@ -1,4 +1,4 @@
-"""Makes maps of attention calls. What a map keeps is copied, for the model may change its tensors later."""
+"""Snapshots of attention calls: what a map keeps is copied, for the model may change its tensors later."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ TIMES = 8.0
 """How many times its even share a token draws that is a sink."""
 _FEW = 16  # eight times the even share of fewer tokens would be more than half of all
 _LEAST = 2.5  # of two or three tokens one always draws half
-_ROUNDS = 32  # enough but for weights each of which is half of the one before
+_ROUNDS = 32  # more are needed only where each weight is half of the one before
 _TINY = 1e-12
 
 
@@ -56,8 +56,8 @@ def sinks(attention: Any, times: float = TIMES) -> Any:
             where it sees fewer than 16: there a sink draws more than half (times=8). A key counts by the mean over the
             queries that see it, without its own, and only if they are a quarter of all: so the first token of a causal
             text is no sink because early tokens see little else, nor the last because it sees itself. Rows that do not
-            sum to one count as if they did. What is none beside a larger sink may be one among the others, so it is
-            looked again without those that were found, until there are no more.
+            sum to one count as if they did. A large sink can hide a smaller one, so the search is repeated without the
+            sinks that were found, until it finds no more.
 
     Returns:
         True or False, (batch, heads, keys); several layers are the first axis.
@@ -90,8 +90,8 @@ def common_sinks(layers: Sequence[AttentionMap], times: float = TIMES) -> Tensor
 
 
 def _drawn(layer: AttentionMap, times: float, without: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """What each key draws, in even shares, summed over the queries that see it; how much a sink would draw; and how
-    many these are: each (batch, heads, keys). `without` are keys of each head that do not count."""
+    """For each key, (batch, heads, keys): what it draws, in even shares, summed over the queries that see it; what a
+    sink would draw; how many queries see it. The keys `without` do not count."""
     batch, heads, queries, keys = layer.shape
     drawn, limit, seen_by = torch.zeros(3, batch, heads, keys, dtype=layer.dtype, device=layer.device)
     own = torch.arange(queries, device=layer.device) + keys - queries  # with a cache the last query is the last key
