@@ -551,10 +551,11 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         key = value.kind, value.shape
         known = told.get(key)
         if known is not None and value.kind in ("self", "cross") and are_given_the_same(calls, known[0]):
-            value.layout, value.query_layout = known[1]
+            value.tell_layouts(*known[1])
         else:
-            self._layouts.describe(value, calls)
-            told[key] = tuple(calls), (value.layout, value.query_layout)
+            both = self._layouts.of(value, calls)
+            value.tell_layouts(*both)
+            told[key] = tuple(calls), both
 
     def _keep_map(self, path: str, value: Any, sizes: dict[str, int]) -> None:
         """Keep a map, or what `keep` makes of it, as far as the budget allows."""
