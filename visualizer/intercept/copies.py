@@ -85,10 +85,6 @@ class Copy:
     evidence: Sequence[Evidence]
     """Whether the map is the one that was used; none where that cannot be seen, as with dropout."""
 
-    def doubt(self) -> str | None:
-        """By how much the map is wrong, in words; None if it is right."""
-        return next((doubt for one in self.evidence if (doubt := one.doubt()) is not None), None)
-
 
 def joined_copy(parts: Sequence[tuple[Copy, Tensor, int]], sizes: Sequence[int]) -> Copy:
     """The copy of several calls that are one attention.

@@ -11,8 +11,8 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
@@ -124,6 +124,7 @@ class Watch:
         record: called with each attention call that is seen; returns a copy of what is to be kept, or None.
         file: called with the path of the module and that copy once it is known which axes are heads, in the order of
             the calls.
+        end_pass: called behind each call of the outermost module.
         warn: called with what is not recorded and why; it raises no error, for the model would see it.
     """
 
@@ -132,6 +133,7 @@ class Watch:
         model: nn.Module,
         record: Callable[[AttentionCall], Copy | None],
         file: File,
+        end_pass: Callable[[], None],
         warn: Callable[[str, Section], None],
     ) -> None:
         modules = list(named_modules(model))
@@ -145,7 +147,7 @@ class Watch:
         """Whether a module of the model has been called."""
         self.needs_sums = False
         """Whether `FusedCall.log_sums` is of use."""
-        self._record, self._file, self._warn = record, file, warn
+        self._record, self._file, self._end_pass, self._warn = record, file, end_pass, warn
         self._thread = _Thread()
         self._mode = Mode(self)
         self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
@@ -368,6 +370,18 @@ class Watch:
         if thread.is_watched:
             thread.is_watched = False
             remove_mode(self._mode)
+        with self._unharmed():
+            self._end_pass()
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What is computed within is none of the model's."""
+        self._thread.ours += 1
+        try:
+            with _aside():
+                yield
+        finally:
+            self._thread.ours -= 1
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions, and take note of it if a module of the model calls it."""
@@ -524,7 +538,10 @@ class Watch:
 
     def _refuse(self, calls: Sequence[ModuleCall], error: Exception) -> None:
         self._is_not_plain()
-        path = calls[-1].path if calls else ""
+        self.refuse(calls[-1].path if calls else "", error)
+
+    def refuse(self, path: str, error: Exception) -> None:
+        """Say once that an attention of a module is not recorded, for an error of ours."""
         if path not in self._refused:
             self._refused.add(path)
             self._warn(
