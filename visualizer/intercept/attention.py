@@ -556,7 +556,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             return self._copies.of(call)
 
     def file(self, path: str, copy: Copy, output: Output, kernel: str) -> Callable[[], None] | None:
-        """Make the map of a call whose axes are known, and return what keeps it, if it is proven."""
+        """Make the map of a call whose axes are known, and keep it; return what does, where the user's `keep` is to."""
         if output.why_apart:
             self._why_apart[path] = output.why_apart
         if self._keep is not None and self._is_doubted(path, kernel, copy.evidence):
@@ -564,8 +564,10 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         value = copy.map_of(output.order)
         if self._watch is not None and self.needs_layouts:
             self._describe(value, self._watch.calls, self._watch.told)
-        evidence = copy.evidence if self._keep is None else ()
-        return lambda: self._keep_map(path, value, copy.sizes, kernel, evidence)
+        if self._keep is not None:
+            return lambda: self._keep_map(path, value, copy.sizes)
+        self._keep_map(path, value, copy.sizes, kernel, copy.evidence)
+        return None
 
     def _is_doubted(self, path: str, kernel: str, evidence: Sequence[Evidence]) -> bool:
         """Whether a map is not the one that was used; then a warning says so."""
@@ -611,7 +613,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             told[key] = tuple(calls), both
 
     def _keep_map(
-        self, path: str, value: Any, sizes: dict[str, int], kernel: str, evidence: Sequence[Evidence]
+        self, path: str, value: Any, sizes: dict[str, int], kernel: str = "", evidence: Sequence[Evidence] = ()
     ) -> None:
         """Keep a map, or what `keep` makes of it, as far as the budget allows."""
         with self._lock:

@@ -490,12 +490,29 @@ class Watch:
         with self._unharmed():
             step = current.step(name, args, call)
         if name in KERNELS:
-            with self._unharmed():
-                self._see_fused(name, lambda: with_sums(KERNELS[name](output, *args, **kwargs), sums), step or UNKNOWN)
-            self._file_settled()
+            self._see_planned(name, lambda: with_sums(KERNELS[name](output, *args, **kwargs), sums), step or UNKNOWN)
         elif step is None and name not in operators.READS and (current.is_planned or name in operators.PRODUCTS):
             with self._unharmed():
                 self._tell_unforeseen(call if thread.layer is None else call._replace(module=thread.layer))
+
+    def _see_planned(self, name: str, describe: Callable[[], FusedCall], step: Step) -> None:
+        """Record a fused call where the mode does not look; at once, where nothing has to be waited for."""
+        thread = self._thread
+        if step.order is None or thread.pending:
+            with self._unharmed():
+                self._see_fused(name, describe, step)
+            self._file_settled()
+            return
+        copy = None
+        with _aside():
+            with self._unharmed():
+                seen = describe()
+                if is_recorded() and not self._is_unreal(seen.query):
+                    copy = self._recorded(self._call(step.origin, self._as_computed(seen), None))
+            if copy is not None:
+                output = Output(())
+                output.order = step.order
+                self._file_one(tuple(thread.calls), copy, output, name)
 
     def _tell_unforeseen(self, call: ModuleCall) -> None:
         if call.path not in self._unforeseen:
@@ -558,15 +575,16 @@ class Watch:
         if self._is_refused(seen.query):
             return
         with _aside():
-            groups = 1 if seen.has_heads else packed_groups(calls[-1], seen.query, seen.key)
-            fused = in_four_axes(as_computed(seen), self._heads_of(seen.query), groups)
+            fused = self._as_computed(seen)
             provenance = self._thread.provenance
             origin = provenance.of_query_and_key(seen.query, seen.key, calls) if step is None else step.origin
             call = self._call(origin, fused, None)
             output = Output(seen.output.shape)
             if step is not None:
                 output.order = step.order
-            if seen.has_heads or groups > 1:  # the kernel, or the model's own way of calling it, tells them apart
+            if (
+                seen.has_heads or self._groups_of(seen) > 1
+            ):  # the kernel, or the model's own way of calling it, tells them apart
                 output.order = Order(tuple(fused.query.shape[:2]), (False, True))
             is_recorded = self._await(name, call, seen.output, output, is_followed=step is None)
             current = self._thread.current
@@ -574,6 +592,12 @@ class Watch:
                 current.found(name, calls, provenance.first_frame, origin, output if is_recorded else None)
             elif is_recorded and step is not None and not step.is_known:
                 self._is_not_planned()
+
+    def _as_computed(self, seen: FusedCall) -> FusedCall:
+        return in_four_axes(as_computed(seen), self._heads_of(seen.query), self._groups_of(seen))
+
+    def _groups_of(self, seen: FusedCall) -> int:
+        return 1 if seen.has_heads else packed_groups(self._thread.calls[-1], seen.query, seen.key)
 
     def _see_product(self, name: str, product: Product) -> None:
         weights, calls = product.weights, self._thread.calls
@@ -626,8 +650,7 @@ class Watch:
     ) -> bool:
         """Record a call, and file its map once the model has told its axes apart; whether it is recorded."""
         thread = self._thread
-        thread.count += 1
-        copy = self._record(call)
+        copy = self._recorded(call)
         if copy is None:
             return False
         if output.order is None and is_followed:
@@ -636,6 +659,10 @@ class Watch:
         if is_followed:
             thread.tracing.follow_output(returned, output, layout)
         return True
+
+    def _recorded(self, call: AttentionCall) -> Copy | None:
+        self._thread.count += 1
+        return self._record(call)
 
     def _file_settled(self, ending: int | None = None) -> None:
         """File the maps of calls whose axes are known, in order.
@@ -656,16 +683,23 @@ class Watch:
                 whole.settle_experts(getattr(first.calls[-1].module, "num_heads", None), given)
             whole = first.output.outermost
             thread.pending.popleft()
-            thread.filing = first.calls
-            try:
-                with _aside():
-                    keep = None
-                    with self._unharmed(first.calls):
-                        keep = self._file(first.calls[-1].path, self._copy_of(first), whole, first.kernel)
-                    if keep is not None:
-                        keep()  # which may call the user's own function
-            finally:
-                thread.filing = None
+            with _aside():
+                copy = None
+                with self._unharmed(first.calls):
+                    copy = self._copy_of(first)
+                if copy is not None:
+                    self._file_one(first.calls, copy, whole, first.kernel)
+
+    def _file_one(self, calls: tuple[ModuleCall, ...], copy: Copy, output: Output, kernel: str) -> None:
+        thread, keep = self._thread, None
+        thread.filing = calls
+        try:
+            with self._unharmed(calls):
+                keep = self._file(calls[-1].path, copy, output, kernel)
+            if keep is not None:
+                keep()  # which may call the user's own function
+        finally:
+            thread.filing = None
 
     def _copy_of(self, first: _Pending) -> Copy:
         """The copy of a call, with those of the calls that are one attention with it, which are not filed again."""
@@ -699,6 +733,10 @@ class Watch:
         if thread.gaps[-1] is not None:
             thread.gaps[-1] = None
             self._looked_through.add(path)
+        return self._is_unreal(example)
+
+    def _is_unreal(self, example: Tensor) -> bool:
+        path = self._thread.calls[-1].path
         if type(example) is Tensor and example.is_cpu and not example.is_nested and is_plain_torch(torch):
             self._attended.add(path)  # as nearly always
             return False
