@@ -201,15 +201,18 @@ class Layouts(threading.local):
         of_keys: _Told = None
         of_queries: _Told = None
         owner: str | None = None
+        each = [(call, arguments_of(call)) for call in reversed(calls)]
         for needs_ids in (True, False):  # within a model for pictures and texts, only the outermost call has ids
-            for call in reversed(calls):
+            for call, arguments in each:
                 if of_queries is None:
-                    of_queries = self._told(call, calls, made, queries, needs_ids=needs_ids)
+                    of_queries = self._told(call, arguments, calls, made, queries, needs_ids=needs_ids)
                     owner = owner if of_queries is None else call.path
                 if of_keys is None and is_self:
                     of_keys = of_queries
                     if queries != keys:
-                        of_keys = self._told(call, calls, made, keys, needs_ids=needs_ids)
+                        of_keys = self._told(call, arguments, calls, made, keys, needs_ids=needs_ids)
+                if of_queries is not None and (of_keys is not None or not is_self):
+                    break
         if is_self:
             if of_keys is not None and owner is not None:
                 self._sequences.pop(owner, None)
@@ -217,14 +220,15 @@ class Layouts(threading.local):
             return of_keys, of_queries
         others = [one for path, one in self._sequences.items() if path != owner]
         of_keys = next((one for one in reversed(others) if one.count == keys and _fits(one, batch)), None)
-        for call in reversed(calls):
+        for call, arguments in each:
             if of_keys is None and call.path != owner:
-                of_keys = self._told(call, calls, made, keys, is_source=True)
+                of_keys = self._told(call, arguments, calls, made, keys, is_source=True)
         return of_keys, of_queries
 
     def _told(
         self,
         call: ModuleCall,
+        arguments: dict[str, Any],
         calls: Sequence[ModuleCall],
         made: AttentionMap,
         tokens: int,
@@ -233,7 +237,6 @@ class Layouts(threading.local):
         needs_ids: bool = False,
     ) -> _Told:
         """What one call tells about that many tokens; `is_source`: those that a decoder looks at."""
-        arguments = arguments_of(call)
         told: _Told = None
         if any(_is_ids(arguments.get(name)) for name in _IDS) or (call.args and _is_ids(call.args[0])) or not needs_ids:
             told = self._text_of(call, arguments, made, tokens, is_source)
@@ -249,6 +252,9 @@ class Layouts(threading.local):
     def _picture_of(self, call: ModuleCall) -> Picture | None:
         """The picture that a call was given; None where it was given none, or does not cut it into patches."""
         module = call.module
+        known = self._convolutions.get(module)
+        if known is not None and known[0] is None:
+            return None
         for name, pixels in inputs_of(call):
             if pixels.ndim in (4, 5) and "mask" not in name:
                 convolution, prefix = self._known_of(module)

@@ -238,11 +238,11 @@ def form_of(value: Any, known: dict[int, int], sizes: list[int]) -> Any:
         is_nested = value.is_nested
         sizes.extend(() if is_nested else value.shape)
         return kind, is_nested, value.dtype, value.device, value.ndim, known.setdefault(id(value), len(known))
-    if isinstance(value, (list, tuple)):
-        return kind, *[form_of(one, known, sizes) for one in value]
-    if isinstance(value, dict):
-        return kind, *map(str, value), *[form_of(one, known, sizes) for one in value.values()]
-    return kind
+    inner: Any = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
+    if inner is None:
+        return kind
+    names = (*map(str, value),) if isinstance(value, dict) else ()
+    return kind, names, *[(type(one), one) if type(one) in _SIMPLE else form_of(one, known, sizes) for one in inner]
 
 
 def _given(call: ModuleCall) -> Any:

@@ -150,6 +150,7 @@ class Watch:
         self._record, self._file, self._end_pass, self._warn = record, file, end_pass, warn
         self._thread = _Thread()
         self._mode = Mode(self)
+        self._have_run = set[str]()  # the paths of modules that were called
         self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
         self._called_unseen: dict[str, str] = {}  # the classes of modules that called what may attend, by their paths
         self._without_keys: set[str] = set()  # the paths of modules that made weights of something else than scores
@@ -284,8 +285,8 @@ class Watch:
         if thread.is_planned and len(thread.calls) > 1 and not thread.pending:
             thread.shapes.pop(id(thread.calls.pop()), None)
             thread.gaps.pop()
-            if is_called_attention(type(module).__qualname__):
-                self._ran[path] = type(module).__qualname__
+            if path not in self._have_run:
+                self._note_run(path, module)
             return None
         try:
             self._end_gap(path, module, output)
@@ -298,11 +299,16 @@ class Watch:
             call = thread.calls.pop()
             thread.shapes.pop(id(call), None)
             thread.gaps.pop()
-            if is_called_attention(type(module).__qualname__):
-                self._ran[path] = type(module).__qualname__
+            if path not in self._have_run:
+                self._note_run(path, module)
             if not thread.calls:
                 self._leave(thread)
         return None if output is None else as_native(call, output)
+
+    def _note_run(self, path: str, module: nn.Module) -> None:
+        self._have_run.add(path)
+        if is_called_attention(type(module).__qualname__):
+            self._ran[path] = type(module).__qualname__
 
     def _begin_layer(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the mode away while a layer runs in which nothing attends, where nothing else needs it."""
