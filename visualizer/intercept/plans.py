@@ -15,6 +15,7 @@ there one where calls are joined to one attention, or where a map was made of an
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from .modules import ModuleCall, has_global_hooks
 from .operators import READS
 from .provenance import Origin
 
-_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_SIMPLE = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
 _MOST_FORMS, _MOST_FAILURES = 32, 8
 
 
@@ -231,16 +232,17 @@ def form_of(value: Any, known: dict[int, int], sizes: list[int]) -> Any:
         sizes: gets the lengths.
     """
     kind = type(value)
-    if isinstance(value, Tensor):
-        sizes.extend(() if value.is_nested else value.shape)
-        return kind, value.is_nested, value.dtype, value.device, value.ndim, known.setdefault(id(value), len(known))
     if kind in _SIMPLE:
         return kind, value
-    if isinstance(value, (list, tuple)):
-        return kind, *(form_of(one, known, sizes) for one in value)
-    if isinstance(value, dict):
-        return kind, *((str(name), form_of(one, known, sizes)) for name, one in value.items())
-    return kind
+    if isinstance(value, Tensor):
+        is_nested = value.is_nested
+        sizes.extend(() if is_nested else value.shape)
+        return kind, is_nested, value.dtype, value.device, value.ndim, known.setdefault(id(value), len(known))
+    inner: Any = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
+    if inner is None:
+        return kind
+    names = (*map(str, value),) if isinstance(value, dict) else ()
+    return kind, names, *[(type(one), one) if type(one) in _SIMPLE else form_of(one, known, sizes) for one in inner]
 
 
 def _given(call: ModuleCall) -> Any:
@@ -261,7 +263,7 @@ def _fits(step: Step, args: Any, call: ModuleCall) -> bool:
 
 
 def _agree(known: Sequence[int | None], sizes: Sequence[int]) -> bool:
-    return all(one is None or one == size for one, size in zip(known, sizes, strict=True))
+    return known == sizes or all(one is None or one == size for one, size in zip(known, sizes, strict=True))
 
 
 def _common(
@@ -320,20 +322,15 @@ class _States:
         return not has_global_hooks() and self._number() == self._numbers
 
     def _number(self) -> list[int]:
-        numbers = list[int]()
-        for known in self._watched:
-            module = known()
-            if module is None:
-                return []
-            numbers.append(id(type(module).forward))
-            numbers += map(id, vars(module).values())
-            if module._modules:
-                numbers += map(id, module._modules.values())
+        modules = [module for known in self._watched if (module := known()) is not None]
+        if len(modules) < len(self._watched):
+            return []
+        holders = [*map(vars, modules), *map(vars, self._configs), *[one for m in modules if (one := m._modules)]]
+        numbers = [id(type(module).forward) for module in modules]
+        numbers += map(id, itertools.chain.from_iterable([holder.values() for holder in holders]))
         for known in self._leaves:
             module = known()
-            numbers.append(0 if module is None else len(vars(module)))  # it may get a forward of its own
-        for config in self._configs:
-            numbers += map(id, vars(config).values())
+            numbers.append(0 if module is None else len(module.__dict__))  # it may get a forward of its own
         return numbers
 
     def _count_hooks(self) -> int:
