@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
-import os
 import re
 import sys
 import warnings
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ..errors import FileFormatError, did_you_mean, few
-from ..images import greys_of
+from ..images import opened
 from ..loading import load
 from ..store import bytes_by_device
 from ..tensors import is_array
@@ -123,17 +122,6 @@ def picture_of(path: str | None) -> Any:
         return None
     with reading_picture(path):
         return opened(path).convert("RGB")
-
-
-def opened(path: str | os.PathLike[str]) -> Any:
-    """The picture in a file, upright, with 8 bits a channel; raises whatever Pillow raises."""
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file)
-    if not picture.mode.startswith(("I", "F")):
-        return picture
-    return Image.fromarray((255 * greys_of(picture)).round().astype(np.uint8))
 
 
 @contextlib.contextmanager

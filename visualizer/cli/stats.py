@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import did_you_mean
+from ..images import opened
 from .outcome import Commands, Failure, Mistake, destination, say, trying_to, warnings_as_lines, why_import_failed
-from .saved import opened
 from .script import build, is_builder
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import not_installed
+from ..images import is_transparent
 from .weights import package_folder
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def prepare(
         image = Image.fromarray(_as_bytes(np.asarray(picture)))
     if image.mode.startswith(("I", "F")):  # PIL would clip these to 0..255 and return a white picture
         raise ValueError(f"the picture's mode is {image.mode!r}; convert it to 8 bits a channel first")
-    if "A" in image.getbands() or "transparency" in image.info:
+    if is_transparent(image):
         above = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
     fitted = ImageOps.fit(image.convert("RGB"), (width, height), method=Image.Resampling.BICUBIC)
