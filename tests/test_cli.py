@@ -85,3 +85,16 @@ def test_help_of_others_loads_no_torch(command):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "False" == done.stdout.splitlines()[-1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_line(tmp_path):
+    """And so is one where the results are so short that Python writes them only at its end."""
+    script = tmp_path / "script.py"
+    script.write_text("from visualizer import get_local\nget_local('a')(lambda a: a)(1)\n")
+    command = [sys.executable, "-m", "visualizer"]
+    subprocess.run([*command, "run", "-o", "one.safetensors", script], cwd=tmp_path, check=True)
+    info = [*command, "info", "one.safetensors"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(info, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (1, "visualizer: cannot write the results: No space left on device\n") == (done.returncode, done.stderr)

@@ -5,6 +5,9 @@ import pytest
 
 from visualizer.images import part_seen, picture_of, read_image, side_by_side
 from visualizer.layout import Layout
+from visualizer.models import prepare
+
+Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
 
 
 def photo(high, wide, seed=0):
@@ -50,14 +53,33 @@ def test_frames_of_a_video_are_read_one_by_one():
 
 @pytest.mark.parametrize(("mode", "top"), [("I;16", 65535), ("I", 65535), ("I", 255), ("F", 1), ("F", 255)])
 def test_grey_pictures_of_more_bits_keep_their_greys(mode, top):
-    image = pytest.importorskip("PIL.Image", reason="needs Pillow")
     grey = np.linspace(0, top, 12).reshape(3, 4)
     kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
-    picture = image.fromarray(grey.astype(kind))
+    picture = Image.fromarray(grey.astype(kind))
     assert mode == picture.mode
     np.testing.assert_allclose(read_image(picture), np.stack([grey.astype(kind) / top] * 3, -1), atol=1e-6)
 
 
 def test_a_black_picture_of_more_bits_is_black():
-    image = pytest.importorskip("PIL.Image", reason="needs Pillow")
-    assert not read_image(image.fromarray(np.zeros((2, 3), np.uint16))).any()
+    assert not read_image(Image.fromarray(np.zeros((2, 3), np.uint16))).any()
+
+
+@pytest.mark.parametrize("mode", ["LAB", "HSV", "CMYK", "YCbCr", "P"])
+def test_no_colour_is_taken_for_opacity(mode):
+    """PIL leaves the opacity of what it makes of LAB, whose third band is called A, to chance."""
+    original = Image.fromarray((255 * photo(24, 32)).astype(np.uint8))
+    picture = original.convert(mode)
+    expected = np.asarray(picture.convert("RGB")) / 255
+    np.testing.assert_allclose(expected, read_image(picture), atol=1e-6)
+    np.testing.assert_allclose(expected, prepare(picture, size=(24, 32), patch=8)[1] / 255, atol=1e-6)
+
+
+def test_the_picture_of_a_file_is_upright(tmp_path):
+    picture = Image.fromarray((255 * photo(24, 32)).astype(np.uint8))
+    turned = picture.getexif()
+    turned[0x112] = 6  # lies on its side
+    picture.save(tmp_path / "photo.png", exif=turned)
+    for path in (tmp_path / "photo.png", str(tmp_path / "photo.png")):
+        np.testing.assert_array_equal(np.rot90(read_image(picture), -1), read_image(path))
+    with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
+        read_image(tmp_path / "nothing.png")

@@ -1,5 +1,6 @@
 """Pictures of what was measured: `distance`, `filters`, `positions`, `spikes`, `patterns`; and labels that fit."""
 
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -329,8 +330,14 @@ class TestLabels:
         assert ax.get_window_extent().width > 0.3 * ax.figure.bbox.width
 
     def test_a_missing_font_is_one_warning_that_names_one(self, tmp_path, monkeypatch):
+        from matplotlib import get_data_path
+        from matplotlib.font_manager import fontManager
+
+        # Those that matplotlib brings: one of them, Last Resort, has boxes in place of letters.
+        brought = [font for font in fontManager.ttflist if font.fname.startswith(get_data_path())]
+        monkeypatch.setattr(fontManager, "ttflist", brought)
+        monkeypatch.setattr(canvas, "_fonts_by_letter", functools.cache(canvas._fonts_by_letter.__wrapped__))
         monkeypatch.setattr(canvas, "_letters", lambda: frozenset(range(0x250)))
-        monkeypatch.setattr(canvas, "_font_with", lambda letter: None)
         monkeypatch.setattr(canvas, "_warned_of", set())
         with pytest.warns(VisualizerWarning, match="has 猫, .*Noto Sans CJK") as caught:
             ax = plot.tokens(maps_of(3, 3), ["猫", "a", "好"], title="猫")

@@ -243,6 +243,8 @@ def test_what_a_model_of_transformers_returns_is_read_for_its_attentions():
     assert [(1, 2, 3, 3)] == [tuple(layer.shape) for layer in read]
     with pytest.raises(ValueError, match=r"got a BaseModelOutput without attentions.*output_attentions=True"):
         layers_in(outputs.BaseModelOutput(last_hidden_state=hidden))
+    encoder = outputs.BaseModelOutputWithCrossAttentions(hidden, attentions=maps, cross_attentions=())
+    assert 1 == len(layers_in(encoder).layers)
     both = outputs.Seq2SeqModelOutput(last_hidden_state=hidden, decoder_attentions=maps, cross_attentions=maps)
     with pytest.raises(ValueError, match="has decoder_attentions, cross_attentions: pass one of them"):
         layers_in(both)

@@ -43,21 +43,41 @@ def greys_of(image: Any) -> Array:
     return np.asarray(np.clip(grey / white, 0, 1))
 
 
+def opened(path: str | os.PathLike[str]) -> Any:
+    """The picture in a file as a PIL image, upright, with 8 bits a channel; raises whatever Pillow raises."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file)
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    return Image.fromarray((255 * greys_of(picture)).round().astype(np.uint8))
+
+
+def is_transparent(image: Any) -> bool:
+    """Whether a PIL image has transparent pixels. The A of LAB is a colour, and PIL gives its pixels any opacity."""
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
 def read_image(image: Any) -> Array:
-    """The picture as (height, width, 3) floats from 0 to 1, from an array, a tensor or a PIL image.
+    """The picture as (height, width, 3) floats from 0 to 1, from an array, a tensor, a PIL image or a file's path.
 
     >>> read_image(np.full((2, 3), 255, np.uint8)).shape
     (2, 3, 3)
 
     Takes (height, width), (height, width, channels) and, as torch has it, (channels, height, width); 1, 3 or 4
-    channels, integers to 255 or floats to 1. Transparent pixels become white. Raises TypeError or ValueError for
-    anything else.
+    channels, integers to 255 or floats to 1. Transparent pixels become white. A file's picture is turned upright, as
+    its EXIF says; a PIL image stays as it is, for models are given it so. Raises OSError for a file that is missing or
+    no picture, TypeError or ValueError for anything else.
     """
+    if isinstance(image, (str, os.PathLike)):
+        image = opened(image)
     if hasattr(image, "convert"):
         is_wide = image.mode.startswith(("I", "F"))
-        image = greys_of(image) if is_wide else image.convert("RGBA")  # a palette's indices are not colours
+        # A palette's indices are not colours.
+        image = greys_of(image) if is_wide else image.convert("RGBA" if is_transparent(image) else "RGB")
     if not (is_array(image) or hasattr(image, "__array__") or hasattr(image, "__array_interface__")):
-        raise TypeError(f"image is a {type(image).__name__}: pass an array, a tensor or an opened PIL image")
+        raise TypeError(f"image is a {type(image).__name__}: pass an array, a tensor, a PIL image or a file's path")
     is_tensor = hasattr(image, "detach")
     is_whole = not image.is_floating_point() if is_tensor else np.asarray(image).dtype.kind in "iu"
     pixels = as_numbers(image, "image")
@@ -92,12 +112,10 @@ def as_pil(picture: Any) -> Any:
     from PIL import Image, ImageOps
 
     if isinstance(picture, (str, os.PathLike)):
-        with Image.open(picture) as file:
-            return as_pil(ImageOps.exif_transpose(file))
+        picture = opened(picture)
     if isinstance(picture, Image.Image):
         picture = ImageOps.exif_transpose(picture)
-        is_opaque = {"A", "transparency"}.isdisjoint([*picture.getbands(), *picture.info])
-        if is_opaque and not picture.mode.startswith(("I", "F")):
+        if not is_transparent(picture) and not picture.mode.startswith(("I", "F")):
             return picture.convert("RGB")
     return Image.fromarray((255 * read_image(picture)).round().astype(np.uint8))
 

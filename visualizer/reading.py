@@ -125,6 +125,7 @@ def _layers_of_mapping(mapping: Mapping[Any, Any]) -> Any:
 def _layers_of_output(output: Mapping[str, Any]) -> Any:
     """The attentions among all that a model of transformers returned."""
     names = [name for name in output if name.endswith("attentions")]
+    names = [name for name in names if output[name] is not None and len(output[name])] or names[:1]
     if len(names) > 1:
         raise ValueError(f"a {type(output).__name__} has {', '.join(names)}: pass one of them")
     if not names:

@@ -12,6 +12,7 @@ with the status of its script.
 from __future__ import annotations
 
 import argparse
+import errno
 import inspect
 import os
 import re
@@ -26,6 +27,7 @@ from .outcome import Mistake, say, why_import_failed
 
 _COMMANDS = (run, stats, info, plot, explore, demo, doctor)
 """Each has `arguments`, which adds its options, and `main`, whose docstring is its help."""
+_STDOUT_ENDS = (errno.EPIPE, errno.ENOSPC)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         script = options.run(options)
+        if script is None and sys.stdout is not None:
+            sys.stdout.flush()  # here, where its errors are caught
     except Mistake as mistake:
         say(mistake)
         return mistake.status
@@ -49,13 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         say(f'{error}: pip install "get-local[demo]"')
         return 2
-    except BrokenPipeError:  # the reader of the results, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more when it ends
-        return 1
     except KeyboardInterrupt:
         say("interrupted")
         return 130
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _STDOUT_ENDS and error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more when it ends
+            if error.errno != errno.EPIPE:  # else the reader of the results, such as `head`, has closed the pipe
+                say(f"cannot write the results: {error.strerror}")
+            return 1
         is_advice = isinstance(error, ImportError) and "pip install" in str(error)
         why = str(error) if is_advice else why_import_failed(error)
         if why is None:

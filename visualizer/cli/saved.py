@@ -169,6 +169,7 @@ def as_options(message: str) -> str:
     """A message about Python's arguments, with the command's options in their place."""
     message = re.sub(r"Pass grid=\(rows, columns\)[^.]*", "Pass --grid ROWSxCOLUMNS", message)
     message = re.sub(r"(grid=)?\((\d+), (\d+)\)( with prefix_tokens=\d+)?", _as_grid, message)
+    message = re.sub(r"\bplot\.(\w+)", lambda found: f"visualizer plot --kind {found[1].replace('_', '-')}", message)
     return re.sub(r"\b(layer|head|batch|query|grid|image|tokens|title|style|cmap)=", r"--\1 ", message)
 
 

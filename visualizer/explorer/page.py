@@ -85,9 +85,9 @@ def explore(
             keys) or (layers, batch, heads, queries, keys). Rows sum to one.
         tokens: the words of a text, one for each query; the keys are the same tokens.
         image: the picture whose patches are the keys, and the queries too if there are as many: an array or tensor
-            (height, width, channels) or (channels, height, width), of integers to 255 or floats to 1, or a PIL image.
-            Of a text with pictures in it, such as the prompt of a vision-language model, the picture, or a list of
-            them in order: the page then has an example for each, with what each word looks at on it.
+            (height, width, channels) or (channels, height, width), of integers to 255 or floats to 1, a PIL image, or a
+            file's path. Of a text with pictures in it, such as the prompt of a vision-language model, the picture, or a
+            list of them in order: the page then has an example for each, with what each word looks at on it.
         query_tokens, key_tokens: the words of one side alone, in cross-attention; `image` is then the other side.
         layout: what the tokens are; None: what the maps know of them, as those that `attention` records do.
         grid: (rows, columns) of patches; None: what the maps know, or the only grid that suits the picture, or without

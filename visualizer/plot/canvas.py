@@ -340,7 +340,10 @@ def _fonts_by_letter() -> dict[int, str]:
     found: dict[int, str] = {}
     for name, path in {font.name: font.fname for font in fontManager.ttflist if font.style == "normal"}.items():
         with contextlib.suppress(OSError, RuntimeError):  # a font that has gone or cannot be read
-            found = dict.fromkeys(get_font(path).get_charmap(), name) | found
+            glyphs = get_font(path).get_charmap()
+            # Matplotlib's own Last Resort has a box in place of each letter of a script.
+            if len(glyphs) < 10 * len(set(glyphs.values())):
+                found = dict.fromkeys(glyphs, name) | found
     return found
 
 

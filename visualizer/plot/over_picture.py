@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _MOST_SWATCHES = 16  # more special tokens, such as those between the tiles of a picture, would be too small
 _FINE = 1600  # pixels of the longer side of a picture in print: 300 dots per inch across 5 inches
+_PIXELS_A_PATCH = 16  # of a picture with few pixels: with fewer, the edges of patches lie beside those of pixels
 
 
 def draw_row(
@@ -85,7 +86,8 @@ def lay_over(
         blend = "bilinear" if look.smooth else "antialiased"
         draw_image(ax, patches, extent=extent, cmap=scale.cmap, norm=scale.norm, interpolation=blend)
     else:
-        image = draw_image(ax, blend_over(patches, shrunk(picture, most, keep_ratio=True), scale, look), extent=extent)
+        blended = blend_over(patches, shrunk(picture, most, keep_ratio=True), scale, look, _PIXELS_A_PATCH)
+        image = draw_image(ax, blended, extent=extent)
         image.set(cmap=scale.cmap, norm=scale.norm)  # for a colour bar of the user's own: these are colours already
     ax.set_xticks([])
     ax.set_yticks([])
@@ -93,8 +95,13 @@ def lay_over(
         _hatch(ax, np.isnan(patches), picture is not None, (high / patches.shape[0], wide / patches.shape[1]))
 
 
-def blend_over(patches: Array, picture: Array, scale: ScalarMappable, look: Look) -> Array:
-    """The picture with the weights of its patches on it, (height, width, 3)."""
+def blend_over(patches: Array, picture: Array, scale: ScalarMappable, look: Look, least: int = 2) -> Array:
+    """The picture with the weights of its patches on it, (height, width, 3).
+
+    A small picture is magnified, to more than half of `least` pixels for a side of each patch.
+    """
+    for axis, count in enumerate(patches.shape):  # else a picture that is smaller than its patches would hide some
+        picture = picture.repeat(max(1, least * count // picture.shape[axis]), axis)
     size = picture.shape[0], picture.shape[1]
     weights = np.asarray(scale.norm(spread(np.nan_to_num(patches), size, look.smooth)))
     strength = np.where(np.isnan(spread(patches, size)), 0, np.clip(weights, 0, 1))

@@ -63,9 +63,9 @@ def query(
     Args:
         maps, layer, head, batch, ax, cmap, vmin, cbar, sinks, title: as in `head`; by default the mean of the last
             layer's heads.
-        image: the picture that the patches cover: an array, a tensor or a PIL image, or the frames of a video; None:
-            the weights alone. It is the picture as the model saw it, at any size: a warning says where it has other
-            proportions.
+        image: the picture that the patches cover: an array, a tensor, a PIL image or a file's path, or the frames of a
+            video; None: the weights alone. It is the picture as the model saw it, at any size: a warning says where it
+            has other proportions.
         query: a patch as (row, column), of a video as (frame, row, column); or a token's index, prefix tokens included;
             or a word or a name, such as "CLS", where these are known.
         query_tokens: the words of the queries, where the queries are a text's and only the keys are patches.
