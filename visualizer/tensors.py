@@ -257,24 +257,22 @@ def _to_tensor(tensor: Any) -> Any:
     return tensor.detach().clone()
 
 
+def why_not_dense(tensor: Any) -> tuple[str, str] | None:
+    """What a tensor is that is no array of numbers, and the part of it, `x`, that is one; None where it is one."""
+    if tensor.is_nested:
+        return "a nested tensor", "x.to_padded_tensor(0)"
+    if tensor.layout is not sys.modules["torch"].strided:
+        return f"a tensor of the layout {tensor.layout}", "x.to_dense()"
+    if tensor.is_quantized:
+        return "a quantized tensor", "x.dequantize()"
+    return ("a tensor without numbers, on the meta device", "x.shape") if tensor.is_meta else None
+
+
 def _to_numpy(tensor: Any, copies: list[Any] | None) -> Any:
-    torch = sys.modules["torch"]
-    problem = (
-        "has no data (it is on the meta device)"
-        if tensor.is_meta
-        else f"has the layout {tensor.layout}"
-        if tensor.layout is not torch.strided
-        else "is nested"
-        if tensor.is_nested
-        else "is quantized"
-        if tensor.is_quantized
-        else None
-    )
-    if problem:
-        raise TypeError(
-            f"a tensor {problem} and cannot be kept as a numpy array; use "
-            "keep='tensor', or a callable that makes a dense tensor of it, such as keep=lambda t: t.to_dense()"
-        )
+    torch, problem = sys.modules["torch"], why_not_dense(tensor)
+    if problem is not None:
+        what, way = problem
+        raise TypeError(f"{what} cannot be kept as a numpy array; use keep='tensor', or keep=lambda x: {way}")
     inner, is_batch = _unwrapped(tensor, torch)
     if inner is not tensor and not is_batch:
         # Otherwise the transform would wrap our copy again.
