@@ -24,9 +24,8 @@ def picture_of(image: Any) -> Array | None:
     none."""
     if image is None:
         return None
-    if isinstance(image, (list, tuple)) and len(image) and not isinstance(image[0], (int, float, list, tuple)):
-        return np.stack([read_image(frame) for frame in image])
-    if len(getattr(image, "shape", ())) == 4 and len(image) > 1:
+    is_list = isinstance(image, (list, tuple)) and len(image) and not isinstance(image[0], (int, float, list, tuple))
+    if is_list or (len(getattr(image, "shape", ())) == 4 and len(image) > 1):
         return np.stack([read_image(frame) for frame in image])
     return read_image(image)
 

@@ -52,15 +52,9 @@ def keeper(keep: Keep, tell: Tell = _ignore) -> Callable[..., Any]:
     >>> kept
     [1, 2]
 
-    "numpy": tensors become arrays on the CPU; types that numpy lacks (bfloat16, 8-bit floats) become float32.
-    "tensor": tensors are detached and copied, and stay on their device in their type.
-    "graph": the value itself.
-    A callable: a snapshot of what it returns. It is not called for None.
-
-    In all but "graph", arrays are copied, and so is what is like an array and has a method for it (tables of pandas,
-    sparse matrices, pictures). Lists, tuples, dicts, sets, deques and dataclasses are copied with what they hold. Other
-    objects are kept by reference, and `tell` gets their classes, unless such objects never change. A tensor that cannot
-    be an array (sparse, quantized, nested, meta) is a TypeError under "numpy".
+    `get_local.activate` says what each mode stores. A callable is not called for None. `tell` gets the classes of the
+    objects that are kept by reference, unless such objects never change. A tensor that cannot be an array (sparse,
+    quantized, nested, meta) is a TypeError under "numpy".
 
     The function takes a list as second argument. With a list it does not wait for copies from a CUDA device. It queues
     them on the stream that the model runs on, so that nothing the model does later reaches them, into pinned memory,
