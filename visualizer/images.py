@@ -16,7 +16,7 @@ Thumbnail: TypeAlias = tuple[int, ...]
 THUMBNAIL = 24
 FRAMES_ACROSS = 4
 """How many frames of a video stand side by side."""
-_LIKENESS = 0.9  # the correlation from which on a picture is the one that was seen
+_LIKENESS = 0.9  # with this correlation or more, a picture counts as the one that was seen
 
 
 def picture_of(image: Any) -> Array | None:

@@ -252,7 +252,7 @@ def _to_tensor(tensor: Any) -> Any:
 
 
 def why_not_dense(tensor: Any) -> tuple[str, str] | None:
-    """What a tensor is that is no array of numbers, and the part of it, `x`, that is one; None where it is one."""
+    """Why a tensor is no dense array of numbers, and what of it, `x`, is one; None where it is dense itself."""
     if tensor.is_nested:
         return "a nested tensor", "x.to_padded_tensor(0)"
     if tensor.layout is not sys.modules["torch"].strided:

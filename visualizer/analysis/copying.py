@@ -36,7 +36,7 @@ def retrieval(attention: Any, ids: Any, *, needle: Tokens, answer: Tokens) -> An
             the text: run the model once over all of it.
         ids: the tokens' numbers, (batch, tokens) or (tokens,).
         needle: which tokens hold what is to be found.
-        answer: which tokens repeat it; none is the first of the text, for which there is no query.
+        answer: which tokens repeat it, without the first of the text, before which there is no query.
 
     Returns:
         (batch, heads); several layers are the first axis.

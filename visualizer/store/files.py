@@ -69,7 +69,7 @@ _LEAVES: dict[str, tuple[type[Any], Callable[[Any], Any], Callable[[Any], Any]]]
     "bytes": (bytes, bytes.hex, bytes.fromhex),
 }
 
-_AGAIN = "copy it again from where it is whole, or save it anew"
+_AGAIN = "copy it again from where it is whole, or save it again"
 _OTHERS = "load() reads what a save() of this package wrote"
 
 
@@ -162,7 +162,7 @@ def _read(file: BufferedReader, name: str) -> Saved:
     version = _checked(content["version"], int)
     if version != _VERSION:
         age = "a newer version of this package" if version > _VERSION else "this package before its first release"
-        upgrade = "upgrade with: pip install --upgrade get-local" if version > _VERSION else "save it anew"
+        upgrade = "upgrade with: pip install --upgrade get-local" if version > _VERSION else "save it again"
         raise _refusal(name, f"was written by {age}, in format {version}", upgrade)
     entries = [_Entry(*row) for row in content["entries"]]
     if header != _header(text, checksums, entries):
