@@ -164,7 +164,7 @@ def _invalidate(codes: Iterable[CodeType]) -> bool:
     """Let nobody enter what was compiled from the codes; False where this release of torch has no way to do so.
 
     Resetting a code crashes the process if another thread is looking through its compiled forms, or adding to them.
-    Declaring each form void does not crash it, if none is freed while that thread uses it: they are kept for 10 seconds.
+    Declaring each form void does not, if none is freed while that thread uses it: they are kept for 10 seconds.
     """
     try:
         entries_of = import_module("torch._C._dynamo.eval_frame")._debug_get_cache_entry_list
