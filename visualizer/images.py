@@ -95,7 +95,8 @@ def as_pil(picture: Any) -> Any:
             return as_pil(ImageOps.exif_transpose(file))
     if isinstance(picture, Image.Image):
         picture = ImageOps.exif_transpose(picture)
-        is_opaque = {"A", "transparency"}.isdisjoint([*picture.getbands(), *picture.info])
+        # The A of LAB is a colour.
+        is_opaque = picture.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in picture.info
         if is_opaque and not picture.mode.startswith(("I", "F")):
             return picture.convert("RGB")
     return Image.fromarray((255 * read_image(picture)).round().astype(np.uint8))
