@@ -849,7 +849,7 @@ class TestRefusedFiles:
 
     def test_a_version_from_before_the_first_release(self, path):
         forged(path, EMPTY | {"version": 1})
-        assert "before its first release, in format 1; save it anew" in refusal(path)
+        assert "before its first release, in format 1; save it again" in refusal(path)
 
     def test_errors_of_the_system_stay_its_own(self, path, tmp_path):
         with pytest.raises(FileNotFoundError):

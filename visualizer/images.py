@@ -16,7 +16,7 @@ Thumbnail: TypeAlias = tuple[int, ...]
 THUMBNAIL = 24
 FRAMES_ACROSS = 4
 """How many frames of a video stand side by side."""
-_LIKENESS = 0.9  # the correlation from which on a picture is the one that was seen
+_LIKENESS = 0.9  # with this correlation or more, a picture counts as the one that was seen
 
 
 def picture_of(image: Any) -> Array | None:
@@ -24,9 +24,8 @@ def picture_of(image: Any) -> Array | None:
     none."""
     if image is None:
         return None
-    if isinstance(image, (list, tuple)) and len(image) and not isinstance(image[0], (int, float, list, tuple)):
-        return np.stack([read_image(frame) for frame in image])
-    if len(getattr(image, "shape", ())) == 4 and len(image) > 1:
+    is_list = isinstance(image, (list, tuple)) and len(image) and not isinstance(image[0], (int, float, list, tuple))
+    if is_list or (len(getattr(image, "shape", ())) == 4 and len(image) > 1):
         return np.stack([read_image(frame) for frame in image])
     return read_image(image)
 

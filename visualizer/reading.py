@@ -73,7 +73,7 @@ def layers_in(attention: Any) -> Layers:
         layers = [_with_four_axes(attention, "the input")]
     if not layers:
         raise _no_maps(f"the shape {tuple(attention.shape)}")
-    are_arrays = not any(_is_map(layer) or hasattr(layer, "detach") for layer in layers)
+    are_arrays = not any(hasattr(layer, "rows") or hasattr(layer, "detach") for layer in layers)
     return Layers(layers, is_one, are_arrays, sources)
 
 
@@ -169,10 +169,6 @@ def _no_maps(got: str) -> ValueError:
         'attn_implementation="eager" and call it with output_attentions=True, or record them with '
         "visualizer.attention(model). For captured maps: capture has to be active while the model runs"
     )
-
-
-def _is_map(value: Any) -> bool:
-    return hasattr(value, "rows") and hasattr(value, "dense")
 
 
 def _axes(value: Any) -> int:

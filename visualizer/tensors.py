@@ -52,15 +52,9 @@ def keeper(keep: Keep, tell: Tell = _ignore) -> Callable[..., Any]:
     >>> kept
     [1, 2]
 
-    "numpy": tensors become arrays on the CPU; types that numpy lacks (bfloat16, 8-bit floats) become float32.
-    "tensor": tensors are detached and copied, and stay on their device in their type.
-    "graph": the value itself.
-    A callable: a snapshot of what it returns. It is not called for None.
-
-    In all but "graph", arrays are copied, and so is what is like an array and has a method for it (tables of pandas,
-    sparse matrices, pictures). Lists, tuples, dicts, sets, deques and dataclasses are copied with what they hold. Other
-    objects are kept by reference, and `tell` gets their classes, unless such objects never change. A tensor that cannot
-    be an array (sparse, quantized, nested, meta) is a TypeError under "numpy".
+    `get_local.activate` says what each mode stores. A callable is not called for None. `tell` gets the classes of the
+    objects that are kept by reference, unless such objects never change. A tensor that cannot be an array (sparse,
+    quantized, nested, meta) is a TypeError under "numpy".
 
     The function takes a list as second argument. With a list it does not wait for copies from a CUDA device. It queues
     them on the stream that the model runs on, so that nothing the model does later reaches them, into pinned memory,
@@ -257,24 +251,22 @@ def _to_tensor(tensor: Any) -> Any:
     return tensor.detach().clone()
 
 
+def why_not_dense(tensor: Any) -> tuple[str, str] | None:
+    """Why a tensor is no dense array of numbers, and what of it, `x`, is one; None where it is dense itself."""
+    if tensor.is_nested:
+        return "a nested tensor", "x.to_padded_tensor(0)"
+    if tensor.layout is not sys.modules["torch"].strided:
+        return f"a tensor of the layout {tensor.layout}", "x.to_dense()"
+    if tensor.is_quantized:
+        return "a quantized tensor", "x.dequantize()"
+    return ("a tensor without numbers, on the meta device", "x.shape") if tensor.is_meta else None
+
+
 def _to_numpy(tensor: Any, copies: list[Any] | None) -> Any:
-    torch = sys.modules["torch"]
-    problem = (
-        "has no data (it is on the meta device)"
-        if tensor.is_meta
-        else f"has the layout {tensor.layout}"
-        if tensor.layout is not torch.strided
-        else "is nested"
-        if tensor.is_nested
-        else "is quantized"
-        if tensor.is_quantized
-        else None
-    )
-    if problem:
-        raise TypeError(
-            f"a tensor {problem} and cannot be kept as a numpy array; use "
-            "keep='tensor', or a callable that makes a dense tensor of it, such as keep=lambda t: t.to_dense()"
-        )
+    torch, problem = sys.modules["torch"], why_not_dense(tensor)
+    if problem is not None:
+        what, way = problem
+        raise TypeError(f"{what} cannot be kept as a numpy array; use keep='tensor', or keep=lambda x: {way}")
     inner, is_batch = _unwrapped(tensor, torch)
     if inner is not tensor and not is_batch:
         # Otherwise the transform would wrap our copy again.

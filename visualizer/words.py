@@ -87,7 +87,7 @@ def readable(tokens: Sequence[Any]) -> list[str]:
 
 
 def _characters(pieces: Sequence[bytes]) -> list[str | None]:
-    """The text of each piece of UTF-8; None for one that is no text, such as a byte of no character."""
+    """The text of each piece of UTF-8; None for a piece with bytes that belong to no character."""
     whole = b"".join(pieces)
     # For each byte the character that it belongs to, and where that begins; None for a byte of no character.
     owner: list[tuple[str, int] | None] = []

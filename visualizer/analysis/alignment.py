@@ -161,7 +161,7 @@ def monotony_of(layer: AttentionMap, queries: Chosen, keys: Chosen) -> Tensor:
 
 
 def _cross_layers(attention: Any) -> list[AttentionMap]:
-    """The layers of cross attention, or all where none is known to be that; of one number of queries and keys."""
+    """The layers of cross attention, or all if none is known to be; ValueError unless their queries and keys match."""
     layers = layers_of(attention).layers
     layers = [layer for layer in layers if layer.kind == "cross"] or layers
     calls: dict[str, list[AttentionMap]] = {}

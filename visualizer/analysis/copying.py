@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..maps import AttentionMap, without_autograd
-from .layers import per_layer
+from .layers import for_each_token, per_layer
 
 __all__ = ["retrieval"]
 
@@ -36,7 +36,7 @@ def retrieval(attention: Any, ids: Any, *, needle: Tokens, answer: Tokens) -> An
             the text: run the model once over all of it.
         ids: the tokens' numbers, (batch, tokens) or (tokens,).
         needle: which tokens hold what is to be found.
-        answer: which tokens repeat it; none is the first of the text, for which there is no query.
+        answer: which tokens repeat it, without the first of the text, before which there is no query.
 
     Returns:
         (batch, heads); several layers are the first axis.
@@ -54,10 +54,7 @@ def retrieval_of(layer: AttentionMap, ids: Any, needle: Tokens, answer: Tokens) 
     batch, _, queries, keys = layer.shape
     if queries != keys:
         raise ValueError(f"retrieval needs queries and keys that are the same tokens, not {queries} and {keys} of them")
-    numbers = torch.as_tensor(ids).detach().to(layer.device)
-    if numbers.shape not in ((keys,), (1, keys), (batch, keys)):
-        raise ValueError(f"ids has the shape ({batch}, {keys}) or ({keys},), not {tuple(numbers.shape)}")
-    numbers = numbers.expand(batch, keys)
+    numbers = for_each_token("ids", ids, batch, keys).to(layer.device)
     source, target = layer.key_indices(needle), layer.key_indices(answer)
     if not len(source) or not len(target) or bool((target == 0).any()):
         raise ValueError(

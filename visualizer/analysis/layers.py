@@ -81,6 +81,14 @@ def real_tokens(layout: Layout | None, batch: int, tokens: int) -> Tensor | None
     return None if bool(real.all()) else real.expand(batch, tokens)
 
 
+def for_each_token(name: str, values: Any, batch: int, tokens: int) -> Tensor:
+    """The argument of that name as a number for each token, (batch, tokens), on the CPU; ValueError where it is not."""
+    numbers = torch.as_tensor(values).detach().cpu()
+    if numbers.shape not in ((tokens,), (1, tokens), (batch, tokens)):
+        raise ValueError(f"{name} has the shape ({batch}, {tokens}) or ({tokens},), not {tuple(numbers.shape)}")
+    return numbers.expand(batch, tokens)
+
+
 def layer_label(number: int, layer: AttentionMap) -> str:
     """What an error calls a layer: its number and, where it is known, the path of its module."""
     return f"layer {number} ({layer.path!r})" if layer.path else f"layer {number}"

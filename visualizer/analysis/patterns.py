@@ -16,7 +16,7 @@ from ..errors import ALL_WORDS
 from ..maps import AttentionMap, without_autograd
 from ..store import Printed
 from ..words import is_special
-from .layers import layer_label, layers_of, real_tokens
+from .layers import for_each_token, layer_label, layers_of, real_tokens
 
 __all__ = ["HeadPatterns", "head_patterns"]
 
@@ -179,11 +179,11 @@ def head_patterns(
     names = _names(tokens, batch, count)
     real = real_tokens(known, batch, count) if attention_mask is None else None
     if attention_mask is not None:
-        real = _numbers("attention_mask", attention_mask, batch, count) != 0
+        real = for_each_token("attention_mask", attention_mask, batch, count) != 0
     real = torch.ones(batch, count, dtype=torch.bool) if real is None else real
     if not bool(real.any(1).all()):
         raise ValueError("attention_mask leaves a text without a token: it is 0 everywhere")
-    repeats = _numbers("ids", ids, batch, count) if ids is not None else _as_numbers(names)
+    repeats = for_each_token("ids", ids, batch, count) if ids is not None else _as_numbers(names)
     are_special = _special(special, names, batch, count)
     if special is None and known is not None and known.count == count:
         of_layout = torch.from_numpy(np.stack([known.of(text).are("special") for text in range(batch)]))
@@ -366,14 +366,6 @@ def _names(tokens: Any, batch: int, count: int) -> list[list[str]] | None:
             f"{sorted({len(words) for words in lists})} in {len(lists)} lists. {ALL_WORDS}"
         )
     return lists
-
-
-def _numbers(name: str, values: Any, batch: int, count: int) -> Tensor:
-    """The argument of that name as integers for each token, (batch, tokens), on the CPU."""
-    numbers = torch.as_tensor(values).detach().cpu()
-    if numbers.shape not in ((batch, count), (1, count), (count,)):
-        raise ValueError(f"{name} has the shape ({batch}, {count}) or ({count},), not {tuple(numbers.shape)}")
-    return numbers.expand(batch, count)
 
 
 def _as_numbers(names: list[list[str]] | None) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..maps import AttentionMap, without_autograd
-from .layers import as_floats, layers_of, like_input
+from .layers import as_floats, for_each_token, layers_of, like_input
 
 __all__ = ["contacts"]
 
@@ -76,10 +76,7 @@ def _residues(residues: Any, batch: int, tokens: int) -> Tensor:
         real = torch.zeros(batch, tokens, dtype=torch.bool)
         real[:, 1:-1] = True
     else:
-        real = torch.as_tensor(residues).detach().cpu() != 0
-        if real.shape not in ((tokens,), (1, tokens), (batch, tokens)):
-            raise ValueError(f"residues has the shape ({batch}, {tokens}) or ({tokens},), not {tuple(real.shape)}")
-        real = real.expand(batch, tokens)
+        real = for_each_token("residues", residues, batch, tokens) != 0
     if not bool(real.any()):
         raise ValueError(f"none of the {tokens} tokens is a residue")
     return real

@@ -128,15 +128,7 @@ def sink(attention: Any, key: int = 0) -> Any:
         ValueError: the layers differ in shape.
         IndexError: there is no such key.
     """
-    return per_layer(attention, lambda layer: sink_of(layer, key))
-
-
-def sink_of(layer: AttentionMap, key: int) -> Tensor:
-    """What one key of one layer receives, (batch, heads)."""
-    keys = layer.shape[3]
-    if not -keys <= operator.index(key) < keys:
-        raise IndexError(f"there is no key {key}: the map has {keys} keys")
-    return received_of(layer)[..., key]
+    return per_layer(attention, lambda layer: received_of(layer)[..., int(layer.key_indices(operator.index(key))[0])])
 
 
 def confidence(attention: Any) -> Any:

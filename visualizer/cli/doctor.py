@@ -72,13 +72,15 @@ def _surroundings() -> dict[str, Any]:
     why_not = opcodes.why_unsupported()
     problems = [] if why_not is None else [f"get_local and capture cannot work on this Python: {why_not}"]
     problems += [f"{name} is missing: pip install {name}" for name in ("numpy", "torch") if versions[name] is None]
-    problems += [why for name in LIBRARIES[1:] if versions[name] is not None and (why := _why_broken(name))]
+    broken = {name: why for name in LIBRARIES[1:] if versions[name] is not None and (why := _why_broken(name))}
+    problems += broken.values()
+    has_torch = versions["torch"] is not None and "torch" not in broken
     return {
         "python": f"{platform.python_version()} ({sys.implementation.name}, {platform.platform(terse=True)})",
         "capture works": why_not is None,
         "versions": versions,
-        "devices": _devices() if versions["torch"] else [],
-        **({"compiled models": compiler_trouble() or "captured within their graphs"} if versions["torch"] else {}),
+        "devices": _devices() if has_torch else [],
+        **({"compiled models": compiler_trouble() or "captured within their graphs"} if has_torch else {}),
         "extras": {
             extra: f'missing {", ".join(missing)}: pip install "get-local[{extra}]"' if missing else "installed"
             for extra, missing in extras.items()
@@ -106,10 +108,8 @@ def _why_broken(distribution: str) -> str | None:
 
 
 def _devices() -> list[str]:
-    try:
-        import torch
-    except Exception as error:  # a build for another machine raises all kinds of errors
-        return [f"torch cannot be imported: {error}"]
+    import torch
+
     devices = [f"cpu: {os.cpu_count()} cores, {human(memory_of('cpu'))}"]
     for number in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(number)

@@ -54,23 +54,15 @@ def arguments(stats: Any) -> None:
 
 def _listed() -> str:
     """The statistics, below the options of the help."""
-    lines = ["statistics of each head:"]
-    try:
-        for name, measure in _measures().items():
-            default = f"default for {' and '.join(measure.default_for)}" if measure.default_for else "only if named"
-            lines.append(f"  {name:12} {measure.about} ({default})")
-    except Mistake as mistake:
-        return str(mistake)
-    return "\n".join(lines)
-
-
-def _measures() -> dict[str, type[Statistic]]:
-    """The classes of the statistics, by their names."""
     try:
         from ..statistics.measures import MEASURES
     except ImportError as error:
-        raise Mistake(why_import_failed(error) or error) from error
-    return MEASURES
+        return why_import_failed(error) or str(error)
+    lines = ["statistics of each head:"]
+    for name, measure in MEASURES.items():
+        default = f"default for {' and '.join(measure.default_for)}" if measure.default_for else "only if named"
+        lines.append(f"  {name:12} {measure.about} ({default})")
+    return "\n".join(lines)
 
 
 def main(options: argparse.Namespace) -> None:
@@ -125,13 +117,15 @@ def main(options: argparse.Namespace) -> None:
 
 def _chosen(options: argparse.Namespace) -> list[type[Statistic]]:
     """The statistics that --measure names; without it, the defaults for the data."""
-    measures, data = _measures(), "images" if options.images else "texts"
-    names = options.measure or [name for name, measure in measures.items() if data in measure.default_for]
+    from ..statistics.measures import MEASURES
+
+    data = "images" if options.images else "texts"
+    names = options.measure or [name for name, measure in MEASURES.items() if data in measure.default_for]
     for name in names:
-        if name not in measures:
-            hint = did_you_mean(measures, name)
-            raise Mistake(f"argument --measure: invalid choice: {name!r} (choose from {', '.join(measures)}){hint}")
-    return [measures[name] for name in dict.fromkeys(names)]
+        if name not in MEASURES:
+            hint = did_you_mean(MEASURES, name)
+            raise Mistake(f"argument --measure: invalid choice: {name!r} (choose from {', '.join(MEASURES)}){hint}")
+    return [MEASURES[name] for name in dict.fromkeys(names)]
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ def paused() -> AbstractContextManager[Any]:
 
 
 def recompile(wait: bool = True) -> None:
-    """Have compiled functions compiled anew, for the compiler does not notice that the code of a method was swapped.
+    """Have compiled functions compiled again, because the compiler does not notice that a method's code was swapped.
 
     Args:
         wait: wait for a compilation that is under way in another thread. Otherwise do nothing then.
@@ -164,7 +164,7 @@ def _invalidate(codes: Iterable[CodeType]) -> bool:
     """Let nobody enter what was compiled from the codes; False where this release of torch has no way to do so.
 
     Resetting a code crashes the process if another thread is looking through its compiled forms, or adding to them.
-    Declaring each form void does not, as long as none is freed while that thread uses it: they are kept for 10 seconds.
+    Declaring each form void does not, if none is freed while that thread uses it: they are kept for 10 seconds.
     """
     try:
         entries_of = import_module("torch._C._dynamo.eval_frame")._debug_get_cache_entry_list

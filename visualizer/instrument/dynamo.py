@@ -2,7 +2,7 @@
 
 Left alone, the compiler would trace into the hook, which cannot be part of a graph. `Hook` makes it defer the
 call: copies of the values become outputs of the graph, and the hook is called with them when the graph has run. It is
-still one graph, and the hook is the one of plain calls. A value that cannot be an output ends the graph before the
+still one graph, and the hook is that of plain calls. A value that cannot be an output ends the graph before the
 hook call; with fullgraph=True it is refused.
 
 In the methods below `tx` traces one function, which may be inlined; `tx.output.root_tx` traces the one that is

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from ..errors import UnknownLocalError, did_you_mean
+from ..errors import UnknownLocalError, did_you_mean, few
 from ..rewrite import At, assigned_lines, local_names
 from ..store import Channel
 from .module_paths import module_classes
@@ -39,12 +39,12 @@ def no_target(target: Any, names: tuple[str, ...]) -> str:
     them = " and ".join(map(repr, names))
     holders = [name for name, function in functions.items() if set(names) <= set(local_names(function.__code__))]
     if holders:
-        few = " or ".join(f".{name}" for name in holders[:3])
+        first = " or ".join(f".{name}" for name in holders[:3])
         if is_module:
-            return f"{beginning}; {target.__name__} is a module. {them} is a local of {few}: pass that function of it"
+            return f"{beginning}; {target.__name__} is a module. {them} is a local of {first}: pass that function of it"
         return (
-            f"{beginning}; {_short(target)} is an object with methods. {them} is a local of {few}: pass that method of "
-            f"it, for this object's calls, or its class {cls.__qualname__}, for all objects'"
+            f"{beginning}; {_short(target)} is an object with methods. {them} is a local of {first}: pass that method "
+            f"of it, for this object's calls, or its class {cls.__qualname__}, for all objects'"
         )
     if not functions:
         return f"{beginning}; {_short(target)} has no Python code to capture from"
@@ -141,8 +141,6 @@ def unknown_local(target: Any, function: FunctionType, names: tuple[str, ...]) -
 
 def never_reached(missing: dict[str, tuple[str, Channel]], keys: int) -> str:
     """Nothing was recorded under some of the keys; `missing` has their variables and channels."""
-    named = ", ".join(map(repr, list(missing)[:_KEYS]))
-    more = f" and {len(missing) - _KEYS} more" if len(missing) > _KEYS else ""
     reasons = list(dict.fromkeys(_what_did_not_happen(*source) for source in missing.values()))
     if len(reasons) > _REASONS:
         reasons[_REASONS:] = [f"the same goes for {len(reasons) - _REASONS} more functions"]
@@ -156,7 +154,8 @@ def never_reached(missing: dict[str, tuple[str, Channel]], keys: int) -> str:
         way_out = "Call the model inside the `with`; what runs in other processes is not seen."
     else:
         way_out = "The usual causes: a branch that the model did not take, or a part that it did not call."
-    return f"nothing was recorded under {len(missing)} of {keys} keys ({named}{more}): {'; '.join(reasons)}. {way_out}"
+    what = f"nothing was recorded under {len(missing)} of {keys} keys ({few([*missing], _KEYS)})"
+    return f"{what}: {'; '.join(reasons)}. {way_out}"
 
 
 def _what_did_not_happen(variable: str, channel: Channel) -> str:

@@ -65,7 +65,7 @@ def dinov2_small() -> VisionTransformer:
     if parts:
         state["positions"] = np.concatenate(parts, axis=1)  # (1, 1 + 37 * 37, 384)
     sizes = {"patch": 14, "width": 384, "depth": 12, "heads": 6, "hidden": 1536, "grid": 37}
-    return _plain_vit(state, path, layer_scale=True, **sizes)
+    return filled(lambda: VisionTransformer(layer_scale=True, **sizes), state, path, "a plain ViT")
 
 
 def vit_from_npz(path: str | os.PathLike[str]) -> VisionTransformer:
@@ -103,17 +103,10 @@ def vit_from_npz(path: str | os.PathLike[str]) -> VisionTransformer:
             f"it has {len(arrays)} arrays, such as {', '.join(sorted(arrays)[:5]) or 'none'}"
         ) from error
     state = {renamed(name, _JAX_NAMES): _as_torch(name, array) for name, array in arrays.items()}
-    return _plain_vit(
-        state,
-        path,
-        patch=patch,
-        width=width,
-        depth=sum(name.endswith("/query/kernel") for name in arrays),
-        heads=heads,
-        hidden=hidden,
-        grid=math.isqrt(count - 1),
-        classes=len(arrays.get("head/bias", ())),
-    )
+    sizes = {"patch": patch, "width": width, "heads": heads, "hidden": hidden, "grid": math.isqrt(count - 1)}
+    sizes["depth"] = sum(name.endswith("/query/kernel") for name in arrays)
+    sizes["classes"] = len(arrays.get("head/bias", ()))
+    return filled(lambda: VisionTransformer(**sizes), state, path, "a plain ViT")
 
 
 # They are applied in this order, and each replaces every occurrence in the name.
@@ -168,17 +161,6 @@ def _as_torch(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         else:
             array = array.reshape(-1)  # (heads, d) -> (heads * d,)
     return array.T if name.endswith("/kernel") else array
-
-
-def _plain_vit(
-    state: Mapping[str, npt.NDArray[Any]],
-    source: str | os.PathLike[str],
-    *,
-    layer_scale: bool = False,
-    **sizes: int,
-) -> VisionTransformer:
-    """A vision transformer of these sizes in eval mode with this state."""
-    return filled(lambda: VisionTransformer(layer_scale=layer_scale, **sizes), state, source, "a plain ViT")
 
 
 def filled(

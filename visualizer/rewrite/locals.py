@@ -101,7 +101,7 @@ def deletes(code: CodeType, name: str) -> bool:
 
 @lru_cache(maxsize=256)  # capture() asks this of the same function each time, and taking code apart takes a millisecond
 def rebinds(code: CodeType, name: str) -> bool:
-    """Whether a parameter may have another value at a return than the one that was passed, or none.
+    """Whether a parameter may have another value at a return than the one that was passed, or no value.
 
     >>> def scale(self, x):
     ...     self = None

@@ -180,7 +180,7 @@ class Heartbeat:
         dead = [rank for rank, other in others.items() if other.sign.beats and other.quiet > self._patience]
         if unanswered > 3 * self._pause:  # without the store all are silent, whether they live or not
             dead = []
-        # A dead process does no batch either. It is told from one that hangs by its silence, a little later.
+        # A dead process does no batch either. A little later its silence shows that it does not hang but is dead.
         lively = {rank: other for rank, other in absent.items() if other.sign.beats and other.quiet < 3 * self._pause}
         stuck = [rank for rank, other in lively.items() if other.idle > self._timeout]
         if self._is_gone or unanswered > self._patience:

@@ -79,7 +79,10 @@ class Entropy(Statistic):
 
     def of(self, layer: AttentionMap, tokens: Tokens) -> Tensor:
         """(batch, heads), in nats."""
-        return _mean(rows.entropy_of(layer), tokens.queries(layer))
+        entropies, real = rows.entropy_of(layer), tokens.queries(layer)
+        if real is not None:
+            entropies = entropies.masked_fill(~real.to(entropies.device)[:, None], math.nan)
+        return entropies.nanmean(-1)
 
 
 class Confidence(Statistic):
@@ -278,11 +281,6 @@ class MeanMap(Statistic):
         weights = weights if self.heads is None else fused(weights, self.heads)[:, None]
         weights = weights.masked_fill((weights == 0).all(-1, keepdim=True), math.nan)
         return _aligned(_aligned(weights, tokens.queries(layer), -2), tokens.keys(layer), -1)
-
-
-def _mean(values: Tensor, real: Tensor | None) -> Tensor:
-    """(batch, heads) of (batch, heads, queries), over the queries that are not padding and have a number."""
-    return (values if real is None else values.masked_fill(~real.to(values.device)[:, None], math.nan)).nanmean(-1)
 
 
 def _received(layer: AttentionMap, tokens: Tokens) -> Tensor:

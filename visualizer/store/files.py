@@ -28,7 +28,7 @@ from os import PathLike
 from typing import Any, NamedTuple, get_args
 
 from ..errors import FileFormatError
-from ..tensors import is_array, is_tensor
+from ..tensors import is_array, is_tensor, why_not_dense
 from .destination import check_destination, replacing, special
 from .records import Kind, Record, Saved
 
@@ -69,7 +69,7 @@ _LEAVES: dict[str, tuple[type[Any], Callable[[Any], Any], Callable[[Any], Any]]]
     "bytes": (bytes, bytes.hex, bytes.fromhex),
 }
 
-_AGAIN = "copy it again from where it is whole, or save it anew"
+_AGAIN = "copy it again from where it is whole, or save it again"
 _OTHERS = "load() reads what a save() of this package wrote"
 
 
@@ -162,7 +162,7 @@ def _read(file: BufferedReader, name: str) -> Saved:
     version = _checked(content["version"], int)
     if version != _VERSION:
         age = "a newer version of this package" if version > _VERSION else "this package before its first release"
-        upgrade = "upgrade with: pip install --upgrade get-local" if version > _VERSION else "save it anew"
+        upgrade = "upgrade with: pip install --upgrade get-local" if version > _VERSION else "save it again"
         raise _refusal(name, f"was written by {age}, in format {version}", upgrade)
     entries = [_Entry(*row) for row in content["entries"]]
     if header != _header(text, checksums, entries):
@@ -489,15 +489,8 @@ def _trouble(value: Any) -> tuple[str, str] | None:
             way = {**way, "M": "x.astype('int64')", "V": f"x[{(dtype.names or [0])[0]!r}]"}
             return f"an array of the dtype {dtype}", way.get(dtype.kind, "x.tolist()")
         return ("a masked array", "x.filled()") if hasattr(value, "mask") else None
-    if value.is_nested:
-        return "a nested tensor", "x.to_padded_tensor(0)"
-    if value.layout is not sys.modules["torch"].strided:
-        return f"a tensor of the layout {value.layout}", "x.to_dense()"
-    if value.is_quantized:
-        return "a quantized tensor", "x.dequantize()"
-    if value.is_meta:
-        return "a tensor without numbers, on the meta device", "x.shape"
-    return None if _name_of(dtype) in _TORCH else (f"a tensor of the dtype {dtype}", "x.float()")
+    other = None if _name_of(dtype) in _TORCH else (f"a tensor of the dtype {dtype}", "x.float()")
+    return why_not_dense(value) or other
 
 
 _COSTLY = f"a dict's key or a set's element of more than {_MAX_HASHED // 1000} containers"
