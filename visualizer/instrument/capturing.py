@@ -42,7 +42,7 @@ def capture(
     keep: Literal["tensor"],
     limit: int | None = ...,
     max_bytes: float | None = ...,
-) -> Captured[Tensor]: ...
+) -> Captured[Tensor | np.ndarray[Any, Any]]: ...  # arrays stay arrays
 
 
 @overload
