@@ -157,6 +157,11 @@ class TestBoth:
             assert isinstance(array, np.ndarray)
             close(weights, array)
         assert np.float64 == np.asarray(attention, np.float64).dtype
+        close(weights[0, 1, 2:], attention[0, 1, 2:])
+        close(weights[..., -1], attention[..., -1])
+        close(weights, torch.stack([*attention]))
+        with pytest.raises(IndexError, match="index 9 is out of bounds"):
+            attention[9]
 
     @pytest.mark.parametrize("max_bytes", [1, B * H * K * 4 * 3, 2**30])
     def test_chunks_are_all_rows_and_no_larger_than_asked(self, case, max_bytes):

@@ -1,5 +1,7 @@
 """A generation's steps as one map of each module, against one pass over the whole text."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
@@ -181,6 +183,15 @@ def test_it_knows_its_padding_and_its_answer(llama):
     for text, padding in enumerate(([False] * 5, [True, True, False, False, False])):
         assert padding + [False] * 6 == whole.layout.of(text).are("padding").tolist()
         assert [False] * 5 + [True] * 6 == whole.layout.of(text).generated.tolist()
+
+
+def test_its_table_says_which_tokens_were_written(recorded, tmp_path):
+    recorded.generated().to_csv(tmp_path / "x.csv", layers=0, heads=0)
+    lines = (tmp_path / "x.csv").read_text().splitlines()
+    for row in csv.DictReader(lines):
+        for side in ("query", "key"):
+            assert str(int(row[side]) >= 5) == row[f"{side}_generated"]
+    assert 1 + 2 * 11 * 11 == len(lines)
 
 
 @pytest.mark.parametrize(

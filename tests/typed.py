@@ -19,6 +19,7 @@ def of_maps(model: nn.Module) -> None:
     assert_type([one for one in maps], list[AttentionMap])
     assert_type(maps.generated()[0], AttentionMap)
     assert_type(maps[0].dense(), Tensor)
+    assert_type(maps[0][0, 3], Tensor)
     assert_type(maps.stack(), Tensor)
 
 
@@ -33,7 +34,7 @@ def of_locals(model: nn.Module) -> None:
         pass
     assert_type(found["layers.0"], list[Any])
     assert_type(found.stack(), np.ndarray[Any, Any])
-    assert_type(capture(model, "attn", keep="tensor").stack(), Tensor)
+    assert_type(capture(model, "attn", keep="tensor").stack(), Tensor | np.ndarray[Any, Any])
     assert_type(capture(model, "attn", keep=lambda value: value.mean()).start().stack(), Any)
     assert_type(get_local.cache.stack(), Any)
 

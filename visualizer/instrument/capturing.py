@@ -36,7 +36,9 @@ def capture(
 
 
 @overload
-def capture(target: Any, *names: str, keep: Literal["tensor"], **how: Unpack[_How]) -> Captured[Tensor]: ...
+def capture(
+    target: Any, *names: str, keep: Literal["tensor"], **how: Unpack[_How]
+) -> Captured[Tensor | np.ndarray[Any, Any]]: ...  # arrays stay arrays
 
 
 @overload

@@ -473,6 +473,14 @@ class AttentionMap:
         assumed = ", axes assumed" if self.axes_assumed else ""
         return f"<AttentionMap{place} {self.shape}{kind}, {how}, {dtype}, {self.device}{made}{assumed}>"
 
+    def __getitem__(self, index: Any) -> Tensor:
+        """A part of `dense()`, such as ``map[0, 3]``, the first image's head 3. `rows` and `cols` compute no more than
+        they return, and this computes the whole map first."""
+        return self.dense()[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.dense())
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         return np.asarray(self.numpy(), dtype=dtype)
 

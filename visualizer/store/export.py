@@ -70,6 +70,9 @@ class _Map:
         self._top: int = self.keys if choice.top is None else min(choice.top, self.keys)
         self.words = self._words_of(queries, self.keys)
         """The words of the queries and of the keys, (batch, tokens) each; None without any."""
+        written = self._known("query_layout", queries, "generated"), self._known("layout", self.keys, "generated")
+        self.written = written if any(tokens.any() for tokens in written) else None
+        """Which of the queries and of the keys the model wrote, (batch, tokens) each; None where it wrote none."""
 
     @property
     def count(self) -> int:
@@ -90,6 +93,10 @@ class _Map:
             if self.words is not None:
                 of_queries, of_keys = self.words
                 made |= {"query_token": of_queries[batch, query], "key_token": of_keys[batch, made["key"]]}
+            if self.written is not None:
+                queries_written, keys_written = self.written
+                made["query_generated"] = queries_written[batch, query]
+                made["key_generated"] = keys_written[batch, made["key"]]
             yield made
 
     def _chunks(self) -> Iterator[tuple[Array, Array]]:
@@ -110,7 +117,7 @@ class _Map:
         given = [getattr(choice, name) for name, _ in sides]
         given = [choice.tokens if words is None else words for words in given]
         if given == [None, None]:
-            known = self._known_words("query_layout", queries), self._known_words("layout", keys)
+            known = self._known("query_layout", queries, "names"), self._known("layout", keys, "names")
             return known if any(words.any() for words in known) else None
         made = []
         for (name, size), words in zip(sides, given, strict=True):
@@ -123,15 +130,19 @@ class _Map:
             made.append(np.broadcast_to(np.array(texts, dtype=object), (self.batch, size)))
         return made[0], made[1]
 
-    def _known_words(self, name: str, size: int) -> Array:
-        """What a map's layout says its tokens are; "" where it has no words."""
-        words = np.full((self.batch, size), "", dtype=object)
+    def _known(self, name: str, size: int, what: str) -> Array:
+        """What a map's layout says of its tokens, (batch, tokens): their "names", or which are "generated".
+
+        "" where it has no words, False where it does not know.
+        """
+        kind, empty = (object, "") if what == "names" else (bool, False)
+        known = np.full((self.batch, size), empty, dtype=kind)
         layout: Any = getattr(self.record.value, name, None) if self._is_lazy else None  # tensors have another `layout`
         for text in range(0 if layout is None else self.batch):
             one = layout.of(text)
-            if one.has_words and one.count == size:
-                words[text] = one.names
-        return words
+            if one.count == size and (what != "names" or one.has_words):
+                known[text] = getattr(one, what)
+        return known
 
 
 def frame(records: Sequence[Record], choice: Choice) -> Any:
@@ -195,6 +206,7 @@ def _chosen(records: Sequence[Record], choice: Choice) -> tuple[list[_Map], list
     more = ["call"] * any(len(by_key[key]) > 1 for key in layers) + ["batch"] * any(one.batch > 1 for one in maps)
     has_words = any(one.words is not None for one in maps)
     names = ["layer", "module", *more, "head", "query", "key", "weight"] + ["query_token", "key_token"] * has_words
+    names += ["query_generated", "key_generated"] * any(one.written is not None for one in maps)
     return maps, names
 
 
@@ -228,6 +240,7 @@ def _table(maps: Sequence[_Map], names: Sequence[str]) -> Iterator[dict[str, Arr
         calls[key] = calls.get(key, -1) + 1
         whole = {"layer": np.array(one.layer), "module": np.array(key, dtype=object), "call": np.array(calls[key])}
         whole |= dict.fromkeys(("query_token", "key_token"), np.array("", dtype=object))
+        whole |= dict.fromkeys(("query_generated", "key_generated"), np.array(False))
         for columns in one.columns():
             shape = columns["weight"].shape
             yield {name: columns[name] if name in columns else np.broadcast_to(whole[name], shape) for name in names}

@@ -92,8 +92,9 @@ class RecordedMaps(Recorded):
 
         The columns are layer (the modules, numbered in their order), module (its path, or the key of what was
         captured), head, query, key and weight; "call" too where a module was called several times, "batch" where there
-        are several images or texts; "query_token" and "key_token" with words. All numbers count from 0. A fused map is
-        computed some rows at a time.
+        are several images or texts; "query_token" and "key_token" with words; of `maps.generated()` "query_generated"
+        and "key_generated", whether the model wrote the token. All numbers count from 0. A fused map is computed some
+        rows at a time.
 
         Args:
             layers: numbers of modules, -1 is the last; paths, or patterns of paths such as "encoder.*". None: all.
