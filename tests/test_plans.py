@@ -1,5 +1,6 @@
 """Passes that follow a plan are recorded as those that are watched in full; where it may be wrong there is no plan."""
 
+import contextlib
 import sys
 import threading
 import types
@@ -281,6 +282,13 @@ class TestNotFollowed:
         maps = both_ways(model, [lambda: model(x)] * 4, monkeypatch)
         assert facts(maps) == [("attn", "self", (3, 2, 5, 5), False)] * 4
         assert modes[:4] == [1] * 4
+
+    def test_a_recurrent_layer_that_is_given_another_type(self, x):
+        """It asks whether there is autocast, before it says what is wrong."""
+        model = nn.Sequential(Around(), nn.LSTM(8, 8).double())
+        for recording in (contextlib.nullcontext(), attention(model)):
+            with recording, pytest.raises(ValueError, match="RNN input dtype"):
+                model(x)
 
     def test_multihead_attention_of_torch(self, x, monkeypatch):
         """Without a mode torch may take its native path, in which nothing is seen."""
