@@ -163,6 +163,16 @@ class TestFollowed:
         assert facts(first) == [("attn", "self", (3, 2, 5, 5), False)] * 6
         assert facts(second) == facts(first)[:3]
 
+    def test_maps_that_are_read_in_the_middle_of_a_pass(self, x):
+        """They are proven then, which is no step of the model."""
+        model, counts = nn.Sequential(Around(), Around()), []
+        with attention(model) as maps:
+            model[0].register_forward_hook(lambda *_: counts.append(len(maps)))
+            for _ in range(CALLS):
+                model(x)
+        assert counts == [2 * number + 1 for number in range(CALLS)]
+        assert modes == [1] * 4 + [0] * (2 * CALLS - 4)
+
     def test_threads(self, x):
         model, found = Around(), {}
 
