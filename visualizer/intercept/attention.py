@@ -313,7 +313,8 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
     def clear(self) -> None:
         """Drop all maps; recording goes on."""
         with self._lock:
-            self._kept, self._unproven, self._paths, self._is_full = [], [], {}, False
+            self._kept, self._unproven, self._unproven_bytes = [], [], 0
+            self._paths, self._is_full = {}, False
             self._budget.clear()
             self._copies = self._new_copies()
 

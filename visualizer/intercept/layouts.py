@@ -509,8 +509,8 @@ def _prefix(module: nn.Module) -> tuple[str, ...]:
 def _parameters_near(module: nn.Module, depth: int = 2) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of a module and of those at most so many levels within it, but none of a row of layers."""
     yield from module.named_parameters(recurse=False)
-    for name, inner in module._modules.items():
-        if depth and inner is not None and not name.isdigit():
+    for name, inner in module.named_children():
+        if depth and not name.isdigit():
             yield from _parameters_near(inner, depth - 1)
 
 

@@ -116,7 +116,8 @@ def are_given_the_same(calls: Sequence[ModuleCall], others: Sequence[ModuleCall]
             continue
         is_like = (
             type(one.module) is type(other.module)
-            and not hasattr(one.module, "window_size")
+            and "window_size" not in vars(one.module)
+            and not hasattr(type(one.module), "window_size")
             and len(one.args) == len(other.args)
             and [*one.kwargs] == [*other.kwargs]
         )

@@ -263,7 +263,7 @@ def _fits(step: Step, args: Any, call: ModuleCall) -> bool:
 
 
 def _agree(known: Sequence[int | None], sizes: Sequence[int]) -> bool:
-    return known == sizes or all(one is None or one == size for one, size in zip(known, sizes, strict=True))
+    return not [one for one, size in zip(known, sizes, strict=True) if one != size and one is not None]
 
 
 def _common(

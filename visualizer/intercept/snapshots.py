@@ -341,9 +341,12 @@ def _is_softmax(product: Product) -> bool:
 
 
 def _sizes(*tensors: Tensor) -> dict[str, int]:
-    if all(one.is_cpu for one in tensors):  # each of them is a copy, and no part of anything
-        return {"cpu": sum(one.nbytes for one in tensors)} if tensors else {}
-    return _sum(*map(bytes_by_device, tensors))
+    total = 0
+    for one in tensors:
+        if not one.is_cpu:
+            return _sum(*map(bytes_by_device, tensors))
+        total += one.nbytes
+    return {"cpu": total} if tensors else {}
 
 
 def _sum(*several: dict[str, int]) -> dict[str, int]:

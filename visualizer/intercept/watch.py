@@ -166,6 +166,8 @@ class Watch:
         mark_reruns()
         self._handles: list[Any] = []
         self._watched: list[weakref.ref[nn.Module]] = []
+        # torch asks in these alone whether there is autocast for any device, such as that of the key of the operators.
+        self._sees_operators = not any(isinstance(module, nn.RNNBase) for _, module in modules)
         scripted, by_token = [], dict[nn.Module, bool]()
         for path, module in modules:
             if isinstance(module, torch.jit.ScriptModule):
@@ -269,7 +271,7 @@ class Watch:
     def _enter(self, thread: _Thread, call: ModuleCall) -> None:
         """Begin what belongs to the outermost call: a plan, or else the mode."""
         with self._unharmed([call]), torch._C.DisableTorchFunction():
-            if operators.are_seen() and _len_torch_function_stack() == 0:
+            if self._sees_operators and operators.are_seen() and _len_torch_function_stack() == 0:
                 modules = [module for known in self._watched if (module := known()) is not None]
                 thread.current = self._plans.begin(call, modules)
                 thread.is_planned = thread.current.is_planned
