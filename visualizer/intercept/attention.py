@@ -183,8 +183,8 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         self._doubted = set[str]()
         self._why_apart = dict[str, str]()
         self._postponed: list[News] = []
-        self.is_asked_for: Callable[[AttentionCall], bool] = lambda call: True
-        """Whether a call is recorded at all, asked before anything of it is copied."""
+        self.is_asked_for: Callable[[AttentionCall], bool] | None = None
+        """Whether a call is recorded at all, asked before anything of it is copied; None: all are."""
         self.needs_layouts, self.needs_sums = True, False
         """Whether maps are told what their tokens are; whether columns are wanted, and what makes these cheap."""
 
@@ -213,8 +213,12 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                 if maps is not None:
                     maps.warn_in_call(message, section)
 
+            def recorded() -> Any:
+                maps = known()
+                return None if maps is None else maps.recorded(known)
+
             self._copies = self._new_copies()
-            self._watch = Watch(model, record, file, warn_in_call)
+            self._watch = Watch(model, record, file, warn_in_call, recorded)
             self._watch.needs_sums = self.needs_sums
             self._abandon = weakref.finalize(self, self._watch.end)
             self._abandon.atexit = False
@@ -520,10 +524,17 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         except Exception:
             self._postponed.append(News(message, section))
 
+    def recorded(self, own: weakref.ref[Maps[Any]]) -> Any:
+        """What says which calls are recorded; `own` is a reference to this, which no other recording has."""
+        layers = None if self._layers is None else tuple(self._layers)
+        return layers, self._is_full, own if self.is_asked_for else None
+
     def record(self, call: AttentionCall) -> Copy | None:
         """Copy what is kept of an attention call."""
         with self._lock:
-            if self._watch is None or not self.is_asked_for(call) or not self._wants(call.path):
+            if self._watch is None or not (self.is_asked_for is None or self.is_asked_for(call)):
+                return None
+            if not self._wants(call.path):
                 return None
             return self._copies.of(call)
 

@@ -4,10 +4,14 @@ A full watch finds where queries and keys come from, and which axes are heads, f
 two passes in a row had in common: the operators that each module called, in order, and what was found of those that
 attend. A later pass follows it as long as nothing differs that could make it wrong:
 
-- what the model is given: which arguments, their types, shapes (those that did not differ between the two passes) and
-  numbers of Python; for each module that attends also which of its arguments are one tensor;
-- the watched modules: their classes, attributes and parts, their configurations, and all hooks;
-- the operators, with the type, device and axes of query, key and value.
+- what the model is given: which arguments, their types, shapes (those that did not differ between the two passes),
+  numbers of Python, and what objects hold of all this; for each module that attends also which of its arguments are one
+  tensor;
+- the watched modules: their classes, attributes and parts, the settings in their attributes, and all hooks;
+- the operators, with the axes of query, key and value;
+- what of the calls is recorded: of the others nobody looks for the axes.
+
+Floating-point types may differ, and devices: the same code works with them.
 
 Where a module that attends reads numbers of tensors, its next step may depend on them: there is no plan then. Nor is
 there one where calls are joined to one attention, or where a map was made of anything else than a fused call.
@@ -16,23 +20,34 @@ there one where calls are joined to one attention, or where a map was made of an
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import FunctionType
+from enum import Enum
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .axes import Order, Output
 from .kernels import KERNELS
-from .modules import ModuleCall, has_global_hooks
+from .modules import Hook, ModuleCall, has_global_hooks
 from .operators import READS
 from .provenance import Origin
 
-_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
-_MOST_FORMS, _MOST_FAILURES = 32, 8
+_SIMPLE = frozenset(
+    (
+        *(bool, int, float, complex, str, bytes, range, type(None), type(...)),
+        *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+    )
+)
+_VALUES = (int, float, complex, str, bytes, np.generic, Enum, type)
+"""Bases of classes whose objects are what they are equal to."""
+_MOST_FORMS, _MOST_FAILURES, _MOST_OBJECTS, _MOST_SETTINGS, _MOST_NUMBERS = 32, 8, 200, 100, 4096
 
 
 class Step(NamedTuple):
@@ -40,9 +55,9 @@ class Step(NamedTuple):
 
     name: str
     given: Any
-    """Of one that attends: what its module was given, see `form_of`."""
+    """Of one that attends: what its module was given, see `_Forms`."""
     tensors: Any
-    """And the type, device and shape of query, key and value; None for lengths that differ."""
+    """And the class and shape of query, key and value; None for lengths that differ."""
     origin: Origin
     order: Order | None
     is_known: bool
@@ -99,10 +114,11 @@ class Pass:
         memory: of passes like it.
         sizes: of the tensors that it is given.
         states: of the model, where it may become a plan; None where it follows one.
+        recorded: what says which calls are recorded.
     """
 
-    def __init__(self, memory: _Memory, sizes: tuple[int, ...], states: _States | None) -> None:
-        self._memory, self._sizes, self._states = memory, sizes, states
+    def __init__(self, memory: _Memory, sizes: tuple[int, ...], states: _States | None, recorded: Any) -> None:
+        self._memory, self._sizes, self._states, self.recorded = memory, sizes, states, recorded
         self._plan = memory.steps if states is None and memory.steps is not None else None
         self.is_plain = True
         """Whether nothing was recorded but calls of fused operators."""
@@ -192,24 +208,26 @@ class Plans:
     def __init__(self) -> None:
         self._memories: dict[Any, _Memory] = {}
 
-    def begin(self, call: ModuleCall, modules: Sequence[nn.Module]) -> Pass:
+    def begin(self, call: ModuleCall, modules: Sequence[nn.Module], recorded: Any) -> Pass:
         """Begin a pass, by a plan if there is one.
 
         Args:
             call: the outermost one.
             modules: those that are watched.
+            recorded: what says which calls are recorded.
         """
-        lengths = list[int]()
-        key = call.path, torch.is_grad_enabled(), form_of((call.args, call.kwargs), {}, lengths)
-        sizes = tuple(lengths)
+        forms = _Forms()
+        key = call.path, torch.is_grad_enabled(), recorded, forms.of((call.args, call.kwargs))
+        sizes = tuple(forms.sizes)
         memory = self._memories.get(key)
         if memory is None:
             if len(self._memories) >= _MOST_FORMS:
                 self._memories.clear()
             memory = self._memories[key] = _Memory()
-        if memory.states is not None and _agree(memory.sizes, sizes) and memory.states.are_same():
-            return Pass(memory, sizes, None)
-        return Pass(memory, sizes, _States(modules))
+        states = memory.states  # another thread may take it away
+        if states is not None and _agree(memory.sizes, sizes) and states.are_same():
+            return Pass(memory, sizes, None, recorded)
+        return Pass(memory, sizes, _States(modules), recorded)
 
 
 _of_models: weakref.WeakKeyDictionary[nn.Module, Plans] = weakref.WeakKeyDictionary()
@@ -223,37 +241,84 @@ def plans_of(model: nn.Module) -> Plans:
         return Plans()
 
 
-def form_of(value: Any, known: dict[int, int], sizes: list[int]) -> Any:
-    """What arguments are, but for the lengths and the numbers of tensors.
+class _Forms:
+    """What arguments are, but for the lengths and the numbers of tensors."""
 
-    Args:
-        known: the tensors up to now, which tell whether two are the same.
-        sizes: gets the lengths.
-    """
-    kind = type(value)
-    if isinstance(value, Tensor):
-        sizes.extend(() if value.is_nested else value.shape)
-        return kind, value.is_nested, value.dtype, value.device, value.ndim, known.setdefault(id(value), len(known))
-    if kind in _SIMPLE:
-        return kind, value
-    if isinstance(value, (list, tuple)):
-        return kind, *(form_of(one, known, sizes) for one in value)
-    if isinstance(value, dict):
-        return kind, *((str(name), form_of(one, known, sizes)) for name, one in value.items())
-    return kind
+    def __init__(self) -> None:
+        self.sizes = list[int]()
+        """The lengths of the tensors up to now."""
+        self._known = dict[int, int]()  # the tensors and objects up to now, which tell whether two are the same
+        self._objects = 0
+
+    def of(self, value: Any) -> Any:
+        """What an argument is. Two have the same form if the code may take them for the same."""
+        kind = type(value)
+        if isinstance(value, Tensor):
+            self.sizes.extend(() if value.is_nested else value.shape)
+            dtype = value.dtype
+            number = self._known.setdefault(id(value), len(self._known))
+            return kind, value.is_nested, dtype.is_floating_point or dtype, value.ndim, number
+        if kind in _SIMPLE or isinstance(value, _VALUES):
+            return kind, value
+        if isinstance(value, tuple):
+            return kind, *map(self.of, value)
+        if id(value) in self._known:
+            return kind, self._known[id(value)]
+        self._known[id(value)] = len(self._known)
+        if isinstance(value, list):
+            return kind, *map(self.of, value)
+        if isinstance(value, dict):
+            return kind, *((str(name), self.of(one)) for name, one in value.items())
+        self._objects += 1
+        return kind, object() if self._objects > _MOST_OBJECTS else self._of_object(value)
+
+    def _of_object(self, value: Any) -> Any:
+        """What an object holds; a new object, which is like no other, where that is too much."""
+        if isinstance(value, np.ndarray):
+            return object() if value.nbytes > _MOST_NUMBERS else (value.dtype.str, value.shape, value.tobytes())
+        if isinstance(value, (set, frozenset)):
+            return frozenset(map(self.of, value))
+        if isinstance(value, deque):
+            return self.of(tuple(value))
+        if isinstance(value, FunctionType):
+            cells = [_held(cell) for cell in value.__closure__ or ()]
+            return value.__code__, *map(self.of, (value.__defaults__, value.__kwdefaults__, *cells))
+        if isinstance(value, MethodType):
+            return self.of(value.__func__), self.of(value.__self__)
+        if isinstance(value, partial):
+            return self.of((value.func, value.args, value.keywords))
+        if hasattr(value, "get_seq_length"):  # a cache of keys, whose lengths are those of what attends
+            return None
+        return tuple((name, self.of(one)) for name, one in _attributes(value))
+
+
+def _held(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    yield from getattr(value, "__dict__", {}).items()
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(value, name):
+                yield name, getattr(value, name)
 
 
 def _given(call: ModuleCall) -> Any:
-    return form_of((call.args, call.kwargs), {}, [])
+    return _Forms().of((call.args, call.kwargs))
 
 
 def _tensors(args: Any) -> Any:
-    return tuple((type(one), one.dtype, one.device, tuple(one.shape)) for one in args[:3])
+    return tuple((type(one), tuple(one.shape)) for one in args[:3])
 
 
 def _fits(step: Step, args: Any, call: ModuleCall) -> bool:
-    for (kind, dtype, device, shape), one in zip(step.tensors, args, strict=False):
-        if type(one) is not kind or one.dtype != dtype or one.device != device or len(shape) != one.ndim:
+    for (kind, shape), one in zip(step.tensors, args, strict=False):
+        if type(one) is not kind or len(shape) != one.ndim:
             return False
         if not _agree(shape, one.shape):
             return False
@@ -285,36 +350,44 @@ def _common_step(one: Step, other: Step) -> Step | None:
     if one.tensors is None or one.tensors == other.tensors:
         return one
     tensors = []
-    for (*what, shape), (*others, second) in zip(one.tensors, other.tensors, strict=True):
+    for (kind, shape), (other_kind, second) in zip(one.tensors, other.tensors, strict=True):
         lengths = tuple(size if size == own else None for size, own in zip(shape, second, strict=False))
-        if what != others or len(shape) != len(second) or None in (*lengths[:-2], *lengths[-1:]):
+        if kind is not other_kind or len(shape) != len(second) or None in (*lengths[:-2], *lengths[-1:]):
             return None
-        tensors.append((*what, lengths))
+        tensors.append((kind, lengths))
     return one._replace(tensors=tuple(tensors))
 
 
 class _States:
-    """What modules are at one time, besides the numbers in their tensors."""
+    """What modules are at one time, besides the numbers in their tensors.
+
+    It holds no object of the user, which may hold the model.
+    """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._watched = [weakref.ref(module) for module in modules]
         parts = {part for module in modules for part in module._modules.values() if part is not None}
         self._leaves = [weakref.ref(part) for part in parts.difference(modules)]
-        configs = {id(value): value for module in modules for value in vars(module).values() if _is_config(value)}
-        self._configs = [*configs.values()]
-        self._kept = [
-            value
-            for one in (*modules, *self._configs)
-            for value in vars(one).values()
-            if type(value) in (int, float, str)
-        ]  # as long as they are there, no other has their number
-        self._hooks, self._next = self._count_hooks(), RemovableHandle.next_id
+        classes = {cls: None for kind in {*map(type, modules)} for cls in kind.__mro__ if cls not in _BASES}
+        self._classes = [*map(weakref.ref, classes)]
+        attributes = {
+            id(value): (known, name)
+            for known, module in zip(self._watched, modules, strict=True)
+            for name, value in vars(module).items()
+            if name not in _OWN and _has_settings(value)
+        }
+        self._with_settings = [*attributes.values()]
+        # As long as they are there, no other has their number.
+        settings = [_settings(vars(known() or _NOTHING).get(name)) for known, name in self._with_settings]
+        owned = [vars(one).values() for one in (*modules, *classes)]
+        self._kept = [one for several in (*owned, *settings) for one in several if type(one) in _SIMPLE]
+        self._hooks, self._next = self._keys_of_hooks(), RemovableHandle.next_id
         self._numbers = self._number()
 
     def are_same(self) -> bool:
         """Whether the modules are still that."""
         if RemovableHandle.next_id != self._next:
-            if self._count_hooks() != self._hooks:
+            if self._keys_of_hooks() != self._hooks:
                 return False
             self._next = RemovableHandle.next_id
         return not has_global_hooks() and self._number() == self._numbers
@@ -325,23 +398,41 @@ class _States:
             module = known()
             if module is None:
                 return []
-            numbers.append(id(type(module).forward))
+            numbers.append(id(type(module)))
             numbers += map(id, vars(module).values())
             if module._modules:
                 numbers += map(id, module._modules.values())
+        for cls in self._classes:
+            numbers += map(id, vars(cls() or object).values())
         for known in self._leaves:
             module = known()
             numbers.append(0 if module is None else len(vars(module)))  # it may get a forward of its own
-        for config in self._configs:
-            numbers += map(id, vars(config).values())
+        for known, name in self._with_settings:
+            numbers += map(id, _settings(vars(known() or _NOTHING).get(name)))
         return numbers
 
-    def _count_hooks(self) -> int:
+    def _keys_of_hooks(self) -> list[int]:
+        """The numbers of all hooks of the user, which no other gets."""
         modules = [module for known in (*self._watched, *self._leaves) if (module := known()) is not None]
-        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+        hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        return [key for several in hooks for key, hook in several.items() if type(hook) is not Hook]
 
 
-def _is_config(value: Any) -> bool:
-    """Whether an attribute holds settings, as a configuration of transformers does."""
-    others = (nn.Module, Tensor, type, FunctionType)
-    return hasattr(value, "__dict__") and not isinstance(value, others) and "config" in type(value).__name__.lower()
+_BASES = frozenset(nn.Module.__mro__)
+_NOTHING = nn.Module()
+_OWN = frozenset(vars(_NOTHING))
+
+
+def _has_settings(value: Any) -> bool:
+    """Whether an attribute may hold settings: a list, a dict, an object such as a configuration of transformers."""
+    others = (nn.Module, Tensor, type, FunctionType, ModuleType)
+    return isinstance(value, (list, dict, set)) or (hasattr(value, "__dict__") and not isinstance(value, others))
+
+
+def _settings(value: Any) -> list[Any]:
+    """The numbers, texts and the like that an attribute holds; a long list has something else."""
+    if isinstance(value, (list, dict, set)):
+        held: Any = () if len(value) > _MOST_SETTINGS else value.values() if isinstance(value, dict) else value
+    else:
+        held = getattr(value, "__dict__", {}).values()
+    return [one for one in held if type(one) in _SIMPLE or isinstance(one, Enum)]

@@ -46,6 +46,7 @@ from .modes import (
     see_scripted,
 )
 from .modules import (
+    Hook,
     ModuleCall,
     arguments_named,
     as_native,
@@ -125,6 +126,7 @@ class Watch:
         file: called with the path of the module and that copy once it is known which axes are heads, in the order of
             the calls.
         warn: called with what is not recorded and why; it raises no error, for the model would see it.
+        recorded: returns what says which calls are recorded; a plan holds as long as it returns the same.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Watch:
         record: Callable[[AttentionCall], Copy | None],
         file: File,
         warn: Callable[[str, Section], None],
+        recorded: Callable[[], Any] = lambda: None,
     ) -> None:
         modules = list(named_modules(model))
         compiled = [path for path, module in modules if is_compiled(module)]
@@ -159,7 +162,7 @@ class Watch:
         self._attending = weakref.WeakSet[nn.Module]()  # layers that were taken for some in which nothing attends
         self._uncompiled = Uncompiled()
         self._has_ended = False
-        self._plans = plans_of(model)
+        self._plans, self._recorded = plans_of(model), recorded
         mark_reruns()
         self._handles: list[Any] = []
         self._watched: list[weakref.ref[nn.Module]] = []
@@ -176,8 +179,8 @@ class Watch:
             if path and works_by_token(module, by_token):
                 begin, end = self._begin_layer, self._end_layer
             self._handles += [
-                module.register_forward_pre_hook(_Hook(begin, path, known), prepend=True, with_kwargs=True),
-                module.register_forward_hook(_Hook(end, path, known), always_call=True),
+                module.register_forward_pre_hook(Hook(begin, path, known), prepend=True, with_kwargs=True),
+                module.register_forward_hook(Hook(end, path, known), always_call=True),
             ]
         functions.begin(self)
         see_scripted(True)
@@ -268,7 +271,7 @@ class Watch:
         with self._unharmed([call]), torch._C.DisableTorchFunction():
             if operators.are_seen() and _len_torch_function_stack() == 0:
                 modules = [module for known in self._watched if (module := known()) is not None]
-                thread.current = self._plans.begin(call, modules)
+                thread.current = self._plans.begin(call, modules, self._recorded())
                 thread.is_planned = thread.current.is_planned
                 operators.begin(self)
         if not thread.is_planned:
@@ -289,9 +292,10 @@ class Watch:
             self._end_gap(path, module, output)
             if thread.pending:
                 self._file_settled(len(thread.calls))
-            if len(thread.calls) == 1 and thread.current is not None and output is not None:
+            current = thread.current
+            if len(thread.calls) == 1 and output is not None and current and current.recorded == self._recorded():
                 with self._unharmed(), torch._C.DisableTorchFunction():
-                    thread.current.end()
+                    current.end()
         finally:
             call = thread.calls.pop()
             thread.shapes.pop(id(call), None)
@@ -752,37 +756,15 @@ _LEFT: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
 )
 
 
-class _Hook:
-    """A hook of a module that is recorded; on a copy of the module, in memory or in a file, it does nothing."""
-
-    def __init__(self, function: Callable[..., Any], path: str, module: weakref.ref[nn.Module]) -> None:
-        self._function, self._path, self._module = function, path, module
-
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
-        if self._module() is module or getattr(module, "_is_replica", False):
-            return self._function(self._path, module, *args)
-        return None
-
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _idle_hook, ()
-
-
 def _is_as_built(module: nn.Module) -> bool:
     """Whether the classes of a layer and of its parts say all that happens in it: hooks of the user may attend too."""
     inner = [one for one in module._modules.values() if one is not None]
     return (
         len(module._forward_hooks) == len(module._forward_pre_hooks)
-        and all(type(hook) is _Hook for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
+        and all(type(hook) is Hook for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
         and "forward" not in vars(module)
         and all((one._forward_hooks or cannot_attend(one)) and _is_as_built(one) for one in inner)
     )
-
-
-def _idle_hook() -> _Hook:
-    return _Hook(lambda *_: None, "", lambda: None)  # type: ignore[arg-type]
 
 
 def _has_ended(frame: FrameType | None) -> bool:
