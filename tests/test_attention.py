@@ -1061,6 +1061,38 @@ class TestLeftAsItWas:
         assert maps[0].shape == (*shape[:3], keys)
         assert maps[0].dense().shape == (*shape[:3], keys)
 
+    @pytest.mark.parametrize("passes", [0, 3])
+    def test_another_thread_stops_while_a_call_is_under_way(self, x, passes):
+        """As where a program reads what a thread writes, and has read enough."""
+        waits, goes_on, after = threading.Event(), threading.Event(), []
+
+        class Waits(nn.Module):
+            def forward(self, x):
+                if passed:
+                    waits.set()
+                    goes_on.wait(60)
+                return x
+
+        def run():
+            for _ in range(passes):
+                model(x)
+            passed.append(None)
+            model(x)
+            after.append(torch._C._len_torch_function_stack())
+            after.append(torch._C._is_any_autocast_enabled())
+
+        model, passed = nn.Sequential(Block(Fused), Waits(), Block(Fused)), []
+        thread = threading.Thread(target=run)
+        with attention(model) as maps:
+            thread.start()
+            assert waits.wait(60)
+        assert pickle.loads(pickle.dumps(model[0]))(x).shape == x.shape
+        goes_on.set()
+        thread.join()
+        assert after == [0, False]
+        assert len(maps) == 2 * passes + 1
+        assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+
     def test_two_threads_record_two_models(self, x):
         models, found = [model_of(), model_of()], {}
 

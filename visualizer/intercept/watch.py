@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -164,6 +165,7 @@ class Watch:
         self._has_ended = False
         self._plans, self._recorded = plans_of(model), recorded
         mark_reruns()
+        self._outermost: dict[int, nn.Module] = {}  # whose calls are under way, by their threads
         self._handles: list[Any] = []
         self._watched: list[weakref.ref[nn.Module]] = []
         scripted, by_token = [], dict[nn.Module, bool]()
@@ -203,6 +205,23 @@ class Watch:
             see_scripted(False)
         self._file_settled(1)
         self._leave(self._thread)
+        for number, module in [*self._outermost.items()]:
+            self._leave_later(number, module)
+        self._outermost.clear()
+
+    def _leave_later(self, number: int, module: nn.Module) -> None:
+        """Have another thread, whose call is under way, end what belongs to it once the call ends."""
+
+        def end(path: str, module: nn.Module, args: Any, output: Any) -> None:
+            if get_ident() == number:
+                self._leave(self._thread)
+            elif number in sys._current_frames():
+                return
+            handle.remove()
+
+        handle = module.register_forward_hook(Hook(end, "", weakref.ref(module)), always_call=True)
+        if number not in self._outermost:  # it has ended meanwhile
+            handle.remove()
 
     @property
     def has_seen_attention(self) -> bool:
@@ -277,6 +296,7 @@ class Watch:
         if not thread.is_planned:
             add_mode(self._mode)
             thread.is_watched = True
+        self._outermost[get_ident()] = call.module
 
     def _end_call(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         thread = self._thread
@@ -366,6 +386,7 @@ class Watch:
 
     def _leave(self, thread: _Thread) -> None:
         """End what belongs to the outermost call."""
+        self._outermost.pop(get_ident(), None)
         if thread.current is not None:
             operators.end(self)
         thread.forget()
@@ -377,7 +398,7 @@ class Watch:
         """Run one of torch's functions, and take note of it if a module of the model calls it."""
         thread = self._thread
         calls = thread.calls
-        if not calls:
+        if not calls or self._has_ended:
             return func(*args, **kwargs)
         gap = thread.gaps[-1]
         interest = interest_of(func)
@@ -465,7 +486,7 @@ class Watch:
         """Take note of an operator that has run; record it if it attends, and no mode sees it."""
         thread = self._thread
         current, call = thread.current, thread.calls[-1] if thread.calls else None
-        if current is None or call is None or thread.ours or thread.filing is not None:
+        if current is None or call is None or thread.ours or thread.filing is not None or self._has_ended:
             return
         if _has_ended(thread.frame):
             return
