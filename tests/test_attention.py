@@ -647,6 +647,8 @@ class TestTold:
             ({"model": "vit"}, TypeError, "takes an nn.Module, not str"),
             ({"keep": "numpy"}, TypeError, "keep is a function of an AttentionMap"),
             ({"layers": [1.5]}, TypeError, "layers are numbers or module paths, not 1.5"),
+            ({"layers": 1.5}, TypeError, "layers are numbers or module paths, not 1.5"),
+            ({"layers": b"attn"}, TypeError, "layers are numbers or module paths, not b'attn'"),
             ({"max_bytes": 0}, ValueError, "max_bytes must be at least 1"),
         ],
     )

@@ -6,8 +6,9 @@ import fnmatch
 import threading
 import weakref
 from _thread import get_ident
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from torch import Tensor, nn
@@ -133,9 +134,10 @@ def attention(
             f"keep is a function of an AttentionMap, such as lambda a: a.rows(0), or None to keep maps; not {keep!r}"
         )
     check_max_bytes(max_bytes)
-    chosen = None if layers is None else [layers] if isinstance(layers, (int, str)) else list(layers)
+    is_several = isinstance(layers, Iterable) and not isinstance(layers, (str, bytes))
+    chosen: Any = None if layers is None else [*layers] if is_several else [layers]  # type: ignore[misc]
     for layer in chosen or ():
-        if isinstance(layer, bool) or not isinstance(layer, (int, str)):
+        if isinstance(layer, bool) or not isinstance(layer, (Integral, str)):
             raise TypeError(f"layers are numbers or module paths, not {layer!r}")
     words = getattr(processor if tokenizer is None else tokenizer, "tokenizer", tokenizer)
     if words is not None and not (hasattr(words, "convert_ids_to_tokens") or hasattr(words, "id_to_token")):
