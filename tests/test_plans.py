@@ -188,6 +188,9 @@ class TestFollowed:
 
     def test_plans_hold_no_model(self, x):
         class Knows(Attends):
+            def __len__(self):
+                raise TypeError("as a module that torch.compile has wrapped")
+
             def __init__(self):
                 super().__init__()
                 self.around, self.known = [], types.SimpleNamespace(of=self)

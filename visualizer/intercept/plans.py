@@ -93,17 +93,23 @@ class _Seen:
         return Step(self.name, self.given, self.tensors, self.origin, order, output is not None)
 
 
+class _Known(NamedTuple):
+    """What the last pass was, or all that are alike."""
+
+    sizes: tuple[int | None, ...]
+    steps: dict[str, tuple[Step, ...]] | None
+    layers: frozenset[str]
+    """The paths of layers in which nothing was looked at."""
+    states: _States | None = None
+    """The model as it was in the passes that made a plan; None: there is none."""
+
+
 @dataclass
 class _Memory:
     """What is known of the passes that are given arguments of one form."""
 
-    sizes: tuple[int | None, ...] = ()
-    steps: dict[str, tuple[Step, ...]] | None = None
-    """Of the last pass, or of all that are alike."""
-    states: _States | None = None
-    """The model as it was in the passes that made a plan; None: there is none."""
-    layers: frozenset[str] = frozenset()
-    """The paths of layers in which nothing was looked at."""
+    known: _Known | None = None
+    """Replaced as a whole: several threads may be in passes."""
     failures: int = 0
 
 
@@ -112,17 +118,20 @@ class Pass:
 
     Args:
         memory: of passes like it.
+        plan: the one to follow; None: there is none.
         sizes: of the tensors that it is given.
-        states: of the model, where it may become a plan; None where it follows one.
+        states: of the model, where it may become a plan.
         recorded: what says which calls are recorded.
     """
 
-    def __init__(self, memory: _Memory, sizes: tuple[int, ...], states: _States | None, recorded: Any) -> None:
+    def __init__(
+        self, memory: _Memory, plan: _Known | None, sizes: tuple[int, ...], states: _States | None, recorded: Any
+    ) -> None:
         self._memory, self._sizes, self._states, self.recorded = memory, sizes, states, recorded
-        self._plan = memory.steps if states is None and memory.steps is not None else None
+        self._plan = None if plan is None else plan.steps
         self.is_plain = True
         """Whether nothing was recorded but calls of fused operators."""
-        self.layers: set[str] = set() if self._plan is None else {*memory.layers}
+        self.layers: set[str] = set() if plan is None else {*plan.layers}
         """The paths of layers in which nothing is looked at."""
         self.readers = set[str]()
         """The paths of modules that read numbers of tensors."""
@@ -180,20 +189,17 @@ class Pass:
         if self._plan is not None:
             counts = {path: len(steps) for path, steps in self._plan.items()}
             if not self.is_as_planned or counts != self._counts:
-                memory.steps = memory.states = None
+                memory.known = None
                 memory.failures += 1
             return
-        steps = self._steps()
-        before, memory.steps, memory.states = memory.steps, steps, None
-        if before is not None and steps is not None and memory.failures < _MOST_FAILURES:
-            common = _common(before, steps)
-            if common is not None and self._states is not None and self._states.are_same():
-                memory.layers &= self.layers
-                memory.steps, memory.states = common, self._states
-                pairs = zip(memory.sizes, self._sizes, strict=True)
-                memory.sizes = tuple(one if one == other else None for one, other in pairs)
-                return
-        memory.sizes, memory.layers = self._sizes, frozenset(self.layers)
+        before, now = memory.known, _Known(self._sizes, self._steps(), frozenset(self.layers))
+        memory.known = now
+        if before is None or before.steps is None or now.steps is None or memory.failures >= _MOST_FAILURES:
+            return
+        common = _common(before.steps, now.steps)
+        if common is not None and self._states is not None and self._states.are_same():
+            sizes = tuple(one if one == other else None for one, other in zip(before.sizes, now.sizes, strict=True))
+            memory.known = _Known(sizes, common, before.layers & now.layers, self._states)
 
     def _steps(self) -> dict[str, tuple[Step, ...]] | None:
         if not self.is_plain or any(self.readers & seen.frames for several in self._seen.values() for seen in several):
@@ -224,10 +230,10 @@ class Plans:
             if len(self._memories) >= _MOST_FORMS:
                 self._memories.clear()
             memory = self._memories[key] = _Memory()
-        states = memory.states  # another thread may take it away
-        if states is not None and _agree(memory.sizes, sizes) and states.are_same():
-            return Pass(memory, sizes, None, recorded)
-        return Pass(memory, sizes, _States(modules), recorded)
+        plan = memory.known
+        if plan is not None and plan.states is not None and _agree(plan.sizes, sizes) and plan.states.are_same():
+            return Pass(memory, plan, sizes, None, recorded)
+        return Pass(memory, None, sizes, _States(modules), recorded)
 
 
 _of_models: weakref.WeakKeyDictionary[nn.Module, Plans] = weakref.WeakKeyDictionary()
@@ -370,17 +376,16 @@ class _States:
         self._leaves = [weakref.ref(part) for part in parts.difference(modules)]
         classes = {cls: None for kind in {*map(type, modules)} for cls in kind.__mro__ if cls not in _BASES}
         self._classes = [*map(weakref.ref, classes)]
-        attributes = {
-            id(value): (known, name)
+        settings = {
+            id(value): (known, name, _settings(value))
             for known, module in zip(self._watched, modules, strict=True)
             for name, value in vars(module).items()
             if name not in _OWN and _has_settings(value)
         }
-        self._with_settings = [*attributes.values()]
+        self._with_settings = [(known, name) for known, name, _ in settings.values()]
         # As long as they are there, no other has their number.
-        settings = [_settings(vars(known() or _NOTHING).get(name)) for known, name in self._with_settings]
-        owned = [vars(one).values() for one in (*modules, *classes)]
-        self._kept = [one for several in (*owned, *settings) for one in several if type(one) in _SIMPLE]
+        owned = [*(vars(one).values() for one in (*modules, *classes)), *(held for _, _, held in settings.values())]
+        self._kept = [one for several in owned for one in several if type(one) in _SIMPLE]
         self._hooks, self._next = self._keys_of_hooks(), RemovableHandle.next_id
         self._numbers = self._number()
 
@@ -408,7 +413,8 @@ class _States:
             module = known()
             numbers.append(0 if module is None else len(vars(module)))  # it may get a forward of its own
         for known, name in self._with_settings:
-            numbers += map(id, _settings(vars(known() or _NOTHING).get(name)))
+            module = known()
+            numbers += () if module is None else map(id, _settings(vars(module).get(name)))
         return numbers
 
     def _keys_of_hooks(self) -> list[int]:
@@ -419,8 +425,7 @@ class _States:
 
 
 _BASES = frozenset(nn.Module.__mro__)
-_NOTHING = nn.Module()
-_OWN = frozenset(vars(_NOTHING))
+_OWN = frozenset(vars(nn.Module()))
 
 
 def _has_settings(value: Any) -> bool:
