@@ -1095,6 +1095,21 @@ class TestLeftAsItWas:
         assert len(maps) == 2 * passes + 1
         assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
 
+    @pytest.mark.parametrize("kind", [Fused, Open])
+    def test_keep_stops_recording(self, x, kind):
+        """It is called from within the mode, which torch puts back behind it."""
+        model = nn.Sequential(Block(kind), Block(kind))
+        for passes in (0, 3):  # after three there is a plan
+            with attention(model):
+                for _ in range(passes):
+                    model(x)
+            maps = attention(model, keep=lambda made: maps.stop()).start()
+            model(x)
+            assert len(maps) == 1
+            assert torch._C._len_torch_function_stack() == 0
+            assert not torch._C._is_any_autocast_enabled()
+            assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+
     def test_two_threads_record_two_models(self, x):
         models, found = [model_of(), model_of()], {}
 

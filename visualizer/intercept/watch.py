@@ -204,13 +204,19 @@ class Watch:
             self._has_ended = True
             see_scripted(False)
         self._file_settled(1)
+        here = get_ident(), self._outermost.get(get_ident())
         self._leave(self._thread)
+        if self._thread.is_watched and here[1] is not None:
+            self._outermost[here[0]] = here[1]
         for number, module in [*self._outermost.items()]:
             self._leave_later(number, module)
         self._outermost.clear()
 
     def _leave_later(self, number: int, module: nn.Module) -> None:
-        """Have another thread, whose call is under way, end what belongs to it once the call ends."""
+        """Have a thread whose call is under way end what belongs to it once the call ends.
+
+        It is another one, or this one is within the mode, as where a `keep` stops recording.
+        """
 
         def end(path: str, module: nn.Module, args: Any, output: Any) -> None:
             if get_ident() == number:
@@ -308,6 +314,7 @@ class Watch:
             if is_called_attention(type(module).__qualname__):
                 self._ran[path] = type(module).__qualname__
             return None
+        call = thread.calls[-1]
         try:
             self._end_gap(path, module, output)
             if thread.pending:
@@ -317,9 +324,10 @@ class Watch:
                 with self._unharmed(), torch._C.DisableTorchFunction():
                     current.end()
         finally:
-            call = thread.calls.pop()
+            if thread.calls:  # else what is kept of a map ended the recording
+                thread.calls.pop()
+                thread.gaps.pop()
             thread.shapes.pop(id(call), None)
-            thread.gaps.pop()
             if is_called_attention(type(module).__qualname__):
                 self._ran[path] = type(module).__qualname__
             if not thread.calls:
@@ -390,9 +398,8 @@ class Watch:
         if thread.current is not None:
             operators.end(self)
         thread.forget()
-        if thread.is_watched:
+        if thread.is_watched and remove_mode(self._mode):
             thread.is_watched = False
-            remove_mode(self._mode)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions, and take note of it if a module of the model calls it."""
@@ -411,6 +418,8 @@ class Watch:
             if lineage:
                 is_seen |= lineage.may_know(args) or (bool(kwargs) and lineage.may_know(kwargs.values()))
         result = self.see(func, args, kwargs) if is_seen else func(*args, **kwargs)
+        if not calls:
+            return result  # what is kept of a map ended the recording
         try:
             thread.provenance.note(func, args, kwargs, result, calls)
         except Exception as error:
