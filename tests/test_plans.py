@@ -344,6 +344,19 @@ class TestNotFollowed:
             maps = both_ways(model, calls, monkeypatch)
             assert [one.kind for one in maps] == ["cross" if sign > 0 else "self" for sign in signs]
 
+    def test_an_argument_whose_class_fails(self, x, monkeypatch):
+        class Fails:
+            def __getattr__(self, name):
+                raise ValueError(name)
+
+        class Takes(Attends):
+            def forward(self, x, option):
+                return self.attend(x, x)
+
+        model, option = Around(Takes), Fails()
+        maps = both_ways(model, [lambda: model(x, option)] * 4, monkeypatch)
+        assert facts(maps) == [("attn", "self", (3, 2, 5, 5), False)] * 4
+
     def test_whether_it_attends_depends_on_numbers(self, x, monkeypatch):
         class Chooses(Attends):
             def forward(self, x):

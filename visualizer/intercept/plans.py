@@ -22,6 +22,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -276,10 +277,13 @@ class _Forms:
         if isinstance(value, dict):
             return kind, *((str(name), self.of(one)) for name, one in value.items())
         self._objects += 1
-        return kind, object() if self._objects > _MOST_OBJECTS else self._of_object(value)
+        if self._objects <= _MOST_OBJECTS:
+            with suppress(Exception):  # of the code of its class
+                return kind, self._of_object(value)
+        return kind, object()  # it is like no other
 
     def _of_object(self, value: Any) -> Any:
-        """What an object holds; a new object, which is like no other, where that is too much."""
+        """What an object holds; a new object where that is too much."""
         if isinstance(value, np.ndarray):
             return object() if value.nbytes > _MOST_NUMBERS else (value.dtype.str, value.shape, value.tobytes())
         if isinstance(value, (set, frozenset)):
