@@ -647,6 +647,8 @@ class TestTold:
             ({"model": "vit"}, TypeError, "takes an nn.Module, not str"),
             ({"keep": "numpy"}, TypeError, "keep is a function of an AttentionMap"),
             ({"layers": [1.5]}, TypeError, "layers are numbers or module paths, not 1.5"),
+            ({"layers": 1.5}, TypeError, "layers are numbers or module paths, not 1.5"),
+            ({"layers": b"attn"}, TypeError, "layers are numbers or module paths, not b'attn'"),
             ({"max_bytes": 0}, ValueError, "max_bytes must be at least 1"),
         ],
     )
@@ -1060,6 +1062,53 @@ class TestLeftAsItWas:
             model(torch.randn(shape), torch.randn(*shape[:2], keys, shape[3]))
         assert maps[0].shape == (*shape[:3], keys)
         assert maps[0].dense().shape == (*shape[:3], keys)
+
+    @pytest.mark.parametrize("passes", [0, 3])
+    def test_another_thread_stops_while_a_call_is_under_way(self, x, passes):
+        """As where a program reads what a thread writes, and has read enough."""
+        waits, goes_on, after = threading.Event(), threading.Event(), []
+
+        class Waits(nn.Module):
+            def forward(self, x):
+                if passed:
+                    waits.set()
+                    goes_on.wait(60)
+                return x
+
+        def run():
+            for _ in range(passes):
+                model(x)
+            passed.append(None)
+            model(x)
+            after.append(torch._C._len_torch_function_stack())
+            after.append(torch._C._is_any_autocast_enabled())
+
+        model, passed = nn.Sequential(Block(Fused), Waits(), Block(Fused)), []
+        thread = threading.Thread(target=run)
+        with attention(model) as maps:
+            thread.start()
+            assert waits.wait(60)
+        assert pickle.loads(pickle.dumps(model[0]))(x).shape == x.shape
+        goes_on.set()
+        thread.join()
+        assert after == [0, False]
+        assert len(maps) == 2 * passes + 1
+        assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+
+    @pytest.mark.parametrize("kind", [Fused, Open])
+    def test_keep_stops_recording(self, x, kind):
+        """It is called from within the mode, which torch puts back behind it."""
+        model = nn.Sequential(Block(kind), Block(kind))
+        for passes in (0, 3):  # after three there is a plan
+            with attention(model):
+                for _ in range(passes):
+                    model(x)
+            maps = attention(model, keep=lambda made: maps.stop()).start()
+            model(x)
+            assert len(maps) == 1
+            assert torch._C._len_torch_function_stack() == 0
+            assert not torch._C._is_any_autocast_enabled()
+            assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
 
     def test_two_threads_record_two_models(self, x):
         models, found = [model_of(), model_of()], {}

@@ -10,6 +10,7 @@ import textwrap
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 from functions import make
 
@@ -403,6 +404,13 @@ class TestBadInput:
             gl.activate(**options)
         assert not gl.is_active
         assert forward.__code__ is code
+
+    def test_whole_numbers_of_numpy(self, gl):
+        forward = make(gl, "attn")
+        gl.activate(limit=np.int64(1), max_bytes=np.int32(10_000))
+        forward(1)
+        forward(2)
+        assert len(next(iter(gl.cache.values()))) == 1
 
 
 class TestKeep:

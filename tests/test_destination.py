@@ -42,6 +42,26 @@ def test_a_folder(tmp_path, captured):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_path_without_a_name_or_with_one_too_long(tmp_path, captured, monkeypatch):
+    """Errors name the file that was asked for, and nothing is written anywhere."""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    with pytest.raises(FileNotFoundError, match="the path is empty: name a file"):
+        captured.save("")
+    long = "a" * 300
+    with pytest.raises(OSError, match=long) as error:
+        captured.save(long)
+    assert ".tmp" not in str(error.value)
+    assert [*tmp_path.iterdir()] == [inner]
+    assert not [*inner.iterdir()]
+
+
+def test_a_path_of_bytes(tmp_path, captured):
+    captured.save(bytes(tmp_path / "x.safetensors"))
+    assert list(load(tmp_path / "x.safetensors")) == list(captured)
+
+
 class TestSpecialFiles:
     def test_a_device(self, captured):
         with pytest.raises(OSError, match=f"'{os.devnull}' is a device"):

@@ -280,7 +280,9 @@ class TestDense:
         assert not attention.rows(0).requires_grad
         assert isinstance(attention.numpy(), np.ndarray)
 
-    @pytest.mark.parametrize("view", [lambda a: a[..., ::-1], lambda a: np.broadcast_to(a[:1], a.shape)])
+    @pytest.mark.parametrize(
+        "view", [lambda a: a[..., ::-1], lambda a: np.broadcast_to(a[:1], a.shape), lambda a: a.astype(">f8")]
+    )
     def test_arrays_that_torch_cannot_take(self, view):
         array = view(np.random.default_rng(0).random((2, 1, 3, 3)))
         close(array, AttentionMap(array).dense(), 0)
@@ -290,6 +292,9 @@ class TestDense:
             AttentionMap([[1.0]])
         with pytest.raises(ValueError, match=r"\(batch, heads, queries, keys\), and these have \(2, 3\)"):
             AttentionMap(torch.zeros(2, 3))
+        for weights in (torch.zeros(1, 1, 2, 2).to_sparse(), torch.zeros(1, 1, 2, 2, dtype=torch.complex64)):
+            with pytest.raises(TypeError, match=r"real numbers in a dense tensor, and these have (complex|the layout)"):
+                AttentionMap(weights)
 
 
 def smallest(dtype):
@@ -789,7 +794,20 @@ class TestStitched:
         torch.testing.assert_close(torch.cat([rows for _, rows in whole.chunks(500)], 2), expected)
         again = AttentionMap.unpacked(whole.packed({})).to("cpu")
         torch.testing.assert_close(again.rows(slice(3, 9, 2)), expected[:, :, 3:9:2])
+        assert whole.rows([]).shape == (2, 2, 0, 12)
         assert Layout.picture((3, 4)) == again.layout == again.query_layout
+
+    def test_gradients_lie_at_the_same_patches(self, windows):
+        """A gradient that is as large as the weight lies where the weight does."""
+        assert windows.stitched(self.layout).gradient is None
+        windows.gradient = Gradient(windows.shape, None)
+        whole = windows.stitched(self.layout)
+        assert whole.gradient.is_awaited
+        with pytest.raises(RuntimeError, match="not known yet"):
+            whole.grad_dense()
+        windows.gradient.accumulate(windows.dense())
+        torch.testing.assert_close(whole.to("cpu").grad_dense(), whole.dense())
+        assert whole.nbytes > windows.stitched(self.layout).source.tensors()[0].nbytes
 
     def test_what_is_not_of_windows_stays_as_it_is(self, windows):
         assert windows.stitched() is windows

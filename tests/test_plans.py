@@ -1,11 +1,17 @@
 """Passes that follow a plan are recorded as those that are watched in full; where it may be wrong there is no plan."""
 
 import contextlib
+import functools
+import gc
 import sys
 import threading
 import types
 import warnings
+import weakref
+from collections import deque
+from enum import Enum
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -152,6 +158,55 @@ class TestFollowed:
                 model(x)
         assert facts(maps) == [("1.attn", "self", (3, 2, 5, 5), False)] * CALLS
 
+    def test_a_recording_of_more_than_the_one_before(self, x):
+        """What was not recorded was not looked at, and no axes of it are known."""
+        model = nn.Sequential(Around(), Around())
+        for options in ({"layers": 0}, {"layers": "1.*"}, {"layers": -1}, {"max_bytes": 2000}):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with attention(model, **options) as some:
+                    for _ in range(3):
+                        model(x)
+                    some.clear()
+                    model(x)
+            with attention(model) as maps:
+                model(x)
+            assert facts(maps) == [(f"{number}.attn", "self", (3, 2, 5, 5), False) for number in range(2)]
+            assert {(one.kind, one.axes_assumed) for one in some} == {("self", False)}
+
+    def test_other_types_of_numbers(self, x):
+        model = nn.Sequential(nn.Embedding(9, 8), Around())
+        tokens = torch.randint(9, (3, 5))
+        with attention(model) as maps:
+            for _ in range(3):
+                model(tokens)
+            with torch.autocast("cpu", torch.bfloat16):
+                model(tokens)
+            model.double()(tokens)
+        assert [one.source.dtype for one in maps] == [torch.float32] * 3 + [torch.bfloat16, torch.float64]
+        assert facts(maps) == [("1.attn", "self", (3, 2, 5, 5), False)] * 5
+        assert modes == [1, 1, 0, 0, 0]
+
+    def test_plans_hold_no_model(self, x):
+        class Knows(Attends):
+            def __len__(self):
+                raise TypeError("as a module that torch.compile has wrapped")
+
+            def __init__(self):
+                super().__init__()
+                self.around, self.known = [], types.SimpleNamespace(of=self)
+
+        model = Around(Knows)
+        model.attn.around.append(model)
+        known = weakref.ref(model)
+        with attention(model) as maps:
+            for _ in range(3):
+                model(x)
+        assert modes == [1, 1, 0]
+        del model, maps
+        gc.collect()
+        assert known() is None
+
     def test_two_recordings_at_once(self, x):
         model = Around()
         with attention(model) as first:
@@ -193,22 +248,22 @@ class TestFollowed:
 
     def test_an_interrupted_pass(self, x):
         class Stops(nn.Module):
-            error = None
-
             def forward(self, x):
-                if Stops.error is not None:
-                    raise Stops.error
+                for error in errors:
+                    raise error
                 return x
+
+        errors = []
 
         model = nn.Sequential(Around(), Stops())
         maps = attention(model).start()
         for _ in range(3):
             model(x)
-        Stops.error = KeyboardInterrupt()
+        errors.append(KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             model(x)
         scaled_dot_product_attention(x, x, x)  # of nobody
-        Stops.error = None
+        errors.clear()
         model(x)
         maps.stop()
         scaled_dot_product_attention(x, x, x)
@@ -241,8 +296,48 @@ class TestFollowed:
         assert maps.generated()[0].shape == (2, 4, 11, 11)
 
 
+class Mode(Enum):
+    SELF, CROSS = 0, 1
+
+
+class Slotted:
+    __slots__ = ("mode",)
+
+    def __init__(self, mode):
+        self.mode = mode
+
+    def read(self):
+        return self.mode
+
+
 class TestNotFollowed:
     """Where a plan may be wrong, the pass is watched in full."""
+
+    @pytest.mark.parametrize(
+        ("given", "read"),
+        [
+            (lambda mode: mode, lambda option: option),
+            (Slotted, lambda option: option.mode),
+            (lambda mode: types.SimpleNamespace(inner=Slotted(mode)), lambda option: option.inner.mode),
+            (lambda mode: {mode}, lambda option: next(iter(option))),
+            (lambda mode: deque([mode], 3), lambda option: option[0]),
+            (lambda mode: np.array([mode.value]), lambda option: Mode(option[0])),
+            (lambda mode: np.int64(mode.value), Mode),
+            (lambda mode: lambda: mode, lambda option: option()),
+            (lambda mode: functools.partial(Mode, mode.value), lambda option: option()),
+            (lambda mode: Slotted(mode).read, lambda option: option()),
+        ],
+        ids=["enum", "slots", "attributes", "set", "deque", "array", "number", "closure", "partial", "method"],
+    )
+    def test_another_argument_of_the_same_type(self, x, given, read, monkeypatch):
+        class Chooses(Attends):
+            def forward(self, x, y, option):
+                return self.attend(x, y if read(option) is Mode.CROSS else x)
+
+        model = Around(Chooses)
+        modes_given = [Mode.SELF] * 3 + [Mode.CROSS]
+        maps = both_ways(model, [lambda one=one: model(x, x + 1, given(one)) for one in modes_given], monkeypatch)
+        assert [one.kind for one in maps] == ["self"] * 3 + ["cross"]
 
     def test_what_attends_to_depends_on_numbers(self, x, monkeypatch):
         class Chooses(Attends):
@@ -259,6 +354,19 @@ class TestNotFollowed:
             calls = [lambda sign=sign: model(x, torch.full_like(x, sign) + x / 100) for sign in signs]
             maps = both_ways(model, calls, monkeypatch)
             assert [one.kind for one in maps] == ["cross" if sign > 0 else "self" for sign in signs]
+
+    def test_an_argument_whose_class_fails(self, x, monkeypatch):
+        class Fails:
+            def __getattr__(self, name):
+                raise ValueError(name)
+
+        class Takes(Attends):
+            def forward(self, x, option):
+                return self.attend(x, x)
+
+        model, option = Around(Takes), Fails()
+        maps = both_ways(model, [lambda: model(x, option)] * 4, monkeypatch)
+        assert facts(maps) == [("attn", "self", (3, 2, 5, 5), False)] * 4
 
     def test_whether_it_attends_depends_on_numbers(self, x, monkeypatch):
         class Chooses(Attends):
@@ -316,23 +424,36 @@ class TestNotFollowed:
             lambda model: setattr(model.attn, "forward", lambda x, y: model.attn.attend(x, x)),
             lambda model: setattr(type(model.attn), "forward", lambda self, x, y: self.attend(x, x)),
             lambda model: model.norm.register_forward_hook(lambda module, args, output: Opens()(output)),
+            lambda model: setattr(type(model.attn), "looks_elsewhere", False),
+            lambda model: model.attn.options.update(is_cross=False),
+            lambda model: model.attn.flags.append("self"),
+            lambda model: model.swap_hook(lambda module, args: (args[0], args[0])),
         ],
-        ids=["attribute", "config", "part", "forward", "class", "hook"],
+        ids=["attribute", "config", "part", "forward", "class", "hook", "of class", "dict", "list", "other hook"],
     )
     def test_the_model_changes(self, x, change, monkeypatch):
         class Config:
             is_cross = True
 
         class Changes(Attends):
+            looks_elsewhere = True
+
             def __init__(self):
                 super().__init__()
-                self.is_cross, self.config = True, Config()
+                self.is_cross, self.config, self.options, self.flags = True, Config(), {"is_cross": True}, []
                 self.config.is_cross = True
 
             def forward(self, x, y):
-                return self.attend(x, y if self.is_cross and self.config.is_cross else x)
+                options = self.is_cross, self.config.is_cross, self.options["is_cross"], self.looks_elsewhere
+                return self.attend(x, y if all(options) and not self.flags else x)
+
+        def swap_hook(hook):
+            handle.remove()
+            model.attn.register_forward_pre_hook(hook)
 
         model, y = Around(Changes), x + 1
+        handle = model.attn.register_forward_pre_hook(lambda module, args: None)
+        model.swap_hook = swap_hook
         with attention(model) as maps:
             for _ in range(3):
                 model(x, y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, get_args
 
 from ..rewrite import At
@@ -27,7 +28,7 @@ def check_at(at: Any) -> None:
 
 def check_count(name: str, value: Any) -> None:
     """TypeError or ValueError unless it is a positive whole number or None."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+    if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
         raise TypeError(f"{name} must be a whole number or None, not {value!r}")
     if value is not None and value < 1:
         raise ValueError(f"{name} must be at least 1, not {value!r}")

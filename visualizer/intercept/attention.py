@@ -6,9 +6,10 @@ import fnmatch
 import threading
 import weakref
 from _thread import get_ident
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from .evidence import Evidence
 from .layouts import Layouts
 from .modules import ModuleCall, are_given_the_same
 from .snapshots import AttentionCall, Copies, Copy
-from .watch import Watch
+from .watch import Watch, unseen
 
 Kept = TypeVar("Kept")
 """What is kept of a call: its map, or what `keep` makes of it."""
@@ -135,9 +136,10 @@ def attention(
             f"keep is a function of an AttentionMap, such as lambda a: a.rows(0), or None to keep maps; not {keep!r}"
         )
     check_max_bytes(max_bytes)
-    chosen = None if layers is None else [layers] if isinstance(layers, (int, str)) else list(layers)
+    is_several = isinstance(layers, Iterable) and not isinstance(layers, (str, bytes))
+    chosen: Any = None if layers is None else [*layers] if is_several else [layers]  # type: ignore[misc]
     for layer in chosen or ():
-        if isinstance(layer, bool) or not isinstance(layer, (int, str)):
+        if isinstance(layer, bool) or not isinstance(layer, (Integral, str)):
             raise TypeError(f"layers are numbers or module paths, not {layer!r}")
     words = getattr(processor if tokenizer is None else tokenizer, "tokenizer", tokenizer)
     if words is not None and not (hasattr(words, "convert_ids_to_tokens") or hasattr(words, "id_to_token")):
@@ -198,8 +200,8 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         self._doubted = set[str]()
         self._why_apart = dict[str, str]()
         self._postponed: list[News] = []
-        self.is_asked_for: Callable[[AttentionCall], bool] = lambda call: True
-        """Whether a call is recorded at all, asked before anything of it is copied."""
+        self.is_asked_for: Callable[[AttentionCall], bool] | None = None
+        """Whether a call is recorded at all, asked before anything of it is copied; None: all are."""
         self.needs_layouts, self.needs_sums = True, False
         """Whether maps are told what their tokens are; whether columns are wanted, and what makes these cheap."""
 
@@ -233,8 +235,12 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                 if maps is not None:
                     maps.warn_in_call(message, section)
 
+            def recorded() -> Any:
+                maps = known()
+                return None if maps is None else maps.recorded(known)
+
             self._copies = self._new_copies()
-            self._watch = Watch(model, record, file, end_pass, warn_in_call)
+            self._watch = Watch(model, record, file, end_pass, warn_in_call, recorded)
             self._watch.needs_sums = self.needs_sums
             self._abandon = weakref.finalize(self, self._watch.end)
             self._abandon.atexit = False
@@ -549,10 +555,17 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         except Exception:
             self._postponed.append(News(message, section))
 
+    def recorded(self, own: weakref.ref[Maps[Any]]) -> Any:
+        """What says which calls are recorded; `own` is a reference to this, which no other recording has."""
+        layers = None if self._layers is None else tuple(self._layers)
+        return layers, self._is_full, own if self.is_asked_for else None
+
     def record(self, call: AttentionCall) -> Copy | None:
         """Copy what is kept of an attention call."""
         with self._lock:
-            if self._watch is None or not self.is_asked_for(call) or not self._wants(call.path):
+            if self._watch is None or not (self.is_asked_for is None or self.is_asked_for(call)):
+                return None
+            if not self._wants(call.path):
                 return None
             return self._copies.of(call)
 
@@ -585,7 +598,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
     def prove(self) -> None:
         """Keep only those maps that were used, of all up to now."""
         watch = self._watch
-        with self._lock, nullcontext() if watch is None else watch.unseen():
+        with self._lock, unseen():
             unproven, self._unproven, self._unproven_bytes = self._unproven, [], 0
             with suppress(Exception):  # then each is weighed by itself, and says what failed
                 Evidence.weigh([one for _, _, several in unproven for one in several])

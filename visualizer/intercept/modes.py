@@ -86,16 +86,19 @@ def add_mode(mode: TorchFunctionMode) -> None:
         _push_mode(other)  # type: ignore[no-untyped-call]
 
 
-def remove_mode(mode: TorchFunctionMode) -> None:
-    """End a mode of this thread, whichever have begun behind it and go on."""
-    behind = []
-    while _len_torch_function_stack() > 0:
+def remove_mode(mode: TorchFunctionMode) -> bool:
+    """End a mode of this thread, whichever have begun behind it and go on.
+
+    False if it is not there: torch takes it away while it is shown a function, and puts it back afterwards.
+    """
+    behind, is_found = [], False
+    while not is_found and _len_torch_function_stack() > 0:
         last = _pop_mode()  # type: ignore[no-untyped-call]
-        if last is mode:
-            break
-        behind.append(last)
+        is_found = last is mode
+        behind += [] if is_found else [last]
     for other in reversed(behind):
         _push_mode(other)  # type: ignore[no-untyped-call]
+    return is_found
 
 
 _ScriptFunction: Any = torch.jit.ScriptFunction

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
@@ -94,6 +94,13 @@ def end(observer: Observer) -> None:
     _here.observers[:] = [known for known in _here.observers if known() not in (None, observer)]
     if not _here.observers:
         _switch(False)
+
+
+def unseen() -> Any:
+    """A context in which no observer is told of anything."""
+    if not _is_possible:
+        return nullcontext()
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _KEY)))
 
 
 def _switch(is_on: bool) -> None:

@@ -4,10 +4,14 @@ A full watch finds where queries and keys come from, and which axes are heads, f
 two passes in a row had in common: the operators that each module called, in order, and what was found of those that
 attend. A later pass follows it as long as nothing differs that could make it wrong:
 
-- what the model is given: which arguments, their types, shapes (those that did not differ between the two passes) and
-  numbers of Python; for each module that attends also which of its arguments are one tensor;
-- the watched modules: their classes, attributes and parts, their configurations, and all hooks;
-- the operators, with the type, device and axes of query, key and value.
+- what the model is given: which arguments, their types, shapes (those that did not differ between the two passes),
+  numbers of Python, and what objects hold of all this; for each module that attends also which of its arguments are one
+  tensor;
+- the watched modules: their classes, attributes and parts, the settings in their attributes, and all hooks;
+- the operators, with the axes of query, key and value;
+- what of the calls is recorded: of the others nobody looks for the axes.
+
+Floating-point types may differ, and devices: the same code works with them.
 
 Where a module that attends reads numbers of tensors, its next step may depend on them: there is no plan then. Nor is
 there one where calls are joined to one attention, or where a map was made of anything else than a fused call.
@@ -17,23 +21,35 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from types import FunctionType
+from enum import Enum
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .axes import Order, Output
 from .kernels import KERNELS
-from .modules import ModuleCall, has_global_hooks
+from .modules import Hook, ModuleCall, has_global_hooks
 from .operators import READS
 from .provenance import Origin
 
-_SIMPLE = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
-_MOST_FORMS, _MOST_FAILURES = 32, 8
+_SIMPLE = frozenset(
+    (
+        *(bool, int, float, complex, str, bytes, range, type(None), type(...)),
+        *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+    )
+)
+_VALUES = (int, float, complex, str, bytes, np.generic, Enum, type)
+"""Bases of classes whose objects are what they are equal to."""
+_MOST_FORMS, _MOST_FAILURES, _MOST_OBJECTS, _MOST_SETTINGS, _MOST_NUMBERS = 32, 8, 200, 100, 4096
 
 
 class Step(NamedTuple):
@@ -41,9 +57,9 @@ class Step(NamedTuple):
 
     name: str
     given: Any
-    """Of one that attends: what its module was given, see `form_of`."""
+    """Of one that attends: what its module was given, see `_Forms`."""
     tensors: Any
-    """And the type, device and shape of query, key and value; None for lengths that differ."""
+    """And the class and shape of query, key and value; None for lengths that differ."""
     origin: Origin
     order: Order | None
     is_known: bool
@@ -79,17 +95,23 @@ class _Seen:
         return Step(self.name, self.given, self.tensors, self.origin, order, output is not None)
 
 
+class _Known(NamedTuple):
+    """What the last pass was, or all that are alike."""
+
+    sizes: tuple[int | None, ...]
+    steps: dict[str, tuple[Step, ...]] | None
+    layers: frozenset[str]
+    """The paths of layers in which nothing was looked at."""
+    states: _States | None = None
+    """The model as it was in the passes that made a plan; None: there is none."""
+
+
 @dataclass
 class _Memory:
     """What is known of the passes that are given arguments of one form."""
 
-    sizes: tuple[int | None, ...] = ()
-    steps: dict[str, tuple[Step, ...]] | None = None
-    """Of the last pass, or of all that are alike."""
-    states: _States | None = None
-    """The model as it was in the passes that made a plan; None: there is none."""
-    layers: frozenset[str] = frozenset()
-    """The paths of layers in which nothing was looked at."""
+    known: _Known | None = None
+    """Replaced as a whole: several threads may be in passes."""
     failures: int = 0
 
 
@@ -98,16 +120,20 @@ class Pass:
 
     Args:
         memory: of passes like it.
+        plan: the one to follow; None: there is none.
         sizes: of the tensors that it is given.
-        states: of the model, where it may become a plan; None where it follows one.
+        states: of the model, where it may become a plan.
+        recorded: what says which calls are recorded.
     """
 
-    def __init__(self, memory: _Memory, sizes: tuple[int, ...], states: _States | None) -> None:
-        self._memory, self._sizes, self._states = memory, sizes, states
-        self._plan = memory.steps if states is None and memory.steps is not None else None
+    def __init__(
+        self, memory: _Memory, plan: _Known | None, sizes: tuple[int, ...], states: _States | None, recorded: Any
+    ) -> None:
+        self._memory, self._sizes, self._states, self.recorded = memory, sizes, states, recorded
+        self._plan = None if plan is None else plan.steps
         self.is_plain = True
         """Whether nothing was recorded but calls of fused operators."""
-        self.layers: set[str] = set() if self._plan is None else {*memory.layers}
+        self.layers: set[str] = set() if plan is None else {*plan.layers}
         """The paths of layers in which nothing is looked at."""
         self.readers = set[str]()
         """The paths of modules that read numbers of tensors."""
@@ -165,20 +191,17 @@ class Pass:
         if self._plan is not None:
             counts = {path: len(steps) for path, steps in self._plan.items()}
             if not self.is_as_planned or counts != self._counts:
-                memory.steps = memory.states = None
+                memory.known = None
                 memory.failures += 1
             return
-        steps = self._steps()
-        before, memory.steps, memory.states = memory.steps, steps, None
-        if before is not None and steps is not None and memory.failures < _MOST_FAILURES:
-            common = _common(before, steps)
-            if common is not None and self._states is not None and self._states.are_same():
-                memory.layers &= self.layers
-                memory.steps, memory.states = common, self._states
-                pairs = zip(memory.sizes, self._sizes, strict=True)
-                memory.sizes = tuple(one if one == other else None for one, other in pairs)
-                return
-        memory.sizes, memory.layers = self._sizes, frozenset(self.layers)
+        before, now = memory.known, _Known(self._sizes, self._steps(), frozenset(self.layers))
+        memory.known = now
+        if before is None or before.steps is None or now.steps is None or memory.failures >= _MOST_FAILURES:
+            return
+        common = _common(before.steps, now.steps)
+        if common is not None and self._states is not None and self._states.are_same():
+            sizes = tuple(one if one == other else None for one, other in zip(before.sizes, now.sizes, strict=True))
+            memory.known = _Known(sizes, common, before.layers & now.layers, self._states)
 
     def _steps(self) -> dict[str, tuple[Step, ...]] | None:
         if not self.is_plain or any(self.readers & seen.frames for several in self._seen.values() for seen in several):
@@ -193,24 +216,26 @@ class Plans:
     def __init__(self) -> None:
         self._memories: dict[Any, _Memory] = {}
 
-    def begin(self, call: ModuleCall, modules: Sequence[nn.Module]) -> Pass:
+    def begin(self, call: ModuleCall, modules: Sequence[nn.Module], recorded: Any) -> Pass:
         """Begin a pass, by a plan if there is one.
 
         Args:
             call: the outermost one.
             modules: those that are watched.
+            recorded: what says which calls are recorded.
         """
-        lengths = list[int]()
-        key = call.path, torch.is_grad_enabled(), form_of((call.args, call.kwargs), {}, lengths)
-        sizes = tuple(lengths)
+        forms = _Forms()
+        key = call.path, torch.is_grad_enabled(), recorded, forms.of((call.args, call.kwargs))
+        sizes = tuple(forms.sizes)
         memory = self._memories.get(key)
         if memory is None:
             if len(self._memories) >= _MOST_FORMS:
                 self._memories.clear()
             memory = self._memories[key] = _Memory()
-        if memory.states is not None and _agree(memory.sizes, sizes) and memory.states.are_same():
-            return Pass(memory, sizes, None)
-        return Pass(memory, sizes, _States(modules))
+        plan = memory.known
+        if plan is not None and plan.states is not None and _agree(plan.sizes, sizes) and plan.states.are_same():
+            return Pass(memory, plan, sizes, None, recorded)
+        return Pass(memory, None, sizes, _States(modules), recorded)
 
 
 _of_models: weakref.WeakKeyDictionary[nn.Module, Plans] = weakref.WeakKeyDictionary()
@@ -224,38 +249,89 @@ def plans_of(model: nn.Module) -> Plans:
         return Plans()
 
 
-def form_of(value: Any, known: dict[int, int], sizes: list[int]) -> Any:
-    """What arguments are, but for the lengths and the numbers of tensors.
+class _Forms:
+    """What arguments are, but for the lengths and the numbers of tensors."""
 
-    Args:
-        known: the tensors up to now, which tell whether two are the same.
-        sizes: gets the lengths.
-    """
-    kind = type(value)
-    if kind in _SIMPLE:
-        return kind, value
-    if isinstance(value, Tensor):
-        is_nested = value.is_nested
-        sizes.extend(() if is_nested else value.shape)
-        return kind, is_nested, value.dtype, value.device, value.ndim, known.setdefault(id(value), len(known))
-    inner: Any = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
-    if inner is None:
-        return kind
-    names = (*map(str, value),) if isinstance(value, dict) else ()
-    return kind, names, *[(type(one), one) if type(one) in _SIMPLE else form_of(one, known, sizes) for one in inner]
+    def __init__(self) -> None:
+        self.sizes = list[int]()
+        """The lengths of the tensors up to now."""
+        self._known = dict[int, int]()  # the tensors and objects up to now, which tell whether two are the same
+        self._objects = 0
+
+    def of(self, value: Any) -> Any:
+        """What an argument is. Two have the same form if the code may take them for the same."""
+        kind = type(value)
+        if kind in _SIMPLE:
+            return kind, value
+        if isinstance(value, Tensor):
+            dtype, is_nested = value.dtype, value.is_nested
+            self.sizes.extend(() if is_nested else value.shape)
+            number = self._known.setdefault(id(value), len(self._known))
+            return kind, is_nested, dtype.is_floating_point or dtype, value.ndim, number
+        if isinstance(value, _VALUES):
+            return kind, value
+        if isinstance(value, tuple):
+            return kind, *map(self.of, value)
+        if id(value) in self._known:
+            return kind, self._known[id(value)]
+        self._known[id(value)] = len(self._known)
+        if isinstance(value, list):
+            return kind, *map(self.of, value)
+        if isinstance(value, dict):
+            return kind, *((str(name), self.of(one)) for name, one in value.items())
+        self._objects += 1
+        if self._objects <= _MOST_OBJECTS:
+            with suppress(Exception):  # of the code of its class
+                return kind, self._of_object(value)
+        return kind, object()  # it is like no other
+
+    def _of_object(self, value: Any) -> Any:
+        """What an object holds; a new object where that is too much."""
+        if isinstance(value, np.ndarray):
+            return object() if value.nbytes > _MOST_NUMBERS else (value.dtype.str, value.shape, value.tobytes())
+        if isinstance(value, (set, frozenset)):
+            return frozenset(map(self.of, value))
+        if isinstance(value, deque):
+            return self.of(tuple(value))
+        if isinstance(value, FunctionType):
+            cells = [_held(cell) for cell in value.__closure__ or ()]
+            return value.__code__, *map(self.of, (value.__defaults__, value.__kwdefaults__, *cells))
+        if isinstance(value, MethodType):
+            return self.of(value.__func__), self.of(value.__self__)
+        if isinstance(value, partial):
+            return self.of((value.func, value.args, value.keywords))
+        if hasattr(value, "get_seq_length"):  # a cache of keys, whose lengths are those of what attends
+            return None
+        return tuple((name, self.of(one)) for name, one in _attributes(value))
+
+
+def _held(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    yield from getattr(value, "__dict__", {}).items()
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(value, name):
+                yield name, getattr(value, name)
 
 
 def _given(call: ModuleCall) -> Any:
-    return form_of((call.args, call.kwargs), {}, [])
+    return _Forms().of((call.args, call.kwargs))
 
 
 def _tensors(args: Any) -> Any:
-    return tuple((type(one), one.dtype, one.device, tuple(one.shape)) for one in args[:3])
+    return tuple((type(one), tuple(one.shape)) for one in args[:3])
 
 
 def _fits(step: Step, args: Any, call: ModuleCall) -> bool:
-    for (kind, dtype, device, shape), one in zip(step.tensors, args, strict=False):
-        if type(one) is not kind or one.dtype != dtype or one.device != device or len(shape) != one.ndim:
+    for (kind, shape), one in zip(step.tensors, args, strict=False):
+        if type(one) is not kind or len(shape) != one.ndim:
             return False
         if not _agree(shape, one.shape):
             return False
@@ -287,36 +363,43 @@ def _common_step(one: Step, other: Step) -> Step | None:
     if one.tensors is None or one.tensors == other.tensors:
         return one
     tensors = []
-    for (*what, shape), (*others, second) in zip(one.tensors, other.tensors, strict=True):
+    for (kind, shape), (other_kind, second) in zip(one.tensors, other.tensors, strict=True):
         lengths = tuple(size if size == own else None for size, own in zip(shape, second, strict=False))
-        if what != others or len(shape) != len(second) or None in (*lengths[:-2], *lengths[-1:]):
+        if kind is not other_kind or len(shape) != len(second) or None in (*lengths[:-2], *lengths[-1:]):
             return None
-        tensors.append((*what, lengths))
+        tensors.append((kind, lengths))
     return one._replace(tensors=tuple(tensors))
 
 
 class _States:
-    """What modules are at one time, besides the numbers in their tensors."""
+    """What modules are at one time, besides the numbers in their tensors.
+
+    It holds no object of the user, which may hold the model.
+    """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._watched = [weakref.ref(module) for module in modules]
         parts = {part for module in modules for part in module._modules.values() if part is not None}
         self._leaves = [weakref.ref(part) for part in parts.difference(modules)]
-        configs = {id(value): value for module in modules for value in vars(module).values() if _is_config(value)}
-        self._configs = [*configs.values()]
-        self._kept = [
-            value
-            for one in (*modules, *self._configs)
-            for value in vars(one).values()
-            if type(value) in (int, float, str)
-        ]  # as long as they are there, no other has their number
-        self._hooks, self._next = self._count_hooks(), RemovableHandle.next_id
+        classes = {cls: None for kind in {*map(type, modules)} for cls in kind.__mro__ if cls not in _BASES}
+        self._classes = [*map(weakref.ref, classes)]
+        settings = {
+            id(value): (known, name, _settings(value))
+            for known, module in zip(self._watched, modules, strict=True)
+            for name, value in vars(module).items()
+            if name not in _OWN and _has_settings(value)
+        }
+        self._with_settings = [(known, name) for known, name, _ in settings.values()]
+        # As long as they are there, no other has their number.
+        owned = [*(vars(one).values() for one in (*modules, *classes)), *(held for _, _, held in settings.values())]
+        self._kept = [one for several in owned for one in several if type(one) in _SIMPLE]
+        self._hooks, self._next = self._keys_of_hooks(), RemovableHandle.next_id
         self._numbers = self._number()
 
     def are_same(self) -> bool:
         """Whether the modules are still that."""
         if RemovableHandle.next_id != self._next:
-            if self._count_hooks() != self._hooks:
+            if self._keys_of_hooks() != self._hooks:
                 return False
             self._next = RemovableHandle.next_id
         return not has_global_hooks() and self._number() == self._numbers
@@ -325,20 +408,39 @@ class _States:
         modules = [module for known in self._watched if (module := known()) is not None]
         if len(modules) < len(self._watched):
             return []
-        holders = [*map(vars, modules), *map(vars, self._configs), *[one for m in modules if (one := m._modules)]]
-        numbers = [id(type(module).forward) for module in modules]
+        holders: list[Any] = [*map(vars, modules), *[one for module in modules if (one := module._modules)]]
+        holders += [vars(known() or object) for known in self._classes]
+        numbers = [id(type(module)) for module in modules]
         numbers += map(id, itertools.chain.from_iterable([holder.values() for holder in holders]))
         for known in self._leaves:
             module = known()
             numbers.append(0 if module is None else len(module.__dict__))  # it may get a forward of its own
+        for known, name in self._with_settings:
+            module = known()
+            numbers += () if module is None else map(id, _settings(vars(module).get(name)))
         return numbers
 
-    def _count_hooks(self) -> int:
+    def _keys_of_hooks(self) -> list[int]:
+        """The numbers of all hooks of the user, which no other gets."""
         modules = [module for known in (*self._watched, *self._leaves) if (module := known()) is not None]
-        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+        hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        return [key for several in hooks for key, hook in several.items() if type(hook) is not Hook]
 
 
-def _is_config(value: Any) -> bool:
-    """Whether an attribute holds settings, as a configuration of transformers does."""
-    others = (nn.Module, Tensor, type, FunctionType)
-    return hasattr(value, "__dict__") and not isinstance(value, others) and "config" in type(value).__name__.lower()
+_BASES = frozenset(nn.Module.__mro__)
+_OWN = frozenset(vars(nn.Module()))
+
+
+def _has_settings(value: Any) -> bool:
+    """Whether an attribute may hold settings: a list, a dict, an object such as a configuration of transformers."""
+    others = (nn.Module, Tensor, type, FunctionType, ModuleType)
+    return isinstance(value, (list, dict, set)) or (hasattr(value, "__dict__") and not isinstance(value, others))
+
+
+def _settings(value: Any) -> list[Any]:
+    """The numbers, texts and the like that an attribute holds; a long list has something else."""
+    if isinstance(value, (list, dict, set)):
+        held: Any = () if len(value) > _MOST_SETTINGS else value.values() if isinstance(value, dict) else value
+    else:
+        held = getattr(value, "__dict__", {}).values()
+    return [one for one in held if type(one) in _SIMPLE or isinstance(one, Enum)]

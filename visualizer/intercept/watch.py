@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -45,6 +46,7 @@ from .modes import (
     see_scripted,
 )
 from .modules import (
+    Hook,
     ModuleCall,
     arguments_named,
     as_native,
@@ -75,9 +77,7 @@ class _Thread(threading.local):
         self.calls: list[ModuleCall] = []
         self.gaps: list[Gap | None] = []  # of each call; None once it attended, or was looked through before
         self.is_watched = False  # by a mode that ends with the outermost call
-        self.ours = (
-            0  # how many pieces of our own code run, within one another, whose operators are none of the model's
-        )
+        self.ours = 0  # how many pieces of our own code run, whose operators are none of the model's
         self.current: Pass | None = None  # where operators are seen too
         self.is_planned = False  # and there is no mode, for the pass follows a plan
         self.layer: nn.Module | None = None  # under way without the mode, for nothing in it attends
@@ -126,6 +126,7 @@ class Watch:
             the calls.
         end_pass: called behind each call of the outermost module.
         warn: called with what is not recorded and why; it raises no error, for the model would see it.
+        recorded: returns what says which calls are recorded; a plan holds as long as it returns the same.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Watch:
         file: File,
         end_pass: Callable[[], None],
         warn: Callable[[str, Section], None],
+        recorded: Callable[[], Any] = lambda: None,
     ) -> None:
         modules = list(named_modules(model))
         compiled = [path for path, module in modules if is_compiled(module)]
@@ -162,8 +164,9 @@ class Watch:
         self._attending = weakref.WeakSet[nn.Module]()  # layers that were taken for some in which nothing attends
         self._uncompiled = Uncompiled()
         self._has_ended = False
-        self._plans = plans_of(model)
+        self._plans, self._recorded = plans_of(model), recorded
         mark_reruns()
+        self._outermost: dict[int, nn.Module] = {}  # whose calls are under way, by their threads
         self._handles: list[Any] = []
         self._watched: list[weakref.ref[nn.Module]] = []
         # torch asks in these alone whether there is autocast for any device, such as that of the key of the operators.
@@ -181,8 +184,8 @@ class Watch:
             if path and works_by_token(module, by_token):
                 begin, end = self._begin_layer, self._end_layer
             self._handles += [
-                module.register_forward_pre_hook(_Hook(begin, path, known), prepend=True, with_kwargs=True),
-                module.register_forward_hook(_Hook(end, path, known), always_call=True),
+                module.register_forward_pre_hook(Hook(begin, path, known), prepend=True, with_kwargs=True),
+                module.register_forward_hook(Hook(end, path, known), always_call=True),
             ]
         functions.begin(self)
         see_scripted(True)
@@ -204,7 +207,30 @@ class Watch:
             self._has_ended = True
             see_scripted(False)
         self._file_settled(1)
+        here = get_ident(), self._outermost.get(get_ident())
         self._leave(self._thread)
+        if self._thread.is_watched and here[1] is not None:
+            self._outermost[here[0]] = here[1]
+        for number, module in [*self._outermost.items()]:
+            self._leave_later(number, module)
+        self._outermost.clear()
+
+    def _leave_later(self, number: int, module: nn.Module) -> None:
+        """Have a thread whose call is under way end what belongs to it once the call ends.
+
+        It is another one, or this one is within the mode, as where a `keep` stops recording.
+        """
+
+        def end(path: str, module: nn.Module, args: Any, output: Any) -> None:
+            if get_ident() == number:
+                self._leave(self._thread)
+            elif number in sys._current_frames():
+                return
+            handle.remove()
+
+        handle = module.register_forward_hook(Hook(end, "", weakref.ref(module)), always_call=True)
+        if number not in self._outermost:  # it has ended meanwhile
+            handle.remove()
 
     @property
     def has_seen_attention(self) -> bool:
@@ -273,12 +299,13 @@ class Watch:
         with self._unharmed([call]), torch._C.DisableTorchFunction():
             if self._sees_operators and operators.are_seen() and _len_torch_function_stack() == 0:
                 modules = [module for known in self._watched if (module := known()) is not None]
-                thread.current = self._plans.begin(call, modules)
+                thread.current = self._plans.begin(call, modules, self._recorded())
                 thread.is_planned = thread.current.is_planned
                 operators.begin(self)
         if not thread.is_planned:
             add_mode(self._mode)
             thread.is_watched = True
+        self._outermost[get_ident()] = call.module
 
     def _end_call(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         thread = self._thread
@@ -290,17 +317,20 @@ class Watch:
             if path not in self._have_run:
                 self._note_run(path, module)
             return None
+        call = thread.calls[-1]
         try:
             self._end_gap(path, module, output)
             if thread.pending:
                 self._file_settled(len(thread.calls))
-            if len(thread.calls) == 1 and thread.current is not None and output is not None:
+            current = thread.current
+            if len(thread.calls) == 1 and output is not None and current and current.recorded == self._recorded():
                 with self._unharmed(), torch._C.DisableTorchFunction():
-                    thread.current.end()
+                    current.end()
         finally:
-            call = thread.calls.pop()
+            if thread.calls:  # else what is kept of a map ended the recording
+                thread.calls.pop()
+                thread.gaps.pop()
             thread.shapes.pop(id(call), None)
-            thread.gaps.pop()
             if path not in self._have_run:
                 self._note_run(path, module)
             if not thread.calls:
@@ -372,30 +402,20 @@ class Watch:
 
     def _leave(self, thread: _Thread) -> None:
         """End what belongs to the outermost call."""
+        self._outermost.pop(get_ident(), None)
         if thread.current is not None:
             operators.end(self)
         thread.forget()
-        if thread.is_watched:
+        if thread.is_watched and remove_mode(self._mode):
             thread.is_watched = False
-            remove_mode(self._mode)
         with self._unharmed():
             self._end_pass()
-
-    @contextmanager
-    def unseen(self) -> Iterator[None]:
-        """What is computed within is none of the model's."""
-        self._thread.ours += 1
-        try:
-            with _aside():
-                yield
-        finally:
-            self._thread.ours -= 1
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions, and take note of it if a module of the model calls it."""
         thread = self._thread
         calls = thread.calls
-        if not calls:
+        if not calls or self._has_ended:
             return func(*args, **kwargs)
         gap = thread.gaps[-1]
         interest = interest_of(func)
@@ -408,6 +428,8 @@ class Watch:
             if lineage:
                 is_seen |= lineage.may_know(args) or (bool(kwargs) and lineage.may_know(kwargs.values()))
         result = self.see(func, args, kwargs) if is_seen else func(*args, **kwargs)
+        if not calls:
+            return result  # what is kept of a map ended the recording
         try:
             thread.provenance.note(func, args, kwargs, result, calls)
         except Exception as error:
@@ -483,7 +505,7 @@ class Watch:
         """Take note of an operator that has run; record it if it attends, and no mode sees it."""
         thread = self._thread
         current, call = thread.current, thread.calls[-1] if thread.calls else None
-        if current is None or call is None or thread.ours or thread.filing is not None:
+        if current is None or call is None or thread.ours or thread.filing is not None or self._has_ended:
             return
         if _has_ended(thread.frame):
             return
@@ -516,7 +538,7 @@ class Watch:
             with self._unharmed():
                 seen = describe()
                 if is_recorded() and not self._is_unreal(seen.query):
-                    copy = self._recorded(self._call(step.origin, self._as_computed(seen), None))
+                    copy = self._record_one(self._call(step.origin, self._as_computed(seen), None))
             if copy is not None:
                 output = Output(())
                 output.order = step.order
@@ -590,9 +612,8 @@ class Watch:
             output = Output(seen.output.shape)
             if step is not None:
                 output.order = step.order
-            if (
-                seen.has_heads or self._groups_of(seen) > 1
-            ):  # the kernel, or the model's own way of calling it, tells them apart
+            # The kernel, or the model's own way of calling it, may tell them apart.
+            if seen.has_heads or self._groups_of(seen) > 1:
                 output.order = Order(tuple(fused.query.shape[:2]), (False, True))
             is_recorded = self._await(name, call, seen.output, output, is_followed=step is None)
             current = self._thread.current
@@ -658,7 +679,7 @@ class Watch:
     ) -> bool:
         """Record a call, and file its map once the model has told its axes apart; whether it is recorded."""
         thread = self._thread
-        copy = self._recorded(call)
+        copy = self._record_one(call)
         if copy is None:
             return False
         if output.order is None and is_followed:
@@ -668,7 +689,7 @@ class Watch:
             thread.tracing.follow_output(returned, output, layout)
         return True
 
-    def _recorded(self, call: AttentionCall) -> Copy | None:
+    def _record_one(self, call: AttentionCall) -> Copy | None:
         self._thread.count += 1
         return self._record(call)
 
@@ -787,6 +808,13 @@ class _Unharmed:
         return True
 
 
+@contextmanager
+def unseen() -> Iterator[None]:
+    """What is computed within is of no model that is recorded."""
+    with _aside(), operators.unseen():
+        yield
+
+
 class _aside:
     """What is computed within is seen by no mode, such as that of another recording, and has no graph.
 
@@ -815,37 +843,15 @@ _LEFT: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
 )
 
 
-class _Hook:
-    """A hook of a module that is recorded; on a copy of the module, in memory or in a file, it does nothing."""
-
-    def __init__(self, function: Callable[..., Any], path: str, module: weakref.ref[nn.Module]) -> None:
-        self._function, self._path, self._module = function, path, module
-
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
-        if self._module() is module or getattr(module, "_is_replica", False):
-            return self._function(self._path, module, *args)
-        return None
-
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _idle_hook, ()
-
-
 def _is_as_built(module: nn.Module) -> bool:
     """Whether the classes of a layer and of its parts say all that happens in it: hooks of the user may attend too."""
     inner = [one for one in module._modules.values() if one is not None]
     return (
         len(module._forward_hooks) == len(module._forward_pre_hooks)
-        and all(type(hook) is _Hook for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
+        and all(type(hook) is Hook for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
         and "forward" not in vars(module)
         and all((one._forward_hooks or cannot_attend(one)) and _is_as_built(one) for one in inner)
     )
-
-
-def _idle_hook() -> _Hook:
-    return _Hook(lambda *_: None, "", lambda: None)  # type: ignore[arg-type]
 
 
 def _has_ended(frame: FrameType | None) -> bool:

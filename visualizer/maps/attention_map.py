@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..layout import Layout
 from .gradients import Gradient
-from .joined import Block, Joined, JoinedGradient, Source, Stitched, unpacked_source
+from .joined import Block, Joined, JoinedGradient, Source, Stitched, StitchedGradient, unpacked_source
 from .sources import Factors, Keys, Weights, computed_in, slices, without_autograd
 
 CHUNK = 2**23
@@ -38,7 +38,7 @@ class AttentionMap:
     Both give the same answers: detached tensors on the device of the map, float64 for a float64 map and else float32.
 
     Raises:
-        TypeError: `weights` is neither a tensor nor an array.
+        TypeError: `weights` is neither a tensor nor an array, or is complex or sparse.
         ValueError: `weights` has another number of axes than four.
     """
 
@@ -51,7 +51,7 @@ class AttentionMap:
     """What the rows come from: the weights, or the query and key that they are computed from; of a deformable
     attention `Samples`, whose `points` and `weights` say where each query looks and how much; of several calls that are
     one attention `Joined`."""
-    gradient: Gradient | JoinedGradient | None
+    gradient: Gradient | JoinedGradient | StitchedGradient | None
     """What `grad_rows` reads; None if no gradient was recorded."""
     is_softmax: bool
     """Whether the weights are simply one softmax, or as good as one: no weight is negative and rows sum to one. False
@@ -69,11 +69,14 @@ class AttentionMap:
 
     def __init__(self, weights: Tensor | np.ndarray[Any, Any], *, path: str = "", kind: str | None = None) -> None:
         if isinstance(weights, np.ndarray):
-            # torch cannot take read-only memory or negative steps.
-            is_plain = weights.flags.writeable and min(weights.strides, default=0) >= 0
-            weights = torch.from_numpy(weights if is_plain else weights.copy())
+            # torch cannot take read-only memory, negative steps, or numbers in another machine's order of bytes.
+            is_plain = weights.flags.writeable and min(weights.strides, default=0) >= 0 and weights.dtype.isnative
+            weights = torch.from_numpy(weights if is_plain else weights.astype(weights.dtype.newbyteorder("=")))
         if not isinstance(weights, Tensor):
             raise TypeError(f"an AttentionMap is made of a tensor or an array, not of {type(weights).__name__}")
+        if weights.is_complex() or weights.layout is not torch.strided:
+            what = "complex numbers" if weights.is_complex() else f"the layout {weights.layout}"
+            raise TypeError(f"weights are real numbers in a dense tensor, and these have {what}")
         if weights.ndim != 4:
             raise ValueError(
                 f"weights have the shape (batch, heads, queries, keys), and these have {tuple(weights.shape)}"
@@ -131,7 +134,7 @@ class AttentionMap:
         *,
         path: str = "",
         kind: str | None = None,
-        gradient: Gradient | JoinedGradient | None = None,
+        gradient: Gradient | JoinedGradient | StitchedGradient | None = None,
     ) -> AttentionMap:
         """The map of weights, or of query and key, that are prepared already."""
         made = cls.__new__(cls)
@@ -202,7 +205,9 @@ class AttentionMap:
                 f"{layout} has {len(places)} windows of {places.shape[1]} tokens a picture, and the map has the shape "
                 f"{self.shape}, (pictures x windows, heads, tokens, tokens)"
             )
-        made = AttentionMap.from_source(Stitched(self.source, places), path=self.path, kind="self")
+        gradient = None if self.gradient is None else StitchedGradient(self.gradient, places)
+        source = Stitched(self.source, places)
+        made = AttentionMap.from_source(source, path=self.path, kind="self", gradient=gradient)
         made.is_softmax, made.axes_assumed = self.is_softmax, self.axes_assumed
         made.layout = made.query_layout = replace(layout, windows=None)
         return made

@@ -116,7 +116,7 @@ def stitched_rows(places: Tensor, rows_of: Callable[[Tensor], Tensor], queries: 
     window, token = at[queries] // places.shape[1], at[queries] % places.shape[1]
     tokens, order = torch.unique(token, return_inverse=True)
     rows = rows_of(tokens)
-    rows = rows.view(-1, len(places), *rows.shape[1:])  # (images, windows, heads, tokens, tokens)
+    rows = rows.view(len(rows) // len(places), len(places), *rows.shape[1:])  # (images, windows, heads, tokens, tokens)
     rows = rows[:, window, :, order].movedim(0, 2)  # (images, heads, queries, tokens)
     keys = torch.where(places >= 0, places, patches)[window].to(rows.device)  # what goes to padding is left out
     made = rows.new_zeros(*rows.shape[:3], patches + 1)
@@ -208,6 +208,31 @@ class JoinedGradient:
     def to(self, device: torch.device | str) -> JoinedGradient:
         """The same on another device."""
         return JoinedGradient([block._replace(source=block.source.to(device)) for block in self._blocks], self._shape)
+
+
+class StitchedGradient:
+    """The gradient of a loss by the weights of windows, as one map of the whole grid; see `Stitched`."""
+
+    def __init__(self, gradient: Any, places: Tensor) -> None:
+        self._gradient, self._places = gradient, places
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it can be known, and no backward pass has brought it yet."""
+        return bool(self._gradient.is_awaited)
+
+    def rows(self, queries: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient by the weights of some queries; RuntimeError if it is not known."""
+        return stitched_rows(self._places, lambda tokens: self._gradient.rows(tokens, dtype), queries)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are held."""
+        held: list[Tensor] = self._gradient.tensors()
+        return held
+
+    def to(self, device: torch.device | str) -> StitchedGradient:
+        """The same on another device."""
+        return StitchedGradient(self._gradient.to(device), self._places)
 
 
 def _assembled(

@@ -31,16 +31,19 @@ def check_destination(path: str | PathLike[str], suffix: str) -> None:
     Suffixes of one format, such as "png" and "svg", stand for each other.
 
     Raises:
-        IsADirectoryError: the path is a folder.
+        FileNotFoundError: the path is empty.
+        IsADirectoryError: it is a folder.
         OSError: it is a device, a named pipe or a socket, which a file must not replace.
         ValueError: its suffix says another format, so that every program would take the file for what it is not.
     """
-    name = os.fspath(path)
+    name = os.fsdecode(path)
     base, _, ending = os.path.basename(name).rpartition(".")
     other = _FORMATS.get(ending.lower()) if base else None
     if other is not None and other != _FORMATS[suffix]:
         better = os.path.join(os.path.dirname(name), f"{base}.{suffix}")
         raise ValueError(f"{name!r} has the suffix of {other}, and this writes {_FORMATS[suffix]}: name it {better!r}")
+    if not name:
+        raise FileNotFoundError(f"the path is empty: name a file, such as {'x.' + suffix!r}")
     try:
         mode = os.stat(name).st_mode
     except OSError:
@@ -59,7 +62,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[IO[bytes]]:
 
     A process that is killed, or an error, leaves the old file or none.
     """
-    target = os.path.realpath(path)
+    target = os.path.realpath(os.fsdecode(path))
     # The file's own name with an ending may be too long for a name, and mkstemp hides its files from other users.
     temporary = os.path.join(os.path.dirname(target), f".{os.urandom(8).hex()}.tmp")
     try:
@@ -71,8 +74,9 @@ def replacing(path: str | PathLike[str]) -> Iterator[IO[bytes]]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        if isinstance(error, OSError) and error.filename == temporary and error.filename2 is None:
-            error.filename = target  # the folder is missing or not writable; the user knows the file by this name
+        if isinstance(error, OSError) and error.filename == temporary:
+            # The folder is missing or not writable, or the name is too long. The user knows the file by this name.
+            error.filename, error.filename2 = target, None
         raise
 
 
