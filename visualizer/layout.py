@@ -97,6 +97,9 @@ class Windows:
     """Whether a grid that the windows do not fill is padded before it is rolled, or behind."""
     is_spread: bool = False
     """Whether the patches of a window lie at even distances over the whole grid, as in MaxViT's grid attention."""
+    order: tuple[int, ...] = ()
+    """Of one window over the whole grid which patch each token is, where they are not row by row, as those of Qwen2-VL,
+    of which each four neighbours follow each other."""
 
     def places(self, rows: int, columns: int) -> Indices:
         """For each window and each of its tokens the index of the patch, row by row; -1 where it is padding.
@@ -104,6 +107,8 @@ class Windows:
         >>> Windows((2, 2), (1, 1)).places(4, 4)[0]  # the last window of this grid is its four corners
         array([ 5,  6,  9, 10])
         """
+        if self.order:
+            return np.array([self.order], np.intp)
         places = np.arange(rows * columns).reshape(rows, columns)
         high, wide = self.size
         if self.is_spread:
@@ -477,8 +482,8 @@ class Layout:
         if self.samples:
             different = list(dict.fromkeys(map(str, self.samples)))
             return "; ".join(different[:3]) + ("; ..." if len(different) > 3 else "")
-        windows = ""
-        if self.windows is not None:
+        windows = " in another order" if self.windows is not None and self.windows.order else ""
+        if self.windows is not None and not self.windows.order:
             windows = " in windows of {} x {}".format(*self.windows.size)
             windows += " shifted by {} x {}".format(*self.windows.shift) if any(self.windows.shift) else ""
             windows += " spread over the grid" if self.windows.is_spread else ""

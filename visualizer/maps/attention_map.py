@@ -208,6 +208,11 @@ class AttentionMap:
         made.layout = made.query_layout = replace(layout, windows=None)
         return made
 
+    @property
+    def may_lack_weight(self) -> bool:
+        """Whether its rows need not sum to 1: they are no softmax, or what windows gave to padding is left out."""
+        return not self.is_softmax or (isinstance(self.source, Stitched) and self.source.has_padding)
+
     def described_as(self, other: AttentionMap) -> AttentionMap:
         """This map, with what is known of the tokens of another one of the same tokens."""
         self.layout, self.query_layout = other.layout, other.query_layout

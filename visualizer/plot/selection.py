@@ -258,6 +258,7 @@ def select_mean_row(
     import torch
 
     from ..analysis.layers import maps_of
+    from ..maps import AttentionMap
 
     layers, patches = read_layers(maps, batch), layout.patches
     at = _position("layer", layer, len(layers), layers)
@@ -265,8 +266,9 @@ def select_mean_row(
         raise ValueError(f"layer={layer!r}: of models without a class token, pass the index of one layer")
     one = maps_of([layers[at]]).layers[0].stitched(layout)
     counts = torch.from_numpy(layout.are("patches")).expand(one.shape[0], -1)
-    rows = one.row_product(counts).cpu().numpy() / patches.count  # (images, heads, keys)
-    chosen = select([rows[:, :, None]], layer=None, batch=batch, head=head, query=0)
+    mean = AttentionMap(one.row_product(counts)[:, :, None] / patches.count)  # (images, heads, 1, keys)
+    mean.is_softmax = not one.may_lack_weight
+    chosen = select([mean], layer=None, batch=batch, head=head, query=0)
     label = ", ".join(filter(None, (_words("layer", layer, at, len(layers)), chosen.label, note_of(layers))))
     name = f"mean of {patches.count} patches"
     return Row(chosen.weights[0], replace(layout, windows=None), label, name, None, layout.count)
@@ -343,7 +345,7 @@ def _image(
         weights = one if query is None else one[:, :, query : query + 1]
     weights = as_numbers(weights if image is None else weights[image : image + 1])
     weights = weights if which is None else weights[:, which : which + 1]
-    if check.look(weights, "the map").all():
+    if check.look(weights, "the map", getattr(one, "may_lack_weight", False)).all():
         raise ValueError("every row of the chosen map holds NaN: there is nothing to draw")
     # Heads are reduced before layers, as in a rollout; max and mean do not commute.
     if not all_heads:
