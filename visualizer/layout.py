@@ -274,11 +274,16 @@ class Layout:
         """The names as they are written at the side of a map: of a patch only its place, "(2, 1)"."""
         return self._names("{}")
 
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return () if self.windows is None else self.windows.order
+
     def _names(self, of_patch: str) -> tuple[str, ...]:
         named: list[str] = []
         for part in self.parts:
             if part.kind == "patches":
-                named += [of_patch.format(tuple(map(int, place))) for place in np.ndindex(*part.shape)]
+                patches = [of_patch.format(tuple(map(int, place))) for place in np.ndindex(*part.shape)]
+                named += [patches[place] for place in self._order] if self._order else patches
             elif part.kind == "padding":
                 named += ["[PAD]"] * part.count
             else:
@@ -322,6 +327,7 @@ class Layout:
         patches, number = self.patches, token - self.first_patch
         if patches is None or not 0 <= number < patches.count:
             return None
+        number = self._order[number] if self._order else number
         return tuple(int(place) for place in np.unravel_index(number, patches.shape))
 
     def patch(self, query: Any) -> int:
@@ -344,7 +350,8 @@ class Layout:
             raise IndexError(
                 f"query={query!r} is out of range: the grid has {grid} of patches, counted from 0; query is {wanted}"
             )
-        return self.first_patch + int(np.ravel_multi_index(place, patches.shape, mode="wrap"))
+        number = int(np.ravel_multi_index(place, patches.shape, mode="wrap"))
+        return self._order.index(number) if self._order else self.first_patch + number
 
     def token(self, query: Any, hint: str = "") -> int:
         """The number, from 0, of the token that a user names: by its number, a patch's place, or its word or name.
@@ -381,7 +388,8 @@ class Layout:
                 f"these tokens are no patches of a picture: {self}. plot.tokens draws words; grid= says "
                 "where patches lie"
             )
-        sheet: Indices = side_by_side(np.arange(patches.count).reshape(patches.shape) + self.first_patch, -1)
+        tokens = np.argsort(self._order) if self._order else np.arange(patches.count) + self.first_patch
+        sheet: Indices = side_by_side(tokens.reshape(patches.shape), -1)
         return sheet
 
     def spread(self, weights: Array) -> Array:

@@ -203,7 +203,7 @@ def cls_attention_of(layer: AttentionMap, query: int, prefix_tokens: int | None)
     """One row of one layer without the prefix tokens, (batch, heads, patches)."""
     keys, known = layer.shape[3], layer.layout
     if prefix_tokens is None:
-        prefix_tokens = 1 if known is None or known.patches is None or known.windows else known.first_patch
+        prefix_tokens = 1 if known is None or known.patches is None else known.first_patch
     if not 0 <= prefix_tokens < keys:
         raise ValueError(f"prefix_tokens={prefix_tokens!r} does not leave a patch among {keys} keys")
     return layer.rows([query])[:, :, 0, prefix_tokens:]

@@ -229,7 +229,8 @@ def _row_in_window(
     assert windows is not None and patches is not None
     if isinstance(layer, str) or isinstance(batch, str):
         raise ValueError(f"layer={layer!r}, batch={batch!r}: of windows, pass the index of one layer and one image")
-    patch = layout.patch(query)
+    grid = replace(layout, windows=None)
+    patch = grid.patch(query)
     places = windows.places(*patches.shape)
     [[number, token]] = np.argwhere(places == patch)
     maps = layers[layer or 0]
@@ -245,7 +246,7 @@ def _row_in_window(
     weights, is_patch = chosen.weights[..., 0, :], places[number] >= 0
     whole = np.full((*weights.shape[:-1], layout.count), np.nan, weights.dtype)
     whole[..., places[number][is_patch]] = weights[..., is_patch]
-    return Row(whole, replace(layout, windows=None), chosen.label, layout.name(patch), patch, int(is_patch.sum()))
+    return Row(whole, grid, chosen.label, grid.name(patch), patch, int(is_patch.sum()))
 
 
 def select_mean_row(
