@@ -417,7 +417,7 @@ class Layout:
         if picture.ndim == 4 and len(patches.shape) == 2:
             raise ValueError(
                 f"image has {len(picture)} frames, and the patches are those of one picture: {self}; pass image[0] for "
-                "the first of a batch"
+                "the first of a batch, or layout=Layout.picture((frames, rows, columns)) for a video"
             )
         part = None
         if picture.ndim == 3 and len(self.seen) == 1 and patches.image_size is not None:

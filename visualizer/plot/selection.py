@@ -169,8 +169,15 @@ def select_row(
     Raises as `select` does, and ValueError where grid, picture and tokens do not fit together.
     """
     layers = read_layers(maps, batch if window is None else 0)  # of windows, the first axis cannot be the layers
-    batch = 0 if batch is None else batch
+    is_said, batch = batch is not None or window is not None, 0 if batch is None else batch
     axes = token_axes(layers, layer, batch)
+    count = int(layers[0].shape[0])
+    if not is_said and not is_array(maps) and picture is not None and axes.layout is None and count > 1:
+        warn(
+            f"these are maps of {count} pictures, and the first is drawn over the one that is given: pass batch=0 if "
+            "that is right; if they are windows of this one, pass window= and grid=",
+            "array-of-four-axes",
+        )
     if window is not None:
         layout = layout_in_windows(axes.keys, options, picture, window, shift)
     else:
