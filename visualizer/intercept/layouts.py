@@ -142,7 +142,8 @@ class Layouts(threading.local):
         self._picture: Picture | None = None  # the last that was seen, for the tokens that stand for it in a text
         self._canvas: tuple[Callable[[], Tensor | None], places.Canvas | None] = (lambda: None), None
         self._generation: ModuleCall | None = None  # the call of `generate` that is under way, and what it was given
-        self._last: tuple[Any, Layout | None] = None, None  # the last text, which all layers of a model have in common
+        # The last text, which all layers of a model have in common, and what was said about its pictures.
+        self._last: tuple[Any, Any, Layout | None] = None, None, None
         self._sequences: dict[str, Layout] = {}  # by the path of the module that tells them, in the order of their use
 
     def describe(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> None:
@@ -321,8 +322,8 @@ class Layouts(threading.local):
             real = None if ids is None and isinstance(mask, Tensor) and mask.shape[1] != tokens else real
         if rows is None and real is None:
             return None
-        known = call.path, tokens, rows, real, self._picture, prompt
-        if known != self._last[0]:
+        known = call.path, tokens, rows, real, self._picture
+        if known != self._last[0] or prompt is not self._last[1]:  # two tensors cannot be compared as numbers are
             count = len(rows if rows is not None else real or ())
             shown: Any = itertools.repeat([None] * tokens)
             if rows is not None and prompt is not None:
@@ -330,8 +331,8 @@ class Layouts(threading.local):
             own = itertools.repeat(None) if rows is None else (row[-tokens:] for row in rows)
             each = zip(own, real or itertools.repeat(None), shown, strict=False)
             texts = [self._text(*one, tokens) for one in itertools.islice(each, count)]
-            self._last = known, Layout.batch(texts)
-        return self._last[1]
+            self._last = known, prompt, Layout.batch(texts)
+        return self._last[2]
 
     def _real(self, mask: Any, batch: int, tokens: int) -> list[list[bool]] | None:
         """Which of the last tokens of each text are not padding, by a mask of 0 and 1; None where it is none."""
