@@ -107,6 +107,12 @@ def pipeline(kind: str, *encoders: dict[str, Any], scheduler: Any = None, **part
     return of_diffusers(kind)(scheduler=scheduler, **parts)
 
 
+def denoiser_of(name: str) -> Any:
+    """The transformer or UNet of one of these pipelines."""
+    made = globals()[name]()
+    return getattr(made, "transformer", None) or made.unet
+
+
 UNSAFE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 

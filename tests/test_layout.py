@@ -73,6 +73,12 @@ class TestLayout:
     def test_plain_data_and_back(self, layout):
         assert layout == Layout.unpacked(layout.packed())
 
+    def test_patches_in_another_order(self):
+        layout = Layout.picture((2, 4), windows=Windows((2, 4), order=(0, 1, 4, 5, 2, 3, 6, 7)))
+        assert ("patch (1, 0)", (1, 0), 2) == (layout.name(2), layout.place(2), layout.token((1, 0)))
+        assert [[0, 1, 4, 5], [2, 3, 6, 7]] == layout.sheet.tolist()
+        assert [*layout.windows.order] == [*layout.windows.places(2, 4)[0]]
+
     def test_windows_of_a_grid_that_they_do_not_fill(self):
         """Models differ in what comes first: here the patches of the corner window, as a picture of numbers shows."""
         first, last = (Windows((2, 2), (1, 1), pads_first=pads).places(3, 3) for pads in (True, False))

@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import numpy as np
+import pipelines
 import pytest
 import torch
 import torchvision
@@ -13,7 +14,7 @@ from attention import Attention
 from torch import nn
 from zoo import GPT2, SIZE, SMALL, TEXT, VIT, images, timm_model, transformers_model
 
-from visualizer import AttentionMap, analysis, attention, load, plot
+from visualizer import AttentionMap, analysis, attention, explore, load, plot
 from visualizer.layout import Layout, Windows
 
 DINOV3 = SIZE | {"image_size": 32, "patch_size": 16, "num_register_tokens": 4}
@@ -119,10 +120,10 @@ def test_the_inputs_of_joint_attention_are_parts():
             super().__init__()
             self.to_qkv = nn.Linear(8, 24)
 
-        def forward(self, hidden_states, encoder_hidden_states):
-            both = torch.cat([hidden_states, encoder_hidden_states], 1)
+        def forward(self, hidden_states, other_states):
+            both = torch.cat([hidden_states, other_states], 1)
             out = nn.functional.scaled_dot_product_attention(*self.to_qkv(both)[:, None].chunk(3, -1))[:, 0]
-            return out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
+            return out.split([hidden_states.shape[1], other_states.shape[1]], 1)
 
     class Transformer(nn.Module):
         def __init__(self):
@@ -135,13 +136,43 @@ def test_the_inputs_of_joint_attention_are_parts():
     maps = recorded(Transformer(), torch.randn(1, 4, 6, 8), torch.randn(1, 5, 8))
     assert "joint" == maps[0].kind
     assert "3 x 4 patches of 2 pixels, 5 tokens" == str(maps.layout)
-    assert recorded(Transformer(), torch.randn(1, 4, 6, 8), torch.randn(1, 12, 8)).layout is None
+    assert recorded(Transformer(), torch.randn(1, 4, 6, 8), torch.randn(1, 12, 8)).layout is None, "either may be it"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "layouts"),
+    [
+        ("stable_diffusion_3", 5, {"4 x 6 patches, 5 tokens"}),
+        ("stable_diffusion_3", 24, {"4 x 6 patches, 24 tokens"}),
+        ("flux", 24, {"24 tokens, 4 x 6 patches"}),
+        ("stable_diffusion", 5, {"4 x 6 patches", "2 x 3 patches"}),
+    ],
+)
+def test_makers_of_pictures_have_those_of_their_latents(name, words, layouts):
+    """Beside the text, which may have as many tokens."""
+    model = pipelines.denoiser_of(name)
+    given = {"timestep": torch.tensor([1]), "encoder_hidden_states": torch.randn(1, words, 32)}
+    if name == "flux":
+        places = torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(6)).float()
+        given |= {"hidden_states": torch.randn(1, 24, 4), "pooled_projections": torch.randn(1, 32)}
+        given |= {"img_ids": places, "txt_ids": torch.zeros(words, 3)}
+    elif name == "stable_diffusion":
+        given |= {"sample": torch.randn(1, 4, 4, 6)}
+    else:
+        given |= {"hidden_states": torch.randn(1, 4, 4, 6), "pooled_projections": torch.randn(1, 64)}
+    maps = recorded(model, **given)
+    crossed = [one for one in maps if one.kind == "cross"]
+    assert layouts == {str(one.layout) for one in maps if one.kind != "cross"}
+    assert all(one.layout is None and one.query_layout.patches is not None for one in crossed)
 
 
 def test_a_head_that_pools_the_patches():
     maps = recorded(timm_model("vit_base_patch16_siglip_224", **SMALL), images(64))
     assert ["4 x 4 patches of 16 pixels"] * 3 == [str(one.layout) for one in maps]
     assert maps[-1].query_layout is None
+    torch.testing.assert_close(analysis.attention_distance(maps), analysis.attention_distance(maps[:-1]))
+    page = explore(maps, image=np.zeros((64, 64, 3)), batch=0)
+    assert "2 examples" in repr(page) and "4 x 4 patches of 16 pixels, pooled" in page.html
 
 
 @pytest.mark.parametrize("library", ["timm", "timm 2", "transformers", "torchvision"])
@@ -162,6 +193,8 @@ def test_windows_lie_where_the_model_cut_them(library):
     high, wide = (48, 48) if library.startswith("timm") else (40, 56)
     maps = recorded(model, torch.randn(1, 3, high, wide))
     assert 4 == len(maps)
+    plot.class_token(maps)  # of windows with padding rows do not sum to 1, and rightly so: no warning
+    assert maps[0].stitched().may_lack_weight == bool(high % 16 or wide % 16)
     for number, one in enumerate(maps):
         shape = (high // 4, wide // 4) if number < 2 else (-(-high // 8), -(-wide // 8))
         assert shape == one.layout.patches.shape
@@ -382,16 +415,44 @@ class TestTexts:
         assert "␣w7" == by_side["text_model"].name(1)
         assert "CLS, 2 x 2 patches of 16 pixels" == str(by_side["vision_model"])
 
-    def test_patches_that_come_in_squares_are_named_and_no_grid(self):
-        """Those of Qwen2-VL's vision tower are not row by row: they must not be drawn so."""
-        sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4, "temporal_patch_size": 1}
-        tower = transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel(
-            transformers.models.qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig(**sizes, hidden_size=16)
-        ).eval()
-        maps = recorded(tower, torch.randn(16 + 8, 48), grid_thw=torch.tensor([[1, 4, 4], [1, 2, 4]]))
-        assert ["patch (0, 2)", "patch (1, 1)"] == [maps[0].layout.name(4), maps[1].layout.name(3)]
-        with pytest.raises(ValueError, match=r"no patches of a picture: 16 special, patch \(0, 0\) to"):
-            plot.query(maps, np.zeros((40, 40, 3)), query=(0, 2), layer=0)
+    @pytest.mark.parametrize("family", [vision_language.qwen2_vl, vision_language.qwen2_5_vl, vision_language.qwen3_vl])
+    def test_patches_that_come_in_squares_lie_on_their_grid(self, family):
+        """In the vision towers of Qwen, in Qwen2.5-VL's sorted by windows: by the model's own positions of them."""
+        tower = family()[0].eval().model.visual
+        shown = []
+        tower.rotary_pos_emb.register_forward_pre_hook(lambda module, given: shown.append(given[-1]))
+        grids = torch.tensor([[1, 4, 12], [1, 8, 4]])
+        maps = recorded(tower, torch.randn(48 + 32, 3 * 2 * 16), grid_thw=grids)
+        assert ["4 x 12 patches of 4 pixels in another order", "8 x 4 patches of 4 pixels in another order"] == [
+            str(one.layout) for one in maps[-2:]
+        ]
+        position = shown[-1]
+        if family is vision_language.qwen2_5_vl:  # which sorts what these positions give
+            modeling = transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
+            index, _ = modeling.get_vision_window_index(grids, 2, tower.window_size, 4)
+            position = position.view(-1, 4, 2)[index].flatten(0, 1)
+            assert {one.layout for one in maps[:-2]} == {None}, "which window a map is of is not known"
+        for one, own in zip(maps[-2:], position.split([48, 32]), strict=True):
+            rows, columns = one.layout.patches.shape
+            assert (own[:, 0] * columns + own[:, 1]).tolist() == [*one.layout.windows.places(rows, columns)[0]]
+        wide, dense, token = maps[-2], maps[-2].dense()[0, 1], 13
+        row, column = position[token].tolist()
+        by_hand = torch.empty(4, 12)
+        by_hand[position[:48, 0], position[:48, 1]] = dense[token]
+        torch.testing.assert_close(wide.stitched().dense()[0, 1, row * 12 + column].view(4, 12), by_hand)
+        axes = plot.query([wide], query=(row, column), layer=0, head=1)
+        assert np.allclose(by_hand, np.asarray(axes.images[-1].get_array()).reshape(by_hand.shape), atol=1e-6)
+        apart = torch.cdist(position[:48].float(), position[:48].float())
+        distances = (wide.dense() * apart).sum(-1).mean(-1)
+        torch.testing.assert_close(analysis.attention_distance([wide])[0], distances, rtol=1e-4, atol=1e-5)
+
+    def test_tokens_that_are_no_words_have_none(self):
+        """Within a model that is given words: channels of a picture, and the queries of a former."""
+        for family, part in ((vision_language.florence2, "channel_attn"), (vision_language.blip2, "qformer")):
+            model, prompt, _ = family()
+            maps = recorded(model.eval(), **prompt)
+            layouts = {str(one.query_layout) for one in maps if part in one.path}
+            assert {"None"} == layouts, layouts
 
     def test_the_tokens_of_a_text_that_stand_for_a_picture(self):
         model = transformers_model(
@@ -410,16 +471,28 @@ class TestTexts:
         ("family", "layout"),
         [
             (vision_language.llava, "1 token, 3 x 3 patches of 4 pixels, 3 x 3 patches of 4 pixels, 2 tokens, "),
-            (
-                vision_language.qwen2_vl,
-                "2 tokens, 2 x 3 patches, 3 tokens, 2 x 2 patches, 2 tokens, 2 x 2 x 2 ",
-            ),  # merged
+            (vision_language.qwen2_vl, "2 tokens, 2 x 3 patches, 3 tokens, 2 x 2 patches, 2 tokens, 2 x 2 x 2 "),
             (vision_language.llava_next, "1 token, 3 x 3 patches of 4 pixels, 30 <image>, 2 tokens"),  # tiles behind
         ],
     )
     def test_pictures_lie_where_the_family_puts_them(self, family, layout):
+        """In a call, another of the same text, a generation, and one with beams: `generate` may look at the pictures
+        itself."""
         model, prompt, _ = family()
-        assert str(recorded(model.eval(), **prompt).layout).startswith(layout)
+        with attention(model.eval()) as maps, torch.no_grad():
+            for given in (prompt, {name: tensor.clone() for name, tensor in prompt.items()}):
+                model(**given)
+                assert str(maps.layout).startswith(layout)
+        for beams in (1, 2):
+            with attention(model) as maps, torch.no_grad():
+                model.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False, num_beams=beams)
+            written = [one for one in maps if "language_model" in one.path]
+            assert all(
+                str(one.layout.of(0)).startswith(layout.rpartition(", ")[0])
+                for one in written
+                if one.layout is not None
+            )
+            assert beams > 1 or all(one.layout is not None for one in written)
 
 
 @pytest.fixture(scope="module")

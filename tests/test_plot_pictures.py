@@ -71,6 +71,15 @@ class TestWindows:
         seen = np.nan_to_num(drawn(ax)) > 1e-12
         np.testing.assert_array_equal(reached.numpy(), seen)
 
+    @pytest.mark.parametrize("draw", [lambda *given: plot.query(*given, query=0), plot.class_token, plot.heads])
+    def test_maps_of_several_over_one_picture_are_told(self, draw):
+        """They may be windows of it."""
+        image, options = np.ones((40, 40, 3)), {"query": 0} if draw is plot.heads else {}
+        with pytest.warns(VisualizerWarning, match=r"4 pictures, .* windows of this one, pass window= and grid="):
+            draw([maps_of(4, 1, 17, 17)], image, **options)
+        draw([maps_of(1, 1, 17, 17)], image, **options)
+        plot.query([maps_of(4, 1, 17, 17)], image, query=0, batch=0)
+
     def test_keys_outside_the_window_are_hatched_and_those_inside_are_not(self):
         maps = maps_of(4, 1, 4, 4)
         for image in (None, np.ones((40, 40, 3))):

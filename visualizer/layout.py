@@ -97,6 +97,9 @@ class Windows:
     """Whether a grid that the windows do not fill is padded before it is rolled, or behind."""
     is_spread: bool = False
     """Whether the patches of a window lie at even distances over the whole grid, as in MaxViT's grid attention."""
+    order: tuple[int, ...] = ()
+    """Of one window over the whole grid which patch each token is, where they are not row by row, as those of Qwen2-VL,
+    of which each four neighbours follow each other."""
 
     def places(self, rows: int, columns: int) -> Indices:
         """For each window and each of its tokens the index of the patch, row by row; -1 where it is padding.
@@ -104,6 +107,8 @@ class Windows:
         >>> Windows((2, 2), (1, 1)).places(4, 4)[0]  # the last window of this grid is its four corners
         array([ 5,  6,  9, 10])
         """
+        if self.order:
+            return np.array([self.order], np.intp)
         places = np.arange(rows * columns).reshape(rows, columns)
         high, wide = self.size
         if self.is_spread:
@@ -269,11 +274,16 @@ class Layout:
         """The names as they are written at the side of a map: of a patch only its place, "(2, 1)"."""
         return self._names("{}")
 
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return () if self.windows is None else self.windows.order
+
     def _names(self, of_patch: str) -> tuple[str, ...]:
         named: list[str] = []
         for part in self.parts:
             if part.kind == "patches":
-                named += [of_patch.format(tuple(map(int, place))) for place in np.ndindex(*part.shape)]
+                patches = [of_patch.format(tuple(map(int, place))) for place in np.ndindex(*part.shape)]
+                named += [patches[place] for place in self._order] if self._order else patches
             elif part.kind == "padding":
                 named += ["[PAD]"] * part.count
             else:
@@ -317,6 +327,7 @@ class Layout:
         patches, number = self.patches, token - self.first_patch
         if patches is None or not 0 <= number < patches.count:
             return None
+        number = self._order[number] if self._order else number
         return tuple(int(place) for place in np.unravel_index(number, patches.shape))
 
     def patch(self, query: Any) -> int:
@@ -339,7 +350,8 @@ class Layout:
             raise IndexError(
                 f"query={query!r} is out of range: the grid has {grid} of patches, counted from 0; query is {wanted}"
             )
-        return self.first_patch + int(np.ravel_multi_index(place, patches.shape, mode="wrap"))
+        number = int(np.ravel_multi_index(place, patches.shape, mode="wrap"))
+        return self._order.index(number) if self._order else self.first_patch + number
 
     def token(self, query: Any, hint: str = "") -> int:
         """The number, from 0, of the token that a user names: by its number, a patch's place, or its word or name.
@@ -376,7 +388,8 @@ class Layout:
                 f"these tokens are no patches of a picture: {self}. plot.tokens draws words; grid= says "
                 "where patches lie"
             )
-        sheet: Indices = side_by_side(np.arange(patches.count).reshape(patches.shape) + self.first_patch, -1)
+        tokens = np.argsort(self._order) if self._order else np.arange(patches.count) + self.first_patch
+        sheet: Indices = side_by_side(tokens.reshape(patches.shape), -1)
         return sheet
 
     def spread(self, weights: Array) -> Array:
@@ -404,7 +417,7 @@ class Layout:
         if picture.ndim == 4 and len(patches.shape) == 2:
             raise ValueError(
                 f"image has {len(picture)} frames, and the patches are those of one picture: {self}; pass image[0] for "
-                "the first of a batch"
+                "the first of a batch, or layout=Layout.picture((frames, rows, columns)) for a video"
             )
         part = None
         if picture.ndim == 3 and len(self.seen) == 1 and patches.image_size is not None:
@@ -477,8 +490,8 @@ class Layout:
         if self.samples:
             different = list(dict.fromkeys(map(str, self.samples)))
             return "; ".join(different[:3]) + ("; ..." if len(different) > 3 else "")
-        windows = ""
-        if self.windows is not None:
+        windows = " in another order" if self.windows is not None and self.windows.order else ""
+        if self.windows is not None and not self.windows.order:
             windows = " in windows of {} x {}".format(*self.windows.size)
             windows += " shifted by {} x {}".format(*self.windows.shift) if any(self.windows.shift) else ""
             windows += " spread over the grid" if self.windows.is_spread else ""

@@ -240,8 +240,10 @@ class RowCheck:
         self._rows = self._missing = self._odd = 0
         self._low, self._high = np.inf, -np.inf
 
-    def look(self, weights: Array, name: str) -> npt.NDArray[np.bool_]:
+    def look(self, weights: Array, name: str, may_lack: bool = False) -> npt.NDArray[np.bool_]:
         """Count the doubtful rows of (..., queries, keys), and get which rows (..., queries) hold NaN.
+
+        `may_lack`: whether it is known that rows need not sum to 1.
 
         Raises ValueError for infinite values, which neither a colour nor a byte can show.
         """
@@ -249,7 +251,7 @@ class RowCheck:
         if not np.isfinite(sums).all() and np.isinf(weights).any():
             raise ValueError(_not_weights(name, "infinite values"))
         missing: npt.NDArray[np.bool_] = np.isnan(sums)
-        odd = np.abs(sums - 1) > _ROW_SUM_TOLERANCE  # NaN compares as False
+        odd = (np.abs(sums - 1) > _ROW_SUM_TOLERANCE) & (not may_lack)  # NaN compares as False
         # The row of a query whose keys are all masked is zeros in torch's fused kernels: rightly so.
         odd[odd] = weights[odd].any(-1)
         self._rows += sums.size

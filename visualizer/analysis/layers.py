@@ -147,6 +147,12 @@ def check_tokens(maps: list[AttentionMap], what: str, may_merge: bool = False) -
             raise ValueError(f"{what} multiplies square maps of the same tokens, and {why}. Leave such layers out")
 
 
+def pools_patches(layer: AttentionMap, before: AttentionMap) -> bool:
+    """Whether a layer has a query of its own that looks at the patches of another layer, as the head of SigLIP."""
+    is_known = layer.layout is not None and layer.layout.patches is not None
+    return layer.kind == "cross" and layer.shape[2] == 1 and is_known and layer.layout == before.layout
+
+
 def merged_into(finer: Layout | None, coarser: Layout | None) -> Tensor | None:
     """Which patch of a later layer each patch of a layer is a part of, (patches,), where 2 x 2 were merged into one.
 

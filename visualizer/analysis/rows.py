@@ -23,7 +23,17 @@ from ..layout import Layout, Patches, layout_of
 from ..maps import AttentionMap, without_autograd
 from ..reading import Reduction
 from ..words import readable, word_index
-from .layers import as_floats, check_heads, fused, layer_label, layers_of, like_input, per_layer, real_tokens
+from .layers import (
+    as_floats,
+    check_heads,
+    fused,
+    layer_label,
+    layers_of,
+    like_input,
+    per_layer,
+    pools_patches,
+    real_tokens,
+)
 
 __all__ = [
     "TopKey",
@@ -186,7 +196,7 @@ def cls_attention_of(layer: AttentionMap, query: int, prefix_tokens: int | None)
     """One row of one layer without the prefix tokens, (batch, heads, patches)."""
     keys, known = layer.shape[3], layer.layout
     if prefix_tokens is None:
-        prefix_tokens = 1 if known is None or known.patches is None or known.windows else known.first_patch
+        prefix_tokens = 1 if known is None or known.patches is None else known.first_patch
     if not 0 <= prefix_tokens < keys:
         raise ValueError(f"prefix_tokens={prefix_tokens!r} does not leave a patch among {keys} keys")
     return layer.rows([query])[:, :, 0, prefix_tokens:]
@@ -232,13 +242,16 @@ def attention_distance(
 
     Returns:
         (batch, heads), in the unit of `patch_size`; several layers are the first axis. Layers that attend within
-        windows measure within these: the batch is that of the images.
+        windows measure within these: the batch is that of the images. A head that pools the patches, as SigLIP's, has
+        no place to measure from, and is left out.
 
     Raises:
         ValueError: queries and keys are not the same tokens, the grid does not fit them, or the layers differ in shape.
     """
     check_patch_size(patch_size)
     where: Patches = {"layout": layout, "grid": grid, "prefix_tokens": prefix_tokens}
+    if isinstance(attention, Sequence) and len(attention) > 1 and all(isinstance(a, AttentionMap) for a in attention):
+        attention = [layer for layer in attention if not pools_patches(layer, attention[0])]
     return per_layer(attention, lambda layer: distance_of(layer, where, patch_size, renormalise, along))
 
 

@@ -118,7 +118,7 @@ def code_maps(
         for queried, rows in layer.chunks():
             for at, image in enumerate(images):
                 weights = rows[image].cpu().numpy().astype(np.float32)  # (heads, some queries, keys)
-                weights = _without_nan(weights, check, f"layer {number}")
+                weights = _without_nan(weights, check, f"layer {number}", layer.may_lack_weight)
                 if factor > 1:
                     (_, query_groups), (_, key_groups) = pooled[at]
                     _add_pooled(sums[at], weights, query_groups, key_groups, queried)
@@ -144,9 +144,9 @@ def _pooling_notes(factor: int, queries: Side, keys: Side) -> list[str]:
     ]
 
 
-def _without_nan(weights: Array, check: RowCheck, name: str) -> Array:
+def _without_nan(weights: Array, check: RowCheck, name: str, may_lack: bool) -> Array:
     """The weights, with zeros for rows that hold NaN and for what rounding left below zero."""
-    missing = check.look(weights, name)
+    missing = check.look(weights, name, may_lack)
     if missing.any():
         weights = np.where(missing[..., None], np.float32(0), weights)
     check_least(float(weights.min()), name)

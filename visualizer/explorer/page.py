@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from ..analysis import without_sinks
-from ..analysis.layers import maps_of, merged_into
+from ..analysis.layers import maps_of, merged_into, pools_patches
 from ..analysis.sinks import Sinks, check_sinks
 from ..grounding import WordMaps
 from ..layout import Layout, Patches
@@ -119,7 +119,8 @@ def explore(
     if stages := _stages(maps):
         options: Any = {"query_tokens": query_tokens, "key_tokens": key_tokens, "layout": layout, "grid": grid}
         options |= {"prefix_tokens": prefix_tokens, "batch": batch, "processor": processor, "sinks": sinks}
-        titles = [f"{title}: {one[0].layout}" if title else str(one[0].layout) for one in stages]
+        names = [f"{one[0].layout}{', pooled' * (one[0].shape[2] == 1)}" for one in stages]
+        titles = [f"{title}: {name}" if title else name for name in names]
         pages = [explore(one, tokens, image, **options, title=name) for one, name in zip(stages, titles, strict=True)]
         return functools.reduce(operator.add, pages)
     layers = _read_layers(maps, image is not None)
@@ -224,10 +225,12 @@ def _words_of(tokens: Any, processor: Any, layers: Sequence[AttentionMap]) -> li
 
 
 def _stages(layers: Sequence[AttentionMap]) -> list[list[AttentionMap]]:
-    """The layers by the size of their grid, where each has the merged patches of the one before; [] of other layers."""
+    """The layers by the size of their grid, where each has the merged patches of the one before, or pools them; [] of
+    other layers."""
     groups = [[*group] for _, group in itertools.groupby(layers, lambda layer: layer.shape)]
     are_merged = all(
-        before.shape[0] == after.shape[0] and merged_into(before.layout, after.layout) is not None
+        before.shape[0] == after.shape[0]
+        and (merged_into(before.layout, after.layout) is not None or pools_patches(after, before))
         for (before, *_), (after, *_) in itertools.pairwise(groups)
     )
     return groups if len(groups) > 1 and are_merged else []

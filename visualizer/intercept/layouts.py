@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from types import FrameType
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ from ..layout import Layout, Part, Windows, pair_of
 from ..maps import AttentionMap, Factors, Keys
 from ..words import readable
 from . import places
-from .modules import ModuleCall, argument_names, arguments_of, inputs_of, shapes_of
+from .modules import ModuleCall, argument_names, arguments_named, arguments_of, inputs_of, shapes_of
 
 # The parameters that become tokens before the patches, in this order, as timm, transformers, torchvision and DINO's own
 # code call them.
@@ -79,6 +81,15 @@ class Picture:
         return Layout((*([Part("special", len(names), names)] if names else []), patches), seen=self.seen)
 
 
+class _Prompt(NamedTuple):
+    """A text that a model was given."""
+
+    rows: list[list[int]]
+    """The ids of each, once for all of its beams."""
+    about_pictures: dict[str, Any]
+    """What was said about its pictures, by the names of the arguments."""
+
+
 @dataclass
 class _History:
     """The ids that a module was given, with those of the calls before whose keys are in its cache."""
@@ -89,6 +100,8 @@ class _History:
     keys: dict[str, tuple[int, weakref.ref[Keys] | None]]
     """By the path of a module that attended, how many keys its map had, and these: they grow in place as long as they
     are those of the same texts. None where weights were kept."""
+    prompt: _Prompt
+    """Of the first of these calls."""
 
 
 class _Lists:
@@ -152,17 +165,25 @@ class Layouts(threading.local):
         # The pixels that were seen last, the convolution that cut them, and how.
         self._cut: tuple[Callable[[], Tensor | None], Any, Picture | None] = (lambda: None), None, None
         self._picture: Picture | None = None  # the last that was seen, for the tokens that stand for it in a text
-        self._beside: dict[str, Any] = {}  # what is said about the pictures of the texts under way
-        self._last: tuple[Any, _Told] = None, None  # the last text, which all layers of a model have in common
+        self._canvas: tuple[Callable[[], Tensor | None], places.Canvas | None] = (lambda: None), None
+        self._generation: ModuleCall | None = None  # the call of `generate` that is under way, and what it was given
+        # The last text, which all layers of a model have in common, and what was said about its pictures.
+        self._last: tuple[Any, Any, _Told] = None, None, None
         # By the path of the module that tells them, in the order of their use.
         self._sequences: dict[str, Layout | _Texts] = {}
 
     def of(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> tuple[_Told, _Told]:
         """The layouts of the keys and of the queries of a map, as far as the calls under way tell them."""
-        with suppress(Exception):  # modules have attributes and arguments of any kind under these names
+        try:
             layout = self._in_windows(made, calls)
-            return self._read(made, calls) if layout is None else (layout, layout)
-        return None, None
+            if layout is not None:
+                return layout, layout
+            self._generation = _generation()
+            return self._read(made, calls)
+        except Exception:  # modules have attributes and arguments of any kind under these names
+            return None, None
+        finally:
+            self._generation = None  # which holds the model
 
     def _in_windows(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> Layout | None:
         """The layout of a map of windows; None where it is none."""
@@ -181,16 +202,42 @@ class Layouts(threading.local):
     def _in_parts(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> Layout | None:
         """The layout of a joint attention, the tokens of each input of its module; None where none is a picture."""
         batch, _, queries, keys = made.shape
-        inputs = sorted((part.start, part.stop) for part in made.joined.values())
-        if queries != keys or sum(stop - start for start, stop in inputs) != keys:
+        inputs = sorted((part.start, part.stop, name) for name, part in made.joined.items())
+        if queries != keys or sum(stop - start for start, stop, _ in inputs) != keys:
             return None
-        pictures = [one for call in reversed(calls) if (one := self._picture_of(call)) is not None]
         told: list[Layout] = []
-        for start, stop in inputs:
-            as_picture = (picture.of(stop - start, batch) for picture in pictures)
-            told.append(next(filter(None, as_picture), Layout.text(stop - start)))
-        # Where a text has as many tokens as the picture, which of the two is which is not known.
+        for start, stop, name in inputs:
+            each = (
+                ()
+                if places.is_text(name)
+                else (self._patches_of(call, arguments_of(call), stop - start, batch) for call in calls)
+            )
+            told.append(next(filter(None, each), Layout.text(stop - start)))
+        # Where a text without a name has as many tokens as the picture, which of the two is which is not known.
         return Layout.joined(told) if sum(one.patches is not None for one in told) == 1 else None
+
+    def _patches_of(
+        self,
+        call: ModuleCall,
+        arguments: dict[str, Any],
+        tokens: int,
+        batch: int,
+        calls: Sequence[ModuleCall] = (),
+    ) -> Layout | None:
+        """The layout of that many tokens, where they are the patches of the picture that a call was given, or, by what
+        these `calls` were given, those that were made of them on the way."""
+        if "timestep" in arguments:  # it makes a picture of latents
+            latents = next((one for _, one in inputs_of(call)), None)
+            if latents is not None and self._canvas[0]() is not latents:  # a GPU would have to answer for each layer
+                self._canvas = weakref.ref(latents), places.canvas_of(arguments)
+            grid = None if latents is None or self._canvas[1] is None else self._canvas[1].grid(tokens)
+            return None if grid is None else Layout.picture(grid)
+        picture = self._picture_of(call)
+        if picture is None:
+            return None
+        told = picture.of(tokens, batch) or _on_the_way(picture, calls, tokens)
+        self._picture = picture if told is not None else self._picture
+        return told
 
     def _read(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> tuple[_Told, _Told]:
         batch, _, queries, keys = made.shape
@@ -201,6 +248,11 @@ class Layouts(threading.local):
         of_keys: _Told = None
         of_queries: _Told = None
         owner: str | None = None
+        towers = [number for number, call in enumerate(calls) if _is_tower(call)]
+        if towers:  # what it is within has the ids of a text
+            calls = [call for number, call in enumerate(calls) if number >= towers[-1] or not _takes_ids(call)]
+        elif self._generation is not None:
+            calls = [self._generation, *calls]
         each = [(call, arguments_of(call)) for call in reversed(calls)]
         for needs_ids in (True, False):  # within a model for pictures and texts, only the outermost call has ids
             for call, arguments in each:
@@ -221,8 +273,10 @@ class Layouts(threading.local):
         others = [one for path, one in self._sequences.items() if path != owner]
         of_keys = next((one for one in reversed(others) if one.count == keys and _fits(one, batch)), None)
         for call, arguments in each:
-            if of_keys is None and call.path != owner:
-                of_keys = self._told(call, arguments, calls, made, keys, is_source=True)
+            if of_keys is None:
+                told = self._told(call, arguments, calls, made, keys, is_source=True)
+                is_of_queries = call.path == owner and isinstance(told, Layout) and told.patches is not None
+                of_keys = None if is_of_queries else told
         return of_keys, of_queries
 
     def _told(
@@ -241,12 +295,8 @@ class Layouts(threading.local):
         if any(_is_ids(arguments.get(name)) for name in _IDS) or (call.args and _is_ids(call.args[0])) or not needs_ids:
             told = self._text_of(call, arguments, made, tokens, is_source)
         if told is None and not _takes_ids(call):
-            picture = self._picture_of(call)
-            if picture is not None:
-                told = picture.of(tokens, made.shape[0]) or _on_the_way(picture, calls, tokens)
-                self._picture = picture if told is not None else self._picture
-            else:
-                told = _patches_given(call, arguments, lambda: self._known_of(call.module)[1], tokens)
+            told = self._patches_of(call, arguments, tokens, made.shape[0], calls)
+            told = told or _patches_given(call, arguments, calls, lambda: self._known_of(call.module)[1], tokens)
         return told if told is not None and _fits(told, made.shape[0]) else None
 
     def _picture_of(self, call: ModuleCall) -> Picture | None:
@@ -297,34 +347,46 @@ class Layouts(threading.local):
         else:
             given = (written, arguments.get("input_ids"), *call.args[:1])
             ids = next((one for one in given if _is_ids(one)), None)
+            of_call = ids if ids is not None else next((one for _, one in inputs_of(call) if one.ndim == 3), mask)
+            if isinstance(of_call, Tensor) and of_call.shape[1] not in (tokens, made.shape[2]):
+                return None  # these are not the tokens of the call, but such as channels, or the queries of a former
         real = self._real(mask, made.shape[0], tokens)
         filled = None if made.kind == "cross" else _filled(arguments)
         if real is None and filled is not None:
             real = self._real_in_cache(arguments, filled, made, tokens)
         rows: Any = None
+        prompt = None
         if ids is not None and _is_ids(ids):
-            rows = self._ids(call.path, ids, made, tokens, filled) if made.kind != "cross" else self._lists.of(ids)
+            prompt = self._prompt(ids, arguments)
+            if made.kind == "cross":
+                rows = self._lists.of(ids)
+            else:
+                rows = self._ids(call.path, ids, made, tokens, filled, prompt)
+                prompt = self._histories[call.path].prompt
             if rows is not None and len(rows[0]) < tokens and len(rows[0]) == filled:
                 rows = [row + row[-1:] * (tokens - filled) for row in rows]  # room that is not filled, as `real` says
-            rows = None if rows is None or len(rows[0]) < tokens else [row[-tokens:] for row in rows]
+            rows = None if rows is None or len(rows[0]) < tokens else rows
         if made.kind == "cross":  # the tokens of a cache have no queries, and a head that pools has queries of its own
             rows = None if ids is not None and ids.shape[1] != tokens else rows
             real = None if ids is None and isinstance(mask, Tensor) and mask.shape[1] != tokens else real
         if rows is None and real is None:
             return None
-        beside = {name: arguments[name] for name in places.ABOUT_PICTURES if arguments.get(name) is not None}
-        self._beside = beside or self._beside
-        known = call.path, tokens, rows, real, self._picture, id(self._beside)
-        if known != self._last[0]:
-            config = getattr(call.module, "config", None)
-            has_pictures = rows is not None and bool(self._beside or places.image_ids(config))
-            shown = self._pictures_in(call.module, rows) if has_pictures else itertools.repeat(None)
+        known = call.path, tokens, rows, real, self._picture
+        if known != self._last[0] or prompt is not self._last[1]:  # two tensors cannot be compared as numbers are
+            own: Any = itertools.repeat(None)
+            shown: Any = itertools.repeat(None)
+            has_pictures = False
+            if rows is not None and prompt is not None:
+                has_pictures = bool(prompt.about_pictures or places.image_ids(getattr(call.module, "config", None)))
+                if has_pictures:
+                    shown = (one[-tokens:] for one in self._pictures_in(call.module, rows, prompt))
             count = len(rows if rows is not None else real or ())
-            ids = rows if rows is not None and self._tokenizer is not None else itertools.repeat(None)
-            each = [*itertools.islice(zip(ids, real or itertools.repeat(None), shown, strict=False), count)]
+            if rows is not None and self._tokenizer is not None:
+                own = (row[-tokens:] for row in rows)
+            each = [*itertools.islice(zip(own, real or itertools.repeat(None), shown, strict=False), count)]
             texts = _Texts(self._text, each, tokens)
-            self._last = known, texts() if has_pictures else texts
-        return self._last[1]
+            self._last = known, prompt, texts() if has_pictures else texts
+        return self._last[2]
 
     def _real(self, mask: Any, batch: int, tokens: int) -> list[list[int]] | None:
         """Of the last tokens of each text 1 where one is not padding, by a mask of 0 and 1; None where it is none."""
@@ -355,8 +417,17 @@ class Layouts(threading.local):
         rows = [[0] * count + [1] * (filled - count) + [0] * room for count in padding]
         return [row[-tokens:] for row in rows]
 
+    def _prompt(self, ids: Tensor, arguments: dict[str, Any]) -> _Prompt:
+        """The text that a call was given, and what goes with it, which `generate` may keep for itself."""
+        rows, said = self._lists.of(ids), _about_pictures(arguments)
+        if not said and self._generation is not None:
+            whole = self._generation.kwargs["inputs"]
+            if len(ids) % len(whole) == 0 and ids.shape[1] == whole.shape[1]:  # of which there are copies, for beams
+                rows, said = self._lists.of(whole), _about_pictures(self._generation.kwargs)
+        return _Prompt(rows, said)
+
     def _ids(
-        self, path: str, ids: Tensor, made: AttentionMap, tokens: int, filled: int | None
+        self, path: str, ids: Tensor, made: AttentionMap, tokens: int, filled: int | None, prompt: _Prompt
     ) -> list[list[int]] | None:
         """The ids of the last `tokens` tokens of each text; None where those before this call are not known."""
         own, count, keys = self._lists.of(ids), ids.shape[1], made.shape[3]
@@ -364,6 +435,7 @@ class Layouts(threading.local):
         history = self._histories.get(path)
         if history is None or history.current() is not ids:  # a new call, of which this is the first map
             rows = own if keys <= count or filled == count else None
+            prompt = prompt if history is None or rows is not None else history.prompt
             if history is not None and history.rows is not None and rows is None:
                 before, known = history.keys.get(made.path, (0, None))
                 # The texts of a batch may change places, as the beams of a search do, and their keys with them.
@@ -372,28 +444,29 @@ class Layouts(threading.local):
                 )
                 if are_same and keys in (before + count, before):  # where only so many keys are kept, they stay so many
                     rows = [old + new for old, new in zip(history.rows, own, strict=True)]
-            history = _History(weakref.ref(ids), rows, {} if history is None else history.keys)
+            history = _History(weakref.ref(ids), rows, {} if history is None else history.keys, prompt)
             self._histories[path] = history
         history.keys[made.path] = keys, None if grown is None else weakref.ref(grown)
         return own if tokens == count else history.rows
 
-    def _pictures_in(self, module: nn.Module, rows: list[list[int]]) -> list[list[Any]]:
+    def _pictures_in(self, module: nn.Module, rows: list[list[int]], prompt: _Prompt) -> list[list[Any]]:
         """For each token of each text None for a word; else the picture that it stands for, by its number and the grid
         of its patches: () where these are not neighbouring tokens, None where the grid is not known."""
         config = getattr(module, "config", None)
-        ids = places.image_ids(config)
-        shown: list[list[Any]] = [[(0, None) if one in ids else None for one in row] for row in rows]
+        ids, copies = places.image_ids(config), max(1, len(rows) // len(prompt.rows))
+        given = [row for row in prompt.rows for _ in range(copies)]
+        shown: list[list[Any]] = [[(0, None) if one in ids else None for one in row] for row in given]
         pictures: list[list[places.Picture]] = []
-        with suppress(ValueError, StopIteration):  # a layer with a window may see a part of a picture
-            pictures = places.pictures_in(places.Prompt(rows, config, self._beside, self._words))
-        for row, own in zip(shown, pictures, strict=False):
+        with suppress(ValueError, StopIteration):  # the tokens do not fit what was said about the pictures
+            pictures = places.pictures_in(places.Prompt(prompt.rows, config, prompt.about_pictures, self._words))
+        for row, own in zip(shown, (own for own in pictures for _ in range(copies)), strict=False):
             for number, picture in enumerate(own):
                 for token in picture.tokens:
                     row[token] = number, () if picture.views else None
                 for grid in filter(_is_in_line, picture.views[:1]):
                     for token in grid.flatten().tolist():
                         row[token] = number, tuple(grid.shape)
-        return shown
+        return [before + [None] * (len(row) - len(before)) for row, before in zip(rows, shown, strict=True)]
 
     def _text(self, ids: list[int] | None, real: list[int] | None, shown: list[Any] | None, tokens: int) -> Layout:
         """The layout of one text; `shown`: the pictures that its tokens stand for, see `_pictures_in`."""
@@ -433,7 +506,7 @@ class Layouts(threading.local):
         if shape is None and seen is not None:
             grids = (tuple(side // factor for side in seen.shape) for factor in range(1, 9))
             shape = next((grid for grid in grids if math.prod(grid) == tokens), ())
-        if not shape:
+        if not shape or math.prod(shape) != tokens:  # of a layer with a window, a part of the picture
             return Part("special", tokens, ("<image>",) * tokens)
         if seen is not None and all(side % own == 0 for side, own in zip(seen.shape[-2:], shape[-2:], strict=True)):
             size, patch = seen.size, (seen.size[0] / shape[-2], seen.size[1] / shape[-1])
@@ -477,6 +550,38 @@ def _is_ids(value: Any) -> TypeGuard[Tensor]:
         and not value.is_complex()
         and value.dtype != torch.bool
     )
+
+
+def _about_pictures(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: arguments[name] for name in places.ABOUT_PICTURES if arguments.get(name) is not None}
+
+
+def _generation() -> ModuleCall | None:
+    """The outermost `generate` of transformers that is under way, as a call; `inputs` are the ids that it was given.
+
+    It may look at the pictures before it calls the model, and then says nothing of them to it.
+    """
+    found = None
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and (frame := frame.f_back) is not None:
+        if frame.f_code.co_name == "generate":
+            given = frame.f_locals
+            given = {**given, **given.get("kwargs", {}), **given.get("model_kwargs", {}), "now": given.get("input_ids")}
+            inputs = next((given[name] for name in ("input_ids", "inputs") if _is_ids(given.get(name))), None)
+            if inputs is not None and isinstance(given.get("self"), nn.Module):
+                now = given["now"] if _is_ids(given["now"]) else inputs
+                kwargs = {"input_ids": now, "inputs": inputs, "attention_mask": given.get("attention_mask")}
+                found = ModuleCall("generate", given["self"], (), kwargs | _about_pictures(given))
+    return found
+
+
+def _is_tower(call: ModuleCall) -> bool:
+    """Whether a call is of the part of a model that sees a picture, and none of its texts."""
+    has_pixels = "grid_thw" in arguments_of(call) or any(
+        one.ndim > 3 and ("pixel" in name or one.shape[1] == 3) and not name.endswith(("mask", "bias"))
+        for name, one in inputs_of(call)
+    )
+    return has_pixels and not _takes_ids(call)
 
 
 def _takes_ids(call: ModuleCall) -> bool:
@@ -558,7 +663,11 @@ def _by_count(prefix: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
 
 
 def _patches_given(
-    call: ModuleCall, arguments: dict[str, Any], prefix_of: Callable[[], tuple[str, ...]], tokens: int
+    call: ModuleCall,
+    arguments: dict[str, Any],
+    calls: Sequence[ModuleCall],
+    prefix_of: Callable[[], tuple[str, ...]],
+    tokens: int,
 ) -> Layout | None:
     """The layout of patches that a module was given as a sequence, each picture with a grid and padding of its own.
 
@@ -566,7 +675,8 @@ def _patches_given(
     """
     grids, side = arguments.get("grid_thw"), getattr(call.module, "spatial_merge_size", None)
     if isinstance(grids, Tensor) and isinstance(side, int):
-        return _merging_next(call.module, grids.tolist(), side, tokens)
+        ends = next(iter(arguments_named(calls, "cu_seqlens")), None)
+        return _merging_next(call.module, grids.tolist(), side, ends, tokens)
     given = call.args[0] if call.args and isinstance(call.args[0], Mapping) else arguments
     coordinates, sizes = given.get("patch_coord"), given.get("spatial_shapes")
     patches = next((given[name] for name in ("patches", "pixel_values", "x") if name in given), None)
@@ -595,31 +705,51 @@ def _patches_given(
     return Layout.batch(samples)
 
 
-def _merging_next(module: nn.Module, grids: list[list[int]], side: int, tokens: int) -> Layout | None:
+def _merging_next(module: nn.Module, grids: list[list[int]], side: int, ends: Any, tokens: int) -> Layout | None:
     """The layout of patches that come in squares, which are merged later, as in the vision tower of Qwen2-VL.
 
-    They are not row by row, so that they are tokens with names here, without a grid. Where the module sorts them by
-    windows besides, they have no names. A kernel is called for each picture or frame, or for all of them packed.
+    Where the module has windows besides, the squares of a window follow each other. A kernel is called for each picture
+    or frame; or for all of them packed, whose tokens then have names only.
+
+    Args:
+        ends: where the tokens of each picture or frame end, as its layers are given it; of a layer that attends within
+            windows those of each window, and which window a call has is not known.
     """
     each = [(rows, columns) for frames, rows, columns in grids for _ in range(frames)]
+    if not isinstance(ends, Tensor) or ends.diff().tolist() != [rows * columns for rows, columns in each]:
+        return None
+    window, pixels = (
+        getattr(one, name, None) for one, name in ((module, "window_size"), (module.config, "patch_size"))
+    )
+
+    def order(shape: tuple[int, int]) -> list[int]:
+        squares = Windows((side, side)).places(*shape)
+        if isinstance(window, int) and isinstance(pixels, int):
+            high = window // pixels // side
+            windows = Windows((high, high)).places(*(size // side for size in shape))
+            squares = squares[windows[windows >= 0]]
+        return list(map(int, squares.ravel()))
+
     alike = {shape for shape in each if math.prod(shape) == tokens}
     if len(alike) == 1:
-        each = [*alike]
-    elif sum(map(math.prod, each)) != tokens:
+        [shape] = alike
+        size = None if pixels is None else (shape[0] * pixels, shape[1] * pixels)
+        windows = Windows(shape, order=tuple(order(shape)))
+        return Layout.picture(shape, patch_size=pixels, image_size=size, windows=windows)
+    if sum(map(math.prod, each)) != tokens:
         return None
-    names: list[str] = []
-    for number, (rows, columns) in enumerate(each):
-        picture = f"picture {number}, " if len(each) > 1 else ""
-        squares = Windows((side, side)).places(rows, columns).ravel().tolist()
-        names += [f"{picture}patch {divmod(place, columns)}" for place in squares]
-    return Layout((Part("special", tokens, () if hasattr(module, "fullatt_block_indexes") else tuple(names)),))
+    places = ((number, divmod(place, shape[1])) for number, shape in enumerate(each) for place in order(shape))
+    names = tuple(f"picture {number}, patch {place}" for number, place in places)
+    return Layout((Part("special", tokens, names),))
 
 
 def _on_the_way(picture: Picture, calls: Sequence[ModuleCall], tokens: int) -> Layout | None:
     """The layout of tokens that are no longer the first patches, as where layers merge 2 x 2 of them.
 
-    A module was given them, as a grid or as a sequence.
+    A module was given them, as a grid or as a sequence. A single token is no patch, but what pools them.
     """
+    if tokens == 1:
+        return None
     merged = [tuple(-(-side // 2**times) for side in picture.shape) for times in range(1, 6)]
     for shape in shapes_of(calls):
         grids: list[tuple[int, ...]] = []

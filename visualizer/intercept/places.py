@@ -303,10 +303,11 @@ def words_start(joined: dict[str, slice], keys: int, picture: int, words: int, i
         is_text_first: where other layers have the text.
     """
     for name, part in joined.items():
-        if _is_text(name):
+        if is_text(name):
             return part.start if part.stop - part.start == words else None
     return None if keys != picture + words else 0 if is_text_first else picture
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
+    """Whether an input of a joint attention is the text, by the name of the argument."""
     return any(word in name for word in ("encoder", "context", "prompt", "caption", "text"))

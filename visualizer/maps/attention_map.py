@@ -243,6 +243,11 @@ class AttentionMap:
         self._read_layouts()  # functions are neither copied nor pickled
         return vars(self)
 
+    @property
+    def may_lack_weight(self) -> bool:
+        """Whether its rows need not sum to 1: they are no softmax, or what windows gave to padding is left out."""
+        return not self.is_softmax or (isinstance(self.source, Stitched) and self.source.has_padding)
+
     def described_as(self, other: AttentionMap) -> AttentionMap:
         """This map, with what is known of the tokens of another one of the same tokens."""
         self._layouts = other._layouts

@@ -147,6 +147,8 @@ class Stitched:
         self.device: torch.device = source.device
         self.kept = f"{source.kept} of windows"
         """What is held, in words."""
+        self.has_padding = patches < places.numel()
+        """Whether some of the tokens of its windows are no patches, which get a share of each row."""
 
     def rows(self, queries: slice | Tensor) -> Tensor:
         """The weights of some queries."""

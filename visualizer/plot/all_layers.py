@@ -78,7 +78,9 @@ def layers(
     Raises what `head` and `query` raise.
     """
     look = _OPTIONS.look(options)
-    maps = read_layers(maps, batch)
+    maps = [
+        one if query is None or not hasattr(one, "stitched") else one.stitched() for one in read_layers(maps, batch)
+    ]
     batch = 0 if batch is None else batch
     same_shape(maps, "the canvas" if head is None else "the strip")
     picture = picture_of(image)

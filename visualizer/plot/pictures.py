@@ -10,7 +10,7 @@ import numpy as np
 
 from ..images import picture_of
 from ..layout import Layout, Patches, Size, layout_of
-from ..reading import Array, Reduction, as_numbers
+from ..reading import Array, Reduction, as_numbers, is_array
 from .canvas import LABEL, axes_of, draw_image, lay_out, name_panels, panel_size, panels, write_title
 from .look import Blend, Colours, Keywords, Look, OfMaps, OverPicture, Scale
 from .over_picture import draw_row, figure_size, sheet_size, spread
@@ -148,7 +148,8 @@ def class_token(
                 "there. Use plot.query for a patch, or say by prefix_tokens= how many tokens come before the "
                 "patches"
             )
-    return query(layers, picture, query=token, layer=layer, head=head, batch=batch or 0, ax=ax, **options)
+    batch = batch or 0 if is_array(maps) else batch  # of one array, its axes were asked about above
+    return query(layers, picture, query=token, layer=layer, head=head, batch=batch, ax=ax, **options)
 
 
 @_ROLLOUT.show

@@ -169,8 +169,15 @@ def select_row(
     Raises as `select` does, and ValueError where grid, picture and tokens do not fit together.
     """
     layers = read_layers(maps, batch if window is None else 0)  # of windows, the first axis cannot be the layers
-    batch = 0 if batch is None else batch
+    is_said, batch = batch is not None or window is not None, 0 if batch is None else batch
     axes = token_axes(layers, layer, batch)
+    count = int(layers[0].shape[0])
+    if not is_said and not is_array(maps) and picture is not None and axes.layout is None and count > 1:
+        warn(
+            f"these are maps of {count} pictures, and the first is drawn over the one that is given: pass batch=0 if "
+            "that is right; if they are windows of this one, pass window= and grid=",
+            "array-of-four-axes",
+        )
     if window is not None:
         layout = layout_in_windows(axes.keys, options, picture, window, shift)
     else:
@@ -229,7 +236,8 @@ def _row_in_window(
     assert windows is not None and patches is not None
     if isinstance(layer, str) or isinstance(batch, str):
         raise ValueError(f"layer={layer!r}, batch={batch!r}: of windows, pass the index of one layer and one image")
-    patch = layout.patch(query)
+    grid = replace(layout, windows=None)
+    patch = grid.patch(query)
     places = windows.places(*patches.shape)
     [[number, token]] = np.argwhere(places == patch)
     maps = layers[layer or 0]
@@ -245,7 +253,7 @@ def _row_in_window(
     weights, is_patch = chosen.weights[..., 0, :], places[number] >= 0
     whole = np.full((*weights.shape[:-1], layout.count), np.nan, weights.dtype)
     whole[..., places[number][is_patch]] = weights[..., is_patch]
-    return Row(whole, replace(layout, windows=None), chosen.label, layout.name(patch), patch, int(is_patch.sum()))
+    return Row(whole, grid, chosen.label, grid.name(patch), patch, int(is_patch.sum()))
 
 
 def select_mean_row(
@@ -258,6 +266,7 @@ def select_mean_row(
     import torch
 
     from ..analysis.layers import maps_of
+    from ..maps import AttentionMap
 
     layers, patches = read_layers(maps, batch), layout.patches
     at = _position("layer", layer, len(layers), layers)
@@ -265,8 +274,9 @@ def select_mean_row(
         raise ValueError(f"layer={layer!r}: of models without a class token, pass the index of one layer")
     one = maps_of([layers[at]]).layers[0].stitched(layout)
     counts = torch.from_numpy(layout.are("patches")).expand(one.shape[0], -1)
-    rows = one.row_product(counts).cpu().numpy() / patches.count  # (images, heads, keys)
-    chosen = select([rows[:, :, None]], layer=None, batch=batch, head=head, query=0)
+    mean = AttentionMap(one.row_product(counts)[:, :, None] / patches.count)  # (images, heads, 1, keys)
+    mean.is_softmax = not one.may_lack_weight
+    chosen = select([mean], layer=None, batch=batch, head=head, query=0)
     label = ", ".join(filter(None, (_words("layer", layer, at, len(layers)), chosen.label, note_of(layers))))
     name = f"mean of {patches.count} patches"
     return Row(chosen.weights[0], replace(layout, windows=None), label, name, None, layout.count)
@@ -343,7 +353,7 @@ def _image(
         weights = one if query is None else one[:, :, query : query + 1]
     weights = as_numbers(weights if image is None else weights[image : image + 1])
     weights = weights if which is None else weights[:, which : which + 1]
-    if check.look(weights, "the map").all():
+    if check.look(weights, "the map", getattr(one, "may_lack_weight", False)).all():
         raise ValueError("every row of the chosen map holds NaN: there is nothing to draw")
     # Heads are reduced before layers, as in a rollout; max and mean do not commute.
     if not all_heads:
