@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from visualizer import VisualizerWarning, attention
 from visualizer.intercept import kernels
-from visualizer.intercept.evidence import of_fused, of_weights
+from visualizer.intercept.evidence import Evidence, of_fused, of_weights
 from visualizer.maps import Factors, Keys
 
 
@@ -115,6 +115,29 @@ def test_all_rows_have_their_turn():
         output = weights @ values
         output[..., row, :] += 1
         assert any(of_weights(weights, values, output, number).doubt() for number in range(10))
+
+
+@pytest.mark.parametrize("causal", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_at_once_are_as_one_by_one(causal, dtype):
+    """Those of a model's layers, with shared key heads and other rows each; one of them is wrong."""
+
+    def each():
+        made = []
+        for number in range(6):
+            query, key, value = (one.roll(number, -1) for one in factors(dtype=dtype))
+            key, value = key[:, :2], value[:, :2]
+            source = Factors(query, Keys(key), 9, causal=causal)
+            output = (source.rows(slice(None)) @ value.float().repeat_interleave(2, 1)).to(dtype)
+            made.append(of_fused(source, value, output * (1 + (number == 4)), number))
+        return made
+
+    together = each()
+    Evidence.weigh(together)
+    assert all(one.nbytes == 0 for one in together)
+    doubts = [one.doubt() for one in together]
+    assert doubts == [one.doubt() for one in each()]
+    assert [doubt is None for doubt in doubts] == [True] * 4 + [False, True]
 
 
 def test_by_how_much():

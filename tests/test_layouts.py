@@ -272,6 +272,25 @@ class TestTexts:
         assert [True, False, True, False, False] == second.are("special").tolist()
         assert all(one.layout == one.query_layout == maps[0].layout for one in maps)
 
+    def test_words_are_read_once_somebody_asks(self):
+        """By then the model may have changed its ids; copies and pickles have the words too."""
+
+        class Late(Tokenizer):
+            is_ready = False
+
+            def convert_ids_to_tokens(self, ids):
+                assert Late.is_ready
+                return super().convert_ids_to_tokens(ids)
+
+        ids = self.ids[:1].clone()
+        maps = recorded(transformers_model("Bert", **TEXT | SIZE), ids, tokenizer=Late())
+        words = [TOKENS[one].replace("Ġ", "␣") for one in ids[0].tolist()]
+        ids.zero_()
+        Late.is_ready = True
+        copied = pickle.loads(pickle.dumps(maps[1]))
+        assert [*maps[0].layout.names] == [*copied.layout.names] == words
+        assert maps[0].layout is maps[1].query_layout
+
     def test_padding_without_a_tokenizer(self):
         mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
         maps = recorded(transformers_model("Llama", **LLAMA), input_ids=self.ids, attention_mask=mask)

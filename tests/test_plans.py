@@ -1,5 +1,6 @@
 """Passes that follow a plan are recorded as those that are watched in full; where it may be wrong there is no plan."""
 
+import contextlib
 import functools
 import gc
 import sys
@@ -217,6 +218,16 @@ class TestFollowed:
         assert facts(first) == [("attn", "self", (3, 2, 5, 5), False)] * 6
         assert facts(second) == facts(first)[:3]
 
+    def test_maps_that_are_read_in_the_middle_of_a_pass(self, x):
+        """They are proven then, which is no step of the model."""
+        model, counts = nn.Sequential(Around(), Around()), []
+        with attention(model) as maps:
+            model[0].register_forward_hook(lambda *_: counts.append(len(maps)))
+            for _ in range(CALLS):
+                model(x)
+        assert counts == [2 * number + 1 for number in range(CALLS)]
+        assert modes == [1] * 4 + [0] * (2 * CALLS - 4)
+
     def test_threads(self, x):
         model, found = Around(), {}
 
@@ -389,6 +400,13 @@ class TestNotFollowed:
         maps = both_ways(model, [lambda: model(x)] * 4, monkeypatch)
         assert facts(maps) == [("attn", "self", (3, 2, 5, 5), False)] * 4
         assert modes[:4] == [1] * 4
+
+    def test_a_recurrent_layer_that_is_given_another_type(self, x):
+        """It asks whether there is autocast, before it says what is wrong."""
+        model = nn.Sequential(Around(), nn.LSTM(8, 8).double())
+        for recording in (contextlib.nullcontext(), attention(model)):
+            with recording, pytest.raises(ValueError, match="RNN input dtype"):
+                model(x)
 
     def test_multihead_attention_of_torch(self, x, monkeypatch):
         """Without a mode torch may take its native path, in which nothing is seen."""

@@ -7,9 +7,10 @@ import threading
 import weakref
 from _thread import get_ident
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, Generic, Literal, TypeVar, overload
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from ..store import Budget, Record, RecordedMaps, Saved, bytes_by_device, human,
 from ..tensors import keeper
 from .axes import Output
 from .copies import AttentionCall, Copies, Copy
+from .evidence import Evidence
 from .layouts import Layouts
 from .modules import ModuleCall, are_given_the_same
 from .watch import Watch
@@ -158,6 +160,17 @@ class _Entry:
     sizes: dict[str, int]
 
 
+class _Unproven(NamedTuple):
+    """A map that is kept, and not yet proven: all of a pass are together, which is quicker."""
+
+    entry: _Entry
+    kernel: str
+    evidence: Sequence[Evidence]
+
+
+_MOST_UNPROVEN = 2**24  # bytes
+
+
 class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
     """The attention maps of a model's calls, in call order, or what was kept of each; made by `attention`."""
 
@@ -174,7 +187,9 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         self._title = "attention" if model is None else f"attention of {type(model).__qualname__}"
         self.about = {}
         self._layers, self._keep, self._gradients = layers, keep, gradients
-        self._entries: list[_Entry] = []
+        self._kept: list[_Entry] = []
+        self._unproven: list[_Unproven] = []
+        self._unproven_bytes = 0
         self._paths: dict[str, int] = {}
         self._budget = Budget(max_bytes)
         self._is_full = False
@@ -210,6 +225,11 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                 maps = known()
                 return None if maps is None else maps.file(path, copy, output, kernel)
 
+            def end_pass() -> None:
+                maps = known()
+                if maps is not None:
+                    maps.prove()
+
             def warn_in_call(message: str, section: Section) -> None:
                 maps = known()
                 if maps is not None:
@@ -220,7 +240,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                 return None if maps is None else maps.recorded(known)
 
             self._copies = self._new_copies()
-            self._watch = Watch(model, record, file, warn_in_call, recorded)
+            self._watch = Watch(model, record, file, end_pass, warn_in_call, recorded)
             self._watch.needs_sums = self.needs_sums
             self._abandon = weakref.finalize(self, self._watch.end)
             self._abandon.atexit = False
@@ -236,6 +256,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             self._abandon.detach()
             try:
                 watch.end()  # which files what is pending
+                self.prove()
             finally:
                 self._watch = None
             postponed, self._postponed = self._postponed, []
@@ -298,7 +319,8 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
     def clear(self) -> None:
         """Drop all maps; recording goes on."""
         with self._lock:
-            self._entries, self._paths, self._is_full = [], {}, False
+            self._kept, self._unproven, self._unproven_bytes = [], [], 0
+            self._paths, self._is_full = {}, False
             self._budget.clear()
             self._copies = self._new_copies()
 
@@ -310,6 +332,13 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
     def layout(self) -> Layout | None:
         """What the tokens of the last map are, see `AttentionMap.layout`; None where nothing is known."""
         return next((one.layout for one in reversed([*self]) if isinstance(one, AttentionMap) and one.layout), None)
+
+    @property
+    def _entries(self) -> list[_Entry]:
+        """What is kept, and proven."""
+        if self._unproven:
+            self.prove()
+        return self._kept
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -391,7 +420,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         made: Maps[AttentionMap] = Maps(None, None, None, False, None)
         made._title, made.about = self._title, self.about
         for path, several in generated_maps(calls, queries == "new", beam_indices).items():
-            made._entries += [_Entry(path, one, threads[path], {str(one.device): one.nbytes}) for one in several]
+            made._kept += [_Entry(path, one, threads[path], {str(one.device): one.nbytes}) for one in several]
         return made
 
     @overload
@@ -479,7 +508,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         for record in sorted(saved.records, key=lambda record: record.call):
             value = AttentionMap.unpacked(record.value) if record.variable == _MAP else record.value
             sizes = {str(value.device): value.nbytes} if record.variable == _MAP else bytes_by_device(value)
-            maps._entries.append(_Entry(record.key, value, record.thread, sizes))
+            maps._kept.append(_Entry(record.key, value, record.thread, sizes))
         return maps
 
     def table(self) -> tuple[str, list[tuple[str, ...]]]:
@@ -541,35 +570,65 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             return self._copies.of(call)
 
     def file(self, path: str, copy: Copy, output: Output, kernel: str) -> Callable[[], None] | None:
-        """Make the map of a call whose axes are known, and return what keeps it, if it is proven."""
+        """Make the map of a call whose axes are known, and keep it; return what does, where the user's `keep` is to."""
         if output.why_apart:
             self._why_apart[path] = output.why_apart
-        doubt = copy.doubt()
-        if doubt is not None:
-            if path not in self._doubted:
-                self._doubted.add(path)
-                self.warn_in_call(
-                    f"the map of {path!r} is not kept, for it is not the one that was used: times the values it is not "
-                    f"what {kernel} returned, {doubt}.",
-                    "map-not-kept",
-                )
+        if self._keep is not None and self._is_doubted(path, kernel, copy.evidence):
             return None
         value = copy.map_of(output.order)
         if self._watch is not None and self.needs_layouts:
             self._describe(value, self._watch.calls, self._watch.told)
-        return lambda: self._keep_map(path, value, copy.sizes)
+        if self._keep is not None:
+            return lambda: self._keep_map(path, value, copy.sizes)
+        self._keep_map(path, value, copy.sizes, kernel, copy.evidence)
+        return None
+
+    def _is_doubted(self, path: str, kernel: str, evidence: Sequence[Evidence]) -> bool:
+        """Whether a map is not the one that was used; then a warning says so."""
+        doubt = next((doubt for one in evidence if (doubt := one.doubt()) is not None), None)
+        if doubt is not None and path not in self._doubted:
+            self._doubted.add(path)
+            self.warn_in_call(
+                f"the map of {path!r} is not kept, for it is not the one that was used: times the values it is not "
+                f"what {kernel} returned, {doubt}.",
+                "map-not-kept",
+            )
+        return doubt is not None
+
+    def prove(self) -> None:
+        """Keep only those maps that were used, of all up to now."""
+        watch = self._watch
+        with self._lock, nullcontext() if watch is None else watch.unseen():
+            unproven, self._unproven, self._unproven_bytes = self._unproven, [], 0
+            with suppress(Exception):  # then each is weighed by itself, and says what failed
+                Evidence.weigh([one for _, _, several in unproven for one in several])
+            for entry, kernel, evidence in unproven:
+                is_kept = False
+                try:
+                    is_kept = not self._is_doubted(entry.path, kernel, evidence)
+                except Exception as error:
+                    if watch is not None:
+                        watch.refuse(entry.path, error)
+                except BaseException:  # the user interrupts
+                    self._unproven = [*unproven, *self._unproven]
+                    raise
+                if not is_kept and (place := next((at for at, one in enumerate(self._kept) if one is entry), -1)) >= 0:
+                    self._budget.discount(self._kept.pop(place).sizes)
 
     def _describe(self, value: AttentionMap, calls: Sequence[ModuleCall], told: dict[Any, Any]) -> None:
         """Give a map its layouts: those of the layer before, where they cannot be others."""
         key = value.kind, value.shape
         known = told.get(key)
         if known is not None and value.kind in ("self", "cross") and are_given_the_same(calls, known[0]):
-            value.layout, value.query_layout = known[1]
+            value.tell_layouts(*known[1])
         else:
-            self._layouts.describe(value, calls)
-            told[key] = tuple(calls), (value.layout, value.query_layout)
+            both = self._layouts.of(value, calls)
+            value.tell_layouts(*both)
+            told[key] = tuple(calls), both
 
-    def _keep_map(self, path: str, value: Any, sizes: dict[str, int]) -> None:
+    def _keep_map(
+        self, path: str, value: Any, sizes: dict[str, int], kernel: str = "", evidence: Sequence[Evidence] = ()
+    ) -> None:
         """Keep a map, or what `keep` makes of it, as far as the budget allows."""
         with self._lock:
             if self._is_full:
@@ -581,14 +640,19 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                     error.add_note(f"while keeping the attention of {path!r} with keep={self._keep!r}")
                     raise
                 sizes = bytes_by_device(value)
-            self._entries.append(_Entry(path, value, get_ident(), sizes))
+            self._kept.append(_Entry(path, value, get_ident(), sizes))
+            if evidence:
+                self._unproven.append(_Unproven(self._kept[-1], kernel, evidence))
+                self._unproven_bytes += sum(one.nbytes for one in evidence)
+                if self._unproven_bytes > _MOST_UNPROVEN:
+                    self.prove()
             self._budget.add(sizes)
             if self._layers is not None:
                 self._drop_passed()
             exceeded = self._budget.exceeded(sizes)
             if exceeded is None:
                 return
-            self._budget.discount(self._entries.pop().sizes)
+            self._budget.discount(self._kept.pop().sizes)
             self._is_full = True
         self.warn_in_call(
             f"attention maps would take more than {self._budget.why_full(exceeded)}: that of {path!r} and all that "
@@ -598,8 +662,8 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
 
     def _drop_passed(self) -> None:
         """Drop the maps of modules that were among the last when they ran, and no longer are."""
-        for entry in [entry for entry in self._entries if not self._wants(entry.path)]:
-            self._entries.remove(entry)
+        for entry in [entry for entry in self._kept if not self._wants(entry.path)]:
+            self._kept.remove(entry)
             self._budget.discount(entry.sizes)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ class Order:
         heads = [axis for axis in range(count) if self.are_heads[axis]]
         return split.permute(*batch, *heads, count, count + 1).reshape(*self.shape, *tensor.shape[-2:])
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """(batch, heads)."""
         pairs = list(zip(self.sizes, self.are_heads, strict=True))

@@ -121,8 +121,10 @@ def in_four_axes(call: FusedCall, heads: int | None, groups: int) -> FusedCall:
     if call.has_heads:
         return call
     lead, mask = call.output.shape[:-2], call.mask
-    if groups == 1 and len(lead) == 2 and call.query.shape[:-2] == call.key.shape[:-2] == call.value.shape[:-2] == lead:
-        return call  # as nearly always
+    if groups == 1 and len(lead) == 2 and call.query.shape[:-2] == lead:
+        own = call.key.shape[:-2]
+        if own == call.value.shape[:-2] and (own == lead or (len(own) == 2 and own[0] == lead[0] and own[1] > 1)):
+            return call  # as nearly always
     if mask is not None and len(lead) != 2:
         mask = four_axes(mask.expand(*lead, *mask.shape[-2:]), heads)
     query, key, value = (four_axes(_broadcast(tensor, lead), heads) for tensor in (call.query, call.key, call.value))

@@ -85,10 +85,6 @@ class Copy:
     evidence: Sequence[Evidence]
     """Whether the map is the one that was used; none where that cannot be seen, as with dropout."""
 
-    def doubt(self) -> str | None:
-        """By how much the map is wrong, in words; None if it is right."""
-        return next((doubt for one in self.evidence if (doubt := one.doubt()) is not None), None)
-
 
 def joined_copy(parts: Sequence[tuple[Copy, Tensor, int]], sizes: Sequence[int]) -> Copy:
     """The copy of several calls that are one attention.
@@ -202,8 +198,10 @@ class Copies:
             self._latest[call.path] = keys, weakref.ref(source)
         evidence = None
         if not fused.dropout:
-            output = fused.output.detach().reshape(*source.shape[:3], fused.output.shape[-1])
-            evidence = of_fused(source, fused.value.detach(), output, call.number)
+            output = fused.output
+            if output.shape[:-1] != source.shape[:3]:
+                output = output.reshape(*source.shape[:3], output.shape[-1])
+            evidence = of_fused(source, fused.value, output, call.number)
         reason = (
             "there was dropout on the weights, whose pattern a fused kernel does not tell: the gradient is known with "
             "model.eval(), or without attention dropout"
@@ -343,7 +341,12 @@ def _is_softmax(product: Product) -> bool:
 
 
 def _sizes(*tensors: Tensor) -> dict[str, int]:
-    return _sum(*map(bytes_by_device, tensors))
+    total = 0
+    for one in tensors:
+        if not one.is_cpu:
+            return _sum(*map(bytes_by_device, tensors))
+        total += one.nbytes
+    return {"cpu": total} if tensors else {}
 
 
 def _sum(*several: dict[str, int]) -> dict[str, int]:

@@ -16,7 +16,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
@@ -111,6 +111,31 @@ class _Lists:
         return known[2]
 
 
+class _Texts:
+    """The layout of texts, read once somebody asks: words are of no use to the model that runs.
+
+    Args:
+        read: makes the layout of each text.
+        each: its arguments, for each of the texts.
+        tokens: how many each of them has.
+    """
+
+    def __init__(self, read: Callable[..., Layout], each: Sequence[tuple[Any, ...]], tokens: int) -> None:
+        self._read, self._each = read, each
+        self.texts, self.count = len(each), tokens
+        self._layout: Layout | None = None
+
+    def __call__(self) -> Layout | None:
+        if self._each:
+            with suppress(Exception):  # of the tokenizer; or another thread has read them meanwhile
+                self._layout = Layout.batch([self._read(*one, self.count) for one in self._each])
+            self._each = ()
+        return self._layout
+
+
+_Told = Layout | _Texts | None
+
+
 class Layouts(threading.local):
     """The layouts of a recording's maps, those of each thread one after the other.
 
@@ -128,15 +153,16 @@ class Layouts(threading.local):
         self._cut: tuple[Callable[[], Tensor | None], Any, Picture | None] = (lambda: None), None, None
         self._picture: Picture | None = None  # the last that was seen, for the tokens that stand for it in a text
         self._beside: dict[str, Any] = {}  # what is said about the pictures of the texts under way
-        self._last: tuple[Any, Layout | None] = None, None  # the last text, which all layers of a model have in common
-        self._sequences: dict[str, Layout] = {}  # by the path of the module that tells them, in the order of their use
+        self._last: tuple[Any, _Told] = None, None  # the last text, which all layers of a model have in common
+        # By the path of the module that tells them, in the order of their use.
+        self._sequences: dict[str, Layout | _Texts] = {}
 
-    def describe(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> None:
-        """Give a map the layouts of its queries and keys, as far as the calls under way tell them."""
+    def of(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> tuple[_Told, _Told]:
+        """The layouts of the keys and of the queries of a map, as far as the calls under way tell them."""
         with suppress(Exception):  # modules have attributes and arguments of any kind under these names
-            made.layout = made.query_layout = self._in_windows(made, calls)
-            if made.layout is None:
-                self._read(made, calls)
+            layout = self._in_windows(made, calls)
+            return self._read(made, calls) if layout is None else (layout, layout)
+        return None, None
 
     def _in_windows(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> Layout | None:
         """The layout of a map of windows; None where it is none."""
@@ -166,46 +192,52 @@ class Layouts(threading.local):
         # Where a text has as many tokens as the picture, which of the two is which is not known.
         return Layout.joined(told) if sum(one.patches is not None for one in told) == 1 else None
 
-    def _read(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> None:
+    def _read(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> tuple[_Told, _Told]:
         batch, _, queries, keys = made.shape
         if made.kind == "joint":
-            made.layout = made.query_layout = self._in_parts(made, calls)
-            return
+            joint = self._in_parts(made, calls)
+            return joint, joint
         is_self = made.kind != "cross"
+        of_keys: _Told = None
+        of_queries: _Told = None
         owner: str | None = None
+        each = [(call, arguments_of(call)) for call in reversed(calls)]
         for needs_ids in (True, False):  # within a model for pictures and texts, only the outermost call has ids
-            for call in reversed(calls):
-                if made.query_layout is None:
-                    made.query_layout = self._told(call, calls, made, queries, needs_ids=needs_ids)
-                    owner = owner if made.query_layout is None else call.path
-                if made.layout is None and is_self:
-                    made.layout = made.query_layout
+            for call, arguments in each:
+                if of_queries is None:
+                    of_queries = self._told(call, arguments, calls, made, queries, needs_ids=needs_ids)
+                    owner = owner if of_queries is None else call.path
+                if of_keys is None and is_self:
+                    of_keys = of_queries
                     if queries != keys:
-                        made.layout = self._told(call, calls, made, keys, needs_ids=needs_ids)
+                        of_keys = self._told(call, arguments, calls, made, keys, needs_ids=needs_ids)
+                if of_queries is not None and (of_keys is not None or not is_self):
+                    break
         if is_self:
-            if made.layout is not None and owner is not None:
+            if of_keys is not None and owner is not None:
                 self._sequences.pop(owner, None)
-                self._sequences[owner] = made.layout
-            return
-        others = [(path, one) for path, one in self._sequences.items() if path != owner]
-        made.layout = next((one for _, one in reversed(others) if one.count == keys and _fits(one, batch)), None)
-        for call in reversed(calls):
-            if made.layout is None and call.path != owner:
-                made.layout = self._told(call, calls, made, keys, is_source=True)
+                self._sequences[owner] = of_keys
+            return of_keys, of_queries
+        others = [one for path, one in self._sequences.items() if path != owner]
+        of_keys = next((one for one in reversed(others) if one.count == keys and _fits(one, batch)), None)
+        for call, arguments in each:
+            if of_keys is None and call.path != owner:
+                of_keys = self._told(call, arguments, calls, made, keys, is_source=True)
+        return of_keys, of_queries
 
     def _told(
         self,
         call: ModuleCall,
+        arguments: dict[str, Any],
         calls: Sequence[ModuleCall],
         made: AttentionMap,
         tokens: int,
         *,
         is_source: bool = False,
         needs_ids: bool = False,
-    ) -> Layout | None:
+    ) -> _Told:
         """What one call tells about that many tokens; `is_source`: those that a decoder looks at."""
-        arguments = arguments_of(call)
-        told = None
+        told: _Told = None
         if any(_is_ids(arguments.get(name)) for name in _IDS) or (call.args and _is_ids(call.args[0])) or not needs_ids:
             told = self._text_of(call, arguments, made, tokens, is_source)
         if told is None and not _takes_ids(call):
@@ -214,17 +246,20 @@ class Layouts(threading.local):
                 told = picture.of(tokens, made.shape[0]) or _on_the_way(picture, calls, tokens)
                 self._picture = picture if told is not None else self._picture
             else:
-                told = _patches_given(call, arguments, self._known_of(call.module)[1], tokens)
+                told = _patches_given(call, arguments, lambda: self._known_of(call.module)[1], tokens)
         return told if told is not None and _fits(told, made.shape[0]) else None
 
     def _picture_of(self, call: ModuleCall) -> Picture | None:
         """The picture that a call was given; None where it was given none, or does not cut it into patches."""
         module = call.module
-        convolution, prefix = self._known_of(module)
-        if convolution is None:
+        known = self._convolutions.get(module)
+        if known is not None and known[0] is None:
             return None
         for name, pixels in inputs_of(call):
             if pixels.ndim in (4, 5) and "mask" not in name:
+                convolution, prefix = self._known_of(module)
+                if convolution is None:
+                    return None
                 given, cutting, picture = self._cut
                 if given() is pixels and cutting is convolution:  # as for all layers of a model
                     return picture
@@ -252,7 +287,7 @@ class Layouts(threading.local):
 
     def _text_of(
         self, call: ModuleCall, arguments: dict[str, Any], made: AttentionMap, tokens: int, is_source: bool
-    ) -> Layout | None:
+    ) -> _Told:
         """The words and the padding of a text that a call was given."""
         written = arguments.get("decoder_input_ids")
         mask = arguments.get("attention_mask") if is_source == _is_ids(written) else None
@@ -281,15 +316,18 @@ class Layouts(threading.local):
         self._beside = beside or self._beside
         known = call.path, tokens, rows, real, self._picture, id(self._beside)
         if known != self._last[0]:
+            config = getattr(call.module, "config", None)
+            has_pictures = rows is not None and bool(self._beside or places.image_ids(config))
+            shown = self._pictures_in(call.module, rows) if has_pictures else itertools.repeat(None)
             count = len(rows if rows is not None else real or ())
-            shown = itertools.repeat([None] * tokens) if rows is None else self._pictures_in(call.module, rows)
-            each = zip(rows or itertools.repeat(None), real or itertools.repeat(None), shown, strict=False)
-            texts = [self._text(*one, tokens) for one in itertools.islice(each, count)]
-            self._last = known, Layout.batch(texts)
+            ids = rows if rows is not None and self._tokenizer is not None else itertools.repeat(None)
+            each = [*itertools.islice(zip(ids, real or itertools.repeat(None), shown, strict=False), count)]
+            texts = _Texts(self._text, each, tokens)
+            self._last = known, texts() if has_pictures else texts
         return self._last[1]
 
-    def _real(self, mask: Any, batch: int, tokens: int) -> list[list[bool]] | None:
-        """Which of the last tokens of each text are not padding, by a mask of 0 and 1; None where it is none."""
+    def _real(self, mask: Any, batch: int, tokens: int) -> list[list[int]] | None:
+        """Of the last tokens of each text 1 where one is not padding, by a mask of 0 and 1; None where it is none."""
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < tokens:
             return None
         if mask.shape[0] == mask.shape[1] and not _is_ids(mask):  # it may say which token looks at which
@@ -297,11 +335,11 @@ class Layouts(threading.local):
         rows = self._lists.of(mask)
         if not all({*row} <= {0, 1} for row in rows):  # numbers that are added to scores
             return None
-        return [[bool(one) for one in row[-tokens:]] for row in rows]
+        return [row[-tokens:] for row in rows]
 
     def _real_in_cache(
         self, arguments: dict[str, Any], filled: int, made: AttentionMap, tokens: int
-    ) -> list[list[bool]] | None:
+    ) -> list[list[int]] | None:
         """The same by a static cache and the position of each text's last token: the mask is then not one of tokens.
 
         Such a cache has room for more keys than there are, and padding before a text takes no position.
@@ -314,7 +352,7 @@ class Layouts(threading.local):
         room = max(0, tokens - filled) if is_of_keys else 0
         if not room and not any(padding):
             return None
-        rows = [[False] * count + [True] * (filled - count) + [False] * room for count in padding]
+        rows = [[0] * count + [1] * (filled - count) + [0] * room for count in padding]
         return [row[-tokens:] for row in rows]
 
     def _ids(
@@ -357,7 +395,7 @@ class Layouts(threading.local):
                         row[token] = number, tuple(grid.shape)
         return shown
 
-    def _text(self, ids: list[int] | None, real: list[bool] | None, shown: list[Any], tokens: int) -> Layout:
+    def _text(self, ids: list[int] | None, real: list[int] | None, shown: list[Any] | None, tokens: int) -> Layout:
         """The layout of one text; `shown`: the pictures that its tokens stand for, see `_pictures_in`."""
         words = [""] * tokens
         if ids is not None:
@@ -366,7 +404,7 @@ class Layouts(threading.local):
         def kind(place: int) -> Any:
             if real is not None and not real[place]:
                 return "padding"
-            if shown[place] is not None:
+            if shown is not None and shown[place] is not None:
                 return shown[place]
             return "special" if ids is not None and ids[place] in self._special else "text"
 
@@ -418,8 +456,11 @@ def _go_on(known: weakref.ref[Keys] | None, grown: Keys | None, count: int) -> b
     return torch.equal(*(one.repeat_interleave(heads // one.shape[1], 1) for one in both))
 
 
-def _fits(layout: Layout, batch: int) -> bool:
-    return len(layout.samples) in (0, batch)
+def _fits(told: Layout | _Texts, batch: int) -> bool:
+    if isinstance(told, _Texts) and told.texts in (1, batch):
+        return True
+    layout = told() if isinstance(told, _Texts) else told
+    return layout is not None and len(layout.samples) in (0, batch)
 
 
 def _filled(arguments: dict[str, Any]) -> int | None:
@@ -457,13 +498,20 @@ def _first_convolution(module: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
 def _prefix(module: nn.Module) -> tuple[str, ...]:
     """What the tokens before the patches are called, by the names of the parameters that they are."""
     found: dict[str, tuple[str, ...]] = {}
-    for path, parameter in module.named_parameters():
-        *around, name = path.split(".")
+    for name, parameter in _parameters_near(module):
         stem = _PREFIXES.get(name)
-        if stem is not None and len(around) < 3 and not any(one.isdigit() for one in around):
+        if stem is not None:
             count = parameter.shape[-2] if parameter.ndim > 1 else 1
             found[name] = (stem,) if count == 1 else tuple(f"{stem}{number + 1}" for number in range(count))
     return tuple(itertools.chain(*(found[name] for name in _PREFIXES if name in found)))
+
+
+def _parameters_near(module: nn.Module, depth: int = 2) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a module and of those at most so many levels within it, but none of a row of layers."""
+    yield from module.named_parameters(recurse=False)
+    for name, inner in module.named_children():
+        if depth and not name.isdigit():
+            yield from _parameters_near(inner, depth - 1)
 
 
 def _thumbnails(pixels: Tensor) -> tuple[Thumbnail, ...]:
@@ -509,7 +557,9 @@ def _by_count(prefix: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
     return {len(names): names for names in (prefix[:1], prefix, ())}
 
 
-def _patches_given(call: ModuleCall, arguments: dict[str, Any], prefix: tuple[str, ...], tokens: int) -> Layout | None:
+def _patches_given(
+    call: ModuleCall, arguments: dict[str, Any], prefix_of: Callable[[], tuple[str, ...]], tokens: int
+) -> Layout | None:
     """The layout of patches that a module was given as a sequence, each picture with a grid and padding of its own.
 
     So do timm's NaFlex models and SigLIP 2. None where the module was given no such sequence.
@@ -520,7 +570,10 @@ def _patches_given(call: ModuleCall, arguments: dict[str, Any], prefix: tuple[st
     given = call.args[0] if call.args and isinstance(call.args[0], Mapping) else arguments
     coordinates, sizes = given.get("patch_coord"), given.get("spatial_shapes")
     patches = next((given[name] for name in ("patches", "pixel_values", "x") if name in given), None)
-    if not isinstance(patches, Tensor) or patches.ndim != 3 or tokens - patches.shape[1] not in _by_count(prefix):
+    if not isinstance(patches, Tensor) or patches.ndim != 3:
+        return None
+    prefix = prefix_of()
+    if tokens - patches.shape[1] not in _by_count(prefix):
         return None
     if isinstance(coordinates, Tensor):
         sizes = coordinates.amax(1) + 1

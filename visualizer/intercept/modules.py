@@ -92,10 +92,22 @@ def shapes_of(
         known: those of calls that are still under way, by their ids; the others are added.
     """
     known = {} if known is None else known
-    for call in calls:
-        if id(call) not in known:
-            known[id(call)] = shape_of(next((one for _, one in inputs_of(call) if one.ndim > 2), None))
-    return [shape for call in reversed(calls) if (shape := known[id(call)]) is not None]
+    shapes = []
+    for call in reversed(calls):
+        number = id(call)
+        if number not in known:
+            known[number] = _shape_of_tokens(call)
+        shape = known[number]
+        if shape is not None:
+            shapes.append(shape)
+    return shapes
+
+
+def _shape_of_tokens(call: ModuleCall) -> tuple[int, ...] | None:
+    first = call.args[0] if call.args else None
+    if type(first) is Tensor and first.ndim > 2 and first.is_floating_point():
+        return shape_of(first)  # as nearly always
+    return shape_of(next((one for _, one in inputs_of(call) if one.ndim > 2), None))
 
 
 def are_windows(batch: int, queries: int, shapes: Sequence[tuple[int, ...]]) -> bool:
@@ -128,20 +140,21 @@ def are_given_the_same(calls: Sequence[ModuleCall], others: Sequence[ModuleCall]
             continue
         is_like = (
             type(one.module) is type(other.module)
-            and not hasattr(one.module, "window_size")
+            and "window_size" not in vars(one.module)
+            and not hasattr(type(one.module), "window_size")
             and len(one.args) == len(other.args)
-            and one.kwargs.keys() == other.kwargs.keys()
-            and all(map(_is_same_but_tokens, one.args, other.args))
-            and all(map(_is_same_but_tokens, one.kwargs.values(), other.kwargs.values()))
+            and [*one.kwargs] == [*other.kwargs]
         )
         if not is_like:
             return False
+        pairs = (*zip(one.args, other.args, strict=True), *zip(one.kwargs.values(), other.kwargs.values(), strict=True))
+        for value, others in pairs:
+            if value is not others and not _is_same_but_tokens(value, others):
+                return False
     return True
 
 
 def _is_same_but_tokens(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
     return (
         isinstance(one, Tensor)
         and isinstance(other, Tensor)
@@ -165,15 +178,10 @@ def packed_groups(call: ModuleCall, query: Tensor, key: Tensor) -> int:
     if query.ndim != 4:
         return 1
     groups = getattr(call.module, "num_key_value_groups", 1)
+    if not isinstance(groups, int) or groups < 2 or query.shape[1] != key.shape[1] or query.shape[2] != groups:
+        return 1
     heads = getattr(getattr(call.module, "config", None), "num_attention_heads", None)
-    is_packed = (
-        isinstance(groups, int)
-        and groups > 1
-        and query.shape[1] == key.shape[1]
-        and query.shape[2] == groups
-        and heads == query.shape[1] * groups
-    )
-    return groups if is_packed else 1
+    return groups if heads == query.shape[1] * groups else 1
 
 
 def arguments_named(calls: Sequence[ModuleCall], name: str) -> list[Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +57,7 @@ class Observer(Protocol):
 class _Here(threading.local):
     def __init__(self) -> None:
         self.observers: list[weakref.ref[Any]] = []
+        self.hidden = 0
 
 
 _here = _Here()
@@ -96,6 +97,11 @@ def end(observer: Observer) -> None:
         _switch(False)
 
 
+def hide(more: int) -> None:
+    """Tell no observer of this thread's operators, from 1 to -1: what a recording computes is of no other's model."""
+    _here.hidden += more
+
+
 def _switch(is_on: bool) -> None:
     key: Any = getattr(torch._C.DispatchKey, _KEY)
     torch._C._dispatch_tls_set_dispatch_key_excluded(key, not is_on)
@@ -127,14 +133,19 @@ def _observed(name: str, operator: Any, own: Any) -> Callable[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(own):
-            told = [observer for known in _here.observers if (observer := known()) is not None]
-            needs_sums = any(observer.needs_sums for observer in told)
+            told = [one for known in _here.observers if (one := known()) is not None and not _here.hidden]
+            needs_sums = [observer for observer in told if observer.needs_sums]
             sums = LogSums() if needs_sums and LogSums.may_see(operator, *args[:1], **kwargs) else None
-            with torch._C.DisableTorchFunction(), nullcontext() if sums is None else sums:  # modes saw the function
-                output = operator(*args, **kwargs)
+            with torch._C.DisableTorchFunction():  # modes saw the function
+                if sums is None:
+                    output = operator(*args, **kwargs)
+                else:
+                    with sums:
+                        output = operator(*args, **kwargs)
+            # Behind query, key and value by their names, as they are passed.
+            named = dict(zip(names, args[3:], strict=False)) | kwargs if len(args) > 3 else kwargs
             for observer in told:
-                named = dict(zip(names, args[3:], strict=False))  # behind query, key and value, as they are passed
-                observer.see_operator(name, args[:3], named | kwargs, output, sums)
+                observer.see_operator(name, args[:3], named, output, sums)
         return output
 
     return run

@@ -19,6 +19,7 @@ there one where calls are joined to one attention, or where a map was made of an
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -260,12 +261,14 @@ class _Forms:
     def of(self, value: Any) -> Any:
         """What an argument is. Two have the same form if the code may take them for the same."""
         kind = type(value)
+        if kind in _SIMPLE:
+            return kind, value
         if isinstance(value, Tensor):
-            self.sizes.extend(() if value.is_nested else value.shape)
-            dtype = value.dtype
+            is_nested, dtype = value.is_nested, value.dtype
+            self.sizes.extend(() if is_nested else value.shape)
             number = self._known.setdefault(id(value), len(self._known))
-            return kind, value.is_nested, dtype.is_floating_point or dtype, value.ndim, number
-        if kind in _SIMPLE or isinstance(value, _VALUES):
+            return kind, is_nested, dtype.is_floating_point or dtype, value.ndim, number
+        if isinstance(value, _VALUES):
             return kind, value
         if isinstance(value, tuple):
             return kind, *map(self.of, value)
@@ -336,7 +339,7 @@ def _fits(step: Step, args: Any, call: ModuleCall) -> bool:
 
 
 def _agree(known: Sequence[int | None], sizes: Sequence[int]) -> bool:
-    return all(one is None or one == size for one, size in zip(known, sizes, strict=True))
+    return not [one for one, size in zip(known, sizes, strict=True) if one != size and one is not None]
 
 
 def _common(
@@ -402,20 +405,16 @@ class _States:
         return not has_global_hooks() and self._number() == self._numbers
 
     def _number(self) -> list[int]:
-        numbers = list[int]()
-        for known in self._watched:
-            module = known()
-            if module is None:
-                return []
-            numbers.append(id(type(module)))
-            numbers += map(id, vars(module).values())
-            if module._modules:
-                numbers += map(id, module._modules.values())
-        for cls in self._classes:
-            numbers += map(id, vars(cls() or object).values())
+        modules = [module for known in self._watched if (module := known()) is not None]
+        if len(modules) < len(self._watched):
+            return []
+        classes = [cls for known in self._classes if (cls := known()) is not None]
+        holders: list[Any] = [*map(vars, modules), *map(vars, classes), *[one for m in modules if (one := m._modules)]]
+        numbers = [id(type(module)) for module in modules]
+        numbers += map(id, itertools.chain.from_iterable([holder.values() for holder in holders]))
         for known in self._leaves:
             module = known()
-            numbers.append(0 if module is None else len(vars(module)))  # it may get a forward of its own
+            numbers.append(0 if module is None else len(module.__dict__))  # it may get a forward of its own
         for known, name in self._with_settings:
             module = known()
             numbers += () if module is None else map(id, _settings(vars(module).get(name)))

@@ -12,8 +12,8 @@ import threading
 import weakref
 from _thread import get_ident
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
@@ -126,6 +126,7 @@ class Watch:
         record: called with each attention call that is seen; returns a copy of what is to be kept, or None.
         file: called with the path of the module and that copy once it is known which axes are heads, in the order of
             the calls.
+        end_pass: called behind each call of the outermost module.
         warn: called with what is not recorded and why; it raises no error, for the model would see it.
         recorded: returns what says which calls are recorded; a plan holds as long as it returns the same.
     """
@@ -135,6 +136,7 @@ class Watch:
         model: nn.Module,
         record: Callable[[AttentionCall], Copy | None],
         file: File,
+        end_pass: Callable[[], None],
         warn: Callable[[str, Section], None],
         recorded: Callable[[], Any] = lambda: None,
     ) -> None:
@@ -149,9 +151,10 @@ class Watch:
         """Whether a module of the model has been called."""
         self.needs_sums = False
         """Whether `FusedCall.log_sums` is of use."""
-        self._record, self._file, self._warn = record, file, warn
+        self._record, self._file, self._end_pass, self._warn = record, file, end_pass, warn
         self._thread = _Thread()
         self._mode = Mode(self)
+        self._have_run = set[str]()  # the paths of modules that were called
         self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
         self._called_unseen: dict[str, str] = {}  # the classes of modules that called what may attend, by their paths
         self._without_keys: set[str] = set()  # the paths of modules that made weights of something else than scores
@@ -163,11 +166,13 @@ class Watch:
         self._attending = weakref.WeakSet[nn.Module]()  # layers that were taken for some in which nothing attends
         self._uncompiled = Uncompiled()
         self._has_ended = False
-        self._plans, self._recorded = plans_of(model), recorded
+        self._plans, self._selection = plans_of(model), recorded
         mark_reruns()
         self._outermost: dict[int, nn.Module] = {}  # whose calls are under way, by their threads
         self._handles: list[Any] = []
         self._watched: list[weakref.ref[nn.Module]] = []
+        # torch asks in these alone whether there is autocast for any device, such as that of the key of the operators.
+        self._sees_operators = not any(isinstance(module, nn.RNNBase) for _, module in modules)
         scripted, by_token = [], dict[nn.Module, bool]()
         for path, module in modules:
             if isinstance(module, torch.jit.ScriptModule):
@@ -294,9 +299,9 @@ class Watch:
     def _enter(self, thread: _Thread, call: ModuleCall) -> None:
         """Begin what belongs to the outermost call: a plan, or else the mode."""
         with self._unharmed([call]), torch._C.DisableTorchFunction():
-            if operators.are_seen() and _len_torch_function_stack() == 0:
+            if self._sees_operators and operators.are_seen() and _len_torch_function_stack() == 0:
                 modules = [module for known in self._watched if (module := known()) is not None]
-                thread.current = self._plans.begin(call, modules, self._recorded())
+                thread.current = self._plans.begin(call, modules, self._selection())
                 thread.is_planned = thread.current.is_planned
                 operators.begin(self)
         if not thread.is_planned:
@@ -311,8 +316,8 @@ class Watch:
         if thread.is_planned and len(thread.calls) > 1 and not thread.pending:
             thread.shapes.pop(id(thread.calls.pop()), None)
             thread.gaps.pop()
-            if is_called_attention(type(module).__qualname__):
-                self._ran[path] = type(module).__qualname__
+            if path not in self._have_run:
+                self._note_run(path, module)
             return None
         call = thread.calls[-1]
         try:
@@ -320,7 +325,7 @@ class Watch:
             if thread.pending:
                 self._file_settled(len(thread.calls))
             current = thread.current
-            if len(thread.calls) == 1 and output is not None and current and current.recorded == self._recorded():
+            if len(thread.calls) == 1 and output is not None and current and current.recorded == self._selection():
                 with self._unharmed(), torch._C.DisableTorchFunction():
                     current.end()
         finally:
@@ -328,11 +333,16 @@ class Watch:
                 thread.calls.pop()
                 thread.gaps.pop()
             thread.shapes.pop(id(call), None)
-            if is_called_attention(type(module).__qualname__):
-                self._ran[path] = type(module).__qualname__
+            if path not in self._have_run:
+                self._note_run(path, module)
             if not thread.calls:
                 self._leave(thread)
         return None if output is None else as_native(call, output)
+
+    def _note_run(self, path: str, module: nn.Module) -> None:
+        self._have_run.add(path)
+        if is_called_attention(type(module).__qualname__):
+            self._ran[path] = type(module).__qualname__
 
     def _begin_layer(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the mode away while a layer runs in which nothing attends, where nothing else needs it."""
@@ -400,6 +410,18 @@ class Watch:
         thread.forget()
         if thread.is_watched and remove_mode(self._mode):
             thread.is_watched = False
+        with self._unharmed():
+            self._end_pass()
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What is computed within is none of the model's."""
+        self._thread.ours += 1
+        try:
+            with _aside():
+                yield
+        finally:
+            self._thread.ours -= 1
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of torch's functions, and take note of it if a module of the model calls it."""
@@ -510,12 +532,29 @@ class Watch:
         with self._unharmed():
             step = current.step(name, args, call)
         if name in KERNELS:
-            with self._unharmed():
-                self._see_fused(name, lambda: with_sums(KERNELS[name](output, *args, **kwargs), sums), step or UNKNOWN)
-            self._file_settled()
+            self._see_planned(name, lambda: with_sums(KERNELS[name](output, *args, **kwargs), sums), step or UNKNOWN)
         elif step is None and name not in operators.READS and (current.is_planned or name in operators.PRODUCTS):
             with self._unharmed():
                 self._tell_unforeseen(call if thread.layer is None else call._replace(module=thread.layer))
+
+    def _see_planned(self, name: str, describe: Callable[[], FusedCall], step: Step) -> None:
+        """Record a fused call where the mode does not look; at once, where nothing has to be waited for."""
+        thread = self._thread
+        if step.order is None or thread.pending:
+            with self._unharmed():
+                self._see_fused(name, describe, step)
+            self._file_settled()
+            return
+        copy = None
+        with _aside():
+            with self._unharmed():
+                seen = describe()
+                if is_recorded() and not self._is_unreal(seen.query):
+                    copy = self._recorded(self._call(step.origin, self._as_computed(seen), None))
+            if copy is not None:
+                output = Output(())
+                output.order = step.order
+                self._file_one(tuple(thread.calls), copy, output, name)
 
     def _tell_unforeseen(self, call: ModuleCall) -> None:
         if call.path not in self._unforeseen:
@@ -558,7 +597,10 @@ class Watch:
 
     def _refuse(self, calls: Sequence[ModuleCall], error: Exception) -> None:
         self._is_not_plain()
-        path = calls[-1].path if calls else ""
+        self.refuse(calls[-1].path if calls else "", error)
+
+    def refuse(self, path: str, error: Exception) -> None:
+        """Say once that an attention of a module is not recorded, for an error of ours."""
         if path not in self._refused:
             self._refused.add(path)
             self._warn(
@@ -575,15 +617,16 @@ class Watch:
         if self._is_refused(seen.query):
             return
         with _aside():
-            groups = 1 if seen.has_heads else packed_groups(calls[-1], seen.query, seen.key)
-            fused = in_four_axes(as_computed(seen), self._heads_of(seen.query), groups)
+            fused = self._as_computed(seen)
             provenance = self._thread.provenance
             origin = provenance.of_query_and_key(seen.query, seen.key, calls) if step is None else step.origin
             call = self._call(origin, fused, None)
             output = Output(seen.output.shape)
             if step is not None:
                 output.order = step.order
-            if seen.has_heads or groups > 1:  # the kernel, or the model's own way of calling it, tells them apart
+            if (
+                seen.has_heads or self._groups_of(seen) > 1
+            ):  # the kernel, or the model's own way of calling it, tells them apart
                 output.order = Order(tuple(fused.query.shape[:2]), (False, True))
             is_recorded = self._await(name, call, seen.output, output, is_followed=step is None)
             current = self._thread.current
@@ -591,6 +634,12 @@ class Watch:
                 current.found(name, calls, provenance.first_frame, origin, output if is_recorded else None)
             elif is_recorded and step is not None and not step.is_known:
                 self._is_not_planned()
+
+    def _as_computed(self, seen: FusedCall) -> FusedCall:
+        return in_four_axes(as_computed(seen), self._heads_of(seen.query), self._groups_of(seen))
+
+    def _groups_of(self, seen: FusedCall) -> int:
+        return 1 if seen.has_heads else packed_groups(self._thread.calls[-1], seen.query, seen.key)
 
     def _see_product(self, name: str, product: Product) -> None:
         weights, calls = product.weights, self._thread.calls
@@ -643,8 +692,7 @@ class Watch:
     ) -> bool:
         """Record a call, and file its map once the model has told its axes apart; whether it is recorded."""
         thread = self._thread
-        thread.count += 1
-        copy = self._record(call)
+        copy = self._recorded(call)
         if copy is None:
             return False
         if output.order is None and is_followed:
@@ -653,6 +701,10 @@ class Watch:
         if is_followed:
             thread.tracing.follow_output(returned, output, layout)
         return True
+
+    def _recorded(self, call: AttentionCall) -> Copy | None:
+        self._thread.count += 1
+        return self._record(call)
 
     def _file_settled(self, ending: int | None = None) -> None:
         """File the maps of calls whose axes are known, in order.
@@ -673,16 +725,23 @@ class Watch:
                 whole.settle_experts(getattr(first.calls[-1].module, "num_heads", None), given)
             whole = first.output.outermost
             thread.pending.popleft()
-            thread.filing = first.calls
-            try:
-                with _aside():
-                    keep = None
-                    with self._unharmed(first.calls):
-                        keep = self._file(first.calls[-1].path, self._copy_of(first), whole, first.kernel)
-                    if keep is not None:
-                        keep()  # which may call the user's own function
-            finally:
-                thread.filing = None
+            with _aside():
+                copy = None
+                with self._unharmed(first.calls):
+                    copy = self._copy_of(first)
+                if copy is not None:
+                    self._file_one(first.calls, copy, whole, first.kernel)
+
+    def _file_one(self, calls: tuple[ModuleCall, ...], copy: Copy, output: Output, kernel: str) -> None:
+        thread, keep = self._thread, None
+        thread.filing = calls
+        try:
+            with self._unharmed(calls):
+                keep = self._file(calls[-1].path, copy, output, kernel)
+            if keep is not None:
+                keep()  # which may call the user's own function
+        finally:
+            thread.filing = None
 
     def _copy_of(self, first: _Pending) -> Copy:
         """The copy of a call, with those of the calls that are one attention with it, which are not filed again."""
@@ -716,6 +775,10 @@ class Watch:
         if thread.gaps[-1] is not None:
             thread.gaps[-1] = None
             self._looked_through.add(path)
+        return self._is_unreal(example)
+
+    def _is_unreal(self, example: Tensor) -> bool:
+        path = self._thread.calls[-1].path
         if type(example) is Tensor and example.is_cpu and not example.is_nested and is_plain_torch(torch):
             self._attended.add(path)  # as nearly always
             return False
@@ -767,6 +830,7 @@ class _aside:
     __slots__ = ("_entered",)
 
     def __enter__(self) -> None:
+        operators.hide(1)
         self._entered: list[Any] = [torch._C.DisableTorchFunction()]
         self._entered[0].__enter__()
         for is_on, leave in _LEFT:
@@ -777,6 +841,7 @@ class _aside:
     def __exit__(self, *_: object) -> None:
         for entered in reversed(self._entered):
             entered.__exit__(None, None, None)
+        operators.hide(-1)
 
 
 # In this order: leaving inference mode brings gradients back.

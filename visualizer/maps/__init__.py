@@ -10,13 +10,14 @@ from .generated import generated_maps, is_generation
 from .gradients import Gradient
 from .joined import Block, Joined, JoinedGradient, Source, stitched_rows
 from .samples import Samples
-from .sources import Factors, Keys, Modifiers, Weights, may_be_autocast, without_autograd
+from .sources import Factors, HeadRows, Keys, Modifiers, Weights, may_be_autocast, without_autograd
 
 __all__ = [
     "AttentionMap",
     "Block",
     "Factors",
     "Gradient",
+    "HeadRows",
     "Joined",
     "JoinedGradient",
     "Keys",

@@ -17,6 +17,8 @@ from .sources import Factors, Keys, Weights, computed_in, slices, without_autogr
 
 CHUNK = 2**23
 """Bytes of the rows that are computed at a time by default: they stay in a processor's cache."""
+Told = Layout | Callable[[], Layout | None] | None
+"""A layout, or what reads it once somebody asks."""
 _SMALL_CHUNK = 2**20  # for dense maps on a CPU: results made of so few rows stay in the innermost cache
 
 
@@ -63,10 +65,7 @@ class AttentionMap:
     key_sample: Tensor | None = None
     """Of weights, a few numbers of each of the keys, (batch, 1, keys, numbers), if these were seen. By them
     `Maps.generated` knows the keys of an earlier step again; of a fused call, by the keys themselves."""
-    layout: Layout | None = None
-    """What the keys are: words, patches of a picture, special tokens, padding. None: not known."""
-    query_layout: Layout | None = None
-    """What the queries are; of self-attention the same as the keys."""
+    _layouts: tuple[Told, Told] = (None, None)
 
     def __init__(self, weights: Tensor | np.ndarray[Any, Any], *, path: str = "", kind: str | None = None) -> None:
         if isinstance(weights, np.ndarray):
@@ -213,9 +212,40 @@ class AttentionMap:
         made.layout = made.query_layout = replace(layout, windows=None)
         return made
 
+    @property
+    def layout(self) -> Layout | None:
+        """What the keys are: words, patches of a picture, special tokens, padding. None: not known."""
+        return self._read_layouts()[0]
+
+    @layout.setter
+    def layout(self, layout: Layout | None) -> None:
+        self._layouts = layout, self._layouts[1]
+
+    @property
+    def query_layout(self) -> Layout | None:
+        """What the queries are; of self-attention the same as the keys."""
+        return self._read_layouts()[1]
+
+    @query_layout.setter
+    def query_layout(self, layout: Layout | None) -> None:
+        self._layouts = self._layouts[0], layout
+
+    def tell_layouts(self, keys: Told, queries: Told) -> None:
+        """Say what keys and queries are, by a function if that is still to be read."""
+        self._layouts = keys, queries
+
+    def _read_layouts(self) -> tuple[Layout | None, Layout | None]:
+        keys, queries = (told() if callable(told) else told for told in self._layouts)
+        self._layouts = keys, queries
+        return keys, queries
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._read_layouts()  # functions are neither copied nor pickled
+        return vars(self)
+
     def described_as(self, other: AttentionMap) -> AttentionMap:
         """This map, with what is known of the tokens of another one of the same tokens."""
-        self.layout, self.query_layout = other.layout, other.query_layout
+        self._layouts = other._layouts
         return self
 
     @property

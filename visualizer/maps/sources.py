@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -137,7 +137,8 @@ class Keys:
     def part(self, begin: int, length: int) -> Tensor:
         """Some keys of each text."""
         if self.lanes is None:
-            return self.buffer[:, :, begin : begin + length]
+            whole = self.buffer
+            return whole if length == whole.shape[2] else whole[:, :, begin : begin + length]
         places = torch.arange(begin, begin + length, device=self.buffer.device)
         return self.buffer[self.lanes[:, begin : begin + length].long(), :, places].transpose(1, 2)
 
@@ -462,16 +463,15 @@ class Factors:
     @without_autograd
     def rows_of_head(self, image: int, head: int, queries: slice) -> Tensor:
         """The weights of some queries in the part that `of_head` gives: (heads, those queries, keys)."""
-        if self._bias is not None or self._modifiers is not _UNMODIFIED or (self._causal or 0) < 0:
-            return self.of_head(image, head).rows(queries)[0]
-        keys, dtype = self.key, computed_in(self.dtype)  # as nearly always, and much quicker
-        groups = self.shape[1] // keys.shape[1]
-        query = self._query[image, head * groups : (head + 1) * groups, queries].to(dtype) * self._scale
-        scores = torch.matmul(query, keys[image, head].to(dtype).mT)
-        if self._causal is not None:
-            for number in range(scores.shape[1]):
-                scores[:, number, queries.start + number + self._causal + 1 :] = -math.inf
-        return torch.softmax(scores, -1)
+        if self.is_plain:  # as nearly always, and much quicker
+            return HeadRows.of_several([HeadRows(self, image, head, queries)])[0]
+        return self.of_head(image, head).rows(queries)[0]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing changes the scores, or only a causal bound that leaves each query a key."""
+        is_bounded = self._causal is not None and self._causal < 0
+        return self._bias is None and self._modifiers is _UNMODIFIED and not is_bounded and not self.has_functions
 
     def of_sequences(self) -> list[Factors]:
         """Of each of the sequences that were packed into one, the same."""
@@ -562,3 +562,35 @@ class Factors:
         modifiers = Modifiers(**packed.get("modifiers", {}))
         keys, begin = Keys(packed["key"], packed.get("lanes")), packed.get("begin", 0)
         return cls(packed["query"], keys, length, scale, mask, causal, modifiers=modifiers, begin=begin)
+
+
+class HeadRows(NamedTuple):
+    """Some queries of one image or text in a plain map, and of the heads that share one key head."""
+
+    source: Factors
+    image: int
+    head: int
+    queries: slice
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What several must have in common for `of_several`."""
+        one, keys, count = self.source, self.source.keys.buffer.shape, self.queries.stop - self.queries.start
+        return one.shape[1], one.shape[3], keys[1], keys[3], count, one.dtype, one.device, one._scale
+
+    @staticmethod
+    def of_several(several: Sequence[HeadRows]) -> Tensor:
+        """Their weights, (several, heads, those queries, keys)."""
+        first = several[0].source
+        queries, keys = [], []
+        for source, image, head, chosen in several:
+            groups = source.shape[1] // source.keys.buffer.shape[1]
+            queries.append(source._query[image, head * groups : (head + 1) * groups, chosen])
+            keys.append(source.key[image, head])
+        query, key = (torch.stack(one).to(computed_in(first.dtype)) for one in (queries, keys))
+        scores = torch.matmul(query * first._scale, key.mT[:, None])
+        for place, (source, _, _, chosen) in enumerate(several):
+            if source._causal is not None:
+                for number, at in enumerate(range(chosen.start, chosen.stop)):
+                    scores[place, :, number, at + source._causal + 1 :] = -math.inf
+        return torch.softmax(scores, -1)
