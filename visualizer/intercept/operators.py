@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +57,7 @@ class Observer(Protocol):
 class _Here(threading.local):
     def __init__(self) -> None:
         self.observers: list[weakref.ref[Any]] = []
+        self.hidden = 0
 
 
 _here = _Here()
@@ -96,11 +97,9 @@ def end(observer: Observer) -> None:
         _switch(False)
 
 
-def unseen() -> Any:
-    """A context in which no observer is told of anything."""
-    if not _is_possible:
-        return nullcontext()
-    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _KEY)))
+def hide(more: int) -> None:
+    """Tell no observer of this thread's operators, from 1 to -1: what a recording computes is of no other's model."""
+    _here.hidden += more
 
 
 def _switch(is_on: bool) -> None:
@@ -134,7 +133,7 @@ def _observed(name: str, operator: Any, own: Any) -> Callable[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(own):
-            told = [observer for known in _here.observers if (observer := known()) is not None]
+            told = [one for known in _here.observers if (one := known()) is not None and not _here.hidden]
             needs_sums = [observer for observer in told if observer.needs_sums]
             sums = LogSums() if needs_sums and LogSums.may_see(operator, *args[:1], **kwargs) else None
             with torch._C.DisableTorchFunction():  # modes saw the function

@@ -12,8 +12,8 @@ import threading
 import weakref
 from _thread import get_ident
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
@@ -164,7 +164,7 @@ class Watch:
         self._attending = weakref.WeakSet[nn.Module]()  # layers that were taken for some in which nothing attends
         self._uncompiled = Uncompiled()
         self._has_ended = False
-        self._plans, self._recorded = plans_of(model), recorded
+        self._plans, self._selection = plans_of(model), recorded
         mark_reruns()
         self._outermost: dict[int, nn.Module] = {}  # whose calls are under way, by their threads
         self._handles: list[Any] = []
@@ -299,7 +299,7 @@ class Watch:
         with self._unharmed([call]), torch._C.DisableTorchFunction():
             if self._sees_operators and operators.are_seen() and _len_torch_function_stack() == 0:
                 modules = [module for known in self._watched if (module := known()) is not None]
-                thread.current = self._plans.begin(call, modules, self._recorded())
+                thread.current = self._plans.begin(call, modules, self._selection())
                 thread.is_planned = thread.current.is_planned
                 operators.begin(self)
         if not thread.is_planned:
@@ -323,7 +323,7 @@ class Watch:
             if thread.pending:
                 self._file_settled(len(thread.calls))
             current = thread.current
-            if len(thread.calls) == 1 and output is not None and current and current.recorded == self._recorded():
+            if len(thread.calls) == 1 and output is not None and current and current.recorded == self._selection():
                 with self._unharmed(), torch._C.DisableTorchFunction():
                     current.end()
         finally:
@@ -497,7 +497,7 @@ class Watch:
         """Take note of what a scripted function returned."""
         if self._thread.calls:
             self._is_not_plain()
-            with self._unharmed(), _aside():
+            with self._unharmed(), unseen():
                 self._thread.tracing.after_scripted(function, args, kwargs, result)
                 self._thread.provenance.note(function, args, kwargs, result, self._thread.calls)
 
@@ -534,7 +534,7 @@ class Watch:
             self._file_settled()
             return
         copy = None
-        with _aside():
+        with unseen():
             with self._unharmed():
                 seen = describe()
                 if is_recorded() and not self._is_unreal(seen.query):
@@ -571,7 +571,7 @@ class Watch:
         """Record a call of a function in Python that attends, in which nothing else was seen."""
         self._is_not_plain()
         with self._unharmed():
-            with _aside():
+            with unseen():
                 seen = describe()
             if isinstance(seen, SampledCall):
                 self._see_sampled(name, seen)
@@ -599,12 +599,12 @@ class Watch:
 
     def _see_fused(self, name: str, describe: Callable[[], FusedCall], step: Step | None = None) -> None:
         """Record a fused call; `step` has what is known of it where the mode does not look."""
-        with _aside():
+        with unseen():
             seen = describe()
         calls = self._thread.calls
         if self._is_refused(seen.query):
             return
-        with _aside():
+        with unseen():
             fused = self._as_computed(seen)
             provenance = self._thread.provenance
             origin = provenance.of_query_and_key(seen.query, seen.key, calls) if step is None else step.origin
@@ -633,7 +633,7 @@ class Watch:
         self._is_not_plain()
         if self._is_refused(weights):
             return
-        with _aside():
+        with unseen():
             origin, sample = self._thread.provenance.of_weights(product.made_of, calls)
             call = replace(self._call(origin, product, self._heads_of(weights)), key_sample=sample)
             width = product.returned.shape[product.places.index(product.output.ndim - 1)]
@@ -649,7 +649,7 @@ class Watch:
         self._is_not_plain()
         if self._is_refused(weights):
             return
-        with _aside():
+        with unseen():
             provenance = self._thread.provenance
             origin = UNKNOWN.origin
             if self._thread.is_planned:
@@ -712,7 +712,7 @@ class Watch:
                 whole.settle_experts(getattr(first.calls[-1].module, "num_heads", None), given)
             whole = first.output.outermost
             thread.pending.popleft()
-            with _aside():
+            with unseen():
                 copy = None
                 with self._unharmed(first.calls):
                     copy = self._copy_of(first)
@@ -808,15 +808,8 @@ class _Unharmed:
         return True
 
 
-@contextmanager
-def unseen() -> Iterator[None]:
-    """What is computed within is of no model that is recorded."""
-    with _aside(), operators.unseen():
-        yield
-
-
-class _aside:
-    """What is computed within is seen by no mode, such as that of another recording, and has no graph.
+class unseen:
+    """What is computed within is seen by no recording and no other mode, and has no graph.
 
     Copies made in inference mode could not be worked on outside of it.
     """
@@ -824,6 +817,7 @@ class _aside:
     __slots__ = ("_entered",)
 
     def __enter__(self) -> None:
+        operators.hide(1)
         self._entered: list[Any] = [torch._C.DisableTorchFunction()]
         self._entered[0].__enter__()
         for is_on, leave in _LEFT:
@@ -834,6 +828,7 @@ class _aside:
     def __exit__(self, *_: object) -> None:
         for entered in reversed(self._entered):
             entered.__exit__(None, None, None)
+        operators.hide(-1)
 
 
 # In this order: leaving inference mode brings gradients back.
