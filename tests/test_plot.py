@@ -311,6 +311,8 @@ class TestRefusals:
             ),
             (lambda: plot.class_token(maps_of(17, 17), np.full((8, 8, 3), 9.0)), ValueError, ["9", "normalisation"]),
             (lambda: plot.class_token(maps_of(17, 17), "cat.jpg"), FileNotFoundError, ["cat.jpg"]),
+            (lambda: plot.head(maps_of(5, 5), vmax=0), ValueError, ["vmax=0", "vmin=0"]),
+            (lambda: plot.query(maps_of(17, 17), query=0, vmin=1, vmax=0.5), ValueError, ["vmax=0.5", "vmin=1"]),
             (lambda: plot.class_token(maps_of(17, 17), b"cat"), TypeError, ["bytes", "PIL", "path"]),
         ],
     )
