@@ -310,7 +310,10 @@ class TestRefusals:
                 ["(1, 3, 8, 8)", "image[0]"],
             ),
             (lambda: plot.class_token(maps_of(17, 17), np.full((8, 8, 3), 9.0)), ValueError, ["9", "normalisation"]),
-            (lambda: plot.class_token(maps_of(17, 17), "cat.jpg"), TypeError, ["str", "PIL"]),
+            (lambda: plot.class_token(maps_of(17, 17), "cat.jpg"), FileNotFoundError, ["cat.jpg"]),
+            (lambda: plot.head(maps_of(5, 5), vmax=0), ValueError, ["vmax=0", "vmin=0"]),
+            (lambda: plot.query(maps_of(17, 17), query=0, vmin=1, vmax=0.5), ValueError, ["vmax=0.5", "vmin=1"]),
+            (lambda: plot.class_token(maps_of(17, 17), b"cat"), TypeError, ["bytes", "PIL", "path"]),
         ],
     )
     @pytest.mark.filterwarnings("ignore:1 of 16 rows hold NaN:visualizer.VisualizerWarning")

@@ -197,3 +197,28 @@ def test_registers_of_one_layout_are_read_from_it():
     layout = Layout.picture((2, 3), ["CLS", "REG1"])
     ax = plot.overlay(np.arange(8.0), np.ones((20, 30, 3)), layout=layout)
     assert ["CLS\n0", "REG1\n1"] == [label.get_text() for label in ax.child_axes[0].get_xticklabels()]
+
+
+@pytest.mark.parametrize(
+    "style", ["classic", {"axes.grid": True, "image.interpolation": "bicubic", "image.origin": "lower"}]
+)
+def test_a_style_sheet_neither_blurs_a_matrix_nor_draws_lines_across_it(style):
+    with plt.style.context(style):
+        ax = plot.head(np.eye(5))
+        ax.figure.canvas.draw()
+    assert "antialiased" == ax.images[0].get_interpolation()
+    lines = [line for axis in (ax.xaxis, ax.yaxis) for line in axis.get_gridlines()]
+    assert lines
+    assert not any(line.get_visible() for line in lines)
+
+
+def test_tokens_are_counted_in_whole_numbers():
+    for ax in plot.heads(np.full((4, 17, 17), 1 / 17)).axes[:4]:
+        ax.figure.canvas.draw()
+        assert all(float(place).is_integer() for axis in (ax.xaxis, ax.yaxis) for place in axis.get_ticklocs())
+
+
+@pytest.mark.parametrize("ax", [3, "ax", np.array([None])], ids=repr)
+def test_what_is_no_axes_is_refused(ax):
+    with pytest.raises(TypeError, match=r"ax is a \w+: pass one Axes"):
+        plot.head(np.eye(3), ax=ax)

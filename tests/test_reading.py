@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -198,6 +199,15 @@ def test_gradients_of_fewer_axes_are_those_of_a_batch_of_one():
     torch.testing.assert_close(whole, analysis.relevance([weights.detach()], gradients=[weights.grad]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_a_sparse_map_is_read_with_its_zeros(layout):
+    weights = torch.eye(4).roll(1, 0)
+    with warnings.catch_warnings(action="ignore"):  # of torch, that CSR is in beta
+        sparse = getattr(weights, layout)()
+    torch.testing.assert_close(analysis.received(weights), analysis.received(sparse), rtol=0, atol=0)
+    np.testing.assert_array_equal(weights, plot.head(sparse).images[0].get_array())
+
+
 NO_MAPS = ["there are no attention maps here", 'attn_implementation="eager"', "visualizer.attention(model)"]
 
 
@@ -220,6 +230,11 @@ NO_MAPS = ["there are no attention maps here", 'attn_implementation="eager"', "v
         ([torch.zeros(1, 1, 1, 2, 2)], ValueError, ["layer 0 has the shape (1, 1, 1, 2, 2)"]),
         ([[np.eye(2), np.eye(2)]], ValueError, ["a list of 1 lists of maps", "generate()", "attentions[step]"]),
         ([[0.5, 0.5], [1.0]], ValueError, ["ragged"]),
+        (np.full((2, 2), 0.5j), TypeError, ["complex128", "real numbers"]),
+        (torch.full((2, 2), 0.5j), TypeError, ["torch.complex64", "real numbers"]),
+        (np.array([["a", "b"]]), TypeError, ["<U1", "real numbers"]),
+        (torch.zeros(2, 2, device="meta"), TypeError, ["on the meta device"]),
+        (np.ma.masked_less(np.eye(2), 0.5), TypeError, ["a masked array", "array.filled(0)"]),
         (
             {"a": [np.eye(2), np.eye(2)], "b": [np.eye(2)]},
             ValueError,

@@ -1,4 +1,4 @@
-"""The READMEs and the pages of docs keep their word: their Python runs, and what they point to is there."""
+"""The READMEs and the pages of docs keep their word: their Python runs, and what they say and point to is there."""
 
 import ast
 import importlib.util
@@ -33,6 +33,33 @@ def python_blocks(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def told(value: object, comment: str) -> None:
+    """Check what the comment behind an expression says of its value: its shape, how it prints, or the value itself."""
+    if comment.startswith("<"):
+        assert repr(value) == comment
+        return
+    text = re.match(r"\(\d+,(?: ?\d+,?)*\)|\[.*\](?=$|:)|'.*'$", comment)
+    try:
+        literal = ast.literal_eval(text[0]) if text else ...
+    except (SyntaxError, ValueError):  # such as [TopKey(token='cat', ...)]
+        literal = ...
+    if literal is not ...:
+        found = tuple(value.shape) if hasattr(value, "shape") else value
+        assert found == literal, f"{found}, and the comment says {comment}"
+
+
+def with_comments_checked(code: str) -> str:
+    """The code, on the same lines, where each expression that has a comment is handed to `told`."""
+    lines = code.splitlines()
+    for node in ast.parse(code).body:
+        line = lines[node.lineno - 1]
+        comment = line[node.end_col_offset :].strip()
+        if isinstance(node, ast.Expr) and node.lineno == node.end_lineno and comment.startswith("#"):
+            lines[node.lineno - 1] = f"told(({line[: node.end_col_offset]}), {comment[1:].strip()!r})"
+    assert not lines[0], "a page begins with its heading"
+    return "\n".join(["from test_readme import told", *lines[1:]]) + "\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUN)
 def test_python_blocks_run_in_order(name: str, tmp_path: Path) -> None:
@@ -41,7 +68,7 @@ def test_python_blocks_run_in_order(name: str, tmp_path: Path) -> None:
     code = python_blocks((ROOT / name).read_text(encoding="utf-8"))
     assert code.strip(), "no python block found"
     script = tmp_path / f"{Path(name).name}.py"
-    script.write_text(code, encoding="utf-8")
+    script.write_text(with_comments_checked(code), encoding="utf-8")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -59,11 +86,18 @@ def test_python_blocks_are_found_at_their_lines() -> None:
     assert python_blocks(text).splitlines() == ["", "", "x = 1", "", "", "", "", "", "y = 2", ""]
 
 
+def test_a_comment_that_is_wrong_is_found() -> None:
+    shape, printed = ("import numpy as np\nnp.ones((2, 3))  # (2, 3): rows", "print  # <built-in function print>")
+    right = f"\n{shape}, columns\n{printed}\n[1, 2]  # [1, 2]\n[1]  # [several]\n2  # (two)\n"
+    exec(with_comments_checked(right), {})
+    for was, wrong in (("# (2, 3)", "# (2, 4)"), ("function print>", "function>"), ("# [1, 2]", "# [1, 3]")):
+        with pytest.raises(AssertionError):
+            exec(with_comments_checked(right.replace(was, wrong)), {})
+
+
 @pytest.mark.parametrize("names", IN_TWO_LANGUAGES)
 def test_both_languages_have_the_same_python(names: tuple[str, str]) -> None:
     """Apart from the comments, and the words that a picture is labelled with."""
-    import ast
-
     trees = [ast.parse(python_blocks((ROOT / name).read_text(encoding="utf-8"))) for name in names]
     for tree in trees:
         for node in ast.walk(tree):

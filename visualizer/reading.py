@@ -66,6 +66,7 @@ def layers_in(attention: Any) -> Layers:
         sources, is_one = attention, False
         layers = [_with_four_axes(source, f"layer {number}") for number, source in enumerate(sources)]
     elif len(attention.shape) == 5:
+        attention = _dense_numbers(attention, "the input")
         sources, is_one = [attention], False
         layers = [attention[number] for number in range(attention.shape[0])]
     else:
@@ -153,6 +154,7 @@ def _layers_of_sequence(sequence: Any) -> Any:
 
 
 def _with_four_axes(layer: Any, name: str) -> Any:
+    layer = _dense_numbers(layer, name)
     missing = 4 - len(layer.shape)
     if not 0 <= missing <= 2:
         raise ValueError(
@@ -160,6 +162,23 @@ def _with_four_axes(layer: Any, name: str) -> Any:
             "five: (layers, batch, heads, queries, keys)"
         )
     return layer[(None,) * missing] if missing else layer
+
+
+def _dense_numbers(layer: Any, name: str) -> Any:
+    """The layer, without the blanks of a sparse tensor; TypeError where it has no real numbers to read."""
+    if _is_map(layer):
+        return layer
+    dtype, what = getattr(layer, "dtype", None), ""
+    if hasattr(layer, "detach"):
+        layer = layer.to_dense() if "sparse" in str(layer.layout) else layer
+        what = "a tensor on the meta device, which holds no numbers" if layer.is_meta else ""
+    elif isinstance(layer, np.ma.MaskedArray) and layer.mask.any():
+        what = "a masked array: pass its numbers, such as array.filled(0)"
+    if not what and (getattr(dtype, "kind", "f") in "cOSUmM" or "complex" in str(dtype)):
+        what = f"of {dtype}, and weights are real numbers"
+    if what:
+        raise TypeError(f"{name} is {what}")
+    return layer
 
 
 def _no_maps(got: str) -> ValueError:
@@ -192,6 +211,7 @@ def as_numbers(value: Any, name: str = "maps") -> Array:
     """
     if hasattr(value, "detach"):
         value = value.detach().cpu()
+        value = value.to_dense() if "sparse" in str(value.layout) else value
         if value.is_floating_point() and value.element_size() < 4:
             value = value.float()  # numpy has no bfloat16
     try:

@@ -43,9 +43,15 @@ _CELL = 256  # the largest side of a mosaic's cell, in pixels: 144 such cells ar
 
 
 def axes_of(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """The user's axes, or those of a new figure of (width, height) in inches."""
-    if ax is not None:
+    """The user's axes, or those of a new figure of (width, height) in inches. Raises TypeError for other objects."""
+    from matplotlib.axes import Axes
+
+    if isinstance(ax, Axes):
         return ax
+    if ax is not None:
+        raise TypeError(
+            f"ax is a {type(ax).__name__}: pass one Axes, such as figure.add_subplot(), or axes[0, 0] of many"
+        )
     from matplotlib import pyplot as plt
 
     # Not "constrained", which cuts off labels where one side of the axes depends on the other, as under a picture.
@@ -176,17 +182,31 @@ def _broken(text: str, room: float, size: float) -> str:
 def draw_image(
     ax: Axes, values: Array, *, aspect: float | Literal["auto", "equal"] = "equal", **options: Any
 ) -> AxesImage:
-    """Draw weights (rows, columns) or colours (rows, columns, 3), row 0 on top; options as in `Axes.imshow`."""
+    """Draw weights (rows, columns) or colours (rows, columns, 3), row 0 on top; options as in `Axes.imshow`.
+
+    A style sheet of the user's neither blurs it nor draws a grid across.
+    """
     from .artists import Picture
 
     # Means are those of weights, as a mean of colours leaves a sink dark.
-    image = Picture(ax, origin="upper", interpolation_stage="data", **options)
+    drawn: dict[str, Any] = {"interpolation": "antialiased", "interpolation_stage": "data"} | options
+    image = Picture(ax, origin="upper", **drawn)
     image.set_data(values)
     image.set_clip_path(ax.patch)
     image.set_extent(image.get_extent())  # the axes now end where the image does
     ax.set_aspect(aspect)
     ax.add_image(image)
+    ax.grid(False)
+    for axis in (ax.xaxis, ax.yaxis):
+        at_whole_numbers(axis)
     return image
+
+
+def at_whole_numbers(axis: Any) -> None:
+    """Put ticks at whole numbers alone: tokens, heads and layers are counted."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator("auto", integer=True, steps=(1, 2, 5, 10)))
 
 
 def shrunk(cell: Array, most: int = _CELL, *, keep_ratio: bool = False) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 from ..layout import layout_of
 from ..reading import Array, as_numbers
 from .canvas import (
+    at_whole_numbers,
     axes_of,
     colour_bar,
     draw_image,
@@ -102,20 +103,13 @@ def _dots(layers: Sequence[Array], label: str, ax: Axes | None) -> Axes:
     known = np.isfinite(y)
     ax = axes_of(ax, (6, 4))
     ax.scatter(x[known], y[known], s=18, color=_COLOURS[0], alpha=0.8, linewidths=0)
-    _at_whole_numbers(ax.xaxis)
+    at_whole_numbers(ax.xaxis)
     ax.set_xlim(-0.5, len(layers) - 0.5)
     if y[known].min() >= 0:
         ax.set_ylim(0, 1.05 * float(y[known].max()) or 1)
     ax.set_xlabel("network depth (layer)")
     ax.set_ylabel(label, parse_math=False)
     return ax
-
-
-def _at_whole_numbers(axis: Any) -> None:
-    """Put ticks at whole numbers alone: layers are counted."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def filters(components: Any, *, columns: int = 7, ax: Axes | None = None, title: str | None = None) -> Axes:
@@ -435,7 +429,7 @@ def _of_positions(means: Array, label: str, ax: Axes | None) -> Axes:
     scale = "log" if np.nanmin(shares) >= 0 and np.nanmax(shares) > 0 else "linear"
     image = ax.imshow(shares, aspect="auto", interpolation="none", norm=scale, cmap="viridis")
     ax.figure.colorbar(image, ax=ax).set_label(label, parse_math=False)
-    _at_whole_numbers(ax.yaxis)
+    at_whole_numbers(ax.yaxis)
     ax.set_xlabel("position")
     ax.set_ylabel("layer")
     return ax
@@ -452,7 +446,7 @@ def _of_names(means: Array, names: tuple[str, ...], label: str, title: str) -> F
     for ax, scores in zip(axes, means.transpose(2, 0, 1), strict=True):
         image = draw_image(ax, np.ma.masked_invalid(scores), norm=Normalize(low, high), cmap="viridis")
         ax.set(xlabel="head", ylabel="layer")
-        _at_whole_numbers(ax.yaxis)
+        at_whole_numbers(ax.yaxis)
     name_panels(axes, names)
     figure.colorbar(image, ax=axes).set_label(label, parse_math=False)
     write_title(figure, title)
