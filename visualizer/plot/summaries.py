@@ -329,7 +329,7 @@ def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) ->
     em = font_size() / 72
     wide = min(0.56 * em * max(map(len, labels.ravel().tolist())) + 0.1, 10 / heads)
     high = min(2.2 * em, 9 / count)
-    size = [max(1.5, wide * heads) + 12 * em, max(1.0, high * count) + 5 * em]
+    size = [max(1.5, wide * heads) + 12 * em, max(1.0, high * count + 5 * em, 1.8 * em * len(colours))]
     where: dict[str, Any] = {"bbox_to_anchor": (1.01, 1)}
     is_below = ax is None and size[0] > widest()
     if is_below:  # the table has the whole width
