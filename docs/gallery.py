@@ -21,7 +21,8 @@ def main() -> None:
             exec(code, names)
         else:
             figure = plt.gcf()
-            figure.savefig(PAGE.parent / picture, dpi=80, bbox_inches="tight")
+            dpi = 160 if figure.get_size_inches()[0] < 3.4 else 80  # small text is read on the screen too
+            figure.savefig(PAGE.parent / picture, dpi=dpi, bbox_inches="tight")
             plt.close(figure)
             print(picture)
 

@@ -222,3 +222,57 @@ def test_tokens_are_counted_in_whole_numbers():
 def test_what_is_no_axes_is_refused(ax):
     with pytest.raises(TypeError, match=r"ax is a \w+: pass one Axes"):
         plot.head(np.eye(3), ax=ax)
+
+
+LAYERS = maps_of(12, 1, 12, 10, 10)
+KINDS = [["previous", "special", "induction", "broad"] * 3] * 4
+
+
+class TestOneColumnOfAPaper:
+    @pytest.mark.parametrize(
+        "draw",
+        [
+            lambda: plot.heads(LAYERS, share=False, layer=3),
+            lambda: plot.layers(LAYERS, np.full((30, 30, 3), 0.5), query=0, head="mean", share=False),
+            lambda: plot.layers(LAYERS),
+            lambda: plot.rollout(LAYERS, np.full((30, 30, 3), 0.5)),
+            lambda: plot.query(LAYERS, np.full((30, 30, 3), 0.5), query=(2, 2)).figure,
+            lambda: plot.patterns(KINDS).figure,
+        ],
+        ids=["heads", "strip", "layers", "rollout", "query", "patterns"],
+    )
+    def test_the_styles_width_is_kept_and_no_text_is_cut_or_covered(self, draw):
+        with mpl.rc_context({"figure.figsize": (3.3, 2.5), "font.size": 7}):
+            figure = draw()
+            figure.canvas.draw()
+        assert 2.5 < figure.get_size_inches()[0] < 3.301
+        texts = [ax.title for ax in figure.axes] + [
+            figure._suptitle,
+            *(text for ax in figure.axes for text in ax.texts),
+        ]
+        texts += [axis.label for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]
+        seen = [text for text in texts if text is not None and text.get_text() and text.get_visible()]
+        boxes = [text.get_window_extent() for text in seen]
+        assert all(box.x0 > -1 and box.y0 > -1 for box in boxes)
+        assert all(box.x1 < figure.bbox.x1 + 1 and box.y1 < figure.bbox.y1 + 1 for box in boxes)
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+    def test_without_a_width_in_the_style_figures_have_their_own(self):
+        assert plot.layers(LAYERS).get_size_inches()[0] > 8
+
+    def test_texts_follow_a_figure_that_is_made_smaller_and_what_the_user_writes_stays(self):
+        ax = plot.query(LAYERS, np.full((30, 30, 3), 0.5), query=(2, 2))
+        figure = ax.figure
+        assert "\n" not in ax.get_title()
+        figure.set_size_inches(2.2, 2.2)
+        figure.canvas.draw()
+        assert ["query: patch (2, 2),", "layer 11,", "mean of 12 heads"] == ax.get_title().split("\n")
+        ax.set_title("my own, and long")
+        figure.canvas.draw()
+        assert "my own, and long" == ax.get_title()
+
+    def test_small_cells_have_first_letters_that_tell_the_patterns_apart(self):
+        _, ax = plt.subplots(figsize=(4.4, 3))
+        plot.patterns([["self", "special", "previous"] * 4] * 3, ax=ax)
+        assert {"se", "sp", "pr"} == {text.get_text() for text in ax.texts}
+        assert all(text.get_visible() for text in ax.texts)

@@ -189,7 +189,7 @@ class TestRollout:
         panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
         assert ["picture", "layer 4, mean of 3 heads", "rollout of 5 layers"] == [ax.get_title() for ax in panels]
         assert "query: CLS" == figure._suptitle.get_text()
-        bars = [ax.get_ylabel() for ax in figure.axes if ax not in panels]
+        bars = [ax.get_xlabel() for ax in figure.axes if ax not in panels]
         assert ["attention weight", "rollout"] == bars, "one each: their scales differ"
 
     @pytest.mark.parametrize("wrap", [list, torch.tensor, lambda maps: [AttentionMap(one) for one in maps]])

@@ -12,7 +12,7 @@ import numpy as np
 from ..images import picture_of
 from ..layout import layout_of
 from ..reading import Array
-from .canvas import LABEL, colour_bar, full_rows, mosaic, shrunk, write_title
+from .canvas import LABEL, colour_bar, font_size, full_rows, mosaic, new_figure, shrunk, widest, write_title
 from .look import Keywords, Look, OverPicture, exceeds, matrix_top, row_top, without_future
 from .matrices import matrices
 from .over_picture import blend_over, panels_over_picture
@@ -145,8 +145,6 @@ def _cells(maps: Array) -> Array:
 
 def _canvas(cells: Array, picture: Array | None, look: Look, share: bool, end: Callable[[Array], float]) -> Figure:
     """Cells (layers, heads, rows, columns) as one image, in colours up to `vmax` or else to the end of the weights."""
-    from matplotlib import pyplot as plt
-
     count, heads, high, wide = cells.shape
     if share:
         top, label = end(cells) if look.vmax is None else look.vmax, LABEL
@@ -155,9 +153,11 @@ def _canvas(cells: Array, picture: Array | None, look: Look, share: bool, end: C
         cells = cells / np.array(tops, cells.dtype)[..., None, None]
         top, label = 1.0, "attention weight, as a share of the map's own scale"
     ratio = high / wide if picture is None else picture.shape[0] / picture.shape[1]
+    line = 1.2 * font_size() / 72
     side = min(1.0, max(0.4, 11 / max(heads, count * ratio)))  # inches across
-    size = max(2.5, side * heads) + 1.7, max(2.0, side * ratio * count) + 0.9
-    figure = plt.figure(figsize=size, layout="compressed")
+    side = min(side, max(0.1, (widest() - 10 * line) / heads))
+    least = min(2.5, widest() - 10 * line), 8 * line
+    figure = new_figure(max(least[0], side * heads) + 10 * line, max(least[1], side * ratio * count) + 5 * line)
     ax = figure.add_subplot(xlabel="head", ylabel="layer")
     scale = look.matrix_scale(top) if end is matrix_top else look.scale(top, over_picture=picture is not None)
     if look.cbar:

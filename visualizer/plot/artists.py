@@ -1,4 +1,4 @@
-"""What matplotlib draws with and has no class of: images for screen and print, ticks with words that always fit.
+"""What matplotlib has no class of: images for screen and print, ticks and texts that fit a figure of any size.
 
 Imported where something is drawn, and not before: it imports matplotlib.
 """
@@ -6,11 +6,12 @@ Imported where something is drawn, and not before: it imports matplotlib.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.image import AxesImage
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import Locator
 from matplotlib.transforms import Affine2D, Transform
 
@@ -83,6 +84,50 @@ class Words(Locator):
     def tick_values(self, vmin: float, vmax: float) -> list[float]:
         """All places, whether they fit or not."""
         return list(self.places)
+
+
+class Roots(Locator):
+    """Ticks at round numbers from 0 whose square roots are about evenly spaced, so few that they do not overlap."""
+
+    def __call__(self) -> list[float]:
+        """The places; called whenever the figure is laid out or drawn."""
+        axis: Any = self.axis
+        letters = 1.6 if axis.axis_name == "y" else 4
+        room = letters * axis.get_major_ticks(1)[0].label1.get_fontsize() / max(1.0, length_of(axis))
+        return self.tick_values(0, axis.get_view_interval()[1], max(0.11, room))
+
+    def tick_values(self, vmin: float, vmax: float, apart: float = 0.11) -> list[float]:
+        """The places from 0 to `vmax` whose roots are more than a share `apart`."""
+        ticks = [0.0]
+        for power in range(-6, 1):
+            for digit in (1, 2, 5):
+                tick = digit * 10.0 ** (power + math.floor(math.log10(vmax)))
+                if tick <= vmax * 1.000001 and math.sqrt(tick / vmax) - math.sqrt(ticks[-1] / vmax) > apart:
+                    ticks.append(tick)
+        return ticks
+
+
+class Fitting(ConstrainedLayoutEngine):
+    """The layout of a figure whose texts are fitted to it again before each drawing, as a figure may change its size.
+
+    Its axes are "compressed": plain "constrained" cuts off labels where one side of the axes depends on the other, as
+    under a picture.
+    """
+
+    def __init__(self, bars_below: bool = False) -> None:
+        super().__init__(compress=True)
+        self.bars_below = bars_below
+        """Whether each panel has its own colour bar, below it."""
+        self.fits: list[Callable[[], bool]] = []
+        """Each fits one text, or some of one size, to its place and says whether it changed."""
+
+    def execute(self, fig: Any) -> None:
+        """Place the axes, fit the texts, and do both again if a text takes another room now."""
+        super().execute(fig)
+        for _ in range(2):  # a third time, a text could only go to and fro
+            changed = [fit() for fit in self.fits]
+            if any(changed):
+                super().execute(fig)
 
 
 def length_of(axis: Any) -> float:

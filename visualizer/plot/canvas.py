@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -43,7 +44,10 @@ _CELL = 256  # the largest side of a mosaic's cell, in pixels: 144 such cells ar
 
 
 def axes_of(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """The user's axes, or those of a new figure of (width, height) in inches. Raises TypeError for other objects."""
+    """The user's axes, or those of a new figure of (width, height) in inches, smaller where the style is narrower.
+
+    Raises TypeError for other objects.
+    """
     from matplotlib.axes import Axes
 
     if isinstance(ax, Axes):
@@ -52,20 +56,50 @@ def axes_of(ax: Axes | None, size: tuple[float, float]) -> Axes:
         raise TypeError(
             f"ax is a {type(ax).__name__}: pass one Axes, such as figure.add_subplot(), or axes[0, 0] of many"
         )
+    scale = min(1, widest() / size[0])
+    return new_figure(size[0] * scale, size[1] * scale).add_subplot()
+
+
+def new_figure(wide: float, high: float, *, bars_below: bool = False) -> Figure:
+    """An empty figure of that many inches, whose texts are fitted again whenever its size is another."""
     from matplotlib import pyplot as plt
 
-    # Not "constrained", which cuts off labels where one side of the axes depends on the other, as under a picture.
-    return plt.figure(figsize=size, layout="compressed").add_subplot()
+    from .artists import Fitting
+
+    return plt.figure(figsize=(wide, high), layout=Fitting(bars_below))
+
+
+def widest() -> float:
+    """How many inches wide a figure may be: as wide as `figure.figsize`, if the user's style has its own."""
+    import matplotlib as mpl
+
+    size = mpl.rcParams["figure.figsize"]
+    return math.inf if list(size) == list(mpl.rcParamsDefault["figure.figsize"]) else float(size[0])
+
+
+def keep_fitting(figure: Any, fit: Callable[[], bool]) -> None:
+    """Fit a text to its place: now, and whenever a figure of ours is laid out. `fit` says whether it changed it."""
+    from .artists import Fitting
+
+    fit()
+    engine = figure.get_layout_engine()
+    if isinstance(engine, Fitting):
+        engine.fits.append(fit)
 
 
 def full_rows(count: int, columns: int | None, wanted: int) -> int:
     """How many of that many panels stand in a row: `columns`, or else about as many as wanted, with all rows full.
+
+    In a narrow figure there are fewer, so that each has room for its name.
 
     >>> full_rows(7, None, 6), full_rows(24, None, 6)
     (4, 6)
     """
     if columns is not None and columns < 1:
         raise ValueError(f"columns={columns}: pass at least 1, or None for what suits {count} panels")
+    em = font_size() / 72
+    room = (widest() - 8 * em) / (7.5 * em)
+    wanted = max(1, int(min(wanted, room)))
     return min(count, columns or math.ceil(count / math.ceil(count / wanted)))
 
 
@@ -77,18 +111,22 @@ def panels(
     lines: int = 1,
     has_bar: bool = True,
     has_ticks: bool = False,
+    bars_below: bool = False,
 ) -> tuple[Figure, list[Axes]]:
     """A figure with that many panels of (width, height) in inches, each with so many lines above it.
 
-    Panels with ticks share both axes.
+    They are smaller where the style's figures are narrow. Panels with ticks share both axes. There is one colour bar on
+    the right, or, `bars_below`, room for one below each panel.
     """
-    from matplotlib import pyplot as plt
-
     rows = math.ceil(count / columns)
     line = 1.2 * font_size() / 72
-    wide = columns * (size[0] + 0.1) + has_bar * (0.4 + 4 * line) + has_ticks * 4 * line
-    high = rows * (size[1] + 0.08 + 1.1 * lines * line) + has_ticks * 3 * line + 2 * line
-    figure = plt.figure(figsize=(wide, high), layout="compressed")
+    beside = has_bar * (0.4 + 4 * line) + has_ticks * 4 * line
+    scale = min(1.0, ((widest() - beside) / columns - 0.1) / size[0])
+    if scale <= 0:
+        raise ValueError(f"{columns} columns do not fit on {widest():g} inches, the style's figure.figsize")
+    wide = columns * (size[0] * scale + 0.1) + beside
+    high = rows * (size[1] * scale + 0.08 + (1.1 * lines + 4 * bars_below) * line) + has_ticks * 3 * line + 2 * line
+    figure = new_figure(wide, high, bars_below=bars_below)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=has_ticks, sharey=has_ticks).ravel().tolist()
     for empty in axes[count:]:
         empty.set_axis_off()
@@ -97,9 +135,27 @@ def panels(
 
 def name_panels(axes: Sequence[Axes], names: Sequence[str], ends: Sequence[float] | None = None) -> None:
     """Write a name above each panel, and where its scale ends if it has one of its own."""
+    titles = []
     for number, (ax, name) in enumerate(zip(axes, names, strict=True)):
         text = name if ends is None else f"{name}\nto {ends[number]:.2g}"
-        ax.set_title(with_letters(text), fontsize="medium", parse_math=False, fontfamily=_fonts())
+        titles.append(ax.set_title(with_letters(text), fontsize="medium", parse_math=False, fontfamily=_fonts()))
+    texts = [title.get_text() for title in titles]
+    keep_fitting(axes[0].figure, functools.partial(_fit_names, titles, texts, font_size()))
+
+
+def _fit_names(titles: Sequence[Any], texts: Sequence[str], size: float) -> bool:
+    """Break the names of panels after commas where they are wider than these, and write them all smaller if need be."""
+    was = [(title.get_text(), title.get_fontsize()) for title in titles]
+    room = 1.06 * min(title.axes.get_window_extent().width / title.figure.dpi * 72 for title in titles)
+    names = [
+        "\n".join(_broken(line, room, size) for line in text.split("\n")) if _plain(text) == _plain(shown) else shown
+        for text, (shown, _) in zip(texts, was, strict=True)
+    ]
+    longest = max(width_of(line) for name in names for line in name.split("\n"))
+    size = min(size, max(0.7 * size, room / max(1.0, longest)))
+    for title, name in zip(titles, names, strict=True):
+        title.set(text=name, fontsize=size)
+    return was != [(title.get_text(), title.get_fontsize()) for title in titles]
 
 
 def panel_size(size: tuple[int, ...], side: float) -> tuple[float, float]:
@@ -112,48 +168,66 @@ def panel_size(size: tuple[int, ...], side: float) -> tuple[float, float]:
 
 
 def colour_bar(figure: Any, image: Any, where: Any, is_cut: bool, label: str = LABEL) -> None:
-    """Draw a colour bar beside some axes, pointed where weights lie past its end."""
-    from matplotlib.colors import PowerNorm
+    """Draw a colour bar beside some axes, or below them if the figure has its bars there.
 
-    aspect = max(20.0, 4.5 * getattr(figure, "figure", figure).get_size_inches()[1])  # not broader on a high figure
-    pad = {"pad": 0.03} if isinstance(where, Sequence) else {}  # of many panels a twentieth of the width is too far
-    bar = figure.colorbar(image, ax=where, extend="max" if is_cut else "neither", shrink=0.9, aspect=aspect, **pad)
+    It is pointed where weights lie past its end.
+    """
+    from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    from .artists import Roots
+
+    # Not broader on a high figure.
+    aspect = max(20.0, 45 * getattr(figure, "figure", figure).get_size_inches()[1] / font_size())
+    options: dict[str, Any] = {"shrink": 0.9, "aspect": aspect, "extend": "max" if is_cut else "neither"}
+    if isinstance(where, Sequence):
+        options["pad"] = 0.03  # of many panels a twentieth of the width is too far
+    elif getattr(figure.get_layout_engine(), "bars_below", False):
+        options["location"] = "bottom"
+    bar = figure.colorbar(image, ax=where, **options)
     if isinstance(image.norm, PowerNorm):
         label += " (√ scale)"
-        ticks = _ticks_of_roots(image.get_clim()[1])
-        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        bar.set_ticks(Roots())
+        bar.long_axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         bar.minorticks_off()
     bar.set_label(label, parse_math=False)
+    is_beside = bar.long_axis.axis_name == "y"
+    if not is_beside and bar.long_axis.get_scale() == "linear":
+        bar.set_ticks(MaxNLocator(3))  # numbers that are long touch each other where matplotlib chooses how many
+    keep_fitting(figure, functools.partial(fit_label, bar.long_axis, label, whole_figure=is_beside))
 
 
-def _ticks_of_roots(top: float) -> list[float]:
-    """Round numbers from 0 to `top` whose square roots are about evenly spaced."""
-    ticks = [0.0]
-    for power in range(-6, 1):
-        for digit in (1, 2, 5):
-            tick = digit * 10.0 ** (power + math.floor(math.log10(top)))
-            if tick <= top * 1.000001 and math.sqrt(tick / top) - math.sqrt(ticks[-1] / top) > 0.11:
-                ticks.append(tick)
-    return ticks
+def fit_label(axis: Any, label: str, *, whole_figure: bool = False) -> bool:
+    """Break the label of an axis where it is longer than the axis, or than the whole figure is high."""
+    from .artists import length_of
+
+    room = axis.axes.figure.bbox.height / axis.axes.figure.dpi * 72 if whole_figure else 1.2 * length_of(axis)
+    return _rewrite(axis.label, label, _broken(label, room, axis.label.get_fontsize(), " "))
+
+
+def _rewrite(text: Any, written: str, new: str) -> bool:
+    """Write a text anew unless the user has written another; say whether it is another now."""
+    shown = text.get_text()
+    if _plain(shown) == _plain(written):
+        text.set_text(new)
+    return bool(text.get_text() != shown)
 
 
 def write_title(drawn: Any, title: str | None, default: str | None = None) -> None:
     """Write a title above axes or a figure: the user's, else the default, broken where it is wider, else none."""
+    text = default if title is None else title
+    if text is None:
+        return
     is_axes = hasattr(drawn, "set_title")
-    text = title
-    if title is None and default is not None:
-        text = _broken(default, *_room(drawn, is_axes))
-    if text is not None:
-        write = drawn.set_title if is_axes else drawn.suptitle
-        write(with_letters(text), parse_math=False, fontfamily=_fonts())
+    text = with_letters(text)
+    written = (drawn.set_title if is_axes else drawn.suptitle)(text, parse_math=False, fontfamily=_fonts())
+    if title is None:
+        keep_fitting(drawn.figure if is_axes else drawn, functools.partial(_fit_title, written, drawn, text))
 
 
-def _room(drawn: Any, is_axes: bool) -> tuple[float, float]:
-    """How wide a title may be, in points, and the size of its font."""
-    import matplotlib as mpl
-    from matplotlib.font_manager import FontProperties
-
-    size = FontProperties(size=mpl.rcParams["axes.titlesize" if is_axes else "figure.titlesize"]).get_size_in_points()
+def _fit_title(written: Any, drawn: Any, text: str) -> bool:
+    """Break a title where it is wider than its axes, if others are beside them, or than the figure."""
+    is_axes = hasattr(drawn, "set_title")
     figure = drawn.figure if is_axes else drawn
     whole = figure.bbox
     others = [ax for ax in figure.axes if ax is not drawn and ax.get_label() != "<colorbar>"]
@@ -162,21 +236,31 @@ def _room(drawn: Any, is_axes: bool) -> tuple[float, float]:
     else:
         middle = drawn.get_window_extent() if is_axes else whole
         wide = min(middle.x0 + middle.x1 - 2 * whole.x0, 2 * whole.x1 - middle.x0 - middle.x1)
-    return float(wide / figure.dpi * 72), size
+    return _rewrite(written, text, _broken(text, float(wide / figure.dpi * 72), written.get_fontsize()))
 
 
-def _broken(text: str, room: float, size: float) -> str:
-    """The text with a line break in place of the space after a comma, wherever a line would be wider than the room."""
+def _broken(text: str, room: float, size: float, gap: str = ", ") -> str:
+    """The text with a line break for the space of a gap, wherever a line would be wider than the room, in points."""
     lines = [""]
-    for part in text.split(", "):
-        longer = f"{lines[-1]}, {part}" if lines[-1] else part
-        # Letters of DejaVu Sans, which matplotlib brings, are 0.58 of its size wide in the mean.
-        if lines[-1] and sum(1.0 if ord(letter) > 0x2E80 else 0.58 for letter in longer) * size > room:
-            lines[-1] += ","
+    for part in re.split(gap + r"(?![^(]*\))", text):  # "(2, 1)" stays whole
+        longer = f"{lines[-1]}{gap}{part}" if lines[-1] else part
+        if lines[-1] and width_of(longer) * size > room:
+            lines[-1] += gap.rstrip()
             lines.append(part)
         else:
             lines[-1] = longer
     return "\n".join(lines)
+
+
+def width_of(line: str) -> float:
+    """About how wide a line is, in units of its font's size."""
+    # Letters of DejaVu Sans, which matplotlib brings, are 0.58 of its size wide in the mean.
+    return sum(1.0 if ord(letter) > 0x2E80 else 0.58 for letter in line)
+
+
+def _plain(text: str) -> str:
+    """A text as it is without line breaks."""
+    return text.replace("\n", " ")
 
 
 def draw_image(

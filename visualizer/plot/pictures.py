@@ -209,10 +209,12 @@ def rollout(
     behind = layout.on(picture)
     width, height = panel_size(sheet_size(layout, behind), 2.6)
     count = 2 + (picture is not None)
-    figure, axes_drawn = panels(count, count, (width + 0.5 * look.cbar, height + 0.4), has_bar=False)
+    figure, axes_drawn = panels(count, count, (width, 1.08 * height), lines=3, has_bar=False, bars_below=look.cbar)
     if behind is not None:
         draw_image(axes_drawn[0], behind)
         axes_drawn[0].set(xticks=[], yticks=[])
+    for ax in axes_drawn:
+        ax.set_anchor("N")  # the photograph has no bar below it, and stays beside the others
     source = ", ".join(filter(None, (f"layer {len(layers) - 1}", head_words(layers[-1], heads))))
     titles = (source, f"rollout of {len(layers)} layers")
     for ax, weights, place, label in zip(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,14 +17,18 @@ from .canvas import (
     axes_of,
     colour_bar,
     draw_image,
+    fit_label,
     font_size,
     full_rows,
+    keep_fitting,
     label_ticks,
     lay_out,
     mosaic,
     name_panels,
     panel_size,
     panels,
+    widest,
+    width_of,
     write_title,
 )
 from .look import Colours, Keywords, Scale, exceeds
@@ -252,7 +257,9 @@ def spikes(
         image = draw_image(ax, block, cmap=scale.cmap, norm=scale.norm)
         ax.set(xticks=[], yticks=[])
         if len(maps) > 1 and number % columns == 0:
-            ax.set_ylabel(list(maps)[number // columns], parse_math=False)
+            name = list(maps)[number // columns]
+            ax.set_ylabel(name, parse_math=False)
+            keep_fitting(figure, functools.partial(fit_label, ax.yaxis, name))
     if look.cbar:
         colour_bar(figure, image, axes, highest > top, "firing rate")
     write_title(figure, look.title)
@@ -287,6 +294,8 @@ def _blocks(name: Any, values: Any, grid: tuple[int, int] | None) -> list[Array]
 def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) -> Axes:
     """The pattern of each head, in a table of layers x heads: a colour and a name for each pattern, with a legend.
 
+    Where the cells are small, as in one column of a paper, they have the first letters of the names.
+
     >>> ax = patterns([["previous", "broad"], ["special", "induction"]])
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
     ['previous (1)', 'special (1)', 'induction (1)', 'broad (1)']
@@ -299,6 +308,7 @@ def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) ->
     """
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
+    from matplotlib.transforms import ScaledTranslation
 
     labels = np.asarray(getattr(found, "labels", found))
     if labels.ndim != 2 or not labels.size or labels.dtype.kind not in "UO":
@@ -313,7 +323,16 @@ def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) ->
     em = font_size() / 72
     wide = min(0.56 * em * max(map(len, labels.ravel().tolist())) + 0.1, 10 / heads)
     high = min(2.2 * em, 9 / count)
-    ax = axes_of(ax, (max(1.5, wide * heads) + 12 * em, max(1.0, high * count) + 5 * em))
+    size = [max(1.5, wide * heads) + 12 * em, max(1.0, high * count + 5 * em, 1.8 * em * len(colours))]
+    where: dict[str, Any] = {"bbox_to_anchor": (1.01, 1)}
+    is_below = ax is None and size[0] > widest()
+    if is_below:  # the table has the whole width
+        each = max(1, int((widest() - 5 * em) / (10 * em)))
+        size = [widest(), size[1] + 1.5 * em * math.ceil(len(colours) / each)]
+    ax = axes_of(ax, (size[0], size[1]))
+    if is_below:
+        under = ax.transAxes + ScaledTranslation(0, -3.5 * em, ax.figure.dpi_scale_trans)
+        where = {"bbox_to_anchor": (0, 0), "bbox_transform": under, "ncols": each}
     draw_image(
         ax,
         np.array([[to_rgb(colours[label]) for label in row] for row in labels]),
@@ -330,7 +349,7 @@ def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) ->
         Patch(color=colour, label=f"{label or 'none'} ({int((labels == label).sum())})")
         for label, colour in colours.items()
     ]
-    ax.legend(handles=entries, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0)
+    ax.legend(handles=entries, loc="upper left", frameon=False, borderaxespad=0, **where)
     write_title(ax, title)
     label_ticks(ax, [str(number) for number in range(count)], [str(number) for number in range(heads)], turned=False)
     _write_in_cells(ax, labels, colours)
@@ -351,23 +370,33 @@ def _colours_of(labels: Sequence[str]) -> dict[str, str]:
 
 
 def _write_in_cells(ax: Axes, labels: Any, colours: Mapping[str, str]) -> None:
-    """Write each cell's label, if the longest label is readable in its cell."""
+    """Write each cell's label, or its first letters, as large as fits."""
     from matplotlib.colors import to_rgb
 
-    lay_out(ax.figure)
-    box = ax.get_window_extent()
-    points = 72 / ax.figure.dpi
-    count, heads = labels.shape
-    longest = max(map(len, labels.ravel().tolist()))
-    room = min(0.7 * box.height * points / count, 0.95 * box.width * points / heads / (0.6 * max(1, longest)))
-    if room < 0.6 * font_size():
-        return
-    for row, column in np.ndindex(count, heads):
+    texts = []
+    for row, column in np.ndindex(labels.shape):
         label = labels[row, column]
         luminance = float(np.dot(to_rgb(colours[label]), [0.299, 0.587, 0.114]))
-        text = ax.text(column, row, label, ha="center", va="center", fontsize=min(0.9 * font_size(), room))
         ink = "0.35" if label in _NONE else "white" if luminance < 0.5 else "black"
-        text.set(parse_math=False, color=ink)
+        texts.append(ax.text(column, row, label, ha="center", va="center", parse_math=False, color=ink))
+        texts[-1].set_in_layout(False)
+    lay_out(ax.figure)
+    keep_fitting(ax.figure, functools.partial(_fit_cells, ax, labels, texts, font_size()))
+
+
+def _fit_cells(ax: Axes, labels: Any, texts: Sequence[Any], medium: float) -> bool:
+    """Write the labels in their cells: whole, or else as few first letters as tell them apart, or else not at all."""
+    box = ax.get_window_extent()
+    high, wide = (side * 72 / ax.figure.dpi for side in (box.height / labels.shape[0], box.width / labels.shape[1]))
+    names = sorted(set(labels.ravel().tolist()))
+    length = next(count for count in range(2, 99) if len({name[:count] for name in names}) == len(names))
+    for short in ({name: name for name in names}, {name: name[:length] for name in names}):
+        size = min(0.9 * medium, 0.7 * high, 0.95 * wide / max(0.6, *map(width_of, short.values())))
+        if size >= 0.6 * medium:
+            break
+    for text, label in zip(texts, labels.ravel().tolist(), strict=True):
+        text.set(text=short[label], fontsize=size, visible=size >= 0.6 * medium)
+    return False  # the axes stay as they are
 
 
 def statistic(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..reading import as_numbers
-from .canvas import lay_out, name_panels, panel_size, panels, write_title
+from .canvas import full_rows, lay_out, name_panels, panel_size, panels, write_title
 from .pictures import overlay
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def words(
     negative: bool = False,
     frame: int | None = None,
     sinks: Literal["keep", "remove"] = "keep",
-    columns: int = 4,
+    columns: int | None = None,
     ax: Axes | None = None,
     smooth: bool = True,
     style: Literal["overlay", "mask"] = "overlay",
@@ -52,7 +52,7 @@ def words(
         image: the picture that the model read or made; None: the weights alone.
         picture, layer, head, step, sample, negative, sinks: as in `WordMaps.of`. Sinks that were removed are hatched.
         frame: which frame of a video; None: the mean of all.
-        columns: how many panels stand in a row.
+        columns: how many panels stand in a row; None: up to four.
         ax: where to draw one word; None: on a new figure.
         smooth, style, cmap, cbar: as in `query`.
         title: None: the word and the layer.
@@ -91,7 +91,8 @@ def words(
         raise ValueError("ax= takes one word; several have a figure of their own")
     heat = maps.of(words[0], **options)
     size = panel_size(heat.shape[-2:] if image is None else np.asarray(image).shape[:2], 2.2)
-    figure, axes = panels(len(words), min(columns, len(words)), (size[0] + 0.8 * cbar, size[1]), has_bar=False)
+    columns = full_rows(len(words), columns, 4)
+    figure, axes = panels(len(words), columns, size, has_bar=False, bars_below=cbar)
     for word, one in zip(words, axes, strict=True):
         draw(word, one)
     name_panels(axes, [repr(word) for word in words])
