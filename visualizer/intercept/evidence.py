@@ -20,7 +20,7 @@ class Evidence:
     def __init__(self, rows: Tensor, values: Tensor, output: Tensor, size_of_scores: Callable[[], float]) -> None:
         self._gap = torch.matmul(rows, values.to(rows.dtype)).sub_(output)
         self._distance = torch.linalg.vector_norm(self._gap, math.inf)
-        self._largest = torch.linalg.vector_norm(values, math.inf)
+        self._largest = values.abs().amax()  # a norm takes ten times as long
         self._rows, self._output, self._size_of_scores = rows, output, size_of_scores
 
     def doubt(self) -> str | None:

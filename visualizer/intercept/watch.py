@@ -545,12 +545,13 @@ class Watch:
             fused = in_four_axes(as_computed(seen), self._heads_of(seen.query), groups)
             provenance = self._thread.provenance
             origin = provenance.of_query_and_key(seen.query, seen.key, calls) if step is None else step.origin
-            call = self._call(origin, fused, None)
             output = Output(seen.output.shape)
             if step is not None:
                 output.order = step.order
             if seen.has_heads or groups > 1:  # the kernel, or the model's own way of calling it, tells them apart
                 output.order = Order(tuple(fused.query.shape[:2]), (False, True))
+            is_first = not self._thread.pending and self._thread.filing is None
+            call = self._call(origin, fused, None, is_first and output.order is not None)
             is_recorded = self._await(name, call, seen.output, output, is_followed=step is None)
             current = self._thread.current
             if current is not None and step is None:
@@ -592,11 +593,10 @@ class Watch:
             layout = [output.layout[place] for place in sampled.places]
             self._await(name, call, sampled.returned, output, layout)
 
-    def _call(self, origin: Origin, computed: Any, heads: int | None) -> AttentionCall:
-        calls = self._thread.calls
-        return AttentionCall(
-            calls[-1].path, origin, shapes_of(calls, self._thread.shapes), computed, heads, self._thread.count
-        )
+    def _call(self, origin: Origin, computed: Any, heads: int | None, is_filed_at_once: bool = False) -> AttentionCall:
+        calls, count = self._thread.calls, self._thread.count
+        shapes = shapes_of(calls, self._thread.shapes)
+        return AttentionCall(calls[-1].path, origin, shapes, computed, heads, count, None, is_filed_at_once)
 
     def _await(
         self,
