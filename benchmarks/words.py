@@ -6,8 +6,8 @@
 
 Models are those of diffusers and transformers with random weights. Their layers are fewer and narrower than those of
 trained ones, which makes recording dearer beside the plain step. Twelve words are recorded. Each round runs a plain
-step and one with `word_maps`, one after the other; the figures are medians over the rounds, of processor time and of the
-clock. A step is the third of a picture; the first, in which each function is followed, has a column of its own. Memory
+step and one with `word_maps`, one after the other; the figures are medians over the rounds, of processor time and of
+the clock. A step is the third of a picture; the first, in which each function is followed, has a column of its own. Memory
 is the peak of a fresh process beside that of one with a plain run (Linux).
 """
 

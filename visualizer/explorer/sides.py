@@ -71,15 +71,15 @@ class Side:
             parts = [self.labels[start : start + factor] for start in range(0, self.size, factor)]
             labels = [part[0] if len(part) == 1 else f"{part[0]} … {part[-1]}" for part in parts]
             return Side(labels, [], pooled=factor), groups
-        groups, sizes = [np.arange(len(self.labels))], []
+        first, sizes, of_each = len(self.labels), list[tuple[int, int]](), [np.arange(len(self.labels))]
         for _, _, rows, columns in self.parts:
             row, column = np.divmod(np.arange(rows * columns), columns)
-            first = len(self.labels) + sum(map(math.prod, sizes))
             sizes.append((-(-rows // factor), -(-columns // factor)))
-            groups.append(first + row // factor * sizes[-1][1] + column // factor)
-        grid, parts = _sheet(sizes)
-        pictures = parts if self.pictures else ()
-        return Side(self.labels, self.special, grid, self.picture, factor, pictures), np.concatenate(groups)
+            of_each.append(first + row // factor * sizes[-1][1] + column // factor)
+            first += math.prod(sizes[-1])
+        grid, places = _sheet(sizes)
+        pictures = places if self.pictures else ()
+        return Side(self.labels, self.special, grid, self.picture, factor, pictures), np.concatenate(of_each)
 
 
 def _sheet(grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], tuple[Part, ...]]:
