@@ -4,11 +4,11 @@
     python benchmarks/words.py flux wan         # of these alone
     python benchmarks/words.py generate         # LLaVA: time and memory of a generate
 
-Models are those of diffusers and transformers with random weights. Their layers are fewer and narrower than those of
-trained ones, which makes recording dearer beside the plain step. Twelve words are recorded. Each round runs a plain
-step and one with `word_maps`, one after the other; the figures are medians over the rounds, of processor time and of
-the clock. A step is the third of a picture; the first, in which each function is followed, has a column of its own. Memory
-is the peak of a fresh process beside that of one with a plain run (Linux).
+Models are those of diffusers and transformers with random weights. Their layers are fewer and narrower than those
+of trained ones, which makes recording dearer beside the plain step. Twelve words are recorded. Each round runs a
+plain step and one with `word_maps`, one after the other; the figures are medians over the rounds, of processor time
+and of the clock. A step is the third of a picture; the first, in which each function is followed, has a column of
+its own. Memory is the peak of a fresh process beside that of one with a plain run (Linux).
 """
 
 from __future__ import annotations
