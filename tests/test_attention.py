@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention as by_another_name
 from visualizer import AttentionMap, UnknownKeyError, VisualizerWarning, attention, load
 from visualizer.intercept import evidence, kernels, snapshots
 from visualizer.intercept.modules import works_by_token
+from visualizer.maps import Factors, Keys
 
 
 class Heads(nn.Module):
@@ -1259,3 +1260,20 @@ def test_the_sums_of_a_softmax_that_the_kernel_has_anyway(mode):
     q, k, _ = (one.detach() for one in model.last)
     torch.testing.assert_close(maps[0].source.log_sums, (q @ k.mT / 2).logsumexp(-1))
     torch.testing.assert_close(maps[0].columns([3, 0]), maps[0].dense()[..., [3, 0]])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.tensor([0.0, 0.0, -torch.inf, 0.5, 1.0]).expand(2, 1, 1, 5),
+        torch.tensor([True, False, True, True, True]).view(1, 1, 1, 5),
+        torch.randn(5, 5),
+        torch.tensor([-1e4, -1e4, -1e4, -1e4, -1e4]).expand(2, 1, 5, 5).tril() + torch.randn(5),  # all hidden in a row
+    ],
+)
+def test_a_few_columns_of_a_masked_softmax(mask):
+    query, key = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+    source = Factors(query, Keys(key), 5, mask=mask)
+    source.log_sums = source.scores(slice(None))[0].logsumexp(-1)
+    columns = AttentionMap.from_source(source).columns([3, 0])
+    torch.testing.assert_close(columns, source.rows(slice(None))[..., [3, 0]], atol=1e-6, rtol=1e-5)

@@ -49,6 +49,9 @@ def test_the_users_words_go_before_the_files(folder):
     page = (folder / "explorer.html").read_text(encoding="utf-8")
     assert "zebra" not in page
     assert explore([load("text")["attend"][1]], list("vwxyz")).html == page
+    assert 0 == cli.main(["explore", "text", "--sinks", "remove"])
+    page = (folder / "explorer.html").read_text(encoding="utf-8")
+    assert explore(load("text")["attend"], TOKENS, sinks="remove").html == page
 
 
 def test_it_is_shown_only_when_asked_for(folder, monkeypatch):

@@ -17,6 +17,17 @@ def test_a_heads_matrix_is_that_of_the_layer_and_head(folder, drawn, capsys):
         assert np.asarray(picture.convert("L")).std() > 10
 
 
+def test_sinks_are_removed(folder, drawn, capsys):
+    assert 0 == cli.main(
+        ["plot", "text.safetensors", "--kind", "head", "--layer", "1", "--head", "0", "--sinks", "remove"]
+    )
+    maps = load("text.safetensors")["attend"]
+    assert np.allclose(analysis.without_sinks(maps)[1].numpy()[0, 0], matrix(drawn[0]))
+    assert drawn[0].axes[0].get_title().endswith("sinks removed")
+    assert 2 == cli.main(["plot", "text.safetensors", "--kind", "entropy", "--sinks", "remove"])
+    assert "--kind entropy has no use for --sinks" in capsys.readouterr().err
+
+
 def test_text_stays_text_in_files_of_vectors(folder, drawn):
     head = ["plot", "text.safetensors", "--kind", "head", "--layer", "1", "--head", "0"]
     assert 0 == cli.main([*head, "-o", "x.svg"]) == cli.main([*head, "-o", "x.pdf"])

@@ -675,22 +675,26 @@ class TestWordsAndPictures:
     def test_each_word_and_picture_of_word_maps(self, qwen):
         looks, _, ids = qwen
         made = explore(looks, image=self.PICTURES)
-        about = described(made)["examples"]
-        assert ["picture 0", "picture 1"] == [one["title"] for one in about]
-        for number, one in enumerate(about):
-            words = one["sides"][0]["labels"]
-            assert [0, 1, "all"] == one["numbers"]
-            assert ["<s>", "<vision>", "</vision>", "␣a"] == words[:4]
-            given = int((ids != vision_language.IMAGE).sum())
-            assert given + 3 == len(words), "given and generated; the last is never given to the model"
-            weights = decoded(made, number).reshape(3, 2, len(words), *one["sides"][1]["grid"])
+        [one] = described(made)["examples"]
+        words, sheet = (side for side in one["sides"])
+        words = words["labels"]
+        assert [0, 1, "all"] == one["numbers"] and "on these pictures" == one["part"]
+        assert ["<s>", "<vision>", "</vision>", "␣a"] == words[:4]
+        given = int((ids != vision_language.IMAGE).sum())
+        assert given + 3 == len(words), "given and generated; the last is never given to the model"
+        # 2 x 3 patches and 2 x 2, side by side with a column between them.
+        assert ([2, 6], [[0, 0, 2, 3], [0, 4, 2, 2]]) == (sheet["grid"], sheet["parts"])
+        weights, first = decoded(made), 0
+        for number, (_, _, rows, columns) in enumerate(sheet["parts"]):
             cat = [
                 [looks.of("cat", picture=number, layer=layer, head=head, occurrence=0).numpy() for head in range(2)]
                 for layer in range(2)
             ]
-            np.testing.assert_allclose(weights[:2, :, words.index("␣cat")], cat, rtol=0.016, atol=1e-4)
-            np.testing.assert_allclose(weights[2], weights[:2].mean(0), rtol=0.02, atol=1e-4)
-        assert "picture 1" not in explore(looks, image=[self.PICTURES], batch=0).html[:200]
+            own = weights[:2, :, words.index("␣cat"), first : first + rows * columns].reshape(2, 2, rows, columns)
+            np.testing.assert_allclose(own, cat, rtol=0.016, atol=1e-4)
+            first += rows * columns
+        assert first == weights.shape[3]
+        np.testing.assert_allclose(weights[2], weights[:2].mean(0), rtol=0.03, atol=1e-4)  # each is within 1.5 %
 
     def test_maps_of_the_prompt_with_ids_or_words(self, qwen):
         looks, attentions, ids = qwen
@@ -702,8 +706,8 @@ class TestWordsAndPictures:
             )
         ]
         assert pages[0].html == pages[1].html
-        labels = described(pages[0])["examples"][1]["sides"][0]["labels"]
-        weights, expected = decoded(pages[0], 1)[:2], decoded(explore(looks, image=self.PICTURES), 1)[:2]
+        labels = described(pages[0])["examples"][0]["sides"][0]["labels"]
+        weights, expected = decoded(pages[0])[:2], decoded(explore(looks, image=self.PICTURES))[:2]
         assert ["</vision>", "␣cat"] == labels[-2:]
         np.testing.assert_allclose(weights, expected[:, :, : len(labels)], rtol=0.03, atol=1e-4)
 
@@ -713,9 +717,9 @@ class TestWordsAndPictures:
         with torch.no_grad(), attention(model.eval(), tokenizer=vision_language.Tokenizer()) as maps:
             model.generate(**prompt, max_new_tokens=2, min_new_tokens=2, do_sample=False)
         squares = [np.ones((12, 12, 3))] * 3
-        about = described(explore(maps, image=squares))["examples"]
-        assert [[3, 3]] * 3 == [one["sides"][1]["grid"] for one in about]
-        assert ["<s>", "␣a", "␣cat", "␣dog"] == about[2]["sides"][0]["labels"][:4]
+        [about] = described(explore(maps, image=squares))["examples"]
+        assert [[0, 0, 3, 3], [0, 4, 3, 3], [4, 0, 3, 3]] == about["sides"][1]["parts"]
+        assert ["<s>", "␣a", "␣cat", "␣dog"] == about["sides"][0]["labels"][:4]
         with pytest.raises(ValueError, match=r"image= has 5 pictures, and 3 lie in the text.* word_maps"):
             explore(maps, image=squares + squares[:2])
 
@@ -771,13 +775,19 @@ class TestWordsAndPictures:
         tab = open_page(made)
         assert (2, "mean", 0, [last]) == tuple(tab.state()[name] for name in ("layer", "head", "side", "tokens"))
         assert "mean of 2 layers, mean of 2 heads" in tab.text("#readout")
-        assert "% of its attention is on this picture" in tab.text("#readout")
+        assert "% of its attention is on these pictures" in tab.text("#readout")
         assert ["0", "1", "all"] == tab.page.locator("#layer option").all_inner_texts()
-        assert ["Words", "Picture"] == tab.page.locator(".side h2").all_inner_texts()
-        tab.page.select_option("#example", "1")
-        tab.page.select_option("#layer", "0")
-        assert "layer 0, mean of 2 heads" in tab.text("#readout")
-        assert "example=1&layer=0&" in tab.page.evaluate("location.hash")
+        assert ["Words", "Pictures"] == tab.page.locator(".side h2").all_inner_texts()
+        # A row of 3 patches, a gap, and one of 2: the arrow keys and the pointer know what lies where.
+        frame = tab.page.locator(".patches").bounding_box()
+        side = frame["width"] / 6
+        tab.page.mouse.click(frame["x"] + 2.5 * side, frame["y"] + side / 2)
+        assert "Who attends to picture 0, patch (0, 2)" in tab.text("#readout")
+        tab.keys("ArrowRight")
+        assert "Who attends to picture 1, patch (0, 0)" in tab.text("#readout")
+        assert [6] == tab.state()["tokens"]
+        tab.page.mouse.click(frame["x"] + 3.5 * side, frame["y"] + side / 2)
+        assert [6] == tab.state()["tokens"]
 
 
 @needs_browser

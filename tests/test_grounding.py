@@ -9,6 +9,8 @@ import torch
 import vision_language
 
 from visualizer import plot, word_maps
+from visualizer.explorer.coding import WEIGHTS
+from visualizer.explorer.words import examples_of_word_maps
 from visualizer.grounding.heat_maps import resized
 
 STEPS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -102,6 +104,16 @@ def test_words_that_are_not_there_are_told_from_those_that_are(llava: Any) -> No
         maps.of("cat", step=0)
     with pytest.raises(IndexError, match="no text with a picture of sample=3"):
         maps.of("cat", sample=3)
+    with pytest.raises(IndexError, match="no text with a picture of sample=0, negative=True: there are sample=0"):
+        maps.of("cat", negative=True)
+    cat = maps.of("cat")
+    torch.testing.assert_close(maps.of([20]), cat)
+    for wrong in ([20, 500], [20, 3], -1):  # 3 is a patch
+        with pytest.raises(ValueError, match=r"nothing was kept of token '(500|3|-1)': .*patches are no words"):
+            maps.of(wrong)
+    for wrong in (["cat"], 2.5, None):
+        with pytest.raises(TypeError, match="pass a word or a phrase, the number of a token, or several numbers"):
+            maps.of(wrong)
 
 
 def test_the_last_word_that_is_written_has_no_row(llava: Any) -> None:
@@ -180,6 +192,10 @@ def test_an_encoder_and_a_decoder_without_a_cache() -> None:
         with word_maps(model, tokenizer=vision_language.Tokenizer()) as maps:
             generated(model, prompt, **more)
         found.append(torch.stack([maps["cat"], maps.of(14), maps.of(15)]))
+    [page] = examples_of_word_maps(maps, None, None, "", "keep")  # whose last layer is the mean of those with the word
+    row = page.sides[0].labels.index("␣cat")
+    whole = WEIGHTS[page.codes[-1, 0, row]] * page.top[-1, 0, row, 0]
+    np.testing.assert_allclose(whole.reshape(3, 3), maps["cat"], rtol=0.016)
     torch.testing.assert_close(*found)
     with pytest.raises(
         ValueError, match=r"nothing was kept of 14, .* layers of the encoder have the words of the prompt"

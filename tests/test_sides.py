@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from visualizer import AttentionMap, Layout, VisualizerWarning, explore
-from visualizer.explorer.sides import read_sides
+from visualizer.explorer.sides import beside, read_sides
 from visualizer.layout import Part
 
 
@@ -69,3 +69,23 @@ def test_a_page_of_recorded_maps_needs_the_picture_alone():
     page = explore([made, made], image=[np.zeros((20, 30, 3))] * 2)
     assert "<Explorer: 2 examples, the first of 2 layers x 1 heads, 7 queries x 7 keys>" == repr(page)
     assert '"grid":[2,3]' in page.html
+
+
+def test_pictures_lie_side_by_side_and_are_pooled_apart():
+    """Three pictures of other sizes, two of them in a row; between them a row and a column of cells stay empty."""
+    grids, colours = ((2, 3), (1, 1), (3, 2)), (0.0, 1.0, 0.5)
+    pixels = [np.full((10 * high, 10 * wide, 3), grey) for (high, wide), grey in zip(grids, colours, strict=True)]
+    sides = [sides_of(high * wide, high * wide, image=one)[0] for (high, wide), one in zip(grids, pixels, strict=True)]
+    sheet = beside(sides)
+    assert ((6, 5), 13) == (sheet.grid, sheet.size)
+    assert ((0, 0, 2, 3), (0, 4, 1, 1), (3, 0, 3, 2)) == sheet.parts
+    assert sides[0] is beside(sides[:1])
+    drawn = sheet.on_sheet(np.arange(13.0)[None])
+    assert [[[0, 1, 2, 0, 6], [3, 4, 5, 0, 0]]] == drawn[:, :2].tolist()
+    with Image.open(io.BytesIO(sheet.picture)) as picture:
+        grey = np.asarray(picture.resize((5, 6), Image.Resampling.BOX).convert("L"))
+    assert np.abs(grey[[0, 0, 0, 3], [0, 3, 4, 1]].astype(int) - [0, 255, 255, 128]).max() <= 3
+    coarse, groups = sheet.pool(2)
+    assert ((0, 0, 1, 2), (0, 3, 1, 1), (2, 0, 2, 1)) == coarse.parts
+    assert [0, 0, 1, 0, 0, 1, 2, 3, 3, 3, 3, 4, 4] == groups.tolist()
+    assert coarse.size == 5

@@ -190,6 +190,10 @@ def _no_maps(got: str) -> ValueError:
     )
 
 
+def _is_map(value: Any) -> bool:
+    return hasattr(value, "rows") and hasattr(value, "dense")
+
+
 def _axes(value: Any) -> int:
     return len(value.shape) if is_array(value) else 0
 

@@ -33,7 +33,8 @@ def main(options: argparse.Namespace) -> None:
         tokens = None  # the keys are patches; the tokens saved in the file would be those of a text
     try:
         with warnings_as_lines():
-            page = explore(maps, tokens, image, grid=options.grid, batch=options.batch, title=options.title)
+            given = {name: getattr(options, name) for name in ("grid", "batch", "title")}
+            page = explore(maps, tokens, image, sinks=options.sinks or "keep", **given)
             with trying_to(f"write {path}"):
                 page.save(path)
     except (ValueError, TypeError, LookupError) as error:

@@ -28,7 +28,7 @@ KINDS = {
     "entropy": "how broadly each head looks",
     "patterns": "what each head of a text model does",
 }
-_OPTIONS = ("layer", "head", "batch", "query", "grid", "image", "style", "cmap", "title")
+_OPTIONS = ("layer", "head", "batch", "query", "grid", "image", "sinks", "style", "cmap", "title")
 
 
 def arguments(plot: argparse.ArgumentParser) -> None:

@@ -67,6 +67,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--call", type=int, metavar="N", help="which call of each key, where there were several: 0, -1")
     parser.add_argument("--image", metavar="FILE", help="the picture, cropped as the model saw it")
     parser.add_argument("--tokens", nargs="+", metavar="TOKEN", help="the tokens; default: those saved in the file")
+    parser.add_argument("--sinks", choices=("keep", "remove"), help="tokens that draw far more than their share")
 
 
 def choose(results: Recorded, options: argparse.Namespace) -> list[Any]:

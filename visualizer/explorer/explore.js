@@ -270,7 +270,7 @@
     return true;
   }
 
-  const shapeOf = (number) => String([page.examples[number].shape, page.examples[number].sides.map((side) => side.grid)]);
+  const shapeOf = (number) => String([page.examples[number].shape, page.examples[number].sides.map((side) => side.parts)]);
   const fits = (number, other) => other !== number && page.examples[other] !== undefined && shapeOf(number) === shapeOf(other);
 
   // The words of two texts, where they differ both.
@@ -363,10 +363,17 @@
   }
 
   function label(side, token, of = example) {
-    const about = of.sides[side];
+    const about = of.sides[side], { parts } = about;
     if (token < about.labels.length || !about.grid) return about.labels[token];
-    const place = token - about.labels.length, columns = about.grid[1];
-    return `${about.pooled > 1 ? "block" : "patch"} (${Math.floor(place / columns)}, ${place % columns})`;
+    let place = token - about.labels.length, number = 0;
+    while (place >= parts[number][2] * parts[number][3]) place -= parts[number][2] * parts[number++][3];
+    const columns = parts[number][3], of_picture = parts.length > 1 ? `picture ${number}, ` : "";
+    return `${of_picture}${about.pooled > 1 ? "block" : "patch"} (${Math.floor(place / columns)}, ${place % columns})`;
+  }
+
+  // The cell of the grid in which each patch lies: several pictures lie side by side on it.
+  function cellsOf({ grid, parts }) {
+    return Int32Array.from(parts.flatMap(([top, left, rows, columns]) => Array.from({ length: rows * columns }, (_, place) => (top + Math.floor(place / columns)) * grid[1] + left + (place % columns))));
   }
 
   // A token within a sentence.
@@ -496,6 +503,9 @@
   class Patches {
     constructor(number, title, about, picture) {
       [this.rows, this.columns] = about.grid;
+      this.cells = cellsOf(about);
+      this.patches = new Int32Array(this.rows * this.columns).fill(-1); // of each cell; between pictures there is none
+      this.cells.forEach((cell, patch) => (this.patches[cell] = patch));
       Object.assign(this, { number, about, picture, first: about.labels.length });
       this.element = element("div", "side");
       this.prefix = element("div", "prefix");
@@ -519,7 +529,8 @@
         const column = Math.floor(((event.clientX - frame.left) / frame.width) * this.columns);
         const row = Math.floor(((event.clientY - frame.top) / frame.height) * this.rows);
         if (row < 0 || column < 0 || row >= this.rows || column >= this.columns) return null;
-        return this.first + row * this.columns + column;
+        const patch = this.patches[row * this.columns + column];
+        return patch < 0 ? null : this.first + patch;
       });
       listen(this, this.prefix, tokenUnder);
     }
@@ -560,10 +571,10 @@
       const shade = (share) => colour(colours, place(share), opacity(share));
       if (weights) {
         const data = this.layer.image.data;
-        for (let i = 0; i < this.rows * this.columns; i++) {
-          const share = Math.max(-1, Math.min(1, weights[this.first + i] / top));
-          paintPixel(data, 4 * i, colours, place(share), 255 * opacity(share));
-        }
+        this.cells.forEach((cell, patch) => {
+          const share = Math.max(-1, Math.min(1, weights[this.first + patch] / top));
+          paintPixel(data, 4 * cell, colours, place(share), 255 * opacity(share));
+        });
         this.layer.context.putImageData(this.layer.image, 0, 0);
         context.imageSmoothingEnabled = false;
         context.drawImage(this.layer.canvas, 0, 0, this.width, this.height);
@@ -577,19 +588,24 @@
         button.classList.toggle("chosen", chosen.includes(token));
       });
       const side = this.width / this.columns;
+      this.patches.forEach((patch, cell) => {
+        if (patch < 0) context.clearRect((cell % this.columns) * side, Math.floor(cell / this.columns) * side, side, side);
+      });
       for (const token of chosen) {
-        const place = token - this.first;
-        if (place >= 0) box(context, (place % this.columns) * side, Math.floor(place / this.columns) * side, side, side);
+        const place = this.cells[token - this.first];
+        if (place !== undefined) box(context, (place % this.columns) * side, Math.floor(place / this.columns) * side, side, side);
       }
       showLegend(this, weights, top, isSigned, shade);
-      this.canvas.setAttribute("aria-label", `${this.rows} by ${this.columns} patches; the arrow keys move among them. ${$("readout").textContent}`);
+      this.canvas.setAttribute("aria-label", `${this.about.parts.map(([, , rows, columns]) => `${rows} by ${columns}`).join(" and ")} patches; the arrow keys move among them. ${$("readout").textContent}`);
     }
 
     step(token, key) {
       const move = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -this.columns, ArrowDown: this.columns }[key];
-      const next = token < this.first ? token + Math.sign(move) : token + move;
-      if (next < this.first && token >= this.first) return key === "ArrowLeft" && this.first ? this.first - 1 : token;
-      return next >= 0 && next < this.first + this.rows * this.columns ? next : token;
+      if (token < this.first) return Math.max(0, token + Math.sign(move));
+      let cell = this.cells[token - this.first] + move;
+      while (this.patches[cell] === -1) cell += move; // between pictures
+      if (this.patches[cell] !== undefined) return this.first + this.patches[cell];
+      return key === "ArrowLeft" && this.first ? this.first - 1 : token;
     }
 
     paintPrefix(context, x, y, width) {
@@ -692,7 +708,9 @@
   }
 
   function showLegend(panel, weights, top, isSigned, paint) {
-    panel.legend.hidden = !weights;
+    // It keeps its place: a panel below it that moved would no longer be under the pointer.
+    panel.legend.style.visibility = weights ? "visible" : "hidden";
+    if (!weights && !panel.legendKey) sheet(panel.legend, 290, 26);
     const isMore = weights && weights.some((weight) => Math.abs(weight) > 1.001 * top), key = `${top} ${isMore} ${zoom}`;
     if (!weights || panel.legendKey === key) return;
     panel.legendKey = key;
@@ -707,7 +725,7 @@
   class View {
     constructor(number, title, about, maps, pictures) {
       Object.assign(this, { number, example: about, maps, colours: maps.isSigned ? diverging : viridis });
-      const titleFor = (side) => (about.part || about.same ? (about.sides[side].grid ? "Picture" : about.same ? "Text" : "Words") : side === QUERIES ? "Queries" : "Keys");
+      const titleFor = (side) => (about.part || about.same ? (about.sides[side].grid ? (about.sides[side].parts.length > 1 ? "Pictures" : "Picture") : about.same ? "Text" : "Words") : side === QUERIES ? "Queries" : "Keys");
       this.panels = (about.same ? [KEYS] : [QUERIES, KEYS]).map((side) => {
         return new (about.sides[side].grid ? Patches : Words)(side, titleFor(side), about.sides[side], pictures[side]);
       });
@@ -773,7 +791,7 @@
     const size = `${bins} ${lines} ${columns} ${maps.layers}`;
     if (mosaic.size !== size) [mosaic.size, mosaic.atlas] = [size, pixels(bins * columns, lines * maps.layers)];
     Object.assign(mosaic, { bins, lines, key, painted: null, cells: new Float32Array(bins * columns * lines * maps.layers) });
-    const cell = new Float32Array(bins * lines);
+    const cell = new Float32Array(bins * lines), cells = isPicture && about.parts.length > 1 ? cellsOf(about) : null;
     let sum = 0;
     mosaic.most = 0;
     for (let layer = 0; layer < maps.layers; layer++) {
@@ -785,7 +803,12 @@
           for (let i = 0; i < mean.length; i++) mean[i] += weights[i] / maps.heads;
           sum += state.whole ? topOfMap(weights, maps) : topOf(weights, first, maps, now.side);
         }
-        shrink(weights.subarray(first), down || 1, across, lines, bins, cell);
+        let drawn = weights.subarray(first);
+        if (cells) {
+          drawn = new Float32Array(down * across);
+          cells.forEach((at, patch) => (drawn[at] = weights[first + patch]));
+        }
+        shrink(drawn, down || 1, across, lines, bins, cell);
         for (let line = 0; line < lines; line++) {
           const part = cell.subarray(line * bins, (line + 1) * bins);
           for (const weight of part) if (Math.abs(weight) > mosaic.most) mosaic.most = Math.abs(weight);
@@ -1331,7 +1354,7 @@
   // A section of the page on the canvas, from its top to the bottom that is returned.
   function paintSection(context, host, x, y, width) {
     for (const part of host.tagName === "H2" ? [host] : host.children) {
-      if (part.hidden || part.tagName === "BUTTON") continue;
+      if (part.hidden || part.style.visibility === "hidden" || part.tagName === "BUTTON") continue;
       context.textAlign = "left";
       context.textBaseline = "alphabetic";
       context.fillStyle = part.tagName === "H2" ? theme.ink : theme.soft;

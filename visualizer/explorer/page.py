@@ -87,7 +87,7 @@ def explore(
         image: the picture whose patches are the keys, and the queries too if there are as many: an array or tensor
             (height, width, channels) or (channels, height, width), of integers to 255 or floats to 1, a PIL image, or a
             file's path. Of a text with pictures in it, such as the prompt of a vision-language model, the picture, or a
-            list of them in order: the page then has an example for each, with what each word looks at on it.
+            list of them in order: the page then shows what each word looks at on them, side by side.
         query_tokens, key_tokens: the words of one side alone, in cross-attention; `image` is then the other side.
         layout: what the tokens are; None: what the maps know of them, as those that `attention` records do.
         grid: (rows, columns) of patches; None: what the maps know, or the only grid that suits the picture, or without
@@ -275,6 +275,7 @@ def _page(examples: Sequence[Example]) -> str:
             "labels": side.labels,
             "special": side.special,
             "grid": side.grid,
+            "parts": side.parts,
             "pooled": side.pooled,
             "numbered": side.labels == [str(number) for number in range(len(side.labels))],  # nobody named them
             "picture": None if side.picture is None else pictures.index(side.picture),
@@ -372,7 +373,7 @@ def _still(example: Example) -> str:
     key_side = example.sides[1]
     if key_side.grid:
         weights = WEIGHTS[example.codes[:, :, 0]] * example.top[:, :, 0, :1]
-        cells = weights[..., len(key_side.labels) :].reshape(layers, heads, *key_side.grid)
+        cells = key_side.on_sheet(weights)
         cells = cells / np.maximum(cells.max((2, 3), keepdims=True), 4 / keys)
         first = example.sides[0].labels
         caption = f"what {first[0] if first else 'the first patch'} attends to"

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from ..words import printable as printable
 
 _PICTURE_SIDE = 768  # pixels, more than the page gives to a picture
 
+Part: TypeAlias = tuple[int, int, int, int]
+"""Of a grid: the first row and column, and how many."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -31,16 +34,33 @@ class Side:
     special: list[int]
     """Tokens that are neither a word nor a patch."""
     grid: tuple[int, int] | None = None
-    """(rows, columns) of patches."""
+    """(rows, columns) of patches; of several pictures those of the sheet that they lie on."""
     picture: bytes | None = None
     """A JPEG file."""
     pooled: int = 1
     """How many words are pooled into one; of patches, how many along each side."""
+    pictures: tuple[Part, ...] = ()
+    """Where each of several pictures lies on the sheet; their patches are the tokens, one picture after the other."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The pictures as parts of the grid."""
+        return self.pictures or (() if self.grid is None else ((0, 0, *self.grid),))
 
     @property
     def size(self) -> int:
         """How many tokens."""
-        return len(self.labels) + (math.prod(self.grid) if self.grid else 0)
+        return len(self.labels) + sum(rows * columns for _, _, rows, columns in self.parts)
+
+    def on_sheet(self, weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Weights (..., tokens) of the patches as (..., *grid); 0 between pictures."""
+        assert self.grid is not None
+        sheet, first = np.zeros((*weights.shape[:-1], *self.grid), weights.dtype), len(self.labels)
+        for top, left, rows, columns in self.parts:
+            own = weights[..., first : first + rows * columns]
+            sheet[..., top : top + rows, left : left + columns] = own.reshape(*own.shape[:-1], rows, columns)
+            first += rows * columns
+        return sheet
 
     def pool(self, factor: int) -> tuple[Side, npt.NDArray[np.intp]]:
         """The side with that many words (or patches along each side) in one; and for each token its group."""
@@ -51,12 +71,44 @@ class Side:
             parts = [self.labels[start : start + factor] for start in range(0, self.size, factor)]
             labels = [part[0] if len(part) == 1 else f"{part[0]} … {part[-1]}" for part in parts]
             return Side(labels, [], pooled=factor), groups
-        rows, columns = self.grid
-        coarse = -(-rows // factor), -(-columns // factor)
-        row, column = np.divmod(np.arange(rows * columns), columns)
-        prefix = len(self.labels)
-        groups = np.concatenate([np.arange(prefix), prefix + row // factor * coarse[1] + column // factor])
-        return Side(self.labels, self.special, coarse, self.picture, factor), groups
+        first, sizes, of_each = len(self.labels), list[tuple[int, int]](), [np.arange(len(self.labels))]
+        for _, _, rows, columns in self.parts:
+            row, column = np.divmod(np.arange(rows * columns), columns)
+            sizes.append((-(-rows // factor), -(-columns // factor)))
+            of_each.append(first + row // factor * sizes[-1][1] + column // factor)
+            first += math.prod(sizes[-1])
+        grid, places = _sheet(sizes)
+        pictures = places if self.pictures else ()
+        return Side(self.labels, self.special, grid, self.picture, factor, pictures), np.concatenate(of_each)
+
+
+def _sheet(grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], tuple[Part, ...]]:
+    """The (rows, columns) of a sheet with these grids side by side, in about as many rows as columns, and their
+    places on it; a row or a column of cells between them stays empty."""
+    across = math.ceil(math.sqrt(len(grids)))
+    rows = [grids[start : start + across] for start in range(0, len(grids), across)]
+    wide = [max(row[at][1] for row in rows if at < len(row)) for at in range(across)]
+    parts, top = [], 0
+    for row in rows:
+        parts += [(top, sum(wide[:at]) + at, *grid) for at, grid in enumerate(row)]
+        top += max(high for high, _ in row) + 1
+    return (top - 1, sum(wide) + across - 1), tuple(parts)
+
+
+def beside(sides: Sequence[Side]) -> Side:
+    """One side with the patches of several pictures, each of which is a side; these lie on one sheet."""
+    if len(sides) == 1:
+        return sides[0]
+    grid, parts = _sheet([side.grid for side in sides if side.grid is not None])
+    picture = None
+    if all(side.picture is not None for side in sides):
+        cell = max(1, 2 * _PICTURE_SIDE // max(grid))
+        sheet = Image.new("RGB", (grid[1] * cell, grid[0] * cell), "white")
+        for side, (top, left, rows, columns) in zip(sides, parts, strict=True):
+            own = Image.open(io.BytesIO(side.picture or b"")).resize((columns * cell, rows * cell))
+            sheet.paste(own, (left * cell, top * cell))
+        picture = _as_jpeg(sheet)
+    return Side([], [], grid, picture, pictures=parts)
 
 
 def chosen_images(batch: int | Sequence[int] | None, size: int) -> list[int]:
@@ -170,6 +222,10 @@ def side_of_words(name: str, words: Sequence[Any] | None, size: int, known: Layo
 def _jpeg(picture: Any) -> bytes:
     pixels = Image.fromarray(np.rint(255 * picture).astype(np.uint8))
     pixels.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    return _as_jpeg(pixels)
+
+
+def _as_jpeg(picture: Image.Image) -> bytes:
     file = io.BytesIO()
-    pixels.save(file, "JPEG", quality=90)
+    picture.save(file, "JPEG", quality=90)
     return file.getvalue()

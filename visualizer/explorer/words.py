@@ -1,6 +1,6 @@
-"""Words and the patches of pictures that they look at: an example for each picture of a text.
+"""Words and the patches of pictures that they look at: an example for each text, with all of its pictures.
 
-Queries are the words and keys the patches of one picture, so each row is a part of what a word looks at. Where a
+Queries are the words and keys the patches of the pictures, so each row is a part of what a word looks at. Where a
 picture is made, its patches look at the words, and queries and keys change places. Behind the layers stands their mean.
 """
 
@@ -25,7 +25,7 @@ from ..maps import AttentionMap
 from ..reading import Array
 from ..words import is_special
 from .coding import Example, code_maps
-from .sides import Side, chosen_images, for_each, side_of_patches, side_of_words
+from .sides import Side, beside, chosen_images, for_each, side_of_patches, side_of_words
 
 BY_WORD_MAPS = (
     "Where tiles and merged patches lie, word_maps(model, processor=processor) knows, and explore takes its maps"
@@ -45,23 +45,24 @@ class _Picture(NamedTuple):
 def examples_of_word_maps(
     maps: WordMaps, image: Any, batch: int | Sequence[int] | None, title: str, sinks: Sinks
 ) -> list[Example]:
-    """An example for each picture of each chosen text that `word_maps` has seen.
+    """An example for each chosen text that `word_maps` has seen.
 
     Raises what `WordMaps.table` raises, and ValueError where there are more or fewer pictures than `image`.
     """
-    known = maps.texts_and_pictures or [(0, 0)]  # where nothing was recorded, the table says so
-    size = known[-1][0] + 1
+    size = 1 + max(maps.samples, default=0)  # where nothing was recorded, the table says so
     samples = chosen_images(batch, size)
     examples = []
     for sample, own in zip(samples, for_each("image", image, samples, size), strict=True):
-        numbers = [picture for one, picture in known if one == sample] or [0]
-        for number, picture in zip(numbers, _pictures(own, len(numbers)), strict=True):
-            words, weights = (table := maps.table(picture=number, sample=sample)).words, table.weights
-            side = side_of_patches(Layout.picture(weights.shape[3:]), picture_of(picture))
-            name = _name(title, sample if len(samples) > 1 else None, number if len(numbers) > 1 else None)
-            examples.append(
-                _example(weights.flatten(3), table.layers, words, side, name, check_sinks(sinks), table.are_queries)
-            )
+        layers, words, weights, are_queries = maps.table(sample=sample)
+        side = beside(
+            [
+                side_of_patches(Layout.picture(one.shape[3:]), picture_of(picture))
+                for one, picture in zip(weights, _pictures(own, len(weights)), strict=True)
+            ]
+        )
+        whole = torch.cat([one.flatten(3) for one in weights], 3)
+        name = f"{title} {sample}".strip() if len(samples) > 1 else title
+        examples.append(_example(whole, layers, words, side, name, check_sinks(sinks), are_queries))
     return examples
 
 
@@ -74,7 +75,7 @@ def examples_of_texts(
     titles: Sequence[str],
     are_without_sinks: bool,
 ) -> list[Example]:
-    """An example for each picture of each chosen text of maps in which words and patches are tokens alike.
+    """An example for each chosen text of maps in which words and patches are tokens alike.
 
     Raises ValueError where there are more or fewer pictures than the texts have, or a grid does not fit.
     """
@@ -83,16 +84,16 @@ def examples_of_texts(
         words = torch.from_numpy(text.words)
         rows = torch.stack([layer.rows(words.to(layer.device))[image].cpu() for layer in layers])
         places = text.split(1 if own is None or not isinstance(own, (list, tuple)) else len(own))
-        for number, (place, picture) in enumerate(zip(places, _pictures(own, len(places)), strict=True)):
+        sides, weights = [], []
+        for place, picture in zip(places, _pictures(own, len(places)), strict=True):
             read = picture_of(picture)
             layout = _layout_of_picture(place.part, where, read, text.layout.seen if len(places) == 1 else ())
             first = place.start + layout.first_patch
-            side = side_of_patches(replace(layout, parts=layout.parts[-1:]), read)
-            name = _name(title, None, number if len(places) > 1 else None)
-            weights = rows[..., first : first + side.size]
-            paths, names = [layer.path for layer in layers], [text.names[word] for word in text.words]
-            made = _example(weights, paths, names, side, name, False, True)
-            examples.append(replace(made, has_sinks=not are_without_sinks))
+            sides.append(side_of_patches(replace(layout, parts=layout.parts[-1:]), read))
+            weights.append(rows[..., first : first + sides[-1].size])
+        paths, names = [layer.path for layer in layers], [text.names[word] for word in text.words]
+        made = _example(torch.cat(weights, 3), paths, names, beside(sides), title, False, True)
+        examples.append(replace(made, has_sinks=not are_without_sinks))
     return examples
 
 
@@ -175,11 +176,6 @@ def _pictures(value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-def _name(title: str, text: int | None, picture: int | None) -> str:
-    parts = [title, *([] if text is None else [str(text)]), *([] if picture is None else [f"picture {picture}"])]
-    return " ".join(filter(None, parts))
-
-
 def _example(
     weights: Tensor,
     paths: Sequence[str],
@@ -189,16 +185,21 @@ def _example(
     removes_sinks: bool,
     are_queries: bool,
 ) -> Example:
-    """The example of weights (layers, heads, words, patches), and of their mean over the layers."""
-    rows = weights if are_queries else weights.mT
+    """The example of weights (layers, heads, words, patches), and of their mean over the layers that have a word.
+
+    Of an encoder and a decoder one has the words of the prompt, the other those that are written.
+    """
+    layers_of_word = weights.ne(0).any(3).any(1).sum(0).clamp_min(1)
+    rows, counts = (weights, layers_of_word[:, None]) if are_queries else (weights.mT, layers_of_word)
     layers = [AttentionMap(one[None], path=path, kind="cross") for one, path in zip(rows, paths, strict=True)]
     if removes_sinks:
         layers = without_sinks(layers)
         rows = torch.stack([layer.dense()[0] for layer in layers])
-    layers.append(AttentionMap(rows.mean(0)[None], kind="cross"))
+    layers.append(AttentionMap((rows.sum(0) / counts)[None], kind="cross"))
     side = side_of_words("tokens", words, len(words), None)
     sides = (side, picture) if are_queries else (picture, side)
-    [made] = code_maps(layers, [0], [sides], [title], part="on this picture" if are_queries else "on these words")
+    where = "on these words" if not are_queries else "on these pictures" if picture.pictures else "on this picture"
+    [made] = code_maps(layers, [0], [sides], [title], part=where)
     return replace(made, has_mean=True, opens=0 if are_queries else 1, has_sinks=not removes_sinks)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial, wraps
@@ -92,14 +92,15 @@ def word_maps(
 
 
 class WordTable(NamedTuple):
-    """All words of one text and their weights on one picture; made by `WordMaps.table`."""
+    """All words of one text and their weights on each of its pictures; made by `WordMaps.table`."""
 
     layers: tuple[str, ...]
     """The paths of the layers."""
     words: tuple[str, ...]
     """The words' tokens, as texts; ids where the words are not known."""
-    weights: Tensor
-    """(layers, heads, words, *grid), on the grid of the layer that sees the picture finest, the mean of all calls."""
+    weights: tuple[Tensor, ...]
+    """Of each picture (layers, heads, words, *grid), on the grid of the layer that sees it finest, the mean of all
+    calls."""
     are_queries: bool
     """Whether words look at patches; else patches look at words."""
 
@@ -165,7 +166,8 @@ class WordMaps:
         if self._maps is None:
             maps: Maps[Any] = Maps(self._module, None, self._add, False, math.inf)
             self._paths_seen.clear()
-            maps.is_asked_for, maps.needs_layouts, maps.needs_sums = self._asks_for, False, self._source.needs_columns
+            maps.is_asked_for, maps.needs_layouts, maps.lends_tensors = self._asks_for, False, True
+            maps.needs_sums = self._source.needs_columns
             self._hooks = [
                 module.register_forward_pre_hook(partial(self._note, note), with_kwargs=True)
                 for module, note in self._source.watched
@@ -364,39 +366,49 @@ class WordMaps:
             raise ValueError(f"nothing was kept of {word!r}, the tokens {wanted}: {self._source.missing}")
         return torch.cat(_alike(by_layer, are_queries)), names, are_queries
 
-    def table(self, *, picture: int = 0, sample: int = 0, negative: bool = False) -> WordTable:
+    def table(self, *, sample: int = 0, negative: bool = False) -> WordTable:
         """The weights of every token of a text that is no patch, in each layer and head; for the page of `explore`.
 
         Layers with different numbers of heads have the mean of these. Raises as `of` does.
         """
         whose = Whose(sample, negative)
-        self._check(whose, picture)
-        found = {key: several for key, several in self.sums.items() if key[:2] == (whose, picture)}
+        pictures = sorted({key.picture for key in self.sums if key.whose == whose}) or [0]
+        for picture in pictures:
+            self._check(whose, picture)
+        found = {key: several for key, several in self.sums.items() if key.whose == whose}
         sums = [one for several in found.values() for one in several]
         tokens = sorted({token for one in sums for token in one.tokens})
-        place = {token: number for number, token in enumerate(tokens)}
-        has_heads = len({len(one.weights) for one in sums}) == 1
-        finest = max(tuple(one.weights.shape[2:]) for one in sums)
+        heads = len(sums[0].weights) if len({len(one.weights) for one in sums}) == 1 else 1
         layers = tuple(dict.fromkeys(key.path for key in found))
-        table = torch.zeros(len(layers), len(sums[0].weights) if has_heads else 1, len(tokens), *finest)
-        for key, several in found.items():
-            counts = torch.zeros(len(tokens))
-            whole = table.new_zeros(table.shape[1], len(tokens), *several[0].weights.shape[2:])
-            for one in several:
-                weights = one.weights if has_heads else one.weights.mean(0, keepdim=True)
-                places = torch.tensor([place[token] for token in one.tokens])
-                whole[:, places] += weights.cpu().float() / one.calls
-                counts[places] += 1
-            whole /= counts.clamp_min(1).view(-1, *[1] * len(finest))
-            table[layers.index(key.path)] += resized(whole, (*whole.shape[:2], *finest), sums[0].are_queries)
+        tables = []
+        for picture in pictures:
+            own = {key: several for key, several in found.items() if key.picture == picture}
+            finest = max(self._on_patches(one.weights, whose).shape[2:] for several in own.values() for one in several)
+            table = torch.zeros(len(layers), heads, len(tokens), *finest)
+            for key, several in own.items():
+                whole = self._of_all_tokens(several, tokens, heads, whose)
+                table[layers.index(key.path)] += resized(whole, (*whole.shape[:2], *finest), sums[0].are_queries)
+            tables.append(table)
         texts = {text.start + at: one for text in self._source.texts(whose) for at, one in enumerate(text.tokens)}
         words = tuple(texts.get(token, str(token)).removesuffix("</w>") for token in tokens)
-        return WordTable(layers, words, table, sums[0].are_queries)
+        return WordTable(layers, words, tuple(tables), sums[0].are_queries)
+
+    def _of_all_tokens(self, several: list[_Sum], tokens: list[int], heads: int, whose: Whose) -> Tensor:
+        """The weights of these tokens in one layer, (heads, tokens, *grid); zeros where nothing was kept."""
+        place = {token: number for number, token in enumerate(tokens)}
+        total, counts = torch.tensor(0.0), torch.zeros(len(tokens))
+        for one in several:
+            weights = self._on_patches(one.weights, whose).cpu().float() / one.calls
+            weights = weights if len(weights) == heads else weights.mean(0, keepdim=True)
+            places = torch.tensor([place[token] for token in one.tokens])
+            total = total + weights.new_zeros(heads, len(tokens), *weights.shape[2:]).index_add_(1, places, weights)
+            counts[places] += 1
+        return total / counts.clamp_min(1).view(-1, *[1] * (total.ndim - 2))
 
     @property
-    def texts_and_pictures(self) -> list[tuple[int, int]]:
-        """The numbers of each text, without negative prompts, and of each picture of it."""
-        return sorted({(key.whose.sample, key.picture) for key in self.sums if not key.whose.is_negative})
+    def samples(self) -> list[int]:
+        """The numbers of the texts with a picture, without negative prompts."""
+        return sorted({key.whose.sample for key in self.sums if not key.whose.is_negative})
 
     def _check(self, whose: Whose, picture: int) -> None:
         """Raise an error where there is no such text or picture."""
@@ -415,7 +427,7 @@ class WordMaps:
             )
         if not 0 <= picture < count:
             wanted = (
-                f"pass picture=0 to {count - 1}"
+                "pass picture=0" + f" to {count - 1}" * (count > 1)
                 if count
                 else "give the model the picture too, with the ids that its processor makes of both"
             )
@@ -440,7 +452,7 @@ class WordMaps:
     def _places(self, word: Any, whose: Whose, encoder: int | None) -> list[list[int]]:
         """The tokens of each place of a word; of several encoders' those that are the same place."""
         if not isinstance(word, str):
-            return [[operator.index(word)] if hasattr(word, "__index__") else [*map(operator.index, word)]]
+            return [self._numbers(word, whose)]
         texts = self._source.texts(whose)
         if not texts:
             raise ValueError(
@@ -457,6 +469,22 @@ class WordMaps:
         # The encoders have the same text, but one may see less of it.
         count = max(map(len, found))
         return [[place for each in found if number < len(each) for place in each[number]] for number in range(count)]
+
+    def _numbers(self, word: Any, whose: Whose) -> list[int]:
+        """The numbers of tokens; an error where they are none, or nothing was kept of one."""
+        try:
+            numbers = [operator.index(one) for one in (word if isinstance(word, Iterable) else [word])]
+        except TypeError as error:
+            wanted = "pass a word or a phrase, the number of a token, or several numbers"
+            raise TypeError(f"there is no word {word!r}: {wanted}") from error
+        kept = {
+            token for key, several in self.sums.items() if key.whose == whose for one in several for token in one.tokens
+        }
+        if unknown := [number for number in numbers if number not in kept]:
+            raise ValueError(f"nothing was kept of token {few(list(map(str, unknown)))}: {self._source.missing}")
+        if not numbers:
+            raise ValueError("there is no word of no tokens: pass the number of one, or several numbers")
+        return numbers
 
     def _paths(self, layer: int | str | None) -> Sequence[str]:
         layers = self.layers
@@ -530,7 +558,7 @@ class WordMaps:
         if isinstance(head, str):
             return weights
         if not -len(weights) <= head < len(weights):
-            raise IndexError(f"head={head}: the layer has {len(weights)} heads")
+            raise IndexError(f"head={head}: a layer has {len(weights)} heads; layer= chooses one that has more")
         return weights[head][None]
 
     def _sink_patches(self, whose: Whose, picture: int, layer: int | str | None, shape: tuple[int, ...]) -> Tensor:

@@ -279,7 +279,8 @@ class Denoiser:
 
 
 _MISSING = (
-    "the model is never given the last word that it writes, and layers with a window no longer see a picture behind it"
+    "the model is never given the last word that it writes, layers with a window no longer see a picture behind it, "
+    "and patches are no words"
 )
 _APART = "; layers of the encoder have the words of the prompt, those of the decoder what is written"
 _BEAMS = (
@@ -469,7 +470,7 @@ class Reader:
 
     def texts(self, whose: Whose) -> list[Text]:
         """The prompt and what was written, without the tokens that stand for pictures."""
-        if whose.sample >= len(self._rows):
+        if whose.is_negative or whose.sample >= len(self._rows):
             return []
         text = Text.of(self._rows[whose.sample], self._tokenizer)
         of_pictures = {token for picture in self._pictures[whose.sample] for token in picture.tokens}
@@ -478,7 +479,7 @@ class Reader:
 
     def pictures(self, whose: Whose) -> list[Picture]:
         """The pictures of the prompt."""
-        return self._pictures[whose.sample] if whose.sample < len(self._pictures) else []
+        return self._pictures[whose.sample] if whose.sample < len(self._pictures) and not whose.is_negative else []
 
     def _words(self, ids: Sequence[int]) -> Sequence[str]:
         return Text.of(ids, self._tokenizer).tokens

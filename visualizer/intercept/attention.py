@@ -202,8 +202,9 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         self._postponed: list[News] = []
         self.is_asked_for: Callable[[AttentionCall], bool] | None = None
         """Whether a call is recorded at all, asked before anything of it is copied; None: all are."""
-        self.needs_layouts, self.needs_sums = True, False
-        """Whether maps are told what their tokens are; whether columns are wanted, and what makes these cheap."""
+        self.needs_layouts, self.needs_sums, self.lends_tensors = True, False, False
+        """Whether maps are told what their tokens are; whether columns are wanted, and what makes these cheap; whether
+        `keep` lets go of a map, so that one that is made at once needs no copies."""
 
     def _new_copies(self) -> Copies:
         # What `keep` makes of a map is all that stays: keys that grow would outlive the map that they are of.
@@ -567,7 +568,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                 return None
             if not self._wants(call.path):
                 return None
-            return self._copies.of(call)
+            return self._copies.of(call, self.lends_tensors and call.is_filed_at_once)
 
     def file(self, path: str, copy: Copy, output: Output, kernel: str) -> Callable[[], None] | None:
         """Make the map of a call whose axes are known, and keep it; return what does, where the user's `keep` is to."""

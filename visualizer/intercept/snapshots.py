@@ -50,6 +50,8 @@ class AttentionCall:
     """How many attention calls came before."""
     key_sample: Tensor | None = None
     """A few numbers of each key of which weights were computed, (texts, 1, keys, numbers), if they are known."""
+    is_filed_at_once: bool = False
+    """Whether its map is made before the model goes on."""
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -128,10 +130,10 @@ class Copies:
         self._latest: dict[str, tuple[Keys, weakref.ref[Factors]]] = {}
         self._masks: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
-    def of(self, call: AttentionCall) -> Copy:
-        """What is kept of an attention call."""
+    def of(self, call: AttentionCall, is_lent: bool = False) -> Copy:
+        """What is kept of an attention call; of one that is lent, query and key are the model's own."""
         if isinstance(call.computed, FusedCall):
-            return self._of_fused(call, call.computed)
+            return self._of_fused(call, call.computed, is_lent)
         if isinstance(call.computed, SampledCall):
             return self._of_samples(call, call.computed)
         return self._of_product(call, call.computed)
@@ -183,10 +185,14 @@ class Copies:
 
         return Copy(call, map_of, _sizes(weights, *parts, *([] if sample is None else [sample])), _known(evidence))
 
-    def _of_fused(self, call: AttentionCall, fused: FusedCall) -> Copy:
-        key, mask, query = fused.key.detach(), fused.mask, _copied(fused.query)
-        keys, begin, sizes = self._kept_keys(call.path, key, query.shape[2])
-        if mask is not None:
+    def _of_fused(self, call: AttentionCall, fused: FusedCall, is_lent: bool) -> Copy:
+        key, mask, query = fused.key.detach(), fused.mask, fused.query.detach()
+        if is_lent:
+            keys, begin, sizes = Keys(key), 0, dict[str, int]()
+        else:
+            query = _copied(query)
+            keys, begin, sizes = self._kept_keys(call.path, key, query.shape[2])
+        if mask is not None and not is_lent:
             mask, more = self._kept_mask(mask)
             sizes = _sum(sizes, more)
         functions = fused.score_mod, fused.mask_mod

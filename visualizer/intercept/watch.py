@@ -538,7 +538,9 @@ class Watch:
             with self._unharmed():
                 seen = describe()
                 if is_recorded() and not self._is_unreal(seen.query):
-                    copy = self._record_one(self._call(step.origin, self._as_computed(seen), None))
+                    copy = self._record_one(
+                        self._call(step.origin, self._as_computed(seen), None, is_filed_at_once=True)
+                    )
             if copy is not None:
                 output = Output(())
                 output.order = step.order
@@ -608,13 +610,14 @@ class Watch:
             fused = self._as_computed(seen)
             provenance = self._thread.provenance
             origin = provenance.of_query_and_key(seen.query, seen.key, calls) if step is None else step.origin
-            call = self._call(origin, fused, None)
             output = Output(seen.output.shape)
             if step is not None:
                 output.order = step.order
             # The kernel, or the model's own way of calling it, may tell them apart.
             if seen.has_heads or self._groups_of(seen) > 1:
                 output.order = Order(tuple(fused.query.shape[:2]), (False, True))
+            is_first = not self._thread.pending and self._thread.filing is None
+            call = self._call(origin, fused, None, is_first and output.order is not None)
             is_recorded = self._await(name, call, seen.output, output, is_followed=step is None)
             current = self._thread.current
             if current is not None and step is None:
@@ -662,11 +665,10 @@ class Watch:
             layout = [output.layout[place] for place in sampled.places]
             self._await(name, call, sampled.returned, output, layout)
 
-    def _call(self, origin: Origin, computed: Any, heads: int | None) -> AttentionCall:
-        calls = self._thread.calls
-        return AttentionCall(
-            calls[-1].path, origin, shapes_of(calls, self._thread.shapes), computed, heads, self._thread.count
-        )
+    def _call(self, origin: Origin, computed: Any, heads: int | None, is_filed_at_once: bool = False) -> AttentionCall:
+        calls, count = self._thread.calls, self._thread.count
+        shapes = shapes_of(calls, self._thread.shapes)
+        return AttentionCall(calls[-1].path, origin, shapes, computed, heads, count, None, is_filed_at_once)
 
     def _await(
         self,

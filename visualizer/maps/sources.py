@@ -15,6 +15,7 @@ from torch.nn import functional as F
 _COUNTS = 1e-4  # smaller weights change no sum of values by much
 _CLOSE = 1e-3  # how far a sum may be off that a kernel computes in half precision
 _HIDING = -1e30  # below it a score is nothing, whatever it was
+_TELLS_NOTHING = -1e3  # below it the logarithm of a sum is too coarse for weights
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -365,19 +366,24 @@ class Factors:
         gives them at the cost of one more attention: its output is the weights of those keys whose values are the rows
         of an identity. Values are as wide as queries, for else some kernels make the whole map.
         """
-        width = self._query.shape[-1]
-        if self.has_functions or self._modifiers.packed() or self._bias is not None or self._causal is not None:
+        if self.has_functions or self._modifiers.packed() or self._causal is not None:
             return None
+        dtype, groups = computed_in(self.dtype), self.shape[1] // max(1, self.keys.buffer.shape[1])
         if self.log_sums is not None and self._are_sums_right(self.log_sums):
-            dtype = computed_in(self.dtype)
-            chosen = self.key[:, :, keys].to(dtype).repeat_interleave(self.shape[1] // max(1, self.key.shape[1]), 1)
-            scores = torch.matmul(self._query.to(dtype) * self._scale, chosen.mT)
-            return scores.sub_(self.log_sums[..., None]).exp_()
-        if len(keys) > width or self._length < 4 * width:
+            chosen = (self.key[:, :, keys].to(dtype) * self._scale).repeat_interleave(groups, 1)
+            scores = torch.matmul(
+                chosen, self._query.to(dtype).mT
+            )  # few rows and long ones are quicker than the other way
+            bias = (
+                None if self._bias is None else (self._bias if self._bias.shape[3] == 1 else self._bias[..., keys]).mT
+            )
+            if bias is not None:
+                scores = scores.masked_fill_(~bias, -math.inf) if bias.dtype == torch.bool else scores.add_(bias)
+            return scores.sub_(self.log_sums[:, :, None]).exp_().mT
+        width = self._query.shape[-1]
+        if len(keys) > width or self._length < 4 * width or self._bias is not None:
             return None
-        dtype = computed_in(self.dtype)
-        key = self.keys.first(self._length).to(dtype)
-        key = key.repeat_interleave(self.shape[1] // max(1, key.shape[1]), 1)
+        key = self.keys.first(self._length).to(dtype).repeat_interleave(groups, 1)
         values = torch.zeros(self._length, width, dtype=dtype, device=self.device)
         values[keys, torch.arange(len(keys), device=self.device)] = 1
         values = values.expand(*key.shape[:2], *values.shape)
@@ -385,10 +391,17 @@ class Factors:
         return made[..., : len(keys)]
 
     def _are_sums_right(self, log_sums: Tensor) -> bool:
-        """Whether the sums that the kernel told are those of the first and the last query."""
+        """Whether the sums that the kernel told are those of two queries of a head, and can tell small weights.
+
+        Where a mask hides all keys from a query by large numbers, its sum is one of these numbers.
+        """
+        if self._bias is not None and not bool((log_sums > _TELLS_NOTHING).all()):
+            return False
+        image, head = self.shape[0] - 1, self.keys.buffer.shape[1] - 1
         ends = torch.tensor([0, -1], device=self.device)
-        sums = self.scores(ends)[0].logsumexp(-1)
-        return bool(((sums - log_sums[:, :, ends]).abs() <= _CLOSE * sums.abs().clamp_min(1)).all())
+        sums = self.of_head(image, head).scores(ends)[0].logsumexp(-1)
+        told = log_sums[image:, -sums.shape[1] :, ends]
+        return bool(((sums - told).abs() <= _CLOSE * sums.abs().clamp_min(1)).all())
 
     def scores(self, queries: slice | Tensor) -> tuple[Tensor, bool]:
         """What the softmax of some queries is taken of, and whether some may attend to nothing."""
