@@ -285,10 +285,10 @@ def test_a_plot_of_a_word(llava: Any) -> None:
     model, prompt, _ = llava
     with word_maps(model, tokenizer=vision_language.Tokenizer()) as maps, torch.no_grad():
         model(**prompt)
-    picture = np.zeros((12, 12, 3))
+    picture = np.zeros((48, 48, 3))
     ax = plot.words(maps, "cat", picture)
     assert ax.get_title() == "'cat', mean of 2 layers"
-    assert ax.images[0].get_array().shape == (12, 12, 3)
+    assert ax.images[0].get_array().shape == (48, 48, 3)
     figure = plot.words(maps, ["a", "cat", "dog"], picture, layer=1)
     assert [one.get_title() for one in figure.axes[:3]] == ["'a'", "'cat'", "'dog'"]
     assert figure.get_suptitle() == "layer 1"

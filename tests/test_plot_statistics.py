@@ -10,7 +10,7 @@ from plots import no_figure_left  # noqa: F401
 from ranks import Looking, all_statistics, texts
 
 from visualizer import load, plot
-from visualizer.statistics import Distance, MeanMap, Patterns, PrefixMass, Received, Sink, Statistic, collect
+from visualizer.statistics import Distance, MeanMap, Patterns, Sink, Statistic, collect
 
 
 @pytest.fixture(scope="module")
@@ -143,19 +143,6 @@ def test_a_statistic_of_ones_own_keeps_its_words_in_a_file(tmp_path):
     figure = plot.statistic(own, "both_halves")
     assert ["first", "second"] == [ax.get_title() for ax in figure.axes[:2]]
     assert "both halves" == figure.axes[2].get_ylabel()
-
-
-def test_files_from_before_labels_were_kept_have_them(tmp_path):
-    from visualizer.store.files import write
-
-    saved = collect(Looking(), texts(1), Sink(3), PrefixMass(2), Received(name="got"), Patterns(), Lean()).saved()
-    for name in ("labels", "number names"):
-        del saved.about["statistics"][name]
-    write(tmp_path / "old.safetensors", saved)
-    old = load(tmp_path / "old.safetensors")
-    labels = ["attention to token 3", "attention to prefix tokens (2)", "share of the attention", "score", "lean"]
-    assert labels == [*old.labels.values()]
-    assert 8 == sum(ax.axison for ax in plot.statistic(old, "patterns").axes)
 
 
 @pytest.mark.filterwarnings("ignore:.*do not sum to 1")  # means of texts of different lengths
