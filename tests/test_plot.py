@@ -311,7 +311,7 @@ class TestRefusals:
             ),
             (lambda: plot.class_token(maps_of(17, 17), np.full((8, 8, 3), 9.0)), ValueError, ["9", "normalisation"]),
             (lambda: plot.class_token(maps_of(17, 17), "cat.jpg"), FileNotFoundError, ["cat.jpg"]),
-            (lambda: plot.head(maps_of(5, 5), vmax=0), ValueError, ["vmax=0", "vmin=0"]),
+            (lambda: plot.head(maps_of(5, 5), vmax=-1), ValueError, ["vmax=-1", "vmin=0"]),
             (lambda: plot.query(maps_of(17, 17), query=0, vmin=1, vmax=0.5), ValueError, ["vmax=0.5", "vmin=1"]),
             (lambda: plot.class_token(maps_of(17, 17), b"cat"), TypeError, ["bytes", "PIL", "path"]),
         ],
@@ -453,3 +453,10 @@ class TestPadding:
     def test_words_that_are_not_known(self):
         with pytest.raises(ValueError, match="tokenizer="):
             plot.tokens(maps_of(3, 3))
+
+
+def test_a_largest_value_of_zero_is_a_scale_too():
+    """As where a script passes the largest of its values, and nothing fires."""
+    picture = np.linspace(0, 1, 16 * 16 * 3).reshape(16, 16, 3)
+    none, least = (plot.overlay(np.zeros((4, 4)), picture, vmax=top).images[0].get_array() for top in (0.0, 1.0))
+    np.testing.assert_array_equal(none, least)
