@@ -191,6 +191,9 @@ class TestRollout:
         assert "query: CLS" == figure._suptitle.get_text()
         bars = [ax.get_xlabel() for ax in figure.axes if ax not in panels]
         assert ["attention weight", "rollout"] == bars, "one each: their scales differ"
+        figure.canvas.draw()
+        tops = [ax.get_window_extent().y1 for ax in panels]
+        np.testing.assert_allclose(tops[0], tops, err_msg="the photograph stands beside the others")
 
     @pytest.mark.parametrize("wrap", [list, torch.tensor, lambda maps: [AttentionMap(one) for one in maps]])
     def test_the_very_weights(self, wrap):

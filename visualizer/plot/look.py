@@ -92,7 +92,9 @@ class Look:
         if self.style not in get_args(Style):
             raise ValueError(f"style={self.style!r}: pass one of {', '.join(map(repr, get_args(Style)))}")
         if self.vmin is not None and self.vmax is not None and not self.vmin <= self.vmax:
-            raise ValueError(f"vmax={self.vmax} is where the colours end, and must not be smaller than vmin={self.vmin}")
+            raise ValueError(
+                f"vmax={self.vmax} is where the colours end, and must not be smaller than vmin={self.vmin}"
+            )
 
     def scale(self, top: float, *, over_picture: bool = False) -> ScalarMappable:
         """The colours of weights from `vmin` to `top`; over a picture, those that they have on an empty one."""

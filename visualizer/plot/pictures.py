@@ -213,8 +213,6 @@ def rollout(
     if behind is not None:
         draw_image(axes_drawn[0], behind)
         axes_drawn[0].set(xticks=[], yticks=[])
-    for ax in axes_drawn:
-        ax.set_anchor("N")  # the photograph has no bar below it, and stays beside the others
     source = ", ".join(filter(None, (f"layer {len(layers) - 1}", head_words(layers[-1], heads))))
     titles = (source, f"rollout of {len(layers)} layers")
     for ax, weights, place, label in zip(
@@ -222,6 +220,8 @@ def rollout(
     ):
         framed = row.framed if place is row.layout else None
         draw_row(weights, place, behind, look, ax=ax, framed=framed, label=label)
+    for ax in axes_drawn:
+        ax.set_anchor("N")  # the photograph has no bar below it; a bar would have moved the others down
     name_panels(axes_drawn, ["picture", *titles][-count:])
     write_title(figure, look.title, ", ".join(filter(None, (f"query: {row.name}", note_of(layers)))))
     lay_out(figure)
