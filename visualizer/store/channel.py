@@ -296,7 +296,7 @@ class Channel:
                 if left >= 0 and self.append is append:  # see `Store`: nothing comes between here and the append
                     purse.left = left
                     append(kept)
-                    if is_copied and size < _SMALL and is_array(kept):
+                    if is_copied and size < _SMALL and is_array(value):
                         self._pay_ahead(kept, append)
                     return
             append = None
