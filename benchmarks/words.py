@@ -177,7 +177,8 @@ def llava(width: int) -> tuple[torch.nn.Module, Callable[[], Any]]:
     size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 8}
     size |= {"num_attention_heads": width // 64}
     vision = CLIPVisionConfig(**size, image_size=336, patch_size=14)
-    config = LlavaConfig(vision, LlamaConfig(**size, vocab_size=2000), image_token_index=5, image_seq_length=576)
+    text = LlamaConfig(**size, vocab_size=2000)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=5, image_seq_length=576)
     model = LlavaForConditionalGeneration(config).eval()
     prompt = {
         "input_ids": torch.tensor([[1] + [5] * 576 + [*range(10, 40)]]),
