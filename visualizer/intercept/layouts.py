@@ -114,9 +114,8 @@ class _Lists:
     def of(self, tensor: Tensor) -> list[list[int]]:
         """The numbers of a tensor of two axes."""
         known = self._known.get(id(tensor))
-        version = (
-            -1 if tensor.is_inference() else getattr(tensor, "_version", -1)
-        )  # changes in place are counted, in inference not
+        # Changes in place are counted; in inference mode they are not.
+        version = -1 if tensor.is_inference() else getattr(tensor, "_version", -1)
         if known is None or known[0]() is not tensor or known[1] != version or version < 0:
             if len(self._known) > 8:
                 self._known.clear()
@@ -207,12 +206,9 @@ class Layouts(threading.local):
             return None
         told: list[Layout] = []
         for start, stop, name in inputs:
-            each = (
-                ()
-                if places.is_text(name)
-                else (self._patches_of(call, arguments_of(call), stop - start, batch) for call in calls)
-            )
-            told.append(next(filter(None, each), Layout.text(stop - start)))
+            count, may_be = stop - start, () if places.is_text(name) else calls
+            each = (self._patches_of(call, arguments_of(call), count, batch) for call in may_be)
+            told.append(next(filter(None, each), Layout.text(count)))
         # Where a text without a name has as many tokens as the picture, which of the two is which is not known.
         return Layout.joined(told) if sum(one.patches is not None for one in told) == 1 else None
 

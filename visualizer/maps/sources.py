@@ -371,13 +371,10 @@ class Factors:
         dtype, groups = computed_in(self.dtype), self.shape[1] // max(1, self.keys.buffer.shape[1])
         if self.log_sums is not None and self._are_sums_right(self.log_sums):
             chosen = (self.key[:, :, keys].to(dtype) * self._scale).repeat_interleave(groups, 1)
-            scores = torch.matmul(
-                chosen, self._query.to(dtype).mT
-            )  # few rows and long ones are quicker than the other way
-            bias = (
-                None if self._bias is None else (self._bias if self._bias.shape[3] == 1 else self._bias[..., keys]).mT
-            )
-            if bias is not None:
+            # (batch, heads, chosen keys, queries): few rows and long ones are quicker than the other way.
+            scores = torch.matmul(chosen, self._query.to(dtype).mT)
+            if self._bias is not None:
+                bias = (self._bias if self._bias.shape[3] == 1 else self._bias[..., keys]).mT
                 scores = scores.masked_fill_(~bias, -math.inf) if bias.dtype == torch.bool else scores.add_(bias)
             return scores.sub_(self.log_sums[:, :, None]).exp_().mT
         width = self._query.shape[-1]
