@@ -7,12 +7,21 @@ from collected_by_hand import ALIKE, check_entropy, pictures
 from ranks import Looking, difference, facts, run
 from torch import nn
 
-from visualizer import VisualizerWarning, load
+from visualizer import FileFormatError, VisualizerWarning, load
 from visualizer.statistics import Entropy, MeanMap, Sink, collect
+from visualizer.store.files import write
 
 
 def in_turn(rank, folder):
     return facts(collect(Looking(), pictures(4), Entropy(), checkpoint=folder))
+
+
+def test_a_file_from_before_labels_were_kept_says_so(tmp_path):
+    saved = collect(Looking(), pictures(1), Sink()).saved()
+    del saved.about["statistics"]["labels"]
+    write(tmp_path / "old.safetensors", saved)
+    with pytest.raises(FileFormatError, match=r"lack 'labels'.*Collect them again"):
+        load(tmp_path / "old.safetensors")
 
 
 class TestMergingFiles:

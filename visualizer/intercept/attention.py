@@ -23,9 +23,10 @@ from ..tensors import keeper
 from .axes import Output
 from .evidence import Evidence
 from .layouts import Layouts
+from .modes import unseen
 from .modules import ModuleCall, are_given_the_same
 from .snapshots import AttentionCall, Copies, Copy
-from .watch import Watch, unseen
+from .watch import Watch
 
 Kept = TypeVar("Kept")
 """What is kept of a call: its map, or what `keep` makes of it."""

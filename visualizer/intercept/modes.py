@@ -1,9 +1,11 @@
-"""The mode that shows a watcher each of torch's functions, and how it is added and removed among a thread's others."""
+"""The mode that shows a watcher each of torch's functions; how it is added and removed among a thread's others, and how
+to compute unseen by all of them."""
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
+from . import operators
 from .calls import name_of
 from .deformable import may_read_cells, may_sample
 from .kernels import KERNELS
@@ -138,3 +141,33 @@ class Mode(TorchFunctionMode):
         if watch is None or _INTEREST.get(func) is NO_TENSOR:
             return func(*args, **kwargs)
         return watch.run(func, args, kwargs)
+
+
+class unseen:
+    """What is computed within is seen by no recording and no other mode, and has no graph.
+
+    Copies made in inference mode could not be worked on outside of it.
+    """
+
+    __slots__ = ("_entered",)
+
+    def __enter__(self) -> None:
+        operators.hide(1)
+        self._entered: list[Any] = [torch._C.DisableTorchFunction()]
+        self._entered[0].__enter__()
+        for is_on, leave in _LEFT:
+            if is_on():
+                self._entered.append(leave())
+                self._entered[-1].__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        for entered in reversed(self._entered):
+            entered.__exit__(None, None, None)
+        operators.hide(-1)
+
+
+# In this order: leaving inference mode brings gradients back.
+_LEFT: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
+    (torch.is_inference_mode_enabled, lambda: torch.inference_mode(False)),
+    (torch.is_grad_enabled, torch.no_grad),
+)

@@ -44,6 +44,7 @@ from .modes import (
     interest_of,
     remove_mode,
     see_scripted,
+    unseen,
 )
 from .modules import (
     Hook,
@@ -808,36 +809,6 @@ class _Unharmed:
             return False
         self._refuse(self._calls, error)
         return True
-
-
-class unseen:
-    """What is computed within is seen by no recording and no other mode, and has no graph.
-
-    Copies made in inference mode could not be worked on outside of it.
-    """
-
-    __slots__ = ("_entered",)
-
-    def __enter__(self) -> None:
-        operators.hide(1)
-        self._entered: list[Any] = [torch._C.DisableTorchFunction()]
-        self._entered[0].__enter__()
-        for is_on, leave in _LEFT:
-            if is_on():
-                self._entered.append(leave())
-                self._entered[-1].__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        for entered in reversed(self._entered):
-            entered.__exit__(None, None, None)
-        operators.hide(-1)
-
-
-# In this order: leaving inference mode brings gradients back.
-_LEFT: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
-    (torch.is_inference_mode_enabled, lambda: torch.inference_mode(False)),
-    (torch.is_grad_enabled, torch.no_grad),
-)
 
 
 def _is_as_built(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import few, warn
+from ..errors import FileFormatError, few, warn
 from ..store import Record, Recorded, Saved, stacked
 from .base import Statistic, with_layers
 from .moments import Moments, empty_state, merge_states, to_one_shape
@@ -147,13 +147,19 @@ class Collected(Recorded, Mapping[str, Moments]):
 
     @classmethod
     def from_saved(cls, saved: Saved) -> Collected:
-        """The statistics that were saved."""
+        """The statistics that were saved; FileFormatError if no released version wrote them."""
         content = saved.about["statistics"]
+        facts = {name: name.replace("_", " ") for name in _FACTS}
+        if lacking := [repr(fact) for fact in facts.values() if fact not in content]:
+            raise FileFormatError(
+                f"the statistics in the file lack {', '.join(lacking)}: this package wrote them before its first "
+                "release. Collect them again"
+            )
         found = Collected([], Source(**content["part"]))
         found.states = {record.key: torch.from_numpy(np.array(record.value)) for record in saved.records}
         found.about = saved.about["about"]
-        for name in _FACTS:
-            setattr(found, name, content[name.replace("_", " ")])
+        for name, fact in facts.items():
+            setattr(found, name, content[fact])
         return found
 
 
