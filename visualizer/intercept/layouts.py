@@ -3,9 +3,7 @@
 The calls under way are asked from the innermost outwards, and what fits the number of tokens is taken. Nothing is
 guessed: where no call tells what the tokens are, the map has no layout.
 
-- pictures and videos: the module that was given one, and its convolution whose stride is its kernel, as timm,
-  transformers and torchvision cut patches. The names of its parameters tell the tokens before the patches;
-- windows: the module that has `window_size` and was given a grid of patches;
+- pictures, videos and windows: see `patches.py`;
 - texts: the ids and the mask that transformers' modules are given, and the ids that came before with a cache; the
   tokens that stand for a picture; of cross attention the sequence that another module worked on before.
 """
@@ -17,68 +15,23 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from ..images import THUMBNAIL, Thumbnail
-from ..layout import Layout, Part, Windows, pair_of
+from ..layout import Layout, Part
 from ..maps import AttentionMap, Factors, Keys
 from ..words import readable
 from . import places
-from .modules import ModuleCall, argument_names, arguments_named, arguments_of, inputs_of, shapes_of
+from .modules import ModuleCall, argument_names, arguments_of, inputs_of
+from .patches import Picture, Pictures, cut_in_windows, on_the_way, patches_given
 
-# The parameters that become tokens before the patches, in this order, as timm, transformers, torchvision and DINO's own
-# code call them.
-_PREFIXES = {
-    "cls_token": "CLS",
-    "class_token": "CLS",
-    "class_embedding": "CLS",
-    "dist_token": "DIST",
-    "distillation_token": "DIST",
-    "reg_token": "REG",
-    "register_tokens": "REG",
-    "storage_tokens": "REG",
-}
 _IDS = ("decoder_input_ids", "input_ids")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture or video that a module was given, as its first convolution cuts it."""
-
-    shape: tuple[int, ...]
-    """(rows, columns) of patches, or (frames, rows, columns)."""
-    size: tuple[int, int]
-    """(height, width) in pixels."""
-    patch: tuple[float, float]
-    """(height, width) of a patch in pixels."""
-    prefix: tuple[str, ...]
-    """What the tokens before the patches are called."""
-    seen: tuple[Thumbnail, ...] = ()
-    """A small copy of each picture of the batch."""
-
-    def of(self, tokens: int, batch: int) -> Layout | None:
-        """The layout of that many tokens; None where these are not the patches, with or without what precedes them."""
-        prefix = _by_count(self.prefix)
-        patches = Part("patches", math.prod(self.shape), (), self.shape, self.patch, self.size)
-        names = prefix.get(tokens - patches.count)
-        if names is None and len(self.shape) == 3:  # space and time apart, as TimeSformer has them
-            frames, *sides = self.shape
-            patches = replace(patches, count=math.prod(sides), shape=tuple(sides))
-            if patches.count == tokens == frames:
-                return None  # which of the two cannot be told
-            names = prefix.get(tokens - patches.count) if batch % frames == 0 else None
-            if names is None and tokens == frames and batch % patches.count == 0:
-                return Layout((Part("text", frames, tuple(f"frame {number}" for number in range(frames))),))
-        if names is None:
-            return None
-        return Layout((*([Part("special", len(names), names)] if names else []), patches), seen=self.seen)
 
 
 class _Prompt(NamedTuple):
@@ -158,11 +111,9 @@ class Layouts(threading.local):
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._special = frozenset[int](getattr(self._tokenizer, "all_special_ids", ()))
-        self._convolutions = weakref.WeakKeyDictionary[nn.Module, tuple[Any, tuple[str, ...]]]()
+        self._pictures = Pictures()
         self._lists = _Lists()
         self._histories: dict[str, _History] = {}
-        # The pixels that were seen last, the convolution that cut them, and how.
-        self._cut: tuple[Callable[[], Tensor | None], Any, Picture | None] = (lambda: None), None, None
         self._picture: Picture | None = None  # the last that was seen, for the tokens that stand for it in a text
         self._canvas: tuple[Callable[[], Tensor | None], places.Canvas | None] = (lambda: None), None
         self._generation: ModuleCall | None = None  # the call of `generate` that is under way, and what it was given
@@ -186,12 +137,12 @@ class Layouts(threading.local):
 
     def _in_windows(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> Layout | None:
         """The layout of a map of windows; None where it is none."""
-        cut = _cut_in_windows(made, calls)
+        cut = cut_in_windows(made, calls)
         if cut is None:
             return None
         shape, windows = cut
-        picture = next((one for call in reversed(calls) if (one := self._picture_of(call)) is not None), None)
-        picture = self._whole_picture(calls[0]) if picture is None else picture
+        picture = next((one for call in reversed(calls) if (one := self._pictures.of(call)) is not None), None)
+        picture = self._pictures.whole(calls[0]) if picture is None else picture
         size = patch = None
         if picture is not None:
             size, patch = picture.size, (picture.size[0] / shape[0], picture.size[1] / shape[1])
@@ -228,10 +179,10 @@ class Layouts(threading.local):
                 self._canvas = weakref.ref(latents), places.canvas_of(arguments)
             grid = None if latents is None or self._canvas[1] is None else self._canvas[1].grid(tokens)
             return None if grid is None else Layout.picture(grid)
-        picture = self._picture_of(call)
+        picture = self._pictures.of(call)
         if picture is None:
             return None
-        told = picture.of(tokens, batch) or _on_the_way(picture, calls, tokens)
+        told = picture.of(tokens, batch) or on_the_way(picture, calls, tokens)
         self._picture = picture if told is not None else self._picture
         return told
 
@@ -292,44 +243,8 @@ class Layouts(threading.local):
             told = self._text_of(call, arguments, made, tokens, is_source)
         if told is None and not _takes_ids(call):
             told = self._patches_of(call, arguments, tokens, made.shape[0], calls)
-            told = told or _patches_given(call, arguments, calls, lambda: self._known_of(call.module)[1], tokens)
+            told = told or patches_given(call, arguments, calls, self._pictures.prefix_of, tokens)
         return told if told is not None and _fits(told, made.shape[0]) else None
-
-    def _picture_of(self, call: ModuleCall) -> Picture | None:
-        """The picture that a call was given; None where it was given none, or does not cut it into patches."""
-        module = call.module
-        known = self._convolutions.get(module)
-        if known is not None and known[0] is None:
-            return None
-        for name, pixels in inputs_of(call):
-            if pixels.ndim in (4, 5) and "mask" not in name:
-                convolution, prefix = self._known_of(module)
-                if convolution is None:
-                    return None
-                given, cutting, picture = self._cut
-                if given() is pixels and cutting is convolution:  # as for all layers of a model
-                    return picture
-                sizes = _sides(pixels, convolution, name)
-                if sizes is not None:
-                    picture = replace(_cut(module, convolution, sizes, prefix), seen=_thumbnails(pixels))
-                    self._cut = weakref.ref(pixels), convolution, picture
-                    return picture
-        return None
-
-    def _whole_picture(self, call: ModuleCall) -> Picture | None:
-        """The picture that a model was given whose first layers cut no patches; None where it was given none."""
-        pixels = next((one for _, one in inputs_of(call) if one.ndim == 4 and one.shape[1] in (1, 3)), None)
-        if pixels is not None and (self._cut[0]() is not pixels or self._cut[1] is not None):
-            size = pixels.shape[2], pixels.shape[3]
-            self._cut = weakref.ref(pixels), None, Picture((), size, (1.0, 1.0), (), _thumbnails(pixels))
-        return None if pixels is None else self._cut[2]
-
-    def _known_of(self, module: nn.Module) -> tuple[Any, tuple[str, ...]]:
-        """The convolution of a module that cuts patches, and what the tokens before these are called."""
-        known = self._convolutions.get(module)
-        if known is None:
-            known = self._convolutions[module] = _first_convolution(module), _prefix(module)
-        return known
 
     def _text_of(
         self, call: ModuleCall, arguments: dict[str, Any], made: AttentionMap, tokens: int, is_source: bool
@@ -583,232 +498,3 @@ def _is_tower(call: ModuleCall) -> bool:
 def _takes_ids(call: ModuleCall) -> bool:
     """Whether a call is of a text, or of a text and a picture: the tokens within it need not be those of a picture."""
     return any(name in _IDS for name in argument_names(call.module)) or any(map(_is_ids, call.args))
-
-
-def _first_convolution(module: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
-    """The first convolution of a module, where it cuts its input into patches."""
-    embeds: Any = getattr(module, "embeds", None)
-    if getattr(embeds, "is_linear", False):  # of timm's NaFlex models: the same, as a product
-        return nn.Conv2d(3, 1, embeds.patch_size, embeds.patch_size, device="meta")
-    first = next((one for one in module.modules() if isinstance(one, (nn.Conv2d, nn.Conv3d))), None)
-    if first is None or max(first.stride[-2:]) < 2 or tuple(first.kernel_size) != tuple(first.stride):
-        return None
-    return first
-
-
-def _prefix(module: nn.Module) -> tuple[str, ...]:
-    """What the tokens before the patches are called, by the names of the parameters that they are."""
-    found: dict[str, tuple[str, ...]] = {}
-    for name, parameter in _parameters_near(module):
-        stem = _PREFIXES.get(name)
-        if stem is not None:
-            count = parameter.shape[-2] if parameter.ndim > 1 else 1
-            found[name] = (stem,) if count == 1 else tuple(f"{stem}{number + 1}" for number in range(count))
-    return tuple(itertools.chain(*(found[name] for name in _PREFIXES if name in found)))
-
-
-def _parameters_near(module: nn.Module, depth: int = 2) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of a module and of those at most so many levels within it, but none of a row of layers."""
-    yield from module.named_parameters(recurse=False)
-    for name, inner in module.named_children():
-        if depth and not name.isdigit():
-            yield from _parameters_near(inner, depth - 1)
-
-
-def _thumbnails(pixels: Tensor) -> tuple[Thumbnail, ...]:
-    """A small copy of each picture, in shades of grey from 0 to 255; none of videos, or of pictures without shades."""
-    if pixels.ndim != 4:
-        return ()
-    grey = nn.functional.adaptive_avg_pool2d(pixels.detach().float(), THUMBNAIL).mean(1).flatten(1).cpu()
-    low, high = grey.amin(1, keepdim=True), grey.amax(1, keepdim=True)
-    if not bool((high > low).all()):  # false for NaN
-        return ()
-    return tuple(map(tuple, ((grey - low) / (high - low) * 255).round().int().tolist()))
-
-
-def _sides(pixels: Tensor, convolution: nn.Conv2d | nn.Conv3d, name: str) -> tuple[int, ...] | None:
-    """(height, width) of what a convolution is given, or (frames, height, width); None where it is no picture."""
-    channels, shape = convolution.in_channels, pixels.shape
-    if pixels.ndim == 4:
-        return tuple(shape[2:]) if shape[1] == channels and isinstance(convolution, nn.Conv2d) else None
-    # transformers has the frames before the channels.
-    is_frames_first = shape[2] == channels and (shape[1] != channels or name.startswith("pixel_values"))
-    if is_frames_first:
-        return shape[1], *shape[3:]
-    return tuple(shape[2:]) if shape[1] == channels else None
-
-
-def _cut(
-    module: nn.Module, convolution: nn.Conv2d | nn.Conv3d, sides: tuple[int, ...], prefix: tuple[str, ...]
-) -> Picture:
-    """The picture of these sides as the module cuts it."""
-    steps: list[int] = list(convolution.stride)
-    if len(sides) > len(steps):
-        steps = [1, *steps]  # each frame by itself
-    grid_of = getattr(getattr(module, "patch_embed", None), "dynamic_feat_size", None)
-    if grid_of is not None and len(sides) == 2:  # timm, which may pad
-        shape = tuple(map(int, grid_of(sides)))
-    else:
-        shape = tuple(side // step for side, step in zip(sides, steps, strict=True))
-    return Picture(shape, (sides[-2], sides[-1]), (float(steps[-2]), float(steps[-1])), prefix)
-
-
-def _by_count(prefix: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
-    """The names of the tokens before the patches, by how many there are: all, or the class token, or none."""
-    return {len(names): names for names in (prefix[:1], prefix, ())}
-
-
-def _patches_given(
-    call: ModuleCall,
-    arguments: dict[str, Any],
-    calls: Sequence[ModuleCall],
-    prefix_of: Callable[[], tuple[str, ...]],
-    tokens: int,
-) -> Layout | None:
-    """The layout of patches that a module was given as a sequence, each picture with a grid and padding of its own.
-
-    So do timm's NaFlex models and SigLIP 2. None where the module was given no such sequence.
-    """
-    grids, side = arguments.get("grid_thw"), getattr(call.module, "spatial_merge_size", None)
-    if isinstance(grids, Tensor) and isinstance(side, int):
-        ends = next(iter(arguments_named(calls, "cu_seqlens")), None)
-        return _merging_next(call.module, grids.tolist(), side, ends, tokens)
-    given = call.args[0] if call.args and isinstance(call.args[0], Mapping) else arguments
-    coordinates, sizes = given.get("patch_coord"), given.get("spatial_shapes")
-    patches = next((given[name] for name in ("patches", "pixel_values", "x") if name in given), None)
-    if not isinstance(patches, Tensor) or patches.ndim != 3:
-        return None
-    prefix = prefix_of()
-    if tokens - patches.shape[1] not in _by_count(prefix):
-        return None
-    if isinstance(coordinates, Tensor):
-        sizes = coordinates.amax(1) + 1
-    if not isinstance(sizes, Tensor) or sizes.shape != (len(patches), 2):
-        return None
-    names, side = _by_count(prefix)[tokens - patches.shape[1]], float(math.isqrt(patches.shape[2] // 3))
-    samples = []
-    for at, (rows, columns) in enumerate(sizes.tolist()):
-        count = rows * columns
-        if isinstance(coordinates, Tensor):
-            places = coordinates[at, :count]
-            if not torch.equal(places[:, 0] * columns + places[:, 1], torch.arange(count).to(places)):
-                return None  # not row by row, as where patches were dropped
-        size = int(rows * side), int(columns * side)
-        parts = [Part("special", len(names), names)] if names else []
-        parts.append(Part("patches", count, (), (rows, columns), (side, side), size))
-        left = patches.shape[1] - count
-        samples.append(Layout((*parts, Part("padding", left)) if left else tuple(parts)))
-    return Layout.batch(samples)
-
-
-def _merging_next(module: nn.Module, grids: list[list[int]], side: int, ends: Any, tokens: int) -> Layout | None:
-    """The layout of patches that come in squares, which are merged later, as in the vision tower of Qwen2-VL.
-
-    Where the module has windows besides, the squares of a window follow each other. A kernel is called for each picture
-    or frame; or for all of them packed, whose tokens then have names only.
-
-    Args:
-        ends: where the tokens of each picture or frame end, as its layers are given it; of a layer that attends within
-            windows those of each window, and which window a call has is not known.
-    """
-    each = [(rows, columns) for frames, rows, columns in grids for _ in range(frames)]
-    if not isinstance(ends, Tensor) or ends.diff().tolist() != [rows * columns for rows, columns in each]:
-        return None
-    window, pixels = (
-        getattr(one, name, None) for one, name in ((module, "window_size"), (module.config, "patch_size"))
-    )
-
-    def order(shape: tuple[int, int]) -> list[int]:
-        squares = Windows((side, side)).places(*shape)
-        if isinstance(window, int) and isinstance(pixels, int):
-            high = window // pixels // side
-            windows = Windows((high, high)).places(*(size // side for size in shape))
-            squares = squares[windows[windows >= 0]]
-        return list(map(int, squares.ravel()))
-
-    alike = {shape for shape in each if math.prod(shape) == tokens}
-    if len(alike) == 1:
-        [shape] = alike
-        size = None if pixels is None else (shape[0] * pixels, shape[1] * pixels)
-        windows = Windows(shape, order=tuple(order(shape)))
-        return Layout.picture(shape, patch_size=pixels, image_size=size, windows=windows)
-    if sum(map(math.prod, each)) != tokens:
-        return None
-    places = ((number, divmod(place, shape[1])) for number, shape in enumerate(each) for place in order(shape))
-    names = tuple(f"picture {number}, patch {place}" for number, place in places)
-    return Layout((Part("special", tokens, names),))
-
-
-def _on_the_way(picture: Picture, calls: Sequence[ModuleCall], tokens: int) -> Layout | None:
-    """The layout of tokens that are no longer the first patches, as where layers merge 2 x 2 of them.
-
-    A module was given them, as a grid or as a sequence. A single token is no patch, but what pools them.
-    """
-    if tokens == 1:
-        return None
-    merged = [tuple(-(-side // 2**times) for side in picture.shape) for times in range(1, 6)]
-    for shape in shapes_of(calls):
-        grids: list[tuple[int, ...]] = []
-        if len(shape) == 4:
-            grids = [sides for sides in (shape[1:3], shape[2:4]) if math.prod(sides) == tokens]
-        elif len(shape) == 3 and shape[1] == tokens:
-            grids = [grid for grid in merged if math.prod(grid) == tokens]
-        if len(set(grids)) == 1 and len(grids[0]) == 2:
-            rows, columns = grids[0]
-            patch = picture.size[0] / rows, picture.size[1] / columns
-            return Layout((Part("patches", tokens, (), (rows, columns), patch, picture.size),), seen=picture.seen)
-    return None
-
-
-def _cut_in_windows(made: AttentionMap, calls: Sequence[ModuleCall]) -> tuple[tuple[int, int], Windows] | None:
-    """(rows, columns) of the patches and the windows of a map, as Swin's layers and those like it cut them."""
-    batch, _, queries, keys = made.shape
-    if queries != keys:
-        return None
-    for call in reversed(calls):
-        size = _window_size(call.module)
-        if size is None:
-            continue
-        sides = pair_of("window_size", tuple(size) if isinstance(size, (list, tuple)) else size)
-        if math.prod(sides) != keys:
-            continue
-        library = type(call.module).__module__.partition(".")[0]
-        shift = getattr(call.module, "shift_size", 0)
-        steps = [int(step) for step in (shift if isinstance(shift, (list, tuple)) else (shift, shift))]
-        is_spread = getattr(call.module, "partition_type", None) == "grid" or not _is_block(call.module)
-        for images, rows, columns in _grids_given(call):
-            own = steps
-            if library == "torchvision":
-                own = [
-                    0 if side >= size else step for step, side, size in zip(steps, sides, (rows, columns), strict=True)
-                ]
-            windows = Windows(sides, (own[0], own[1]), library != "timm", is_spread)
-            is_filled = not is_spread or not (rows % sides[0] or columns % sides[1])
-            if is_filled and batch == images * len(windows.places(rows, columns)):
-                return (rows, columns), windows
-    return None
-
-
-def _window_size(module: nn.Module) -> Any:
-    """The sides of the windows that a module cuts; None where it cuts none. MaxViT calls them partitions."""
-    size = getattr(module, "window_size", getattr(module, "partition_size", None))
-    if size is None and hasattr(module, "partition_type"):  # torchvision has the number of windows under either name
-        size = module.g if module.partition_type == "grid" else module.p
-    return size
-
-
-def _is_block(module: nn.Module) -> bool:
-    return bool(getattr(module, "partition_block", True))
-
-
-def _grids_given(call: ModuleCall) -> list[tuple[int, int, int]]:
-    """What may be (images, rows, columns) of the patches that a module was given, which has the width last, or second;
-    or the sides beside it."""
-    tensor = next((one for _, one in inputs_of(call)), None)
-    if tensor is None:
-        return []
-    if tensor.ndim == 4:
-        images, first, second, third = tensor.shape
-        return [(images, first, second), (images, second, third)]
-    sides = arguments_of(call).get("input_dimensions")
-    return [(tensor.shape[0], int(sides[0]), int(sides[1]))] if sides is not None and tensor.ndim == 3 else []
