@@ -147,3 +147,38 @@ class TestWhichLayout:
 def test_a_layout_is_made_of_parts(parts):
     with pytest.raises(TypeError, match=r"pass Parts, or use Layout\.picture"):
         Layout(parts)
+
+
+FOUR = Layout.picture((4, 4)).parts
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda: Windows((0, 0)), ["size=(0, 0)", "at least 1"]),
+        (lambda: Windows((-1, 2)), ["size=(-1, 2)", "at least 1"]),
+        (lambda: Windows((2, 2), (1,)), ["shift=(1,)", "(rows, columns)"]),
+        (lambda: Windows((2, 2), (0.5, 0)), ["shift=(0.5, 0)", "whole numbers"]),
+        (lambda: Windows((2, 2), order=(0, 1, 2)), ["3 numbers", "0 to 3", "2 x 2"]),
+        (lambda: Windows((2, 2), order=(0, 1, 2, 2)), ["0 to 3", "once"]),
+        (lambda: Layout(FOUR, Windows((2, 2), order=(0, 2, 1, 3))), ["covers the whole grid", "4 x 4"]),
+        (lambda: Layout(FOUR, Windows((3, 3), is_spread=True)), ["spread windows divide it", "4 x 4"]),
+        (lambda: Layout.picture((2, 4, 4), windows=Windows((2, 2))), ["(rows, columns)", "2 x 4 x 4"]),
+        (lambda: Part("patches", 5, (), (2, 2)), ["count=5", "has 4 patches"]),
+        (lambda: Part("word", 5), ["kind='word'", "'text', 'patches', 'special', 'padding'"]),
+        (lambda: Part("text", 3, ("a", "b")), ["count=3 with 2 names"]),
+        (lambda: Layout.text(-1), ["count=-1"]),
+    ],
+)
+def test_what_cannot_lie_so_is_refused_at_once(make, parts):
+    with pytest.raises(ValueError) as caught:
+        make()
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_words_are_a_list_and_special_places_are_among_them():
+    with pytest.raises(TypeError, match="pass a list of words"):
+        Layout.text("the cat")
+    with pytest.raises(IndexError, match=r"special=\[2\] is out of range: 2 words"):
+        Layout.text(["the", "cat"], special=[2])

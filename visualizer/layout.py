@@ -13,12 +13,12 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import warn
+from .errors import few, warn
 from .images import FRAMES_ACROSS, Thumbnail, part_seen, side_by_side
 from .reading import Array
 from .words import readable, word_index
@@ -60,6 +60,14 @@ class Part:
     is_generated: bool = False
     """Whether the model wrote these tokens, in a generation."""
 
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind={self.kind!r}: pass one of {few(get_args(Kind), 4)}")
+        if self.count < 0 or len(self.names) not in (0, self.count):
+            raise ValueError(f"count={self.count} with {len(self.names)} names: pass none or one for each of 0 or more")
+        if self.kind == "patches" and math.prod(self.shape) != self.count:
+            raise ValueError(f"count={self.count}, and a grid of shape={self.shape} has {math.prod(self.shape)} patches")
+
     def __str__(self) -> str:
         return self._in_words() + " generated" * self.is_generated
 
@@ -100,6 +108,29 @@ class Windows:
     order: tuple[int, ...] = ()
     """Of one window over the whole grid which patch each token is, where they are not row by row, as those of Qwen2-VL,
     of which each four neighbours follow each other."""
+
+    def __post_init__(self) -> None:
+        pair_of("size", self.size)
+        if len(self.shift) != 2 or not all(isinstance(step, int) for step in self.shift):
+            raise ValueError(f"shift={self.shift!r}: pass (rows, columns), two whole numbers")
+        if self.order and sorted(self.order) != list(range(math.prod(self.size))):
+            raise ValueError(
+                f"order has {len(self.order)} numbers: pass each of 0 to {math.prod(self.size) - 1} once, the patches "
+                f"of a window of {self.size[0]} x {self.size[1]}"
+            )
+
+    def check_fits(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError where a grid of this shape cannot be cut so."""
+        sides = list(zip(shape, self.size, strict=False))
+        if len(shape) != 2:
+            why = "windows lie on (rows, columns)"
+        elif self.order and shape != self.size:
+            why = "a window with an order covers the whole grid"
+        elif self.is_spread and any(side % own for side, own in sides):
+            why = "spread windows divide it"
+        else:
+            return
+        raise ValueError(f"windows={self!r} do not fit a grid of {' x '.join(map(str, shape))} patches: {why}")
 
     def places(self, rows: int, columns: int) -> Indices:
         """For each window and each of its tokens the index of the patch, row by row; -1 where it is padding.
@@ -146,6 +177,8 @@ class Layout:
     def __post_init__(self) -> None:
         if isinstance(self.parts, str) or not all(isinstance(part, Part) for part in self.parts):
             raise TypeError(f"parts={self.parts!r}: pass Parts, or use Layout.picture(grid) or Layout.text(words)")
+        if self.windows is not None and self.patches is not None:
+            self.windows.check_fits(self.patches.shape)
 
     @classmethod
     def picture(
@@ -164,7 +197,7 @@ class Layout:
         >>> Layout.picture((8, 14, 14), patch_size=16)
         <Layout: 8 x 14 x 14 patches of 16 pixels>
 
-        Raises ValueError unless these are whole numbers from 1.
+        Raises ValueError unless these are whole numbers from 1, and windows fit them.
         """
         shape = tuple(map(operator.index, grid))
         if len(shape) not in (2, 3) or min(shape) < 1:
@@ -181,10 +214,16 @@ class Layout:
 
         >>> Layout.text(["[CLS]", "cat", "Ġsat"], special=[0])
         <Layout: [CLS], 2 tokens>
+
+        Raises IndexError where there is no such place.
         """
         if isinstance(words, int):
             return cls((Part("text", words),))
+        if isinstance(words, str):
+            raise TypeError(f"words={words!r}: pass a list of words, or how many there are")
         marked = set(special)
+        if wrong := sorted(marked - set(range(len(words)))):
+            raise IndexError(f"special={wrong} is out of range: {len(words)} words, counted from 0")
         kinds: list[Kind] = ["special" if place in marked else "text" for place in range(len(words))]
         each = zip(kinds, readable(words), strict=True)
         return cls.joined(cls((Part(kind, 1, (word,)),)) for kind, word in each)
