@@ -634,8 +634,8 @@ def test_a_missing_package_is_named_with_what_to_install(call, hidden, distribut
 
 
 @pytest.mark.slow
-def test_importing_models_brings_torch_and_nothing_else_that_is_heavy():
+def test_importing_models_brings_torch_and_nothing_else_that_is_heavy_and_no_key():
     others = "{'onnx', 'PIL', 'transformers', 'huggingface_hub', 'skimage'}"
-    code = f"import sys, visualizer.models; print(*{others} & sys.modules.keys())"
+    code = f"import sys, visualizer.models; print(*{others} & sys.modules.keys(), *visualizer.get_local.cache)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

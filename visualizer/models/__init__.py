@@ -17,12 +17,16 @@ by its name in ``MODELS``, or a text model of the hub. ``photo`` and ``speak`` g
 needs more than torch and numpy, it imports that itself, and its error says what to install.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .names import MODELS, Weights, load
 from .pictures import PHOTOS, photo, prepare
 from .speech import speak, whisper_tiny
 from .texts import minilm, rxnmapper, smollm2
-from .vit import Block, PlainAttention, VisionTransformer
 from .weights import dinov2_small, vit_from_npz
+
+if TYPE_CHECKING:
+    from .vit import Block, PlainAttention, VisionTransformer
 
 __all__ = [
     "MODELS",
@@ -42,3 +46,12 @@ __all__ = [
     "vit_from_npz",
     "whisper_tiny",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: its decorated attention has a key in everybody's `get_local.cache` from then on.
+    if name in ("Block", "PlainAttention", "VisionTransformer"):
+        from . import vit
+
+        return getattr(vit, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

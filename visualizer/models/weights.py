@@ -5,14 +5,16 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ..errors import not_installed
-from .vit import VisionTransformer
+
+if TYPE_CHECKING:
+    from .vit import VisionTransformer
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
@@ -25,7 +27,7 @@ def package_folder(module: str, distribution: str, install: str = '"get-local[de
     return Path(spec.origin).parent
 
 
-def dinov2_small() -> VisionTransformer:
+def dinov2_small() -> "VisionTransformer":
     """A trained DINOv2-type ViT-S/14: 12 layers, 6 heads, width 384, layer scale; eval mode, float32.
 
     >>> model = dinov2_small()
@@ -65,10 +67,12 @@ def dinov2_small() -> VisionTransformer:
     if parts:
         state["positions"] = np.concatenate(parts, axis=1)  # (1, 1 + 37 * 37, 384)
     sizes = {"patch": 14, "width": 384, "depth": 12, "heads": 6, "hidden": 1536, "grid": 37}
+    from .vit import VisionTransformer
+
     return filled(lambda: VisionTransformer(layer_scale=True, **sizes), state, path, "a plain ViT")
 
 
-def vit_from_npz(path: str | os.PathLike[str]) -> VisionTransformer:
+def vit_from_npz(path: str | os.PathLike[str]) -> "VisionTransformer":
     """A vision transformer from an original (JAX) checkpoint such as ``ViT-B_16.npz``; eval mode, float32.
 
     ::
@@ -106,6 +110,8 @@ def vit_from_npz(path: str | os.PathLike[str]) -> VisionTransformer:
     sizes = {"patch": patch, "width": width, "heads": heads, "hidden": hidden, "grid": math.isqrt(count - 1)}
     sizes["depth"] = sum(name.endswith("/query/kernel") for name in arrays)
     sizes["classes"] = len(arrays.get("head/bias", ()))
+    from .vit import VisionTransformer
+
     return filled(lambda: VisionTransformer(**sizes), state, path, "a plain ViT")
 
 
