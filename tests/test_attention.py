@@ -1111,6 +1111,19 @@ class TestLeftAsItWas:
             assert not torch._C._is_any_autocast_enabled()
             assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
 
+    @pytest.mark.parametrize("kind", [Fused, Open])
+    def test_models_that_keep_runs_are_not_recorded(self, x, kind):
+        """Nor warned of: the hooks of a module may run where nothing of it is seen."""
+        model, other = Block(kind), Block(Fused)
+
+        def keep(made):
+            other(x)
+            return made.rows(0)
+
+        with attention(other) as inner, attention(model, keep=keep) as outer:
+            model(x)
+        assert (1, 0) == (len(outer), len(inner))
+
     def test_two_threads_record_two_models(self, x):
         models, found = [model_of(), model_of()], {}
 

@@ -66,7 +66,7 @@ class Part:
         if self.count < 0 or len(self.names) not in (0, self.count):
             raise ValueError(f"count={self.count} with {len(self.names)} names: pass none or one for each of 0 or more")
         if self.kind == "patches" and math.prod(self.shape) != self.count:
-            raise ValueError(f"count={self.count}, and a grid of shape={self.shape} has {math.prod(self.shape)} patches")
+            raise ValueError(f"count={self.count}, and a grid of {self.shape} is {math.prod(self.shape)} of them")
 
     def __str__(self) -> str:
         return self._in_words() + " generated" * self.is_generated

@@ -110,7 +110,8 @@ def attention(
             the last); a text is a path, or a pattern of paths such as "encoder.*"; or several of these.
         keep: None keeps maps. A function of an `AttentionMap`, such as `lambda a: a.rows(0)` or
             `visualizer.analysis.entropy`, is called at once, and what it returns is kept instead. Tensors in it are
-            copied and detached.
+            copied and detached. Models that it runs are not recorded, and an error that it raises is raised in the
+            model's call.
         gradients: also keep what `AttentionMap.grad_rows` needs: the values, and after a backward pass the gradient of
             the output.
         max_bytes: how many bytes to keep on each device; None: a quarter of its memory; `math.inf`: no limit. When

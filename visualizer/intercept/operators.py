@@ -102,6 +102,11 @@ def hide(more: int) -> None:
     _here.hidden += more
 
 
+def are_hidden() -> bool:
+    """Whether this thread's operators are those of a recording."""
+    return _here.hidden > 0
+
+
 def _switch(is_on: bool) -> None:
     key: Any = getattr(torch._C.DispatchKey, _KEY)
     torch._C._dispatch_tls_set_dispatch_key_excluded(key, not is_on)

@@ -273,9 +273,11 @@ class Watch:
 
     def _begin_call(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         thread = self._thread
-        self.has_run = True
         if thread.calls and _has_ended(thread.frame):
             self._leave(thread)
+        if not thread.calls and operators.are_hidden():
+            return  # the `keep` of another recording runs the model: nothing of that is seen
+        self.has_run = True
         if not thread.calls:
             if torch._C._current_graph_task_id() != -1:
                 return  # in a backward pass checkpointing computes again what has been seen
