@@ -19,6 +19,7 @@ from visualizer.analysis import (
     received,
     rollout,
     sink,
+    sinks,
     top_keys,
 )
 from visualizer.layout import Layout, Part, Windows
@@ -55,6 +56,28 @@ class TestSink:
                 sink(random_weights(1, 1, 5, 7), key)
         with pytest.raises(TypeError, match="integer"):
             sink(random_weights(1, 1, 5, 7), "first")
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 0), (1, 2, 0, 3), (1, 2, 0, 0), (0, 2, 3, 3)])
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_maps_without_queries_keys_or_images(shape, is_fused):
+    """Numbers about nothing are NaN, and have the shape that they always have."""
+    batch, heads, queries, keys = shape
+    query, key = torch.randn(batch, heads, queries, 4), torch.randn(batch, heads, keys, 4)
+    layer = AttentionMap.from_query_key(query, key) if is_fused else AttentionMap(torch.zeros(shape))
+    for analysis, expected in (
+        (entropy, (batch, heads, queries)),
+        (confidence, (batch, heads)),
+        (received, (batch, heads, keys)),
+    ):
+        found = analysis(layer)
+        assert expected == found.shape
+        assert bool(found.isnan().all())
+    assert (batch, heads, keys) == sinks(layer).shape
+    assert not sinks(layer).any()
+    assert (batch, heads, queries, 0) == layer.columns([]).shape
+    if keys:
+        assert [(batch, heads, queries, 1)] * 2 == [found.shape for found in layer.topk(1)]
 
 
 @pytest.mark.parametrize("masked", [0.0, np.nan], ids=["zeros", "NaN"])

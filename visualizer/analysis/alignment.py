@@ -181,7 +181,7 @@ def _cross_layers(attention: Any) -> list[AttentionMap]:
 def _found(layers: list[AttentionMap], queries: Chosen, keys: Chosen, batch: int) -> list[tuple[int, int]]:
     """The heads that follow the order best, from the first layer to the last."""
     scores = [monotony_of(layer, queries, keys)[batch].cpu() for layer in layers]
-    best = max((float(score.nan_to_num(0).amax()) for score in scores), default=0)
+    best = max((float(one) for score in scores for one in score.nan_to_num(0)), default=0)
     if best <= 0:
         raise ValueError("no head follows the order of the queries along the keys: pass heads=[(layer, head), ...]")
     return [

@@ -85,8 +85,13 @@ def _entropies(weights: Tensor) -> Tensor:
     # torch.special.entr takes three times as long. A weight below the smallest normal number adds nothing either way.
     sums = weights.clamp(min=torch.finfo(weights.dtype).tiny).log_().mul_(weights).sum(-1)
     # Only a row with one key, or with none, has a sum of 0.
-    is_empty = (sums == 0) & (weights.amax(-1) == 0) if weights.shape[-1] and bool((sums == 0).any()) else None
+    is_empty = (sums == 0) & (_largest(weights) == 0) if bool((sums == 0).any()) else None
     return 0 - sums if is_empty is None else (0 - sums).masked_fill_(is_empty, math.nan)
+
+
+def _largest(weights: Tensor) -> Tensor:
+    """The largest weight of each row; 0 where there are no keys."""
+    return weights.amax(-1) if weights.shape[-1] else weights.sum(-1)
 
 
 def received(attention: Any) -> Any:
@@ -161,7 +166,7 @@ def confidence(attention: Any) -> Any:
 def confidence_of(layer: AttentionMap, counts: Tensor | None = None) -> Tensor:
     """How sure the heads of one layer are, (batch, heads), by the queries that count, (batch, queries), or by all but
     padding."""
-    largest, counts = layer.reduce(lambda rows: rows.amax(-1)), _real_queries(layer) if counts is None else counts
+    largest, counts = layer.reduce(_largest), _real_queries(layer) if counts is None else counts
     if counts is not None:
         largest = largest * counts.to(largest.device)[:, None]
     return largest.sum(-1) / (largest > 0).sum(-1)

@@ -99,7 +99,7 @@ def _drawn(layer: AttentionMap, times: float, without: Tensor | None = None) -> 
         rows = rows.nan_to_num(0)
         rows = rows if without is None else rows.masked_fill_(without[:, :, None], 0)
         if layer.kind != "cross":  # the row's own key counts among the keys that it sees, but draws nothing
-            at = torch.arange(len(rows[0, 0]), device=layer.device)[own[part] >= 0]
+            at = torch.arange(rows.shape[2], device=layer.device)[own[part] >= 0]
             own_weights = rows[:, :, at, own[part][at]]
         is_seen = (rows > 0).to(rows.dtype)
         seen, sums = is_seen.sum(-1), rows.sum(-1).clamp_min_(_TINY)

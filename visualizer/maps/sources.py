@@ -47,8 +47,8 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def slices(count: int, size: int) -> Iterator[slice]:
-    """0 to `count` in slices of at most `size`."""
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+    """0 to `count` in slices of at most `size`; of none an empty one, so that what is made of them has its shape."""
+    return (slice(start, min(start + size, count)) for start in range(0, max(count, 1), size))
 
 
 class Weights:
