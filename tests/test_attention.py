@@ -1247,6 +1247,8 @@ class TestReading:
             maps["1.atn"]
         with pytest.raises(IndexError, match="there is no map 6: 6 were recorded"):
             maps[6]
+        with pytest.raises(TypeError, match=r"a number, a slice or a module's path, not by \(0, 1\)"):
+            maps[0, 1]
         assert maps[-1] is maps.calls("2.attn")[1]
         assert len(maps[:3]) == 3
 

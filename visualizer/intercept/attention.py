@@ -440,6 +440,8 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                 value: Kept = self._entries[key].value
             except IndexError:
                 raise IndexError(f"there is no map {key}: {len(self)} were recorded") from None
+            except TypeError:
+                raise TypeError(f"maps are chosen by a number, a slice or a module's path, not by {key!r}") from None
             return value
         values = self.calls(key)
         if len(values) > 1:

@@ -76,7 +76,8 @@ def replacing(path: str | PathLike[str]) -> Iterator[IO[bytes]]:
             os.remove(temporary)
         if isinstance(error, OSError) and error.filename == temporary:
             # The folder is missing or not writable, or the name is too long. The user knows the file by this name.
-            error.filename, error.filename2 = target, None
+            error.filename = target
+            del error.filename2  # with None in its place the message would end in "-> None"
         raise
 
 
