@@ -178,7 +178,7 @@ def test_what_cannot_lie_so_is_refused_at_once(make, parts):
 
 
 def test_words_are_a_list_and_special_places_are_among_them():
-    with pytest.raises(TypeError, match="pass a list of words"):
+    with pytest.raises(TypeError, match="words='the cat': pass a list of words"):
         Layout.text("the cat")
     with pytest.raises(IndexError, match=r"special=\[2\] is out of range: 2 words"):
         Layout.text(["the", "cat"], special=[2])

@@ -57,6 +57,9 @@ class TestHead:
         np.testing.assert_allclose(reduce(maps, axis=0), ax.images[0].get_array())
         assert f"{head} of 4 heads" == ax.get_title()
 
+    def test_a_title_is_written_whatever_it_is(self):
+        assert "7" == plot.head(maps_of(5, 5), title=7).get_title()
+
     def test_labels_of_ones_own(self):
         ax = plot.head(maps_of(2, 3), xticklabels=["a", "$b", "c"], yticklabels=["p", "q"])
         assert ["a", "$b", "c"] == [label.get_text() for label in ax.get_xticklabels()]
@@ -214,6 +217,9 @@ class TestOverThePicture:
         ax = plot.query(maps_of(16, 16), query=3, vmin=0.5, vmax=None, cbar=False)
         assert (0.5, 0.5) == ax.images[0].get_clim()
         ax.figure.canvas.draw()
+        panels = plot.heads(maps_of(2, 16, 16), vmin=0.95)
+        assert (0.95, 0.95) == panels.axes[0].images[0].get_clim()
+        panels.canvas.draw()
 
     def test_smooth_goes_through_the_patches_centres(self):
         maps = maps_of(16, 16)
@@ -298,7 +304,12 @@ class TestRefusals:
             (lambda: plot.class_token(maps_of(16, 16)), ValueError, ["no class token", "plot.query"]),
             (lambda: plot.tokens(maps_of(3, 3), "abc"), TypeError, ["list of words", "text.split()"]),
             (lambda: plot.query(np.vstack([np.full(16, np.nan), maps_of(15, 16)]), query=0), ValueError, ["NaN"]),
+            (lambda: plot.tokens(maps_of(3, 3), 3), TypeError, ["tokens=3", "list of words"]),
             (lambda: plot.heads(maps_of(2, 5, 5), columns=0), ValueError, ["columns=0"]),
+            (lambda: plot.heads(maps_of(2, 5, 5), columns="2"), ValueError, ["columns='2'"]),
+            (lambda: plot.rollout(maps_of(2, 1, 1, 17, 17), heads="some"), ValueError, ["heads='some'", '"mean"']),
+            (lambda: plot.query(maps_of(17, 17), query=0, layout=(4, 4)), TypeError, ["(4, 4)", "Layout.picture"]),
+            (lambda: plot.query(maps_of(17, 17), query=0, prefix_tokens=0.5), TypeError, ["prefix_tokens=0.5"]),
             (lambda: plot.class_token(maps_of(12, 12)), ValueError, ["12", "11", "grid=(rows, columns)"]),
             (lambda: plot.class_token(maps_of(17, 17), grid=(5, 5)), ValueError, ["5 x 5 = 25", "17 tokens"]),
             (lambda: plot.query(maps_of(17, 17), query=(4, 0)), IndexError, ["(4, 0)", "4 rows and 4 columns"]),
@@ -311,6 +322,7 @@ class TestRefusals:
             ),
             (lambda: plot.class_token(maps_of(17, 17), np.full((8, 8, 3), 9.0)), ValueError, ["9", "normalisation"]),
             (lambda: plot.class_token(maps_of(17, 17), "cat.jpg"), FileNotFoundError, ["cat.jpg"]),
+            (lambda: plot.head(maps_of(5, 5), vmax="1"), TypeError, ["vmax='1'", "a number"]),
             (lambda: plot.head(maps_of(5, 5), vmax=-1), ValueError, ["vmax=-1", "vmin=0"]),
             (lambda: plot.query(maps_of(17, 17), query=0, vmin=1, vmax=0.5), ValueError, ["vmax=0.5", "vmin=1"]),
             (lambda: plot.class_token(maps_of(17, 17), b"cat"), TypeError, ["bytes", "PIL", "path"]),
@@ -359,6 +371,7 @@ class TestKeywords:
             (lambda: plot.head(np.eye(4), cmpa="jet"), ["'cmpa'", "did you mean 'cmap'"]),
             (lambda: plot.head(np.eye(4), style="mask"), ["'style'"]),
             (lambda: plot.class_token(maps_of(17, 17), nonsense=1), ["'nonsense'"]),
+            (lambda: plot.class_token(maps_of(17, 17), query=1), ["'query'"]),
             (lambda: plot.rollout(maps_of(2, 1, 1, 17, 17), vmin=0), ["'vmin'"]),
             (lambda: plot.overlay(np.eye(4), image_size=4), ["'image_size'"]),
             (lambda: plot.spikes(np.ones((2, 4)), vmin=0), ["'vmin'"]),

@@ -1,8 +1,9 @@
 """Words as readers read them."""
 
+import numpy as np
 import pytest
 
-from visualizer.words import Text, printable, readable, word_index
+from visualizer.words import Text, printable, readable, word_index, word_list
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,18 @@ from visualizer.words import Text, printable, readable, word_index
 )
 def test_pieces_become_text(pieces, text):
     assert text == readable(pieces)
+
+
+def test_words_and_ids_in_whatever_holds_them():
+    ids = np.array([7, 8])
+    assert [7, 8] == word_list(ids) == word_list([*ids]) == word_list(iter((7, 8)))
+    assert [[7, 8], [7, 8]] == word_list(np.stack([ids, ids])) == word_list([ids, ids])
+
+
+@pytest.mark.parametrize("tokens", ["a cat", b"a cat", 3, None])
+def test_what_is_no_list_of_words(tokens):
+    with pytest.raises(TypeError, match=f"key_tokens={tokens!r}: pass a list of words"):
+        word_list(tokens, "key_tokens")
 
 
 def test_what_is_readable_stays_so():

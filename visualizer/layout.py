@@ -21,7 +21,7 @@ import numpy.typing as npt
 from .errors import few, warn
 from .images import FRAMES_ACROSS, Thumbnail, part_seen, side_by_side
 from .reading import Array
-from .words import readable, word_index
+from .words import readable, word_index, word_list
 
 Size: TypeAlias = int | tuple[int, int]
 Kind: TypeAlias = Literal["text", "patches", "special", "padding"]
@@ -219,8 +219,7 @@ class Layout:
         """
         if isinstance(words, int):
             return cls((Part("text", words),))
-        if isinstance(words, str):
-            raise TypeError(f"words={words!r}: pass a list of words, or how many there are")
+        words = word_list(words, "words")
         marked = set(special)
         if wrong := sorted(marked - set(range(len(words)))):
             raise IndexError(f"special={wrong} is out of range: {len(words)} words, counted from 0")
@@ -568,6 +567,8 @@ def layout_of(count: int, options: Patches, picture: Array | None = None, known:
     names, prefix = _read_prefix(prefix_tokens)
     sides = _read_sides(options, picture)
     if layout is not None:
+        if not isinstance(layout, Layout):
+            raise TypeError(f"layout={layout!r}: pass a Layout, such as Layout.picture((rows, columns))")
         if sides is not None or prefix_tokens is not None:
             raise ValueError("layout= says where the patches lie: leave grid=, patch_size= and prefix_tokens= out")
         if layout.keys != count:
@@ -648,6 +649,10 @@ def _read_prefix(prefix_tokens: int | Sequence[str] | None) -> tuple[list[str] |
     if prefix_tokens is None:
         return None, None
     if not isinstance(prefix_tokens, Sequence):
+        if not hasattr(prefix_tokens, "__index__"):
+            raise TypeError(
+                f"prefix_tokens={prefix_tokens!r}: pass how many tokens come before the patches, or their names"
+            )
         return None, operator.index(prefix_tokens)
     names = [prefix_tokens] if isinstance(prefix_tokens, str) else [str(name) for name in prefix_tokens]
     return names, len(names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,22 @@ def word_index(word: str, tokens: Sequence[str]) -> int:
     if places:
         raise ValueError(f"there are {len(places)} tokens {word!r}, at {places}: pass one of these numbers")
     raise ValueError(f"there is no token {word!r} among {few(tokens, 30)}")
+
+
+def word_list(tokens: Any, name: str = "tokens") -> list[Any]:
+    """The words or ids that a user passes, in a list, a tensor or an array, one by one.
+
+    >>> word_list(["the", "cat"]), word_list(np.array([7, 8]))
+    (['the', 'cat'], [7, 8])
+
+    Raises TypeError for one text, whose letters would be taken for words, and for what is no list.
+    """
+    tokens = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Iterable):
+        raise TypeError(
+            f"{name}={tokens!r}: pass a list of words, such as tokenizer.convert_ids_to_tokens(ids) or text.split()"
+        )
+    return [token.tolist() if hasattr(token, "tolist") else token for token in tokens]
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import ALL_WORDS
 from ..maps import AttentionMap, without_autograd
 from ..store import Printed
-from ..words import is_special
+from ..words import is_special, word_list
 from .layers import for_each_token, layer_label, layers_of, real_tokens
 
 __all__ = ["HeadPatterns", "head_patterns"]
@@ -358,8 +358,9 @@ def _names(tokens: Any, batch: int, count: int) -> list[list[str]] | None:
     """The words of the tokens, a list for each text."""
     if tokens is None:
         return None
-    is_shared = all(isinstance(token, str) for token in tokens)
-    lists = [list(tokens)] * batch if is_shared else [list(words) for words in tokens]
+    entries = word_list(tokens)
+    is_shared = not any(isinstance(entry, (list, tuple)) for entry in entries)
+    lists = [list(map(str, words)) for words in ([entries] * batch if is_shared else map(word_list, entries))]
     if len(lists) != batch or any(len(words) != count for words in lists):
         raise ValueError(
             f"tokens is a list of {count} words, or {batch} such lists, one for each text; this has "

@@ -22,7 +22,7 @@ from ..errors import ALL_WORDS
 from ..layout import Layout, Patches, layout_of
 from ..maps import AttentionMap, without_autograd
 from ..reading import Reduction
-from ..words import readable, word_index
+from ..words import readable, word_index, word_list
 from .layers import (
     as_floats,
     check_heads,
@@ -420,6 +420,7 @@ def top_keys(
     """
     if isinstance(heads, str):
         check_heads(heads)
+    tokens = None if tokens is None else word_list(tokens)
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k={k!r}: pass how many keys, 1 or more")
     best_keys = []

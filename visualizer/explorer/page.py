@@ -38,6 +38,7 @@ from ..layout import Layout, Patches
 from ..maps import AttentionMap
 from ..reading import check_not_empty
 from ..store import check_destination
+from ..words import word_list
 from .coding import NOTHING, STEP, WEIGHTS, Example, code_maps, pack
 from .sides import Side, chosen_images, for_each, printable, read_sides
 from .words import BY_WORD_MAPS, TextAndPictures, examples_of_texts, examples_of_word_maps, no_pictures
@@ -124,7 +125,8 @@ def explore(
         pages = [explore(one, tokens, image, **options, title=name) for one, name in zip(stages, titles, strict=True)]
         return functools.reduce(operator.add, pages)
     layers = _read_layers(maps, image is not None)
-    tokens = getattr(tokens, "tolist", lambda: tokens)()
+    words = {"tokens": tokens, "query_tokens": query_tokens, "key_tokens": key_tokens}
+    words = {name: None if one is None else word_list(one, name) for name, one in words.items()}
     size, _, queries, keys = layers[0].shape
     images = chosen_images(batch, size)
     if tokens is not None and (query_tokens is not None or key_tokens is not None):
@@ -138,8 +140,7 @@ def explore(
         layers = without_sinks(layers)
     names = [title if len(images) == 1 else f"{title} {number}".strip() for number in images]
     names = [printable(name) if name else "" for name in names]
-    named = {"tokens": tokens, "query_tokens": query_tokens, "key_tokens": key_tokens, "image": image}
-    of_each = {name: for_each(name, value, images, size) for name, value in named.items()}
+    of_each = {name: for_each(name, value, images, size) for name, value in {**words, "image": image}.items()}
     of_each["tokens"] = [_words_of(one, processor, layers) for one in of_each["tokens"]]
     if image is not None and query_tokens is None and key_tokens is None:
         known = [layout or _shared(layers, "layout", at) for at in images]

@@ -95,8 +95,8 @@ def full_rows(count: int, columns: int | None, wanted: int) -> int:
     >>> full_rows(7, None, 6), full_rows(24, None, 6)
     (4, 6)
     """
-    if columns is not None and columns < 1:
-        raise ValueError(f"columns={columns}: pass at least 1, or None for what suits {count} panels")
+    if columns is not None and (not isinstance(columns, int) or columns < 1):
+        raise ValueError(f"columns={columns!r}: pass at least 1, or None for what suits {count} panels")
     em = font_size() / 72
     room = (widest() - 8 * em) / (7.5 * em)
     wanted = max(1, int(min(wanted, room)))
@@ -219,7 +219,7 @@ def write_title(drawn: Any, title: str | None, default: str | None = None) -> No
     if text is None:
         return
     is_axes = hasattr(drawn, "set_title")
-    text = with_letters(text)
+    text = with_letters(str(text))
     written = (drawn.set_title if is_axes else drawn.suptitle)(text, parse_math=False, fontfamily=_fonts())
     if title is None:
         keep_fitting(drawn.figure if is_axes else drawn, functools.partial(_fit_title, written, drawn, text))

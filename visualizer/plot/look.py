@@ -91,6 +91,9 @@ class Look:
     def __post_init__(self) -> None:
         if self.style not in get_args(Style):
             raise ValueError(f"style={self.style!r}: pass one of {', '.join(map(repr, get_args(Style)))}")
+        for name, end in (("vmin", self.vmin), ("vmax", self.vmax)):
+            if end is not None and not hasattr(end, "__float__"):
+                raise TypeError(f"{name}={end!r}: pass a number")
         if self.vmin is not None and self.vmax is not None and not self.vmin <= self.vmax:
             raise ValueError(
                 f"vmax={self.vmax} is where the colours end, and must not be smaller than vmin={self.vmin}"
@@ -119,7 +122,8 @@ class Look:
         colours = self._colours.with_extremes(bad="white")
         if self.has_roots:
             return ScalarMappable(PowerNorm(0.5, 0, top), colours)
-        return ScalarMappable(Normalize(self.vmin, top if self.vmax is None else self.vmax), colours)
+        top = self.vmax if self.vmax is not None else top if self.vmin is None else max(top, self.vmin)
+        return ScalarMappable(Normalize(self.vmin, top), colours)
 
     @property
     def has_roots(self) -> bool:

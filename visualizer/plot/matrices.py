@@ -13,7 +13,7 @@ from ..errors import ALL_WORDS
 from ..images import picture_of
 from ..layout import Indices
 from ..reading import Array
-from ..words import readable
+from ..words import readable, word_list
 from .canvas import (
     LABEL,
     LONGEST,
@@ -190,10 +190,8 @@ def tokens(
     """
     look = _OPTIONS.look(options)
     chosen = select(maps, layer=layer, batch=batch, head=head)
-    if isinstance(tokens, str) or isinstance(key_tokens, str):
-        raise TypeError(
-            "tokens are a list of words, not one text: pass tokenizer.convert_ids_to_tokens(ids), or text.split()"
-        )
+    tokens = None if tokens is None else word_list(tokens)
+    key_tokens = None if key_tokens is None else word_list(key_tokens, "key_tokens")
     axes = chosen.axes
     if tokens is None:
         if axes.query_layout is None or (axes.layout is None and key_tokens is None):

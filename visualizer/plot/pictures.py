@@ -133,6 +133,7 @@ def class_token(
 
     `token` is the class token's index, 0 in nearly every model. The other arguments, and what is raised, as in `query`.
     """
+    look = _OPTIONS.look(options)
     layers, picture = read_layers(maps, batch), picture_of(image)
     axes = token_axes(layers, layer, batch or 0)
     layout = layout_of(axes.keys, options, picture, axes.layout)
@@ -141,7 +142,7 @@ def class_token(
         is_patch = layout.windows is not None or layout.place(layout.token(token)) is not None
         if is_known and token == 0 and (is_patch or layout.name(0).startswith("REG")):
             row = select_mean_row(layers, layout, layer=layer, batch=batch or 0, head=head)
-            return _draw(row, picture, _OPTIONS.look(options), ax)
+            return _draw(row, picture, look, ax)
         if is_patch:
             raise ValueError(
                 f"token {token} of {axes.keys} is a patch, as the tokens are {layout}: these maps have no class token "
@@ -187,6 +188,7 @@ def rollout(
     from .. import analysis
 
     look = _ROLLOUT.look(options)
+    analysis.layers.check_heads(heads)
     if isinstance(batch, str):
         raise TypeError(f"batch={batch!r}: pass the index of one image")
     layers, picture = read_layers(maps, batch), picture_of(image)

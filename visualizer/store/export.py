@@ -121,6 +121,7 @@ class _Map:
             return known if any(words.any() for words in known) else None
         made = []
         for (name, size), words in zip(sides, given, strict=True):
+            words = words.tolist() if hasattr(words, "tolist") else words
             texts = [""] * size if words is None else [str(word) for word in words]
             if len(texts) != size:
                 raise ValueError(
