@@ -180,6 +180,7 @@ def test_layers_that_share_a_module_are_not_one():
     ("options", "error", "message"),
     [
         ({"heads": []}, ValueError, 'heads is empty: pass .layer, head. pairs, or "find"'),
+        ({"heads": "all"}, ValueError, "heads='all': pass .find., or .layer, head. pairs"),
         ({"heads": [(2, 0)]}, IndexError, r"no head \(2, 0\): there are 2 layers"),
         ({"heads": [(1, 3)]}, IndexError, r"no head \(1, 3\): there are 3 heads"),
         ({"heads": [(-1, 0)]}, IndexError, r"no head \(-1, 0\)"),

@@ -745,6 +745,8 @@ class TestWordsAndPictures:
             (lambda looks, maps, ids: explore(looks, tokens=["a"]), ["tokens= is known", "word_maps"]),
             (lambda looks, maps, ids: explore(looks, image=[np.ones((24, 24, 3))] * 3), ["has 3 pictures", "2 lie in"]),
             (lambda looks, maps, ids: explore(looks, batch=1), ["there are 1 images or texts"]),
+            (lambda looks, maps, ids: explore(looks, batch="1"), ["batch='1'", "the number of one"]),
+            (lambda looks, maps, ids: explore(maps, layout=(2, 2)), ["(2, 2)", "Layout.picture"]),
             (lambda looks, maps, ids: explore(looks, sinks="hide"), ["sinks='hide'"]),
             (lambda looks, maps, ids: explore(maps, sinks="hide"), ["sinks='hide'"]),
             (lambda looks, maps, ids: explore(maps, image=np.ones((4, 4, 3)), processor=looks), ["maps have no ids"]),
@@ -761,7 +763,7 @@ class TestWordsAndPictures:
         ],
     )
     def test_what_does_not_fit_says_what_to_do(self, qwen, call, words):
-        with pytest.raises((ValueError, IndexError)) as caught:
+        with pytest.raises((ValueError, IndexError, TypeError)) as caught:
             call(*qwen)
         for word in words:
             assert word in str(caught.value)

@@ -309,6 +309,7 @@ class TestRefusals:
             (lambda: plot.heads(maps_of(2, 5, 5), columns="2"), ValueError, ["columns='2'"]),
             (lambda: plot.rollout(maps_of(2, 1, 1, 17, 17), heads="some"), ValueError, ["heads='some'", '"mean"']),
             (lambda: plot.query(maps_of(17, 17), query=0, layout=(4, 4)), TypeError, ["(4, 4)", "Layout.picture"]),
+            (lambda: plot.query(maps_of(17, 17), query=0, shift=1), ValueError, ["shift=1", "pass window="]),
             (lambda: plot.query(maps_of(17, 17), query=0, prefix_tokens=0.5), TypeError, ["prefix_tokens=0.5"]),
             (lambda: plot.class_token(maps_of(12, 12)), ValueError, ["12", "11", "grid=(rows, columns)"]),
             (lambda: plot.class_token(maps_of(17, 17), grid=(5, 5)), ValueError, ["5 x 5 = 25", "17 tokens"]),

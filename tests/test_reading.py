@@ -284,7 +284,7 @@ class TestWeights:
             plot.head(np.array([[3.0, -0.5], [0.5, 0.5]]))
         plt.close("all")
 
-    @pytest.mark.parametrize("entrance", ["plot", "explorer"])
+    @pytest.mark.parametrize("entrance", ENTRANCES)
     def test_infinite_values_are_refused(self, entrance):
         for value in (np.inf, -np.inf):
             with pytest.raises(ValueError, match="holds infinite values, and attention weights are finite"):

@@ -235,6 +235,7 @@ class TestTopKeys:
             (0, {"batch": 1}, IndexError, "there is no batch 1: layer 0 has 1 of them"),
             (0, {"heads": 4}, IndexError, "there is no head 4: layer 0 has 4 of them"),
             (0, {"heads": "sum"}, ValueError, "heads='sum'"),
+            (0, {"batch": "all"}, TypeError, "batch='all': pass the number of one image or text"),
             (0, {"k": 0}, ValueError, "k=0"),
             (0, {"k": 2.5}, ValueError, "k=2.5"),
             (None, {}, TypeError, "integer"),

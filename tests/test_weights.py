@@ -105,3 +105,8 @@ class TestFilters:
         with pytest.raises(ValueError) as caught:
             filter_components(torch.randn(shape), count)
         assert said in str(caught.value)
+
+
+def test_a_layer_is_no_weight():
+    with pytest.raises(TypeError, match="expected numbers, got Conv2d"):
+        filter_components(torch.nn.Conv2d(3, 4, 2))

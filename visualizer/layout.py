@@ -566,9 +566,8 @@ def layout_of(count: int, options: Patches, picture: Array | None = None, known:
     layout, prefix_tokens = options.get("layout"), options.get("prefix_tokens")
     names, prefix = _read_prefix(prefix_tokens)
     sides = _read_sides(options, picture)
+    check_layout(layout)
     if layout is not None:
-        if not isinstance(layout, Layout):
-            raise TypeError(f"layout={layout!r}: pass a Layout, such as Layout.picture((rows, columns))")
         if sides is not None or prefix_tokens is not None:
             raise ValueError("layout= says where the patches lie: leave grid=, patch_size= and prefix_tokens= out")
         if layout.keys != count:
@@ -606,6 +605,12 @@ def layout_of(count: int, options: Patches, picture: Array | None = None, known:
             f"these come before the patches, pass prefix_tokens={left}{_that_fit(count, prefix, picture)}"
         )
     return Layout.picture((rows, columns), _prefix_names(left) if names is None else names)
+
+
+def check_layout(layout: Any) -> None:
+    """Raise TypeError unless this is a Layout or None."""
+    if not isinstance(layout, (Layout, type(None))):
+        raise TypeError(f"layout={layout!r}: pass a Layout, such as Layout.picture((rows, columns))")
 
 
 def layout_in_windows(keys: int, options: Patches, picture: Array | None, window: Size, shift: Size) -> Layout:

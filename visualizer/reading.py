@@ -236,11 +236,14 @@ def check_not_empty(layers: list[Any]) -> None:
             )
 
 
-def check_least(least: float, name: str) -> None:
-    """Raise ValueError if the smallest number of a map, which the error calls `name`, is below 0 by more than rounding.
+def check_least(least: float, name: str, most: float = 1.0) -> None:
+    """Raise ValueError if the smallest number of a map, which the error calls `name`, is below 0 by more than rounding,
+    or if it or the largest is infinite.
 
     >>> check_least(-1e-7, "layer 0")
     """
+    if least == -np.inf or most == np.inf:
+        raise ValueError(_not_weights(name, "infinite values"))
     if least < _LEAST:
         raise ValueError(_not_weights(name, f"{least:.3g}"))
 

@@ -93,6 +93,8 @@ def align(
         IndexError: there is no such layer, head, batch, query or key.
     """
     layers = _cross_layers(attention)
+    if isinstance(heads, str) and heads != "find":
+        raise ValueError(f'heads={heads!r}: pass "find", or (layer, head) pairs')
     if median < 1 or median % 2 == 0:
         raise ValueError(f"median={median!r} is the width of a filter around a key: an odd number, 1 for none")
     sequences = layers[0].shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -29,7 +30,7 @@ def _as_map(layer: Any) -> AttentionMap:
 def layers_of(attention: Any) -> Layers:
     """Like `maps_of`, but NaN rows (a softmax over nothing) become zeros.
 
-    Raises ValueError where a weight is below zero by more than rounding.
+    Raises ValueError where a weight is below zero by more than rounding, or infinite.
     """
     read = maps_of(attention)
     return read._replace(layers=[without_nan(layer, number) for number, layer in enumerate(read.layers)])
@@ -38,15 +39,15 @@ def layers_of(attention: Any) -> Layers:
 def without_nan(layer: AttentionMap, number: int = 0) -> AttentionMap:
     """The layer with zeros for NaN and for what rounding left below zero; itself where it has neither.
 
-    Raises ValueError where a weight is below zero by more than rounding.
+    Raises ValueError where a weight is below zero by more than rounding, or infinite.
     """
     if not layer.is_dense or 0 in layer.shape:
         return layer
-    least = torch.stack([rows.amin() for _, rows in layer.chunks()]).amin()
-    if bool(least >= 0):  # NaN compares as False
+    least, most = torch.stack([torch.stack(rows.aminmax()) for _, rows in layer.chunks()]).unbind(1)
+    if bool(((least >= 0) & (most < math.inf)).all()):  # NaN compares as False
         return layer
-    weights = layer.dense().nan_to_num(0)
-    check_least(weights.amin().item(), layer_label(number, layer))
+    weights = layer.dense().nan_to_num(0, math.inf, -math.inf)
+    check_least(weights.amin().item(), layer_label(number, layer), weights.amax().item())
     clean = AttentionMap(weights.clamp_(min=0), path=layer.path, kind=layer.kind).described_as(layer)
     clean.gradient = layer.gradient
     return clean
@@ -100,8 +101,11 @@ def like_input(result: Tensor, as_array: bool) -> Any:
 
 
 def as_floats(values: Any) -> tuple[Tensor, bool]:
-    """Numbers in whatever holds them as a detached tensor of float64 or float32, and whether they were an array."""
-    tensor = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    """Numbers in whatever holds them as a detached tensor of float64 or float32, and whether they were an array.
+
+    Raises TypeError where it holds none.
+    """
+    tensor = values.detach() if isinstance(values, Tensor) else torch.from_numpy(as_numbers(values, "the argument"))
     return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32), not isinstance(values, Tensor)
 
 

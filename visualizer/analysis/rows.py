@@ -430,6 +430,8 @@ def top_keys(
             what = f"there are {len(tokens)} tokens for the {keys} keys of {layer_label(number, layer)}"
             raise ValueError(f"{what}: {ALL_WORDS}")
         for axis, index, size in (("batch", batch, images), ("head", heads, count)):
+            if axis == "batch" and isinstance(index, str):
+                raise TypeError(f"batch={index!r}: pass the number of one image or text")
             if not isinstance(index, str) and not -size <= operator.index(index) < size:
                 raise IndexError(f"there is no {axis} {index}: {layer_label(number, layer)} has {size} of them")
         known, of_queries = (

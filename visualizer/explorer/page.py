@@ -34,7 +34,7 @@ from ..analysis import without_sinks
 from ..analysis.layers import maps_of, merged_into, pools_patches
 from ..analysis.sinks import Sinks, check_sinks
 from ..grounding import WordMaps
-from ..layout import Layout, Patches
+from ..layout import Layout, Patches, check_layout
 from ..maps import AttentionMap
 from ..reading import check_not_empty
 from ..store import check_destination
@@ -110,6 +110,7 @@ def explore(
         TypeError: `maps` or `image` has another type.
         IndexError: there is no such image in the batch.
     """
+    check_layout(layout)
     where: Patches = {"layout": layout, "grid": grid, "prefix_tokens": prefix_tokens}
     if isinstance(maps, WordMaps):
         words = {"tokens": tokens, "query_tokens": query_tokens, "key_tokens": key_tokens, "processor": processor}

@@ -117,6 +117,8 @@ def chosen_images(batch: int | Sequence[int] | None, size: int) -> list[int]:
         return list(range(size))
     chosen = [batch] if isinstance(batch, int) else list(batch)
     for number in chosen:
+        if not isinstance(number, (int, np.integer)):
+            raise TypeError(f"batch={batch!r}: pass the number of one image or text, or of several")
         if not -size <= number < size:
             raise IndexError(f"batch={batch!r}: there are {size} images or texts, 0 to {size - 1}")
     if not chosen:

@@ -459,7 +459,7 @@ class AttentionMap:
             if chosen.step is None or chosen.step > 0:
                 return chosen
             chosen = list(range(*chosen.indices(count)))
-        if chosen is None or isinstance(chosen, str):
+        if chosen is None or isinstance(chosen, str) or (isinstance(chosen, Sequence) and str in map(type, chosen)):
             raise TypeError(f"a {name} is chosen by its number, not by {chosen!r}")
         index = torch.as_tensor(chosen, device=self.device).reshape(-1)
         if index.dtype == torch.bool and len(index) == count:

@@ -180,6 +180,8 @@ def select_row(
         )
     if window is not None:
         layout = layout_in_windows(axes.keys, options, picture, window, shift)
+    elif shift not in (0, (0, 0)):
+        raise ValueError(f"shift={shift!r} is by how much windows are moved: pass window= too, their sides in patches")
     else:
         layout = layout_of(axes.keys, options, picture, axes.layout)
     if layout.windows is not None:
