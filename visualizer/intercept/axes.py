@@ -18,14 +18,13 @@ from torch import Tensor
 
 from .calls import name_of
 
-_REORDERS = frozenset(
-    ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint", "t", "__get__")
-)
+REORDERS = frozenset(("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint", "t", "__get__"))
+"""Functions that put the axes of a tensor into another order."""
 _KEEPS_ORDER = frozenset(
     (
         *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel"),
         *("contiguous", "clone", "to", "type", "type_as", "float", "half", "bfloat16", "double", "alias"),
-        *("_unsafe_view", "_reshape_alias"),
+        *("_unsafe_view", "_reshape_alias", "stack"),
     )
 )
 _CUTS = frozenset(("__getitem__", "narrow", "slice", "split", "chunk", "cat", "concat", "tensor_split", "pad"))
@@ -233,11 +232,12 @@ class Output:
         place = 1 if name == "addmm" else 0  # behind the bias
         is_first = len(args) > place and args[place] is tensor
         is_linear = is_first and name in _MIXES_LAST and getattr(args[place + 1], "ndim", 2) <= 2
+        is_convolution = name in _MIXES_CHANNELS and is_first and len(layout) > 2
         mixed: list[list[Factor]]
         if is_linear:
             mixed = [layout[-1]]
-        elif name in _MIXES_CHANNELS and is_first and len(layout) > 2:
-            mixed = [layout[-len(layout) + 1]]
+        elif is_convolution:
+            mixed = [layout[1]]
         elif name == "einsum":
             mixed = [layout[axis] for axis in summed_axes(name, args, kwargs, tensor)]
         else:
@@ -246,7 +246,8 @@ class Output:
         features = set().union(*map(_origins, mixed)) if mixed else set()
         lead = self.leaves()[0]
         are_heads = tuple(factor in features for factor in lead)
-        has_one_head = is_linear and (len(self._axes) != 4 or self._axes[-3].size == 1)
+        is_layer = is_linear or (is_convolution and not features.isdisjoint(self._axes[-1].smallest()))
+        has_one_head = is_layer and (len(self._axes) != 4 or self._axes[-3].size == 1)
         if any(are_heads) or has_one_head:
             self.order = Order(tuple(factor.size for factor in lead), are_heads)
 
@@ -272,7 +273,7 @@ def layout_of(
     """The axes of what a function made of a tensor with these axes; None where it mixes them, or is not known."""
     if not isinstance(result, Tensor) or name in _MIXES_LAST or name in _MIXES_CHANNELS or name == "einsum":
         return None
-    if name in _REORDERS and result.ndim == tensor.ndim:
+    if name in REORDERS and result.ndim == tensor.ndim:
         order = _permutation(func, tensor.ndim, *args[1:], **kwargs)
         return [layout[axis] for axis in order]
     if result.shape == tensor.shape:

@@ -12,6 +12,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import ref
 
+import torch
 from torch import Size, Tensor, nn
 
 from .calls import name_of
@@ -22,7 +23,8 @@ _SAMPLE = 4  # numbers of a key: two keys that share them are the same
 _PRODUCTS = frozenset(
     (
         *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear"),
-        *("conv1d", "conv2d", "conv3d", "conv_transpose2d", "embedding", "tensordot", "cdist", *KERNELS),
+        *("conv1d", "conv2d", "conv3d", "conv_transpose2d", "embedding", "tensordot", "cdist", "inner"),
+        *("cosine_similarity", "pairwise_distance", *KERNELS),
     )
 )
 _WRITES = frozenset(
@@ -49,7 +51,7 @@ _VIEWS = frozenset(
     )
 )
 """Functions that leave all numbers, in another shape."""
-_PLAIN, _PRODUCT, _JOIN, _CUT, _KEEP, _CAST, _VIEW = range(7)
+_PLAIN, _PRODUCT, _JOIN, _CUT, _KEEP, _SCRIPTED, _CAST, _VIEW = range(8)
 _ROLES: dict[Any, int] = {}
 """By function; filled as functions are called."""
 
@@ -60,6 +62,8 @@ def _role_of(func: Any) -> int:
     for number, names in ((_PRODUCT, _PRODUCTS), (_CUT, _CUTS), (_KEEP, _KEEPS), (_CAST, _CASTS), (_VIEW, _VIEWS)):
         if name in names:
             role = number
+    if isinstance(func, torch.jit.ScriptFunction):  # what it makes in another shape comes from a product in it
+        role = _SCRIPTED
     if len(_ROLES) < 4096:
         _ROLES[func] = role
     return role
@@ -149,6 +153,9 @@ class Provenance:
             if args and (result is args[0] or (role == _VIEW and self._is_view_of_known(result, args[0]))):
                 return
             role = _KEEP if role == _CAST else _PLAIN
+        if role == _SCRIPTED:
+            given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+            role = _PLAIN if any(one.shape == getattr(result, "shape", None) for one in given) else _PRODUCT
         parents: list[_Node] = []
         if role == _PRODUCT and name_of(func) == "baddbmm":
             args = args[1:]
