@@ -365,6 +365,9 @@ def _products(weights: _Node, inputs: Container[_Node]) -> Iterator[_Node]:
         node = waiting.popleft()
         if node.role == _PRODUCT and len(node.parents) >= 2:
             yield node
+            # Behind a product with a matrix of the model that mixes heads, as in talking heads, are the scores.
+            mixed = [parent for parent in node.parents if parent.parents or parent in inputs]
+            waiting += mixed if len(mixed) == 1 and mixed[0].size == node.size else ()
         elif node not in inputs:
             if node.role == _KEEP and len(node.parents) == 2 and all(one.size < node.size for one in node.parents):
                 sums.append(node)
