@@ -232,7 +232,7 @@ KINDS = {
         (Encoded, (X,)),
         (Additive, (X, MEMORY)),
         (Lookup, (X, MEMORY)),
-        *((scored, (X, MEMORY)) for scored in SCORED),
+        *((scored, (X, MEMORY[:, :3])) for scored in SCORED),
         *((partial(Together, *how), (X, torch.randn(B, N, 8))) for how in TOGETHER.values()),
     ],
 }

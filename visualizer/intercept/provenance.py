@@ -8,7 +8,7 @@ were joined, token behind token, and both look for and are looked at, are "joint
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -228,7 +228,7 @@ class Provenance:
         """
         frame = self._frame(calls, len(calls) - 1)
         best, made_by, node = 0, None, self._node_of(weights)
-        for product in _products(node, frame.inputs):
+        for product in _products(node, frame.inputs, lambda one: bool(_roots(frame.trace(one)))):
             rooted = sum(bool(_roots(frame.trace(side))) for side in product.parents[:2])
             if rooted >= best:
                 best, made_by = rooted + 1, product
@@ -237,7 +237,9 @@ class Provenance:
         if made_by is not None:
             query, key = made_by.parents[:2]
             return self._origin(query, key, calls, weights.shape[-2], weights.shape[-1]), made_by.key_sample
-        for product in _products(node, ()):  # the module is handed the scores: the one that made them knows more
+        for product in _products(
+            node, (), lambda one: bool(one.parents)
+        ):  # the module is handed the scores: the one that made them knows more
             if product.frame is not None:
                 query, key = product.parents[:2]
                 of_query, of_key = product.frame.trace(query), product.frame.trace(key)
@@ -355,10 +357,14 @@ def _roots(parts: _Parts) -> list[_Node]:
     return list(dict.fromkeys(root for part in parts for root in part.roots))
 
 
-def _products(weights: _Node, inputs: Container[_Node]) -> Iterator[_Node]:
+def _products(weights: _Node, inputs: Container[_Node], varies: Callable[[_Node], bool]) -> Iterator[_Node]:
     """The matrix products of two tensors that weights were computed from, the last one first.
 
     Behind them come sums of each query with each key, as additive attention has them.
+
+    Args:
+        inputs: where to stop.
+        varies: whether something is made of more than parameters.
     """
     waiting, seen, sums = deque([weights]), {weights}, list[_Node]()
     while waiting:
@@ -366,7 +372,7 @@ def _products(weights: _Node, inputs: Container[_Node]) -> Iterator[_Node]:
         if node.role == _PRODUCT and len(node.parents) >= 2:
             yield node
             # Behind a product with a matrix of the model that mixes heads, as in talking heads, are the scores.
-            mixed = [parent for parent in node.parents if parent.parents or parent in inputs]
+            mixed = [*filter(varies, node.parents)]
             waiting += mixed if len(mixed) == 1 and mixed[0].size == node.size else ()
         elif node not in inputs:
             if node.role == _KEEP and len(node.parents) == 2 and all(one.size < node.size for one in node.parents):
