@@ -96,6 +96,41 @@ class Turned(Layer):
         return (v.mT @ (q @ k.mT / D**0.5).softmax(-1).mT).permute(0, 3, 1, 2).reshape(B, N, H * D)
 
 
+class KeysBeforeHeads(Layer):
+    """The softmax is not over the last axis: the weights are (batch, queries, keys, heads)."""
+
+    def attend(self, x):
+        q, k, v = (tensor.transpose(1, 2) for tensor in self.factors(x))
+        weights = torch.einsum("bqhd,bkhd->bqkh", q, k).div(D**0.5).softmax(2)
+        return torch.einsum("bqkh,bkhd->bqhd", weights, v).flatten(2)
+
+
+class KeysBeforeQueries(Layer):
+    def attend(self, x):
+        q, k, v = self.factors(x)
+        return (v.mT @ (k @ q.mT / D**0.5).softmax(-2)).permute(0, 3, 1, 2).reshape(B, N, H * D)
+
+
+class HeadsInBlocks(Layer):
+    """As in Set Transformer: the features are split, and the parts are joined as more images; then the way back."""
+
+    def attend(self, x):
+        q, k, v = (torch.cat(tensor.transpose(1, 2).flatten(2).split(D, 2)) for tensor in self.factors(x))
+        out = torch.bmm((q @ k.mT / D**0.5).softmax(2), v)
+        return torch.cat(out.split(B), 2)
+
+
+class HeadsSideBySide(Layer):
+    def attend(self, x):
+        return torch.cat(F.scaled_dot_product_attention(*self.factors(x)).unbind(1), -1)
+
+
+class HeadsOneByOne(Layer):
+    def attend(self, x):
+        out = F.scaled_dot_product_attention(*self.factors(x))
+        return torch.stack([out[:, head] for head in range(H)], 2).flatten(2)
+
+
 WAYS = Layer.__subclasses__()
 
 
@@ -265,6 +300,24 @@ def test_one_head():
     model = Single()
     with attention(model) as maps:
         model(torch.randn(6, 5, 8))
+    assert maps[0].shape == (6, 1, 5, 5)
+    assert not maps[0].axes_assumed
+
+
+def test_one_head_before_a_convolution():
+    """As in non-local blocks: (batch, channels, places)."""
+
+    class NonLocal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Conv1d(8, 8, 1)
+
+        def forward(self, x):
+            return self.out(x @ (x.mT @ x).softmax(-1).mT)
+
+    model = NonLocal()
+    with attention(model) as maps:
+        model(torch.randn(6, 8, 5))
     assert maps[0].shape == (6, 1, 5, 5)
     assert not maps[0].axes_assumed
 

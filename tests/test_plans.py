@@ -1,8 +1,10 @@
 """Passes that follow a plan are recorded as those that are watched in full; where it may be wrong there is no plan."""
 
 import contextlib
+import contextvars
 import functools
 import gc
+import random
 import sys
 import threading
 import types
@@ -22,6 +24,8 @@ from visualizer.intercept import operators
 
 CALLS = 6
 modes = []
+note_mode = modes.append  # a list that the code of a model reads is looked at, what is behind a method of one is not
+turns = contextvars.ContextVar("turns", default=0)  # nor is this
 
 
 def split(x):
@@ -40,7 +44,7 @@ class Attends(nn.Module):
         self.q, self.k, self.out = (nn.Linear(8, 8) for _ in range(3))
 
     def attend(self, x, y):
-        modes.append(torch._C._len_torch_function_stack())
+        note_mode(torch._C._len_torch_function_stack())
         k = split(self.k(y))
         return self.out(joined(scaled_dot_product_attention(split(self.q(x)), k, k)))
 
@@ -143,7 +147,7 @@ class TestFollowed:
         class Masked(Attends):
             def forward(self, x, mask=None):
                 k = split(self.k(x))
-                modes.append(torch._C._len_torch_function_stack())
+                note_mode(torch._C._len_torch_function_stack())
                 return self.out(joined(scaled_dot_product_attention(split(self.q(x)), k, k, attn_mask=mask)))
 
         model, mask = Around(Masked), torch.ones(5, 5, dtype=torch.bool).tril()
@@ -221,8 +225,9 @@ class TestFollowed:
     def test_maps_that_are_read_in_the_middle_of_a_pass(self, x):
         """They are proven then, which is no step of the model."""
         model, counts = nn.Sequential(Around(), Around()), []
+        note = counts.append
         with attention(model) as maps:
-            model[0].register_forward_hook(lambda *_: counts.append(len(maps)))
+            model[0].register_forward_hook(lambda *_: note(len(maps)))
             for _ in range(CALLS):
                 model(x)
         assert counts == [2 * number + 1 for number in range(CALLS)]
@@ -310,6 +315,16 @@ class Slotted:
         return self.mode
 
 
+SETTINGS = types.SimpleNamespace(is_cross=False)
+
+
+class Helper:
+    is_cross = False
+
+    def chooses(self):
+        return self.is_cross
+
+
 class TestNotFollowed:
     """Where a plan may be wrong, the pass is watched in full."""
 
@@ -355,6 +370,99 @@ class TestNotFollowed:
             maps = both_ways(model, calls, monkeypatch)
             assert [one.kind for one in maps] == ["cross" if sign > 0 else "self" for sign in signs]
 
+    @pytest.mark.parametrize(
+        "where", ["random", "numpy", "generator", "iterator", "global", "helper", "closure", "list"]
+    )
+    def test_something_else_than_arguments_chooses(self, x, where):
+        """Some passes in a row are alike by chance."""
+        turns, chosen = [False, False, False, True, True, True, False, True] * 2, []
+        flag, turn, notes, own, iterator = False, 0.0, [], random.Random(0), iter(turns)
+        choose = {
+            "random": lambda: random.random() < 0.5,
+            "numpy": lambda: np.random.rand() < 0.5,
+            "generator": lambda: own.random() < 0.5,
+            "iterator": lambda: next(iterator),
+            "global": lambda: SETTINGS.is_cross,
+            "helper": lambda: Helper().chooses(),
+            "closure": lambda: flag,
+            "list": lambda: notes[-1] > 0,
+        }[where]
+        note = chosen.append
+
+        class Chooses(Attends):
+            def forward(self, x, y):
+                is_cross = choose()
+                note("cross" if is_cross else "self")
+                return self.attend(x, y if is_cross else x)
+
+        model = Around(Chooses)
+        random.seed(0)
+        np.random.seed(0)
+        with attention(model) as maps:
+            for turn in turns:
+                flag = SETTINGS.is_cross = Helper.is_cross = turn
+                notes.append(float(turn))
+                model(x, x + 1)
+        assert set(chosen) == {"self", "cross"}
+        assert [one.kind for one in maps] == chosen
+
+    @pytest.mark.parametrize("reads", [bool, lambda number: number.item() > 0, lambda number: number.tolist() > 0])
+    def test_a_number_that_is_read_elsewhere_chooses(self, x, reads):
+        """What attends from there on is not known, and the next pass is watched in full."""
+
+        class Router(nn.Module):
+            def forward(self, x):
+                return reads(x.sum() > 0)
+
+        class Sets(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.router, self.core = Router(), Core()
+
+            def forward(self, x, y):
+                is_cross = self.router(x)
+                self.core.known = y if is_cross else x
+                return self.core(x, y)
+
+        class Core(Attends):
+            def forward(self, x, y):
+                return self.attend(x, self.known)
+
+        model, signs = Sets(), [1, 1, 1, -1, -1, -1, -1, 1]
+        with attention(model) as maps:
+            for sign in signs:
+                model(sign * x.abs(), x + 1)
+        kinds = ["cross" if sign > 0 else "self" for sign in signs]
+        wrong = [number for number, one in enumerate(maps) if one.kind != kinds[number]]
+        assert all(maps[number].kind is None for number in wrong)
+        assert set(wrong) <= {3, 7}
+
+    def test_the_module_around_is_given_something_else(self, x, monkeypatch):
+        class Core(nn.Module):
+            def forward(self, q, k):
+                return scaled_dot_product_attention(q, k, k)
+
+        class Chooses(Attends):
+            def __init__(self):
+                super().__init__()
+                self.core = Core()
+
+            def forward(self, x, y, is_cross):
+                return self.core(self.q(x), self.k(y if is_cross else x))
+
+        class Calls(Around):
+            def forward(self, x, y):
+                return self.attn(x, y, bool(x.sum() > 0))
+
+        model, signs = Calls(Chooses), [1, 1, 1, -1, -1, -1, -1, 1]
+        calls = [lambda sign=sign: model(sign * x.abs(), x + 1) for sign in signs]
+        with attention(model) as maps:
+            for call in calls:
+                call()
+        kinds = [one.kind for one in maps]
+        assert all(kind in ("cross" if sign > 0 else "self", None) for kind, sign in zip(kinds, signs, strict=True))
+        assert kinds.count(None) <= 2
+
     def test_an_argument_whose_class_fails(self, x, monkeypatch):
         class Fails:
             def __getattr__(self, name):
@@ -391,7 +499,7 @@ class TestNotFollowed:
     def test_calls_that_are_joined(self, x, monkeypatch):
         class Heads(Attends):
             def forward(self, x):
-                modes.append(torch._C._len_torch_function_stack())
+                note_mode(torch._C._len_torch_function_stack())
                 q, k = split(self.q(x)), split(self.k(x))
                 heads = [scaled_dot_product_attention(q[:, i], k[:, i], k[:, i]) for i in range(2)]
                 return self.out(joined(torch.stack(heads, 1)))
@@ -488,10 +596,10 @@ class TestToldApart:
 
         class Late(Attends):
             def forward(self, x):
-                calls.append(None)
-                return self.attend(x, x) if len(calls) < 5 else self.other(x)
+                turns.set(turns.get() + 1)
+                return self.attend(x, x) if turns.get() < 5 else self.other(x)
 
-        calls = []
+        turns.set(0)
         return Late
 
     def test_an_attention_without_a_kernel(self, x, late):

@@ -118,6 +118,39 @@ class Additive(Attends):
         return self.proj(pairs.sum(-1).softmax(-1) @ self.v(memory))
 
 
+def mixed_scores(q, k):
+    """Talking heads; the matrix that mixes them is no parameter itself."""
+    return torch.einsum("bhqk,hg->bgqk", q @ k.mT, torch.eye(4)[:H, :H])
+
+
+def plain_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return torch.matmul(q, k.mT) / 2.0
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    scripted_scores = torch.jit.script(plain_scores)
+
+
+def cosines(q, k):
+    return F.cosine_similarity(q[..., :, None, :], k[..., None, :, :], dim=-1)
+
+
+class Scored(Attends):
+    """Attention whose scores a function makes."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, memory):
+        weights = self.function(heads(self.q(x)), heads(self.k(memory))).softmax(-1)
+        return self.proj((weights @ heads(self.v(memory))).transpose(1, 2).flatten(2))
+
+
+SCORED = [partial(Scored, function) for function in (mixed_scores, scripted_scores, cosines)]
+
+
 class Lookup(Attends):
     """As LookViT: scores are made in one module, and used in another too."""
 
@@ -186,6 +219,7 @@ KINDS = {
         (TwoNorms, (X,)),
         (Additive, (X, X)),
         (Lookup, (X, X)),
+        *((scored, (X, X)) for scored in SCORED),
         *((partial(Together, *how), (X, X)) for how in TOGETHER.values()),
     ],
     "cross": [
@@ -198,6 +232,7 @@ KINDS = {
         (Encoded, (X,)),
         (Additive, (X, MEMORY)),
         (Lookup, (X, MEMORY)),
+        *((scored, (X, MEMORY[:, :3])) for scored in SCORED),
         *((partial(Together, *how), (X, torch.randn(B, N, 8))) for how in TOGETHER.values()),
     ],
 }

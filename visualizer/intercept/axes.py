@@ -18,17 +18,18 @@ from torch import Tensor
 
 from .calls import name_of
 
-_REORDERS = frozenset(
-    ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint", "t", "__get__")
-)
+REORDERS = frozenset(("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint", "t", "__get__"))
+"""Functions that put the axes of a tensor into another order."""
 _KEEPS_ORDER = frozenset(
     (
         *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel"),
         *("contiguous", "clone", "to", "type", "type_as", "float", "half", "bfloat16", "double", "alias"),
-        *("_unsafe_view", "_reshape_alias"),
+        *("_unsafe_view", "_reshape_alias", "stack"),
     )
 )
-_CUTS = frozenset(("__getitem__", "narrow", "slice", "split", "chunk", "cat", "concat", "tensor_split", "pad"))
+_CUTS = frozenset(
+    ("__getitem__", "narrow", "slice", "split", "chunk", "cat", "concat", "tensor_split", "pad", "unbind", "select")
+)
 _MIXES_LAST = frozenset(("linear", "matmul", "__matmul__", "mm", "addmm"))
 _MIXES_CHANNELS = frozenset(("conv1d", "conv2d", "conv3d"))
 _SUMS = frozenset(("linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "einsum"))
@@ -76,6 +77,8 @@ class Factor:
         self.size = size
         self.origins = origins or (self,)  # what it is a cut or a join of
         self.parts: tuple[Factor, ...] = ()
+        self.cut: tuple[list[Factor], int] | None = None
+        """The axis of which it is a block, and where that begins there."""
 
     def split(self, outer: int) -> None:
         """Tell two factors apart, of which the outer one has that length."""
@@ -124,6 +127,8 @@ class Output:
         """The axes of the output itself, for `follow`."""
         self.order: Order | None = None
         """What is known of its axes."""
+        self._without_heads: Order | None = None
+        """The same where a convolution took the features of one head, which may still be joined with others."""
         self.attended: Any = None
         """What the call must have in common with others to be one attention; None once its map is made."""
         self.parts: list[Part] = []
@@ -157,6 +162,7 @@ class Output:
 
         They are one attention only if they looked at the same keys and values; else each is an attention of its own.
         """
+        self.order = self.order or self._without_heads
         lead = self.leaves()[0]
         if self.steps not in lead:
             return
@@ -233,11 +239,12 @@ class Output:
         place = 1 if name == "addmm" else 0  # behind the bias
         is_first = len(args) > place and args[place] is tensor
         is_linear = is_first and name in _MIXES_LAST and getattr(args[place + 1], "ndim", 2) <= 2
+        is_convolution = name in _MIXES_CHANNELS and is_first and len(layout) > 2
         mixed: list[list[Factor]]
         if is_linear:
             mixed = [layout[-1]]
-        elif name in _MIXES_CHANNELS and is_first and len(layout) > 2:
-            mixed = [layout[-len(layout) + 1]]
+        elif is_convolution:
+            mixed = [layout[1]]
         elif name == "einsum":
             mixed = [layout[axis] for axis in summed_axes(name, args, kwargs, tensor)]
         else:
@@ -246,9 +253,13 @@ class Output:
         features = set().union(*map(_origins, mixed)) if mixed else set()
         lead = self.leaves()[0]
         are_heads = tuple(factor in features for factor in lead)
-        has_one_head = is_linear and (len(self._axes) != 4 or self._axes[-3].size == 1)
-        if any(are_heads) or has_one_head:
-            self.order = Order(tuple(factor.size for factor in lead), are_heads)
+        is_whole = not any(one.cut and one.size == 1 for axis in layout for one in axis)  # and not one of several heads
+        is_of_one_head = is_whole and (len(self._axes) != 4 or self._axes[-3].size == 1)
+        order = Order(tuple(factor.size for factor in lead), are_heads)
+        if any(are_heads) or (is_linear and is_of_one_head):
+            self.order = order
+        elif is_convolution and is_of_one_head and not features.isdisjoint(self._axes[-1].smallest()):
+            self._without_heads = order
 
 
 def _origins(axis: Iterable[Factor]) -> set[Factor]:
@@ -272,19 +283,63 @@ def layout_of(
     """The axes of what a function made of a tensor with these axes; None where it mixes them, or is not known."""
     if not isinstance(result, Tensor) or name in _MIXES_LAST or name in _MIXES_CHANNELS or name == "einsum":
         return None
-    if name in _REORDERS and result.ndim == tensor.ndim:
+    if name in REORDERS and result.ndim == tensor.ndim:
         order = _permutation(func, tensor.ndim, *args[1:], **kwargs)
         return [layout[axis] for axis in order]
     if result.shape == tensor.shape:
         return layout
     if name in _KEEPS_ORDER and result.numel() == tensor.numel():
         return _regrouped(layout, result.shape)
-    if name in _CUTS and result.ndim == tensor.ndim:
-        return [
+    return _cut(tensor, layout, result) if name in _CUTS else None
+
+
+def _cut(tensor: Tensor, layout: Layout, result: Tensor) -> Layout | None:
+    """The axes of a part of a tensor. An axis of which one place was taken is a factor of length 1 in the last axis."""
+    if result.ndim == tensor.ndim:
+        made = [
             axis if after == before else [Factor(after, [small for factor in axis for small in factor.smallest()])]
             for axis, before, after in zip(layout, tensor.shape, result.shape, strict=True)
         ]
+        changed = [axis for axis, own in enumerate(made) if own is not layout[axis]]
+        blocks = [made[axis][0] for axis in changed]
+    else:
+        shape = [*zip(tensor.shape, tensor.stride(), strict=True)]
+        rest = [*zip(result.shape, result.stride(), strict=True)]
+        changed = [axis for axis in range(tensor.ndim) if shape[:axis] + shape[axis + 1 :] == rest][:1]
+        blocks = [Factor(1)]
+        if not changed or changed == [tensor.ndim - 1]:
+            return None
+        made = [axis for place, axis in enumerate(layout) if place not in changed]
+        made[-1] = made[-1] + blocks
+    if len(changed) == 1 and result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+        begin = int(result.storage_offset()) - int(tensor.storage_offset())
+        blocks[0].cut = layout[changed[0]], begin // max(1, tensor.stride(changed[0]))
+    return made
+
+
+def put_together(layouts: Sequence[Layout], dim: int, is_new: bool) -> Layout | None:
+    """The axes of the blocks of one axis, side by side on another; None where they are not all of it, in order.
+
+    Args:
+        dim: the axis on which they are joined.
+        is_new: whether this is a new one.
+    """
+    count, blocks = len(layouts), [one for axis in layouts[0] for one in axis if one.cut]
+    cuts = [[one.cut for axis in layout for one in axis if one.cut] for layout in layouts]
+    for block, (axis, _) in zip(blocks, cuts[0], strict=True):
+        starts = [start for several in cuts for other, start in several if other is axis]
+        is_all = starts == [*range(0, block.size * count, block.size)] and _length(axis) == block.size * count
+        parts = _regrouped([axis], (count, block.size)) if is_all else None
+        if parts is not None:
+            outer, inner = parts
+            made = [[new for one in own for new in (inner if one is block else [one])] for own in layouts[0]]
+            joined = [outer] if is_new else [outer + made.pop(dim)]
+            return made[:dim] + joined + made[dim:]
     return None
+
+
+def _length(axis: Iterable[Factor]) -> int:
+    return math.prod(factor.size for factor in axis)
 
 
 def _regrouped(layout: Layout, shape: Sequence[int]) -> Layout | None:

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .axes import Factor, Layout, Output, Part
+from .axes import Factor, Layout, Output, Part, put_together
 from .lineage import Lineage
 
 _CATS = frozenset(("cat", "concat", "concatenate"))
+_STACKS = {"vstack": 0, "hstack": 1, "dstack": 2}
+"""Functions that are torch.cat for tensors of three axes or more, on that axis."""
 _WRITES = frozenset(("__setitem__", "copy_"))
 
 
@@ -64,7 +66,7 @@ class Joins:
         Args:
             known: the outputs of attention calls among the arguments, each with its `Output` and its axes.
         """
-        if name not in _WRITES and name not in _CATS and name != "stack":
+        if name not in _WRITES and name not in _CATS and name != "stack" and name not in _STACKS:
             return None
         with torch._C.DisableTorchFunction():  # the default device is not for what is computed here
             if name in _WRITES:
@@ -79,8 +81,12 @@ class Joins:
             tensors = args[0] if args else kwargs.get("tensors", ())
             if len(tensors) > 1 and all(id(tensor) in origins for tensor in tensors):
                 dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-                pieces = _in_a_row(name, tensors, origins, dim % result.ndim)
-                return _as_one(result, pieces)
+                dim = _STACKS.get(name, dim) % result.ndim
+                outputs, layouts = zip(*(origins[id(tensor)] for tensor in tensors), strict=True)
+                if any(output is not outputs[0] for output in outputs):
+                    return _as_one(result, _in_a_row(name, tensors, origins, dim))
+                layout = put_together(layouts, dim, name == "stack")
+                return None if layout is None else (result, outputs[0], layout)
         return None
 
     def _after_write(

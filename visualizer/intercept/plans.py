@@ -8,13 +8,16 @@ attend. A later pass follows it as long as nothing differs that could make it wr
   numbers of Python, and what objects hold of all this; for each module that attends also which of its arguments are one
   tensor;
 - the watched modules: their classes, attributes and parts, the settings in their attributes, and all hooks;
+- the globals that their code may read, by the names in it, and what its functions close over;
+- the numbers that the code reads from tensors, unless they differed between the two passes;
 - the operators, with the axes of query, key and value;
 - what of the calls is recorded: of the others nobody looks for the axes.
 
 Floating-point types may differ, and devices: the same code works with them.
 
-Where a module that attends reads numbers of tensors, its next step may depend on them: there is no plan then. Nor is
-there one where calls are joined to one attention, or where a map was made of anything else than a fused call.
+Where a module that attends, or a part of it, reads numbers of tensors, its next step may depend on them: there is no
+plan then. Nor is there one where the code reads whole tensors, takes random numbers of Python or numpy or has an
+iterator, where calls are joined to one attention, or where a map was made of anything else than a fused call.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,19 +40,14 @@ from torch.utils.hooks import RemovableHandle
 
 from .axes import Order, Output
 from .kernels import KERNELS
-from .modules import Hook, ModuleCall, has_global_hooks
+from .modules import Hook, ModuleCall, has_global_hooks, is_within
 from .operators import READS
 from .provenance import Origin
+from .surroundings import SIMPLE, Surroundings, chance, has_settings, held_in, is_unsteady, settings
 
-_SIMPLE = frozenset(
-    (
-        *(bool, int, float, complex, str, bytes, range, type(None), type(...)),
-        *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-    )
-)
 _VALUES = (int, float, complex, str, bytes, np.generic, Enum, type)
 """Bases of classes whose objects are what they are equal to."""
-_MOST_FORMS, _MOST_FAILURES, _MOST_OBJECTS, _MOST_SETTINGS, _MOST_NUMBERS = 32, 8, 200, 100, 4096
+_MOST_FORMS, _MOST_FAILURES, _MOST_OBJECTS, _MOST_NUMBERS = 32, 8, 200, 4096
 
 
 class Step(NamedTuple):
@@ -57,7 +55,8 @@ class Step(NamedTuple):
 
     name: str
     given: Any
-    """Of one that attends: what its module was given, see `_Forms`."""
+    """Of one that attends: what the modules were given whose code tells where query and key come from, see `_Forms`.
+    Of one that reads a number: that; `ANY` where it does not matter which one."""
     tensors: Any
     """And the class and shape of query, key and value; None for lengths that differ."""
     origin: Origin
@@ -66,6 +65,7 @@ class Step(NamedTuple):
     """Whether the axes were looked for: not of a call that was not to be recorded."""
 
 
+ANY = object()
 UNKNOWN = Step("", None, None, Origin(None, {}), None, False)
 """An attention call that is not in the plan."""
 
@@ -85,7 +85,7 @@ class _Seen:
     def step(self) -> Step | None:
         """What is to be remembered; None where that is not all there is to know."""
         if self.name not in KERNELS:
-            return Step(self.name, None, None, *UNKNOWN[3:])
+            return Step(self.name, self.given, None, *UNKNOWN[3:])
         if self.origin is None or self.origin.joined:
             return None
         output = self.output
@@ -122,7 +122,7 @@ class Pass:
         memory: of passes like it.
         plan: the one to follow; None: there is none.
         sizes: of the tensors that it is given.
-        states: of the model, where it may become a plan.
+        states: of the model, if this pass and the one before may become a plan.
         recorded: what says which calls are recorded.
     """
 
@@ -141,23 +141,26 @@ class Pass:
         self._counts: dict[str, int] = {}
         self.is_as_planned = True
         """Whether nothing differed from it up to now."""
+        self.has_read_another = False
+        """Whether the code read another number than before, so that nothing is known of what attends from here on."""
 
     @property
     def is_planned(self) -> bool:
         """Whether it follows a plan."""
         return self._plan is not None
 
-    def note(self, name: str, args: Any, call: ModuleCall) -> None:
+    def note(self, name: str, args: Any, output: Any, path: str) -> None:
         """Note an operator of a pass that is watched in full."""
         seen = _Seen(name)
         if name in KERNELS:
             if any(type(one) is not Tensor or one.is_nested for one in args[:3]):
                 self.is_plain = False
                 return
-            seen.given, seen.tensors = _given(call), _tensors(args)
+            seen.tensors = _tensors(args)
         elif name in READS:
-            self.readers.add(call.path)
-        self._seen.setdefault(call.path, []).append(seen)
+            seen.given = output
+            self.readers.add(path)
+        self._seen.setdefault(path, []).append(seen)
 
     def found(self, name: str, calls: Sequence[ModuleCall], first: int, origin: Origin, output: Output | None) -> None:
         """Note what was found of the operator that was noted last, which attends.
@@ -172,18 +175,22 @@ class Pass:
             self.is_plain = False  # it did not get there as the operator that it is called like
         else:
             last.origin, last.output, last.frames = origin, output, frozenset(call.path for call in calls[first:])
+            last.given = (*map(_given, calls[first:]),)
 
-    def step(self, name: str, args: Any, call: ModuleCall) -> Step | None:
+    def step(self, name: str, args: Any, output: Any, calls: Sequence[ModuleCall]) -> Step | None:
         """What is remembered of an operator; None if it was not foreseen."""
-        number = self._counts.get(call.path, 0)
-        self._counts[call.path] = number + 1
-        steps = self._plan.get(call.path, ()) if self._plan is not None else ()
-        if number < len(steps):
-            step = steps[number]
-            if step.name == name and (name not in KERNELS or _fits(step, args, call)):
-                return step
-        self.is_as_planned = False
-        return None
+        path = calls[-1].path
+        number = self._counts.get(path, 0)
+        self._counts[path] = number + 1
+        steps = self._plan.get(path, ()) if self._plan is not None else ()
+        step = steps[number] if number < len(steps) and steps[number].name == name else None
+        if step is not None and name in KERNELS:
+            step = step if not self.has_read_another and _fits(step, args, calls) else None
+        elif step is not None and name in READS and step.given not in (ANY, output):
+            self.has_read_another = True
+        if step is None or self.has_read_another:
+            self.is_as_planned = False
+        return step
 
     def end(self) -> None:
         """Learn from what was seen."""
@@ -196,15 +203,21 @@ class Pass:
             return
         before, now = memory.known, _Known(self._sizes, self._steps(), frozenset(self.layers))
         memory.known = now
-        if before is None or before.steps is None or now.steps is None or memory.failures >= _MOST_FAILURES:
+        states = self._states
+        if before is None or before.steps is None or now.steps is None or states is None:
             return
         common = _common(before.steps, now.steps)
-        if common is not None and self._states is not None and self._states.are_same():
+        if common is None:
+            memory.failures += 1
+        elif states.are_steady and states.are_same():
             sizes = tuple(one if one == other else None for one, other in zip(before.sizes, now.sizes, strict=True))
-            memory.known = _Known(sizes, common, before.layers & now.layers, self._states)
+            memory.known = _Known(sizes, common, before.layers & now.layers, states)
 
     def _steps(self) -> dict[str, tuple[Step, ...]] | None:
-        if not self.is_plain or any(self.readers & seen.frames for several in self._seen.values() for seen in several):
+        if not self.is_plain or (self._states is not None and self._states.took_chances()):
+            return None
+        frames = {frame for several in self._seen.values() for seen in several for frame in seen.frames}
+        if any(is_within(reader, frame) for reader in self.readers for frame in frames):
             return None
         steps = {path: tuple(seen.step() for seen in several) for path, several in self._seen.items()}
         return steps if all(None not in several for several in steps.values()) else None  # type: ignore[return-value]
@@ -235,7 +248,8 @@ class Plans:
         plan = memory.known
         if plan is not None and plan.states is not None and _agree(plan.sizes, sizes) and plan.states.are_same():
             return Pass(memory, plan, sizes, None, recorded)
-        return Pass(memory, None, sizes, _States(modules), recorded)
+        may_become_one = plan is not None and plan.steps is not None and memory.failures < _MOST_FAILURES
+        return Pass(memory, None, sizes, _States(modules) if may_become_one else None, recorded)
 
 
 _of_models: weakref.WeakKeyDictionary[nn.Module, Plans] = weakref.WeakKeyDictionary()
@@ -261,7 +275,7 @@ class _Forms:
     def of(self, value: Any) -> Any:
         """What an argument is. Two have the same form if the code may take them for the same."""
         kind = type(value)
-        if kind in _SIMPLE:
+        if kind in SIMPLE:
             return kind, value
         if isinstance(value, Tensor):
             dtype, is_nested = value.dtype, value.is_nested
@@ -286,7 +300,9 @@ class _Forms:
         return kind, object()  # it is like no other
 
     def _of_object(self, value: Any) -> Any:
-        """What an object holds; a new object where that is too much."""
+        """What an object holds; a new object where that is too much, or another one each time."""
+        if is_unsteady(value):
+            return object()
         if isinstance(value, np.ndarray):
             return object() if value.nbytes > _MOST_NUMBERS else (value.dtype.str, value.shape, value.tobytes())
         if isinstance(value, (set, frozenset)):
@@ -294,7 +310,7 @@ class _Forms:
         if isinstance(value, deque):
             return self.of(tuple(value))
         if isinstance(value, FunctionType):
-            cells = [_held(cell) for cell in value.__closure__ or ()]
+            cells = [held_in(cell) for cell in value.__closure__ or ()]
             return value.__code__, *map(self.of, (value.__defaults__, value.__kwdefaults__, *cells))
         if isinstance(value, MethodType):
             return self.of(value.__func__), self.of(value.__self__)
@@ -303,13 +319,6 @@ class _Forms:
         if hasattr(value, "get_seq_length"):  # a cache of keys, whose lengths are those of what attends
             return None
         return tuple((name, self.of(one)) for name, one in _attributes(value))
-
-
-def _held(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is empty
-        return None
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
@@ -329,13 +338,13 @@ def _tensors(args: Any) -> Any:
     return tuple((type(one), tuple(one.shape)) for one in args[:3])
 
 
-def _fits(step: Step, args: Any, call: ModuleCall) -> bool:
+def _fits(step: Step, args: Any, calls: Sequence[ModuleCall]) -> bool:
     for (kind, shape), one in zip(step.tensors, args, strict=False):
         if type(one) is not kind or len(shape) != one.ndim:
             return False
         if not _agree(shape, one.shape):
             return False
-    return bool(step.given == _given(call))
+    return bool(step.given == (*map(_given, calls[-len(step.given) :]),))
 
 
 def _agree(known: Sequence[int | None], sizes: Sequence[int]) -> bool:
@@ -358,6 +367,8 @@ def _common(
 
 
 def _common_step(one: Step, other: Step) -> Step | None:
+    if one.name in READS and one.given != other.given:
+        return one._replace(given=ANY) if one.name == other.name else None
     if one._replace(tensors=None) != other._replace(tensors=None):
         return None
     if one.tensors is None or one.tensors == other.tensors:
@@ -383,16 +394,25 @@ class _States:
         self._leaves = [weakref.ref(part) for part in parts.difference(modules)]
         classes = {cls: None for kind in {*map(type, modules)} for cls in kind.__mro__ if cls not in _BASES}
         self._classes = [*map(weakref.ref, classes)]
-        settings = {
-            id(value): (known, name, _settings(value))
+        attributes = [
+            (known, name, value)
             for known, module in zip(self._watched, modules, strict=True)
             for name, value in vars(module).items()
-            if name not in _OWN and _has_settings(value)
-        }
-        self._with_settings = [(known, name) for known, name, _ in settings.values()]
+            if name not in _OWN
+        ]
+        held = {id(value): (known, name) for known, name, value in attributes if has_settings(value)}
+        self._with_settings = [*held.values()]
+        hooks = [hook for one in modules for hook in (*one._forward_hooks.values(), *one._forward_pre_hooks.values())]
+        own = [value for _, _, value in attributes]
+        self._around = Surroundings(classes, [*own, *(hook for hook in hooks if type(hook) is not Hook)])
+        self.are_steady = not (self._around.is_unsteady or any(map(is_unsteady, own)))
+        """Whether nothing was found that gives another answer each time."""
+        self._chance = chance()
         # As long as they are there, no other has their number.
-        owned = [*(vars(one).values() for one in (*modules, *classes)), *(held for _, _, held in settings.values())]
-        self._kept = [one for several in owned for one in several if type(one) in _SIMPLE]
+        read = self._around.values()
+        owned = [*(vars(one).values() for one in (*modules, *classes)), read, *self._around.settings(read)]
+        owned += [settings(vars(module)[name]) for known, name in held.values() if (module := known()) is not None]
+        self._kept = [one for several in owned for one in several if type(one) in SIMPLE]
         self._hooks, self._next = self._keys_of_hooks(), RemovableHandle.next_id
         self._numbers = self._number()
 
@@ -403,6 +423,10 @@ class _States:
                 return False
             self._next = RemovableHandle.next_id
         return not has_global_hooks() and self._number() == self._numbers
+
+    def took_chances(self) -> bool:
+        """Whether somebody took a random number of Python or numpy since."""
+        return bool(self._chance != chance())
 
     def _number(self) -> list[int]:
         modules = [module for known in self._watched if (module := known()) is not None]
@@ -417,7 +441,9 @@ class _States:
             numbers.append(0 if module is None else len(module.__dict__))  # it may get a forward of its own
         for known, name in self._with_settings:
             module = known()
-            numbers += () if module is None else map(id, _settings(vars(module).get(name)))
+            numbers += () if module is None else map(id, settings(vars(module).get(name)))
+        values = self._around.values()
+        numbers += map(id, itertools.chain(values, *self._around.settings(values)))
         return numbers
 
     def _keys_of_hooks(self) -> list[int]:
@@ -429,18 +455,3 @@ class _States:
 
 _BASES = frozenset(nn.Module.__mro__)
 _OWN = frozenset(vars(nn.Module()))
-
-
-def _has_settings(value: Any) -> bool:
-    """Whether an attribute may hold settings: a list, a dict, an object such as a configuration of transformers."""
-    others = (nn.Module, Tensor, type, FunctionType, ModuleType)
-    return isinstance(value, (list, dict, set)) or (hasattr(value, "__dict__") and not isinstance(value, others))
-
-
-def _settings(value: Any) -> list[Any]:
-    """The numbers, texts and the like that an attribute holds; a long list has something else."""
-    if isinstance(value, (list, dict, set)):
-        held: Any = () if len(value) > _MOST_SETTINGS else value.values() if isinstance(value, dict) else value
-    else:
-        held = getattr(value, "__dict__", {}).values()
-    return [one for one in held if type(one) in _SIMPLE or isinstance(one, Enum)]

@@ -8,10 +8,11 @@ were joined, token behind token, and both look for and are looked at, are "joint
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import ref
 
+import torch
 from torch import Size, Tensor, nn
 
 from .calls import name_of
@@ -22,7 +23,8 @@ _SAMPLE = 4  # numbers of a key: two keys that share them are the same
 _PRODUCTS = frozenset(
     (
         *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear"),
-        *("conv1d", "conv2d", "conv3d", "conv_transpose2d", "embedding", "tensordot", "cdist", *KERNELS),
+        *("conv1d", "conv2d", "conv3d", "conv_transpose2d", "embedding", "tensordot", "cdist", "inner"),
+        *("cosine_similarity", "pairwise_distance", *KERNELS),
     )
 )
 _WRITES = frozenset(
@@ -49,7 +51,7 @@ _VIEWS = frozenset(
     )
 )
 """Functions that leave all numbers, in another shape."""
-_PLAIN, _PRODUCT, _JOIN, _CUT, _KEEP, _CAST, _VIEW = range(7)
+_PLAIN, _PRODUCT, _JOIN, _CUT, _KEEP, _SCRIPTED, _CAST, _VIEW = range(8)
 _ROLES: dict[Any, int] = {}
 """By function; filled as functions are called."""
 
@@ -60,6 +62,8 @@ def _role_of(func: Any) -> int:
     for number, names in ((_PRODUCT, _PRODUCTS), (_CUT, _CUTS), (_KEEP, _KEEPS), (_CAST, _CASTS), (_VIEW, _VIEWS)):
         if name in names:
             role = number
+    if isinstance(func, torch.jit.ScriptFunction):  # what it makes in another shape comes from a product in it
+        role = _SCRIPTED
     if len(_ROLES) < 4096:
         _ROLES[func] = role
     return role
@@ -149,6 +153,9 @@ class Provenance:
             if args and (result is args[0] or (role == _VIEW and self._is_view_of_known(result, args[0]))):
                 return
             role = _KEEP if role == _CAST else _PLAIN
+        if role == _SCRIPTED:
+            given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+            role = _PLAIN if any(one.shape == getattr(result, "shape", None) for one in given) else _PRODUCT
         parents: list[_Node] = []
         if role == _PRODUCT and name_of(func) == "baddbmm":
             args = args[1:]
@@ -221,7 +228,7 @@ class Provenance:
         """
         frame = self._frame(calls, len(calls) - 1)
         best, made_by, node = 0, None, self._node_of(weights)
-        for product in _products(node, frame.inputs):
+        for product in _products(node, frame.inputs, lambda one: bool(_roots(frame.trace(one)))):
             rooted = sum(bool(_roots(frame.trace(side))) for side in product.parents[:2])
             if rooted >= best:
                 best, made_by = rooted + 1, product
@@ -230,7 +237,9 @@ class Provenance:
         if made_by is not None:
             query, key = made_by.parents[:2]
             return self._origin(query, key, calls, weights.shape[-2], weights.shape[-1]), made_by.key_sample
-        for product in _products(node, ()):  # the module is handed the scores: the one that made them knows more
+        for product in _products(
+            node, (), lambda one: bool(one.parents)
+        ):  # the module is handed the scores: the one that made them knows more
             if product.frame is not None:
                 query, key = product.parents[:2]
                 of_query, of_key = product.frame.trace(query), product.frame.trace(key)
@@ -348,16 +357,23 @@ def _roots(parts: _Parts) -> list[_Node]:
     return list(dict.fromkeys(root for part in parts for root in part.roots))
 
 
-def _products(weights: _Node, inputs: Container[_Node]) -> Iterator[_Node]:
+def _products(weights: _Node, inputs: Container[_Node], varies: Callable[[_Node], bool]) -> Iterator[_Node]:
     """The matrix products of two tensors that weights were computed from, the last one first.
 
     Behind them come sums of each query with each key, as additive attention has them.
+
+    Args:
+        inputs: where to stop.
+        varies: whether something is made of more than parameters.
     """
     waiting, seen, sums = deque([weights]), {weights}, list[_Node]()
     while waiting:
         node = waiting.popleft()
         if node.role == _PRODUCT and len(node.parents) >= 2:
             yield node
+            # Behind a product with a matrix of the model that mixes heads, as in talking heads, are the scores.
+            mixed = [*filter(varies, node.parents)]
+            waiting += mixed if len(mixed) == 1 and mixed[0].size == node.size else ()
         elif node not in inputs:
             if node.role == _KEEP and len(node.parents) == 2 and all(one.size < node.size for one in node.parents):
                 sums.append(node)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..tensors import is_plain_torch
 from .axes import (
+    REORDERS,
     Factor,
     Layout,
     Output,
@@ -33,7 +34,9 @@ from .joins import Joins
 from .lineage import Lineage
 
 _PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm"))
-_MAKES_SCORES = frozenset(("cdist", "inner", "tensordot", "addbmm"))  # besides the products
+_MAKES_SCORES = frozenset(  # besides the products
+    ("cdist", "inner", "tensordot", "addbmm", "cosine_similarity", "pairwise_distance")
+)
 _PUTS = frozenset(("cat", "concat", "__setitem__", "copy_", "index_copy_", "index_put_", "slice_scatter", "pad"))
 """Functions that put a tensor into a larger one."""
 _CUTS = frozenset(
@@ -103,14 +106,16 @@ def _is_product(name: str, args: Any, kwargs: Any) -> bool:
 class Softmax:
     """The output of a softmax over scores, or of what stands in its place."""
 
-    def __init__(self, weights: Tensor, is_normalised: bool = True, is_of_scores: bool = True) -> None:
+    def __init__(self, weights: Tensor, is_normalised: bool = True, is_of_scores: bool = True, axis: int = -1) -> None:
         self.is_normalised = is_normalised
-        """Whether its rows sum to one."""
+        """Whether it sums to one over the keys."""
+        self.is_over_last = axis in (-1, weights.ndim - 1)
+        """Whether these are the last axis."""
         self.is_of_scores = is_of_scores
         """Whether it is known to be of scores. Others count where they are mixed with one that is, as in ConViT."""
         self.is_changed = False
         """Whether it, or what was made of it, was changed in place."""
-        self.keys = weights.shape[-1]
+        self.keys = weights.shape[axis]
         self._reference = weakref.ref(weights)
         self._held: Tensor | None = None
         self._copy: Tensor | None = None
@@ -161,7 +166,7 @@ class _Weights:
     layout: Layout | None = None
     """The axes of the tensor; None: they are not known."""
     pair: tuple[Factor, ...] = ()
-    """The axes of the queries and the keys that the softmax was over."""
+    """The axes of the keys that the softmax was over, and of the queries, if they are known."""
 
     def in_pair(self, axis: int) -> bool:
         """Whether queries or keys may be in an axis."""
@@ -171,6 +176,11 @@ class _Weights:
             return True
         is_of_one = not any(factor.smallest() for factor in self.layout[axis])  # a single query, for example
         return is_of_one and any(factor.size == 1 for factor in self.pair)
+
+    def is_over(self, axis: int) -> bool:
+        """Whether they are those of one softmax, over an axis."""
+        keys = self.pair[0]
+        return self.is_softmax and (self.layout is None or keys.size == 1 or is_in(keys, self.layout[axis]))
 
 
 @dataclass(frozen=True)
@@ -346,9 +356,12 @@ class Tracing:
             self.lineage.follow(result, _Scores(_is_outer(name, args)))
         elif name in _MAKES_SCORES:
             self.lineage.follow(result, _Scores())
-        elif name in _SOFTMAXES and _is_over_last(args, kwargs, result):
+        elif name in _SOFTMAXES and result.ndim >= 2:
             is_of_scores = any(isinstance(origin, (_Scores, _Weights)) for _, origin in known)
-            self.lineage.follow(result, _new_weights(result, Softmax(result, is_of_scores=is_of_scores)))
+            axis = kwargs.get("dim", args[1] if len(args) > 1 else -1) % result.ndim
+            softmax = Softmax(result, is_of_scores=is_of_scores, axis=axis)
+            if softmax.is_over_last or is_of_scores:
+                self.lineage.follow(result, _new_weights(result, softmax, axis))
         elif weights:
             self._carry_weights(func, name, args, kwargs, made, weights, undropped)
         elif name in OUTER and not known and makes_pairs(args, kwargs):
@@ -446,7 +459,7 @@ class Tracing:
             (name in _SAME_NUMBERS and result.shape[-1] == tensor.shape[-1])
             or is_cut
             or (name in _CUTS and result.shape[-1] == tensor.shape[-1] and result.stride(-1) == tensor.stride(-1))
-            or (name in ("permute", "transpose", "swapaxes") and result.stride(-1) == tensor.stride(-1))
+            or (name in REORDERS and origin.layout is not None)
         )
         made = _Weights(softmaxes, keeps and origin.is_softmax, pair=origin.pair)
         if origin.layout is not None:
@@ -485,22 +498,19 @@ class Tracing:
             values,
             tensor if source is None else source,
             order,
-            tuple(softmax for softmax in origin.softmaxes if softmax.is_normalised),
-            origin.is_softmax and not any(one.is_changed or not one.is_normalised for one in origin.softmaxes),
+            tuple(softmax for softmax in origin.softmaxes if softmax.is_normalised and softmax.is_over_last),
+            origin.is_over(order[-1]) and not any(one.is_changed or not one.is_normalised for one in origin.softmaxes),
             origin.without_dropout is not None,
             origin.without_dropout is not None and origin.without_dropout is not source,
         )
 
 
-def _is_over_last(args: Any, kwargs: Any, result: Tensor) -> bool:
-    """Whether a softmax is taken over the keys, the last axis."""
-    axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    return result.ndim >= 2 and axis in (-1, result.ndim - 1)
-
-
-def _new_weights(weights: Tensor, softmax: Softmax) -> _Weights:
+def _new_weights(weights: Tensor, softmax: Softmax, axis: int = -1) -> _Weights:
+    """Weights that a softmax made over one of their axes, which is that of the keys."""
     layout = [[Factor(size)] for size in weights.shape]
-    return _Weights((softmax,), layout=layout, pair=(layout[-2][0], layout[-1][0]))
+    last = weights.ndim - 1
+    queries = {last: [last - 1], last - 1: [last]}.get(axis % weights.ndim, [])
+    return _Weights((softmax,), layout=layout, pair=tuple(layout[one][0] for one in (axis, *queries)))
 
 
 def _mixes_heads(name: str, args: Any, kwargs: Any, weights: Tensor, origin: _Weights) -> bool:
@@ -702,7 +712,8 @@ def _einsum_order(args: Any, tensor: Tensor, origin: _Weights | None = None) -> 
     keys = [label for label in weights if label in values and label not in out]
     queries = [label for label in weights if label in out and label not in values]
     if len(queries) > 1 and origin is not None and origin.layout is not None:
-        queries = [label for label in queries if is_in(origin.pair[0], origin.layout[weights.index(label)])]
+        pair = origin.pair
+        queries = [label for label in queries if len(pair) > 1 and is_in(pair[1], origin.layout[weights.index(label)])]
     queries = queries[-1:]
     lead = [label for label in out if label in weights and label not in queries]
     width = [label for label in out if label in values and label not in weights]

@@ -423,8 +423,8 @@ class Watch:
         gap = thread.gaps[-1]
         interest = interest_of(func)
         if interest is NO_TENSOR or interest is TO_PYTHON:
-            if interest is TO_PYTHON and thread.current is not None:
-                thread.current.readers.add(calls[-1].path)
+            if interest is TO_PYTHON:
+                self._is_not_plain()
             return func(*args, **kwargs)
         is_seen = interest is BEGINS or (interest is not FOLLOWS and interest(args, kwargs))
         for lineage in () if is_seen else (thread.tracing.lineage, thread.sampling.lineage):
@@ -515,13 +515,13 @@ class Watch:
         if not current.is_planned:
             if thread.layer is None:
                 with self._unharmed():
-                    current.note(name, args, call)
+                    current.note(name, args, output, call.path)
                 return  # the mode sees it
             self._is_not_plain()
             self._attending.add(thread.layer)
         step = None
         with self._unharmed():
-            step = current.step(name, args, call)
+            step = current.step(name, args, output, thread.calls)
         if name in KERNELS:
             self._see_planned(name, lambda: with_sums(KERNELS[name](output, *args, **kwargs), sums), step or UNKNOWN)
         elif step is None and name not in operators.READS and (current.is_planned or name in operators.PRODUCTS):
