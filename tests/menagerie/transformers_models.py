@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .making import BATCH, NotBuilt, in_words, is_small, prepared, runner
+from .making import BATCH, NotBuilt, fitted, in_words, is_small, prepared, runner
 
 TOKENS = 12
 WIDTH, HEADS = 64, 4
@@ -52,7 +52,7 @@ def build(name: str) -> Iterator[tuple[str, torch.nn.Module, Any, Any]]:
 
     config_class = CONFIG_MAPPING[name]
     errors: list[str] = []
-    until = time.process_time() + 6
+    until = time.process_time() + 20
     for shrink in (_shrunk, _partly, _shallow):
         try:
             config = _config(config_class, shrink, name)
@@ -67,19 +67,29 @@ def build(name: str) -> Iterator[tuple[str, torch.nn.Module, Any, Any]]:
             except Exception as error:
                 errors.append(f"{model_class.__name__}: {in_words(error)}")
                 continue
-            for label, inputs in _inputs(model, config, name):
+            for made, more in _inputs(model, config, name):
                 try:
-                    run = runner(model, **inputs)
-                    with torch.no_grad():
-                        run()
+                    inputs = fitted(model, made, more)
                 except Exception as error:
-                    errors.append(f"{model_class.__name__} of {label}: {in_words(error)}")
+                    errors.append(f"{model_class.__name__} of {', '.join(made)}: {in_words(error)}")
                     continue
-                yield f"{model_class.__name__}({label})", model, run, _answers(model, inputs)
+                label = "own inputs" if name in INPUTS else ", ".join(inputs)
+                yield f"{model_class.__name__}({label})", model, runner(model, **inputs), _answers(model, inputs)
                 return
-    raise NotBuilt(
-        "; ".join(dict.fromkeys(errors)) or "no model class with a forward pass of its own has this configuration"
-    )
+    if errors:
+        raise NotBuilt("; ".join(dict.fromkeys(errors)))
+    for whole in _wholes(config_class):
+        for how, model, run, answers in build(whole):
+            yield f"as a part of {how}", model, run, answers
+            return
+    raise NotBuilt("no model class of its own with a forward pass: its parts have rows of their own")
+
+
+def _wholes(config_class: Any) -> list[str]:
+    """The types of which a configuration without a model class is a part."""
+    every = vars(importlib.import_module(config_class.__module__)).values()
+    configs = [one for one in every if inspect.isclass(one) and getattr(one, "sub_configs", None)]
+    return [one.model_type for one in configs if config_class in one.sub_configs.values()]
 
 
 def _config(config_class: Any, shrink: Any, name: str) -> Any:
@@ -438,12 +448,12 @@ def _answers(model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
 # Inputs
 
 
-def _inputs(model: torch.nn.Module, config: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Ways to call a model, the fullest first."""
+def _inputs(model: torch.nn.Module, config: Any, name: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Ways to call a model, the fullest first, and what makes further inputs by their names."""
     parameters = inspect.signature(model.forward).parameters
     makers = _Makers(model, config, parameters)
     if name in INPUTS:
-        yield "own inputs", INPUTS[name](makers)
+        yield INPUTS[name](makers), makers.more
         return
     required = [
         key
@@ -480,11 +490,11 @@ def _inputs(model: torch.nn.Module, config: Any, name: str) -> Iterator[tuple[st
         try:
             made = makers.all(keys)
         except Exception as error:
-            yield f"({in_words(error)})", {}
+            yield {f"({in_words(error)})": None}, makers.more
             continue
-        yield ", ".join(keys), made
+        yield made, makers.more
         if "input_features" in made:
-            yield ", ".join(keys), {**made, "input_features": made["input_features"].mT}
+            yield {**made, "input_features": made["input_features"].mT}, makers.more
 
 
 class _Makers:
@@ -614,6 +624,8 @@ class _Makers:
             return self.integers(
                 min(vocab, 80), BATCH, TOKENS if key != "decoder_input_ids" else 7, low=5 if vocab > 10 else 0
             )
+        if key in ("pixel_values", "hidden_states", "flattened_patches") and "grid_thw" in self.parameters:
+            return self.flat_patches()
         if key in ("pixel_values", "pixel_values_videos", "images", "pixel_values_images"):
             height, width = self.size()
             channels = getattr(self.vision(), "num_channels", None) or find(
@@ -664,6 +676,22 @@ class _Makers:
         if key == "cu_seqlens":
             return torch.tensor([0, 16, 32])
         return None
+
+    def more(self, key: str) -> Any:
+        """An input that is known by what it is annotated with, or by the end of its name."""
+        made = self.one(key)
+        kind = str(self.parameters[key].annotation)
+        if made is not None or key.endswith(("past_key_values", "labels", "kwargs")) or kind.startswith("bool"):
+            return made
+        if "mask" in key or "Bool" in kind:
+            return torch.ones(BATCH, TOKENS, dtype=torch.bool if "Bool" in kind else torch.long)
+        if "pos" in key and "embed" not in key and "Float" not in kind:
+            return torch.arange(TOKENS).expand(BATCH, TOKENS)
+        if "Long" in kind or "Int" in kind or key.endswith(("ids", "id", "tokens", "codes", "code", "index", "idx")):
+            return self.integers(4, BATCH, TOKENS)
+        if "int" in kind and "Tensor" not in kind:
+            return 4
+        return self.normal(BATCH, TOKENS, WIDTH) if "Tensor" in kind else None
 
 
 FIXED: dict[str, dict[str, Any]] = {
