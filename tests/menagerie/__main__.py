@@ -17,7 +17,7 @@ from typing import Any
 from .page import PACKAGES, page
 
 PAGE = Path("docs/menagerie.md")
-SECONDS = 40
+SECONDS = 25
 PATIENCE = 600
 GIGABYTES = 10
 

@@ -91,7 +91,7 @@ def fitted(model: torch.nn.Module, inputs: dict[str, Any], more: Callable[[str],
     Raises:
         Exception: what the model said to the first inputs, if nothing that is made of them fits.
     """
-    until = time.process_time() + 5
+    until = time.process_time() + 3
     waiting, tried, first = [inputs], set[str](), None
     while waiting and len(tried) < TRIES and time.process_time() < until:
         given = waiting.pop(0)
@@ -133,13 +133,16 @@ def _missing(model: torch.nn.Module, given: dict[str, Any], error: Exception) ->
     """Arguments that were not given: those that the error names, and those in the line of a forward that failed."""
     wanted = [name for name in inspect.signature(model.forward).parameters if given.get(name) is None]
     words, frame = set(re.findall(r"\w+", str(error))), error.__traceback__
-    near = set[str]()
+    near: list[str] = []
     while frame is not None:
-        if frame.tb_frame.f_locals.get("self") is model:
-            lines, first = inspect.getsourcelines(frame.tb_frame.f_code)
-            near = set(re.findall(r"\w+", "".join(lines[max(0, frame.tb_lineno - first) :][:4])))
+        known, code = frame.tb_frame.f_locals, frame.tb_frame.f_code
+        unset = [name for name in wanted if name in known and known[name] is None]
+        if unset:
+            lines, first = inspect.getsourcelines(code)
+            words_of_line = set(re.findall(r"\w+", "".join(lines[max(0, frame.tb_lineno - first) :][:4])))
+            near = [name for name in unset if name in words_of_line] or near
         frame = frame.tb_next
-    return [name for name in wanted if name in words], [name for name in wanted if name in near]
+    return [name for name in wanted if name in words], near
 
 
 def _last(shape: list[int], old: int, new: int) -> list[list[int]]:
@@ -181,7 +184,9 @@ _CHANGES: list[tuple[str, Callable[..., list[list[int]]]]] = [
     (r"Expected size (\d+) but got size (\d+)", _either),
     (
         r"shape '\[-1, (.*?)\]' is invalid for input of size (\d+)",
-        lambda shape, parts, size: [[*shape[:-1], math.prod(parts)]] if math.prod(shape) == size[0] else [],
+        lambda shape, parts, size: (
+            [[*shape[:-1], math.prod(parts)], [shape[0] * parts[0], *shape[1:]]] if math.prod(shape) == size[0] else []
+        ),
     ),
     (r"doesn't match model \((\d+)\*(\d+)\)", lambda shape, *size: [[*shape[:-2], *size[0], *size[1]]]),
     (r"\bmono\b", lambda shape: [[shape[0], 1, *shape[1:]]]),
