@@ -17,7 +17,7 @@ from typing import Any
 from .page import PACKAGES, page
 
 PAGE = Path("docs/menagerie.md")
-SECONDS = 25
+SECONDS = 40
 PATIENCE = 600
 GIGABYTES = 10
 

@@ -82,17 +82,17 @@ def is_small(make: Any) -> None:
         raise NotBuilt(f"{count / 1e6:.0f} million parameters")
 
 
-def fitted(model: torch.nn.Module, inputs: dict[str, Any], more: Callable[[str], Any]) -> dict[str, Any]:
+def fitted(model: torch.nn.Module, inputs: dict[str, Any], more: Callable[..., Any]) -> dict[str, Any]:
     """Inputs that a model runs with: what it refuses is changed by what its error says of shapes and of names.
 
     Args:
-        more: makes an input by its name; None if it cannot.
+        more: makes an input by its name, beside those that are given; None if it cannot.
 
     Raises:
-        Exception: what the model said to the first inputs, if nothing that is made of them fits.
+        Exception: what the model said at last, if nothing that is made of the inputs fits.
     """
     until = time.process_time() + 3
-    waiting, tried, first = [inputs], set[str](), None
+    waiting, tried, last = [inputs], set[str](), None
     while waiting and len(tried) < TRIES and time.process_time() < until:
         given = waiting.pop(0)
         try:
@@ -100,22 +100,22 @@ def fitted(model: torch.nn.Module, inputs: dict[str, Any], more: Callable[[str],
                 runner(model, **given)()
             return given
         except Exception as error:
-            first = first or error
+            last = error
             for changed in _mended(model, given, error, more):
                 shapes = str({key: getattr(value, "shape", value) for key, value in changed.items()})
                 if shapes not in tried:
                     tried.add(shapes)
                     waiting.append(changed)
-    assert first is not None
-    raise first
+    assert last is not None
+    raise last
 
 
 def _mended(
-    model: torch.nn.Module, given: dict[str, Any], error: Exception, more: Callable[[str], Any]
+    model: torch.nn.Module, given: dict[str, Any], error: Exception, more: Callable[..., Any]
 ) -> Iterator[dict[str, Any]]:
     """What the inputs may be in place of those that a model refused."""
     named, near = _missing(model, given, error)
-    made = {name: value for name in named or near if (value := more(name)) is not None}
+    made = {name: value for name in named or near if (value := more(name, given)) is not None}
     if made:
         yield {**given, **made}
     for pattern, change in _CHANGES:
@@ -146,7 +146,11 @@ def _missing(model: torch.nn.Module, given: dict[str, Any], error: Exception) ->
 
 
 def _last(shape: list[int], old: int, new: int) -> list[list[int]]:
-    return [[*shape[:-1], new]] if shape[-1] == old else []
+    """The last axis is what the layer takes; or what it takes was made of an axis, which must be larger or smaller."""
+    if shape[-1] == old:
+        return [[*shape[:-1], new]]
+    axes = [axis for axis in range(1, len(shape)) if shape[axis] * new % old == 0 and old != new]
+    return [[*shape[:axis], shape[axis] * new // old, *shape[axis + 1 :]] for axis in reversed(axes)]
 
 
 def _either(shape: list[int], one: list[int], other: list[int]) -> list[list[int]]:
@@ -162,14 +166,12 @@ def _either(shape: list[int], one: list[int], other: list[int]) -> list[list[int
 
 def _axes(shape: list[int], count: int) -> list[list[int]]:
     """One axis more, of frames or of channels, or one fewer."""
-    if len(shape) == count:
-        return []
-    return [[shape[0], 2, *shape[1:]], [shape[0], 1, *shape[1:]]] if len(shape) < count else [[shape[0], *shape[2:]]]
+    return [[shape[0], 2, *shape[1:]], [shape[0], 1, *shape[1:]]] if len(shape) <= count else [[shape[0], *shape[2:]]]
 
 
 def _channels(shape: list[int], given: list[int], wanted: list[int]) -> list[list[int]]:
-    if len(shape) == 2 and shape == given[1:]:  # a batch without channels
-        return [[shape[0], *wanted, shape[1]]]
+    if shape == given[1:]:  # a batch without channels, or tokens where a picture is wanted
+        return [[shape[0], *wanted, shape[1]]] if len(shape) == 2 else [[shape[0], *wanted, 64, 64]]
     return [[*shape[:axis], *wanted, *shape[axis + 1 :]] for axis in range(1, len(shape)) if shape[axis] == given[1]]
 
 

@@ -233,7 +233,8 @@ class _Shrink:
         layers = next(
             (v for k, v in values.items() if k in ("num_hidden_layers", "n_layer", "num_layers") and _is_int(v)), 0
         )
-        if isinstance(values.get("depths"), (list, tuple)):
+        depths = values.get("depths")
+        if isinstance(depths, (list, tuple)):
             layers = 0  # its number of layers is that of its stages
         kept, shared = _kept(values, config, layers)
         outs = values.get("out_indices")
@@ -254,6 +255,8 @@ class _Shrink:
                 continue
             elif isinstance(value, int):
                 number = _int(key, value, heads, layers, kept, self.narrow)
+                if isinstance(depths, (list, tuple)) and key == "num_hidden_layers" and value == len(depths):
+                    number = value
                 if key in shared:
                     number = len(kept) // 2
                 if key in ("image_size", "img_size") and picture and self.narrow:
@@ -281,7 +284,10 @@ class _Shrink:
             elif key == "rope_parameters" and value == {} and self.fills:
                 made[key] = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in values.get("layer_types", ())}
             elif key == "rope_parameters" and self.narrow and isinstance(value, dict) and _has_sections(value, config):
-                made[key] = {**value, "mrope_section": [2, 3, 3]}
+                factor = value.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1
+                turned = int(WIDTH // HEADS * factor) // 2
+                rest = turned - turned // 4
+                made[key] = {**value, "mrope_section": [turned // 4, rest // 2, rest - rest // 2]}
         return made
 
 
@@ -379,6 +385,8 @@ def _int(key: str, value: int, heads: int, layers: int, kept: list[int], narrow:
         return min(value, 32)
     if key in ("block_size", "encoder_hash_byte_group_vocab") and value > 1000:
         return 1000
+    if key in ("n_groups", "mamba_n_groups"):
+        return min(value, 2)
     if key == "num_pos_feats":
         return min(value, WIDTH // 2)
     if key in ("num_queries", "num_object_queries", "num_query_tokens"):
@@ -402,6 +410,8 @@ def _list(key: str, value: list[Any], layers: int, kept: list[int], heads: Any, 
         key.endswith(("indices", "indexes", "_layers", "_idx", "_ids", "_layer"))
     ):
         return sorted({min(one, len(kept) - 1) for one in value}) if len(kept) else value
+    if key.startswith("vision_feature_") and layers == 0:  # of the layers of another part, which now has two
+        return [1, 0][: len(value)]
     if not narrow:
         return value
     if key in ("hidden_sizes", "embed_dims", "dims", "encoder_hidden_sizes", "embed_dim", "hidden_dims") and all(
@@ -437,7 +447,10 @@ def _classes(config_class: Any, name: str) -> list[Any]:
     if not found:
         package = importlib.import_module(config_class.__module__.rpartition(".")[0])
         for path in sorted(getattr(package, "__all__", None) or dir(package)):
-            one = getattr(package, path, None)
+            try:
+                one = getattr(package, path, None)
+            except ImportError:  # such as a tokenizer that needs another library
+                continue
             if (
                 inspect.isclass(one)
                 and getattr(one, "config_class", None) is config_class
@@ -707,6 +720,8 @@ class _Makers:
             )
         if key in ("pixel_values", "hidden_states", "flattened_patches") and "grid_thw" in self.parameters:
             return self.flat_patches()
+        if key == "pixel_values" and "spatial_shapes" in self.parameters:
+            return self.flat_patches().unflatten(0, (BATCH, 16))
         if key in ("pixel_values", "pixel_values_videos", "images", "pixel_values_images"):
             height, width = self.size()
             channels = getattr(self.vision(), "num_channels", None) or find(
@@ -716,6 +731,10 @@ class _Makers:
             if frames and key != "images":
                 return self.normal(BATCH, min(frames, 16), channels, height, width)
             return self.normal(BATCH, channels, height, width)
+        if key in ("spatial_shapes", "target_sizes", "image_grid_hw", "grid_hw"):
+            return torch.tensor([[4, 4]] * BATCH)
+        if key == "pixel_attention_mask" and "spatial_shapes" in self.parameters:
+            return torch.ones(BATCH, 16, dtype=torch.long)
         if key in ("image_grid_thw", "grid_thw"):
             return torch.tensor([[1, 4, 4]] * BATCH)
         if key in ("image_sizes",):
@@ -758,9 +777,12 @@ class _Makers:
             return torch.tensor([0, 16, 32])
         return None
 
-    def more(self, key: str) -> Any:
+    def more(self, key: str, given: dict[str, Any]) -> Any:
         """An input that is known by what it is annotated with, or by the end of its name."""
         made = self.one(key)
+        masked = given.get(re.sub(r"_?(padding|attention)?_?mask$", "", key))
+        if made is None and "mask" in key and isinstance(masked, torch.Tensor):
+            return torch.ones(BATCH, masked.shape[1 if "features" not in key else -1], dtype=torch.bool)
         kind = str(self.parameters[key].annotation)
         if made is not None or key.endswith(("past_key_values", "labels", "kwargs")) or kind.startswith("bool"):
             return made
@@ -768,6 +790,8 @@ class _Makers:
             return torch.ones(BATCH, TOKENS, dtype=torch.bool if "Bool" in kind else torch.long)
         if "pos" in key and "embed" not in key and "Float" not in kind:
             return torch.arange(TOKENS).expand(BATCH, TOKENS)
+        if key.endswith(("lengths", "lens")):
+            return torch.tensor([TOKENS] * BATCH)
         if "Long" in kind or "Int" in kind or key.endswith(("ids", "id", "tokens", "codes", "code", "index", "idx")):
             return self.integers(4, BATCH, TOKENS)
         if "int" in kind and "Tensor" not in kind:
@@ -786,6 +810,7 @@ FIXED: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3}
     | {"layer_types": ["sliding_attention", "mlp", "full_attention"]},
+    "lw_detr": {"projector_scale_factors": [1.0]},
     "align": {"projection_dim": WIDTH},
     "mamba2": {"num_heads": 2 * HEADS},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
