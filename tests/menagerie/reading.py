@@ -343,18 +343,24 @@ def _kind(query: _Fact | None, key: _Fact | None) -> str | None:
 
 
 @contextmanager
-def taken_apart() -> Any:
-    """Fused kernels as products and softmaxes."""
+def without_fast_path() -> Any:
+    """nn.MultiheadAttention and nn.TransformerEncoder as torch's Python code has them."""
     mha = getattr(torch.backends, "mha", None)
     before = mha.get_fastpath_enabled() if mha is not None else None
     if mha is not None:
         mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
         if mha is not None:
             mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def taken_apart() -> Any:
+    """Fused kernels as products and softmaxes."""
+    with without_fast_path(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def read(model: torch.nn.Module, run: Any) -> Reading:

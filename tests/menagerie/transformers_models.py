@@ -7,11 +7,13 @@ import inspect
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from .making import BATCH, NotBuilt, in_words, is_small, prepared, runner
+from .making import BATCH, NotBuilt, fitted, in_words, is_small, prepared, runner
 
 TOKENS = 12
 WIDTH, HEADS = 64, 4
@@ -36,6 +38,12 @@ _POSITIONS = re.compile(
     r"^(max_position_embeddings|n_positions|n_ctx|max_sequence_length|max_seq_len\w*|context_length_)$"
 )
 _TOKEN = re.compile(r"_token_(id|index)$|_token_ids?$|^\w+_token$|_id$|_index$")
+_ALIKE = re.compile(r"dim|size|width|channels|features")
+_KEPT = ("image_size", "img_size", "hidden_sizes", "embed_dims", "conv_dim", "head_dim")
+_UNSET = {"vocab_size": 100, "head_dim": WIDTH // HEADS, "num_key_value_heads": HEADS, "clip_qkv": 8.0, "sliding_window": 6}
+_UNSET |= {"num_experts": 4, "n_routed_experts": 4, "top_k_experts": 2, "num_experts_per_tok": 2, "n_shared_experts": 1}
+_UNSET |= {"moe_intermediate_size": 32, "pad_token_id": 0, "position_embedding_type": "rope"}
+_USUAL = {"dropout_rate": 0.0, "dropout": 0.0, "initializer_range": 0.02, "rope_theta": 1e4, "pad_token_id": 0}
 _EXPERTS = re.compile(r"^((n|num)_(\w+_)?experts|moe_num_experts|num_local_experts|n_routed_experts|num_moe_experts)$")
 
 
@@ -52,10 +60,11 @@ def build(name: str) -> Iterator[tuple[str, torch.nn.Module, Any, Any]]:
 
     config_class = CONFIG_MAPPING[name]
     errors: list[str] = []
-    until = time.process_time() + 6
-    for shrink in (_shrunk, _partly, _shallow):
+    until = time.process_time() + 9
+    default = config_class()
+    for narrow, keeps, fills in ((True, (), False), (True, (), True), (True, _KEPT, True), (False, (), True)):
         try:
-            config = _config(config_class, shrink, name)
+            config = _config(_Shrink(narrow, keeps, fills, default), name)
         except Exception as error:
             errors.append(f"configuration: {in_words(error)}")
             continue
@@ -67,26 +76,50 @@ def build(name: str) -> Iterator[tuple[str, torch.nn.Module, Any, Any]]:
             except Exception as error:
                 errors.append(f"{model_class.__name__}: {in_words(error)}")
                 continue
-            for label, inputs in _inputs(model, config, name):
+            for made, more in _inputs(model, config, name):
                 try:
-                    run = runner(model, **inputs)
-                    with torch.no_grad():
-                        run()
+                    inputs = fitted(model, made, more)
                 except Exception as error:
-                    errors.append(f"{model_class.__name__} of {label}: {in_words(error)}")
+                    errors.append(f"{model_class.__name__} of {', '.join(made)}: {in_words(error)}")
                     continue
-                yield f"{model_class.__name__}({label})", model, run, _answers(model, inputs)
+                label = "own inputs" if name in INPUTS else ", ".join(inputs)
+                yield f"{model_class.__name__}({label})", model, runner(model, **inputs), _answers(model, inputs)
                 return
-    raise NotBuilt(
-        "; ".join(dict.fromkeys(errors)) or "no model class with a forward pass of its own has this configuration"
-    )
+    if errors:
+        raise NotBuilt("; ".join(dict.fromkeys(errors)))
+    for whole in _wholes(config_class):
+        for how, model, run, answers in build(whole):
+            if _runs(model, run, config_class):
+                yield f"as a part of {how}", model, run, answers
+                return
+            raise NotBuilt(f"a part of {how}, which does not run it; it has no forward pass of its own")
+    raise NotBuilt("no model class of its own with a forward pass: its parts have rows of their own")
 
 
-def _config(config_class: Any, shrink: Any, name: str) -> Any:
-    default = config_class()
+def _wholes(config_class: Any) -> list[str]:
+    """The types of which a configuration without a model class is a part."""
+    every = vars(importlib.import_module(config_class.__module__)).values()
+    configs = [one for one in every if inspect.isclass(one) and getattr(one, "sub_configs", None)]
+    return [one.model_type for one in configs if config_class in one.sub_configs.values()]
+
+
+def _runs(model: torch.nn.Module, run: Any, config_class: Any) -> bool:
+    """Whether modules that have such a configuration take part in a call."""
+    ran: list[Any] = []
+    own = [one for one in model.modules() if type(getattr(one, "config", None)) is config_class]
+    hooks = [each.register_forward_hook(lambda *_: ran.append(_)) for one in own for each in one.modules()]
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    return bool(ran)
+
+
+def _config(shrink: _Shrink, name: str) -> Any:
+    default, config_class = shrink.whole, type(shrink.whole)
     values = {}
     accepted = set(inspect.signature(config_class.__init__).parameters)
-    for key, value in shrink(_plain(default), default).items():
+    for key, value in shrink.settings(_plain(default), default).items():
         if key in accepted and key not in ("transformers_version", "architectures", "id2label", "label2id", "dtype"):
             values[key] = value
     if "backbone_config" in accepted and getattr(default, "backbone_config", None) is None:
@@ -95,7 +128,7 @@ def _config(config_class: Any, shrink: Any, name: str) -> Any:
     try:
         return config_class(**values)
     except Exception:
-        if shrink is _shallow:
+        if not shrink.narrow:
             raise
         values = {key: value for key, value in values.items() if not isinstance(value, dict) or "model_type" in value}
         return config_class(**values)
@@ -139,96 +172,142 @@ def _is_config(value: Any) -> bool:
     return hasattr(value, "to_dict") and hasattr(value, "model_type")
 
 
-def _smaller(config: Any, shrink: Any) -> Any:
-    """A sub-configuration, shrunk."""
-    if config.model_type == "timm_backbone":
-        return _backbone(config.out_indices)
-    usual = _usual(type(config))
-    values = {key: value for key, value in _plain(config).items() if key in usual and not _equal(value, usual[key])}
-    changed = shrink(_plain(config), config)
-    if "out_indices" in changed:
-        values.pop("out_features", None)
-    values.update(changed)
-    accepted = set(inspect.signature(type(config).__init__).parameters)
-    values = {
-        key: value
-        for key, value in values.items()
-        if key in accepted and key not in ("transformers_version", "architectures", "id2label", "label2id", "dtype")
-    }
-    outs = changed.get("out_indices") or _plain(config).get("out_indices")
-    if outs and list(outs) != list(usual.get("out_indices") or []):
-        values["out_indices"] = list(outs)  # taken, though the signature does not say so
-    values.update(FIXED.get(config.model_type, {}))
-    return type(config)(**values)
+@dataclass(frozen=True)
+class _Shrink:
+    """Makes a configuration small, and those in it."""
 
+    narrow: bool
+    """Whether layers are also narrow; else there are only fewer of them."""
+    keeps: tuple[str, ...]
+    """Settings that stay as they are."""
+    fills: bool
+    """Whether settings that are None get a value, where their name tells one."""
+    whole: Any
+    """The outermost configuration."""
 
-def _partly(values: dict[str, Any], config: Any) -> dict[str, Any]:
-    """All but pictures, the widths of stages and of heads, and what follows from these."""
-    return _shrunk(
-        values, config, keeps=("image_size", "img_size", "hidden_sizes", "embed_dims", "conv_dim", "head_dim")
-    )
-
-
-def _shallow(values: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Only fewer layers and tokens; all else as it is by default."""
-    return _shrunk(values, config, narrow=False)
-
-
-def _shrunk(values: dict[str, Any], config: Any, narrow: bool = True, keeps: Any = ()) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    values = {key: value for key, value in values.items() if key not in keeps}
-    patch = values.get("patch_size")
-    stages = any(isinstance(values.get(key), (list, tuple)) for key in ("depths", "hidden_sizes", "embed_dims", "dims"))
-    picture = 4 * patch if _is_int(patch) and not stages else 64 if patch is None or stages else 0
-    heads = next(
-        (v for k, v in values.items() if k in ("num_attention_heads", "n_head", "num_heads") and _is_int(v)), 0
-    )
-    layers = next(
-        (v for k, v in values.items() if k in ("num_hidden_layers", "n_layer", "num_layers") and _is_int(v)), 0
-    )
-    if isinstance(values.get("depths"), (list, tuple)):
-        layers = 0  # its number of layers is that of its stages
-    types = values.get("layer_types") or values.get("layers_block_type") or values.get("mlp_layer_types")
-    kept = (
-        _diverse(types, layers)
-        if isinstance(types, (list, tuple)) and len(types) == layers
-        else [*range(min(2, layers))]
-    )
-    outs = values.get("out_indices")
-    if layers > 2 and isinstance(outs, (list, tuple)) and len(outs) > 1:
-        kept = [*range(len(outs))]
-        made["out_indices"] = [number + 1 for number in kept]
-        values = {
-            key: value for key, value in values.items() if key not in ("out_indices", "out_features", "stage_names")
+    @cached_property
+    def widths(self) -> set[int]:
+        """The widths in all parts of the whole: where another setting is the same number, it is the same width."""
+        return {
+            value
+            for part in _parts(self.whole)
+            for key, value in _plain(part).items()
+            if _is_int(value) and value > WIDTH and _WIDTH.search(key)
         }
-    tokens = 0
-    head_list = values.get("num_heads") or values.get("num_attention_heads")
-    for key, value in values.items():
-        if _is_config(value):
-            made[key] = _smaller(value, lambda v, c: _shrunk(v, c, narrow, keeps))
-        elif isinstance(value, bool) or value is None:
-            continue
-        elif isinstance(value, int):
-            number = _int(key, value, heads, layers, kept, narrow)
-            if key in ("image_size", "img_size") and picture and narrow:
-                number = min(value, picture)
-            if _TOKEN.search(key) and value > 40 and not number != value:
-                tokens += 1
-                number = 99 - tokens
-            if isinstance(head_list, (list, tuple)) and _WIDTH.search(key) and narrow:
-                number = min(value, 16 * head_list[0])
-            if number != value:
-                made[key] = number
-        elif isinstance(value, float):
-            if key in ("depth_coefficient", "width_coefficient") and narrow:
-                made[key] = 0.2
-        elif isinstance(value, (list, tuple)) and value:
-            changed = _list(key, list(value), layers, kept, head_list, narrow)
-            if changed != list(value):
-                made[key] = changed
-        elif key == "rope_parameters" and narrow and isinstance(value, dict) and _has_sections(value, config):
-            made[key] = {**value, "mrope_section": [2, 3, 3]}
-    return made
+
+    def smaller(self, config: Any) -> Any:
+        """A configuration within another one, shrunk."""
+        if config.model_type == "timm_backbone":
+            return _backbone(config.out_indices)
+        if config.model_type == "timm_wrapper":
+            return config  # timm knows only the sizes that it has
+        usual = _usual(type(config))
+        values = {key: value for key, value in _plain(config).items() if key in usual and not _equal(value, usual[key])}
+        changed = self.settings(_plain(config), config)
+        if "out_indices" in changed:
+            values.pop("out_features", None)
+        values.update(changed)
+        accepted = set(inspect.signature(type(config).__init__).parameters)
+        values = {
+            key: value
+            for key, value in values.items()
+            if key in accepted and key not in ("transformers_version", "architectures", "id2label", "label2id", "dtype")
+        }
+        outs = changed.get("out_indices") or _plain(config).get("out_indices")
+        if outs and list(outs) != list(usual.get("out_indices") or []):
+            values["out_indices"] = list(outs)  # taken, though the signature does not say so
+        values.update(FIXED.get(config.model_type, {}))
+        return type(config)(**values)
+
+    def settings(self, values: dict[str, Any], config: Any) -> dict[str, Any]:
+        """The settings that are smaller."""
+        made: dict[str, Any] = {}
+        by_stage = ("hidden_size", "num_attention_heads") if "embed_dim_per_stage" in values else ()
+        values = {key: value for key, value in values.items() if key not in (*self.keeps, *by_stage)}
+        patch = values.get("patch_size")
+        stages = any(isinstance(values.get(key), (list, tuple)) for key in ("depths", "hidden_sizes", "embed_dims", "dims"))
+        picture = 4 * patch if _is_int(patch) and not stages else 64 if patch is None or stages else 0
+        heads = next(
+            (v for k, v in values.items() if k in ("num_attention_heads", "n_head", "num_heads") and _is_int(v)), 0
+        )
+        layers = next(
+            (v for k, v in values.items() if k in ("num_hidden_layers", "n_layer", "num_layers") and _is_int(v)), 0
+        )
+        depths = values.get("depths")
+        if isinstance(depths, (list, tuple)):
+            layers = 0  # its number of layers is that of its stages
+        kept, shared = _kept(values, config, layers)
+        outs = values.get("out_indices")
+        if layers > 2 and isinstance(outs, (list, tuple)) and len(outs) > 1:
+            kept = [*range(len(outs))]
+            made["out_indices"] = [number + 1 for number in kept]
+            values = {
+                key: value for key, value in values.items() if key not in ("out_indices", "out_features", "stage_names")
+            }
+        tokens = 0
+        head_list = values.get("num_heads") or values.get("num_attention_heads")
+        for key, value in values.items():
+            if _is_config(value):
+                made[key] = self.smaller(value)
+            elif value is None and self.fills and key in _UNSET:
+                made[key] = _UNSET[key]
+            elif isinstance(value, bool) or value is None:
+                continue
+            elif isinstance(value, int):
+                number = _int(key, value, heads, layers, kept, self.narrow)
+                if isinstance(depths, (list, tuple)) and key == "num_hidden_layers" and value == len(depths):
+                    number = value
+                if key in shared:
+                    number = len(kept) // 2
+                if key in ("image_size", "img_size") and picture and self.narrow:
+                    number = min(value, picture)
+                if _TOKEN.search(key) and value > 40 and not number != value:
+                    tokens += 1
+                    number = 99 - tokens
+                if isinstance(head_list, (list, tuple)) and _WIDTH.search(key) and self.narrow:
+                    number = min(value, 16 * head_list[0])
+                elif number == value and self.narrow and value in self.widths and _ALIKE.search(key):
+                    number = WIDTH
+                if number != value:
+                    made[key] = number
+            elif isinstance(value, float):
+                if key in ("depth_coefficient", "width_coefficient") and self.narrow:
+                    made[key] = 0.2
+            elif isinstance(value, (list, tuple)) and value:
+                changed = _list(key, list(value), layers, kept, head_list, self.narrow)
+                if self.narrow and key in ("image_size", "img_size", "input_size") and all(map(_is_int, value)):
+                    changed = [min(one, picture or 64) for one in value]
+                if self.narrow and key.endswith("feature_sizes"):  # those of pictures that are all as small
+                    changed = [[max(1, one * 4 // value[-1][0]) for one in size] for size in value]
+                if changed != list(value):
+                    made[key] = changed
+            elif key == "rope_parameters" and value == {} and self.fills:
+                made[key] = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in values.get("layer_types", ())}
+            elif key == "rope_parameters" and self.narrow and isinstance(value, dict) and _has_sections(value, config):
+                factor = value.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1
+                turned = int(WIDTH // HEADS * factor) // 2
+                rest = turned - turned // 4
+                made[key] = {**value, "mrope_section": [turned // 4, rest // 2, rest - rest // 2]}
+        return made
+
+
+def _parts(config: Any) -> list[Any]:
+    """A configuration and those in it."""
+    return [config, *(part for value in _plain(config).values() if _is_config(value) for part in _parts(value))]
+
+
+def _kept(values: dict[str, Any], config: Any, layers: int) -> tuple[list[int], list[str]]:
+    """Which layers stay, one of each kind; and the settings of how many layers use the keys of earlier ones."""
+    shared = [key for key, value in values.items() if "shared_layers" in key and _is_int(value) and value]
+    names = ("layer_types", "layers_block_type", "mlp_layer_types")
+    given = next((values[key] for key in names if isinstance(values.get(key), (list, tuple))), None)
+    types = given or next((value for key in names if isinstance(value := getattr(config, key, None), (list, tuple))), ())
+    if not types or len(types) != layers:
+        return [*range(min(2, layers))], []
+    kept = _diverse(types, layers)
+    if given is None:  # by a rule, which begins with the first layer
+        return [*range(max(kept) + 1)], []
+    return (kept * 2, shared) if shared else (kept, [])
 
 
 def _has_sections(rope: dict[str, Any], config: Any) -> bool:
@@ -306,6 +385,10 @@ def _int(key: str, value: int, heads: int, layers: int, kept: list[int], narrow:
         return min(value, 32)
     if key in ("block_size", "encoder_hash_byte_group_vocab") and value > 1000:
         return 1000
+    if key in ("n_groups", "mamba_n_groups"):
+        return min(value, 2)
+    if key == "num_pos_feats":
+        return min(value, WIDTH // 2)
     if key in ("num_queries", "num_object_queries", "num_query_tokens"):
         return min(value, 6)
     return value
@@ -327,6 +410,8 @@ def _list(key: str, value: list[Any], layers: int, kept: list[int], heads: Any, 
         key.endswith(("indices", "indexes", "_layers", "_idx", "_ids", "_layer"))
     ):
         return sorted({min(one, len(kept) - 1) for one in value}) if len(kept) else value
+    if key.startswith("vision_feature_") and layers == 0:  # of the layers of another part, which now has two
+        return [1, 0][: len(value)]
     if not narrow:
         return value
     if key in ("hidden_sizes", "embed_dims", "dims", "encoder_hidden_sizes", "embed_dim", "hidden_dims") and all(
@@ -362,7 +447,10 @@ def _classes(config_class: Any, name: str) -> list[Any]:
     if not found:
         package = importlib.import_module(config_class.__module__.rpartition(".")[0])
         for path in sorted(getattr(package, "__all__", None) or dir(package)):
-            one = getattr(package, path, None)
+            try:
+                one = getattr(package, path, None)
+            except ImportError:  # such as a tokenizer that needs another library
+                continue
             if (
                 inspect.isclass(one)
                 and getattr(one, "config_class", None) is config_class
@@ -398,14 +486,30 @@ def _class_named(name: str, config_class: Any) -> Any:
 
 def _model(model_class: Any, config: Any) -> torch.nn.Module:
     make = getattr(model_class, "_from_config", model_class)
-    try:
-        is_small(lambda: make(config))
-    except NotBuilt:
-        raise
-    except Exception:  # some cannot be made without numbers
-        pass
+    for _ in range(4):
+        try:
+            is_small(lambda: make(config))
+        except NotBuilt:
+            raise
+        except AttributeError as error:
+            if not _complete(config, error):
+                break
+        except Exception:  # some cannot be made without numbers
+            break
     torch.manual_seed(0)
     return prepared(make(config))
+
+
+def _complete(config: Any, error: AttributeError) -> bool:
+    """Give a part of a configuration what another part has and a model looks for in it."""
+    for part in _parts(config):
+        if error.obj is part:
+            values = (getattr(one, error.name, None) for one in _parts(config) if one is not part)
+            value = next((value for value in values if value is not None), _USUAL.get(error.name))
+            if value is not None:
+                setattr(part, error.name, value)
+                return True
+    return False
 
 
 def _answers(model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
@@ -438,12 +542,12 @@ def _answers(model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
 # Inputs
 
 
-def _inputs(model: torch.nn.Module, config: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Ways to call a model, the fullest first."""
+def _inputs(model: torch.nn.Module, config: Any, name: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Ways to call a model, the fullest first, and what makes further inputs by their names."""
     parameters = inspect.signature(model.forward).parameters
     makers = _Makers(model, config, parameters)
     if name in INPUTS:
-        yield "own inputs", INPUTS[name](makers)
+        yield INPUTS[name](makers), makers.more
         return
     required = [
         key
@@ -480,11 +584,11 @@ def _inputs(model: torch.nn.Module, config: Any, name: str) -> Iterator[tuple[st
         try:
             made = makers.all(keys)
         except Exception as error:
-            yield f"({in_words(error)})", {}
+            yield {f"({in_words(error)})": None}, makers.more
             continue
-        yield ", ".join(keys), made
+        yield made, makers.more
         if "input_features" in made:
-            yield ", ".join(keys), {**made, "input_features": made["input_features"].mT}
+            yield {**made, "input_features": made["input_features"].mT}, makers.more
 
 
 class _Makers:
@@ -614,6 +718,10 @@ class _Makers:
             return self.integers(
                 min(vocab, 80), BATCH, TOKENS if key != "decoder_input_ids" else 7, low=5 if vocab > 10 else 0
             )
+        if key in ("pixel_values", "hidden_states", "flattened_patches") and "grid_thw" in self.parameters:
+            return self.flat_patches()
+        if key == "pixel_values" and "spatial_shapes" in self.parameters:
+            return self.flat_patches().unflatten(0, (BATCH, 16))
         if key in ("pixel_values", "pixel_values_videos", "images", "pixel_values_images"):
             height, width = self.size()
             channels = getattr(self.vision(), "num_channels", None) or find(
@@ -623,6 +731,10 @@ class _Makers:
             if frames and key != "images":
                 return self.normal(BATCH, min(frames, 16), channels, height, width)
             return self.normal(BATCH, channels, height, width)
+        if key in ("spatial_shapes", "target_sizes", "image_grid_hw", "grid_hw"):
+            return torch.tensor([[4, 4]] * BATCH)
+        if key == "pixel_attention_mask" and "spatial_shapes" in self.parameters:
+            return torch.ones(BATCH, 16, dtype=torch.long)
         if key in ("image_grid_thw", "grid_thw"):
             return torch.tensor([[1, 4, 4]] * BATCH)
         if key in ("image_sizes",):
@@ -665,18 +777,43 @@ class _Makers:
             return torch.tensor([0, 16, 32])
         return None
 
+    def more(self, key: str, given: dict[str, Any]) -> Any:
+        """An input that is known by what it is annotated with, or by the end of its name."""
+        made = self.one(key)
+        masked = given.get(re.sub(r"_?(padding|attention)?_?mask$", "", key))
+        if made is None and "mask" in key and isinstance(masked, torch.Tensor):
+            return torch.ones(BATCH, masked.shape[1 if "features" not in key else -1], dtype=torch.bool)
+        kind = str(self.parameters[key].annotation)
+        if made is not None or key.endswith(("past_key_values", "labels", "kwargs")) or kind.startswith("bool"):
+            return made
+        if "mask" in key or "Bool" in kind:
+            return torch.ones(BATCH, TOKENS, dtype=torch.bool if "Bool" in kind else torch.long)
+        if "pos" in key and "embed" not in key and "Float" not in kind:
+            return torch.arange(TOKENS).expand(BATCH, TOKENS)
+        if key.endswith(("lengths", "lens")):
+            return torch.tensor([TOKENS] * BATCH)
+        if "Long" in kind or "Int" in kind or key.endswith(("ids", "id", "tokens", "codes", "code", "index", "idx")):
+            return self.integers(4, BATCH, TOKENS)
+        if "int" in kind and "Tensor" not in kind:
+            return 4
+        return self.normal(BATCH, TOKENS, WIDTH) if "Tensor" in kind else None
+
 
 FIXED: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {"max_length": 64, "num_mel_bins": 32},
     "blip-2": {"image_token_index": 90},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "deepseek_ocr2_text": {"num_experts_per_tok": 2},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "bamba": {"attn_layer_indices": [1]},
-    **{
-        key: {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-        for key in ("cohere_compass", "cohere_compass_text")
-    },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3}
+    | {"layer_types": ["sliding_attention", "mlp", "full_attention"]},
+    "lw_detr": {"projector_scale_factors": [1.0]},
+    "align": {"projection_dim": WIDTH},
+    "mamba2": {"num_heads": 2 * HEADS},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     **{
         key: {"prediction_length": 8, "context_length": 24, "lags_sequence": [1, 2], "num_time_features": 1}
         for key in ("autoformer", "informer", "time_series_transformer")
