@@ -6,15 +6,17 @@ attend. A later pass follows it as long as nothing differs that could make it wr
 
 - what the model is given: which arguments, their types, shapes (those that did not differ between the two passes),
   numbers of Python, and what objects hold of all this; for each module that attends also which of its arguments are one
-  tensor;
+  tensor, and where inputs were joined, the shapes of all that it and the modules around it are given;
 - the watched modules: their classes, attributes and parts, the settings in their attributes, and all hooks;
 - the operators, with the axes of query, key and value;
 - what of the calls is recorded: of the others nobody looks for the axes.
 
 Floating-point types may differ, and devices: the same code works with them.
 
-Where a module that attends reads numbers of tensors, its next step may depend on them: there is no plan then. Nor is
-there one where calls are joined to one attention, or where a map was made of anything else than a fused call.
+Where a module that attends reads numbers of tensors, its next step may depend on them: there is no plan then. Where
+inputs were joined, there is none if any module does so, or cuts a tensor by a mask, for the numbers may say how long a
+part is. Nor is there a plan where calls are joined to one attention, or where a map was made of anything else than a
+fused call.
 """
 
 from __future__ import annotations
@@ -64,6 +66,8 @@ class Step(NamedTuple):
     order: Order | None
     is_known: bool
     """Whether the axes were looked for: not of a call that was not to be recorded."""
+    lengths: tuple[int, ...] = ()
+    """Where inputs were joined, of all tensors that the modules under way were given."""
 
 
 UNKNOWN = Step("", None, None, Origin(None, {}), None, False)
@@ -78,6 +82,7 @@ class _Seen:
     given: Any = None
     tensors: Any = None
     origin: Origin | None = None
+    lengths: tuple[int, ...] = ()
     output: Output | None = None
     frames: frozenset[str] = frozenset()
     """The paths of the modules whose code tells where query and key come from."""
@@ -86,13 +91,13 @@ class _Seen:
         """What is to be remembered; None where that is not all there is to know."""
         if self.name not in KERNELS:
             return Step(self.name, None, None, *UNKNOWN[3:])
-        if self.origin is None or self.origin.joined:
+        if self.origin is None:
             return None
         output = self.output
         if output is not None and (output.whole is not None or output.parts or output.why_apart):
             return None
         order = None if output is None else output.order
-        return Step(self.name, self.given, self.tensors, self.origin, order, output is not None)
+        return Step(self.name, self.given, self.tensors, self.origin, order, output is not None, self.lengths)
 
 
 class _Known(NamedTuple):
@@ -137,6 +142,8 @@ class Pass:
         """The paths of layers in which nothing is looked at."""
         self.readers = set[str]()
         """The paths of modules that read numbers of tensors."""
+        self.is_cut = False
+        """Whether numbers of a tensor may have said how long another is."""
         self._seen: dict[str, list[_Seen]] = {}
         self._counts: dict[str, int] = {}
         self.is_as_planned = True
@@ -172,15 +179,17 @@ class Pass:
             self.is_plain = False  # it did not get there as the operator that it is called like
         else:
             last.origin, last.output, last.frames = origin, output, frozenset(call.path for call in calls[first:])
+            last.lengths = _lengths(calls) if origin.joined else ()
 
-    def step(self, name: str, args: Any, call: ModuleCall) -> Step | None:
+    def step(self, name: str, args: Any, calls: Sequence[ModuleCall]) -> Step | None:
         """What is remembered of an operator; None if it was not foreseen."""
-        number = self._counts.get(call.path, 0)
-        self._counts[call.path] = number + 1
-        steps = self._plan.get(call.path, ()) if self._plan is not None else ()
+        path = calls[-1].path
+        number = self._counts.get(path, 0)
+        self._counts[path] = number + 1
+        steps = self._plan.get(path, ()) if self._plan is not None else ()
         if number < len(steps):
             step = steps[number]
-            if step.name == name and (name not in KERNELS or _fits(step, args, call)):
+            if step.name == name and (name not in KERNELS or _fits(step, args, calls)):
                 return step
         self.is_as_planned = False
         return None
@@ -204,7 +213,10 @@ class Pass:
             memory.known = _Known(sizes, common, before.layers & now.layers, self._states)
 
     def _steps(self) -> dict[str, tuple[Step, ...]] | None:
-        if not self.is_plain or any(self.readers & seen.frames for several in self._seen.values() for seen in several):
+        attending = [seen for several in self._seen.values() for seen in several if seen.origin is not None]
+        may_vary = any(self.readers & seen.frames for seen in attending)
+        may_vary |= any(seen.lengths for seen in attending) and (self.is_cut or bool(self.readers))
+        if not self.is_plain or may_vary:
             return None
         steps = {path: tuple(seen.step() for seen in several) for path, several in self._seen.items()}
         return steps if all(None not in several for several in steps.values()) else None  # type: ignore[return-value]
@@ -325,17 +337,23 @@ def _given(call: ModuleCall) -> Any:
     return _Forms().of((call.args, call.kwargs))
 
 
+def _lengths(calls: Sequence[ModuleCall]) -> tuple[int, ...]:
+    forms = _Forms()
+    forms.of([(call.args, call.kwargs) for call in calls])
+    return tuple(forms.sizes)
+
+
 def _tensors(args: Any) -> Any:
     return tuple((type(one), tuple(one.shape)) for one in args[:3])
 
 
-def _fits(step: Step, args: Any, call: ModuleCall) -> bool:
+def _fits(step: Step, args: Any, calls: Sequence[ModuleCall]) -> bool:
     for (kind, shape), one in zip(step.tensors, args, strict=False):
         if type(one) is not kind or len(shape) != one.ndim:
             return False
         if not _agree(shape, one.shape):
             return False
-    return bool(step.given == _given(call))
+    return bool(step.given == _given(calls[-1])) and (not step.lengths or step.lengths == _lengths(calls))
 
 
 def _agree(known: Sequence[int | None], sizes: Sequence[int]) -> bool:

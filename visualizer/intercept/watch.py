@@ -42,6 +42,7 @@ from .modes import (
     Mode,
     add_mode,
     interest_of,
+    is_cut_by_numbers,
     remove_mode,
     see_scripted,
     unseen,
@@ -424,6 +425,8 @@ class Watch:
             if interest is TO_PYTHON and thread.current is not None:
                 thread.current.readers.add(calls[-1].path)
             return func(*args, **kwargs)
+        if thread.current is not None and is_cut_by_numbers(func, args):
+            thread.current.is_cut = True
         is_seen = interest is BEGINS or (interest is not FOLLOWS and interest(args, kwargs))
         for lineage in () if is_seen else (thread.tracing.lineage, thread.sampling.lineage):
             if lineage:
@@ -467,7 +470,8 @@ class Watch:
             with self._unharmed():
                 self._see_sampled(name, SAMPLING_KERNELS[name](output, *args, **kwargs))
         elif name == MULTI_HEAD:
-            self._is_not_plain()  # without the mode torch takes a path of its own
+            if any(isinstance(one, nn.MultiheadAttention) for one in thread.calls[-1].module.modules()):
+                self._is_not_plain()  # without the mode it takes a path of its own
             before, thread.heads = thread.heads, args[4] if len(args) > 4 else kwargs.get("num_heads")
             try:
                 with self._mode:
@@ -519,7 +523,7 @@ class Watch:
             self._attending.add(thread.layer)
         step = None
         with self._unharmed():
-            step = current.step(name, args, call)
+            step = current.step(name, args, thread.calls)
         if name in KERNELS:
             self._see_planned(name, lambda: with_sums(KERNELS[name](output, *args, **kwargs), sums), step or UNKNOWN)
         elif step is None and name not in operators.READS and (current.is_planned or name in operators.PRODUCTS):
