@@ -156,10 +156,10 @@ def steps(names: list[str]) -> None:
         if names and make.__name__ not in names:
             continue
         torch.manual_seed(0)
-        model, step = make()
-        step()
         pairs, firsts = [], []
         for number in range(ROUNDS):
+            model, step = make()  # a new one, for later recordings of a model need not follow each function again
+            step()
             with word_maps(model, tokens=WORDS) as maps:
                 first, _, own = _timed(step), step(), _timed(step)
             assert maps[WORDS[3]].isfinite().all() and len(maps.layers) > 1

@@ -34,7 +34,7 @@ CASES: dict[str, tuple[dict[str, Any], Any, dict[tuple[int, int], Any]]] = {
         {(205, 205): (96, 0, (8, 12))},  # the picture, and the text of two encoders behind it
     ),
     "flux": (
-        {"height": 16, "width": 24, "max_sequence_length": 32},
+        {"height": 16, "width": 24, "max_sequence_length": 32, "num_inference_steps": 4},
         T5,
         {(56, 56): (0, 32, (4, 6))},
     ),
@@ -65,10 +65,9 @@ def by_hand(pipeline: Any, name: str, word: str) -> torch.Tensor:
     weights, _ = pipelines.weights_by_hand(
         pipeline,
         prompt=pipelines.PROMPT,
-        num_inference_steps=2,
         output_type="np",
         generator=torch.Generator().manual_seed(0),
-        **arguments,
+        **{"num_inference_steps": 2, **arguments},
     )
     finest = max(grid for _, _, grid in calls.values())
     found = []

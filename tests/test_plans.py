@@ -58,6 +58,25 @@ class Opens(Attends):
         return self.out(joined((q @ k.mT).softmax(-1) @ k))
 
 
+class Joins(Attends):
+    def forward(self, text, picture, *others):
+        both = torch.cat([text, picture, *others], 1)
+        return self.attend(both, both)
+
+
+class Padded(nn.Module):
+    """Cuts the padding off a text, and puts it behind the picture."""
+
+    def __init__(self, cuts):
+        super().__init__()
+        self.cuts, self.inner = cuts, Joins()
+
+    def forward(self, text, picture, mask):
+        cut = self.cuts(mask)
+        text = text[:, :cut] if isinstance(cut, int) else text[:, cut]
+        return self.inner(text, picture, picture.new_zeros(len(picture), 5 - text.shape[1] - picture.shape[1], 8))
+
+
 class Around(nn.Module):
     def __init__(self, inner=Attends):
         super().__init__()
@@ -495,6 +514,22 @@ class TestNotFollowed:
         calls = [lambda sign=sign: model(x, torch.full_like(x, sign) + x / 100) for sign in signs]
         maps = both_ways(model, calls, monkeypatch)
         assert [one.kind for one in maps] == ["cross" if sign > 0 else "self" for sign in signs]
+
+    def test_inputs_that_are_joined(self, x, monkeypatch):
+        """As text and picture are in makers of pictures."""
+        model = Joins()
+        calls = [lambda n=n: model(x[:, :n], x[:, n:]) for n in (2, 2, 2, 3, 3, 3)]
+        maps = both_ways(model, calls, monkeypatch)
+        assert [one.joined["text"].stop for one in maps] == [2, 2, 2, 3, 3, 3]
+        assert modes[:6] == [1, 1, 0, 1, 1, 0]
+
+    @pytest.mark.parametrize("cuts", [lambda mask: int(mask.sum()), lambda mask: mask])
+    def test_a_part_whose_length_numbers_say(self, x, monkeypatch, cuts):
+        """The whole stays as long, and the tensors that the model is given too."""
+        model = Padded(cuts)
+        masks = [torch.arange(3) < n for n in (2, 2, 2, 3, 1)]
+        maps = both_ways(model, [lambda mask=mask: model(x[:, :3], x[:, 3:], mask) for mask in masks], monkeypatch)
+        assert [one.joined["text"].stop for one in maps] == [2, 2, 2, 3, 1]
 
     def test_calls_that_are_joined(self, x, monkeypatch):
         class Heads(Attends):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..analysis.sinks import Sinks, check_sinks, sink_limit
 from ..errors import few, warn
 from ..intercept import AttentionCall, Maps
-from ..intercept.modules import argument_names
+from ..intercept.modules import Hook, argument_names
 from ..maps import AttentionMap, without_autograd
 from ..words import no_such_word
 from .words_and_patches import FORMER, Look, Plan, Whose, source_of
@@ -167,9 +168,9 @@ class WordMaps:
             maps: Maps[Any] = Maps(self._module, None, self._add, False, math.inf)
             self._paths_seen.clear()
             maps.is_asked_for, maps.needs_layouts, maps.lends_tensors = self._asks_for, False, True
-            maps.needs_sums = self._source.needs_columns
+            maps.needs_sums, maps.selection = self._source.needs_columns, (type(self._source), *(self._layers or ()))
             self._hooks = [
-                module.register_forward_pre_hook(partial(self._note, note), with_kwargs=True)
+                module.register_forward_pre_hook(Hook(self._noting(note), "", weakref.ref(module)), with_kwargs=True)
                 for module, note in self._source.watched
             ]
             if self._pipeline is not None:
@@ -592,6 +593,9 @@ class WordMaps:
             self._paths_seen[call.path] = None
             return self._layers is None or any(fnmatchcase(call.path, layer) for layer in self._layers)
         return asked is not None
+
+    def _noting(self, note: Callable[[dict[str, Any]], int | None]) -> Callable[..., None]:
+        return lambda _, module, args, kwargs: self._note(note, module, args, kwargs)
 
     def _note(self, note: Callable[[dict[str, Any]], int | None], called: Any, args: Any, kwargs: Any) -> None:
         """Have the source take note of a call of a module, or of a function, by the names of its arguments."""

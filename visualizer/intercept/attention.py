@@ -204,6 +204,8 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         self._postponed: list[News] = []
         self.is_asked_for: Callable[[AttentionCall], bool] | None = None
         """Whether a call is recorded at all, asked before anything of it is copied; None: all are."""
+        self.selection: Any = None
+        """What `is_asked_for` goes by: recordings that have the same follow each other's plans."""
         self.needs_layouts, self.needs_sums, self.lends_tensors = True, False, False
         """Whether maps are told what their tokens are; whether columns are wanted, and what makes these cheap; whether
         `keep` lets go of a map, so that one that is made at once needs no copies."""
@@ -240,7 +242,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
 
             def recorded() -> Any:
                 maps = known()
-                return None if maps is None else maps.recorded(known)
+                return None if maps is None else maps.recorded()
 
             self._copies = self._new_copies()
             self._watch = Watch(model, record, file, end_pass, warn_in_call, recorded)
@@ -560,10 +562,10 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         except Exception:
             self._postponed.append(News(message, section))
 
-    def recorded(self, own: weakref.ref[Maps[Any]]) -> Any:
-        """What says which calls are recorded; `own` is a reference to this, which no other recording has."""
+    def recorded(self) -> Any:
+        """What says which calls are recorded."""
         layers = None if self._layers is None else tuple(self._layers)
-        return layers, self._is_full, own if self.is_asked_for else None
+        return layers, self._is_full, self.selection
 
     def record(self, call: AttentionCall) -> Copy | None:
         """Copy what is kept of an attention call."""

@@ -29,6 +29,7 @@ _WITHOUT_TENSOR = frozenset(
     ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "item")
 )
 _TO_PYTHON = frozenset(("tolist", "numpy", "__array__"))
+_CUT = frozenset(("masked_select", "nonzero", "argwhere"))
 FOLLOWS, BEGINS, NO_TENSOR, TO_PYTHON = "follows", "begins", "no tensor", "to Python"
 _INTEREST: dict[Any, Any] = {}
 """By function, why it may have to do with attention; filled as functions are called."""
@@ -62,6 +63,14 @@ def interest_of(func: Any) -> Any:
     if len(_INTEREST) < 4096:
         _INTEREST[func] = interest
     return interest
+
+
+def is_cut_by_numbers(func: Any, args: Any) -> bool:
+    """Whether numbers of a tensor may say how long the result is."""
+    if func is not Tensor.__getitem__:
+        return name_of(func) in _CUT
+    index = args[1] if type(args[1]) is tuple else args[1:]
+    return any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in index)
 
 
 class Watcher(Protocol):

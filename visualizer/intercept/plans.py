@@ -6,7 +6,7 @@ attend. A later pass follows it as long as nothing differs that could make it wr
 
 - what the model is given: which arguments, their types, shapes (those that did not differ between the two passes),
   numbers of Python, and what objects hold of all this; for each module that attends also which of its arguments are one
-  tensor;
+  tensor, and where inputs were joined, the shapes of all that it and the modules around it are given;
 - the watched modules: their classes, attributes and parts, the settings in their attributes, and all hooks;
 - the globals that their code may read, by the names in it, and what its functions close over;
 - the numbers that the code reads from tensors, unless they differed between the two passes;
@@ -16,8 +16,9 @@ attend. A later pass follows it as long as nothing differs that could make it wr
 Floating-point types may differ, and devices: the same code works with them.
 
 Where a module that attends, or a part of it, reads numbers of tensors, its next step may depend on them: there is no
-plan then. Nor is there one where the code reads whole tensors, takes random numbers of Python or numpy or has an
-iterator, where calls are joined to one attention, or where a map was made of anything else than a fused call.
+plan then. Where inputs were joined, there is none if any module does so, or cuts a tensor by a mask, for the numbers
+may say how long a part is. Nor is there one where the code reads whole tensors, takes random numbers of Python or numpy
+or has an iterator, where calls are joined to one attention, or where a map was made of anything else than a fused call.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class Step(NamedTuple):
     order: Order | None
     is_known: bool
     """Whether the axes were looked for: not of a call that was not to be recorded."""
+    lengths: tuple[int, ...] = ()
+    """Where inputs were joined, of all tensors that the modules under way were given."""
 
 
 ANY = object()
@@ -78,6 +81,7 @@ class _Seen:
     given: Any = None
     tensors: Any = None
     origin: Origin | None = None
+    lengths: tuple[int, ...] = ()
     output: Output | None = None
     frames: frozenset[str] = frozenset()
     """The paths of the modules whose code tells where query and key come from."""
@@ -86,13 +90,13 @@ class _Seen:
         """What is to be remembered; None where that is not all there is to know."""
         if self.name not in KERNELS:
             return Step(self.name, self.given, None, *UNKNOWN[3:])
-        if self.origin is None or self.origin.joined:
+        if self.origin is None:
             return None
         output = self.output
         if output is not None and (output.whole is not None or output.parts or output.why_apart):
             return None
         order = None if output is None else output.order
-        return Step(self.name, self.given, self.tensors, self.origin, order, output is not None)
+        return Step(self.name, self.given, self.tensors, self.origin, order, output is not None, self.lengths)
 
 
 class _Known(NamedTuple):
@@ -137,6 +141,8 @@ class Pass:
         """The paths of layers in which nothing is looked at."""
         self.readers = set[str]()
         """The paths of modules that read numbers of tensors."""
+        self.is_cut = False
+        """Whether numbers of a tensor may have said how long another is."""
         self._seen: dict[str, list[_Seen]] = {}
         self._counts: dict[str, int] = {}
         self.is_as_planned = True
@@ -176,6 +182,7 @@ class Pass:
         else:
             last.origin, last.output, last.frames = origin, output, frozenset(call.path for call in calls[first:])
             last.given = (*map(_given, calls[first:]),)
+            last.lengths = _lengths(calls) if origin.joined else ()
 
     def step(self, name: str, args: Any, output: Any, calls: Sequence[ModuleCall]) -> Step | None:
         """What is remembered of an operator; None if it was not foreseen."""
@@ -216,7 +223,10 @@ class Pass:
     def _steps(self) -> dict[str, tuple[Step, ...]] | None:
         if not self.is_plain or (self._states is not None and self._states.took_chances()):
             return None
-        frames = {frame for several in self._seen.values() for seen in several for frame in seen.frames}
+        attending = [seen for several in self._seen.values() for seen in several if seen.origin is not None]
+        if any(seen.lengths for seen in attending) and (self.is_cut or self.readers):
+            return None
+        frames = {frame for seen in attending for frame in seen.frames}
         if any(is_within(reader, frame) for reader in self.readers for frame in frames):
             return None
         steps = {path: tuple(seen.step() for seen in several) for path, several in self._seen.items()}
@@ -334,6 +344,12 @@ def _given(call: ModuleCall) -> Any:
     return _Forms().of((call.args, call.kwargs))
 
 
+def _lengths(calls: Sequence[ModuleCall]) -> tuple[int, ...]:
+    forms = _Forms()
+    forms.of([(call.args, call.kwargs) for call in calls])
+    return tuple(forms.sizes)
+
+
 def _tensors(args: Any) -> Any:
     return tuple((type(one), tuple(one.shape)) for one in args[:3])
 
@@ -344,7 +360,8 @@ def _fits(step: Step, args: Any, calls: Sequence[ModuleCall]) -> bool:
             return False
         if not _agree(shape, one.shape):
             return False
-    return bool(step.given == (*map(_given, calls[-len(step.given) :]),))
+    is_as_given = step.given == (*map(_given, calls[-len(step.given) :]),)
+    return bool(is_as_given) and (not step.lengths or step.lengths == _lengths(calls))
 
 
 def _agree(known: Sequence[int | None], sizes: Sequence[int]) -> bool:

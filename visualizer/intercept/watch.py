@@ -42,6 +42,7 @@ from .modes import (
     Mode,
     add_mode,
     interest_of,
+    is_cut_by_numbers,
     remove_mode,
     see_scripted,
     unseen,
@@ -426,6 +427,8 @@ class Watch:
             if interest is TO_PYTHON:
                 self._is_not_plain()
             return func(*args, **kwargs)
+        if thread.current is not None and is_cut_by_numbers(func, args):
+            thread.current.is_cut = True
         is_seen = interest is BEGINS or (interest is not FOLLOWS and interest(args, kwargs))
         for lineage in () if is_seen else (thread.tracing.lineage, thread.sampling.lineage):
             if lineage:
@@ -469,7 +472,8 @@ class Watch:
             with self._unharmed():
                 self._see_sampled(name, SAMPLING_KERNELS[name](output, *args, **kwargs))
         elif name == MULTI_HEAD:
-            self._is_not_plain()  # without the mode torch takes a path of its own
+            if any(isinstance(one, nn.MultiheadAttention) for one in thread.calls[-1].module.modules()):
+                self._is_not_plain()  # without the mode it takes a path of its own
             before, thread.heads = thread.heads, args[4] if len(args) > 4 else kwargs.get("num_heads")
             try:
                 with self._mode:
