@@ -114,16 +114,9 @@ def layers(
             strip = [weights[0] for weights in chosen]
             figure = matrices(strip, names, look, share=share, columns=columns)
         else:
+            rows = [weights[0, 0] for weights in chosen]
             figure = panels_over_picture(
-                [weights[0, 0] for weights in chosen],
-                names,
-                layout,
-                picture,
-                look,
-                keys=axes.keys,
-                share=share,
-                columns=columns,
-                framed=framed,
+                rows, names, layout, picture, look, keys=axes.keys, share=share, columns=columns, framed=framed
             )
         if reduction := head_words(maps[0], head):
             words.append(reduction)

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -95,15 +95,13 @@ def full_rows(count: int, columns: int | None, wanted: int, letters: float = 13)
     >>> full_rows(3, None, 2), full_rows(11, None, 6), full_rows(24, None, 6), full_rows(32, None, 7)
     (3, 6, 6, 8)
     """
-    if columns is not None and (
-        not isinstance(columns, SupportsIndex) or isinstance(columns, bool) or columns.__index__() < 1
-    ):
+    if columns is not None and columns not in range(1, 1 << 31):
         raise ValueError(f"columns={columns!r}: pass a whole number from 1, or None for what suits {count} panels")
     em = font_size() / 72
     room = (widest() - 8 * em) / (0.58 * em * letters)
     wanted = max(1, int(min(wanted, room)))
     close = [near for near in (wanted, wanted - 1, wanted + 1, wanted - 2) if 1 < near <= room and count % near == 0]
-    return min(count, columns or [*close, math.ceil(count / math.ceil(count / wanted))][0])
+    return int(min(count, columns or [*close, math.ceil(count / math.ceil(count / wanted))][0]))
 
 
 def panels(
@@ -432,6 +430,7 @@ def _fonts() -> list[str]:
 
 
 _more_fonts: list[str] = []  # that were found to have letters which the usual ones have not
+_warned_of: set[str] = set()  # fonts that a warning has named
 
 
 @functools.cache
@@ -448,11 +447,6 @@ def _letters() -> frozenset[int]:
     from matplotlib.font_manager import findfont, get_font
 
     return frozenset[int]().union(*(get_font(findfont(name)).get_charmap() for name in _usual_fonts()))
-
-
-def _font_with(letter: str) -> str | None:
-    """An installed font family that has a letter."""
-    return _fonts_by_letter().get(ord(letter))
 
 
 @functools.cache
@@ -478,24 +472,17 @@ def with_letters(text: str) -> str:
     missing = []
     for letter in dict.fromkeys(text.replace("\n", "")):
         if ord(letter) not in _letters():
-            font = _font_with(letter)
+            font = _fonts_by_letter().get(ord(letter))
             if font is None:
                 missing.append(letter)
             elif font not in _more_fonts:
                 _more_fonts.append(font)
     if not missing:
         return text
-    codes = [ord(letter) for letter in missing]
-    fonts = [font for low, high, font in _SCRIPTS if any(low <= code <= high for code in codes)] or ["Noto Sans"]
-    _warn_once(" and ".join(dict.fromkeys(fonts)), "".join(missing))
-    return "".join("□" if letter in missing else letter for letter in text)
-
-
-_warned_of: set[str] = set()
-
-
-def _warn_once(fonts: str, characters: str) -> None:
+    scripts = [font for low, high, font in _SCRIPTS if any(low <= ord(letter) <= high for letter in missing)]
+    fonts = " and ".join(dict.fromkeys(scripts or ["Noto Sans"]))
     if fonts not in _warned_of:
         _warned_of.add(fonts)
-        what = f"no installed font has {characters}, and others like it: they are drawn as boxes. Install {fonts}"
+        what = f"no installed font has {''.join(missing)}, and others like it: they are drawn as boxes. Install {fonts}"
         warn(what, "missing-font")
+    return "".join("□" if letter in missing else letter for letter in text)

@@ -248,26 +248,26 @@ def spikes(
     # Where the blocks take several rows, the names take turns: each block stands above itself.
     starts = range(0, count, columns)
     cells = [(name, number) for start in starts for name in maps for number in range(start, start + columns)]
-    blocks = [maps[name][number] for name, number in cells if number < count]
-    width, height = panel_size(blocks[0].shape, 1.5 if len(blocks) > 4 else 2.2)
+    width, height = panel_size(maps[first][0].shape, 1.5 if len(cells) > 4 else 2.2)
     figure, axes = panels(len(cells), columns, (max(1.0, width), height), lines=2, has_bar=look.cbar)
-    highest = max(float(block.max()) for block in blocks)
+    highest = max(float(block.max()) for blocks in maps.values() for block in blocks)
     top = vmax if vmax is not None else highest or 1.0
     scale = look.scale(top)
+    names = {}
     for ax, (name, number) in zip(axes, cells, strict=True):
         if number >= count:
             ax.set_axis_off()
             continue
-        image = draw_image(ax, maps[name][number], cmap=scale.cmap, norm=scale.norm)
+        block = maps[name][number]
+        image = draw_image(ax, block, cmap=scale.cmap, norm=scale.norm)
         ax.set(xticks=[], yticks=[])
+        names[ax] = f"block {number}\n" * (name == first) + f"mean {block.mean():.2f}"
         if len(maps) > 1 and number % columns == 0:
             ax.set_ylabel(name, parse_math=False)
             keep_fitting(figure, functools.partial(fit_label, ax.yaxis, name))
-    axes = [ax for ax in axes if ax.axison]
-    names = [f"block {number}\n" * (name == first) for name, number in cells if number < count]
-    name_panels(axes, [f"{name}mean {block.mean():.2f}" for name, block in zip(names, blocks, strict=True)])
+    name_panels(list(names), list(names.values()))
     if look.cbar:
-        colour_bar(figure, image, axes, highest > top, "firing rate")
+        colour_bar(figure, image, list(names), highest > top, "firing rate")
     write_title(figure, look.title)
     return figure
 
