@@ -126,7 +126,7 @@ def test_patterns_are_those_of_the_analysis(folder, drawn):
     labels = analysis.head_patterns(load("text.safetensors")["attend"], TOKENS).labels.ravel().tolist()
     said = " ".join(text.get_text() for text in drawn[0].axes[0].get_legend().get_texts())
     for label in set(labels):
-        assert f"{label} ({labels.count(label)})" in said
+        assert f"{label}{', ≈ nearest' * (label == 'mixed')} ({labels.count(label)})" in said
 
 
 def test_what_is_odd_about_the_maps_is_one_plain_line(tmp_path, monkeypatch, capsys):
@@ -162,6 +162,9 @@ WRONG = [
     (["plot", "picture.safetensors", "--kind", "query", "--query", "9,9"], "9"),
     (["plot", "text.safetensors", "-o", "missing/x.png"], "cannot write missing/x.png"),
     (["plot", "text.safetensors", "-o", "x.xyz"], "xyz"),
+    (["plot", "text.safetensors", "-o", "-"], "-o - would be the standard output: name a file, such as out.png"),
+    (["plot", "text.safetensors", "--tokens", "a", "b"], "--kind heads has no use for --tokens"),
+    (["plot", "text.safetensors", "--kind", "entropy", "--tokens", "a", "b"], "has no use for --tokens; it takes --t"),
     (["plot", "text.safetensors", "-o", "."], "cannot write ."),
 ]
 

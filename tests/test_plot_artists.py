@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import re
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
@@ -238,8 +239,10 @@ class TestOneColumnOfAPaper:
             lambda: plot.rollout(LAYERS, np.full((30, 30, 3), 0.5)),
             lambda: plot.query(LAYERS, np.full((30, 30, 3), 0.5), query=(2, 2)).figure,
             lambda: plot.patterns(KINDS).figure,
+            lambda: plot.spikes({"before": np.full((8, 16), 0.5), "after": np.full((8, 16), 0.1)}),
+            lambda: plot.distance(np.ones((12, 12)), title="a title of the user's own, longer than the figure").figure,
         ],
-        ids=["heads", "strip", "layers", "rollout", "query", "patterns"],
+        ids=["heads", "strip", "layers", "rollout", "query", "patterns", "spikes", "distance"],
     )
     def test_the_styles_width_is_kept_and_no_text_is_cut_or_covered(self, draw):
         with mpl.rc_context({"figure.figsize": (3.3, 2.5), "font.size": 7}):
@@ -250,7 +253,10 @@ class TestOneColumnOfAPaper:
             figure._suptitle,
             *(text for ax in figure.axes for text in ax.texts),
         ]
-        texts += [axis.label for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]
+        texts += [axis.label for ax in figure.axes if ax.axison for axis in (ax.xaxis, ax.yaxis)]
+        for axis in (ax.xaxis for ax in figure.axes if ax.get_label() == "<colorbar>"):  # numbers below bars
+            ticks = zip(axis.get_majorticklocs(), axis.get_ticklabels(), strict=True)
+            texts += [text for place, text in ticks if place <= axis.get_view_interval()[1]]
         seen = [text for text in texts if text is not None and text.get_text() and text.get_visible()]
         boxes = [text.get_window_extent() for text in seen]
         assert all(box.x0 > -1 and box.y0 > -1 for box in boxes)
@@ -273,6 +279,8 @@ class TestOneColumnOfAPaper:
 
     def test_small_cells_have_first_letters_that_tell_the_patterns_apart(self):
         _, ax = plt.subplots(figsize=(4.4, 3))
-        plot.patterns([["self", "special", "previous"] * 4] * 3, ax=ax)
-        assert {"se", "sp", "pr"} == {text.get_text() for text in ax.texts}
+        labels = np.array([["self", "special", "mixed"] * 4] * 3)
+        plot.patterns(SimpleNamespace(labels=labels, nearest=lambda layer, head: ["previous", None][layer > 0]), ax=ax)
+        assert {"se", "sp", "≈p", "≈n"} == {text.get_text() for text in ax.texts}
+        assert "mixed, ≈ nearest (12)" == ax.get_legend().get_texts()[-1].get_text()
         assert all(text.get_visible() for text in ax.texts)

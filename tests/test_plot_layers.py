@@ -140,7 +140,8 @@ class TestStrip:
         assert "query: CLS, mean of 3 heads" == figure._suptitle.get_text()
 
     @pytest.mark.parametrize(
-        ("count", "columns", "expected"), [(12, None, 6), (6, None, 6), (24, None, 6), (7, None, 4), (12, 12, 12)]
+        ("count", "columns", "expected"),
+        [(12, None, 6), (6, None, 6), (24, None, 6), (7, None, 7), (11, None, 6), (12, 12, 12)],
     )
     def test_rows_of_equal_length(self, count, columns, expected):
         figure = plot.layers(maps_of(count, 1, 1, 16, 16), query=0, head=0, columns=columns)

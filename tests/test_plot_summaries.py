@@ -167,6 +167,9 @@ class TestSpikes:
         tops = [round(ax.get_position().y0, 3) for ax in panels]
         assert [1, 1] == [len(set(tops[:10])), len(set(tops[10:]))]
         assert "SDSA" == figure._suptitle.get_text()
+        narrow = panels_of(plot.spikes({"V before": before, "V after": before / 4}, columns=6))
+        assert [f"mean {before[9].mean() / 4:.2f}", ""] == [ax.get_title() for ax in narrow[21:23]]
+        np.testing.assert_allclose(before[6].reshape(4, 4) / 4, narrow[18].images[0].get_array(), rtol=1e-6)
 
     def test_blocks_of_different_grids(self):
         panels = panels_of(plot.spikes([np.full((8, 8), 0.5), np.full(16, 0.25)]))
@@ -186,7 +189,7 @@ class TestSpikes:
             (np.ones((2, 12)), {}, ["12", "grid="]),
             (np.ones((2, 3, 4)), {"grid": (4, 3)}, ["(3, 4)", "(4, 3)"]),
             ({"a": np.ones((2, 4)), "b": np.ones((3, 4))}, {}, ["'a': 2", "'b': 3"]),
-            ({"a": np.ones((2, 4)), "b": np.ones((2, 4))}, {"columns": 2}, ["columns=2"]),
+            (np.ones((2, 4)), {"columns": 1.5}, ["columns=1.5", "a whole number"]),
             ([], {}, ["no blocks"]),
         ],
     )
@@ -316,11 +319,11 @@ class TestLabels:
 
     @pytest.mark.filterwarnings("ignore:no installed font has")
     def test_chinese_and_japanese_stand_upright_below_the_matrix(self):
-        ax = plot.tokens(maps_of(5, 5), ["[CLS]", "垫子", "トマト", "GPT模型", "。"])
+        ax = plot.tokens(maps_of(6, 6), ["[CLS]", "垫子", "トマト", "GPT模型", "。", "猫₁"])
         ax.figure.canvas.draw()
         labels = ax.get_xticklabels()
-        assert [90, 0, 0, 90, 0] == [label.get_rotation() for label in labels]
-        assert [1, 2, 3, 1, 1] == [len(label.get_text().split("\n")) for label in labels]
+        assert [90, 0, 0, 90, 0, 0] == [label.get_rotation() for label in labels]
+        assert [1, 2, 3, 1, 1, 1] == [len(label.get_text().split("\n")) for label in labels]
         assert {0} == {label.get_rotation() for label in ax.get_yticklabels()}
 
     def test_a_long_word_leaves_room_for_the_matrix(self):

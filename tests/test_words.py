@@ -16,6 +16,8 @@ from visualizer.words import Text, printable, readable, word_index, word_list
         (["çĮ«çļ", "Ħ", "Ġ"], ["猫的₁", "的₂", "␣"]),  # a whole character, and the first part of another
         (["Ġa", "ç"], ["␣a", "ç"]),  # half a character at the end of the text
         (["▁The", "▁", "<0x0A>", "<0xE7>", "<0x8C>", "<0xAB>"], ["␣The", "␣", "⏎", "猫₁", "猫₂", "猫₃"]),
+        (["çĮ«", "åĿ", "Ĳ", "<|im_end|>", "å"], ["猫", "坐₁", "坐₂", "<|im_end|>", "å"]),  # a text without spaces
+        (["naïve", "déjà", "¿Qué"], ["naïve", "déjà", "¿Qué"]),  # of letters that could be bytes, but are no UTF-8
         (["[CLS]", "naïve", "##ly", "猫"], ["[CLS]", "naïve", "##ly", "猫"]),
         ([" the", "cat ", "a\nb", "\t", 7], ["␣the", "cat␣", "a⏎b", "⇥", "7"]),
         (["Ġx", "naïve", "<|im_end|>"], ["␣x", "naïve", "<|im_end|>"]),  # not all pieces are bytes

@@ -80,9 +80,7 @@ def readable(tokens: Sequence[Any]) -> list[str]:
     the ends and line breaks are made visible.
     """
     pieces = [str(token) for token in tokens]
-    alphabet = _bytes_of_pieces()
-    # The markers of a space and of a line break: no other tokenizer writes them.
-    is_of_bytes = any(piece[:1] in ("Ġ", "Ċ") for piece in pieces)
+    alphabet, is_of_bytes = _bytes_of_pieces(), _are_of_bytes(pieces)
     shown = list(pieces)
     run: list[int] = []
     for place, piece in enumerate([*pieces, ""]):
@@ -100,6 +98,21 @@ def readable(tokens: Sequence[Any]) -> list[str]:
                 shown[at] = pieces[at] if text is None else text
             run = []
     return [_with_spaces(text) for text in shown]
+
+
+def _are_of_bytes(pieces: Sequence[str]) -> bool:
+    """Whether pieces are made of the signs for bytes: a space's or a line break's, or others that make UTF-8.
+
+    A text without spaces, such as a Chinese one, has the others alone. It may end within a character.
+    """
+    if any(piece[:1] in ("Ġ", "Ċ") for piece in pieces):  # no other tokenizer writes these
+        return True
+    alphabet, whole = _bytes_of_pieces(), "".join(pieces)
+    if whole.isascii() or not set(whole) <= alphabet.keys():
+        return False
+    raw = bytes(alphabet[character] for character in whole)
+    text = raw.decode(errors="ignore")
+    return not text.isascii() and len(raw) - len(text.encode()) < 4
 
 
 def _characters(pieces: Sequence[bytes]) -> list[str | None]:
@@ -193,7 +206,7 @@ class Text:
             return cls(tuple(map(str, ids)), start=start)
         tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(list(ids))]
         # Of byte-level pieces only the tokenizer knows the letters; its decoder may fail for pieces of others.
-        join = tokenizer.convert_tokens_to_string if any(token[:1] in ("Ġ", "Ċ") for token in tokens) else None
+        join = tokenizer.convert_tokens_to_string if _are_of_bytes(tokens) else None
         return cls(tuple(tokens), join, start)
 
     def words(self) -> list[str]:

@@ -65,18 +65,30 @@ class HeadPatterns(Printed):
         """
         label = str(self.labels[layer, head])
         if label == "mixed":
-            gains = {
-                pattern: _gain(score, self.uniform[pattern])[layer, head]
-                for pattern, score in self.scores.items()
-                if pattern != "broad" and not np.isnan(score[layer, head])
-            }
-            if not gains:
+            nearest = self.nearest(layer, head)
+            if nearest is None:
                 return "mixed: its queries attend to nothing"
-            nearest = max(gains, key=gains.__getitem__)
             return f"mixed: it fits no pattern; the nearest is {self._share(nearest, layer, head)}"
         if label == "broad":
             return f"broad: {self.scores['broad'][layer, head]:.2f} of the largest entropy"
         return self._share(label, layer, head)
+
+    def nearest(self, layer: int, head: int) -> str | None:
+        """The pattern whose score is farthest from even attention, "broad" left out; None where no score is known.
+
+        >>> import torch
+        >>> from visualizer.analysis import head_patterns
+        >>> before, even = torch.eye(8).roll(-1, 1), torch.full((8, 8), 1 / 8)
+        >>> some = head_patterns((0.4 * before + 0.6 * even)[None, None])
+        >>> str(some.labels[0, 0]), some.nearest(0, 0)
+        ('mixed', 'previous')
+        """
+        gains = {
+            pattern: _gain(score, self.uniform[pattern])[layer, head]
+            for pattern, score in self.scores.items()
+            if pattern != "broad" and not np.isnan(score[layer, head])
+        }
+        return max(gains, key=gains.__getitem__, default=None)
 
     def _share(self, pattern: str, layer: int, head: int) -> str:
         score, even = self.scores[pattern][layer, head], self.uniform[pattern][layer, head]

@@ -53,6 +53,8 @@ def trying_to(task: str) -> Iterator[None]:
 
 def destination(name: str, suffix: str) -> Path:
     """The path of that name; Mistake unless a file of the format `suffix` can be written there."""
+    if name == "-":
+        raise Mistake(f"-o - would be the standard output: name a file, such as out.{suffix}")
     path = Path(name)
     with trying_to(f"write {name}"):
         check_destination(path, suffix)

@@ -56,11 +56,9 @@ def _choice(text: str) -> int | str:
     words = "mean", "max", "min"
     if text in words:
         return text
-    try:
+    if re.fullmatch(r"-?\d+", text):
         return int(text)
-    except ValueError:
-        hint = did_you_mean(words, text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, mean, max or min{hint}") from None
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number, mean, max or min{did_you_mean(words, text)}")
 
 
 def _query(text: str) -> int | tuple[int, ...] | str:
@@ -98,10 +96,10 @@ def main(options: argparse.Namespace) -> None:
             f"argument --kind: invalid choice: {options.kind!r}: {options.file} has maps, not statistics (choose from "
             f"{', '.join(KINDS)}){did_you_mean(KINDS, options.kind)}"
         )
-    unused = [name for name in keywords if name not in accepted]
-    if unused:
-        others = ", ".join(f"--{name}" for name in _OPTIONS if name in accepted)
-        raise Mistake(f"--kind {options.kind} has no use for --{unused[0]}; it takes {others}")
+    for name in keywords if options.tokens is None else {**keywords, "tokens": options.tokens}:
+        if name not in accepted:
+            others = ", ".join(f"--{name}" for name in (*_OPTIONS, "tokens") if name in accepted)
+            raise Mistake(f"--kind {options.kind} has no use for --{name}; it takes {others}")
     try:
         with warnings_as_lines():
             drawn = draw()
@@ -118,7 +116,7 @@ def _of_maps(
     from .. import plot
 
     if kind in ("distance", "entropy", "patterns"):
-        accepted = {"title", "grid"} if kind == "distance" else {"title"}
+        accepted = {"title", {"distance": "grid", "patterns": "tokens"}.get(kind, "title")}
         return functools.partial(_measured, kind, maps, tokens, **keywords), accepted
     function = getattr(plot, kind.replace("-", "_"))
     if kind == "tokens":
@@ -127,9 +125,10 @@ def _of_maps(
         keywords = {**keywords, "tokens": tokens}
     if kind == "query" and "query" not in keywords:
         raise Mistake("--kind query needs --query: a patch as ROW,COLUMN, a token's number, or a word")
+    accepted = set(inspect.signature(function).parameters)
     if kind == "query" and isinstance(keywords["query"], str):
-        keywords = {**keywords, "query_tokens": tokens}
-    return functools.partial(function, maps, **keywords), set(inspect.signature(function).parameters)
+        keywords, accepted = {**keywords, "query_tokens": tokens}, accepted | {"tokens"}
+    return functools.partial(function, maps, **keywords), accepted
 
 
 def _measured(kind: str, maps: list[Any], tokens: list[str] | None, grid: Any = None, title: str | None = None) -> Any:

@@ -354,6 +354,7 @@
     theme.isDark = bytesOfHex(theme.ground.slice(1))[1] < 128;
   }
   const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Noto Sans CJK SC", sans-serif';
+  const UPRIGHT = /^([⺀-鿿가-힯豈-﫿︰-﹏＀-￯][₁-₉]?)+$/u; // words of scripts that are set in columns
 
   function element(tag, className, text) {
     const made = document.createElement(tag);
@@ -911,10 +912,12 @@
       }
       context.textAlign = "left";
       for (let each = 0; each < keys; each += Math.ceil(12 / across)) {
+        const word = short(of, KEYS, each), letters = UPRIGHT.test(word) ? word.match(/.[₁-₉]?/gu).reverse() : [];
         context.save();
         context.translate(left + (each + 0.5) * across, above - 6);
+        letters.forEach((letter, place) => context.fillText(letter, -6, -6 - 13 * place));
         context.rotate(-Math.PI / 2);
-        context.fillText(short(of, KEYS, each), 0, 0, above - 6);
+        if (!letters.length) context.fillText(word, 0, 0, above - 6);
         context.restore();
       }
     }
@@ -1005,7 +1008,7 @@
       button.style.color = isOn ? theme.ground : "";
     });
     const height = Math.max(queries, keys) * step + 22;
-    const context = sheet(lines.canvas, room, height), left = widest(example, QUERIES, room / 3), right = widest(example, KEYS, room / 3);
+    const context = sheet(lines.canvas, room, height), [left, right] = [QUERIES, KEYS].map((side) => Math.max(40, widest(example, side, room / 3))); // 40: the titles
     const [from, to] = [left + 6, room - right - 6], y = (token) => 20 + (token + 0.5) * step;
     const apart = Math.min(1.6, (step - 6) / on.length); // heads side by side, so that none hides another
     for (const isChosen of [false, true]) {
@@ -1131,7 +1134,10 @@
     const [view] = views, [list, between] = [$("list"), $("lines")], { sides, mosaic, matrix } = view;
     const [rows, across] = example.sides[KEYS].grid || [0, 1], cell = Math.min(52, (window.innerWidth / 2 - 70) / (maps.heads + 1));
     const isTall = (maps.layers * cell * rows) / across > 520; // the cells of many layers, which are as high as wide
-    let columns = isTall ? [[sides, matrix.section], [mosaic.section, list, between]] : [[sides, list, between], [mosaic.section, matrix.section]];
+    const isLow = isShort() && maps.layers > 9 && Math.max(...maps.sizes) < 22; // lines that are lower than the matrix
+    let columns = [[sides, list, between], [mosaic.section, matrix.section]];
+    if (isTall) columns = [[sides, matrix.section], [mosaic.section, list, between]];
+    else if (isLow) columns = [[sides, list, matrix.section], [mosaic.section, between]];
     if (window.innerWidth <= 720) columns = [[sides, list, mosaic.section, between, matrix.section]];
     else if (window.innerWidth > 1080) columns = isShort() ? [[sides, list], [mosaic.section, between], [matrix.section]] : [[sides], [mosaic.section, between], [list, matrix.section]];
     if (isComparing()) {

@@ -65,7 +65,7 @@ def layers(
         query: None: whole matrices. A patch (row, column) or a token's index (0: the class token): only what it attends
             to, over the grid of patches; prefix tokens are left out.
         layout, grid, image_size, patch_size, prefix_tokens, style, smooth: as in `query`.
-        columns: the number of a strip's panels in a row; None: six, or a few less where that fills the rows.
+        columns: the number of a strip's panels in a row; None: six, or about as many where that fills the rows.
         share: True: one colour scale for all maps; False: one for each, in shares of its end, which a strip writes
             above each panel.
         cmap: None: "viridis" for matrices, "YlOrRd" for what a query attends to.
@@ -114,16 +114,9 @@ def layers(
             strip = [weights[0] for weights in chosen]
             figure = matrices(strip, names, look, share=share, columns=columns)
         else:
+            rows = [weights[0, 0] for weights in chosen]
             figure = panels_over_picture(
-                [weights[0, 0] for weights in chosen],
-                names,
-                layout,
-                picture,
-                look,
-                keys=axes.keys,
-                share=share,
-                columns=columns,
-                framed=framed,
+                rows, names, layout, picture, look, keys=axes.keys, share=share, columns=columns, framed=framed
             )
         if reduction := head_words(maps[0], head):
             words.append(reduction)

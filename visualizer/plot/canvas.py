@@ -87,20 +87,21 @@ def keep_fitting(figure: Any, fit: Callable[[], bool]) -> None:
         engine.fits.append(fit)
 
 
-def full_rows(count: int, columns: int | None, wanted: int) -> int:
+def full_rows(count: int, columns: int | None, wanted: int, letters: float = 13) -> int:
     """How many of that many panels stand in a row: `columns`, or else about as many as wanted, with all rows full.
 
-    In a narrow figure there are fewer, so that each has room for its name.
+    In a narrow figure there are fewer, so that each has room for a name of so many letters.
 
-    >>> full_rows(7, None, 6), full_rows(24, None, 6)
-    (4, 6)
+    >>> full_rows(3, None, 2), full_rows(11, None, 6), full_rows(24, None, 6), full_rows(32, None, 7)
+    (3, 6, 6, 8)
     """
-    if columns is not None and (not isinstance(columns, int) or columns < 1):
-        raise ValueError(f"columns={columns!r}: pass at least 1, or None for what suits {count} panels")
+    if columns is not None and columns not in range(1, 1 << 31):
+        raise ValueError(f"columns={columns!r}: pass a whole number from 1, or None for what suits {count} panels")
     em = font_size() / 72
-    room = (widest() - 8 * em) / (7.5 * em)
+    room = (widest() - 8 * em) / (0.58 * em * letters)
     wanted = max(1, int(min(wanted, room)))
-    return min(count, columns or math.ceil(count / math.ceil(count / wanted)))
+    close = [near for near in (wanted, wanted - 1, wanted + 1, wanted - 2) if 1 < near <= room and count % near == 0]
+    return int(min(count, columns or [*close, math.ceil(count / math.ceil(count / wanted))][0]))
 
 
 def panels(
@@ -148,7 +149,7 @@ def _fit_names(titles: Sequence[Any], texts: Sequence[str], size: float) -> bool
     was = [(title.get_text(), title.get_fontsize()) for title in titles]
     room = 1.06 * min(title.axes.get_window_extent().width / title.figure.dpi * 72 for title in titles)
     names = [
-        "\n".join(_broken(line, room, size) for line in text.split("\n")) if _plain(text) == _plain(shown) else shown
+        _broken(text, room, size) if _plain(text) == _plain(shown) else shown
         for text, (shown, _) in zip(texts, was, strict=True)
     ]
     longest = max(width_of(line) for name in names for line in name.split("\n"))
@@ -173,7 +174,7 @@ def colour_bar(figure: Any, image: Any, where: Any, is_cut: bool, label: str = L
     It is pointed where weights lie past its end.
     """
     from matplotlib.colors import PowerNorm
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    from matplotlib.ticker import StrMethodFormatter
 
     from .artists import Roots
 
@@ -193,15 +194,27 @@ def colour_bar(figure: Any, image: Any, where: Any, is_cut: bool, label: str = L
     bar.set_label(label, parse_math=False)
     is_beside = bar.long_axis.axis_name == "y"
     if not is_beside and bar.long_axis.get_scale() == "linear":
-        bar.set_ticks(MaxNLocator(3))  # numbers that are long touch each other where matplotlib chooses how many
+        keep_fitting(figure, functools.partial(_fit_numbers, bar))
     keep_fitting(figure, functools.partial(fit_label, bar.long_axis, label, whole_figure=is_beside))
 
 
-def fit_label(axis: Any, label: str, *, whole_figure: bool = False) -> bool:
-    """Break the label of an axis where it is longer than the axis, or than the whole figure is high."""
+def _fit_numbers(bar: Any) -> bool:
+    """Put so few numbers below a colour bar that they do not touch: where matplotlib chooses, long ones do."""
+    from matplotlib.ticker import MaxNLocator
+
     from .artists import length_of
 
-    room = axis.axes.figure.bbox.height / axis.axes.figure.dpi * 72 if whole_figure else 1.2 * length_of(axis)
+    bar.set_ticks(MaxNLocator(3 if length_of(bar.long_axis) > 13 * font_size() else 2))
+    return False  # they take no other room
+
+
+def fit_label(axis: Any, label: str, *, whole_figure: bool = False) -> bool:
+    """Break the label of an axis where it is longer than the axis, or would go past an end of the figure."""
+    from .artists import length_of
+
+    figure, box = axis.axes.figure, axis.axes.get_window_extent()
+    middle, high = (box.y0 + box.y1) / 2 - figure.bbox.y0, figure.bbox.height
+    room = 2 * min(middle, high - middle) / figure.dpi * 72 if whole_figure else 1.2 * length_of(axis)
     return _rewrite(axis.label, label, _broken(label, room, axis.label.get_fontsize(), " "))
 
 
@@ -214,18 +227,18 @@ def _rewrite(text: Any, written: str, new: str) -> bool:
 
 
 def write_title(drawn: Any, title: str | None, default: str | None = None) -> None:
-    """Write a title above axes or a figure: the user's, else the default, broken where it is wider, else none."""
+    """Write a title above axes or a figure, broken where it is wider: the user's, else the default, else none."""
     text = default if title is None else title
     if text is None:
         return
     is_axes = hasattr(drawn, "set_title")
     text = with_letters(str(text))
     written = (drawn.set_title if is_axes else drawn.suptitle)(text, parse_math=False, fontfamily=_fonts())
-    if title is None:
-        keep_fitting(drawn.figure if is_axes else drawn, functools.partial(_fit_title, written, drawn, text))
+    gap = ", " if title is None else " "
+    keep_fitting(drawn.figure if is_axes else drawn, functools.partial(_fit_title, written, drawn, text, gap))
 
 
-def _fit_title(written: Any, drawn: Any, text: str) -> bool:
+def _fit_title(written: Any, drawn: Any, text: str, gap: str) -> bool:
     """Break a title where it is wider than its axes, if others are beside them, or than the figure."""
     is_axes = hasattr(drawn, "set_title")
     figure = drawn.figure if is_axes else drawn
@@ -236,11 +249,13 @@ def _fit_title(written: Any, drawn: Any, text: str) -> bool:
     else:
         middle = drawn.get_window_extent() if is_axes else whole
         wide = min(middle.x0 + middle.x1 - 2 * whole.x0, 2 * whole.x1 - middle.x0 - middle.x1)
-    return _rewrite(written, text, _broken(text, float(wide / figure.dpi * 72), written.get_fontsize()))
+    return _rewrite(written, text, _broken(text, float(wide / figure.dpi * 72), written.get_fontsize(), gap))
 
 
 def _broken(text: str, room: float, size: float, gap: str = ", ") -> str:
     """The text with a line break for the space of a gap, wherever a line would be wider than the room, in points."""
+    if "\n" in text:
+        return "\n".join(_broken(line, room, size, gap) for line in text.split("\n"))
     lines = [""]
     for part in re.split(gap + r"(?![^(]*\))", text):  # "(2, 1)" stays whole
         longer = f"{lines[-1]}{gap}{part}" if lines[-1] else part
@@ -372,6 +387,7 @@ def write_ticks(axis: Any, words: Sequence[str], places: Sequence[float], *, is_
     longest = max(len(line) for text in texts for line in text.split("\n"))
     # How much of the axis a word takes, in units of its font's size.
     room = 1.2 if is_turned or axis.axis_name == "y" else 0.62 * longest + 0.6
+    room = max([room, *(0.2 + width_of(line) for column in columns if column for line in column.split("\n"))])
     medium = font_size()
     size = min(0.9 * medium, max(0.6 * medium, length_of(axis) / (room * len(words))))
     axis.set_tick_params(labelsize=size)
@@ -394,8 +410,9 @@ def _short(word: str) -> str:
 
 def _as_column(word: str) -> str | None:
     """A word of Chinese, Japanese or Korean with its letters one below another, as these are set; None for others."""
-    is_upright = all(letter == "□" or any(low <= ord(letter) <= high for low, high in _UPRIGHT) for letter in word)
-    return "\n".join(word.translate(_SET_UPRIGHT)) if is_upright else None
+    letters = re.findall(r"(.)([₁-₉]?)", word)  # a number says which piece of a letter a token is
+    is_upright = all(one == "□" or any(low <= ord(one) <= high for low, high in _UPRIGHT) for one, _ in letters)
+    return "\n".join(one.translate(_SET_UPRIGHT) + number for one, number in letters) if is_upright else None
 
 
 def lay_out(figure: Any) -> None:
@@ -413,6 +430,7 @@ def _fonts() -> list[str]:
 
 
 _more_fonts: list[str] = []  # that were found to have letters which the usual ones have not
+_warned_of: set[str] = set()  # fonts that a warning has named
 
 
 @functools.cache
@@ -429,11 +447,6 @@ def _letters() -> frozenset[int]:
     from matplotlib.font_manager import findfont, get_font
 
     return frozenset[int]().union(*(get_font(findfont(name)).get_charmap() for name in _usual_fonts()))
-
-
-def _font_with(letter: str) -> str | None:
-    """An installed font family that has a letter."""
-    return _fonts_by_letter().get(ord(letter))
 
 
 @functools.cache
@@ -459,24 +472,17 @@ def with_letters(text: str) -> str:
     missing = []
     for letter in dict.fromkeys(text.replace("\n", "")):
         if ord(letter) not in _letters():
-            font = _font_with(letter)
+            font = _fonts_by_letter().get(ord(letter))
             if font is None:
                 missing.append(letter)
             elif font not in _more_fonts:
                 _more_fonts.append(font)
     if not missing:
         return text
-    codes = [ord(letter) for letter in missing]
-    fonts = [font for low, high, font in _SCRIPTS if any(low <= code <= high for code in codes)] or ["Noto Sans"]
-    _warn_once(" and ".join(dict.fromkeys(fonts)), "".join(missing))
-    return "".join("□" if letter in missing else letter for letter in text)
-
-
-_warned_of: set[str] = set()
-
-
-def _warn_once(fonts: str, characters: str) -> None:
+    scripts = [font for low, high, font in _SCRIPTS if any(low <= ord(letter) <= high for letter in missing)]
+    fonts = " and ".join(dict.fromkeys(scripts or ["Noto Sans"]))
     if fonts not in _warned_of:
         _warned_of.add(fonts)
-        what = f"no installed font has {characters}, and others like it: they are drawn as boxes. Install {fonts}"
+        what = f"no installed font has {''.join(missing)}, and others like it: they are drawn as boxes. Install {fonts}"
         warn(what, "missing-font")
+    return "".join("□" if letter in missing else letter for letter in text)

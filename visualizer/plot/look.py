@@ -173,6 +173,7 @@ class Keywords:
             for name, annotation in group.__annotations__.items()
         }
         self._defaults = {name: defaults.get(name) for name in self._annotations}
+        self._names = list(self._defaults)
 
     def show(self, plot: _Plot) -> _Plot:
         """Decorate a plot: its signature shows these keywords in place of `**options`, and its maps are read."""
@@ -183,6 +184,7 @@ class Keywords:
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=self._annotations[name])
             for name, default in self._defaults.items()
         ]
+        self._names += [one.name for one in named]
         drawn.__signature__ = signature.replace(parameters=named + shared)
         return cast(_Plot, drawn)
 
@@ -190,7 +192,7 @@ class Keywords:
         """The look that a call asks for. Raises TypeError for a keyword that the plot does not have."""
         for name in options:
             if name not in self._defaults:
-                raise TypeError(f"unexpected keyword argument {name!r}{did_you_mean(self._defaults, name)}")
+                raise TypeError(f"unexpected keyword argument {name!r}{did_you_mean(self._names, name)}")
         chosen = {**self._defaults, **options}
         return Look(**{field.name: chosen[field.name] for field in fields(Look) if field.name in chosen})
 

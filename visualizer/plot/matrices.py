@@ -129,32 +129,26 @@ def heads(
     Raises what `head` and `query` raise.
     """
     look = _HEADS.look(options)
-    if query is None:
-        if image is not None:
-            raise ValueError(QUERY_NEEDED)
-        look = replace(look, cmap=look.cmap or "viridis")
-        chosen = select(maps, layer=layer, batch=batch, all_heads=True)
-        names = [f"head {number}" for number in range(len(chosen.weights))]
-        columns = full_rows(len(names), columns, math.ceil(math.sqrt(len(names) * 1.3)))
-        figure = matrices(list(chosen.weights), names, look, share=share, columns=columns)
-        write_title(figure, look.title, chosen.label)
-        return figure
+    look = replace(look, cmap=look.cmap or ("viridis" if query is None else "YlOrRd"))
     picture = picture_of(image)
-    row = select_row(maps, query, picture, options, layer=layer, batch=batch, all_heads=True)
-    names = [f"head {number}" for number in range(len(row.weights))]
+    if query is not None:
+        row = select_row(maps, query, picture, options, layer=layer, batch=batch, all_heads=True)
+        chosen, title = list(row.weights), ", ".join(filter(None, (f"query: {row.name}", row.label)))
+    elif image is not None:
+        raise ValueError(QUERY_NEEDED)
+    else:
+        whole = select(maps, layer=layer, batch=batch, all_heads=True)
+        chosen, title = list(whole.weights), whole.label
+    names = [f"head {number}" for number in range(len(chosen))]
     columns = full_rows(len(names), columns, math.ceil(math.sqrt(len(names) * 1.3)))
-    figure = panels_over_picture(
-        list(row.weights),
-        names,
-        row.layout,
-        row.layout.on(picture),
-        replace(look, cmap=look.cmap or "YlOrRd"),
-        keys=row.keys,
-        share=share,
-        columns=columns,
-        framed=row.framed,
-    )
-    write_title(figure, look.title, ", ".join(filter(None, (f"query: {row.name}", row.label))))
+    if query is None:
+        figure = matrices(chosen, names, look, share=share, columns=columns)
+    else:
+        layout, framed = row.layout, row.framed
+        figure = panels_over_picture(
+            chosen, names, layout, layout.on(picture), look, keys=row.keys, share=share, columns=columns, framed=framed
+        )
+    write_title(figure, look.title, title)
     return figure
 
 
@@ -264,16 +258,13 @@ def _draw_matrix(ax: Axes, weights: Array, look: Look, top: float, label: str = 
 def _of_drawn(name: str, words: Sequence[str], drawn: Indices, count: int) -> list[str]:
     """The words of the rows or columns that are drawn, of words for these or for all `count` tokens, with padding."""
     if len(words) not in (len(drawn), count):
+        size, way_out = len(words), ""
+        if name.endswith("tokens") and size < count:
+            way_out = f". {ALL_WORDS}; without the padding at the end draw a part, weights[..., :{size}, :{size}]"
         raise ValueError(
-            f"{name} has {len(words)} entries for {count} rows or columns of the map: pass one for each, special "
+            f"{name} has {size} entries for {count} rows or columns of the map: pass one for each, special "
             "tokens included; where keys and queries are different tokens (cross-attention), give each side its own"
-            f"{_way_out(len(words), count) if name.endswith('tokens') else ''}"
+            + way_out
         )
     shown = readable(words)
     return shown if len(shown) == len(drawn) else [shown[place] for place in drawn]
-
-
-def _way_out(words: int, count: int) -> str:
-    if words >= count:
-        return ""
-    return f". {ALL_WORDS}; without the padding at the end draw a part of the map, weights[..., :{words}, :{words}]"

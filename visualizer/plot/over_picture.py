@@ -16,10 +16,12 @@ from .canvas import (
     axes_of,
     colour_bar,
     draw_image,
+    font_size,
     name_panels,
     panel_size,
     panels,
     shrunk,
+    width_of,
     write_ticks,
 )
 from .look import Look, exceeds, row_top
@@ -140,11 +142,15 @@ def _frame(ax: Axes, corner: tuple[float, float], size: tuple[float, float]) -> 
 
 def _draw_swatches(ax: Axes, weights: Array, names: list[str], scale: ScalarMappable, framed: int | None) -> None:
     """Draw each special token's weight as a square below the picture, on the patches' scale, and write the number."""
+    from .artists import length_of
+
     count = len(weights)
-    strip = ax.inset_axes((0.0, -0.08, min(1.0, 0.2 * count), 0.05))
+    labels = [f"{name}\n{weight:.2g}" for name, weight in zip(names, weights, strict=True)]
+    longest = max(width_of(line) for label in labels for line in label.split("\n"))
+    wide = max(0.2, (longest + 1) * font_size() / length_of(ax.xaxis))  # its label is as large as other text
+    strip = ax.inset_axes((0.0, -0.08, min(1.0, wide * count), 0.05))
     draw_image(strip, weights[None], aspect="auto", extent=(0, count, 1, 0), cmap=scale.cmap, norm=scale.norm)
     strip.set_yticks([])
-    labels = [f"{name}\n{weight:.2g}" for name, weight in zip(names, weights, strict=True)]
     write_ticks(strip.xaxis, labels, [place + 0.5 for place in range(count)])
     strip.tick_params(length=0)
     if framed is not None:

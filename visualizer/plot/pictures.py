@@ -88,18 +88,8 @@ def query(
     grids that would.
     """
     look, picture = _OPTIONS.look(options), picture_of(image)
-    row = select_row(
-        maps,
-        query,
-        picture,
-        options,
-        layer=layer,
-        batch=batch,
-        head=head,
-        query_tokens=query_tokens,
-        window=window,
-        shift=shift,
-    )
+    which: dict[str, Any] = {"layer": layer, "batch": batch, "head": head}
+    row = select_row(maps, query, picture, options, query_tokens=query_tokens, window=window, shift=shift, **which)
     return _draw(row, picture, look, ax)
 
 

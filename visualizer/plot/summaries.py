@@ -114,6 +114,7 @@ def _dots(layers: Sequence[Array], label: str, ax: Axes | None) -> Axes:
         ax.set_ylim(0, 1.05 * float(y[known].max()) or 1)
     ax.set_xlabel("network depth (layer)")
     ax.set_ylabel(label, parse_math=False)
+    keep_fitting(ax.figure, functools.partial(fit_label, ax.yaxis, label, whole_figure=True))
     return ax
 
 
@@ -225,9 +226,9 @@ def spikes(
     Args:
         rates: the results of `analysis.spike_rate` for all blocks, from 0 to 1: (blocks, tokens) or (blocks, rows,
             columns), or a list with an array (tokens,) or (rows, columns) for each block. A dict of these by name has
-            one row of maps for each name.
+            its names one below another.
         grid: (rows, columns) of patches; None: the square that the tokens form.
-        columns: the number of maps in a row; None: up to eight, or all maps of a name.
+        columns: the number of maps in a row; None: up to eight, or all maps of a name where they fit.
         vmax: the end of the colour scale; None: the highest rate.
         cmap, cbar: as in `head`.
         title: the title above all maps; None: no title.
@@ -241,27 +242,32 @@ def spikes(
     counts = {name: len(blocks) for name, blocks in maps.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(f"rates has different numbers of blocks under its names: {counts}")
-    if len(maps) > 1 and columns is not None:
-        raise ValueError(f"columns={columns}: each of {', '.join(maps)} has a row of its own")
-    count = next(iter(counts.values()))
-    cells = [block for blocks in maps.values() for block in blocks]
-    columns = count if len(maps) > 1 else full_rows(count, columns, 8)
-    width, height = panel_size(cells[0].shape, 1.5 if len(cells) > 4 else 2.2)
+    first, count = next(iter(counts.items()))
+    # Letters of "mean 0.25", written small.
+    columns = full_rows(count, columns, 8 if len(maps) == 1 else count, 7)
+    # Where the blocks take several rows, the names take turns: each block stands above itself.
+    starts = range(0, count, columns)
+    cells = [(name, number) for start in starts for name in maps for number in range(start, start + columns)]
+    width, height = panel_size(maps[first][0].shape, 1.5 if len(cells) > 4 else 2.2)
     figure, axes = panels(len(cells), columns, (max(1.0, width), height), lines=2, has_bar=look.cbar)
-    highest = max(float(block.max()) for block in cells)
+    highest = max(float(block.max()) for blocks in maps.values() for block in blocks)
     top = vmax if vmax is not None else highest or 1.0
     scale = look.scale(top)
-    names = [f"block {number}\n" if number < count else "" for number in range(len(cells))]
-    name_panels(axes, [f"{name}mean {block.mean():.2f}" for name, block in zip(names, cells, strict=True)])
-    for number, (ax, block) in enumerate(zip(axes, cells, strict=True)):
+    names = {}
+    for ax, (name, number) in zip(axes, cells, strict=True):
+        if number >= count:
+            ax.set_axis_off()
+            continue
+        block = maps[name][number]
         image = draw_image(ax, block, cmap=scale.cmap, norm=scale.norm)
         ax.set(xticks=[], yticks=[])
+        names[ax] = f"block {number}\n" * (name == first) + f"mean {block.mean():.2f}"
         if len(maps) > 1 and number % columns == 0:
-            name = list(maps)[number // columns]
             ax.set_ylabel(name, parse_math=False)
             keep_fitting(figure, functools.partial(fit_label, ax.yaxis, name))
+    name_panels(list(names), list(names.values()))
     if look.cbar:
-        colour_bar(figure, image, axes, highest > top, "firing rate")
+        colour_bar(figure, image, list(names), highest > top, "firing rate")
     write_title(figure, look.title)
     return figure
 
@@ -294,7 +300,8 @@ def _blocks(name: Any, values: Any, grid: tuple[int, int] | None) -> list[Array]
 def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) -> Axes:
     """The pattern of each head, in a table of layers x heads: a colour and a name for each pattern, with a legend.
 
-    Where the cells are small, as in one column of a paper, they have the first letters of the names.
+    A head that is mixed has the name of the pattern that it is nearest to, behind a sign ≈. Where the cells are small,
+    as in one column of a paper, they have the first letters of the names.
 
     >>> ax = patterns([["previous", "broad"], ["special", "induction"]])
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
@@ -319,15 +326,20 @@ def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) ->
     labels = labels.astype(str)
     colours = _colours_of(sorted(set(labels.ravel().tolist())))
     count, heads = labels.shape
+    names = labels.astype(object)
+    if hasattr(found, "nearest"):
+        for layer, head in np.argwhere(labels == "mixed").tolist():
+            names[layer, head] = "≈" + (found.nearest(layer, head) or "nothing")
+    longest = max(map(len, names.ravel().tolist()))
     # Cells in which the longest name is as large as other text, and no more: on paper the figure is not made smaller.
     em = font_size() / 72
-    wide = min(0.56 * em * max(map(len, labels.ravel().tolist())) + 0.1, 10 / heads)
+    wide = min(0.56 * em * longest + 0.1, 10 / heads)
     high = min(2.2 * em, 9 / count)
     size = [max(1.5, wide * heads) + 12 * em, max(1.0, high * count + 5 * em, 1.8 * em * len(colours))]
     where: dict[str, Any] = {"bbox_to_anchor": (1.01, 1)}
     is_below = ax is None and size[0] > widest()
     if is_below:  # the table has the whole width
-        each = max(1, int((widest() - 5 * em) / (10 * em)))
+        each = full_rows(len(colours), None, max(1, int((widest() - 5 * em) / (10 * em))))
         size = [widest(), size[1] + 1.5 * em * math.ceil(len(colours) / each)]
     ax = axes_of(ax, (size[0], size[1]))
     if is_below:
@@ -345,14 +357,14 @@ def patterns(found: Any, *, ax: Axes | None = None, title: str | None = None) ->
     ax.spines[:].set_visible(False)
     ax.set_xlabel("head")
     ax.set_ylabel("layer")
-    entries = [
-        Patch(color=colour, label=f"{label or 'none'} ({int((labels == label).sum())})")
-        for label, colour in colours.items()
-    ]
+    entries = []
+    for label, colour in colours.items():
+        near = ", ≈ nearest" if (names[labels == label] != label).any() else ""
+        entries.append(Patch(color=colour, label=f"{label or 'none'}{near} ({int((labels == label).sum())})"))
     ax.legend(handles=entries, loc="upper left", frameon=False, borderaxespad=0, **where)
     write_title(ax, title)
     label_ticks(ax, [str(number) for number in range(count)], [str(number) for number in range(heads)], turned=False)
-    _write_in_cells(ax, labels, colours)
+    _write_in_cells(ax, names, labels, colours)
     return ax
 
 
@@ -369,8 +381,8 @@ def _colours_of(labels: Sequence[str]) -> dict[str, str]:
     return colours | {label: _GREY for label in labels if label in _NONE}
 
 
-def _write_in_cells(ax: Axes, labels: Any, colours: Mapping[str, str]) -> None:
-    """Write each cell's label, or its first letters, as large as fits."""
+def _write_in_cells(ax: Axes, names: Any, labels: Any, colours: Mapping[str, str]) -> None:
+    """Write each cell's name, or its first letters, as large as fits, on the colour of its label."""
     from matplotlib.colors import to_rgb
 
     texts = []
@@ -378,24 +390,24 @@ def _write_in_cells(ax: Axes, labels: Any, colours: Mapping[str, str]) -> None:
         label = labels[row, column]
         luminance = float(np.dot(to_rgb(colours[label]), [0.299, 0.587, 0.114]))
         ink = "0.35" if label in _NONE else "white" if luminance < 0.5 else "black"
-        texts.append(ax.text(column, row, label, ha="center", va="center", parse_math=False, color=ink))
+        texts.append(ax.text(column, row, names[row, column], ha="center", va="center", parse_math=False, color=ink))
         texts[-1].set_in_layout(False)
     lay_out(ax.figure)
-    keep_fitting(ax.figure, functools.partial(_fit_cells, ax, labels, texts, font_size()))
+    keep_fitting(ax.figure, functools.partial(_fit_cells, ax, names, texts, font_size()))
 
 
-def _fit_cells(ax: Axes, labels: Any, texts: Sequence[Any], medium: float) -> bool:
-    """Write the labels in their cells: whole, or else as few first letters as tell them apart, or else not at all."""
+def _fit_cells(ax: Axes, cells: Any, texts: Sequence[Any], medium: float) -> bool:
+    """Write the names in their cells: whole, or else as few first letters as tell them apart, or else not at all."""
     box = ax.get_window_extent()
-    high, wide = (side * 72 / ax.figure.dpi for side in (box.height / labels.shape[0], box.width / labels.shape[1]))
-    names = sorted(set(labels.ravel().tolist()))
+    high, wide = (side * 72 / ax.figure.dpi for side in (box.height / cells.shape[0], box.width / cells.shape[1]))
+    names = sorted(set(cells.ravel().tolist()))
     length = next(count for count in range(2, 99) if len({name[:count] for name in names}) == len(names))
     for short in ({name: name for name in names}, {name: name[:length] for name in names}):
         size = min(0.9 * medium, 0.7 * high, 0.95 * wide / max(0.6, *map(width_of, short.values())))
         if size >= 0.6 * medium:
             break
-    for text, label in zip(texts, labels.ravel().tolist(), strict=True):
-        text.set(text=short[label], fontsize=size, visible=size >= 0.6 * medium)
+    for text, name in zip(texts, cells.ravel().tolist(), strict=True):
+        text.set(text=short[name], fontsize=size, visible=size >= 0.6 * medium)
     return False  # the axes stay as they are
 
 
