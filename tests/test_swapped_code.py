@@ -199,8 +199,8 @@ def test_a_code_that_another_tool_put_in_place_is_left():
 
 def test_a_finalizers_change_waits_until_nobody_is_switching():
     done = []
-    with swapped_code.switching:
-        with swapped_code.switching:
+    with swapped_code.switching():
+        with swapped_code.switching():
             swapped_code.when_idle(lambda: done.append("later"))
         assert [] == done
     assert ["later"] == done
@@ -212,7 +212,7 @@ def test_a_finalizer_does_not_wait_for_another_thread_that_is_switching():
     done, is_switching, may_end = [], threading.Event(), threading.Event()
 
     def switch():
-        with swapped_code.switching:
+        with swapped_code.switching():
             is_switching.set()
             may_end.wait(10)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -33,20 +34,14 @@ _lock = ForkSafeLock()
 _deferred: deque[Callable[[], None]] = deque()
 
 
-class _Switching:
-    """The lock that a thread holds while it changes what is captured."""
-
-    def __enter__(self) -> None:
-        _lock.acquire()
-        _lock.depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        _lock.depth -= 1
-        _lock.release()
+@contextmanager
+def switching() -> Iterator[None]:
+    """Hold the lock of whoever changes what is captured; at its end, make the changes that had to wait."""
+    try:
+        with _lock.working():
+            yield
+    finally:
         _catch_up()
-
-
-switching = _Switching()
 
 
 def when_idle(action: Callable[[], None]) -> None:
@@ -83,7 +78,7 @@ def attach(pairs: Iterable[tuple[FunctionType, Channel]]) -> None:
         RewriteError: one of the functions cannot be rewritten with proof. Then all are as they were.
     """
     attached: list[tuple[FunctionType, Channel]] = []
-    with switching:
+    with switching():
         try:
             for function, channel in pairs:
                 swap = _swaps.get(function)
@@ -115,7 +110,7 @@ def detach(pairs: Iterable[tuple[FunctionType, Channel]]) -> list[News]:
 
     Returns what to warn of once everything is done, for a warning may be turned into an error.
     """
-    with switching:
+    with switching():
         found = [_detach(function, channel) for function, channel in pairs]
     return [news for news in found if news is not None]
 
