@@ -16,7 +16,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from ..errors import News
-from ..rewrite import HOOK, Capture, original_of, rewrite_for
+from ..rewrite import HOOK, Capture, original_of, rewrite
 from ..store import Channel, ForkSafeLock, listener, receive
 
 
@@ -159,7 +159,7 @@ def _rewritten(code: CodeType, channels: tuple[Channel, ...]) -> CodeType:
     made, sites = channels[-1].made, tuple(channel.site for channel in channels)
     if made is None or made[0] is not code or made[1] != sites:
         captures = [Capture(channel.names, channel.at, channel.site, channel.owner) for channel in channels]
-        made = channels[-1].made = code, sites, rewrite_for(code, captures)
+        made = channels[-1].made = code, sites, rewrite(code, *captures)
     return made[2]
 
 
