@@ -135,7 +135,10 @@ def resident_bytes(value: Any) -> dict[str, int]:
     if kind == "other" and not attributes(value):
         return {"cpu": object_bytes(value)}
     sizes = bytes_by_device(value)
-    return {**sizes, "cpu": sizes.get("cpu", 0) + ROW_BYTES + _beside_elements(value)}
+    more = ROW_BYTES + (_beside_elements(value) if kind == "array" else TENSOR_BYTES if kind == "tensor" else 0)
+    if kind in ("container", "other"):
+        more += _objects_in(value)
+    return {**sizes, "cpu": sizes.get("cpu", 0) + more}
 
 
 def resident_bytes_of(values: list[Any]) -> dict[str, int]:
@@ -169,20 +172,23 @@ def _parts(value: Any) -> Iterable[Any]:
     return attributes(value).values()
 
 
-def _beside_elements(value: Any) -> int:
-    """What an array or a tensor takes beside its elements, or all of those in a container."""
+def _beside_elements(array: Any) -> int:
+    """What an array takes beside its elements; what it says of itself has them, unless it is a view."""
+    own = array.__sizeof__() - array.nbytes if array.flags.owndata else array.__sizeof__()
+    return ARRAY_BYTES + int(own)
+
+
+def _objects_in(value: Any) -> int:
+    """What the arrays and tensors in a container take beside their elements."""
     more, seen, values = 0, set[int](), [value]
     try:
         while values:
             item = values.pop()
             kind = kind_of(item)
-            if kind == "array":  # what it says of itself has its elements, unless it is a view
-                more += ARRAY_BYTES + item.__sizeof__() - item.nbytes * item.flags.owndata
-            elif kind == "tensor":
-                more += TENSOR_BYTES
-            elif kind in ("container", "other") and id(item) not in seen:
+            if kind in ("container", "other") and id(item) not in seen:
                 seen.add(id(item))
                 values.extend(_parts(item))
+            more += _beside_elements(item) if kind == "array" else TENSOR_BYTES if kind == "tensor" else 0
     except Exception:  # the class of a container has code that fails
         pass
     return more
