@@ -231,15 +231,10 @@ def _hidden_from_autograd(reduce: Callable[[Any], Any], value: Any) -> Any:
     autograd = getattr(getattr(sys.modules.get("torch"), "autograd", None), "graph", None)
     if autograd is None:
         return reduce(value)
-    hidden = autograd.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
-    try:
-        hidden.__enter__()
-    except RuntimeError:  # inside a transform of torch.func there are no such hooks
+    with contextlib.ExitStack() as hooks:
+        with contextlib.suppress(RuntimeError):  # inside a transform of torch.func there are no such hooks
+            hooks.enter_context(autograd.saved_tensors_hooks(lambda saved: saved, lambda saved: saved))
         return reduce(value)
-    try:
-        return reduce(value)
-    finally:
-        hidden.__exit__(None, None, None)
 
 
 def _to_tensor(tensor: Any) -> Any:

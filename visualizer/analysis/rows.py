@@ -187,14 +187,15 @@ def cls_attention(attention: Any, query: int = 0, *, prefix_tokens: int | None =
         ValueError: no patch is left, or the layers differ in shape.
         IndexError: there is no such query.
     """
+    return per_layer(attention, lambda layer: cls_attention_of(layer, query, prefix_tokens))
 
-    def patches_of(layer: AttentionMap) -> Tensor:
-        count, keys = prefix_of(layer, prefix_tokens), layer.shape[3]
-        if not 0 <= count < keys:
-            raise ValueError(f"prefix_tokens={count!r} does not leave a patch among {keys} keys")
-        return layer.rows([query])[:, :, 0, count:]
 
-    return per_layer(attention, patches_of)
+def cls_attention_of(layer: AttentionMap, query: int, prefix_tokens: int | None) -> Tensor:
+    """One row of one layer without the prefix tokens, (batch, heads, patches)."""
+    count, keys = prefix_of(layer, prefix_tokens), layer.shape[3]
+    if not 0 <= count < keys:
+        raise ValueError(f"prefix_tokens={count!r} does not leave a patch among {keys} keys")
+    return layer.rows([query])[:, :, 0, count:]
 
 
 def prefix_of(layer: AttentionMap, prefix_tokens: int | None) -> int:

@@ -97,7 +97,7 @@ def capture(
         UnknownLocalError: nothing in the target has the local; the message lists, by class, the locals that exist.
         ValueError: with at="assign", nothing in the target assigns to the local, such as a parameter.
         TypeError, ValueError: the target or an argument is of the wrong kind; or a method does not tell whose call it
-            is, for it has no `self` or binds it anew.
+            is, because it has no `self` or binds it anew.
         ImportError, AttributeError: a dotted name leads nowhere.
         RewriteError: here or at the start: a function cannot be rewritten with proof. Then nothing has changed.
         UnsupportedPythonError: this interpreter's bytecode is not known.

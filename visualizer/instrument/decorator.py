@@ -174,7 +174,7 @@ class GetLocal:
         [0.5, 1.5]
 
         A value is what `keep` made of it: by default a tensor becomes a numpy array of its shape and type. If a `keep`
-        function raised, reading raises its error again, for the captured function may have swallowed it.
+        function raised, reading raises its error again, because the captured function may have hidden it.
         """
         self._store.fetch()
         return self._cache

@@ -57,7 +57,7 @@ def _rerun(function: Callable[..., Any]) -> Callable[..., Any]:
 def _rerun_within(backward: Callable[..., Any]) -> Callable[..., Any]:
     """The same backward function of a checkpoint, in which the layers that it runs again are not recorded.
 
-    The gradients are computed with recording on, for that may run code of the model.
+    The gradients are computed with recording on, because that may run code of the model.
     """
 
     @wraps(backward)

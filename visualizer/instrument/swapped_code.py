@@ -108,7 +108,7 @@ def _found(code: CodeType) -> _Swap:
 def detach(pairs: Iterable[tuple[FunctionType, Channel]]) -> list[News]:
     """Undo `attach`; when the last channel leaves a function, it gets its original code object back.
 
-    Returns what to warn of once everything is done, for a warning may be turned into an error.
+    Returns what to warn of once everything is done, because a warning may be turned into an error.
     """
     with switching():
         found = [_detach(function, channel) for function, channel in pairs]
@@ -140,8 +140,8 @@ def _detach(function: FunctionType, channel: Channel) -> News | None:
 def _install(function: FunctionType, swap: _Swap, channels: list[Channel]) -> None:
     code = _rewritten(swap.original, tuple(channels)) if channels else swap.original
     # Among the builtins, not the function's globals: tools that pickle functions by value take its globals along, and
-    # the hook would have to be imported wherever they arrive. The name stays when the capture ends, for a change of the
-    # builtins slows the whole process down for a moment.
+    # the hook would have to be imported wherever they arrive. The name stays when the capture ends, because a change
+    # of the builtins slows the whole process down for a moment.
     known: Any = function  # not all releases of the type checkers know the attribute
     builtins = known.__builtins__
     if builtins.get(HOOK) is not receive:

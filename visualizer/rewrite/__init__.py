@@ -16,7 +16,7 @@ The proof: without the injected instructions, the rewritten code is the original
 operations on the same names and constants, the same jumps, exception handlers, lines and columns. A function that
 fails it is refused with `RewriteError` and stays as it was.
 
-The `bytecode` package is loaded when the first function is taken apart, for no release of it may know a new Python.
+The `bytecode` package is loaded when the first function is taken apart: there may be no release of it for a new Python.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ The text is JSON too. Its containers are a flat list of nodes, and each node nam
 nesting is too deep and none is endless. The text lists the entries as well. So the header follows from the text, and a
 header that differs is damaged. The text and each entry have a checksum, so that every byte is checked.
 
-An array takes an entry of its own. Where many are small and alike, they are the rows of one entry, for its place in the
-header would take more bytes than the array. The records are columns for the same reason: what repeats is counted.
+An array takes an entry of its own. Where many are small and alike, they are the rows of one entry: a place in the
+header would take more bytes than such an array. The records are columns for the same reason: what repeats is counted.
 """
 
 from __future__ import annotations
