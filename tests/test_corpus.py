@@ -21,7 +21,7 @@ from corpus import CASES, Call, Case, load
 from corpus.oracle import UNBOUND, Traced, behaviour, show, traced
 
 from visualizer.errors import RewriteError
-from visualizer.rewrite import HOOK, Capture, local_names, rewrite, rewrite_for
+from visualizer.rewrite import HOOK, Capture, local_names, rewrite
 
 At = Literal["return", "assign"]
 Hook = Callable[[str, Any], object]
@@ -70,7 +70,7 @@ class HookError(Exception):
 
 @functools.cache
 def rewritten_code(case_name: str, names: tuple[str, ...], at: At) -> CodeType:
-    return rewrite(BY_NAME[case_name].function.__code__, names, at=at, key=KEY)
+    return rewrite(BY_NAME[case_name].function.__code__, Capture(tuple(names), at, KEY))
 
 
 @contextmanager
@@ -371,7 +371,7 @@ def test_refused_functions_are_left_alone(at: At) -> None:
         old = case.function.__code__
         for name in case.names:
             with pytest.raises(RewriteError, match=case.function.__name__):
-                rewrite(old, [name], at=at, key=KEY)
+                rewrite(old, Capture((name,), at, KEY))
         assert case.function.__code__ is old
 
 
@@ -379,7 +379,7 @@ def test_refused_functions_are_left_alone(at: At) -> None:
 def test_two_captures_at_once(case: Case) -> None:
     """Two captures of one function get what each would get alone."""
     captures = [Capture(case.names, "return", KEY), Capture(case.names[:1], "assign", ASSIGN_KEY)]
-    code = rewrite_for(case.function.__code__, captures)
+    code = rewrite(case.function.__code__, *captures)
     for index, call in enumerate(case.calls):
         expected = baseline(case.name, index)
         both = ByKey(returns := Recorder(len(case.names)), assignments := AssignmentRecorder(case))

@@ -244,12 +244,12 @@ class TestSwitching:
     def test_a_refused_decoration_while_active_leaves_no_trace(self, gl, monkeypatch):
         gl.activate()
         module = sys.modules["visualizer.instrument.swapped_code"]
-        real = module.rewrite_for
+        real = module.rewrite
 
-        def refuse(code, captures):
+        def refuse(code, *captures):
             raise RewriteError("no")
 
-        monkeypatch.setattr(module, "rewrite_for", refuse)
+        monkeypatch.setattr(module, "rewrite", refuse)
 
         def forward(x):
             attn = x
@@ -261,7 +261,7 @@ class TestSwitching:
             gl("attn")(forward)
         assert {} == gl.cache
         assert forward.__code__ is code
-        monkeypatch.setattr(module, "rewrite_for", real)
+        monkeypatch.setattr(module, "rewrite", real)
         make(gl, "attn")(1)
         assert {"forward": [4]} == gl.cache, "the plain key is still free"
 

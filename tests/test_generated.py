@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, assume, event, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from visualizer.errors import RewriteError  # noqa: E402
-from visualizer.rewrite import HOOK, local_names, rewrite  # noqa: E402
+from visualizer.rewrite import HOOK, Capture, local_names, rewrite  # noqa: E402
 
 NAMES = ("a", "b", "c", "d")
 KINDS = ("def", "def", "generator", "async def", "async generator")
@@ -303,7 +303,7 @@ def check(source: Source, args: tuple[Any, ...]) -> None:
 
     space[HOOK] = at_return
     try:
-        function.__code__ = rewrite(original, names, key="k")
+        function.__code__ = rewrite(original, Capture(tuple(names), "return", "k"))
     except RewriteError as refusal:
         event(f"refused: {str(refusal).split(': ')[1][:40]}")
         assume(False)
@@ -319,7 +319,7 @@ def check(source: Source, args: tuple[Any, ...]) -> None:
 
     assigned: list[tuple[str, int, str]] = []
     space[HOOK] = lambda key, event: event and assigned.append((event[0], event[1], show(event[2])))
-    function.__code__ = rewrite(original, [name for name in names if name in NAMES], at="assign", key="k")
+    function.__code__ = rewrite(original, Capture(tuple(name for name in names if name in NAMES), "assign", "k"))
     assert expected.behaviour == behaviour(function, call)
 
     noted: list[tuple[str, int, str]] = []

@@ -4,7 +4,7 @@ from itertools import groupby
 
 import pytest
 
-from visualizer.rewrite import rewrite
+from visualizer.rewrite import Capture, rewrite
 from visualizer.rewrite.line_table import line_table
 
 
@@ -27,7 +27,7 @@ def test_a_table_that_is_made_anew_says_the_same(column):
 @pytest.mark.parametrize("column", [100, 128, 200, 300])
 def test_lines_behind_far_columns_stay(column):
     code = function(f"def f(x):\n    y = {' ' * column}x + 1\n    z = y\n    return z\n")
-    lines = sorted({line for line in positions(rewrite(code, ["y"], key="k"))[1]})
+    lines = sorted({line for line in positions(rewrite(code, Capture(("y",), "return", "k")))[1]})
     assert sorted(set(positions(code)[1])) == lines
 
 

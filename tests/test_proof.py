@@ -4,7 +4,7 @@ import pytest
 
 from visualizer import opcodes
 from visualizer.errors import RewriteError
-from visualizer.rewrite import rewrite
+from visualizer.rewrite import Capture, rewrite
 
 
 class TestTheProof:
@@ -37,7 +37,7 @@ class TestTheProof:
         assemble = Bytecode.to_code
         monkeypatch.setattr(Bytecode, "to_code", lambda self, *args, **kw: change(assemble(self, *args, **kw)))
         with pytest.raises(RewriteError) as caught:
-            rewrite(self.function.__code__, ["attn"], key="k")
+            rewrite(self.function.__code__, Capture(("attn",), "return", "k"))
         assert "TestTheProof.function" in str(caught.value)
         assert "left as it is" in str(caught.value)
 
@@ -54,7 +54,7 @@ class TestTheProof:
 
         monkeypatch.setattr(Bytecode, "to_code", damaged)
         with pytest.raises(RewriteError):
-            rewrite(self.function.__code__, ["attn"], key="k")
+            rewrite(self.function.__code__, Capture(("attn",), "return", "k"))
 
     def test_what_the_package_cannot_take_apart_is_refused(self, monkeypatch):
         from bytecode import Bytecode
@@ -64,9 +64,9 @@ class TestTheProof:
 
         monkeypatch.setattr(Bytecode, "from_code", broken)
         with pytest.raises(RewriteError, match="IndexError"):
-            rewrite(self.function.__code__, ["attn"], key="k")
+            rewrite(self.function.__code__, Capture(("attn",), "return", "k"))
 
     def test_an_unknown_way_to_return_is_refused(self, monkeypatch):
         monkeypatch.setattr(opcodes, "KNOWN_RETURNS", frozenset())
         with pytest.raises(RewriteError, match="RETURN_VALUE"):
-            rewrite(self.function.__code__, ["attn"], key="k")
+            rewrite(self.function.__code__, Capture(("attn",), "return", "k"))

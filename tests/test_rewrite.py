@@ -15,7 +15,7 @@ from types import CellType, CodeType, FunctionType
 import pytest
 
 from visualizer.errors import RewriteError, UnknownLocalError
-from visualizer.rewrite import HOOK, Capture, assigned_lines, local_names, original_of, rewrite, rewrite_for
+from visualizer.rewrite import HOOK, Capture, assigned_lines, local_names, original_of, rewrite
 
 
 def instrument(function, *names, at="return"):
@@ -26,7 +26,7 @@ def instrument(function, *names, at="return"):
         calls.append((key, value))
 
     space = {**function.__globals__, HOOK: hook}
-    code = rewrite(function.__code__, names, at=at, key="the key")
+    code = rewrite(function.__code__, Capture(tuple(names), at, "the key"))
     twin = types.FunctionType(code, space, None, function.__defaults__, function.__closure__)
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin, calls, hook
@@ -97,9 +97,9 @@ def test_rewritten_code_can_be_rewritten_again():
         return attn
 
     seen = []
-    code = rewrite(forward.__code__, ["attn"], key="one")
-    code = rewrite(code, ["x"], key="two", at="return")
-    code = rewrite(code, ["attn"], key="three", at="assign")
+    code = rewrite(forward.__code__, Capture(("attn",), "return", "one"))
+    code = rewrite(code, Capture(("x",), "return", "two"))
+    code = rewrite(code, Capture(("attn",), "assign", "three"))
     types.FunctionType(code, {HOOK: lambda *call: seen.append(call)})(1)
     line = forward.__code__.co_firstlineno + 1
     assert [("three", None), ("three", ("attn", line, 2)), ("one", 2), ("two", 1)] == seen
@@ -120,7 +120,7 @@ def test_the_same_code_is_rewritten_for_many_keys():
         for keys in (["a", "b"], ["b", "a"], ["the key", "__get_local__#0"], ["c", "c"]):
             captures = [Capture(("attn",), "return", keys[0]), Capture(("x",), "assign", keys[1])]
             calls = []
-            code = rewrite_for(function.__code__, captures)
+            code = rewrite(function.__code__, *captures)
             twin = FunctionType(code, {HOOK: lambda *call, calls=calls: calls.append(call)})
             assert function(5) == twin(5)
             assert [(keys[1], None), (keys[0], 5 * factor)] == calls
@@ -132,7 +132,9 @@ def test_equal_code_of_two_files_keeps_its_file():
     spaces = [{}, {}]
     for name, space in zip(("one.py", "two.py"), spaces, strict=True):
         exec(compile(source, name, "exec"), space)
-    assert ["one.py", "two.py"] == [rewrite(s["f"].__code__, ["attn"], key="k").co_filename for s in spaces]
+    assert ["one.py", "two.py"] == [
+        rewrite(s["f"].__code__, Capture(("attn",), "return", "k")).co_filename for s in spaces
+    ]
 
 
 def test_a_raising_hook_leaves_the_function_by_its_own_error_cold_and_warm():
@@ -163,7 +165,7 @@ def test_signature_documentation_and_marshalling_survive():
         attn = a
         return attn
 
-    code = rewrite(forward.__code__, ["attn"], key="not a docstring")
+    code = rewrite(forward.__code__, Capture(("attn",), "return", "not a docstring"))
     forward.__code__, original = code, forward.__code__
     assert "(a, /, b, *args, c=1, **kwargs)" == str(inspect.signature(forward))
     assert original.co_flags == code.co_flags
@@ -177,7 +179,7 @@ def test_the_key_never_becomes_a_docstring():
     functions = [lambda x: x, eval("lambda *, y: y")]
     for function in functions:
         name = function.__code__.co_varnames[0]
-        code = rewrite(function.__code__, [name], key="the key")
+        code = rewrite(function.__code__, Capture((name,), "return", "the key"))
         assert types.FunctionType(code, {}).__doc__ is None
 
 
@@ -212,7 +214,7 @@ def test_a_comprehensions_variable_is_a_local_only_if_the_function_has_it_too():
     assert "x" not in local_names(only_there.__code__)
     assert "x" in local_names(both.__code__)
     with pytest.raises(UnknownLocalError, match="no local 'x'"):
-        rewrite(only_there.__code__, ["x"], key="k")
+        rewrite(only_there.__code__, Capture(("x",), "return", "k"))
 
 
 def test_assigned_lines_leave_out_what_is_no_assignment():
@@ -251,7 +253,7 @@ def test_a_few_modules_of_the_standard_library_rewrite(module):
     assert functions
     for code in functions:
         for at in ("return", "assign"):
-            assert_looks_the_same(code, rewrite(code, local_names(code), at=at, key="k"))
+            assert_looks_the_same(code, rewrite(code, Capture(local_names(code), at, "k")))
 
 
 def folder_of(package: str) -> Path:
@@ -296,7 +298,7 @@ def test_whole_packages_rewrite_or_are_refused_for_a_known_reason(package, recor
             for at in ("return", "assign"):
                 count += 1
                 try:
-                    rewritten = rewrite(code, local_names(code), at=at, key="k")
+                    rewritten = rewrite(code, Capture(local_names(code), at, "k"))
                 except RewriteError as error:
                     refused += 1
                     if not any(reason in str(error) for reason in known):

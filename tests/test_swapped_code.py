@@ -81,14 +81,14 @@ class TestReplacedBeforeActivation:
         functions = [make(gl, "attn"), make(gl, "attn")]
         code = functions[1].__code__ = functions[1].__code__.replace(co_name="other")
         module = sys.modules["visualizer.instrument.swapped_code"]
-        real = module.rewrite_for
+        real = module.rewrite
 
-        def refuse(rewritten, captures):
+        def refuse(rewritten, *captures):
             if rewritten is code:
                 raise RewriteError("there is no proof")
-            return real(rewritten, captures)
+            return real(rewritten, *captures)
 
-        monkeypatch.setattr(module, "rewrite_for", refuse)
+        monkeypatch.setattr(module, "rewrite", refuse)
         with pytest.warns(VisualizerWarning, match="there is no proof"):
             gl.activate()
         assert [5, 5] == [function(1) for function in functions]
@@ -168,15 +168,15 @@ def test_nothing_is_half_activated(gl, monkeypatch):
     good, bad = make(gl, "attn"), make(gl, "q")
     codes = good.__code__, bad.__code__
     module = sys.modules["visualizer.instrument.swapped_code"]
-    real, calls = module.rewrite_for, []
+    real, calls = module.rewrite, []
 
-    def refuse_the_second(code, captures):
+    def refuse_the_second(code, *captures):
         calls.append(captures)
         if captures[0].names == ("q",):
             raise RewriteError("no")
-        return real(code, captures)
+        return real(code, *captures)
 
-    monkeypatch.setattr(module, "rewrite_for", refuse_the_second)
+    monkeypatch.setattr(module, "rewrite", refuse_the_second)
     with pytest.raises(RewriteError):
         gl.activate()
     assert len(calls) == 2
@@ -199,8 +199,8 @@ def test_a_code_that_another_tool_put_in_place_is_left():
 
 def test_a_finalizers_change_waits_until_nobody_is_switching():
     done = []
-    with swapped_code.switching:
-        with swapped_code.switching:
+    with swapped_code.switching():
+        with swapped_code.switching():
             swapped_code.when_idle(lambda: done.append("later"))
         assert [] == done
     assert ["later"] == done
@@ -212,7 +212,7 @@ def test_a_finalizer_does_not_wait_for_another_thread_that_is_switching():
     done, is_switching, may_end = [], threading.Event(), threading.Event()
 
     def switch():
-        with swapped_code.switching:
+        with swapped_code.switching():
             is_switching.set()
             may_end.wait(10)
 

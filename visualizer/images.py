@@ -66,7 +66,7 @@ def read_image(image: Any) -> Array:
 
     Takes (height, width), (height, width, channels) and, as torch has it, (channels, height, width); 1, 3 or 4
     channels, integers to 255 or floats to 1. Transparent pixels become white. A file's picture is turned upright, as
-    its EXIF says; a PIL image stays as it is, for models are given it so. Raises OSError for a file that is missing or
+    its EXIF says; a PIL image stays as it is, because models get it so. Raises OSError for a file that is missing or
     no picture, TypeError or ValueError for anything else.
     """
     if isinstance(image, (str, os.PathLike)):

@@ -186,7 +186,7 @@ def load_hook(hook: str, at: InstrLocation | None) -> list[Instr]:
 
 
 def load_marker(hook: str, at: InstrLocation | None) -> list[Instr]:
-    """Stack: ... -> ... hook. The hook itself means "unbound", for no variable of the user's can hold it."""
+    """Stack: ... -> ... hook. The hook itself means "unbound": no variable of the user's can hold it."""
     return _one("LOAD_GLOBAL", (False, hook), at=at)
 
 

@@ -197,21 +197,16 @@ def _why_unreal(value: Any) -> str | None:
 def is_plain_torch(torch: Any) -> bool:
     """Whether torch is in none of the modes in which a tensor may have no numbers, or a copy of it is traced."""
     try:
-        dispatch_modes, tracing_state, transforms = _mode_questions or _find_mode_questions(torch._C)
+        dispatch_modes, tracing_state, transforms = _mode_questions(torch._C)
     except AttributeError:  # a release that is not known
         return False
     return dispatch_modes() == 0 and tracing_state() is None and transforms() is None
 
 
-_mode_questions: tuple[Callable[[], Any], ...] = ()
-
-
-def _find_mode_questions(core: Any) -> tuple[Callable[[], Any], ...]:
+@functools.cache
+def _mode_questions(core: Any) -> tuple[Callable[[], Any], ...]:
     """Torch's functions that tell its modes, looked up once: this is asked for every captured tensor."""
-    global _mode_questions
-    functions = core._len_torch_dispatch_stack, core._get_tracing_state, core._functorch.peek_interpreter_stack
-    _mode_questions = functions
-    return functions
+    return core._len_torch_dispatch_stack, core._get_tracing_state, core._functorch.peek_interpreter_stack
 
 
 def _unwrapped(tensor: Any, torch: Any) -> tuple[Any, bool]:
@@ -236,15 +231,10 @@ def _hidden_from_autograd(reduce: Callable[[Any], Any], value: Any) -> Any:
     autograd = getattr(getattr(sys.modules.get("torch"), "autograd", None), "graph", None)
     if autograd is None:
         return reduce(value)
-    hidden = autograd.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
-    try:
-        hidden.__enter__()
-    except RuntimeError:  # inside a transform of torch.func there are no such hooks
+    with contextlib.ExitStack() as hooks:
+        with contextlib.suppress(RuntimeError):  # inside a transform of torch.func there are no such hooks
+            hooks.enter_context(autograd.saved_tensors_hooks(lambda saved: saved, lambda saved: saved))
         return reduce(value)
-    try:
-        return reduce(value)
-    finally:
-        hidden.__exit__(None, None, None)
 
 
 def _to_tensor(tensor: Any) -> Any:

@@ -44,7 +44,7 @@ sys.path[:0] = [path for path in (str(HERE.parent.parent), str(HERE.parent)) if 
 from cpython import expected  # noqa: E402
 
 from visualizer.errors import RewriteError  # noqa: E402
-from visualizer.rewrite import HOOK, local_names, rewrite  # noqa: E402
+from visualizer.rewrite import HOOK, Capture, local_names, rewrite  # noqa: E402
 
 PYTHON = getattr(sys, "_base_executable", None) or sys.executable
 """Not a virtual environment's: some tests skip themselves there. The tests' processes need nothing but Python."""
@@ -100,7 +100,7 @@ class Rewriter:
             self.bare.add(where)
             return code
         try:
-            code = rewrite(code, names, key=self.key(names))
+            code = rewrite(code, Capture(names, "return", self.key(names)))
         except RewriteError as error:
             reason = str(error).partition("left as it is: ")[2].partition(". To capture from it")[0]
             self.refused[where] = reason

@@ -323,9 +323,8 @@ def score_sums(layer: AttentionMap, facts: TokenFacts) -> tuple[Tensor, Tensor]:
                 values = torch.special.entr(both).sum(-1) / visible.clamp(min=2).to(rows.dtype).log()[:, None]
             elif pattern in where:
                 wanted, has_key = where[pattern]
-                values = (both * (wanted if wanted.ndim == 2 else wanted[:, None])).sum(
-                    -1
-                )  # (batch, heads + 1, queries)
+                # (batch, heads + 1, queries)
+                values = (both * (wanted if wanted.ndim == 2 else wanted[:, None])).sum(-1)
             else:
                 continue
             counts = attends & (real[:, part] & has_key)[:, None]

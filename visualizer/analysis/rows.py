@@ -70,15 +70,15 @@ def entropy(attention: Any) -> Any:
     return per_layer(attention, entropy_of)
 
 
-def entropy_of(layer: AttentionMap) -> Tensor:
-    """The entropy of each row, (batch, heads, queries)."""
-    entropies, real = layer.reduce(_entropies), _real_queries(layer)
-    return entropies if real is None else entropies.masked_fill(~real.to(entropies.device)[:, None], math.nan)
+def entropy_of(layer: AttentionMap, counts: Tensor | None = None) -> Tensor:
+    """The entropy of each row, (batch, heads, queries); NaN for the queries that do not count."""
+    entropies, counts = layer.reduce(_entropies), _counting(layer, counts)
+    return entropies if counts is None else entropies.masked_fill(~counts.to(entropies.device)[:, None], math.nan)
 
 
-def _real_queries(layer: AttentionMap) -> Tensor | None:
-    """Which queries are known not to be padding, (batch, queries)."""
-    return real_tokens(layer.query_layout, layer.shape[0], layer.shape[2])
+def _counting(layer: AttentionMap, counts: Tensor | None) -> Tensor | None:
+    """The queries that count, (batch, queries); where nobody says it, those that are known not to be padding."""
+    return real_tokens(layer.query_layout, layer.shape[0], layer.shape[2]) if counts is None else counts
 
 
 def _entropies(weights: Tensor) -> Tensor:
@@ -112,10 +112,9 @@ def received(attention: Any) -> Any:
 
 
 def received_of(layer: AttentionMap, counts: Tensor | None = None) -> Tensor:
-    """What each key of one layer gets, (batch, heads, keys), from the queries that count, (batch, queries), or from all
-    but padding."""
+    """What each key of one layer gets from the queries that count, (batch, heads, keys)."""
     batch, _, queries, _ = layer.shape
-    counts = _real_queries(layer) if counts is None else counts
+    counts = _counting(layer, counts)
     counts = torch.ones(batch, queries) if counts is None else counts
     columns = layer.row_product(counts.to(layer.device, layer.dtype))
     return columns / columns.sum(-1, keepdim=True)  # how many queries attend to something
@@ -164,9 +163,8 @@ def confidence(attention: Any) -> Any:
 
 
 def confidence_of(layer: AttentionMap, counts: Tensor | None = None) -> Tensor:
-    """How sure the heads of one layer are, (batch, heads), by the queries that count, (batch, queries), or by all but
-    padding."""
-    largest, counts = layer.reduce(_largest), _real_queries(layer) if counts is None else counts
+    """How sure the heads of one layer are in the queries that count, (batch, heads)."""
+    largest, counts = layer.reduce(_largest), _counting(layer, counts)
     if counts is not None:
         largest = largest * counts.to(largest.device)[:, None]
     return largest.sum(-1) / (largest > 0).sum(-1)
@@ -199,12 +197,17 @@ def cls_attention(attention: Any, query: int = 0, *, prefix_tokens: int | None =
 
 def cls_attention_of(layer: AttentionMap, query: int, prefix_tokens: int | None) -> Tensor:
     """One row of one layer without the prefix tokens, (batch, heads, patches)."""
-    keys, known = layer.shape[3], layer.layout
-    if prefix_tokens is None:
-        prefix_tokens = 1 if known is None or known.patches is None else known.first_patch
-    if not 0 <= prefix_tokens < keys:
-        raise ValueError(f"prefix_tokens={prefix_tokens!r} does not leave a patch among {keys} keys")
-    return layer.rows([query])[:, :, 0, prefix_tokens:]
+    count, keys = prefix_of(layer, prefix_tokens), layer.shape[3]
+    if not 0 <= count < keys:
+        raise ValueError(f"prefix_tokens={count!r} does not leave a patch among {keys} keys")
+    return layer.rows([query])[:, :, 0, count:]
+
+
+def prefix_of(layer: AttentionMap, prefix_tokens: int | None) -> int:
+    """How many keys come before the patches: as many as is said, or else those that the map knows, or else 1."""
+    if prefix_tokens is not None:
+        return prefix_tokens
+    return 1 if layer.layout is None or layer.layout.patches is None else layer.layout.first_patch
 
 
 def attention_distance(

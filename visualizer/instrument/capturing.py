@@ -97,7 +97,7 @@ def capture(
         UnknownLocalError: nothing in the target has the local; the message lists, by class, the locals that exist.
         ValueError: with at="assign", nothing in the target assigns to the local, such as a parameter.
         TypeError, ValueError: the target or an argument is of the wrong kind; or a method does not tell whose call it
-            is, for it has no `self` or binds it anew.
+            is, because it has no `self` or binds it anew.
         ImportError, AttributeError: a dotted name leads nowhere.
         RewriteError: here or at the start: a function cannot be rewritten with proof. Then nothing has changed.
         UnsupportedPythonError: this interpreter's bytecode is not known.
@@ -160,7 +160,7 @@ class Captured(Cache[Stack]):
         """
         compiler.prepare()
         mark_reruns()
-        with compiler.paused(), swapped_code.switching:
+        with compiler.paused(), swapped_code.switching():
             if self._is_running:
                 return self
             pairs = _alive(self._pairs)
@@ -178,7 +178,7 @@ class Captured(Cache[Stack]):
     @never_compiled
     def stop(self) -> None:
         """Stop recording; the values stay. Functions that no other capture needs get their own code back."""
-        with compiler.paused(), swapped_code.switching:
+        with compiler.paused(), swapped_code.switching():
             if not self._is_running:
                 return
             self._is_running, self.store.state = False, _OFF
@@ -250,7 +250,7 @@ def _alive(pairs: list[tuple[weakref.ref[FunctionType], Channel]]) -> list[tuple
 
 def _withdraw(pairs: list[tuple[weakref.ref[FunctionType], Channel]], store: Store) -> list[News]:
     """Give the functions their code back, so that nothing refers to the store any more; returns what to warn of."""
-    with swapped_code.switching:
+    with swapped_code.switching():
         alive = _alive(pairs)
         found = swapped_code.detach(alive)
         for _, channel in pairs:

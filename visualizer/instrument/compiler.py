@@ -107,7 +107,7 @@ class Uncompiled:
 
 
 def paused() -> AbstractContextManager[Any]:
-    """Within it no other thread compiles, for code that is swapped meanwhile would confuse the compiler."""
+    """Within it no other thread compiles: code that is swapped meanwhile would confuse the compiler."""
     return getattr(sys.modules.get(f"{_COMPILER}.convert_frame"), "compile_lock", nullcontext())
 
 

@@ -174,7 +174,7 @@ class GetLocal:
         [0.5, 1.5]
 
         A value is what `keep` made of it: by default a tensor becomes a numpy array of its shape and type. If a `keep`
-        function raised, reading raises its error again, for the captured function may have swallowed it.
+        function raised, reading raises its error again, because the captured function may have hidden it.
         """
         self._store.fetch()
         return self._cache
@@ -217,7 +217,7 @@ class GetLocal:
 
     @never_compiled
     def _decorate(self, function: FunctionType, names: tuple[str, ...], at: At, keep: Keep | None) -> None:
-        with compiler.paused() if self._active else nullcontext(), swapped_code.switching:
+        with compiler.paused() if self._active else nullcontext(), swapped_code.switching():
             before = self._decorated.get(function)
             channels = [] if before is None else before.channels
             same = [
@@ -301,7 +301,7 @@ class GetLocal:
         if active:
             compiler.prepare()
             mark_reruns()
-        with compiler.paused(), swapped_code.switching:
+        with compiler.paused(), swapped_code.switching():
             decorated = list(self._decorated.items())
             pairs = [(function, channel) for function, (_, channels) in decorated for channel in channels]
             news: list[News] = []

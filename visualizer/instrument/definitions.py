@@ -67,9 +67,8 @@ class Definitions:
             lines = set()
         is_nameless = new.name.rpartition(".")[2] in ("<lambda>", "_")
         for definition in known:
-            is_gone = (
-                definition.file == new.file and definition.line not in lines
-            )  # redefined: the source has it elsewhere now
+            # Defined again: the source has it elsewhere now.
+            is_gone = definition.file == new.file and definition.line not in lines
             is_cell_run_again = definition.file != new.file and not is_nameless
             if is_gone or is_cell_run_again:
                 return definition

@@ -31,7 +31,7 @@ def named_modules(module: Any) -> Iterator[tuple[str, Any]]:
 
 
 def module_classes() -> tuple[type, ...]:
-    """`nn.Module`; nothing where torch is not loaded, for then nobody has one."""
+    """`nn.Module`; nothing where torch is not loaded, because then nobody has one."""
     torch = sys.modules.get("torch")
     return () if torch is None else (torch.nn.Module,)
 

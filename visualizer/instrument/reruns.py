@@ -25,9 +25,7 @@ def mark_reruns() -> None:
 
 def _mark_checkpoint(module: ModuleType) -> None:
     _wrap(module, "_run_fn_with_dynamo_disabled", _rerun)
-    function = getattr(module, "CheckpointFunction", None)
-    if function is not None:
-        _wrap(function, "backward", lambda backward: staticmethod(_rerun_within(backward)))
+    _wrap(getattr(module, "CheckpointFunction", None), "backward", _rerun_within)
 
 
 def _mark_trace(module: ModuleType) -> None:
@@ -40,7 +38,9 @@ _wrappers: list[Any] = []
 def _wrap(holder: Any, name: str, wrap: Callable[[Any], Any]) -> None:
     function = getattr(holder, name, None)
     if function is not None and function not in _wrappers:
-        setattr(holder, name, wrap(function))
+        wrapper = never_compiled(wrap(function))
+        _wrappers.append(wrapper)
+        setattr(holder, name, staticmethod(wrapper) if isinstance(holder, type) else wrapper)
 
 
 def _rerun(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,29 +51,22 @@ def _rerun(function: Callable[..., Any]) -> Callable[..., Any]:
         with unrecorded():
             return function(*args, **kwargs)
 
-    _wrappers.append(run)
-    return never_compiled(run)
+    return run
 
 
 def _rerun_within(backward: Callable[..., Any]) -> Callable[..., Any]:
     """The same backward function of a checkpoint, in which the layers that it runs again are not recorded.
 
-    The gradients are computed with recording on, for that may run code of the model.
+    The gradients are computed with recording on, because that may run code of the model.
     """
 
     @wraps(backward)
     def run(ctx: Any, *args: Any) -> Any:
         function = ctx.run_function
-
-        def again(*inputs: Any) -> Any:
-            with unrecorded():
-                return function(*inputs)
-
-        ctx.run_function = again
+        ctx.run_function = _rerun(function)
         try:
             return backward(ctx, *args)
         finally:
             ctx.run_function = function
 
-    _wrappers.append(run)
-    return never_compiled(run)
+    return run

@@ -251,8 +251,8 @@ def _add_module(
 ) -> None:
     """Add every submodule to the sites of the functions of its class that have the locals: `forward` before any other.
 
-    One site serves all modules that run a function, for each site is a hook call in it. A module that is in a list of
-    targets twice has two keys, and so needs a second one.
+    Each site is a hook call in its function, so one serves all modules that run the function. A module that is in a
+    list of targets twice has two keys, and so needs a second site.
     """
     classes: MethodsByClass = {}
     available: set[str] = set()

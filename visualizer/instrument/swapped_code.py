@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import CodeType, FunctionType
 from typing import Any
 
 from ..errors import News
-from ..rewrite import HOOK, Capture, original_of, rewrite_for
+from ..rewrite import HOOK, Capture, original_of, rewrite
 from ..store import Channel, ForkSafeLock, listener, receive
 
 
@@ -33,20 +34,14 @@ _lock = ForkSafeLock()
 _deferred: deque[Callable[[], None]] = deque()
 
 
-class _Switching:
-    """The lock that a thread holds while it changes what is captured."""
-
-    def __enter__(self) -> None:
-        _lock.acquire()
-        _lock.depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        _lock.depth -= 1
-        _lock.release()
+@contextmanager
+def switching() -> Iterator[None]:
+    """Hold the lock of whoever changes what is captured; at its end, make the changes that had to wait."""
+    try:
+        with _lock.working():
+            yield
+    finally:
         _catch_up()
-
-
-switching = _Switching()
 
 
 def when_idle(action: Callable[[], None]) -> None:
@@ -83,7 +78,7 @@ def attach(pairs: Iterable[tuple[FunctionType, Channel]]) -> None:
         RewriteError: one of the functions cannot be rewritten with proof. Then all are as they were.
     """
     attached: list[tuple[FunctionType, Channel]] = []
-    with switching:
+    with switching():
         try:
             for function, channel in pairs:
                 swap = _swaps.get(function)
@@ -113,9 +108,9 @@ def _found(code: CodeType) -> _Swap:
 def detach(pairs: Iterable[tuple[FunctionType, Channel]]) -> list[News]:
     """Undo `attach`; when the last channel leaves a function, it gets its original code object back.
 
-    Returns what to warn of once everything is done, for a warning may be turned into an error.
+    Returns what to warn of once everything is done, because a warning may be turned into an error.
     """
-    with switching:
+    with switching():
         found = [_detach(function, channel) for function, channel in pairs]
     return [news for news in found if news is not None]
 
@@ -145,8 +140,8 @@ def _detach(function: FunctionType, channel: Channel) -> News | None:
 def _install(function: FunctionType, swap: _Swap, channels: list[Channel]) -> None:
     code = _rewritten(swap.original, tuple(channels)) if channels else swap.original
     # Among the builtins, not the function's globals: tools that pickle functions by value take its globals along, and
-    # the hook would have to be imported wherever they arrive. The name stays when the capture ends, for a change of the
-    # builtins slows the whole process down for a moment.
+    # the hook would have to be imported wherever they arrive. The name stays when the capture ends, because a change
+    # of the builtins slows the whole process down for a moment.
     known: Any = function  # not all releases of the type checkers know the attribute
     builtins = known.__builtins__
     if builtins.get(HOOK) is not receive:
@@ -164,7 +159,7 @@ def _rewritten(code: CodeType, channels: tuple[Channel, ...]) -> CodeType:
     made, sites = channels[-1].made, tuple(channel.site for channel in channels)
     if made is None or made[0] is not code or made[1] != sites:
         captures = [Capture(channel.names, channel.at, channel.site, channel.owner) for channel in channels]
-        made = channels[-1].made = code, sites, rewrite_for(code, captures)
+        made = channels[-1].made = code, sites, rewrite(code, *captures)
     return made[2]
 
 

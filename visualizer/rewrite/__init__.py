@@ -1,6 +1,6 @@
 """Rewrite a code object so that named locals reach a hook, and prove that nothing else changed.
 
-Pure: (code, names, at, key) -> code. Nothing here knows a store or a tensor; the rewritten code looks the hook up as a
+Pure: (code, captures) -> code. Nothing here knows a store or a tensor; the rewritten code looks the hook up as a
 global or builtin of its function, under the name `HOOK`, so any function of two arguments will do. Where there is none,
 as in a process that the code was sent to, it does without. It carries the original, as data, for whoever wants that
 back: `original_of`.
@@ -16,7 +16,7 @@ The proof: without the injected instructions, the rewritten code is the original
 operations on the same names and constants, the same jumps, exception handlers, lines and columns. A function that
 fails it is refused with `RewriteError` and stays as it was.
 
-The `bytecode` package is loaded when the first function is taken apart, for no release of it may know a new Python.
+The `bytecode` package is loaded when the first function is taken apart: there may be no release of it for a new Python.
 """
 
 from __future__ import annotations
@@ -40,30 +40,21 @@ __all__ = [
     "original_of",
     "rebinds",
     "rewrite",
-    "rewrite_for",
 ]
 
 
-def rewrite(code: CodeType, names: Sequence[str], *, at: At = "return", key: str) -> CodeType:
-    """A code object that does what `code` does and also brings the locals `names` to a hook.
+def rewrite(code: CodeType, *captures: Capture) -> CodeType:
+    """A code object that does what `code` does and makes the hook calls of all the captures, in their order.
 
-    >>> from visualizer.rewrite import HOOK
+    >>> from visualizer.rewrite import HOOK, Capture
     >>> def scale(x):
     ...     attn = 2 * x
     ...     return attn + 1
     >>> captured = []
     >>> globals()[HOOK] = lambda key, value: captured.append((key, value))
-    >>> scale.__code__ = rewrite(scale.__code__, ["attn"], key="scale")
+    >>> scale.__code__ = rewrite(scale.__code__, Capture(("attn",), "return", key="scale"))
     >>> scale(3), captured
     (7, [('scale', 6)])
-
-    See `Capture` for the arguments, and `rewrite_for` for the errors.
-    """
-    return rewrite_for(code, [Capture(tuple(names), at, key)])
-
-
-def rewrite_for(code: CodeType, captures: Sequence[Capture]) -> CodeType:
-    """A code object that does what `code` does and makes the hook calls of all the captures, in their order.
 
     Code that is rewritten again for other keys takes a fraction of the time: only the keys are exchanged.
 
@@ -118,7 +109,8 @@ def original_of(code: CodeType) -> CodeType:
     >>> def scale(x):
     ...     attn = 2 * x
     ...     return attn
-    >>> original_of(rewrite(scale.__code__, ["attn"], key="scale")) is scale.__code__ is original_of(scale.__code__)
+    >>> rewritten = rewrite(scale.__code__, Capture(("attn",), "return", key="scale"))
+    >>> original_of(rewritten) is scale.__code__ is original_of(scale.__code__)
     True
 
     Code that another tool has made from rewritten code, with instructions of its own, is no longer ours.

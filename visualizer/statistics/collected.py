@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import FileFormatError, few, warn
 from ..store import Record, Recorded, Saved, stacked
 from .base import Statistic, with_layers
-from .moments import Moments, empty_state, merge_states, to_one_shape
+from .moments import Moments, empty_state, merge_states, samples_in, to_one_shape
 
 __all__ = ["Collected"]
 
@@ -108,8 +108,7 @@ class Collected(Recorded, Mapping[str, Moments]):
             shape = moments.count.shape
             sizes = ", ".join([f"{size} {axis}" for size, axis in zip(shape, axes, strict=False)])
             sizes = sizes if len(shape) < 4 else f"{shape[0]} layers, {shape[1]} heads, {shape[2]} x {shape[3]}"
-            least, most = (int(f(moments.count)) if moments.count.size else 0 for f in (np.min, np.max))
-            rows.append((name, sizes, str(most) if least == most else f"{least} to {most}"))
+            rows.append((name, sizes, samples_in(moments.count)))
         more = f", {len(self.failed)} failed" if self.failed else ""
         more += "" if self.is_complete else ", unfinished"
         return f"statistics of {self.samples} images or texts in {self.batches} batches{more}", rows

@@ -79,10 +79,7 @@ class Entropy(Statistic):
 
     def of(self, layer: AttentionMap, tokens: Tokens) -> Tensor:
         """(batch, heads), in nats."""
-        entropies, real = rows.entropy_of(layer), tokens.queries(layer)
-        if real is not None:
-            entropies = entropies.masked_fill(~real.to(entropies.device)[:, None], math.nan)
-        return entropies.nanmean(-1)
+        return rows.entropy_of(layer, tokens.queries(layer)).nanmean(-1)
 
 
 class Confidence(Statistic):
@@ -161,10 +158,7 @@ class PrefixMass(Statistic):
 
     def of(self, layer: AttentionMap, tokens: Tokens) -> Tensor:
         """(batch, heads), from 0 to 1."""
-        received, known = _received(layer, tokens), layer.layout
-        count = self.prefix_tokens
-        if count is None:
-            count = 1 if known is None or known.patches is None else known.first_patch
+        received, count = _received(layer, tokens), rows.prefix_of(layer, self.prefix_tokens)
         return received[..., :count].nansum(-1).masked_fill(received.isnan().all(-1), math.nan)
 
 

@@ -99,13 +99,16 @@ class Moments(Printed):
         """Layers down, heads across; where there are further axes, only how many numbers there are."""
         means, spread = self.mean, self.std
         if means.ndim > 2:
-            return f"moments of {' x '.join(map(str, means.shape))} numbers, {_counted(self.count)}", [("layer",)]
+            return f"moments of {' x '.join(map(str, means.shape))} numbers, {samples_in(self.count)} samples", [
+                ("layer",)
+            ]
         rows = [("layer", *(f"head {head}" for head in range(means.shape[1])))]
         for layer, (row, deviations) in enumerate(zip(means, spread, strict=True)):
             rows.append((str(layer), *(f"{m:.4g} ± {s:.2g}" for m, s in zip(row, deviations, strict=True))))
-        return f"moments of {means.shape[0]} x {means.shape[1]} heads, {_counted(self.count)}", rows
+        return f"moments of {means.shape[0]} x {means.shape[1]} heads, {samples_in(self.count)} samples", rows
 
 
-def _counted(count: npt.NDArray[np.int64]) -> str:
+def samples_in(count: npt.NDArray[np.int64]) -> str:
+    """The number of samples, for a table; the least and the most where the numbers differ."""
     least, most = (int(count.min()), int(count.max())) if count.size else (0, 0)
-    return f"{most} samples" if least == most else f"{least} to {most} samples"
+    return str(most) if least == most else f"{least} to {most}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..analysis.layers import real_tokens
 from ..intercept import Maps
+from ..layout import Layout
 from ..maps import AttentionMap
 
 __all__ = ["Tokens"]
@@ -27,13 +28,12 @@ class Tokens:
 
     def queries(self, layer: AttentionMap) -> Tensor | None:
         """Which queries are not padding, (batch, queries) as bool; None where nothing is known."""
-        real = _is_real(self.mask, layer.shape[2])
-        return real_tokens(layer.query_layout, layer.shape[0], layer.shape[2]) if real is None else real
+        return _are_real(self.mask, layer.query_layout, layer.shape[0], layer.shape[2])
 
     def keys(self, layer: AttentionMap) -> Tensor | None:
         """Which keys are not padding, (batch, keys) as bool; None where nothing is known."""
-        real = _is_real(self.key_mask if layer.kind == "cross" else self.mask, layer.shape[3])
-        return real_tokens(layer.layout, layer.shape[0], layer.shape[3]) if real is None else real
+        mask = self.key_mask if layer.kind == "cross" else self.mask
+        return _are_real(mask, layer.layout, layer.shape[0], layer.shape[3])
 
     def of_images(self, chosen: Tensor) -> Tokens:
         """The tokens of some images or texts, by a bool for each of the batch."""
@@ -43,8 +43,8 @@ class Tokens:
         )
 
 
-def _is_real(mask: Tensor | None, tokens: int) -> Tensor | None:
-    return mask != 0 if mask is not None and mask.shape[-1] == tokens else None
+def _are_real(mask: Tensor | None, layout: Layout | None, batch: int, tokens: int) -> Tensor | None:
+    return mask != 0 if mask is not None and mask.shape[-1] == tokens else real_tokens(layout, batch, tokens)
 
 
 def tokens_of_call(layer: AttentionMap, maps: Maps[Any], batch: Tokens) -> Tokens:

@@ -170,9 +170,8 @@ def write_csv(path: str | PathLike[str], records: Sequence[Record], choice: Choi
         writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
         writer.writerow(names)
         for part in _table(maps, names):
-            digits = (
-                "%.17g" if part["weight"].dtype.itemsize > 4 else "%.9g"
-            )  # so many tell each number from all others
+            # So many digits tell each number from all others.
+            digits = "%.17g" if part["weight"].dtype.itemsize > 4 else "%.9g"
             cells: dict[str, Any] = {name: values.tolist() for name, values in part.items()}
             cells["weight"] = map(digits.__mod__, cells["weight"])
             writer.writerows(zip(*cells.values(), strict=True))

@@ -5,8 +5,8 @@ The text is JSON too. Its containers are a flat list of nodes, and each node nam
 nesting is too deep and none is endless. The text lists the entries as well. So the header follows from the text, and a
 header that differs is damaged. The text and each entry have a checksum, so that every byte is checked.
 
-An array takes an entry of its own. Where many are small and alike, they are the rows of one entry, for its place in the
-header would take more bytes than the array. The records are columns for the same reason: what repeats is counted.
+An array takes an entry of its own. Where many are small and alike, they are the rows of one entry: a place in the
+header would take more bytes than such an array. The records are columns for the same reason: what repeats is counted.
 """
 
 from __future__ import annotations
@@ -339,12 +339,13 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _parts(value: Any) -> tuple[str, Iterator[Any]] | None:
+def _parts(value: Any) -> tuple[str, list[Any]] | None:
     """The kind of a container and its items, for a dict keys and values in turn; None for anything else."""
     for kind, base in _CONTAINERS.items():
         if issubclass(type(value), base):
             # The base's own methods are called, because a subclass may iterate over something else.
-            return kind, (part for pair in dict.items(value) for part in pair) if base is dict else base.__iter__(value)
+            items = chain.from_iterable(dict.items(value)) if base is dict else base.__iter__(value)
+            return kind, list(items)
     return None
 
 
@@ -353,8 +354,6 @@ class _Nodes:
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
-        self._costs: list[int] = []
-        """What hashing each node takes."""
         self.packs: list[str] = []
         """The names of the entries whose rows are arrays."""
         self._arrays: list[tuple[Any, str, list[Any]]] = []
@@ -377,8 +376,11 @@ class _Nodes:
                 elif id(part) in is_open:
                     raise _unwritable(where, f"a {type(part).__name__} that contains itself", "list(x)")
                 elif inner := _parts(part):
+                    inner_kind, items = inner
+                    if _is_costly_to_hash(inner_kind, items):
+                        raise _unwritable(where, _COSTLY, "list(x)")
                     is_open.add(id(part))
-                    stack.append((part, *inner, []))
+                    stack.append((part, inner_kind, iter(items), []))
                     break
                 else:
                     entry_name = name if len(stack) == 1 else f"{name}/{len(self._arrays) - before}"
@@ -386,9 +388,7 @@ class _Nodes:
             else:
                 stack.pop()
                 if stack:
-                    if _is_costly_to_hash(kind, slots, self._costs):
-                        raise _unwritable(where, _COSTLY, "list(x)")
-                    stack[-1][3].append(self._new(holder, [kind, slots], _cost_of_hashing(slots, self._costs)))
+                    stack[-1][3].append(self._new(holder, [kind, slots]))
         return slots[0]
 
     def entries(self) -> dict[_Entry, Any]:
@@ -433,10 +433,9 @@ class _Nodes:
         self._names.add(name)
         return name
 
-    def _new(self, value: Any, node: list[Any], cost: int = 0) -> list[int]:
+    def _new(self, value: Any, node: list[Any]) -> list[int]:
         self._known[id(value)] = len(self.nodes), value
         self.nodes.append(node)
-        self._costs.append(cost)
         return [len(self.nodes) - 1]
 
     def _leaf(self, value: Any, name: str, where: str) -> list[Any]:
@@ -496,19 +495,22 @@ def _trouble(value: Any) -> tuple[str, str] | None:
 _COSTLY = f"a dict's key or a set's element of more than {_MAX_HASHED // 1000} containers"
 
 
-def _cost_of_hashing(slots: list[Any], costs: list[int]) -> int:
-    """What hashing a container of these items takes, by what hashing each node takes.
+def _is_costly_to_hash(kind: str, items: list[Any]) -> bool:
+    """Whether hashing a set's elements or a dict's keys, which take turns with its values, takes too much.
 
     Hashing recurses in C without a guard, and hashes a shared container again at each place. A file must not be able to
     overflow the stack, or to keep the reader busy for hours.
     """
-    return 1000 + len(slots) + sum(costs[slot[0]] for slot in slots if type(slot) is list)
-
-
-def _is_costly_to_hash(kind: str, slots: list[Any], costs: list[int]) -> bool:
-    """Whether hashing a dict's keys or a set's elements takes too much."""
-    hashed = slots if kind in ("set", "frozenset") else slots[::2] if kind == "dict" else []
-    return any(type(slot) is list and costs[slot[0]] > _MAX_HASHED for slot in hashed)
+    hashed = items if kind in ("set", "frozenset") else items[::2] if kind == "dict" else []
+    for waiting in ([item] for item in hashed if not _is_plain(item)):
+        met = 0
+        while waiting:
+            inner = _parts(waiting.pop())
+            waiting += [] if inner is None else inner[1]
+            met += 1 if inner is None else 1000
+            if met + len(waiting) > _MAX_HASHED:
+                return True
+    return False
 
 
 def _each_node(nodes: Any, packs: list[Any]) -> Iterator[Any]:
@@ -528,7 +530,6 @@ def _each_node(nodes: Any, packs: list[Any]) -> Iterator[Any]:
 def _reader(nodes: Any, arrays: dict[str, Any], packs: list[Any]) -> Callable[[Any], Any]:
     """A function from what the text has in place of a value to the value. `packs` have arrays as their rows."""
     values: list[Any] = []
-    costs: list[int] = []
 
     def value_of(slot: Any) -> Any:
         if type(slot) is not list:
@@ -539,7 +540,6 @@ def _reader(nodes: Any, arrays: dict[str, Any], packs: list[Any]) -> Callable[[A
         return values[place]
 
     for kind, *parts in nodes:
-        cost = 0
         if type(kind) is int:
             value = packs[kind][parts[0], ...]
             value = value.clone() if is_tensor(value) else value.copy()
@@ -549,9 +549,8 @@ def _reader(nodes: Any, arrays: dict[str, Any], packs: list[Any]) -> Callable[[A
         elif kind in _CONTAINERS:
             [slots] = parts
             items = [value_of(slot) for slot in _checked(slots, list)]
-            if _is_costly_to_hash(kind, slots, costs):
+            if _is_costly_to_hash(kind, items):
                 raise ValueError(_COSTLY)
-            cost = _cost_of_hashing(slots, costs)
             value = dict(zip(items[::2], items[1::2], strict=True)) if kind == "dict" else _CONTAINERS[kind](items)
         elif kind == "scalar":
             value = _scalar(*parts)
@@ -559,5 +558,4 @@ def _reader(nodes: Any, arrays: dict[str, Any], packs: list[Any]) -> Callable[[A
             [text] = parts
             value = _LEAVES[kind][2](text)
         values.append(value)
-        costs.append(cost)
     return value_of

@@ -6,7 +6,8 @@ import os
 import threading
 import weakref
 from _thread import get_ident
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _RLock: Any = type(threading.RLock())
@@ -25,6 +26,16 @@ class ForkSafeLock(_RLock):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         _locks.add(self)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Hold the lock, in the middle of a piece of work."""
+        with self:
+            self.depth += 1
+            try:
+                yield
+            finally:
+                self.depth -= 1
 
 
 _locks: weakref.WeakSet[ForkSafeLock] = weakref.WeakSet()

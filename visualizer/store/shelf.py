@@ -15,6 +15,7 @@ from operator import is_
 from typing import Any, Protocol
 
 from ..tensors import is_array, is_tensor
+from .budget import Purse
 from .locks import is_current
 from .records import Record
 
@@ -25,15 +26,23 @@ call_order = count()
 """Numbers the calls of all functions in the order in which they begin: a limit keeps the most recent ones."""
 
 
-class Express(Protocol):
-    """The part of a `Channel` that appends to a list directly; see `Shelf.open`."""
+class Source(Protocol):
+    """Where values come from: the part of a `Channel` that the store and its shelves know."""
 
     calls: count[int]
     append: Any
     is_in_thread: Callable[[], bool]
+    purse: Purse
+    key_of: Callable[[str, str | None], str]
+
+    def name_values(self, values: Any) -> Iterable[tuple[str, Any]]:
+        """(variable, value) for each value of a `Put`."""
 
     def halt(self) -> None:
         """Append nothing directly any more."""
+
+    def place(self) -> str:
+        """The function, file and line, for messages."""
 
 
 class Shelf:
@@ -59,7 +68,7 @@ class Shelf:
         """For each value, the place of its (variable, thread, module) in `table`."""
         self.table: dict[tuple[str, int, str | None], int] = {}
         self.size = 0
-        self.run: tuple[Express, int, int, int] | None = None
+        self.run: tuple[Source, int, int, int] | None = None
         """The channel that may append, from which place on, the number of its next call, and its origin."""
         self.is_light = True
         """Whether it has nothing but numbers, strings and plain arrays."""
@@ -77,7 +86,7 @@ class Shelf:
         """Whether somebody else than the cache holds the list, and so may read or change it at any time."""
         return sys.getrefcount(self.values) > _REFERENCES
 
-    def open(self, channel: Express, call: int, origin: tuple[str, int, str | None]) -> Callable[[Any], None]:
+    def open(self, channel: Source, call: int, origin: tuple[str, int, str | None]) -> Callable[[Any], None]:
         """What lets a channel append values of one thread to the list directly, once it has it, until `close`.
 
         `call` is the number of the channel's next call. The caller has just seen that the list is in order.
@@ -124,10 +133,6 @@ class Shelf:
         self.origins.append(place)
         self.size += 1
 
-    def take_last(self) -> None:
-        """Remove the last value."""
-        self._keep(range(self.size - 1))
-
     def match(self, values: list[Any]) -> list[Any]:
         """Have the columns follow a list that a user may have changed; the values that are gone from it."""
         self.close()
@@ -159,15 +164,15 @@ class Shelf:
             return []
         if not self.unsorted:
             self.most_calls = limit
-            return self._keep(range(max(0, self.size - limit), self.size))
+            return self.keep(range(max(0, self.size - limit), self.size))
         began = sorted(set(self.begun))
         self.most_calls = len(began)
         if len(began) <= limit + slack:
             return []
         self.most_calls, oldest = limit, began[-limit]
-        return self._keep([place for place, call in enumerate(self.begun) if call >= oldest])
+        return self.keep([place for place, call in enumerate(self.begun) if call >= oldest])
 
-    def _keep(self, places: Sequence[int]) -> list[Any]:
+    def keep(self, places: Sequence[int]) -> list[Any]:
         """Keep what is at these places, which ascend; the values that are dropped."""
         first, end = (places[0], places[-1] + 1) if places else (0, 0)
         columns: Any = self.calls, self.lines, self.begun, self.origins

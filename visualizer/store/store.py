@@ -6,16 +6,16 @@ import copy
 import weakref
 from _thread import get_ident
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import News, Section, shown, warn
 from .budget import Budget, Purse, resident_bytes, resident_bytes_of
 from .locks import ForkSafeLock
 from .records import Record
-from .shelf import Shelf, call_order, listed
+from .shelf import Shelf, Source, call_order, listed
 
 _SMALL = 16_384
 """Values beyond a limit are dropped together once they take so many bytes: to drop each alone takes long."""
@@ -23,25 +23,6 @@ _SMALL = 16_384
 
 _MANY = 10_000
 """So many values may wait to be filed before the threads that bring them are slowed down."""
-
-
-class Source(Protocol):
-    """Where values come from: the part of a `Channel` that the store knows."""
-
-    calls: count[int]
-    append: Any
-    is_in_thread: Callable[[], bool]
-    purse: Purse
-    key_of: Callable[[str, str | None], str]
-
-    def name_values(self, values: Any) -> Iterable[tuple[str, Any]]:
-        """(variable, value) for each value of a `Put`."""
-
-    def halt(self) -> None:
-        """Append nothing directly any more."""
-
-    def place(self) -> str:
-        """The function, file and line, for messages."""
 
 
 class Call:
@@ -57,42 +38,33 @@ class Call:
         self.number = next(self.calls)
 
 
+@dataclass(slots=True, eq=False)
 class Put:
     """Values of one call that are not in the lists yet."""
 
-    __slots__ = ("call", "copies", "is_light", "line", "may_append", "module", "size", "source", "thread", "values")
-
-    def __init__(
-        self,
-        source: Source,
-        values: Any,
-        thread: int,
-        call: Call | None = None,
-        line: int | None = None,
-        module: str | None = None,
-        copies: Sequence[Any] = (),
-        is_light: bool = False,
-        may_append: bool = False,
-    ) -> None:
-        self.source, self.values, self.thread, self.module = source, values, thread, module
-        self.call, self.line = call, line
-        """The call, if it may have several values, and the line that assigned this one."""
-        self.copies = copies
-        """Events of copies from a GPU that are under way."""
-        self.is_light = is_light
-        """Whether the values are numbers, strings, arrays: nobody minds if those beyond a limit go a little later."""
-        self.may_append = may_append
-        """Whether the source's next value may be appended to its list directly."""
-        self.size = 0
+    source: Source
+    values: Any
+    thread: int
+    call: Call | None = None
+    """The call, if it may have several values."""
+    line: int | None = None
+    """The line that assigned this one."""
+    module: str | None = None
+    copies: Sequence[Any] = ()
+    """Events of copies from a GPU that are under way."""
+    is_light: bool = False
+    """Whether the values are numbers, strings, arrays: nobody minds if those beyond a limit go a little later."""
+    may_append: bool = False
+    """Whether the source's next value may be appended to its list directly."""
+    size: int = 0
 
 
+@dataclass(slots=True, eq=False)
 class Switch:
     """The place in the queue from which a source is recorded, or no longer: another thread may deliver after that."""
 
-    __slots__ = ("is_on", "source")
-
-    def __init__(self, source: Source, is_on: bool) -> None:
-        self.source, self.is_on = source, is_on
+    source: Source
+    is_on: bool
 
 
 _Lists = dict[str, list[Any]]
@@ -197,7 +169,7 @@ class Store:
         """
         with self._lock:
             self._file_arrived()
-            with self._working():
+            with self._lock.working():
                 renamed = change()
                 for key in renamed.keys() & self._shelves.keys():
                     self._close(self._shelves[key])
@@ -213,7 +185,7 @@ class Store:
     def drop_if_empty(self, key: str) -> None:
         """Forget a key that nothing was recorded under."""
         self.file_pending()
-        with self._working():
+        with self._lock.working():
             if key in self.cache and not listed(dict.__getitem__(self.cache, key)):
                 dict.pop(self.cache, key)
                 shelf = self._shelves.pop(key, None)
@@ -226,7 +198,7 @@ class Store:
         Calls are counted from 0 again, also those of `sources`: further sources, which are not recorded now.
         """
         self.file_pending()
-        with self._working():
+        with self._lock.working():
             for shelf in self._shelves.values():
                 self._close(shelf)
                 if shelf.size:
@@ -254,7 +226,7 @@ class Store:
         self.fetch()
         with self._lock:
             self.reconcile()
-            with self._working():
+            with self._lock.working():
                 return [record for shelf in self._read() for record in shelf.records()]
 
     def unheard(self) -> list[str]:
@@ -281,7 +253,7 @@ class Store:
         with self._lock:
             if cache is None or self._lock.depth:
                 return
-            with self._working():
+            with self._lock.working():
                 for key in keys or [*self._shelves, *(key for key in cache if key not in self._shelves)]:
                     shelf = self._shelves.get(key)
                     if key in cache:
@@ -370,7 +342,7 @@ class Store:
         with self._lock:
             self._file_arrived()
             if not self._lock.depth:
-                with self._working():
+                with self._lock.working():
                     for shelf in list(self._unfinished):
                         self._close(shelf)
                         self._tighten(shelf)
@@ -400,16 +372,6 @@ class Store:
             self.open(key)
         for record in records:
             self._shelves[record.key].restore([record])
-
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        """Hold the lock, and have a finalizer or a signal handler in this thread wait until the work is done."""
-        with self._lock:
-            self._lock.depth += 1
-            try:
-                yield
-            finally:
-                self._lock.depth -= 1
 
     def _try_filing(self, wait: bool) -> None:
         # Do not wait for the lock. Whoever has it, perhaps an outer call in this very thread, files what waits. But
@@ -493,7 +455,7 @@ class Store:
             if exceeded is not None:
                 exceeded = self._make_room(cache, exceeded)
             if exceeded is not None and shelf.size and shelf.filed[-1] is value:
-                shelf.take_last()
+                shelf.keep(range(shelf.size - 1))
                 self.budget.discount(sizes)
                 self._stop(shelf.key, exceeded)
             elif put.may_append and not shelf.is_held and shelf.size == len(shelf.values):
