@@ -107,7 +107,7 @@ def test_what_has_no_such_picture(name, options, error, said, found):
 
 
 def test_maps_are_no_statistics():
-    with pytest.raises(TypeError, match="found is a list: pass what statistics.collect gives"):
+    with pytest.raises(TypeError, match=r"found is a list: pass what statistics\.collect gives"):
         plot.statistic([np.ones((1, 2, 3, 3))], "entropy")
 
 

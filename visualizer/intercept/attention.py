@@ -218,8 +218,8 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             model = self._model()
             if model is None:
                 raise RuntimeError(
-                    "there is nothing to record: the model is gone, as one that no variable holds, or the maps are from "
-                    "a file"
+                    "there is nothing to record: the model is gone, as one that no variable holds is, or the maps are "
+                    "from a file"
                 )
             known = weakref.ref(self)  # maps that nobody holds any more stop recording
 
