@@ -322,9 +322,10 @@ def _kind(of_query: _Parts, of_key: _Parts) -> str | None:
         return "self"
     if not query & key or (query - key and key - query):
         return "cross"
-    # One of them has more, such as positions; tokens that were joined to it count if they are no keys of earlier steps.
-    more = [part for part in (*of_query, *of_key) if not part.roots <= (query & key)]
-    return "cross" if any(part.tokens is not None and part.is_projected for part in more) else "self"
+    # One of them has more, such as positions, if these are no smaller than it, as where all heads share a key. Tokens that
+    # were joined to it count if they are of another input alone, and no keys of earlier steps.
+    others = [part for part in (*of_query, *of_key) if part.roots and not part.roots & query & key]
+    return "cross" if any(part.tokens is not None and part.is_projected for part in others) else "self"
 
 
 def _joined(of_query: _Parts, of_key: _Parts, inputs: dict[_Node, str], queries: int, keys: int) -> dict[str, slice]:
