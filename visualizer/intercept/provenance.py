@@ -322,8 +322,8 @@ def _kind(of_query: _Parts, of_key: _Parts) -> str | None:
         return "self"
     if not query & key or (query - key and key - query):
         return "cross"
-    # One of them has more, such as positions, if these are no smaller than it, as where all heads share a key. Tokens that
-    # were joined to it count if they are of another input alone, and no keys of earlier steps.
+    # One of them has more, such as positions, if these are no smaller than it, as where all heads share a key. Tokens
+    # that were joined to it count if they are of another input alone, and no keys of earlier steps.
     others = [part for part in (*of_query, *of_key) if part.roots and not part.roots & query & key]
     return "cross" if any(part.tokens is not None and part.is_projected for part in others) else "self"
 
