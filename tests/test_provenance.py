@@ -64,6 +64,15 @@ class OneKeyHead(Attends):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
+class OneKeyHeadOfBoth(Attends):
+    """And the keys are those of another input too, with the same positions."""
+
+    def forward(self, x, memory, cos):
+        key = torch.cat([heads(self.k(one))[:, :1] * cos for one in (memory, x)], -2)
+        mixed = F.scaled_dot_product_attention(heads(self.q(x))[:, :1] * cos, key, torch.ones_like(key))
+        return self.proj(mixed.expand(-1, H, -1, -1).transpose(1, 2).flatten(2))
+
+
 class Other(Attends):
     def forward(self, x, memory):
         return self.attend(self.q(x), self.k(memory), self.v(memory))
@@ -202,6 +211,7 @@ KINDS = {
         (Other, (X, MEMORY)),
         (Other, (X, torch.randn(B, N, 8))),  # as many keys as queries
         (Open, (X, MEMORY)),
+        (OneKeyHeadOfBoth, (X[:1], torch.randn(1, N, 8), torch.randn(1, 1, N, D))),
         (Learned, (X,)),
         (Resampler, (X, MEMORY)),
         (Summary, (X, MEMORY)),
