@@ -975,6 +975,16 @@ class TestLeftAsItWas:
         assert not maps.is_running and len(maps) == 0
         assert torch.overrides._get_current_function_mode() is None
 
+    @pytest.mark.parametrize("kind", [Fused, Open])
+    def test_a_model_without_numbers(self, x, kind):
+        model = Block(kind).to("meta")
+        with (
+            pytest.warns(VisualizerWarning, match="was on the meta device, which holds no numbers"),
+            attention(model) as maps,
+        ):
+            model(x.to("meta"))
+        assert len(maps) == 0
+
     @pytest.mark.filterwarnings("error")
     def test_a_scripted_model_under_warnings_that_are_errors(self, x):
         class Both(nn.Module):

@@ -292,6 +292,8 @@ class TestDense:
             AttentionMap([[1.0]])
         with pytest.raises(ValueError, match=r"\(batch, heads, queries, keys\), and these have \(2, 3\)"):
             AttentionMap(torch.zeros(2, 3))
+        with pytest.raises(AttributeError, match=r"an AttentionMap has no 'mean': dense\(\) has its weights"):
+            AttentionMap(torch.zeros(1, 1, 2, 3)).mean(1)
         for weights in (torch.zeros(1, 1, 2, 2).to_sparse(), torch.zeros(1, 1, 2, 2, dtype=torch.complex64)):
             with pytest.raises(TypeError, match=r"real numbers in a dense tensor, and these have (complex|the layout)"):
                 AttentionMap(weights)

@@ -525,3 +525,24 @@ def test_an_array_of_several_images_may_be_of_layers():
             draw()
     plot.heads(means, batch=0)
     np.testing.assert_allclose(means[2, 1], plot.heads(list(means)).axes[1].images[0].get_array())
+
+
+def test_a_picture_chooses_its_map_of_the_batch():
+    """Where `batch` does not: the maps of another picture were once drawn over it."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=1, img_size=(32, 64)).eval()
+    pictures = torch.rand(3, 3, 4, 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    with attention(model) as maps, torch.inference_mode():
+        model(pictures * 2 - 1)
+    for plotted in (
+        lambda image, **which: plot.class_token(maps, image, cbar=False, **which).figure,
+        lambda image, **which: plot.heads(maps, image, query=(1, 2), cbar=False, **which),
+        lambda image, **which: plot.layers(maps, image, query=0, head=0, cbar=False, **which),
+        lambda image, **which: plot.rollout(maps, image, cbar=False, **which),
+    ):
+        shown, right, first = (
+            [image.get_array() for ax in plotted(pictures[2], **which).axes for image in ax.images]
+            for which in ({}, {"batch": 2}, {"batch": 0})
+        )
+        assert all(map(np.array_equal, right, shown))
+        assert not all(map(np.array_equal, first, shown))

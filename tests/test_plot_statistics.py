@@ -106,6 +106,11 @@ def test_what_has_no_such_picture(name, options, error, said, found):
         plot.statistic(found, name, **options)
 
 
+def test_maps_are_no_statistics():
+    with pytest.raises(TypeError, match=r"found is a list: pass what statistics\.collect gives"):
+        plot.statistic([np.ones((1, 2, 3, 3))], "entropy")
+
+
 def test_nothing_to_draw(found):
     none = copy.deepcopy(found)
     none.states["sink"][0] = 0

@@ -55,6 +55,24 @@ class Rotary(Attends):
         return self.attend(turned(self.q(x)), turned(self.k(x)), self.v(x))
 
 
+class OneKeyHead(Attends):
+    """All heads share a key, which is then as large as the cosines, and is joined to an empty cache."""
+
+    def forward(self, x, cos):
+        key = torch.cat([torch.empty(0), heads(self.k(x))[:, :1] * cos], -2)
+        mixed = F.scaled_dot_product_attention(heads(self.q(x)) * cos, key, heads(self.v(x))[:, :1], enable_gqa=True)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class OneKeyHeadOfBoth(Attends):
+    """And the keys are those of another input too, with the same positions."""
+
+    def forward(self, x, memory, cos):
+        key = torch.cat([heads(self.k(one))[:, :1] * cos for one in (memory, x)], -2)
+        mixed = F.scaled_dot_product_attention(heads(self.q(x))[:, :1] * cos, key, torch.ones_like(key))
+        return self.proj(mixed.expand(-1, H, -1, -1).transpose(1, 2).flatten(2))
+
+
 class Other(Attends):
     def forward(self, x, memory):
         return self.attend(self.q(x), self.k(memory), self.v(memory))
@@ -212,6 +230,7 @@ KINDS = {
         (Own, (X, MEMORY)),
         (Positions, (X, torch.randn(B, N, 8))),
         (Rotary, (X, torch.randn(N, 8), torch.randn(N, 8))),
+        (OneKeyHead, (X[:1], torch.randn(1, 1, N, D))),
         (Pooled, (X,)),
         (Open, (X, X)),
         (Past, (X, MEMORY)),
@@ -226,6 +245,7 @@ KINDS = {
         (Other, (X, MEMORY)),
         (Other, (X, torch.randn(B, N, 8))),  # as many keys as queries
         (Open, (X, MEMORY)),
+        (OneKeyHeadOfBoth, (X[:1], torch.randn(1, N, 8), torch.randn(1, 1, N, D))),
         (Learned, (X,)),
         (Resampler, (X, MEMORY)),
         (Summary, (X, MEMORY)),

@@ -124,7 +124,7 @@ class Windows:
         sides = list(zip(shape, self.size, strict=False))
         if len(shape) != 2:
             why = "windows lie on (rows, columns)"
-        elif self.order and shape != self.size:
+        elif self.order and shape != tuple(self.size):
             why = "a window with an order covers the whole grid"
         elif self.is_spread and any(side % own for side, own in sides):
             why = "spread windows divide it"

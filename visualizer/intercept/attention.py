@@ -219,7 +219,10 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         if self._watch is None:
             model = self._model()
             if model is None:
-                raise RuntimeError("there is nothing to record: the model is gone, or the maps are from a file")
+                raise RuntimeError(
+                    "there is nothing to record: the model is gone, as one that no variable holds is, or the maps are "
+                    "from a file"
+                )
             known = weakref.ref(self)  # maps that nobody holds any more stop recording
 
             def record(call: AttentionCall) -> Copy | None:

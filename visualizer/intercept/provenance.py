@@ -331,9 +331,20 @@ def _kind(of_query: _Parts, of_key: _Parts) -> str | None:
         return "self"
     if not query & key or (query - key and key - query):
         return "cross"
-    # One of them has more, such as positions; tokens that were joined to it count if they are no keys of earlier steps.
-    more = [part for part in (*of_query, *of_key) if not part.roots <= (query & key)]
-    return "cross" if any(part.tokens is not None and part.is_projected for part in more) else "self"
+    # One of them has more, such as positions, which are no smaller than a key that all heads share. Tokens that were
+    # joined to it count if they are of another input, and no keys of earlier steps.
+    are_others = (_has_tokens_of_others(parts, query & key) for parts in (of_query, of_key))
+    return "cross" if any(are_others) else "self"
+
+
+def _has_tokens_of_others(parts: _Parts, shared: set[_Node]) -> bool:
+    """Whether some tokens come from none of these inputs, beside what all tokens come from, such as positions."""
+    rooted = [part for part in parts if part.roots]
+    of_all = frozenset[_Node]().union(*(part.roots for part in rooted)).intersection(*(part.roots for part in rooted))
+    return any(
+        part.tokens is not None and part.is_projected and part.roots != of_all and not (part.roots - of_all) & shared
+        for part in rooted
+    )
 
 
 def _joined(of_query: _Parts, of_key: _Parts, inputs: dict[_Node, str], queries: int, keys: int) -> dict[str, slice]:

@@ -783,6 +783,8 @@ class Watch:
             reason = "was inside a transform of torch.func, such as vmap"
         if reason is None and example.is_nested:
             reason = "was a nested tensor"
+        if reason is None and example.is_meta:
+            reason = "was on the meta device, which holds no numbers"
         if reason is None:
             self._attended.add(path)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -490,6 +490,12 @@ class AttentionMap:
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.dense())
+
+    if not TYPE_CHECKING:  # which would take any attribute for one that there is
+
+        def __getattr__(self, name: str) -> Any:
+            hint = ": dense() has its weights as a tensor, numpy() as an array" if hasattr(Tensor, name) else ""
+            raise AttributeError(f"an AttentionMap has no {name!r}{hint}", name=name, obj=self)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         return np.asarray(self.numpy(), dtype=dtype)

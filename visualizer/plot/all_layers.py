@@ -19,6 +19,7 @@ from .over_picture import blend_over, panels_over_picture
 from .selection import (
     QUERY_NEEDED,
     Choice,
+    batch_over,
     find_query,
     head_words,
     note_of,
@@ -81,9 +82,9 @@ def layers(
     maps = [
         one if query is None or not hasattr(one, "stitched") else one.stitched() for one in read_layers(maps, batch)
     ]
-    batch = 0 if batch is None else batch
     same_shape(maps, "the canvas" if head is None else "the strip")
     picture = picture_of(image)
+    batch = batch_over(picture, maps, batch)
     if query is None and picture is not None:
         raise ValueError(QUERY_NEEDED)
     words = []

@@ -14,7 +14,17 @@ from ..reading import Array, Reduction, as_numbers, is_array
 from .canvas import LABEL, axes_of, draw_image, lay_out, name_panels, panel_size, panels, write_title
 from .look import Blend, Colours, Keywords, Look, OfMaps, OverPicture, Scale
 from .over_picture import draw_row, figure_size, sheet_size, spread
-from .selection import Choice, Row, head_words, note_of, read_layers, select_mean_row, select_row, token_axes
+from .selection import (
+    Choice,
+    Row,
+    batch_over,
+    head_words,
+    note_of,
+    read_layers,
+    select_mean_row,
+    select_row,
+    token_axes,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +75,8 @@ def query(
             layer's heads.
         image: the picture that the patches cover: an array, a tensor, a PIL image or a file's path, or the frames of a
             video; None: the weights alone. It is the picture as the model saw it, at any size: a warning says where it
-            has other proportions.
+            has other proportions. Of a batch whose image is not chosen, the map is that of the image which the model
+            saw as this picture, where maps know it, or else of the first.
         query: a patch as (row, column), of a video as (frame, row, column); or a token's index, prefix tokens included;
             or a word or a name, such as "CLS", where these are known.
         query_tokens: the words of the queries, where the queries are a text's and only the keys are patches.
@@ -125,13 +136,14 @@ def class_token(
     """
     look = _OPTIONS.look(options)
     layers, picture = read_layers(maps, batch), picture_of(image)
-    axes = token_axes(layers, layer, batch or 0)
+    at = batch_over(picture, layers, batch)
+    axes = token_axes(layers, layer, at)
     layout = layout_of(axes.keys, options, picture, axes.layout)
     is_known = axes.layout is not None or options.get("layout") is not None
     if axes.is_self or not is_known:
         is_patch = layout.windows is not None or layout.place(layout.token(token)) is not None
         if is_known and token == 0 and (is_patch or layout.name(0).startswith("REG")):
-            row = select_mean_row(layers, layout, layer=layer, batch=batch or 0, head=head)
+            row = select_mean_row(layers, layout, layer=layer, batch=at, head=head)
             return _draw(row, picture, look, ax)
         if is_patch:
             raise ValueError(
@@ -139,7 +151,7 @@ def class_token(
                 "there. Use plot.query for a patch, or say by prefix_tokens= how many tokens come before the "
                 "patches"
             )
-    batch = batch or 0 if is_array(maps) else batch  # of one array, its axes were asked about above
+    batch = at if is_array(maps) else batch  # of one array, its axes were asked about above
     return query(layers, picture, query=token, layer=layer, head=head, batch=batch, ax=ax, **options)
 
 
@@ -182,7 +194,7 @@ def rollout(
     if isinstance(batch, str):
         raise TypeError(f"batch={batch!r}: pass the index of one image")
     layers, picture = read_layers(maps, batch), picture_of(image)
-    batch = batch or 0
+    batch = int(batch_over(picture, layers, batch))
     while len(layers) > 1 and getattr(layers[-1], "kind", None) == "cross":
         layers.pop()  # a head that pools the patches, behind the layers
     axes = token_axes(layers, -1, batch)

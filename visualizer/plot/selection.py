@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 import numpy as np
 
 from ..errors import warn
+from ..images import part_seen
 from ..layout import Indices, Layout, Patches, Size, layout_in_windows, layout_of
 from ..reading import Array, Reduction, RowCheck, as_numbers, check_not_empty, is_array, layers_in
 
@@ -169,7 +170,7 @@ def select_row(
     Raises as `select` does, and ValueError where grid, picture and tokens do not fit together.
     """
     layers = read_layers(maps, batch if window is None else 0)  # of windows, the first axis cannot be the layers
-    is_said, batch = batch is not None or window is not None, 0 if batch is None else batch
+    is_said, batch = batch is not None or window is not None, batch_over(picture, layers, batch)
     axes = token_axes(layers, layer, batch)
     count = int(layers[0].shape[0])
     if not is_said and not is_array(maps) and picture is not None and axes.layout is None and count > 1:
@@ -282,6 +283,18 @@ def select_mean_row(
     label = ", ".join(filter(None, (_words("layer", layer, at, len(layers)), chosen.label, note_of(layers))))
     name = f"mean of {patches.count} patches"
     return Row(chosen.weights[0], replace(layout, windows=None), label, name, None, layout.count)
+
+
+def batch_over(picture: Array | None, layers: list[Any], batch: Choice | None) -> Choice:
+    """Which image of the batch is drawn over a picture: where none is chosen, the one that the model saw as it, or else
+    the first."""
+    layout = getattr(layers[-1], "layout", None)
+    if batch is None and picture is not None and picture.ndim == 3 and isinstance(layout, Layout):
+        size = None if layout.patches is None else layout.patches.image_size
+        for number, seen in enumerate(layout.seen if len(layout.seen) > 1 and size else ()):
+            if size is not None and part_seen(picture, seen, size) is not None:
+                return number
+    return 0 if batch is None else batch
 
 
 def token_axes(maps: Any, layer: Choice | None, batch: Choice | None = 0) -> TokenAxes:

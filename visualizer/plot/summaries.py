@@ -441,6 +441,8 @@ def statistic(
         KeyError: there is no statistic of that name.
         ValueError: no sample has a number; or `layer` or `ax` was passed for a picture that has none.
     """
+    if not hasattr(found, "number_names"):
+        raise TypeError(f"found is a {type(found).__name__}: pass what statistics.collect gives, or visualizer.load")
     means = found[name].mean
     names = found.number_names.get(name, ())
     is_map = means.ndim == 4
