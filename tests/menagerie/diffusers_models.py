@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from .making import BATCH, NotBuilt, in_words, integers, is_small, normal, prepared, runner
+from .making import BATCH, NotBuilt, fitted, in_words, integers, is_small, normal, prepared, runner
 
 HEAD, HEADS, CHANNELS, WORDS, TEXT = 16, 2, 8, 7, 32
+_UNKNOWN = 10**6
 
 _LAYERS = (
     "num_layers",
@@ -61,6 +64,7 @@ _TEXT += (
     "context_dim",
     "global_cond_dim",
     "cond_token_dim",
+    "embedding_dim",
 )
 _WIDTH = (
     "hidden_size",
@@ -75,6 +79,8 @@ _WIDTH = (
 )
 _HEADS = ("num_attention_heads", "n_heads", "num_heads", "n_kv_heads", "num_kv_heads", "num_key_value_heads", "nheads")
 _HEADS += ("num_cross_attention_heads", "n_head", "num_key_value_attention_heads", "decoder_num_attention_heads")
+
+_ROTARY = ("axes_dims_rope", "axes_dims", "rope_axes_dim", "axes_dim", "axes_dim_rope", "rope_dim_list")
 
 
 def names() -> list[str]:
@@ -94,9 +100,12 @@ def _argument(key: str, value: Any, narrow: bool) -> Any:
     is_number = isinstance(value, int) and not isinstance(value, bool)
     if key in _LAYERS and is_number:
         return min(value, 2)
-    if key == "block_out_channels" and isinstance(value, (tuple, list)):
-        return type(value)([32, *[64] * (len(value) - 1)])
-    if key == "layers_per_block" and is_number:
+    if isinstance(value, (tuple, list)) and value and all(isinstance(one, int) for one in value):
+        if key.endswith(("block_out_channels", "channels")):
+            return type(value)([32, *[64] * (len(value) - 1)])
+        if key.endswith("layers_per_block"):
+            return type(value)([1] * len(value))
+    if key.endswith("layers_per_block") and is_number:
         return 1
     if not narrow:
         return value
@@ -104,7 +113,7 @@ def _argument(key: str, value: Any, narrow: bool) -> Any:
         return HEADS
     if key in ("attention_head_dim", "head_dim", "cross_attention_head_dim", "linear_head_dim") and is_number:
         return HEAD
-    if key in ("axes_dims_rope", "axes_dims", "rope_axes_dim", "axes_dim") and isinstance(value, (tuple, list)):
+    if key in _ROTARY and isinstance(value, (tuple, list)):
         return type(value)({2: [8, 8], 3: [4, 6, 6], 4: [4, 4, 4, 4]}.get(len(value), value))
     if key in ("axes_lens",) and isinstance(value, (tuple, list)):
         return type(value)([64] * len(value))
@@ -123,8 +132,14 @@ def _argument(key: str, value: Any, narrow: bool) -> Any:
         and is_number
     ):
         return 8
-    if key in ("sample_frames",) and is_number:
-        return 5
+    if key == "sample_frames" and is_number:
+        return 17  # five of latents
+    if key in ("max_text_seq_length", "num_embeddings") and is_number:
+        return WORDS
+    if key == "patch_size" and value == _UNKNOWN:
+        return 2
+    if key == "norm_num_groups" and is_number:
+        return min(value, 8)
     if key in ("ffn_dim", "intermediate_size", "ff_dim", "ffn_hidden_size") and is_number:
         return 48
     if (
@@ -148,14 +163,9 @@ def build(name: str) -> Iterator[tuple[str, torch.nn.Module, Any, Any]]:
 
     made = getattr(diffusers, name)
     errors: list[str] = []
-    for narrow in (True, False):
-        arguments = {}
-        for key, one in list(inspect.signature(made.__init__).parameters.items())[1:]:
-            if one.default is one.empty or one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
-                continue
-            value = _argument(key, one.default, narrow)
-            if value is not one.default:
-                arguments[key] = value
+    until = time.process_time() + 6
+    for narrow, fills in ((True, False), (True, True), (False, True)):
+        arguments = _arguments(made, narrow, fills)
         arguments.update(_OWN.get(name, {}) if narrow else {})
 
         def make() -> torch.nn.Module:
@@ -172,8 +182,14 @@ def build(name: str) -> Iterator[tuple[str, torch.nn.Module, Any, Any]]:
         except Exception as error:
             errors.append(in_words(error))
             continue
-        for label, inputs in _inputs(model):
+        ways = [*_inputs(model)]
+        mended = {"picture", "sequence", "film", "frames"}  # what none of the ways fits, but one of these may
+        again = [one for one in ways if one[0] in mended]
+        for number, (label, inputs) in enumerate([*ways, *again]):
+            if time.process_time() > until:
+                break
             try:
+                inputs = inputs if number < len(ways) else fitted(model, inputs, partial(_further, model))
                 run = runner(model, **inputs)
                 with torch.no_grad():
                     run()
@@ -183,6 +199,46 @@ def build(name: str) -> Iterator[tuple[str, torch.nn.Module, Any, Any]]:
             yield label, model, run, None
             return
     raise NotBuilt("; ".join(dict.fromkeys(errors)))
+
+
+def _arguments(made: Any, narrow: bool, fills: bool) -> dict[str, Any]:
+    """What a class is made with: small, and with numbers where it has None or no default."""
+    arguments = {}
+    for key, one in list(inspect.signature(made.__init__).parameters.items())[1:]:
+        if one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
+            continue
+        if one.default is one.empty or (fills and one.default is None and "int" in str(one.annotation)):
+            kind = str(one.annotation)
+            value = _argument(key, _UNKNOWN, True)
+            if value == _UNKNOWN:
+                value = {"bool": False, "float": 1.0, "str": None}.get(kind, 32) if one.default is one.empty else None
+            if value is not None and ("tuple" in kind.lower() or "list" in kind.lower()) and "int" not in kind[:4]:
+                value = (32, 64) if "channels" in key else (1, 1)
+        else:
+            value = _argument(key, one.default, narrow)
+        if value is not one.default and value is not None:
+            arguments[key] = value
+    return arguments
+
+
+def _further(model: Any, key: str, given: dict[str, Any]) -> Any:
+    """An input that a model says it misses, by its name and annotation."""
+    first = next(value for value in given.values() if isinstance(value, torch.Tensor))
+    config, kind = dict(model.config), str(inspect.signature(model.forward).parameters[key].annotation)
+    known = _input(key, first, CHANNELS, TEXT, torch.tensor([3] * BATCH), config)
+    if known is not None or kind.startswith("bool"):
+        return known
+    if "mask" in key:
+        return torch.ones(BATCH, WORDS, dtype=torch.bool)
+    if "time" in key or key.endswith("_r") or "seconds" in key:
+        return torch.tensor([0.3] * BATCH)
+    if key.endswith(("ids", "id", "tokens", "indices", "indicator", "index")):
+        return integers(4, BATCH, WORDS)
+    if "text" in key or "pooled" in key or "condition" in key or "embed" in key or "encoder" in key:
+        return normal(BATCH, WORDS, TEXT)
+    if kind.startswith(("int", "int |", "typing.Optional[int]")):
+        return 4
+    return first.clone() if "Tensor" in kind else None
 
 
 _OWN: dict[str, dict[str, Any]] = {
@@ -204,6 +260,8 @@ def _inputs(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         "sequence": normal(BATCH, 16, channels),
         "film": normal(BATCH, channels, 5, *grid),
         "frames": normal(BATCH, 5, channels, *grid),
+        "vector": normal(BATCH, text),
+        "film of channels last": normal(BATCH, 5, *grid, channels),
         "channels first": normal(BATCH, channels, 16),
         "32 pixels": normal(BATCH, channels, 32, 32),
         "film of 32 pixels": normal(BATCH, channels, 9, 32, 32),
@@ -211,19 +269,24 @@ def _inputs(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     }
     first = next((key for key in ("hidden_states", "sample", "x", "input_ids") if key in parameters), None)
     for label, states in shapes.items():
-        for time in (torch.tensor([3] * BATCH), torch.tensor([0.3] * BATCH)):
+        for moment in (torch.tensor([3] * BATCH), torch.tensor([0.3] * BATCH)):
             made: dict[str, Any] = {}
             for key, one in parameters.items():
-                value = _input(key, states, channels, text, time, config)
+                value = _input(key, states, channels, text, moment, config)
                 is_optional = one.default is not one.empty
                 if key == first:
-                    value = integers(50, BATCH, 16) if key == "input_ids" else states
+                    value = (
+                        integers(50, BATCH, *((8, 8) if label == "picture" else (16,)))
+                        if key == "input_ids"
+                        else states
+                    )
                 if value is not None and (not is_optional or key in _WANTED):
                     made[key] = value
             yield label, made
 
 
 _WANTED = {
+    "control_hidden_states",
     "timestep",
     "encoder_hidden_states",
     "pooled_projections",
@@ -276,6 +339,9 @@ def _input(key: str, states: Any, channels: int, text: int, time: Any, config: d
         "proj_embedding": normal(BATCH, config.get("embedding_dim") or text),
         "global_hidden_states": normal(BATCH, 1, text),
         "added_time_ids": torch.ones(BATCH, 3),
+        "text_rope_pos": torch.arange(WORDS),
+        "control_hidden_states": normal(BATCH, config.get("vace_in_channels") or channels, 5, 8, 8),
+        "visual_rope_pos": [torch.arange(5), torch.arange(4), torch.arange(4)],
         "encoder_mask": torch.ones(BATCH, WORDS, dtype=torch.bool),
     }
     return known.get(key)

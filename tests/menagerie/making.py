@@ -91,7 +91,7 @@ def fitted(model: torch.nn.Module, inputs: dict[str, Any], more: Callable[..., A
     Raises:
         Exception: what the model said at last, if nothing that is made of the inputs fits.
     """
-    until = time.process_time() + 3
+    until = time.process_time() + 2
     waiting, tried, last = [inputs], set[str](), None
     while waiting and len(tried) < TRIES and time.process_time() < until:
         given = waiting.pop(0)

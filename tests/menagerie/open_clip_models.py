@@ -11,7 +11,6 @@ import torch
 
 from .making import BATCH, NotBuilt, accepted, integers, is_small, normal, prepared, runner
 
-
 PIXELS = 128
 _TOWERS: tuple[dict[str, Any], ...] = (
     {"embed_dim": 64, "num_heads": 4, "depth": 2, "img_size": PIXELS},

@@ -40,9 +40,22 @@ _POSITIONS = re.compile(
 _TOKEN = re.compile(r"_token_(id|index)$|_token_ids?$|^\w+_token$|_id$|_index$")
 _ALIKE = re.compile(r"dim|size|width|channels|features")
 _KEPT = ("image_size", "img_size", "hidden_sizes", "embed_dims", "conv_dim", "head_dim")
-_UNSET = {"vocab_size": 100, "head_dim": WIDTH // HEADS, "num_key_value_heads": HEADS, "clip_qkv": 8.0, "sliding_window": 6}
+_UNSET = {
+    "vocab_size": 100,
+    "head_dim": WIDTH // HEADS,
+    "num_key_value_heads": HEADS,
+    "clip_qkv": 8.0,
+    "sliding_window": 6,
+}
 _UNSET |= {"num_experts": 4, "n_routed_experts": 4, "top_k_experts": 2, "num_experts_per_tok": 2, "n_shared_experts": 1}
-_UNSET |= {"moe_intermediate_size": 32, "pad_token_id": 0, "position_embedding_type": "rope"}
+_UNSET |= {
+    "image_token_id": 90,
+    "image_token_index": 90,
+    "video_token_index": 91,
+    "moe_intermediate_size": 32,
+    "pad_token_id": 0,
+    "position_embedding_type": "rope",
+}
 _USUAL = {"dropout_rate": 0.0, "dropout": 0.0, "initializer_range": 0.02, "rope_theta": 1e4, "pad_token_id": 0}
 _EXPERTS = re.compile(r"^((n|num)_(\w+_)?experts|moe_num_experts|num_local_experts|n_routed_experts|num_moe_experts)$")
 
@@ -60,7 +73,7 @@ def build(name: str) -> Iterator[tuple[str, torch.nn.Module, Any, Any]]:
 
     config_class = CONFIG_MAPPING[name]
     errors: list[str] = []
-    until = time.process_time() + 9
+    until = time.process_time() + 6
     default = config_class()
     for narrow, keeps, fills in ((True, (), False), (True, (), True), (True, _KEPT, True), (False, (), True)):
         try:
@@ -225,7 +238,9 @@ class _Shrink:
         by_stage = ("hidden_size", "num_attention_heads") if "embed_dim_per_stage" in values else ()
         values = {key: value for key, value in values.items() if key not in (*self.keeps, *by_stage)}
         patch = values.get("patch_size")
-        stages = any(isinstance(values.get(key), (list, tuple)) for key in ("depths", "hidden_sizes", "embed_dims", "dims"))
+        stages = any(
+            isinstance(values.get(key), (list, tuple)) for key in ("depths", "hidden_sizes", "embed_dims", "dims")
+        )
         picture = 4 * patch if _is_int(patch) and not stages else 64 if patch is None or stages else 0
         heads = next(
             (v for k, v in values.items() if k in ("num_attention_heads", "n_head", "num_heads") and _is_int(v)), 0
@@ -282,7 +297,9 @@ class _Shrink:
                 if changed != list(value):
                     made[key] = changed
             elif key == "rope_parameters" and value == {} and self.fills:
-                made[key] = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in values.get("layer_types", ())}
+                made[key] = {
+                    kind: {"rope_type": "default", "rope_theta": 1e4} for kind in values.get("layer_types", ())
+                }
             elif key == "rope_parameters" and self.narrow and isinstance(value, dict) and _has_sections(value, config):
                 factor = value.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1
                 turned = int(WIDTH // HEADS * factor) // 2
@@ -301,7 +318,9 @@ def _kept(values: dict[str, Any], config: Any, layers: int) -> tuple[list[int], 
     shared = [key for key, value in values.items() if "shared_layers" in key and _is_int(value) and value]
     names = ("layer_types", "layers_block_type", "mlp_layer_types")
     given = next((values[key] for key in names if isinstance(values.get(key), (list, tuple))), None)
-    types = given or next((value for key in names if isinstance(value := getattr(config, key, None), (list, tuple))), ())
+    types = given or next(
+        (value for key in names if isinstance(value := getattr(config, key, None), (list, tuple))), ()
+    )
     if not types or len(types) != layers:
         return [*range(min(2, layers))], []
     kept = _diverse(types, layers)
@@ -843,6 +862,31 @@ def _series(makers: Any) -> dict[str, Any]:
 
 
 INPUTS: dict[str, Any] = {
+    "lxmert": lambda m: {
+        "input_ids": m.one("input_ids"),
+        "visual_feats": m.normal(BATCH, 6, m.config.visual_feat_dim),
+        "visual_pos": m.normal(BATCH, 6, m.config.visual_pos_dim),
+    },
+    "kosmos-2": lambda m: {
+        "pixel_values": m.one("pixel_values"),
+        "input_ids": m.integers(50, BATCH, m.config.latent_query_num + 5, low=5),
+        "image_embeds_position_mask": torch.arange(m.config.latent_query_num + 5).expand(BATCH, -1)
+        < m.config.latent_query_num,
+    },
+    "idefics": lambda m: {
+        "input_ids": m.one("input_ids"),
+        "pixel_values": m.one("pixel_values")[:, None],
+        "image_attention_mask": torch.ones(BATCH, TOKENS, 1, dtype=torch.long),
+    },
+    "mllama_vision_model": lambda m: {
+        "pixel_values": m.one("pixel_values")[:, None, None].expand(-1, 1, m.config.max_num_tiles, -1, -1, -1),
+        "aspect_ratio_ids": torch.ones(BATCH, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(BATCH, 1, m.config.max_num_tiles, dtype=torch.long),
+    },
+    "gemma4_vision": lambda m: {
+        "pixel_values": m.normal(BATCH, 16, 3 * m.config.patch_size**2),
+        "pixel_position_ids": torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(BATCH, -1, -1),
+    },
     "blip_2_qformer": lambda m: {
         "query_embeds": m.normal(BATCH, 6, m.config.hidden_size),
         "encoder_hidden_states": m.normal(BATCH, 9, m.config.encoder_hidden_size),
