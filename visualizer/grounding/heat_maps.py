@@ -540,4 +540,5 @@ def _without_sink_tokens(weights: Tensor) -> Tensor:
     if not bool(is_sink.any()):
         return weights
     rest = weights.masked_fill(is_sink.view(-1, *[1] * (weights.ndim - 2)), 0)
-    return rest * (weights.sum(1, keepdim=True) / rest.sum(1, keepdim=True).clamp_min(1e-12))
+    left = rest.sum(1, keepdim=True)
+    return torch.where(left > 1e-12, rest * (weights.sum(1, keepdim=True) / left), weights)
