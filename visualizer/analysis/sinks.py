@@ -130,7 +130,8 @@ def without_sinks(attention: Any, times: float = TIMES) -> list[AttentionMap]:
     >>> rollout(without_sinks(weights), query=0).shape
     torch.Size([1, 20])
 
-    A row that has nothing but sinks, to a part in 10^12, stays as it is. The weights are computed as they are read, as those of the maps.
+    A row that has nothing but sinks, to a part in 10^12, stays as it is. The weights are computed as they are read, as
+    those of the maps.
 
     Args, and what is raised, as in `sinks`; the layers may differ in shape.
 
