@@ -7,7 +7,7 @@
 Models are those of diffusers and transformers with random weights. Their layers are fewer and narrower than those
 of trained ones, which makes recording dearer beside the plain step. Twelve words are recorded. Each round runs a
 plain step and one with `word_maps`, one after the other; the figures are medians over the rounds, of processor time
-and of the clock. A step is the third of a picture; the first, in which each function is followed, has a column of
+and of the clock. A step is the fourth of a picture; the first, in which each function is followed, has a column of
 its own. Memory is the peak of a fresh process beside that of one with a plain run (Linux).
 """
 
@@ -161,7 +161,7 @@ def steps(names: list[str]) -> None:
             model, step = make()  # a new one, for later recordings of a model need not follow each function again
             step()
             with word_maps(model, tokens=WORDS) as maps:
-                first, _, own = _timed(step), step(), _timed(step)
+                first, *_, own = _timed(step), step(), step(), _timed(step)
             assert maps[WORDS[3]].isfinite().all() and len(maps.layers) > 1
             bare = _timed(step)
             if number:
@@ -170,7 +170,7 @@ def steps(names: list[str]) -> None:
         print(f"{make.__name__:22}{_compared(pairs)}{statistics.median(firsts):20.3f}", flush=True)
 
 
-def llava(width: int) -> tuple[torch.nn.Module, Callable[[], Any]]:
+def llava(width: int, tokens: int) -> Step:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
@@ -184,16 +184,16 @@ def llava(width: int) -> tuple[torch.nn.Module, Callable[[], Any]]:
         "input_ids": torch.tensor([[1] + [5] * 576 + [*range(10, 40)]]),
         "pixel_values": torch.randn(1, 3, 336, 336),
     }
-    options = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     return model, lambda: model.generate(**prompt, **options)
 
 
 @torch.no_grad()
 def generate() -> None:
-    """What a generate of 32 tokens takes."""
-    print(f"{'width':22}{'plain, ms':>10}{'cpu, x':>10}{'clock, x':>10}{'peak memory, x':>20}")
-    for width in (256, 768):
-        model, run = llava(width)
+    """What it takes to write tokens, behind a prompt of 607."""
+    print(f"{'width, tokens':22}{'plain, ms':>10}{'cpu, x':>10}{'clock, x':>10}{'peak memory, x':>20}")
+    for width, tokens in ((256, 32), (768, 32), (256, 192)):
+        model, run = llava(width, tokens)
 
         def recorded(model: torch.nn.Module = model, run: Callable[[], Any] = run) -> None:
             with word_maps(model):
@@ -204,18 +204,18 @@ def generate() -> None:
         plain, own = (
             int(
                 subprocess.run(
-                    [sys.executable, __file__, "peak", str(width), what], check=True, capture_output=True
+                    [sys.executable, __file__, "peak", str(width), str(tokens), what], check=True, capture_output=True
                 ).stdout
             )
             for what in ("plain", "words")
         )
-        print(f"{width:<22}{_compared(pairs)}{own / plain:20.3f}", flush=True)
+        print(f"{f'{width}, {tokens}':22}{_compared(pairs)}{own / plain:20.3f}", flush=True)
 
 
 @torch.no_grad()
-def peak(width: int, what: str) -> int:
+def peak(width: int, tokens: int, what: str) -> int:
     """The most memory that this process takes, in kB."""
-    model, run = llava(width)
+    model, run = llava(width, tokens)
     if what == "plain":
         run()
     else:
@@ -227,7 +227,7 @@ def peak(width: int, what: str) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["peak"]:
-        print(peak(int(sys.argv[2]), sys.argv[3]))
+        print(peak(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))
         return
     print(
         f"torch {version('torch')}, diffusers {version('diffusers')}, transformers {version('transformers')}, 1 thread"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 import vision_language
 
 from visualizer import plot, word_maps
@@ -48,7 +49,7 @@ def placed(rows: torch.Tensor, picture: Any, former: list[torch.Tensor]) -> torc
     if isinstance(picture, vision_language.Formed):
         spread = torch.stack([one[0][:, :, picture.patches] for one in former]).mean((0, 1))
         return torch.tensordot(rows[..., picture.tokens], spread, 1)
-    finest = max(tuple(view.shape) for view in picture)
+    finest = tuple(max(sides) for sides in zip(*(view.shape for view in picture), strict=True))
     flat = rows.flatten(0, -2)
     made = [sum(resized(row[view], finest, True) for view in picture) for row in flat]
     return torch.stack(made).view(*rows.shape[:-1], *finest)
@@ -114,6 +115,57 @@ def test_words_that_are_not_there_are_told_from_those_that_are(llava: Any) -> No
     for wrong in (["cat"], 2.5, None):
         with pytest.raises(TypeError, match="pass a word or a phrase, the number of a token, or several numbers"):
             maps.of(wrong)
+    with pytest.raises(IndexError, match=r"no text with a picture of sample=-1"):
+        maps.of("cat", sample=-1)
+    for wrong in ({"picture": "1"}, {"picture": None}, {"sample": 0.0}, {"layer": 1.5}, {"occurrence": "first"}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))}=.*: pass a number, counted from 0"):
+            maps.of("cat", **wrong)
+
+
+def test_a_word_of_several_pieces_in_a_frame_of_a_video() -> None:
+    model, prompt, _ = made(vision_language.qwen2_vl)
+    prompt["input_ids"] = torch.cat([prompt["input_ids"], torch.tensor([[10, 11]])], 1)
+    prompt["mm_token_type_ids"] = torch.cat([prompt["mm_token_type_ids"], torch.zeros(1, 2, dtype=torch.long)], 1)
+    del prompt["attention_mask"]
+    with word_maps(model, tokenizer=vision_language.Tokenizer()) as maps, torch.no_grad():
+        model(**prompt)
+    count = prompt["input_ids"].shape[1]
+    pieces = torch.stack([maps.of(token, picture=2) for token in (count - 2, count - 1)])
+    torch.testing.assert_close(maps.of("caterpillar", picture=2), pieces.mean(0))
+    for frame, where in ((None, "mean of 2 frames"), (1, "frame 1")):
+        ax = plot.words(maps, "caterpillar", picture=2, frame=frame)
+        assert ax.get_title() == f"'caterpillar', mean of 2 layers, {where}"
+    with pytest.raises(IndexError, match="frame=2: picture 2 has 2 frames"):
+        plot.words(maps, "cat", picture=2, frame=2)
+    with pytest.raises(IndexError, match="frame=0: picture 0 is no video"):
+        plot.words(maps, "cat", frame=0)
+
+
+def test_tiles_lie_on_the_picture_that_they_are_of() -> None:
+    model, prompt, _ = made(vision_language.llava_next)
+    with word_maps(model, tokenizer=vision_language.Tokenizer()) as maps, torch.no_grad():
+        model(**prompt)
+    assert plot.words(maps, "cat", np.zeros((48, 32, 3))).get_title() == "'cat', mean of 2 layers"
+    with pytest.raises(ValueError, match=r"a grid of 6 x 4 patches is turned.* Pass the picture that the model saw"):
+        plot.words(maps, "cat", np.zeros((32, 48, 3)))
+
+
+def test_tokens_of_which_nobody_knows_where_they_lie_have_no_map() -> None:
+    """Those of a resampler are as many as patches in a square would be."""
+    sizes = {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 8}
+    config = transformers.Idefics2Config(
+        vision_config={**vision_language.VISION, "image_size": 16},
+        perceiver_config={**sizes, "num_key_value_heads": 2, "hidden_size": 16},
+        text_config={"model_type": "mistral", **vision_language.TEXT},
+        image_token_id=vision_language.IMAGE,
+    )
+    pixels = vision_language.pixels(1, 1, 3, 16, 16)
+    prompt = vision_language.prompt(1, (vision_language.IMAGE, 4), 7, vision_language.CAT, pixel_values=pixels)
+    model = transformers.Idefics2ForConditionalGeneration(config).eval()
+    with word_maps(model, tokenizer=vision_language.Tokenizer()) as maps, torch.no_grad():
+        model(**prompt)
+    with pytest.raises(ValueError, match="the 4 tokens of picture 0 have no place on it"):
+        maps["cat"]
 
 
 def test_the_last_word_that_is_written_has_no_row(llava: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from visualizer import attention, word_maps
+from visualizer.grounding.heat_maps import resized
 
 pytest.importorskip("diffusers", reason="pipelines are built from diffusers: pip install diffusers")
 
@@ -176,6 +177,26 @@ def test_lumina_joins_words_and_picture_without_padding() -> None:
     prompts = [one for one in weights if one.shape[2] == text + 6]
     expected = torch.stack([one[0].mean(0)[text:, cat].sum(-1) for one in prompts]).mean(0).view(2, 3)
     torch.testing.assert_close(maps["cat"], expected, atol=1e-5, rtol=0)
+
+
+def test_heads_that_point_of_layers_with_different_numbers_of_heads() -> None:
+    torch.manual_seed(5)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+    unet = pipelines.unet(cross_attention_dim=32, attention_head_dim=(2, 4), **blocks).eval()
+    with torch.no_grad(), word_maps(unet, tokens=["a", "red", "cat"], heads="all") as maps:
+        unet(torch.randn(1, 4, 16, 24), torch.tensor(5), encoder_hidden_states=3 * torch.randn(1, 3, 32))
+    counts = {path: len(maps.sums[key][0].weights) for key in maps.sums for path in [key.path]}
+    assert {*counts.values()} == {2, 4}
+    heads = [(path, number) for path in maps.layers for number in range(counts[path])]
+    each = [maps.of("cat", layer=path, head=number) for path, number in heads]
+    flat = torch.stack([resized(one, (16, 24), False) for one in each]).flatten(1)
+    entropy = torch.distributions.Categorical(flat).entropy()
+    entropy[flat.sum(1) < flat.sum(1).mean()] = math.inf
+    best = entropy.argsort()[:3].tolist()
+    assert maps.pointing("cat") == [heads[number] for number in best]
+    torch.testing.assert_close(maps.of("cat", head="pointing"), flat[best].mean(0).view(16, 24))
+    with pytest.raises(IndexError, match="head=3: a layer has 2 heads; layer= chooses one that has more"):
+        maps.of("cat", head=3)
 
 
 def test_a_unet_alone_has_the_words_that_it_is_told() -> None:

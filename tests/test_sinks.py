@@ -54,6 +54,16 @@ def test_a_row_of_nothing_but_sinks_stays() -> None:
     assert clean.rows([1])[0, 0, 0, 0] == 0
 
 
+def test_a_row_with_next_to_nothing_left_stays() -> None:
+    weights = torch.full((1, 1, 20, 20), 0.5 / 19)
+    weights[..., 3] = 0.5
+    weights[0, 0, 5] = 1e-20
+    weights[0, 0, 5, 3] = 1.0
+    [clean] = analysis.without_sinks(weights)
+    assert torch.equal(clean.rows([5]), weights[:, :, 5:6])
+    torch.testing.assert_close(clean.dense().sum(-1), torch.ones(1, 1, 20))
+
+
 def test_maps_without_sinks_know_their_tokens() -> None:
     made = AttentionMap(torch.full((1, 1, 20, 20), 1 / 20))
     made.layout = Layout((Part("patches", 20, shape=(4, 5)),))

@@ -756,7 +756,8 @@ def _check_sides(layout: Layout, patches: Part, size: tuple[int, ...]) -> None:
     if seen is None and abs(math.log(size[0] / size[1] * rows / columns)) <= limit:
         raise ValueError(
             f"a grid of {rows} x {columns} patches is turned: on a picture of {size[0]} x {size[1]} pixels, (height, "
-            f"width), {columns} x {rows} are square. Pass grid=({columns}, {rows})"
+            f"width), {columns} x {rows} are square. Pass the picture that the model saw; if the grid is yours, pass "
+            f"grid=({columns}, {rows})"
         )
     what = "the patches would be square on the model's" if seen is None else f"the model saw {seen[0]} x {seen[1]}"
     warn(

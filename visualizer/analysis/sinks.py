@@ -130,7 +130,8 @@ def without_sinks(attention: Any, times: float = TIMES) -> list[AttentionMap]:
     >>> rollout(without_sinks(weights), query=0).shape
     torch.Size([1, 20])
 
-    A row that has nothing but sinks stays as it is. The weights are computed as they are read, as those of the maps.
+    A row that has nothing but sinks, to a part in 10^12, stays as it is. The weights are computed as they are read, as
+    those of the maps.
 
     Args, and what is raised, as in `sinks`; the layers may differ in shape.
 
@@ -174,7 +175,7 @@ class _Without:
         rows = self._layer.source.rows(queries)
         rest = rows.masked_fill(self._are_sinks[:, :, None], 0)
         left = rest.sum(-1, keepdim=True)
-        return torch.where(left > 0, rest * (rows.sum(-1, keepdim=True) / left.clamp_min(_TINY)), rows)
+        return torch.where(left > _TINY, rest * (rows.sum(-1, keepdim=True) / left), rows)
 
     def tensors(self) -> list[Tensor]:
         """The tensors that are held."""

@@ -8,9 +8,9 @@
         model.generate(**inputs)
     plot.words(maps, "cat", image)
 
-Both are rows of some tokens on the patches of some picture: `recording` asks a model for these, and `heat_maps` adds up
-what is seen, so that no map is kept. `intercept.places` says where patches lie among tokens, `words` which tokens are a
-word.
+Both are rows of some tokens on the patches of some picture: `recording` asks a model for these and adds them up, so
+that no map is kept, and `heat_maps` reads the sums. `intercept.places` says where patches lie among tokens, `words`
+which tokens are a word.
 """
 
 from .heat_maps import WordMaps, word_maps

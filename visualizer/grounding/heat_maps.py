@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
-import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from functools import wraps
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..analysis.sinks import Sinks, check_sinks, sink_limit
-from ..errors import few, warn
-from ..intercept import AttentionCall, Maps
-from ..intercept.modules import Hook, argument_names
-from ..maps import AttentionMap, without_autograd
+from ..errors import few
 from ..words import no_such_word
-from .words_and_patches import FORMER, Look, Plan, Whose, source_of
+from .recording import Key, Recording, Sum
+from .words_and_patches import Whose
 
 
 def word_maps(
@@ -89,7 +82,7 @@ def word_maps(
     chosen = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
     if any(not isinstance(layer, str) for layer in chosen or ()):
         raise TypeError(f"layers={layers!r}: pass paths or patterns of paths, such as '*attn2'")
-    return WordMaps(model, words, tokens, chosen, heads == "all", steps == "all", queries == "words")
+    return WordMaps(Recording(model, words, tokens, chosen, heads == "all", steps == "all", queries == "words"))
 
 
 class WordTable(NamedTuple):
@@ -106,127 +99,36 @@ class WordTable(NamedTuple):
     """Whether words look at patches; else patches look at words."""
 
 
-class _Key(NamedTuple):
-    whose: Whose
-    picture: int
-    path: str
-    view: int
-
-
-@dataclass
-class _Sum:
-    """What was seen of some tokens in one layer."""
-
-    tokens: tuple[int, ...]
-    weights: Tensor
-    """(heads, tokens, *grid), the sum over the calls."""
-    are_queries: bool
-    calls: int = 1
-
-
-@dataclass
-class _New:
-    """What was seen of the maps of one layer whose words and patches lie alike, not yet told apart by words."""
-
-    path: str
-    plan: Plan
-    weights: Tensor
-    calls: int = 1
-
-
 class WordMaps:
     """What words and patches attend to each other, by word; made by `word_maps`."""
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        tokens: Sequence[str] | None,
-        layers: list[str] | None,
-        keeps_heads: bool,
-        keeps_steps: bool,
-        are_queries: bool,
-    ) -> None:
-        self._module, self._source, self._pipeline = source_of(model, tokenizer, tokens, are_queries)
-        self._layers, self._keeps_heads, self._keeps_steps = layers, keeps_heads, keeps_steps
-        self._sums: dict[_Key, list[_Sum]] = {}
-        self._new: dict[Any, _New] = {}
-        self._formed: dict[tuple[int, str], Tensor] = {}
-        """Of each text's picture and layer of a query former what its tokens look at, (tokens, rows, columns)."""
-        self._paths_seen: dict[str, None] = {}  # of all layers with words and patches, those too that are not wanted
-        self._maps: Maps[Any] | None = None
-        self._hooks: list[Any] = []
-        self._error: Exception | None = None
-        self._title = type(model).__name__
+    def __init__(self, recording: Recording) -> None:
+        self._recording, self._source, self._title = recording, recording.source, recording.title
 
     def start(self) -> WordMaps:
         """Record from now on; for notebooks, where a `with` cannot span cells. Returns the maps themselves."""
-        return self._start(is_block=False)
-
-    def _start(self, is_block: bool) -> WordMaps:
-        if self._maps is None:
-            maps: Maps[Any] = Maps(self._module, None, self._add, False, math.inf)
-            self._paths_seen.clear()
-            maps.is_asked_for, maps.needs_layouts, maps.lends_tensors = self._asks_for, False, True
-            maps.needs_sums, maps.selection = self._source.needs_columns, (type(self._source), *(self._layers or ()))
-            self._hooks = [
-                module.register_forward_pre_hook(Hook(self._noting(note), "", weakref.ref(module)), with_kwargs=True)
-                for module, note in self._source.watched
-            ]
-            if self._pipeline is not None:
-                self._pipeline.start()
-            self._see_generate()
-            self._maps = maps.__enter__() if is_block else maps.start()
+        self._recording.start(is_block=False)
         return self
 
     def stop(self) -> None:
         """Record no more; what was recorded stays. Warns where not all could be recorded, and why."""
-        self._stop(None)
-
-    def _stop(self, error: object) -> None:
-        maps, self._maps = self._maps, None
-        if maps is None:
-            return
-        try:
-            maps.__exit__(error)
-        finally:
-            for hook in self._hooks:
-                hook.remove()
-            self._module.__dict__.pop("generate", None)
-            if self._pipeline is not None:
-                self._pipeline.stop()
-        own, self._error = self._error, None
-        if error is not None:
-            return
-        if own is not None:
-            what = f"the words of {self._title} were not all recorded: {type(own).__name__}: {own}"
-            warn(what, "error-while-recording")
-        for layer in self._layers or ():
-            if self._paths_seen and not any(fnmatchcase(path, layer) for path in self._paths_seen):
-                warn(
-                    f"layers: no words and patches attend to each other in {layer!r}; they do in "
-                    f"{few([*self._paths_seen], 12)}",
-                    "layer-without-attention",
-                )
+        self._recording.stop(None)
 
     def __enter__(self) -> WordMaps:
-        return self._start(is_block=True)
+        self._recording.start(is_block=True)
+        return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        self._stop(error)
+        self._recording.stop(error)
 
     def clear(self) -> None:
         """Drop what was recorded; recording goes on."""
-        self._drop(0)
+        self._recording.clear()
 
     @property
-    def sums(self) -> dict[_Key, list[_Sum]]:
+    def sums(self) -> dict[Key, list[Sum]]:
         """What was added up, by text, picture, layer and grid of the picture."""
-        new, self._new = self._new, {}
-        for one in new.values():
-            for look in one.plan.looks:
-                self._add_look(one.path, look, one.plan.of(look, one.weights), one.calls)
-        return self._sums
+        return self._recording.sums
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -245,7 +147,8 @@ class WordMaps:
     @property
     def nbytes(self) -> int:
         """The bytes that are kept."""
-        weights = [one.weights for several in self.sums.values() for one in several] + [*self._formed.values()]
+        weights = [one.weights for several in self.sums.values() for one in several]
+        weights += self._recording.formed.values()
         return sum(one.numel() * one.element_size() for one in weights)
 
     def __getitem__(self, word: str) -> Tensor:
@@ -290,6 +193,7 @@ class WordMaps:
         Raises:
             ValueError: there is no such word, or nothing was kept of it; the message names close ones.
             IndexError: there is no such picture, layer, head, step, text or occurrence.
+        TypeError: one of these is no number.
         """
         check_sinks(sinks)
         whose = Whose(sample, negative)
@@ -340,6 +244,11 @@ class WordMaps:
     ) -> tuple[Tensor, list[tuple[str, int]], bool]:
         """The weights of a word in each head that is asked for, (heads, *grid), with layer and number of each, and
         whether they are rows of the word; with head=None the mean of each layer stands in place of its heads."""
+        numbers = {"picture": picture, "sample": whose.sample, "layer": layer, "head": head, "step": step}
+        for name, value in (numbers | {"occurrence": occurrence, "encoder": encoder}).items():
+            may_be: Any = (str, type(None)) if name in ("layer", "head") else type(None)
+            if not hasattr(value, "__index__") and (name in ("picture", "sample") or not isinstance(value, may_be)):
+                raise TypeError(f"{name}={value!r}: pass a number, counted from 0")
         self._check(whose, picture)
         places = self._places(word, whose, encoder)
         if occurrence is not None:
@@ -384,7 +293,8 @@ class WordMaps:
         tables = []
         for picture in pictures:
             own = {key: several for key, several in found.items() if key.picture == picture}
-            finest = max(self._on_patches(one.weights, whose).shape[2:] for several in own.values() for one in several)
+            shown = [one for several in own.values() for one in several]
+            finest = _finest(self._on_patches(one.weights, whose).shape[2:] for one in shown)
             table = torch.zeros(len(layers), heads, len(tokens), *finest)
             for key, several in own.items():
                 whole = self._of_all_tokens(several, tokens, heads, whose)
@@ -394,7 +304,7 @@ class WordMaps:
         words = tuple(texts.get(token, str(token)).removesuffix("</w>") for token in tokens)
         return WordTable(layers, words, tuple(tables), sums[0].are_queries)
 
-    def _of_all_tokens(self, several: list[_Sum], tokens: list[int], heads: int, whose: Whose) -> Tensor:
+    def _of_all_tokens(self, several: list[Sum], tokens: list[int], heads: int, whose: Whose) -> Tensor:
         """The weights of these tokens in one layer, (heads, tokens, *grid); zeros where nothing was kept."""
         place = {token: number for number, token in enumerate(tokens)}
         total, counts = torch.tensor(0.0), torch.zeros(len(tokens))
@@ -436,10 +346,11 @@ class WordMaps:
         if pictures is not None and not pictures[picture].views:
             tokens = len(pictures[picture].tokens)
             raise ValueError(
-                f"the {tokens} tokens of picture {picture} have no place on it: no grid of patches fits them"
+                f"the {tokens} tokens of picture {picture} have no place on it: no grid of patches fits them, or it is "
+                "not known how this family of models arranges them. attention(model) records their rows"
             )
         is_formed = pictures is not None and pictures[picture].views[0].ndim == 1
-        if is_formed and not any(sample == whose.sample for sample, _ in self._formed):
+        if is_formed and not any(sample == whose.sample for sample, _ in self._recording.formed):
             raise ValueError(
                 f"the query former of {self._title} did not run inside the `with`, so that the places of its tokens on "
                 f"picture {picture} are not known: give the model the picture itself, not embeddings of it"
@@ -501,7 +412,7 @@ class WordMaps:
 
     def _weights(
         self,
-        several: list[_Sum],
+        several: list[Sum],
         places: list[list[int]],
         head: int | str | None,
         step: int | None,
@@ -532,13 +443,13 @@ class WordMaps:
     def _on_patches(self, weights: Tensor, whose: Whose) -> Tensor:
         """The weights (..., *grid); those on the tokens of a query former go where these look, by the mean of its
         layers and heads."""
-        formed = [one for (sample, _), one in self._formed.items() if sample == whose.sample]
+        formed = [one for (sample, _), one in self._recording.formed.items() if sample == whose.sample]
         return torch.tensordot(weights, torch.stack(formed).mean(0), 1) if formed else weights
 
-    def _of_step(self, several: list[_Sum], step: int | None) -> list[_Sum]:
+    def _of_step(self, several: list[Sum], step: int | None) -> list[Sum]:
         if step is None:
             return several
-        if not self._keeps_steps:
+        if not self._recording.keeps_steps:
             raise ValueError(
                 f"step={step}: only the sum of the steps was kept; record with word_maps(..., steps='all')"
             )
@@ -552,7 +463,7 @@ class WordMaps:
             return weights.mean(0, keepdim=True)
         if isinstance(head, str) and head != "pointing":
             raise ValueError(f"head={head!r}: pass a number, 'pointing' or None")
-        if not self._keeps_heads:
+        if not self._recording.keeps_heads:
             raise ValueError(
                 f"head={head!r}: only the mean of the heads was kept; record with word_maps(..., heads='all')"
             )
@@ -571,95 +482,6 @@ class WordMaps:
                     weights = self._on_patches(one.weights.mean((0, 1)), whose).cpu().float()
                     total += resized(weights / one.calls, shape, True)
         return total > sink_limit(total.numel()) * total.mean()
-
-    def _see_generate(self) -> None:
-        """Have what `generate` is given noted."""
-        original: Any = getattr(self._module, "generate", None)
-        if original is None:
-            return
-
-        @wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            self._note(self._source.generates, original, args, kwargs)
-            made = original(*args, **kwargs)
-            self._note(lambda _: self._source.wrote(made), original, (), {})
-            return made
-
-        self._module.__dict__["generate"] = generate
-
-    def _asks_for(self, call: AttentionCall) -> bool:
-        asked = None if self._error is not None else self._source.asks_for(call)
-        if asked == "layer":
-            self._paths_seen[call.path] = None
-            return self._layers is None or any(fnmatchcase(call.path, layer) for layer in self._layers)
-        return asked is not None
-
-    def _noting(self, note: Callable[[dict[str, Any]], int | None]) -> Callable[..., None]:
-        return lambda _, module, args, kwargs: self._note(note, module, args, kwargs)
-
-    def _note(self, note: Callable[[dict[str, Any]], int | None], called: Any, args: Any, kwargs: Any) -> None:
-        """Have the source take note of a call of a module, or of a function, by the names of its arguments."""
-        if self._error is None:
-            try:
-                is_module = isinstance(called, nn.Module)
-                names = argument_names(called) if is_module else [*inspect.signature(called).parameters]
-                # What is looked at is no function of the model, and may be seen by a mode of the user's.
-                with torch._C.DisableTorchFunction():
-                    void = note({**dict(zip(names, args, strict=False)), **kwargs})
-                if void is not None:
-                    self._drop(void)
-                if self._maps is not None:
-                    self._maps.clear()
-            except Exception as error:  # the model must not see it
-                self._error = error
-
-    def _drop(self, first: int) -> None:
-        """Drop what was seen of the tokens from that number on, which are others now; 0: all."""
-        if first == 0:
-            self._sums, self._new, self._formed = {}, {}, {}
-        for key, several in self.sums.items():
-            kept = [(one, [place for place, token in enumerate(one.tokens) if token < first]) for one in several]
-            self.sums[key] = [
-                replace(one, tokens=tuple(one.tokens[place] for place in places), weights=one.weights[:, places])
-                for one, places in kept
-                if places
-            ]
-
-    @without_autograd
-    def _add(self, made: AttentionMap) -> None:
-        """Add what a map says; nothing of the map itself stays."""
-        if self._error is not None:
-            return
-        try:
-            plan = self._source.plan(made)
-            if plan.looks:
-                weights = plan.weights(made, self._reduced)
-                alike = len(self._new) if self._keeps_steps else (made.path, plan)
-                known = self._new.get(alike)
-                if known is None:
-                    self._new[alike] = _New(made.path, plan, weights)
-                else:
-                    known.weights += weights
-                    known.calls += 1
-        except Exception as error:  # the model must not see it
-            self._error = error
-
-    def _add_look(self, path: str, look: Look, weights: Tensor, calls: int) -> None:
-        if look.view == FORMER:
-            self._formed[look.whose.sample, path] = weights.mean(0)
-            return
-        several = self._sums.setdefault(_Key(look.whose, look.picture, path, look.view), [])
-        same = (one for one in several if one.tokens == look.tokens and one.weights.shape == weights.shape)
-        known = None if self._keeps_steps else next(same, None)
-        if known is None:
-            several.append(_Sum(look.tokens, weights, look.are_queries, calls))
-        else:
-            known.weights += weights
-            known.calls += calls
-
-    def _reduced(self, weights: Tensor) -> Tensor:
-        # What is kept is no view of the rows, which have the keys of all tokens.
-        return weights.clone() if self._keeps_heads else weights.mean(1, keepdim=True)
 
     def __repr__(self) -> str:
         texts = dict.fromkeys(key.whose for key in self.sums)
@@ -692,8 +514,13 @@ def resized(weights: Tensor, shape: tuple[int, ...], are_shares: bool) -> Tensor
 
 def _alike(grids: Sequence[Tensor], are_shares: bool) -> list[Tensor]:
     """Weights (heads, *grid), brought to the finest of their grids."""
-    finest = max(tuple(grid.shape[1:]) for grid in grids)
+    finest = _finest(grid.shape[1:] for grid in grids)
     return [resized(grid, (len(grid), *finest), are_shares) for grid in grids]
+
+
+def _finest(shapes: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """The finest grid: tiles of a wide picture may have more columns than the whole picture, and fewer rows."""
+    return tuple(map(max, zip(*shapes, strict=True)))
 
 
 def _that_point(heats: Tensor, count: int = 3) -> list[int]:
@@ -713,4 +540,5 @@ def _without_sink_tokens(weights: Tensor) -> Tensor:
     if not bool(is_sink.any()):
         return weights
     rest = weights.masked_fill(is_sink.view(-1, *[1] * (weights.ndim - 2)), 0)
-    return rest * (weights.sum(1, keepdim=True) / rest.sum(1, keepdim=True).clamp_min(1e-12))
+    left = rest.sum(1, keepdim=True)
+    return torch.where(left > 1e-12, rest * (weights.sum(1, keepdim=True) / left), weights)

@@ -470,7 +470,7 @@ class Reader:
 
     def texts(self, whose: Whose) -> list[Text]:
         """The prompt and what was written, without the tokens that stand for pictures."""
-        if whose.is_negative or whose.sample >= len(self._rows):
+        if whose.is_negative or not 0 <= whose.sample < len(self._rows):
             return []
         text = Text.of(self._rows[whose.sample], self._tokenizer)
         of_pictures = {token for picture in self._pictures[whose.sample] for token in picture.tokens}
@@ -479,7 +479,8 @@ class Reader:
 
     def pictures(self, whose: Whose) -> list[Picture]:
         """The pictures of the prompt."""
-        return self._pictures[whose.sample] if whose.sample < len(self._pictures) and not whose.is_negative else []
+        is_there = not whose.is_negative and 0 <= whose.sample < len(self._pictures)
+        return self._pictures[whose.sample] if is_there else []
 
     def _words(self, ids: Sequence[int]) -> Sequence[str]:
         return Text.of(ids, self._tokenizer).tokens

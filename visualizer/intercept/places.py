@@ -207,6 +207,10 @@ def _formed(prompt: Prompt, places: list[list[int]]) -> list[list[Picture]]:
 def _squares(prompt: Prompt, places: list[list[int]]) -> list[list[Picture]]:
     """LLaVA 1.5, PaliGemma, Gemma 3, InternVL ...: so many tokens for each picture, in a square, perhaps behind one."""
     config = prompt.config
+    is_known = getattr(config, "model_type", None) in _IN_SQUARES
+    if not is_known or getattr(getattr(config, "vision_config", None), "model_type", None) == "pixtral":
+        # A square number of tokens tells nothing: a resampler's have no place, and others lie in rows or tiles.
+        return [[Picture((), tuple(own))] if own else [] for own in places]
     known = (getattr(config, name, None) for name in ("mm_tokens_per_image", "image_seq_length", "num_image_tokens"))
     each = next((count for count in known if isinstance(count, int)), 0)
     found: list[list[Picture]] = []
@@ -220,6 +224,15 @@ def _squares(prompt: Prompt, places: list[list[int]]) -> list[list[Picture]]:
             else:
                 found[-1] += [_square(part, part) for part in parts]
     return found
+
+
+_IN_SQUARES = frozenset(
+    (
+        *("llava", "llava_next", "vipllava", "paligemma", "gemma3", "gemma3n", "shieldgemma2", "internvl"),
+        *("florence2", "got_ocr2", "janus", "deepseek_vl"),
+    )
+)
+"""The families of which it is known, by their `model_type`."""
 
 
 def _square(tokens: list[int], all_tokens: list[int]) -> Picture:

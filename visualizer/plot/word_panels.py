@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -51,16 +51,16 @@ def words(
         words: a word or phrase, the number of a token, or several of these.
         image: the picture that the model read or made; None: the weights alone.
         picture, layer, head, step, sample, negative, sinks: as in `WordMaps.of`. Sinks that were removed are hatched.
-        frame: which frame of a video; None: the mean of all.
+        frame: which frame of a video, counted from 0; None: the mean of all.
         columns: how many panels stand in a row; None: up to four.
         ax: where to draw one word; None: on a new figure.
         smooth, style, cmap, cbar: as in `query`.
-        title: None: the word and the layer.
+        title: None: the word, and what of the maps is drawn.
 
     Returns:
         The axes of one word; the figure of several.
 
-    Raises what `WordMaps.of` raises; TypeError where `maps` is no WordMaps.
+    Raises what `WordMaps.of` raises; TypeError where `maps` is no WordMaps; IndexError for a frame that is not there.
     """
     if not hasattr(maps, "of") or not hasattr(maps, "layers"):
         raise TypeError(f"maps is a {type(maps).__name__}: pass what visualizer.word_maps recorded")
@@ -71,40 +71,51 @@ def words(
         "step": step,
         "sample": sample,
         "negative": negative,
+        "sinks": sinks,
     }
-    where = _where(maps, layer, head, step) + (", sinks removed" if sinks == "remove" else "")
+    several = [words] if isinstance(words, (str, int)) else list(words)
+    if not several:
+        raise ValueError(f"words={words!r}: pass a word, or several")
+    if ax is not None and several != [words]:
+        raise ValueError("ax= takes one word; several have a figure of their own")
+    heats = [as_numbers(maps.of(word, **options)) for word in several]
+    frames = len(heats[0]) if heats[0].ndim == 3 else None
+    if frame is not None and not -(frames or 0) <= frame < (frames or 0):
+        raise IndexError(f"frame={frame}: picture {picture} " + (f"has {frames} frames" if frames else "is no video"))
+    if frames is not None:
+        heats = [heat.mean(0) if frame is None else heat[frame] for heat in heats]
+    where = ", ".join(_where(maps, options, frame, frames))
 
-    def draw(word: str | int, ax: Axes | None) -> Axes:
-        heat = as_numbers(maps.of(word, sinks=sinks, **options))
-        if heat.ndim == 3:
-            heat = heat.mean(0) if frame is None else heat[frame]
+    def draw(heat: Any, ax: Axes | None) -> Axes:
         label = "attention weight"
         return overlay(heat, image, ax=ax, smooth=smooth, style=style, cmap=cmap, cbar=cbar, label=label)
 
-    if isinstance(words, (str, int)):
-        ax = draw(words, ax)
+    if several == [words]:
+        ax = draw(heats[0], ax)
         write_title(ax, title, f"{words!r}, {where}")
         return ax
-    if not words:
-        raise ValueError(f"words={words!r}: pass a word, or several")
-    if ax is not None:
-        raise ValueError("ax= takes one word; several have a figure of their own")
-    heat = maps.of(words[0], **options)
-    size = panel_size(heat.shape[-2:] if image is None else np.asarray(image).shape[:2], 2.2)
-    columns = full_rows(len(words), columns, 4)
-    figure, axes = panels(len(words), columns, size, has_bar=False, bars_below=cbar)
-    for word, one in zip(words, axes, strict=True):
-        draw(word, one)
-    name_panels(axes, [repr(word) for word in words])
+    size = panel_size(heats[0].shape if image is None else np.asarray(image).shape[:2], 2.2)
+    columns = full_rows(len(several), columns, 4)
+    figure, axes = panels(len(several), columns, size, has_bar=False, bars_below=cbar)
+    for heat, one in zip(heats, axes, strict=True):
+        draw(heat, one)
+    name_panels(axes, [repr(word) for word in several])
     write_title(figure, title, where)
     lay_out(figure)
     return figure
 
 
-def _where(maps: WordMaps, layer: int | str | None, head: int | str | None, step: int | None) -> str:
-    """Which layers, heads and steps are drawn, in words."""
-    layers = maps.layers
-    where = f"mean of {len(layers)} layers" if layer is None else f"layer {layer}"
-    heads = "heads that point" if head == "pointing" else f"head {head}"
-    parts = [where, *([] if head is None else [heads]), *([] if step is None else [f"step {step}"])]
-    return ", ".join(parts)
+def _where(maps: WordMaps, options: dict[str, Any], frame: int | None, frames: int | None) -> Iterator[str]:
+    """Which layers, heads, steps and frames are drawn, in words."""
+    layer, head, step = options["layer"], options["head"], options["step"]
+    yield f"mean of {len(maps.layers)} layers" if layer is None else f"layer {layer}"
+    if head is not None:
+        yield "heads that point" if head == "pointing" else f"head {head}"
+    if step is not None:
+        yield f"step {step}"
+    if frames is not None:
+        yield f"mean of {frames} frames" if frame is None else f"frame {frame}"
+    if options["negative"]:
+        yield "negative prompt"
+    if options["sinks"] == "remove":
+        yield "sinks removed"
