@@ -1206,6 +1206,23 @@ class TestLeftAsItWas:
         assert [one.shape for one in maps] == [(0, 2, 5, 5), (2, 2, 0, 5)]
         assert [one.dense().shape for one in maps] == [(0, 2, 5, 5), (2, 2, 0, 5)]
 
+    @pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)])
+    def test_heads_of_nothing_are_heads(self, shape):
+        class Own(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.proj = nn.Linear(8, 8)
+
+            def forward(self, x):
+                q = x.view(*x.shape[:2], 2, 4).transpose(1, 2)
+                return self.proj(((q @ q.mT).softmax(-1) @ q).transpose(1, 2).flatten(2))
+
+        model = Own()
+        with attention(model) as maps:
+            model(torch.randn(shape))
+        assert maps[0].shape == (shape[0], 2, shape[1], shape[1])
+        assert not maps[0].axes_assumed
+
     def test_what_is_dropped_stops(self, x):
         model = model_of()
         maps = attention(model).start()

@@ -322,6 +322,25 @@ def test_one_head_before_a_convolution():
     assert not maps[0].axes_assumed
 
 
+def test_frames_that_a_convolution_goes_over_are_no_heads():
+    """As in VidTok: (batch, frames, places, channels)."""
+
+    class Film(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Conv3d(8, 8, 1)
+
+        def forward(self, x):
+            y = x.flatten(3).permute(0, 2, 3, 1)
+            return self.out(F.scaled_dot_product_attention(y, y, y).permute(0, 3, 1, 2).view(x.shape))
+
+    model = Film()
+    with attention(model) as maps:
+        model(torch.randn(2, 8, 3, 2, 2))
+    assert maps[0].shape == (6, 1, 4, 4)
+    assert not maps[0].axes_assumed
+
+
 def test_one_head_and_windows():
     """As in the first blocks of Hiera: (batch, 1 head, windows, tokens, width)."""
 

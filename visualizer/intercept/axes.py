@@ -254,7 +254,9 @@ class Output:
         lead = self.leaves()[0]
         are_heads = tuple(factor in features for factor in lead)
         is_whole = not any(one.cut and one.size == 1 for axis in layout for one in axis)  # and not one of several heads
-        is_of_one_head = is_whole and (len(self._axes) != 4 or self._axes[-3].size == 1)
+        # What a convolution goes over are frames, rows or columns.
+        places = set().union(*map(_origins, layout[2:])) if is_convolution else set[Factor]()
+        is_of_one_head = is_whole and (len(self._axes) != 4 or places.issuperset(self._axes[-3].smallest()))
         order = Order(tuple(factor.size for factor in lead), are_heads)
         if any(are_heads) or (is_linear and is_of_one_head):
             self.order = order
@@ -348,10 +350,13 @@ def _regrouped(layout: Layout, shape: Sequence[int]) -> Layout | None:
     made: Layout = []
     for size in shape:
         axis: list[Factor] = []
-        while size > 1:
-            if not factors:
+        while size != 1:
+            if not factors or (size and not factors[0].size):
                 return None
             factor = factors.pop(0)
+            if size == factor.size:  # which may be none
+                axis.append(factor)
+                break
             if size % factor.size:
                 if factor.size % size:
                     return None
