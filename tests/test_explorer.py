@@ -1110,11 +1110,11 @@ class TestLook:
             tab.page.wait_for_timeout(100)
             assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
 
-    @pytest.mark.parametrize("kind", ["words", "patches"])
-    def test_no_column_ends_far_above_the_others(self, open_page, kind):
+    @pytest.mark.parametrize(("kind", "layers"), [("words", 12), ("words", 30), ("patches", 12)])
+    def test_no_column_ends_far_above_the_others(self, open_page, kind, layers):
         options = {"tokens": WORDS * 2} if kind == "words" else {"grid": (14, 14), "prefix_tokens": 1}
         size = 14 if kind == "words" else 197
-        tab = open_page(explore(random_maps(12, 1, 4, size, size), **options))
+        tab = open_page(explore(random_maps(layers, 1, 4, size, size), **options))
         tab.page.set_viewport_size({"width": 1024, "height": 860})
         tab.page.wait_for_timeout(100)
         heights = tab.page.evaluate(
