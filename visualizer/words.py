@@ -210,11 +210,11 @@ class Text:
         return cls(tuple(tokens), join, start)
 
     def words(self) -> list[str]:
-        """The words, in order, without special tokens."""
+        """The words, in order, without special tokens and parts of a character."""
         begins = [*self._begins(), len(self.tokens)]
         spans = itertools.pairwise(begins)
         found = [self._joined(first, last) for first, last in spans if not is_special(self.tokens[first])]
-        return [word for word in found if word]
+        return [word for word in found if word and "\ufffd" not in word]
 
     def find(self, word: str) -> list[list[int]]:
         """The tokens of each place where a word or phrase stands; those in other letters' case only if none fits.

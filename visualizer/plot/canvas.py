@@ -178,8 +178,8 @@ def colour_bar(figure: Any, image: Any, where: Any, is_cut: bool, label: str = L
 
     from .artists import Roots
 
-    # Not broader on a high figure.
-    aspect = max(20.0, 45 * getattr(figure, "figure", figure).get_size_inches()[1] / font_size())
+    high = getattr(figure, "figure", figure).get_size_inches()[1]
+    aspect = max(20.0, 45 * high / font_size())  # not broader on a high figure
     options: dict[str, Any] = {"shrink": 0.9, "aspect": aspect, "extend": "max" if is_cut else "neither"}
     if isinstance(where, Sequence):
         options["pad"] = 0.03  # of many panels a twentieth of the width is too far
