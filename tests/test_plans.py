@@ -492,6 +492,7 @@ class TestNotFollowed:
                 return self.attend(x, x)
 
         model, option = Around(Takes), Fails()
+        model.attn.option = option
         maps = both_ways(model, [lambda: model(x, option)] * 4, monkeypatch)
         assert facts(maps) == [("attn", "self", (3, 2, 5, 5), False)] * 4
 

@@ -61,7 +61,8 @@ class Surroundings:
                 held += map(held_in, function.__closure__)
             held += [value for owner in owners for value in self._add(owner, names - known)]
             known |= names
-            fresh = {id(owner): owner for owner in map(_owner_of, held) if owner is not None and owner not in owners}
+            old = {*map(id, owners)}
+            fresh = {id(owner): owner for owner in map(_owner_of, held) if owner is not None and id(owner) not in old}
             owners += fresh.values()
             held += [value for owner in fresh.values() for value in self._add(owner, known)]
             waiting += [found for value in held for found in _functions(value)]
@@ -110,7 +111,7 @@ def has_settings(value: Any) -> bool:
     if isinstance(value, (*_CONTAINERS, *_NAMESPACES)):
         return True
     others = (nn.Module, Tensor, type, Enum)
-    return hasattr(value, "__dict__") and not isinstance(value, others) and _package(type(value)) not in _FOREIGN
+    return _attributes(value) is not None and not isinstance(value, others) and _package(type(value)) not in _FOREIGN
 
 
 def settings(value: Any, depth: int = _DEPTH) -> list[Any]:
@@ -118,13 +119,22 @@ def settings(value: Any, depth: int = _DEPTH) -> list[Any]:
     if isinstance(value, _CONTAINERS):
         held: Any = () if len(value) > _MOST_SETTINGS else value.values() if isinstance(value, dict) else value
     else:
-        held = getattr(value, "__dict__", {}).values()
+        held = (_attributes(value) or {}).values()
     found = []
     for one in [*held]:
         if type(one) in SIMPLE or isinstance(one, Enum):
             found.append(one)
         elif depth > 1 and type(one) is not FunctionType and has_settings(one):
             found += settings(one, depth - 1)
+    return found
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """What an object holds, if it has attributes of its own; no code of its class runs."""
+    try:
+        found: dict[str, Any] = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
     return found
 
 
@@ -158,8 +168,8 @@ def _functions(value: Any) -> Iterator[FunctionType]:
             value = value.func
         elif isinstance(value, (MethodType, staticmethod, classmethod)):
             value = value.__func__
-        elif not isinstance(value, type) and hasattr(value, "__wrapped__"):
-            value = value.__wrapped__
+        elif not isinstance(value, type) and "__wrapped__" in (attributes := _attributes(value) or {}):
+            value = attributes["__wrapped__"]
         else:
             return
 
