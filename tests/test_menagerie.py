@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch", reason="attention maps are of torch's model
 
 from menagerie.__main__ import compared  # noqa: E402
 from menagerie.judging import reasons_of  # noqa: E402
+from menagerie.making import fitted  # noqa: E402
 from menagerie.page import page  # noqa: E402
 from menagerie.reading import read  # noqa: E402
 
@@ -109,6 +110,25 @@ def test_the_page_has_a_row_for_every_model():
     assert "| timm | 3 | 1 | 1 | 0 | 1 |" in lines
     assert "1 of the 2 models whose attention the reading sees are exact (50.0 %)" in lines
     assert [sum(line.startswith(f"| {name} |") for line in lines.splitlines()) for name in "abc"] == [1, 1, 1]
+
+
+def test_inputs_are_made_to_fit_by_what_a_model_refuses():
+    class Picky(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(6, 4)
+
+        def forward(self, film, sizes=None):
+            if film.ndim != 5:
+                raise ValueError("not enough values to unpack (expected 5)")
+            return self.inner(film).sum() + sizes.sum()
+
+    more = {"sizes": torch.ones(2)}
+    fits = fitted(Picky(), {"film": torch.ones(2, 3, 4, 5)}, lambda name, given: more.get(name))
+    assert fits["film"].ndim == 5
+    assert (fits["film"].shape[-1], fits["sizes"]) == (6, more["sizes"])
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'sum'"):
+        fitted(Picky(), {"film": torch.ones(2, 3, 4, 5)}, lambda name, given: None)
 
 
 def reading_of(model, *inputs):

@@ -102,7 +102,7 @@ def _argument(key: str, value: Any, narrow: bool) -> Any:
         return min(value, 2)
     if isinstance(value, (tuple, list)) and value and all(isinstance(one, int) for one in value):
         if key.endswith(("block_out_channels", "channels")):
-            return type(value)([32, *[64] * (len(value) - 1)])
+            return type(value)([32, *[64 if len({*value}) > 1 else 32] * (len(value) - 1)])
         if key.endswith("layers_per_block"):
             return type(value)([1] * len(value))
     if key.endswith("layers_per_block") and is_number:

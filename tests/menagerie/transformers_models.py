@@ -7,6 +7,7 @@ import inspect
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -466,16 +467,11 @@ def _classes(config_class: Any, name: str) -> list[Any]:
     if not found:
         package = importlib.import_module(config_class.__module__.rpartition(".")[0])
         for path in sorted(getattr(package, "__all__", None) or dir(package)):
-            try:
+            with suppress(ImportError):  # such as a tokenizer that needs another library
                 one = getattr(package, path, None)
-            except ImportError:  # such as a tokenizer that needs another library
-                continue
-            if (
-                inspect.isclass(one)
-                and getattr(one, "config_class", None) is config_class
-                and not path.endswith("PreTrainedModel")
-            ):
-                found.setdefault(path, one)
+                is_of = inspect.isclass(one) and getattr(one, "config_class", None) is config_class
+                if is_of and not path.endswith("PreTrainedModel"):
+                    found.setdefault(path, one)
         for key in ("modeling_" + config_class.__module__.rpartition("configuration_")[2],):
             try:
                 module = importlib.import_module(f"{config_class.__module__.rpartition('.')[0]}.{key}")
