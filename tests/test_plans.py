@@ -611,6 +611,41 @@ class TestNotFollowed:
             model(x, y)
         assert facts(maps) == facts(full)
 
+    @pytest.mark.parametrize(
+        ("change", "path"),
+        [
+            (lambda model: setattr(model, "other", model._modules.pop("attn")), "other"),
+            (lambda model: model.empty.append(Attends()), "empty.0"),
+            (lambda model: setattr(model.layer, "forward", Attends().forward), "layer"),
+            (lambda model: setattr(model.layer, "__class__", Opens), "layer"),
+        ],
+        ids=["another name", "a part in what was empty", "forward", "class"],
+    )
+    def test_the_parts_change_between_recordings(self, x, change, path):
+        """What was found of the modules at the first recording is looked for anew."""
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attn, self.empty, self.layer = Attends(), nn.Sequential(), Works()
+
+            def forward(self, x):
+                return self.layer(self.empty(self.attn(x)))
+
+        class Works(Attends):
+            def forward(self, x):
+                return nn.functional.gelu(self.out(x))
+
+        model = Model()
+        for _ in range(3):
+            with attention(model) as maps:
+                model(x)
+            assert [*maps.paths] == ["attn"]
+        change(model)
+        with attention(model) as maps:
+            model.other(x) if path == "other" else model(x)
+        assert path in maps.paths
+
     def test_another_forward_while_it_is_recorded(self, x):
         model = Around()
         own = model.norm.forward

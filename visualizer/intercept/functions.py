@@ -43,7 +43,7 @@ _lock = threading.RLock()  # the collector may end a recording, which takes it, 
 _watchers: list[weakref.ref[Any]] = []
 _wrapped: dict[str, tuple[Any, Any]] = {}  # the function before and its wrapper, by the name of the interface
 _looked_through: dict[str, tuple[weakref.ref[ModuleType], int]] = {}  # the modules, and how much was in them
-_last: tuple[list[ModuleType], list[int]] = ([], [])  # all modules at the last time, and how much was in them
+_last: tuple[list[Any], list[Any], list[int]] = ([], [], [])  # all modules at the last time, what they hold, how much
 _found: weakref.WeakKeyDictionary[FunctionType, str] = weakref.WeakKeyDictionary()
 _swapped: dict[FunctionType, tuple[CodeType, CodeType, bool]] = {}  # the codes before and now; is the signature ours
 _classes: list[type[torch.autograd.Function]] = []  # whose `apply` is wrapped
@@ -114,23 +114,22 @@ def end(watcher: Watcher) -> None:
 def _find() -> None:
     """Find the functions of other libraries, in modules that are new or have more in them than before."""
     global _last
-    modules = [*sys.modules.values()]
-    try:
-        sizes = [*map(len, map(vars, modules))]
-    except TypeError:  # what stands for a module may have no attributes
-        sizes = [len(getattr(module, "__dict__", ())) for module in modules]
-    if sizes == _last[1] and all(map(operator.is_, modules, _last[0])):
+    modules, (before, members, sizes) = [*sys.modules.values()], _last
+    is_same = len(modules) == len(before) and all(map(operator.is_, modules, before))
+    if is_same and sizes == [*map(len, members)]:
         return
-    _last = modules, sizes
+    # What stands for a module may have no attributes.
+    members = members if is_same else [getattr(module, "__dict__", {}) for module in modules]
+    _last = modules, members, [*map(len, members)]
     for path, module in [*sys.modules.items()]:
-        members = getattr(module, "__dict__", {})
+        held = getattr(module, "__dict__", {})
         known = _looked_through.get(path)
-        if known is not None and known[0]() is module and known[1] == len(members):
+        if known is not None and known[0]() is module and known[1] == len(held):
             continue
         if type(module) is ModuleType:
-            _looked_through[path] = weakref.ref(module), len(members)
+            _looked_through[path] = weakref.ref(module), len(held)
         for name, kernel in FUNCTIONS.items():
-            function = members.get(name)
+            function = held.get(name)
             if type(function) is FunctionType and function is not kernel:
                 _found[function] = name
 

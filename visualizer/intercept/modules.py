@@ -175,10 +175,10 @@ def heads_of(call: ModuleCall, tensor: Tensor) -> int | None:
 
 def packed_groups(call: ModuleCall, query: Tensor, key: Tensor) -> int:
     """How many query heads lie on the axis of queries, where transformers puts them for single queries; else 1."""
-    if query.ndim != 4:
+    if query.ndim != 4 or query.shape[2] < 2 or query.shape[1] != key.shape[1]:
         return 1
     groups = getattr(call.module, "num_key_value_groups", 1)
-    if not isinstance(groups, int) or groups < 2 or query.shape[1] != key.shape[1] or query.shape[2] != groups:
+    if not isinstance(groups, int) or query.shape[2] != groups:
         return 1
     heads = getattr(getattr(call.module, "config", None), "num_attention_heads", None)
     return groups if heads == query.shape[1] * groups else 1

@@ -39,9 +39,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..instrument import named_modules
 from .axes import Order, Output
 from .kernels import KERNELS
-from .modules import Hook, ModuleCall, has_global_hooks, is_within
+from .modules import Hook, ModuleCall, cannot_attend, has_global_hooks, is_compiled, is_within, works_by_token
 from .operators import READS
 from .provenance import Origin
 from .surroundings import SIMPLE, Surroundings, chance, has_settings, held_in, is_unsteady, settings
@@ -233,11 +234,43 @@ class Pass:
         return steps if all(None not in several for several in steps.values()) else None  # type: ignore[return-value]
 
 
+class Parts:
+    """The modules of a model that are watched, and what is known of them before it runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [*named_modules(model)]
+        self.compiled = [path for path, module in modules if is_compiled(module)]
+        """The paths of compiled modules, and of scripted ones."""
+        self.scripted = [path for path, module in modules if isinstance(module, torch.jit.ScriptModule)]
+        # torch asks in these alone whether there is autocast for any device, such as that of the key of the operators.
+        self.are_recurrent = any(isinstance(module, nn.RNNBase) for _, module in modules)
+        scripted, by_token = {*self.scripted}, dict[nn.Module, bool]()
+        watched = [one for one in modules if one[0] not in scripted and not (one[0] and cannot_attend(one[1]))]
+        self.watched = [
+            (path, weakref.ref(module), bool(path) and works_by_token(module, by_token)) for path, module in watched
+        ]
+        """The path of each, the module, and whether it is a layer in which nothing attends."""
+        is_plain = not self.scripted and not self.compiled
+        self._states = _States([module for _, module in watched], follows_code=False) if is_plain else None
+
+    def are_same(self) -> bool:
+        """Whether the model still has these, as they were."""
+        return self._states is not None and self._states.have_same_parts()
+
+
 class Plans:
-    """The plans of a model, by the forms of what its outermost calls are given."""
+    """The plans of a model, by the forms of what its outermost calls are given; and its modules."""
 
     def __init__(self) -> None:
         self._memories: dict[Any, _Memory] = {}
+        self._parts: Parts | None = None
+
+    def parts(self, model: nn.Module) -> Parts:
+        """The modules of the model, looked for once as long as it does not change."""
+        parts = self._parts
+        if parts is None or not parts.are_same():
+            parts = self._parts = Parts(model)
+        return parts
 
     def begin(self, call: ModuleCall, modules: Sequence[nn.Module], recorded: Any) -> Pass:
         """Begin a pass, by a plan if there is one.
@@ -403,9 +436,12 @@ class _States:
     """What modules are at one time, besides the numbers in their tensors.
 
     It holds no object of the user, which may hold the model.
+
+    Args:
+        follows_code: whether what the code of the modules reads besides them is part of it.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], follows_code: bool = True) -> None:
         self._watched = [weakref.ref(module) for module in modules]
         parts = {part for module in modules for part in module._modules.values() if part is not None}
         self._leaves = [weakref.ref(part) for part in parts.difference(modules)]
@@ -421,7 +457,8 @@ class _States:
         self._with_settings = [*held.values()]
         hooks = [hook for one in modules for hook in (*one._forward_hooks.values(), *one._forward_pre_hooks.values())]
         own = [value for _, _, value in attributes]
-        self._around = Surroundings(classes, [*own, *(hook for hook in hooks if type(hook) is not Hook)])
+        functions = [*own, *(hook for hook in hooks if type(hook) is not Hook)]
+        self._around = Surroundings(classes, functions) if follows_code else Surroundings((), ())
         self.are_steady = not (self._around.is_unsteady or any(map(is_unsteady, own)))
         """Whether nothing was found that gives another answer each time."""
         self._chance = chance()
@@ -439,7 +476,11 @@ class _States:
             if self._keys_of_hooks() != self._hooks:
                 return False
             self._next = RemovableHandle.next_id
-        return not has_global_hooks() and self._number() == self._numbers
+        return not has_global_hooks() and self.have_same_parts()
+
+    def have_same_parts(self) -> bool:
+        """Whether all but the hooks is."""
+        return self._number() == self._numbers
 
     def took_chances(self) -> bool:
         """Whether somebody took a random number of Python or numpy since."""
@@ -449,13 +490,16 @@ class _States:
         modules = [module for known in self._watched if (module := known()) is not None]
         if len(modules) < len(self._watched):
             return []
-        holders: list[Any] = [*map(vars, modules), *[one for module in modules if (one := module._modules)]]
+        parts = [one for module in modules if (one := module._modules)]
+        holders: list[Any] = [*map(vars, modules), *parts]
         holders += [vars(known() or object) for known in self._classes]
         numbers = [id(type(module)) for module in modules]
+        numbers += map(hash, itertools.chain.from_iterable(parts))  # of their names
         numbers += map(id, itertools.chain.from_iterable([holder.values() for holder in holders]))
         for known in self._leaves:
             module = known()
-            numbers.append(0 if module is None else len(module.__dict__))  # it may get a forward of its own
+            if module is not None:  # it may get a forward or parts of its own
+                numbers += id(type(module)), len(module.__dict__), len(module._modules)
         for known, name in self._with_settings:
             module = known()
             numbers += () if module is None else map(id, settings(vars(module).get(name)))
@@ -466,8 +510,8 @@ class _States:
     def _keys_of_hooks(self) -> list[int]:
         """The numbers of all hooks of the user, which no other gets."""
         modules = [module for known in (*self._watched, *self._leaves) if (module := known()) is not None]
-        hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        return [key for several in hooks for key, hook in several.items() if type(hook) is not Hook]
+        both = [several for module in modules for several in (module._forward_hooks, module._forward_pre_hooks)]
+        return [key for several in both if several for key, hook in several.items() if type(hook) is not Hook]
 
 
 _BASES = frozenset(nn.Module.__mro__)

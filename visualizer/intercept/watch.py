@@ -24,7 +24,7 @@ from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.overrides import _pop_mode, _push_mode
 
 from ..errors import Section
-from ..instrument import Uncompiled, mark_reruns, named_modules
+from ..instrument import Uncompiled, mark_reruns
 from ..store import is_recorded
 from ..tensors import is_plain_torch, why_unreal
 from . import functions, operators
@@ -56,11 +56,9 @@ from .modules import (
     has_global_hooks,
     heads_of,
     is_called_attention,
-    is_compiled,
     is_within,
     packed_groups,
     shapes_of,
-    works_by_token,
 )
 from .plans import UNKNOWN, Pass, Step, plans_of
 from .provenance import Origin, Provenance
@@ -140,12 +138,12 @@ class Watch:
         warn: Callable[[str, Section], None],
         recorded: Callable[[], Any] = lambda: None,
     ) -> None:
-        modules = list(named_modules(model))
-        compiled = [path for path, module in modules if is_compiled(module)]
-        if compiled and not Uncompiled.is_possible():
+        self._plans, self._selection = plans_of(model), recorded
+        parts = self._plans.parts(model)
+        if parts.compiled and not Uncompiled.is_possible():
             raise RuntimeError(
-                f"{repr(compiled[0]) if compiled[0] else 'the model'} is compiled, and torch before 2.6 cannot run it "
-                "uncompiled meanwhile: record the model as it was before torch.compile"
+                f"{repr(parts.compiled[0]) if parts.compiled[0] else 'the model'} is compiled, and torch before 2.6 "
+                "cannot run it uncompiled meanwhile: record the model as it was before torch.compile"
             )
         self.has_run = False
         """Whether a module of the model has been called."""
@@ -166,33 +164,25 @@ class Watch:
         self._attending = weakref.WeakSet[nn.Module]()  # layers that were taken for some in which nothing attends
         self._uncompiled = Uncompiled()
         self._has_ended = False
-        self._plans, self._selection = plans_of(model), recorded
         mark_reruns()
         self._outermost: dict[int, nn.Module] = {}  # whose calls are under way, by their threads
         self._handles: list[Any] = []
-        self._watched: list[weakref.ref[nn.Module]] = []
-        # torch asks in these alone whether there is autocast for any device, such as that of the key of the operators.
-        self._sees_operators = not any(isinstance(module, nn.RNNBase) for _, module in modules)
-        scripted, by_token = [], dict[nn.Module, bool]()
-        for path, module in modules:
-            if isinstance(module, torch.jit.ScriptModule):
-                scripted.append(path)
+        self._watched = [known for _, known, _ in parts.watched]
+        self._sees_operators = not parts.are_recurrent
+        for path, known, is_by_token in parts.watched:
+            module = known()
+            if module is None:
                 continue
-            if path and cannot_attend(module):
-                continue
-            known = weakref.ref(module)
-            self._watched.append(known)
-            begin, end = self._begin_call, self._end_call
-            if path and works_by_token(module, by_token):
-                begin, end = self._begin_layer, self._end_layer
+            begin, end = (self._begin_layer, self._end_layer) if is_by_token else (self._begin_call, self._end_call)
             self._handles += [
                 module.register_forward_pre_hook(Hook(begin, path, known), prepend=True, with_kwargs=True),
                 module.register_forward_hook(Hook(end, path, known), always_call=True),
             ]
         functions.begin(self)
         see_scripted(True)
-        if scripted:
-            tops = [path for path in scripted if not any(path != top and is_within(path, top) for top in scripted)]
+        if parts.scripted:
+            inner = {path for path in parts.scripted for top in parts.scripted if path != top and is_within(path, top)}
+            tops = [path for path in parts.scripted if path not in inner]
             self._warn(
                 f"{', '.join(repr(path) if path else 'the model' for path in tops)} is scripted (torch.jit): it runs "
                 "without Python, and its attention is not seen.",
