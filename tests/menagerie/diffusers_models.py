@@ -183,7 +183,7 @@ def build(name: str) -> Iterator[tuple[str, torch.nn.Module, Any, Any]]:
             errors.append(in_words(error))
             continue
         ways = [*_inputs(model)]
-        mended = {"picture", "sequence", "film", "frames"}  # what none of the ways fits, but one of these may
+        mended = {"picture", "sequence", "film", "frames", "channels first"}  # those that errors can change
         again = [one for one in ways if one[0] in mended]
         for number, (label, inputs) in enumerate([*ways, *again]):
             if time.process_time() > until:
