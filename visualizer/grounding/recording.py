@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from functools import wraps
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunction
 
@@ -19,6 +20,8 @@ from ..intercept import AttentionCall, Maps
 from ..intercept.modules import Hook, argument_names
 from ..maps import AttentionMap, without_autograd
 from .words_and_patches import FORMER, Look, Plan, Whose, source_of
+
+_ROOM = 2**20  # numbers that are kept side by side
 
 
 class Key(NamedTuple):
@@ -77,6 +80,7 @@ class Recording:
         self._new: dict[Any, _New] = {}
         self.formed: dict[tuple[int, str], Tensor] = {}
         """Of each text's picture and layer of a query former what its tokens look at, (tokens, rows, columns)."""
+        self._room: Tensor | None = None  # for rows that are kept
         self._paths_seen: dict[str, None] = {}  # of all layers with words and patches, those too that are not wanted
         self._maps: Maps[Any] | None = None
         self._hooks: list[Any] = []
@@ -208,12 +212,26 @@ class Recording:
                 alike = len(self._new) if self.keeps_steps else (made.path, plan)
                 known = self._new.get(alike)
                 if known is None:
-                    self._new[alike] = _New(made.path, plan, weights)
+                    self._new[alike] = _New(made.path, plan, self._kept(weights))
                 else:
                     known.weights += weights
                     known.calls += 1
         except Exception as error:  # the model must not see it
             self._error = error
+
+    def _kept(self, weights: Tensor) -> Tensor:
+        """A copy of the rows of one step, side by side with those of others.
+
+        One by one they would lie between the keys of a growing cache, and keep the room that these leave from being
+        used again: a long text would take twice the memory.
+        """
+        if weights.numel() > _ROOM // 8:
+            return weights
+        room = self._room
+        if room is None or (room.dtype, room.device) != (weights.dtype, weights.device) or len(room) < weights.numel():
+            room = torch.empty(_ROOM, dtype=weights.dtype, device=weights.device)
+        kept, self._room = room[: weights.numel()].view(weights.shape), room[weights.numel() :]
+        return kept.copy_(weights)
 
     def _add_look(self, path: str, look: Look, weights: Tensor, calls: int) -> None:
         if look.view == FORMER:

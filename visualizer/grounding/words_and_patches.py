@@ -465,7 +465,8 @@ class Reader:
             for number, picture in enumerate(pictures):
                 for view, patches in enumerate(picture.views):
                     if words and int(patches.min()) >= gone:
-                        found.append(Look(row // times, Whose(row), number, view, local, words, patches - gone, True))
+                        patches = patches - gone if gone else patches
+                        found.append(Look(row // times, Whose(row), number, view, local, words, patches, True))
         return found
 
     def texts(self, whose: Whose) -> list[Text]:
