@@ -303,7 +303,7 @@ def test_a_parameter_that_is_none_is_no_cause_to_warn(gl):
 
 
 def test_the_packages_own_model_leaves_the_plain_key_to_the_user():
-    code = "from visualizer import get_local, models; print(*get_local.cache)"
+    code = "from visualizer import get_local, models; models.VisionTransformer; print(*get_local.cache)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
     )
