@@ -288,6 +288,27 @@ def test_queries_that_a_second_attention_mixes():
     assert not any(found.axes_assumed for found in maps)
 
 
+@pytest.mark.parametrize("images", [1, B])
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_heads_among_the_queries_are_said_to_be_unknown(is_fused, images):
+    """All heads share their keys, so that each query stands there once a head: nothing tells heads from queries."""
+
+    class OneKey(Layer):
+        def attend(self, x):
+            q, k, v = self.factors(x)
+            q, k, v = q.transpose(1, 2).flatten(1, 2), k[:, 0], v[:, 0]
+            self.weights = (q @ k.mT / D**0.5).softmax(-1)
+            out = F.scaled_dot_product_attention(q, k, v) if is_fused else self.weights @ v
+            return out.reshape(len(x), N, H * D)
+
+    model = OneKey()
+    with torch.no_grad(), attention(model) as maps:
+        for _ in range(3):  # the third by a plan
+            model(torch.randn(images, N, 8))
+    torch.testing.assert_close(maps[2].dense()[:, 0], model.weights)
+    assert all(found.axes_assumed for found in maps)
+
+
 def test_one_head():
     class Single(nn.Module):
         def __init__(self):

@@ -47,6 +47,8 @@ class Order:
     sizes: tuple[int, ...]
     """The axes, each split into the factors that the model tells apart."""
     are_heads: tuple[bool, ...]
+    are_known: bool = True
+    """Whether no factor of the queries may be heads too: several heads that share their keys can be further queries."""
 
     def arranged(self, tensor: Tensor) -> Tensor:
         """(..., ., .) as (batch, heads, ., .)."""
@@ -257,7 +259,8 @@ class Output:
         # What a convolution goes over are frames, rows or columns.
         places = set().union(*map(_origins, layout[2:])) if is_convolution else set[Factor]()
         is_of_one_head = is_whole and (len(self._axes) != 4 or places.issuperset(self._axes[-3].smallest()))
-        order = Order(tuple(factor.size for factor in lead), are_heads)
+        queries = {factor in features for factor in self.leaves()[1]}
+        order = Order(tuple(factor.size for factor in lead), are_heads, any(are_heads) or len(queries) < 2)
         if any(are_heads) or (is_linear and is_of_one_head):
             self.order = order
         elif is_convolution and is_of_one_head and not features.isdisjoint(self._axes[-1].smallest()):

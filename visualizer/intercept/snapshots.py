@@ -98,7 +98,7 @@ def joined_copy(parts: Sequence[tuple[Copy, Tensor, int]], sizes: Sequence[int])
     copies = [copy for copy, _, _ in parts]
 
     def map_of(order: Order | None) -> AttentionMap:
-        total, axes_assumed = math.prod(sizes), order is None and math.prod(sizes) > 1
+        total, axes_assumed = math.prod(sizes), _are_assumed(order, sizes)
         order = _assumed(sizes, copies[0].call.heads) if order is None else order
         numbers = order.arranged(torch.arange(total)[:, None, None]).flatten()
         places = torch.empty_like(numbers).index_copy_(0, numbers, torch.arange(total))
@@ -173,7 +173,7 @@ class Copies:
                 gradient.arrange(
                     lambda incoming: arranged(ordered(incoming).expand(*lead, *multiplied[-2:])), source.shape
                 )
-            made = _map_of(call, source, gradient, order is None and math.prod(lead) > 1)
+            made = _map_of(call, source, gradient, _are_assumed(order, lead))
             made.is_softmax = is_softmax
             if is_softmax and any(one.keys > multiplied[-1] and one.maps > 1 for one in product.softmaxes):
                 # The keys that were cut off were no sink: they have values, and a map of their own.
@@ -228,7 +228,7 @@ class Copies:
                     arranged = order.arranged if as_output is None else lambda one: order.arranged(as_output(one))
                     gradient.arrange(arranged, made_of.shape, _copied(order.arranged(whole)))
                 is_known = True
-            return _map_of(call, made_of, gradient, not is_known and math.prod(source.shape[:2]) > 1)
+            return _map_of(call, made_of, gradient, _are_assumed(order if is_known else None, source.shape[:2]))
 
         sizes = _sum(sizes, _sizes(*([] if modifiers is None else modifiers.tensors())))
         return Copy(
@@ -251,7 +251,7 @@ class Copies:
 
         def map_of(order: Order | None) -> AttentionMap:
             made_of = source if order is None else source.arranged(order.arranged)
-            return _map_of(call, made_of, gradient, order is None and batch * heads > 1)
+            return _map_of(call, made_of, gradient, _are_assumed(order, (batch, heads)))
 
         return Copy(call, map_of, _sizes(cells, weights), _known(evidence))
 
@@ -326,6 +326,11 @@ def _assumed(sizes: Sequence[int], heads: int | None) -> Order:
     if len(sizes) == 1 and heads is not None and sizes[0] % heads == 0:
         return Order((sizes[0] // heads, heads), (False, True))
     return Order((*sizes,), tuple(0 < axis == len(sizes) - 1 for axis in range(len(sizes))))
+
+
+def _are_assumed(order: Order | None, sizes: Sequence[int]) -> bool:
+    """Whether it is not known which of the axes before (queries, keys) are heads."""
+    return math.prod(sizes) > 1 if order is None else not order.are_known
 
 
 def _known(evidence: Evidence | None) -> Sequence[Evidence]:
