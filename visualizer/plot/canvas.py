@@ -8,6 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -95,7 +96,7 @@ def full_rows(count: int, columns: int | None, wanted: int, letters: float = 13)
     >>> full_rows(3, None, 2), full_rows(11, None, 6), full_rows(24, None, 6), full_rows(32, None, 7)
     (3, 6, 6, 8)
     """
-    if columns is not None and columns not in range(1, 1 << 31):
+    if columns is not None and (not isinstance(columns, Integral) or columns < 1):
         raise ValueError(f"columns={columns!r}: pass a whole number from 1, or None for what suits {count} panels")
     em = font_size() / 72
     room = (widest() - 8 * em) / (0.58 * em * letters)
