@@ -193,7 +193,7 @@ class WordMaps:
         Raises:
             ValueError: there is no such word, or nothing was kept of it; the message names close ones.
             IndexError: there is no such picture, layer, head, step, text or occurrence.
-        TypeError: one of these is no number.
+            TypeError: one of these is no number.
         """
         check_sinks(sinks)
         whose = Whose(sample, negative)
