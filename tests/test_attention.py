@@ -1319,3 +1319,26 @@ def test_a_few_columns_of_a_masked_softmax(mask):
     source.log_sums = source.scores(slice(None))[0].logsumexp(-1)
     columns = AttentionMap.from_source(source).columns([3, 0])
     torch.testing.assert_close(columns, source.rows(slice(None))[..., [3, 0]], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_copies_stay_as_they_were_and_can_go_anywhere(dtype):
+    class Attends(nn.Module):
+        def forward(self, tokens):
+            query, key, value = tokens.reshape(2, 1100, 3, 8, 64).permute(2, 0, 3, 1, 4)
+            made = F.scaled_dot_product_attention(query, key, value)
+            query.zero_(), key.zero_()
+            return made
+
+    tokens = torch.randn(2, 1100, 3 * 8 * 64, dtype=dtype)
+    query, key, _ = tokens.clone().reshape(2, 1100, 3, 8, 64).permute(2, 0, 3, 1, 4)
+    model = Attends()
+    with attention(model) as maps:
+        model(tokens)
+    expected = (query[:, :, [7]].float() @ key.float().mT / 8).softmax(-1)
+    taken = maps[0]
+    maps.clear()
+    del maps
+    gc.collect()
+    for made in (taken, copy.deepcopy(taken), pickle.loads(pickle.dumps(taken))):
+        assert torch.allclose(made.rows([7]), expected, atol=1e-6)

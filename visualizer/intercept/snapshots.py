@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,8 @@ class Copies:
 
     def __init__(self, gradients: bool, share_keys: bool = True) -> None:
         self._gradients, self._share_keys = gradients, share_keys
+        # What is let go of at once comes from memory that is in use already, which is quicker still.
+        self._copied = _copied_in_large_pages if share_keys else _copied
         # By the path of the module, the keys of its last call, and what its map is made of while there is one.
         self._latest: dict[str, tuple[Keys, weakref.ref[Factors]]] = {}
         self._masks: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
@@ -139,7 +142,7 @@ class Copies:
         return self._of_product(call, call.computed)
 
     def _of_product(self, call: AttentionCall, product: Product) -> Copy:
-        weights = product.weights.detach() if product.is_own else _copied(product.weights)
+        weights = product.weights.detach() if product.is_own else self._copied(product.weights)
         multiplied = weights.shape
         lead = product.output.shape[:-2]
         weights = weights.expand(*lead, *multiplied[-2:])  # the same weights may serve several heads
@@ -190,7 +193,7 @@ class Copies:
         if is_lent:
             keys, begin, sizes = Keys(key), 0, dict[str, int]()
         else:
-            query = _copied(query)
+            query = self._copied(query)
             keys, begin, sizes = self._kept_keys(call.path, key, query.shape[2])
         if mask is not None and not is_lent:
             mask, more = self._kept_mask(mask)
@@ -273,7 +276,7 @@ class Copies:
             if step is not None:
                 keys, begin, more = step
                 return keys, begin, {device: more}
-        keys = Keys(_copied(key))
+        keys = Keys(self._copied(key))
         return keys, 0, _sizes(keys.buffer)
 
     def _kept_mask(self, mask: Tensor) -> tuple[Tensor, dict[str, int]]:
@@ -339,6 +342,24 @@ def _known(evidence: Evidence | None) -> Sequence[Evidence]:
 
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+_LARGE_PAGE = 2**21  # bytes
+_ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # of Linux
+
+
+def _copied_in_large_pages(tensor: Tensor) -> Tensor:
+    """A copy that stays. Of a large tensor on the CPU it lies in large pages of memory, as far as the system has them:
+    to get fresh memory page by page takes several times as long as to copy the numbers."""
+    if _ADVICE is None or not tensor.is_cpu or type(tensor) is not Tensor or tensor.nbytes < _LARGE_PAGE:
+        return _copied(tensor)
+    try:
+        memory = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(_ADVICE)
+    except OSError:  # a kernel without them
+        return _copied(tensor)
+    # The tensor holds the memory, which goes with the last tensor that lies in it.
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
 
 def _is_softmax(product: Product) -> bool:
