@@ -17,7 +17,8 @@ from torch._C import DisableTorchFunction
 
 from ..errors import few, warn
 from ..intercept import AttentionCall, Maps
-from ..intercept.modules import Hook, argument_names
+from ..intercept.hooks import Hook
+from ..intercept.modules import argument_names
 from ..maps import AttentionMap, without_autograd
 from .words_and_patches import FORMER, Look, Plan, Whose, source_of
 

@@ -25,7 +25,8 @@ from .evidence import Evidence
 from .layouts import Layouts
 from .modes import unseen
 from .modules import ModuleCall, are_given_the_same
-from .snapshots import AttentionCall, Copies, Copy
+from .plans import Said
+from .snapshots import AttentionCall, Copies, Copy, PlainCall
 from .watch import Watch
 
 Kept = TypeVar("Kept")
@@ -247,8 +248,15 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                 maps = known()
                 return None if maps is None else maps.recorded()
 
+            def follow(path: str, call: PlainCall, said: Said, kernel: str, calls: Any) -> None:
+                maps = known()
+                if maps is not None:
+                    maps.follow(path, call, said, kernel, calls)
+
             self._copies = self._new_copies()
-            self._watch = Watch(model, record, file, end_pass, warn_in_call, recorded)
+            # What is not simply kept has to be looked at each time.
+            is_simple = self._keep is None and self.is_asked_for is None and self.needs_layouts and not self._gradients
+            self._watch = Watch(model, record, file, end_pass, warn_in_call, recorded, follow if is_simple else None)
             self._watch.needs_sums = self.needs_sums
             self._abandon = weakref.finalize(self, self._watch.end)
             self._abandon.atexit = False
@@ -587,7 +595,8 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             return None
         value = copy.map_of(output.order)
         if self._watch is not None and self.needs_layouts:
-            self._describe(value, self._watch.calls, self._watch.told)
+            group = self._describe(value, self._watch.calls, self._watch.told)
+            output.said = value.kind, value.axes_assumed, group
         if self._keep is not None:
             return lambda: self._keep_map(path, value, copy.sizes)
         self._keep_map(path, value, copy.sizes, kernel, copy.evidence)
@@ -625,16 +634,40 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                 if not is_kept and (place := next((at for at, one in enumerate(self._kept) if one is entry), -1)) >= 0:
                     self._budget.discount(self._kept.pop(place).sizes)
 
-    def _describe(self, value: AttentionMap, calls: Sequence[ModuleCall], told: dict[Any, Any]) -> None:
-        """Give a map its layouts: those of the layer before, where they cannot be others."""
+    def _describe(self, value: AttentionMap, calls: Sequence[ModuleCall], told: dict[Any, Any]) -> object:
+        """Give a map its layouts: those of the layer before, where they cannot be others.
+
+        Returns:
+            What it has in common with the maps that have the same.
+        """
         key = value.kind, value.shape
         known = told.get(key)
-        if known is not None and value.kind in ("self", "cross") and are_given_the_same(calls, known[0]):
-            value.tell_layouts(*known[1])
-        else:
-            both = self._layouts.of(value, calls)
-            value.tell_layouts(*both)
-            told[key] = tuple(calls), both
+        if known is None or value.kind not in ("self", "cross") or not are_given_the_same(calls, known[0]):
+            known = told[key] = tuple(calls), self._layouts.of(value, calls), object()
+        value.tell_layouts(*known[1])
+        return known[2]
+
+    def follow(
+        self, path: str, call: PlainCall, said: Said, kernel: str, calls: Callable[[], Sequence[ModuleCall]]
+    ) -> None:
+        """Keep the map of a call of which all is known but its tensors: it is like one of an earlier pass.
+
+        Args:
+            calls: gives those under way.
+        """
+        watch = self._watch
+        with self._lock:
+            if watch is None or not self._wants(path):
+                return
+            source, sizes, evidence = self._copies.of_plain(path, call)
+        value = AttentionMap.from_source(source, path=path, kind=said.kind)
+        value.axes_assumed = said.axes_assumed
+        told = watch.told
+        known = None if said.group is None else told.get(said.group)
+        if known is None or known[0] != source.shape:
+            known = told[said.group] = source.shape, self._layouts.of(value, calls())
+        value.tell_layouts(*known[1])
+        self._keep_map(path, value, sizes, kernel, evidence)
 
     def _keep_map(
         self, path: str, value: Any, sizes: dict[str, int], kernel: str = "", evidence: Sequence[Evidence] = ()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -25,29 +24,6 @@ class ModuleCall(NamedTuple):
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-class Hook:
-    """A hook of a module that is recorded; on a copy of the module, in memory or in a file, it does nothing."""
-
-    def __init__(self, function: Callable[..., Any], path: str, module: weakref.ref[nn.Module]) -> None:
-        self._function, self._path, self._module = function, path, module
-
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
-        """What the function returns, if it is that module's call."""
-        if self._module() is module or getattr(module, "_is_replica", False):
-            return self._function(self._path, module, *args)
-        return None
-
-    def __deepcopy__(self, memo: Any) -> Hook:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _idle_hook, ()
-
-
-def _idle_hook() -> Hook:
-    return Hook(lambda *_: None, "", lambda: None)  # type: ignore[arg-type]
 
 
 def inputs_of(call: ModuleCall) -> Iterator[tuple[str, Tensor]]:

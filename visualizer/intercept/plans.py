@@ -56,6 +56,20 @@ class Step(NamedTuple):
     """Whether the axes were looked for: not of a call that was not to be recorded."""
     lengths: tuple[int, ...] = ()
     """Where inputs were joined, of all tensors that the modules under way were given."""
+    said: Said | None = None
+    """Of a plain call, what was said of its map."""
+
+
+class Said(NamedTuple):
+    """What was said of the map of a plain call: of torch's own function, with four axes, the heads behind the batch.
+
+    It holds for later passes too, and nobody has to ask again.
+    """
+
+    kind: str | None
+    axes_assumed: bool
+    group: int | None
+    """Maps of one group are told the same layouts; None: they are asked for anew."""
 
 
 ANY = object()
@@ -75,9 +89,15 @@ class _Seen:
     output: Output | None = None
     frames: frozenset[str] = frozenset()
     """The paths of the modules whose code tells where query and key come from."""
+    is_plain: bool = False
+    """Whether it is a plain call, see `Said`, but for the order of its axes."""
 
-    def step(self) -> Step | None:
-        """What is to be remembered; None where that is not all there is to know."""
+    def step(self, groups: dict[object, int]) -> Step | None:
+        """What is to be remembered; None where that is not all there is to know.
+
+        Args:
+            groups: the numbers of the groups up to now.
+        """
         if self.name not in KERNELS:
             return Step(self.name, self.given, None, *UNKNOWN[3:])
         if self.origin is None:
@@ -86,7 +106,12 @@ class _Seen:
         if output is not None and (output.whole is not None or output.parts or output.why_apart):
             return None
         order = None if output is None else output.order
-        return Step(self.name, self.given, self.tensors, self.origin, order, output is not None, self.lengths)
+        said = None
+        if output is not None and order is not None and self.is_plain and output.said is not None:
+            kind, axes_assumed, group = output.said
+            if order.is_sorted and order.shape == self.tensors[0][1][:2]:
+                said = Said(kind, axes_assumed, groups.setdefault(group, len(groups)))
+        return Step(self.name, self.given, self.tensors, self.origin, order, output is not None, self.lengths, said)
 
 
 class _Known(NamedTuple):
@@ -96,8 +121,12 @@ class _Known(NamedTuple):
     steps: dict[str, tuple[Step, ...]] | None
     layers: frozenset[str]
     """The paths of layers in which nothing was looked at."""
+    ran: frozenset[str]
+    """The paths of modules called attention that ran."""
     states: States | None = None
     """The model as it was in the passes that made a plan; None: there is none."""
+    needed: frozenset[str] | None = None
+    """The paths of the modules whose calls have to be seen to follow the plan; None: of all."""
 
 
 @dataclass
@@ -113,6 +142,7 @@ class Pass:
     """One call of the outermost module, and the operators that are seen in it.
 
     Args:
+        path: of the outermost module.
         memory: of passes like it.
         plan: the one to follow; None: there is none.
         sizes: of the tensors that it is given.
@@ -121,10 +151,20 @@ class Pass:
     """
 
     def __init__(
-        self, memory: _Memory, plan: _Known | None, sizes: tuple[int, ...], states: States | None, recorded: Any
+        self,
+        path: str,
+        memory: _Memory,
+        plan: _Known | None,
+        sizes: tuple[int, ...],
+        states: States | None,
+        recorded: Any,
     ) -> None:
-        self._memory, self._sizes, self._states, self.recorded = memory, sizes, states, recorded
+        self._path, self._memory, self._sizes, self._states, self.recorded = path, memory, sizes, states, recorded
         self._plan = None if plan is None else plan.steps
+        self.needed = None if plan is None else plan.needed
+        """See `_Known.needed`."""
+        self.ran = set[str]() if plan is None else plan.ran
+        """The paths of modules called attention that run."""
         self.is_plain = True
         """Whether nothing was recorded but calls of fused operators."""
         self.layers: set[str] = set() if plan is None else {*plan.layers}
@@ -158,12 +198,21 @@ class Pass:
             self.readers.add(path)
         self._seen.setdefault(path, []).append(seen)
 
-    def found(self, name: str, calls: Sequence[ModuleCall], first: int, origin: Origin, output: Output | None) -> None:
+    def found(
+        self,
+        name: str,
+        calls: Sequence[ModuleCall],
+        first: int,
+        origin: Origin,
+        output: Output | None,
+        is_plain: bool = False,
+    ) -> None:
         """Note what was found of the operator that was noted last, which attends.
 
         Args:
             first: the outermost of the calls whose code tells where query and key come from.
             output: None if it is not recorded.
+            is_plain: whether it is a plain call, see `Said`, as far as it tells itself.
         """
         seen = self._seen.get(calls[-1].path)
         last = seen[-1] if seen else None
@@ -173,6 +222,7 @@ class Pass:
             last.origin, last.output, last.frames = origin, output, frozenset(call.path for call in calls[first:])
             last.given = (*map(_given, calls[first:]),)
             last.lengths = _lengths(calls) if origin.joined else ()
+            last.is_plain = is_plain and not origin.joined
 
     def step(self, name: str, args: Any, output: Any, calls: Sequence[ModuleCall]) -> Step | None:
         """What is remembered of an operator; None if it was not foreseen."""
@@ -198,7 +248,7 @@ class Pass:
                 memory.known = None
                 memory.failures += 1
             return
-        before, now = memory.known, _Known(self._sizes, self._steps(), frozenset(self.layers))
+        before, now = memory.known, _Known(self._sizes, self._steps(), frozenset(self.layers), frozenset(self.ran))
         memory.known = now
         states = self._states
         if before is None or before.steps is None or now.steps is None or states is None:
@@ -208,7 +258,15 @@ class Pass:
             memory.failures += 1
         elif states.are_steady and states.are_same():
             sizes = tuple(one if one == other else None for one, other in zip(before.sizes, now.sizes, strict=True))
-            memory.known = _Known(sizes, common, before.layers & now.layers, states)
+            layers, ran = before.layers & now.layers, before.ran & now.ran
+            memory.known = _Known(sizes, common, layers, ran, states, self._needed(common))
+
+    def _needed(self, steps: dict[str, tuple[Step, ...]]) -> frozenset[str] | None:
+        attending = [step for several in steps.values() for step in several if step.name in KERNELS]
+        if not attending or any(step.said is None for step in attending):
+            return None
+        paths = {self._path, *steps}
+        return frozenset(paths.union(*(seen.frames for several in self._seen.values() for seen in several)))
 
     def _steps(self) -> dict[str, tuple[Step, ...]] | None:
         if not self.is_plain or (self._states is not None and self._states.took_chances()):
@@ -219,7 +277,8 @@ class Pass:
         frames = {frame for seen in attending for frame in seen.frames}
         if any(is_within(reader, frame) for reader in self.readers for frame in frames):
             return None
-        steps = {path: tuple(seen.step() for seen in several) for path, several in self._seen.items()}
+        groups = dict[object, int]()
+        steps = {path: tuple(seen.step(groups) for seen in several) for path, several in self._seen.items()}
         return steps if all(None not in several for several in steps.values()) else None  # type: ignore[return-value]
 
 
@@ -255,9 +314,9 @@ class Plans:
             memory = self._memories[key] = _Memory()
         plan = memory.known
         if plan is not None and plan.states is not None and _agree(plan.sizes, sizes) and plan.states.are_same():
-            return Pass(memory, plan, sizes, None, recorded)
+            return Pass(call.path, memory, plan, sizes, None, recorded)
         may_become_one = plan is not None and plan.steps is not None and memory.failures < _MOST_FAILURES
-        return Pass(memory, None, sizes, States(modules) if may_become_one else None, recorded)
+        return Pass(call.path, memory, None, sizes, States(modules) if may_become_one else None, recorded)
 
 
 _of_models: weakref.WeakKeyDictionary[nn.Module, Plans] = weakref.WeakKeyDictionary()
@@ -317,6 +376,8 @@ def _common(
 def _common_step(one: Step, other: Step) -> Step | None:
     if one.name in READS and one.given != other.given:
         return one._replace(given=ANY) if one.name == other.name else None
+    said = _common_said(one.said, other.said)
+    one, other = one._replace(said=said), other._replace(said=said)
     if one._replace(tensors=None) != other._replace(tensors=None):
         return None
     if one.tensors is None or one.tensors == other.tensors:
@@ -328,3 +389,9 @@ def _common_step(one: Step, other: Step) -> Step | None:
             return None
         tensors.append((kind, lengths))
     return one._replace(tensors=tuple(tensors))
+
+
+def _common_said(one: Said | None, other: Said | None) -> Said | None:
+    if one is None or other is None or one._replace(group=None) != other._replace(group=None):
+        return None
+    return one if one == other else one._replace(group=None)

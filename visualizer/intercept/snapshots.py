@@ -7,7 +7,7 @@ import mmap
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +89,21 @@ class Copy:
     """Whether the map is the one that was used; none where that cannot be seen, as with dropout."""
 
 
+class PlainCall(NamedTuple):
+    """A call of torch's own function, with four axes, the heads behind the batch."""
+
+    output: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    causal: int | None
+    scale: float | None
+    dropout: float
+    number: int
+    """How many attention calls came before."""
+
+
 def joined_copy(parts: Sequence[tuple[Copy, Tensor, int]], sizes: Sequence[int]) -> Copy:
     """The copy of several calls that are one attention.
 
@@ -140,6 +155,17 @@ class Copies:
         if isinstance(call.computed, SampledCall):
             return self._of_samples(call, call.computed)
         return self._of_product(call, call.computed)
+
+    def of_plain(self, path: str, call: PlainCall) -> tuple[Factors, dict[str, int], Sequence[Evidence]]:
+        """What the map of a call is made of, the bytes that it adds, and the proof that it is the one that was used."""
+        query, key, mask, more = self._copied(call.query), call.key.detach(), call.mask, _NOTHING
+        keys, begin, sizes = self._kept_keys(path, key, query.shape[2])
+        if mask is not None:
+            mask, more = self._kept_mask(mask)
+        source = Factors(query, keys, key.shape[2], call.scale, mask, call.causal, begin=begin)
+        self._latest[path] = keys, weakref.ref(source)
+        evidence = None if call.dropout else of_fused(source, call.value, call.output, call.number)
+        return source, _sum(sizes, more, _sizes(query)), _known(evidence)
 
     def _of_product(self, call: AttentionCall, product: Product) -> Copy:
         weights = product.weights.detach() if product.is_own else self._copied(product.weights)
@@ -344,6 +370,7 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
+_NOTHING: dict[str, int] = {}
 _LARGE_PAGE = 2**21  # bytes
 _ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # of Linux
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..instrument import named_modules
-from .modules import Hook, cannot_attend, has_global_hooks, is_compiled, works_by_token
+from .hooks import Hook
+from .modules import cannot_attend, has_global_hooks, is_compiled, works_by_token
 from .surroundings import SIMPLE, Surroundings, chance, has_settings, held_in, is_unsteady, settings
 
 _VALUES = (int, float, complex, str, bytes, np.generic, Enum, type)

@@ -12,8 +12,8 @@ import threading
 import weakref
 from _thread import get_ident
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
@@ -25,6 +25,7 @@ from torch.overrides import _pop_mode, _push_mode
 
 from ..errors import Section
 from ..instrument import Uncompiled, mark_reruns
+from ..maps import may_be_autocast
 from ..store import is_recorded
 from ..tensors import is_plain_torch, why_unreal
 from . import functions, operators
@@ -32,6 +33,8 @@ from .axes import Factor, Order, Output
 from .calls import FusedCall, LogSums, as_computed, in_four_axes, multi_head_attention, name_of, with_sums
 from .deformable import SAMPLING_KERNELS, SampledCall, Sampling
 from .foreign import Gap
+from .frames import calls_under_way, frame_of_call, has_ended, module_under_way
+from .hooks import Hook, Hooks, is_as_built
 from .kernels import KERNELS
 from .modes import (
     BEGINS,
@@ -48,11 +51,9 @@ from .modes import (
     unseen,
 )
 from .modules import (
-    Hook,
     ModuleCall,
     arguments_named,
     as_native,
-    cannot_attend,
     has_global_hooks,
     heads_of,
     is_called_attention,
@@ -60,14 +61,18 @@ from .modules import (
     packed_groups,
     shapes_of,
 )
-from .plans import UNKNOWN, Pass, Step, plans_of
+from .plans import UNKNOWN, Pass, Said, Step, plans_of
 from .provenance import Origin, Provenance
-from .snapshots import AttentionCall, Copy, joined_copy
+from .snapshots import AttentionCall, Copy, PlainCall, joined_copy
 from .softmax import Product, Tracing
 
 File = Callable[[str, Copy, Output, str], Callable[[], None] | None]
 """Makes the map of a module's call whose axes are known now, and returns what keeps it; the last text says which kernel
 ran."""
+Follow = Callable[[str, PlainCall, Said, str, Callable[[], Sequence[ModuleCall]]], None]
+"""Records a plain call of a module by what was said of earlier ones; then come the kernel, and what gives the calls
+under way."""
+_PLAIN = "scaled_dot_product_attention"
 
 
 class _Thread(threading.local):
@@ -127,6 +132,8 @@ class Watch:
         end_pass: called behind each call of the outermost module.
         warn: called with what is not recorded and why; it raises no error, for the model would see it.
         recorded: returns what says which calls are recorded; a plan holds as long as it returns the same.
+        follow: called in place of `record` and `file` for plain calls that are like those of earlier passes; None: they
+            are not.
     """
 
     def __init__(
@@ -137,6 +144,7 @@ class Watch:
         end_pass: Callable[[], None],
         warn: Callable[[str, Section], None],
         recorded: Callable[[], Any] = lambda: None,
+        follow: Follow | None = None,
     ) -> None:
         self._plans, self._selection = plans_of(model), recorded
         parts = self._plans.parts(model)
@@ -149,10 +157,9 @@ class Watch:
         """Whether a module of the model has been called."""
         self.needs_sums = False
         """Whether `FusedCall.log_sums` is of use."""
-        self._record, self._file, self._end_pass, self._warn = record, file, end_pass, warn
+        self._record, self._file, self._end_pass, self._warn, self._follow = record, file, end_pass, warn, follow
         self._thread = _Thread()
         self._mode = Mode(self)
-        self._have_run = set[str]()  # the paths of modules that were called
         self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
         self._called_unseen: dict[str, str] = {}  # the classes of modules that called what may attend, by their paths
         self._without_keys: set[str] = set()  # the paths of modules that made weights of something else than scores
@@ -166,18 +173,18 @@ class Watch:
         self._has_ended = False
         mark_reruns()
         self._outermost: dict[int, nn.Module] = {}  # whose calls are under way, by their threads
-        self._handles: list[Any] = []
+        self._threads = set[int]()  # in which the model was called
+        self._hooks = Hooks()
         self._watched = [known for _, known, _ in parts.watched]
+        self._paths = dict[int, tuple[str, weakref.ref[nn.Module]]]()  # of the modules, by their ids
         self._sees_operators = not parts.are_recurrent
         for path, known, is_by_token in parts.watched:
             module = known()
             if module is None:
                 continue
             begin, end = (self._begin_layer, self._end_layer) if is_by_token else (self._begin_call, self._end_call)
-            self._handles += [
-                module.register_forward_pre_hook(Hook(begin, path, known), prepend=True, with_kwargs=True),
-                module.register_forward_hook(Hook(end, path, known), always_call=True),
-            ]
+            self._hooks.add(path, module, begin, end)
+            self._paths[id(module)] = path, known
         functions.begin(self)
         see_scripted(True)
         if parts.scripted:
@@ -191,8 +198,7 @@ class Watch:
 
     def end(self) -> None:
         """Remove the hooks and the mode, and file what is seen of calls under way."""
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.remove()
         self._uncompiled.end()
         functions.end(self)
         if not self._has_ended:
@@ -264,7 +270,7 @@ class Watch:
 
     def _begin_call(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         thread = self._thread
-        if thread.calls and _has_ended(thread.frame):
+        if thread.calls and has_ended(thread.frame):
             self._leave(thread)
         if not thread.calls and operators.are_hidden():
             return  # the `keep` of another recording runs the model: nothing of that is seen
@@ -273,7 +279,7 @@ class Watch:
             if torch._C._current_graph_task_id() != -1:
                 return  # in a backward pass checkpointing computes again what has been seen
             self._enter(thread, ModuleCall(path, module, args, kwargs))
-            thread.frame = sys._getframe(2)  # behind the hook
+            thread.frame = frame_of_call()
         thread.calls.append(ModuleCall(path, module, args, kwargs))
         if thread.is_planned:
             thread.gaps.append(None)
@@ -296,10 +302,16 @@ class Watch:
                 thread.current = self._plans.begin(call, modules, self._selection())
                 thread.is_planned = thread.current.is_planned
                 operators.begin(self)
+        number = get_ident()
+        self._threads.add(number)
         if not thread.is_planned:
             add_mode(self._mode)
             thread.is_watched = True
-        self._outermost[get_ident()] = call.module
+        if len(self._threads) > 1:  # hooks are of all threads, and another one may need them
+            self._hooks.show()
+        elif thread.is_planned and thread.current is not None and thread.current.needed is not None and self._follow:
+            self._hooks.hide(thread.current.needed)
+        self._outermost[number] = call.module
 
     def _end_call(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         thread = self._thread
@@ -308,8 +320,6 @@ class Watch:
         if thread.is_planned and len(thread.calls) > 1 and not thread.pending:
             thread.shapes.pop(id(thread.calls.pop()), None)
             thread.gaps.pop()
-            if path not in self._have_run:
-                self._note_run(path, module)
             return None
         call = thread.calls[-1]
         try:
@@ -325,21 +335,28 @@ class Watch:
                 thread.calls.pop()
                 thread.gaps.pop()
             thread.shapes.pop(id(call), None)
-            if path not in self._have_run:
-                self._note_run(path, module)
+            self._note_run(thread, path, module)
             if not thread.calls:
                 self._leave(thread)
         return None if output is None else as_native(call, output)
 
-    def _note_run(self, path: str, module: nn.Module) -> None:
-        self._have_run.add(path)
-        if is_called_attention(type(module).__qualname__):
-            self._ran[path] = type(module).__qualname__
+    def _note_run(self, thread: _Thread, path: str, module: nn.Module) -> None:
+        """Note that a module ran; with the outermost one of a planned pass, those too that were not seen."""
+        name, current = type(module).__qualname__, thread.current
+        if is_called_attention(name):
+            self._ran[path] = name
+        if current is None:
+            return
+        if not current.is_planned:
+            current.ran |= {path} if is_called_attention(name) else set()
+        elif not current.ran <= self._ran.keys():
+            ran = {path: known() for path, known in self._paths.values() if path in current.ran}
+            self._ran |= {path: type(one).__qualname__ for path, one in ran.items() if one is not None}
 
     def _begin_layer(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the mode away while a layer runs in which nothing attends, where nothing else needs it."""
         thread = self._thread
-        if thread.layer is not None and not _has_ended(thread.frame):
+        if thread.layer is not None and not has_ended(thread.frame):
             return  # it is a part of that layer
         if thread.is_planned:
             if thread.current is None or path not in thread.current.layers:
@@ -352,7 +369,7 @@ class Watch:
             and not has_global_hooks()
             and not kwargs
             and all(type(one) is Tensor for one in args)
-            and _is_as_built(module)
+            and is_as_built(module)
             and module not in self._attending
             and not thread.tracing.lineage.may_know(args)
             and not thread.sampling.lineage.may_know(args)
@@ -397,6 +414,7 @@ class Watch:
     def _leave(self, thread: _Thread) -> None:
         """End what belongs to the outermost call."""
         self._outermost.pop(get_ident(), None)
+        self._hooks.show()
         if thread.current is not None:
             operators.end(self)
         thread.forget()
@@ -501,25 +519,85 @@ class Watch:
     def see_operator(self, name: str, args: Any, kwargs: Any, output: Any, sums: LogSums | None = None) -> None:
         """Take note of an operator that has run; record it if it attends, and no mode sees it."""
         thread = self._thread
-        current, call = thread.current, thread.calls[-1] if thread.calls else None
-        if current is None or call is None or thread.ours or thread.filing is not None or self._has_ended:
-            return
-        if _has_ended(thread.frame):
+        current, calls = thread.current, thread.calls
+        if current is None or not calls or thread.ours or thread.filing is not None or self._has_ended:
             return
         if not current.is_planned:
+            if has_ended(thread.frame):
+                return
             if thread.layer is None:
                 with self._unharmed():
-                    current.note(name, args, output, call.path)
+                    current.note(name, args, output, calls[-1].path)
                 return  # the mode sees it
             self._is_not_plain()
             self._attending.add(thread.layer)
-        step = None
-        with self._unharmed():
-            step = current.step(name, args, output, thread.calls)
+            self._see_unwatched(name, args, kwargs, output, sums, self._step_of(current, name, args, output))
+        elif module_under_way() is calls[-1].module:
+            step = self._step_of(current, name, args, output)
+            is_plain = step is not None and step.said is not None and sums is None and name == _PLAIN
+            if step is None or not is_plain or not self._follow_call(step, args, kwargs, output):
+                self._see_unwatched(name, args, kwargs, output, sums, step)
+        elif not has_ended(thread.frame):
+            # It is of a module that the plan does not know, and which therefore may have no hooks.
+            self._hooks.show()
+            with self._all_calls():
+                step = self._step_of(current, name, args, output)
+                self._see_unwatched(name, args, kwargs, output, sums, step)
+
+    def _step_of(self, current: Pass, name: str, args: Any, output: Any) -> Step | None:
+        try:
+            return current.step(name, args, output, self._thread.calls)
+        except Exception as error:
+            self._refuse(self._thread.calls, error)
+            return None
+
+    @contextmanager
+    def _all_calls(self) -> Iterator[None]:
+        """Within it the calls under way are all, those too of modules whose hooks are hidden."""
+        thread = self._thread
+        before = thread.calls
+        try:
+            thread.calls = calls_under_way(self._path_of) or before
+            yield
+        finally:
+            thread.calls = before
+
+    def _path_of(self, module: nn.Module) -> str | None:
+        path, known = self._paths.get(id(module), ("", None))
+        return path if known is not None and known() is module else None
+
+    def _follow_call(self, step: Step, args: Any, kwargs: Any, output: Tensor) -> bool:
+        """Record a plain call by what was said of earlier ones; False: it is another one, and nothing was done."""
+        thread, follow, mask = self._thread, self._follow, kwargs.get("attn_mask")
+        if follow is None or step.said is None or thread.pending or may_be_autocast() or not is_recorded():
+            return False
+        if mask is not None and type(mask) is not Tensor:
+            return False
+        query, key, value = args
+        with self._unharmed(), unseen():
+            if not self._is_unreal(query):
+                causal, scale, dropout = kwargs.get("is_causal"), kwargs.get("scale"), kwargs.get("dropout_p", 0.0)
+                call = PlainCall(output, query, key, value, mask, 0 if causal else None, scale, dropout, thread.count)
+                thread.count += 1
+                follow(thread.calls[-1].path, call, step.said, _PLAIN, self._calls_in_full)
+        return True
+
+    def _calls_in_full(self) -> Sequence[ModuleCall]:
+        with self._all_calls():
+            return self._thread.calls
+
+    def _see_unwatched(
+        self, name: str, args: Any, kwargs: Any, output: Any, sums: LogSums | None, step: Step | None
+    ) -> None:
+        """Take note of an operator that no mode sees; record it if it attends."""
+        thread, current = self._thread, self._thread.current
         if name in KERNELS:
             self._see_planned(name, lambda: with_sums(KERNELS[name](output, *args, **kwargs), sums), step or UNKNOWN)
-        elif step is None and name not in operators.READS and (current.is_planned or name in operators.PRODUCTS):
+            return
+        may_attend = name in operators.PRODUCTS or (current is not None and current.is_planned)
+        if step is None and name not in operators.READS and may_attend:
             with self._unharmed():
+                call = thread.calls[-1]
                 self._tell_unforeseen(call if thread.layer is None else call._replace(module=thread.layer))
 
     def _see_planned(self, name: str, describe: Callable[[], FusedCall], step: Step) -> None:
@@ -618,9 +696,16 @@ class Watch:
             is_recorded = self._await(name, call, seen.output, output, is_followed=step is None)
             current = self._thread.current
             if current is not None and step is None:
-                current.found(name, calls, provenance.first_frame, origin, output if is_recorded else None)
+                is_plain = name == _PLAIN and fused is seen and self._is_plain(seen)
+                current.found(name, calls, provenance.first_frame, origin, output if is_recorded else None, is_plain)
             elif is_recorded and step is not None and not step.is_known:
                 self._is_not_planned()
+
+    def _is_plain(self, seen: FusedCall) -> bool:
+        """Whether a call of torch's own function is plain, see `Said`, but for the order of its axes."""
+        groups = getattr(self._thread.calls[-1].module, "num_key_value_groups", 1)
+        is_shared = seen.query.ndim == 4 and seen.query.shape[1] != seen.key.shape[1]
+        return seen.returned is None and seen.query.ndim == 4 and (groups == 1 or is_shared)
 
     def _as_computed(self, seen: FusedCall) -> FusedCall:
         return in_four_axes(as_computed(seen), self._heads_of(seen.query), self._groups_of(seen))
@@ -755,7 +840,7 @@ class Watch:
         """
         thread = self._thread
         # An interrupted call is no longer under way, whatever the hooks say; torch runs models again for its own ends.
-        if _has_ended(thread.frame) or not is_recorded():
+        if has_ended(thread.frame) or not is_recorded():
             return True
         path = thread.calls[-1].path
         if thread.gaps[-1] is not None:
@@ -807,28 +892,3 @@ class _Unharmed:
             return False
         self._refuse(self._calls, error)
         return True
-
-
-def _is_as_built(module: nn.Module) -> bool:
-    """Whether the classes of a layer and of its parts say all that happens in it: hooks of the user may attend too."""
-    inner = [one for one in module._modules.values() if one is not None]
-    return (
-        len(module._forward_hooks) == len(module._forward_pre_hooks)
-        and all(type(hook) is Hook for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
-        and "forward" not in vars(module)
-        and all((one._forward_hooks or cannot_attend(one)) and _is_as_built(one) for one in inner)
-    )
-
-
-def _has_ended(frame: FrameType | None) -> bool:
-    """Whether a frame has run to its end, such as that of a call that was interrupted: what follows is not of it.
-
-    Only clearing a frame tells. It is a frame of torch's, whose locals nobody reads afterwards.
-    """
-    if frame is None:
-        return False
-    try:
-        frame.clear()
-    except RuntimeError:  # it is running
-        return False
-    return True
