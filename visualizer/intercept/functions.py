@@ -40,7 +40,7 @@ class Watcher(Protocol):
 
 
 _lock = threading.RLock()  # the collector may end a recording, which takes it, in the thread that has it
-_watchers: list[weakref.ref[Any]] = []
+_watchers: tuple[weakref.ref[Any], ...] = ()  # replaced as a whole: each call of a wrapped function reads it
 _wrapped: dict[str, tuple[Any, Any]] = {}  # the function before and its wrapper, by the name of the interface
 _looked_through: dict[str, tuple[weakref.ref[ModuleType], int]] = {}  # the modules, and how much was in them
 _last: tuple[list[Any], list[Any], list[int]] = ([], [], [])  # all modules at the last time, what they hold, how much
@@ -63,8 +63,9 @@ _here = threading.local()  # `is_hidden`: calls of other libraries' functions ar
 
 def begin(watcher: Watcher) -> None:
     """Have a watcher told of the calls, of what is imported by now."""
+    global _watchers
     with _lock:
-        _watchers.append(weakref.ref(watcher))
+        _watchers = *_watchers, weakref.ref(watcher)
         functions = _interface()
         for name in [*functions]:
             if name not in _wrapped:
@@ -90,8 +91,9 @@ def begin(watcher: Watcher) -> None:
 
 def end(watcher: Watcher) -> None:
     """Have it told no more; with the last one the functions and classes are again what they were."""
+    global _watchers
     with _lock:
-        _watchers[:] = [known for known in _watchers if known() not in (None, watcher)]
+        _watchers = tuple(known for known in _watchers if known() not in (None, watcher))
         if _watchers:
             return
         functions = _interface()
@@ -239,15 +241,13 @@ def _observed(
     is_hidden = getattr(_here, "is_hidden", False)
     if is_hidden:
         return function(*args, **kwargs)
-    with _lock:
-        watchers = [watcher for known in _watchers if (watcher := known()) is not None]
-    before = [watcher.seen_calls() for watcher in watchers]
+    watchers = [(one, one.seen_calls()) for known in _watchers if (one := known()) is not None]
     _here.is_hidden = hides
     try:
         result = function(*args, **kwargs)
     finally:
         _here.is_hidden = False
-    for watcher, count in zip(watchers, before, strict=True):
+    for watcher, count in watchers:
         if count is not None and watcher.seen_calls() == count:
             watcher.see_function(name, lambda: describe(result))
     return result

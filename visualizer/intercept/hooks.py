@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .modules import cannot_attend
 
@@ -36,15 +38,13 @@ def _idle_hook() -> Hook:
 
 
 class _Pair(NamedTuple):
-    """The two hooks of a module: the tables that they are in, with the numbers that they have there."""
+    """The two hooks of a module, and the tables of torch that they are in."""
 
     path: str
-    before: Any
-    number_before: int
-    hook_before: Hook
-    after: Any
-    number_after: int
-    hook_after: Hook
+    before: Hook
+    after: Hook
+    tables: tuple[Any, Any]
+    options: tuple[Any, Any]
 
 
 class Hooks:
@@ -56,56 +56,56 @@ class Hooks:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a recording that nobody holds any more may end in the middle of anything
-        self._handles: list[Any] = []
+        # One number of torch's for all tables: a handle for each hook takes ten times as long as the hook itself.
+        self._number = RemovableHandle(OrderedDict()).id
         self._pairs: list[_Pair] = []
         self._hidden: list[_Pair] = []
         self._to_hide: tuple[Container[str] | None, list[_Pair]] = None, []
 
     def add(self, path: str, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
-        """Have functions called with (path, module, arguments ...) before and behind the calls of a module."""
-        known = weakref.ref(module)
-        hooks = Hook(before, path, known), Hook(after, path, known)
-        handles = (
-            module.register_forward_pre_hook(hooks[0], prepend=True, with_kwargs=True),
-            module.register_forward_hook(hooks[1], always_call=True),
-        )
-        self._handles += handles
-        tables: Any = module._forward_pre_hooks, module._forward_hooks
-        self._pairs.append(_Pair(path, tables[0], handles[0].id, hooks[0], tables[1], handles[1].id, hooks[1]))
+        """Have functions called with (path, module, arguments ...) around the calls of a module.
 
-    @property
-    def are_hidden(self) -> bool:
-        """Whether some are."""
-        return bool(self._hidden)
+        That is before all other hooks, also with arguments by keyword; and behind the call, also if it failed.
+        """
+        known, number = weakref.ref(module), self._number
+        tables: Any = module._forward_pre_hooks, module._forward_hooks
+        options: Any = module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called
+        pair = _Pair(path, Hook(before, path, known), Hook(after, path, known), tables, options)
+        options[0][number] = options[1][number] = True
+        tables[0][number], tables[1][number] = pair.before, pair.after
+        tables[0].move_to_end(number, last=False)
+        self._pairs.append(pair)
 
     def hide(self, needed: Container[str]) -> None:
         """Hide those of all modules but of those with these paths. Where there are others' hooks, ours stay."""
+        number = self._number
         with self._lock:
             if self._to_hide[0] is not needed:
                 self._to_hide = needed, [pair for pair in self._pairs if pair.path not in needed]
             for pair in self._to_hide[1]:
-                _, before, number_before, _, after, number_after, _ = pair
-                if len(before) == len(after) == 1 and number_before in before and number_after in after:
+                before, after = pair.tables
+                if len(before) == len(after) == 1 and number in before and number in after:
                     self._hidden.append(pair)
-                    del before[number_before], after[number_after]
+                    del before[number], after[number]
 
     def show(self) -> None:
         """Put back what is hidden, where it was."""
+        number = self._number
         with self._lock:
-            for _, before, number_before, hook_before, after, number_after, hook_after in self._hidden:
-                before[number_before], after[number_after] = hook_before, hook_after
-                if len(before) > 1:  # somebody added one meanwhile
-                    before.move_to_end(number_before, last=False)
-                if len(after) > 1:
-                    after.move_to_end(number_after, last=False)
+            for pair in self._hidden:
+                before, after = pair.tables
+                before[number], after[number] = pair.before, pair.after
+                for table in (before, after) if len(before) > 1 or len(after) > 1 else ():
+                    table.move_to_end(number, last=False)  # somebody added one meanwhile
             self._hidden.clear()
 
     def remove(self) -> None:
         """Remove all."""
         with self._lock:
             self._hidden.clear()
-            for handle in self._handles:
-                handle.remove()
+            for pair in self._pairs:
+                for table in (*pair.tables, *pair.options):
+                    table.pop(self._number, None)
 
 
 def is_as_built(module: nn.Module) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -162,21 +161,19 @@ class unseen:
 
     def __enter__(self) -> None:
         operators.hide(1)
-        self._entered: list[Any] = [torch._C.DisableTorchFunction()]
-        self._entered[0].__enter__()
-        for is_on, leave in _LEFT:
-            if is_on():
-                self._entered.append(leave())
-                self._entered[-1].__enter__()
+        functions = torch._C.DisableTorchFunction()
+        functions.__enter__()
+        entered: list[Any] = [functions]
+        # In this order: leaving inference mode brings gradients back.
+        if torch.is_inference_mode_enabled():
+            entered.append(torch._C._InferenceMode(False))
+            entered[1].__enter__()
+        if torch.is_grad_enabled():
+            entered.append(torch.no_grad())
+            entered[-1].__enter__()
+        self._entered = entered
 
     def __exit__(self, *_: object) -> None:
-        for entered in reversed(self._entered):
-            entered.__exit__(None, None, None)
+        for one in reversed(self._entered):
+            one.__exit__(None, None, None)
         operators.hide(-1)
-
-
-# In this order: leaving inference mode brings gradients back.
-_LEFT: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
-    (torch.is_inference_mode_enabled, lambda: torch.inference_mode(False)),
-    (torch.is_grad_enabled, torch.no_grad),
-)

@@ -40,6 +40,8 @@ _OTHERS = {
 }
 """Operators that are steps of an attention, or decide whether there is one; and their overloads."""
 
+_QUICK: dict[str, Any] = {"scaled_dot_product_attention": torch._C._nn.scaled_dot_product_attention}
+"""Functions that call an operator and take less time to do so than its own face in Python."""
 
 _KEY = "AutocastIPU"
 
@@ -135,22 +137,24 @@ def _register() -> None:
 def _observed(name: str, operator: Any, own: Any) -> Callable[..., Any]:
     """The operator, which tells of its calls; what it calls itself, and what the observers do, is not seen."""
     names = [argument.name for argument in operator._schema.arguments[3:]]
+    quick = _QUICK.get(name, operator)
+    guard, unseen_by_modes = torch._C._ExcludeDispatchKeyGuard, torch._C.DisableTorchFunction
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(own):
-            told = [one for known in _here.observers if (one := known()) is not None and not _here.hidden]
-            needs_sums = [observer for observer in told if observer.needs_sums]
-            sums = LogSums() if needs_sums and LogSums.may_see(operator, *args[:1], **kwargs) else None
-            with torch._C.DisableTorchFunction():  # modes saw the function
-                if sums is None:
+        with guard(own):
+            told = [] if _here.hidden else [one for known in _here.observers if (one := known()) is not None]
+            if any(observer.needs_sums for observer in told) and LogSums.may_see(operator, *args[:1], **kwargs):
+                sums = LogSums()
+                with unseen_by_modes(), sums:
                     output = operator(*args, **kwargs)
-                else:
-                    with sums:
-                        output = operator(*args, **kwargs)
-            # Behind query, key and value by their names, as they are passed.
-            named = dict(zip(names, args[3:], strict=False)) | kwargs if len(args) > 3 else kwargs
+            else:
+                sums = None
+                with unseen_by_modes():  # modes saw the function
+                    output = quick(*args, **kwargs)
+            if len(args) > 3:  # behind query, key and value by their names, as they are passed
+                args, kwargs = args[:3], dict(zip(names, args[3:], strict=False)) | kwargs
             for observer in told:
-                observer.see_operator(name, args[:3], named, output, sums)
+                observer.see_operator(name, args, kwargs, output, sums)
         return output
 
     return run

@@ -158,14 +158,17 @@ class Copies:
 
     def of_plain(self, path: str, call: PlainCall) -> tuple[Factors, dict[str, int], Sequence[Evidence]]:
         """What the map of a call is made of, the bytes that it adds, and the proof that it is the one that was used."""
-        query, key, mask, more = self._copied(call.query), call.key.detach(), call.mask, _NOTHING
+        query, key, mask = self._copied(call.query), call.key.detach(), call.mask
         keys, begin, sizes = self._kept_keys(path, key, query.shape[2])
         if mask is not None:
             mask, more = self._kept_mask(mask)
+            sizes = _sum(sizes, more)
         source = Factors(query, keys, key.shape[2], call.scale, mask, call.causal, begin=begin)
         self._latest[path] = keys, weakref.ref(source)
         evidence = None if call.dropout else of_fused(source, call.value, call.output, call.number)
-        return source, _sum(sizes, more, _sizes(query)), _known(evidence)
+        [device] = sizes if len(sizes) == 1 else bytes_by_device(query)  # they are all on one
+        sizes[device] = sizes.get(device, 0) + query.nbytes
+        return source, sizes, _known(evidence)
 
     def _of_product(self, call: AttentionCall, product: Product) -> Copy:
         weights = product.weights.detach() if product.is_own else self._copied(product.weights)
@@ -290,7 +293,7 @@ class Copies:
         Of a growing cache only the new keys are copied.
         """
         if path in self._latest and queries < key.shape[2]:
-            (known, source), [device] = self._latest[path], bytes_by_device(key)
+            (known, source), device = self._latest[path], "cpu" if key.is_cpu else str(key.device)
             if known.begins(key):
                 return known, 0, {device: known.grow(key)}
 
@@ -370,7 +373,6 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-_NOTHING: dict[str, int] = {}
 _LARGE_PAGE = 2**21  # bytes
 _ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # of Linux
 

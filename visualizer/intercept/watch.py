@@ -318,8 +318,10 @@ class Watch:
         if not thread.calls or thread.calls[-1].module is not module:
             return None  # the call began before recording did
         if thread.is_planned and len(thread.calls) > 1 and not thread.pending:
-            thread.shapes.pop(id(thread.calls.pop()), None)
+            call = thread.calls.pop()
             thread.gaps.pop()
+            if thread.shapes:
+                thread.shapes.pop(id(call), None)
             return None
         call = thread.calls[-1]
         try:
@@ -534,8 +536,8 @@ class Watch:
             self._see_unwatched(name, args, kwargs, output, sums, self._step_of(current, name, args, output))
         elif module_under_way() is calls[-1].module:
             step = self._step_of(current, name, args, output)
-            is_plain = step is not None and step.said is not None and sums is None and name == _PLAIN
-            if step is None or not is_plain or not self._follow_call(step, args, kwargs, output):
+            is_followed = sums is None and step is not None and self._follow_call(step, args, kwargs, output)
+            if not is_followed:
                 self._see_unwatched(name, args, kwargs, output, sums, step)
         elif not has_ended(thread.frame):
             # It is of a module that the plan does not know, and which therefore may have no hooks.
@@ -574,12 +576,16 @@ class Watch:
         if mask is not None and type(mask) is not Tensor:
             return False
         query, key, value = args
-        with self._unharmed(), unseen():
-            if not self._is_unreal(query):
+        try:
+            with unseen():
+                if self._is_unreal(query):
+                    return True
                 causal, scale, dropout = kwargs.get("is_causal"), kwargs.get("scale"), kwargs.get("dropout_p", 0.0)
                 call = PlainCall(output, query, key, value, mask, 0 if causal else None, scale, dropout, thread.count)
                 thread.count += 1
                 follow(thread.calls[-1].path, call, step.said, _PLAIN, self._calls_in_full)
+        except Exception as error:  # which the model does not see
+            self._refuse(thread.calls, error)
         return True
 
     def _calls_in_full(self) -> Sequence[ModuleCall]:

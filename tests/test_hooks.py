@@ -1,0 +1,241 @@
+"""In a pass that follows a plan only those modules have hooks whose calls matter; nothing may be lost by that."""
+
+import copy
+import pickle
+import threading
+import warnings
+
+import pytest
+import timm
+import torch
+from test_plans import CALLS, Attends, both_ways, facts, needs_operators
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from visualizer import VisualizerWarning, attention
+from visualizer.intercept.hooks import Hook
+
+pytestmark = needs_operators
+acts = []
+acts_now = acts.copy  # a plan does not look at what is behind a method of a list
+
+
+class Acts(nn.Module):
+    """Does what a test asks for in the middle of a pass, which no plan foresees."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        for act in acts_now():
+            act(self, x)
+        return x * self.weight
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.attn, self.behind = Acts(), Attends(), Acts()
+
+    def forward(self, x):
+        return self.behind(x + self.attn(self.before(x)))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+
+    def forward(self, x):
+        return self.blocks(x)
+
+
+@pytest.fixture(autouse=True)
+def no_acts():
+    acts.clear()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 5, 8)
+
+
+def have_ours(model):
+    """The paths of modules that have hooks of ours."""
+    hooks = {
+        path: (*one._forward_hooks.values(), *one._forward_pre_hooks.values()) for path, one in model.named_modules()
+    }
+    return {path for path, several in hooks.items() if any(type(one) is Hook for one in several)}
+
+
+def once_in(module, act):
+    """Have something done in the next call of a module, and only then."""
+
+    def acting(other, x):
+        if other is module:
+            acts.remove(acting)
+            act(x)
+
+    acts.append(acting)
+
+
+PATHS = {"blocks.0.attn", "blocks.1.attn"}
+
+
+class TestHidden:
+    def test_only_what_matters_has_hooks_in_a_planned_pass(self, model, x):
+        within = []
+        with attention(model) as maps:
+            everything = have_ours(model)
+            for _ in range(CALLS):
+                once_in(model.blocks[0].behind, lambda _: within.append(have_ours(model)))
+                model(x)
+                assert have_ours(model) == everything
+        assert len(maps) == 2 * CALLS
+        assert within[0] == everything
+        assert within[-1] == {"", *PATHS}
+        assert have_ours(model) == set()
+        for module in model.modules():
+            assert not module._forward_hooks_always_called
+            assert not module._forward_pre_hooks_with_kwargs
+
+    def test_an_unforeseen_attention_has_its_own_path(self, model, x, monkeypatch):
+        q = torch.randn(1, 2, 5, 8)
+        with attention(model) as maps:
+            for _ in range(3):
+                model(x)
+            once_in(model.blocks[1].before, lambda _: scaled_dot_product_attention(q, q, q))
+            model(x)
+            assert [one.path for one in maps][-3:] == ["blocks.0.attn", "blocks.1.before", "blocks.1.attn"]
+            assert torch.allclose(maps[-2].dense(), (q @ q.mT / 8**0.5).softmax(-1), atol=1e-6)
+            model(x)
+        assert [one.path for one in maps][-2:] == sorted(PATHS)
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+    def test_a_part_is_seen_after_a_pass_that_failed(self, model, x, error):
+        def fail(_):
+            raise error
+
+        with attention(model) as maps:
+            for _ in range(3):
+                model(x)
+            once_in(model.blocks[0].behind, fail)
+            with pytest.raises(error):
+                model(x)
+            before = len(maps)
+            model.blocks[1](x)
+            model(x)
+        assert before == 7
+        assert [one.path for one in maps][before:] == ["blocks.1.attn", *sorted(PATHS)]
+        assert have_ours(model) == set()
+
+    def test_other_threads_lose_nothing(self, model, x):
+        def elsewhere(_):
+            for call in (lambda: model(x), lambda: model.blocks[1](x), lambda: model(x)):
+                thread = threading.Thread(target=call)
+                thread.start()
+                thread.join()
+
+        with attention(model) as maps:
+            for _ in range(3):
+                model(x)
+            once_in(model.blocks[0].behind, elsewhere)
+            model(x)
+            model(x)
+        paths = sorted(PATHS)
+        here = [one.value.path for one in maps.records if one.thread == threading.get_ident()]
+        others = [one.value.path for one in maps.records if one.thread != threading.get_ident()]
+        assert here == paths * 5
+        assert others == [*paths, "blocks.1.attn", *paths]
+
+    def test_hooks_of_others_keep_their_order(self, model, x):
+        hidden, seen = model.blocks[1].behind, []
+
+        def hook(_):
+            hidden.register_forward_pre_hook(lambda *_: seen.append("before"))
+            hidden.register_forward_hook(lambda *_: seen.append("behind"))
+
+        with attention(model) as maps:
+            for _ in range(3):
+                model(x)
+            once_in(model.blocks[0].behind, hook)
+            model(x)
+            assert seen == ["before", "behind"]
+            assert [type(one) is Hook for one in hidden._forward_pre_hooks.values()] == [True, False]
+            assert [type(one) is Hook for one in hidden._forward_hooks.values()] == [True, False]
+            model(x)
+        assert seen == ["before", "behind"] * 2
+        assert [len(one) for one in (hidden._forward_pre_hooks, hidden._forward_hooks)] == [1, 1]
+        assert facts(maps)[-2:] == facts(maps)[:2]
+
+    def test_the_recording_stops_in_the_middle(self, model, x):
+        maps = attention(model).start()
+        for _ in range(3):
+            model(x)
+        once_in(model.blocks[0].behind, lambda _: maps.stop())
+        model(x)
+        assert len(maps) == 7
+        assert have_ours(model) == set()
+        with attention(model) as again:
+            model(x)
+        assert facts(again) == facts(maps)[:2]
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+    def test_a_copy_made_in_the_middle_is_a_model_like_any(self, model, x, copied):
+        copies = []
+        with attention(model) as maps:
+            for _ in range(3):
+                model(x)
+            once_in(model.blocks[0].behind, lambda _: copies.append(copied(model)))
+            model(x)
+            copies[0](x)
+            assert len(maps) == 8
+        with attention(copies[0]) as others:
+            copies[0](x)
+        assert facts(others) == facts(maps)[:2]
+
+    def test_what_ran_unseen_is_told_in_later_recordings_too(self, x):
+        class LinearAttention(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.project = nn.Linear(8, 8)
+
+            def forward(self, x):
+                return self.project(x)
+
+        model = nn.Sequential(Block(), LinearAttention())
+        for _ in range(4):  # the last of these follow a plan
+            with pytest.warns(VisualizerWarning, match="LinearAttention") as told, attention(model):
+                model(x)
+            assert len(told) == 1
+
+    def test_two_recordings_at_a_time(self, model, x):
+        with attention(model) as one, attention(model) as other:
+            for _ in range(CALLS):
+                model(x)
+        assert facts(one) == facts(other) == facts(one)[:2] * CALLS
+
+    def test_call_arguments_are_those_of_all_calls_for_a_keep(self, model, x):
+        with attention(model, keep=lambda one: len(maps._watch.calls)) as maps:
+            for _ in range(CALLS):
+                model(x)
+        assert [*maps] == [4] * (2 * CALLS)
+
+
+def test_layers_tell_layouts_apart_in_planned_passes(monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4, "img_size": 32, "patch_size": 2}
+    model, pixels = timm.models.SwinTransformer(**sizes).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        maps = both_ways(model, [lambda: model(pixels)] * CALLS, monkeypatch)
+    shifts = [one.layout.windows.shift for one in maps[:4]]
+    assert shifts == [(0, 0), (2, 2), (0, 0), (2, 2)]
+    assert {one.kind for one in maps} == {"window"}
