@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from .calls import FusedCall, four_axes
 from .deformable import SampledCall
 from .evidence import Evidence, of_fused, of_samples, of_weights
 from .joins import Attended
+from .memory import LargePages, copied
 from .modules import are_windows
 from .provenance import Origin
 from .softmax import Product
@@ -136,14 +136,14 @@ class Copies:
 
     Args:
         gradients: whether maps also keep what their gradients are computed from.
-        share_keys: whether the maps of a growing cache share its keys; else each has a copy of its own, which nothing
+        maps_stay: whether the maps of a growing cache share its keys; else each has a copy of its own, which nothing
             holds any longer than the map.
     """
 
-    def __init__(self, gradients: bool, share_keys: bool = True) -> None:
-        self._gradients, self._share_keys = gradients, share_keys
+    def __init__(self, gradients: bool, maps_stay: bool = True) -> None:
+        self._gradients, self._maps_stay = gradients, maps_stay
         # What is let go of at once comes from memory that is in use already, which is quicker still.
-        self._copied = _copied_in_large_pages if share_keys else _copied
+        self._copied = LargePages().copied if maps_stay else copied
         # By the path of the module, the keys of its last call, and what its map is made of while there is one.
         self._latest: dict[str, tuple[Keys, weakref.ref[Factors]]] = {}
         self._masks: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
@@ -177,7 +177,7 @@ class Copies:
         weights = weights.expand(*lead, *multiplied[-2:])  # the same weights may serve several heads
         parts, is_softmax = [], _is_softmax(product)
         if not is_softmax:
-            parts = [_copied(one.weights) for one in product.softmaxes if one.weights is not None]
+            parts = [copied(one.weights) for one in product.softmaxes if one.weights is not None]
         evidence = None
         if not product.has_dropout:
             evidence = of_weights(weights, product.values.detach(), product.output.detach(), call.number)
@@ -210,7 +210,7 @@ class Copies:
             if is_softmax and any(one.keys > multiplied[-1] and one.maps > 1 for one in product.softmaxes):
                 # The keys that were cut off were no sink: they have values, and a map of their own.
                 made.is_softmax = False
-                parts.extend(_copied(one.weights) for one in product.softmaxes if one.weights is not None)
+                parts.extend(copied(one.weights) for one in product.softmaxes if one.weights is not None)
             made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=made.kind) for part in parts)
             made.key_sample = sample
             return made
@@ -228,11 +228,11 @@ class Copies:
             mask, more = self._kept_mask(mask)
             sizes = _sum(sizes, more)
         functions = fused.score_mod, fused.mask_mod
-        modifiers = None if fused.modifiers is None else fused.modifiers.mapped(_copied)
+        modifiers = None if fused.modifiers is None else fused.modifiers.mapped(copied)
         source = Factors(query, keys, key.shape[2], fused.scale, mask, fused.causal, *functions, modifiers, begin)
         if fused.log_sums is not None and fused.log_sums.shape == source.shape[:3]:
             source.log_sums = fused.log_sums.detach()
-        if self._share_keys:
+        if self._maps_stay:
             self._latest[call.path] = keys, weakref.ref(source)
         evidence = None
         if not fused.dropout:
@@ -258,7 +258,7 @@ class Copies:
                 if gradient is not None:
                     whole = values.repeat_interleave(source.shape[1] // values.shape[1], 1)
                     arranged = order.arranged if as_output is None else lambda one: order.arranged(as_output(one))
-                    gradient.arrange(arranged, made_of.shape, _copied(order.arranged(whole)))
+                    gradient.arrange(arranged, made_of.shape, copied(order.arranged(whole)))
                 is_known = True
             return _map_of(call, made_of, gradient, _are_assumed(order if is_known else None, source.shape[:2]))
 
@@ -271,8 +271,8 @@ class Copies:
         )
 
     def _of_samples(self, call: AttentionCall, sampled: SampledCall) -> Copy:
-        weights = four_axes(_copied(sampled.weights), call.heads)
-        cells = _copied(sampled.cells).reshape(*weights.shape, 2)
+        weights = four_axes(copied(sampled.weights), call.heads)
+        cells = copied(sampled.cells).reshape(*weights.shape, 2)
         source = Samples(cells, weights, sampled.sizes, sampled.counts)
         batch, heads = weights.shape[:2]
         values = [value.detach().reshape(batch, heads, *value.shape[-3:]) for value in sampled.values]
@@ -319,7 +319,7 @@ class Copies:
         # Its numbers are compared: changes by .data or numpy, and in inference mode all, leave no trace.
         if known is not None and known[0]() is mask and torch.equal(known[1], compact):
             return known[1], {}
-        kept = _copied(compact)
+        kept = copied(compact)
         masks = self._masks
         masks[number] = weakref.ref(mask, lambda _: masks.pop(number, None)), kept
         return kept, _sizes(kept)
@@ -330,7 +330,7 @@ class Copies:
         """What a backward pass through a kernel's output, or through a softmax's weights, will bring."""
         if not self._gradients or not output.requires_grad:
             return None
-        gradient = Gradient(shape, None if values is None else _copied(values), reason)
+        gradient = Gradient(shape, None if values is None else copied(values), reason)
         output.register_hook(gradient.accumulate)  # type: ignore[no-untyped-call]
         return gradient
 
@@ -367,28 +367,6 @@ def _are_assumed(order: Order | None, sizes: Sequence[int]) -> bool:
 
 def _known(evidence: Evidence | None) -> Sequence[Evidence]:
     return () if evidence is None else (evidence,)
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-_LARGE_PAGE = 2**21  # bytes
-_ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # of Linux
-
-
-def _copied_in_large_pages(tensor: Tensor) -> Tensor:
-    """A copy that stays. Of a large tensor on the CPU it lies in large pages of memory, as far as the system has them:
-    to get fresh memory page by page takes several times as long as to copy the numbers."""
-    if _ADVICE is None or not tensor.is_cpu or type(tensor) is not Tensor or tensor.nbytes < _LARGE_PAGE:
-        return _copied(tensor)
-    try:
-        memory = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(_ADVICE)
-    except OSError:  # a kernel without them
-        return _copied(tensor)
-    # The tensor holds the memory, which goes with the last tensor that lies in it.
-    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
 
 def _is_softmax(product: Product) -> bool:
