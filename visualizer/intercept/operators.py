@@ -143,14 +143,16 @@ def _observed(name: str, operator: Any, own: Any) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with guard(own):
             told = [] if _here.hidden else [one for known in _here.observers if (one := known()) is not None]
-            if any(observer.needs_sums for observer in told) and LogSums.may_see(operator, *args[:1], **kwargs):
-                sums = LogSums()
-                with unseen_by_modes(), sums:
-                    output = operator(*args, **kwargs)
-            else:
-                sums = None
-                with unseen_by_modes():  # modes saw the function
+            sums = None
+            for observer in told:
+                if sums is None and observer.needs_sums and LogSums.may_see(operator, *args[:1], **kwargs):
+                    sums = LogSums()
+            with unseen_by_modes():  # modes saw the function
+                if sums is None:
                     output = quick(*args, **kwargs)
+                else:
+                    with sums:
+                        output = operator(*args, **kwargs)
             if len(args) > 3:  # behind query, key and value by their names, as they are passed
                 args, kwargs = args[:3], dict(zip(names, args[3:], strict=False)) | kwargs
             for observer in told:
