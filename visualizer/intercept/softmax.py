@@ -30,12 +30,27 @@ from .axes import (
     summed_axes,
 )
 from .calls import name_of
+from .contractions import (
+    CONTRACTS,
+    EXPANDS,
+    MULTIPLIES,
+    Sides,
+    Terms,
+    is_parameter,
+    makes_row,
+    multiplied,
+    operands_of,
+    real_sizes,
+    sides_of,
+    terms_of,
+    without_absent,
+)
 from .joins import Joins
 from .lineage import Lineage
 
-_PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm"))
+_PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm", "linalg_matmul"))
 _MAKES_SCORES = frozenset(  # besides the products
-    ("cdist", "inner", "tensordot", "addbmm", "cosine_similarity", "pairwise_distance")
+    (*CONTRACTS, "cdist", "addbmm", "cosine_similarity", "pairwise_distance")
 )
 _PUTS = frozenset(("cat", "concat", "__setitem__", "copy_", "index_copy_", "index_put_", "slice_scatter", "pad"))
 """Functions that put a tensor into a larger one."""
@@ -47,7 +62,10 @@ _SOFTMAXES = frozenset(("softmax", "_softmax"))
 _DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_", "feature_dropout", "alpha_dropout"))
 _ENDS = frozenset(("layer_norm", "group_norm", "batch_norm", "rms_norm", "conv1d", "conv3d", "embedding", "bilinear"))
 """After these functions a tensor is no longer scores or weights, even if its shape is the same."""
-OUTER = frozenset(("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "mul", "__mul__", "__rmul__"))
+_OF_SEVERAL = frozenset(("linalg_multi_dot", "chain_matmul"))
+"""Functions that multiply more than two matrices, and return none of the products between them."""
+_SCALES = frozenset((*MULTIPLIES, "div", "__truediv__", "to", "float", "half", "bfloat16", "double"))
+OUTER = frozenset(("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", *MULTIPLIES))
 _BENDS = frozenset(
     (
         *("tanh", "tanh_", "relu", "relu_", "leaky_relu", "gelu", "elu", "silu", "selu", "sigmoid", "softplus", "exp"),
@@ -55,6 +73,7 @@ _BENDS = frozenset(
     )
 )
 """Functions that are not linear."""
+_ADDS_AXES = frozenset(("__getitem__", "unsqueeze", "squeeze", "view", "reshape", *EXPANDS))
 _SAME_NUMBERS = frozenset(
     (
         *("to", "type", "type_as", "float", "half", "bfloat16", "double", "clone", "contiguous", "alias", "view"),
@@ -75,7 +94,28 @@ def may_begin(name: str) -> bool:
 def is_of_activations(args: Any, kwargs: Any) -> bool:
     """Whether F.linear is given a second tensor that is no parameter, such as keys: then it is a product of both."""
     second = args[1] if len(args) > 1 else kwargs.get("weight")
-    return type(second) is not nn.Parameter and not _is_parameter(second)  # the first is quicker, and nearly always so
+    return type(second) is not nn.Parameter and not is_parameter(second)  # the first is quicker, and nearly always so
+
+
+def adds_product(args: Any, kwargs: Any) -> bool:
+    """Whether torch.addmm(bias, one, other) multiplies two tensors that are no parameters: else it is a layer."""
+    second = args[2] if len(args) > 2 else kwargs.get("mat2")
+    if type(second) is nn.Parameter:
+        return False
+    return not any(map(is_parameter, operands_of("addmm", args, kwargs)))
+
+
+def is_of_pairs(args: Any, kwargs: Any) -> bool:
+    """Whether F.bilinear makes one number of each two vectors, as of query and key, and no classes."""
+    weight = args[2] if len(args) > 2 else kwargs.get("weight")
+    return isinstance(weight, Tensor) and len(weight) == 1
+
+
+def multiplies_pairs(args: Any, kwargs: Any) -> bool:
+    """Whether a product broadcasts two tensors against each other: each query or a single one, and each key."""
+    if len(args) < 2 or not isinstance(args[1], Tensor):
+        return False
+    return makes_pairs(args, kwargs) or makes_row(args)
 
 
 def makes_pairs(args: Any, kwargs: Any) -> bool:
@@ -95,18 +135,23 @@ def makes_pairs(args: Any, kwargs: Any) -> bool:
     return len(differ) == 2 and 1 in differ[0] and 1 in differ[1] and differ[0].index(1) != differ[1].index(1)
 
 
-def _is_parameter(tensor: Any) -> bool:
-    return isinstance(tensor, nn.Parameter) or isinstance(getattr(tensor, "_base", None), nn.Parameter)
-
-
 def _is_product(name: str, args: Any, kwargs: Any) -> bool:
-    return name in _PRODUCTS or (name == "linear" and is_of_activations(args, kwargs))
+    if name in _PRODUCTS:
+        return True
+    return (name == "linear" and is_of_activations(args, kwargs)) or (name == "addmm" and adds_product(args, kwargs))
 
 
 class Softmax:
     """The output of a softmax over scores, or of what stands in its place."""
 
-    def __init__(self, weights: Tensor, is_normalised: bool = True, is_of_scores: bool = True, axis: int = -1) -> None:
+    def __init__(
+        self,
+        weights: Tensor,
+        is_normalised: bool = True,
+        is_of_scores: bool = True,
+        axis: int = -1,
+        scores: _Scores | None = None,
+    ) -> None:
         self.is_normalised = is_normalised
         """Whether it sums to one over the keys."""
         self.is_over_last = axis in (-1, weights.ndim - 1)
@@ -116,6 +161,10 @@ class Softmax:
         self.is_changed = False
         """Whether it, or what was made of it, was changed in place."""
         self.keys = weights.shape[axis]
+        self.scores = scores
+        """What is known of the scores."""
+        self.factors: Sequence[Factor] = ()
+        """Its axes."""
         self._reference = weakref.ref(weights)
         self._held: Tensor | None = None
         self._copy: Tensor | None = None
@@ -130,6 +179,11 @@ class Softmax:
             return False
         self._recorded.add(which)
         return True
+
+    @property
+    def made(self) -> Tensor | None:
+        """The tensor that the softmax returned; None where it is gone."""
+        return self._held if self._held is not None else self._reference()
 
     @property
     def maps(self) -> int:
@@ -167,6 +221,8 @@ class _Weights:
     """The axes of the tensor; None: they are not known."""
     pair: tuple[Factor, ...] = ()
     """The axes of the keys that the softmax was over, and of the queries, if they are known."""
+    before_axes: Tensor | None = None
+    """What was given more axes, if it was; the gradient of the weights arrives here."""
 
     def in_pair(self, axis: int) -> bool:
         """Whether queries or keys may be in an axis."""
@@ -223,6 +279,35 @@ class _Scores:
 
     is_outer: bool = False
     """Whether the product summed over nothing, as where positions are multiplied with frequencies."""
+    sides: Sides | None = None
+    """The two tensors that were multiplied, if they and the axes are known."""
+    layout: Layout | None = None
+    """The axes; None: they are as the product made them."""
+    factors: Sequence[Factor] = ()
+    """The axes as the product made them, in its order."""
+
+    def moved(self, func: Any, name: str, args: Any, kwargs: Any, before: Tensor, after: Tensor) -> _Scores:
+        """What is known of what a function made of them, which changes their shape or order."""
+        if self.sides is None:
+            return self
+        factors = self.factors or [*map(Factor, before.shape)]
+        layout = self.layout or [[factor] for factor in factors]
+        made = _layout_of_weights(func, name, args, kwargs, before, layout, after)
+        return _Scores(self.is_outer) if made is None else _Scores(self.is_outer, self.sides, made, factors)
+
+    def axes(self, count: int) -> list[tuple[bool, bool]] | None:
+        """Of each of so many axes, whether one of the two tensors has it, and the other; None: it is not known."""
+        made = [] if self.sides is None else self.sides.axes()
+        if self.layout is None:
+            return made[:count] if 0 < len(made) - count < 2 or len(made) == count > 0 else None
+        if len(made) not in (len(self.factors), len(self.factors) + 1) or len(self.layout) != count:
+            return None
+
+        def has(axis: Sequence[Factor], side: int) -> bool:
+            known = [factor for factor, sides in zip(self.factors, made, strict=False) if sides[side]]
+            return all(any(is_in(factor, [one]) for factor in known) for one in axis)
+
+        return [(has(axis, 0), has(axis, 1)) for axis in self.layout]
 
     def are_after(self, name: str) -> bool:
         """Whether a function may leave them scores; the cosines of angles are none."""
@@ -239,21 +324,51 @@ class _Pairs:
 
     has_features: bool
     is_bent: bool
+    sides: Sides | None = None
 
     def made(self, name: str, before: Tensor, after: Tensor) -> object:
         """What is known of what a function made of it; None: nothing."""
         is_bent = self.is_bent or name in _BENDS
         if not self.has_features:
-            return (_Scores() if is_bent else self) if after.shape == before.shape else None
+            return (_Scores(sides=self.sides) if is_bent else self) if after.shape == before.shape else None
         is_layer = name == "linear" and after.shape[-1] > 1
         if after.shape == before.shape or (is_layer and after.shape[:-1] == before.shape[:-1]):
-            return _Pairs(True, is_bent)
+            return _Pairs(True, is_bent, self.sides)
         is_reduced = after.shape in (before.shape[:-1], (*before.shape[:-1], 1))
         if name in ("permute", "transpose", "movedim", "swapaxes") and not is_reduced:
             if after.stride(-1) == before.stride(-1):
                 return self
             is_reduced = True  # the features are heads
-        return _Scores() if is_bent and is_reduced else None
+        return _Scores(sides=self.sides) if is_bent and is_reduced else None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A tensor made of a single query times each key, (..., keys, features), whose sums over the features are scores.
+
+    A scale of the features, as of FiLM, is the same but for that sum: nothing else is followed.
+    """
+
+    sides: Sides | None
+
+    def made(self, name: str, args: Any, kwargs: Any, before: Tensor, after: Any) -> object:
+        """What is known of what a function made of it; None: nothing."""
+        if not isinstance(after, Tensor):
+            return None
+        if name in _SCALES and sum(isinstance(one, Tensor) for one in args) == 1:
+            return self
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
+        dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+        is_of_features = isinstance(dim, int) and dim % before.ndim == before.ndim - 1
+        return _Scores(sides=self.sides) if name in ("sum", "mean") and is_of_features else None
+
+
+class _Weighed(NamedTuple):
+    """Weights times values, before they are summed over the keys."""
+
+    weights: Tensor
+    origin: _Weights | _Scores
+    operands: tuple[Tensor, Tensor]
 
 
 _SUMS_TO_ONE = 0.02  # rounding of a whole row in bfloat16 stays below it
@@ -268,11 +383,13 @@ class Tracing:
         self.are_keyless = False
         """Whether the last product took weights that a softmax made of something else than scores."""
         self._joins = Joins()
+        self._weighed = Lineage()
 
     def clear(self) -> None:
         """Forget all."""
         self.lineage.clear()
         self._joins.clear()
+        self._weighed.clear()
 
     def follow_output(self, tensor: Tensor, output: Output, layout: Any = None) -> None:
         """Find out what the model does with the axes of an attention call's output."""
@@ -289,7 +406,8 @@ class Tracing:
         name = name_of(func)
         known = list(self.lineage.known_in([*args, *kwargs.values()]))
         begins = name in _MAKES_SCORES or _is_product(name, args, kwargs)
-        begins |= name in OUTER and makes_pairs(args, kwargs)
+        begins |= name in OUTER and (multiplies_pairs if name in MULTIPLIES else makes_pairs)(args, kwargs)
+        begins |= name == "bilinear" and is_of_pairs(args, kwargs)
         if not known and not begins and name not in _SOFTMAXES:
             return None
         if known and not begins and all(isinstance(origin, tuple) for _, origin in known):
@@ -301,7 +419,7 @@ class Tracing:
         undropped = None
         is_dropped_scores = name in _DROPOUTS and not weights and isinstance(known[0][1], _Scores)
         if is_dropped_scores and _drops(args, kwargs) and is_plain_torch(torch):
-            weights = [(known[0][0], _weights_of_scores(known[0][0]))]
+            weights = [(known[0][0], _weights_of_scores(*known[0]))]
         if weights and name in _DROPOUTS and _drops(args, kwargs):
             tensor, origin = weights[0]
             undropped = tensor if origin.without_dropout is None else origin.without_dropout
@@ -353,33 +471,123 @@ class Tracing:
                 weights = _scores_as_weights(name, args, known)
             if weights:
                 return self._product(name, args, kwargs, result, weights)
-            self.lineage.follow(result, _Scores(_is_outer(name, args)))
-        elif name in _MAKES_SCORES:
-            self.lineage.follow(result, _Scores())
+            self.lineage.follow(result, _Scores(_is_outer(name, args), sides_of(name, args, kwargs)))
+        elif known and (product := self._contracted(name, args, kwargs, known, result)):
+            return product
+        elif name in _MAKES_SCORES or (name == "bilinear" and not weights and is_of_pairs(args, kwargs)):
+            if not weights or name != "linalg_vecdot":
+                self.lineage.follow(result, _Scores(sides=sides_of(name, args, kwargs)))
         elif name in _SOFTMAXES and result.ndim >= 2:
             is_of_scores = any(isinstance(origin, (_Scores, _Weights)) for _, origin in known)
             axis = kwargs.get("dim", args[1] if len(args) > 1 else -1) % result.ndim
-            softmax = Softmax(result, is_of_scores=is_of_scores, axis=axis)
+            scores = _scores_of(known[0][1], result) if is_of_scores else None
+            softmax = Softmax(result, is_of_scores=is_of_scores, axis=axis, scores=scores)
             if softmax.is_over_last or is_of_scores:
                 self.lineage.follow(result, _new_weights(result, softmax, axis))
+        elif weights and name == "sum" and any(self._weighed.known_in(args)):
+            self.lineage.follow(result, None)  # values that were weighed are no weights
         elif weights:
+            if name in _OF_SEVERAL and not any(one.maps for _, origin in weights for one in origin.softmaxes):
+                raise ValueError(f"{name} multiplies more than weights with values")
             self._carry_weights(func, name, args, kwargs, made, weights, undropped)
         elif name in OUTER and not known and makes_pairs(args, kwargs):
             has_features = args[0].shape[-1] == args[1].shape[-1]
-            if has_features or "mul" not in name:
-                self.lineage.follow(result, _Pairs(has_features, "mul" in name))
+            if has_features or name not in MULTIPLIES:
+                self.lineage.follow(result, _Pairs(has_features, name in MULTIPLIES, sides_of(name, args, {})))
+        elif name in MULTIPLIES and not known and makes_row(args):
+            self.lineage.follow(result, _Row(sides_of(name, args, {})))
+        elif known and isinstance(known[0][1], _Row):
+            self.lineage.follow(result, known[0][1].made(name, args, kwargs, known[0][0], result))
         else:
             for one in made if isinstance(made, (list, tuple)) else (made,):
                 if isinstance(one, Tensor) and one.ndim > 1 and one.is_floating_point():
-                    self._carry_scores(name, known, one)
+                    self._carry_scores(func, name, args, kwargs, known, one)
+        if name in MULTIPLIES and known:
+            self._weigh(name, args, kwargs, known, result)
         return None
 
-    def _carry_scores(self, name: str, known: Sequence[tuple[Tensor, Any]], result: Tensor) -> None:
+    def _weigh(self, name: str, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any) -> None:
+        """Take note of weights times values, where that has more axes than the weights."""
+        operands = operands_of(name, args, kwargs)
+        found = [one for one in known if isinstance(one[1], (_Weights, _Scores))]
+        if len(operands) != 2 or len(found) != 1 or not isinstance(result, Tensor):
+            return
+        [(tensor, origin)], [one, other] = found, operands
+        if (result.shape == tensor.shape and 0 not in tensor.stride()) or one is other:
+            return
+        if id(result) not in self.lineage:
+            self.lineage.follow(result, _UNKNOWN)
+        self._weighed.follow(result, _Weighed(tensor, origin, (one, other)))
+
+    def _summed(self, args: Any, kwargs: Any, result: Any) -> Product | None:
+        """The product of weights with values that a sum over the keys completes."""
+        found = next(self._weighed.known_in([*args, *kwargs.values()]), None)
+        if found is None:
+            return None
+        weighed: _Weighed = found[1]
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
+        keeps = args[2] if len(args) > 2 else kwargs.get("keepdim", kwargs.get("keepdims", False))
+        terms = multiplied(*weighed.operands, dim, keeps)
+        return None if terms is None else self._product_of_terms(terms, weighed.weights, weighed.origin, result)
+
+    def _contracted(
+        self, name: str, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any
+    ) -> Product | None:
+        """The product of weights with values that one of `CONTRACTS` makes, or a sum completes."""
+        if name == "sum":
+            return self._summed(args, kwargs, result)
+        if name not in CONTRACTS:
+            return None
+        found = [one for one in known if isinstance(one[1], (_Weights, _Scores))]
+        terms = terms_of(name, args, kwargs) if len(found) == 1 else None
+        return None if terms is None else self._product_of_terms(terms, *found[0], result)
+
+    def _product_of_terms(
+        self, terms: Terms, tensor: Tensor, origin: _Weights | _Scores, result: Tensor
+    ) -> Product | None:
+        """The product of weights with values, written as another function than a matrix product; None if it is none.
+
+        So are written gates of experts, class probabilities and losses too: see `_order_of_terms`.
+        """
+        if isinstance(origin, _Scores):
+            weights = _normalised(terms, tensor, origin)
+            if weights is None:
+                return None
+            origin = weights
+        order = _order_of_terms(terms, tensor, origin, result)
+        if order is None:
+            return None
+        taken = [softmax.take(tensor) for softmax in origin.softmaxes]
+        if not any(taken):
+            return None
+        shown = tensor if origin.without_dropout is None else origin.without_dropout
+        source = origin.before_axes if origin.before_axes is not None else origin.before_dropout
+        [softmax, *others] = origin.softmaxes
+        is_plain = not others and softmax.is_over_last and softmax.made is not None
+        return Product(
+            order.output,
+            result,
+            order.places,
+            order.arranged(shown),
+            softmax.made if is_plain and softmax.made is not None else tensor,
+            order.values,
+            tensor if source is None else source,
+            order.order,
+            tuple(one for one in origin.softmaxes if one.is_normalised and one.is_over_last),
+            origin.is_softmax and not any(one.is_changed or not one.is_normalised for one in origin.softmaxes),
+            origin.without_dropout is not None,
+            False,
+        )
+
+    def _carry_scores(
+        self, func: Any, name: str, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Tensor
+    ) -> None:
         """Follow what a function made of scores, or of what may become scores."""
         made: object = None
         for tensor, origin in known:
             if isinstance(origin, _Scores) and origin.are_after(name) and _has_same_places(name, tensor, result):
-                made = origin
+                is_moved = result.shape != tensor.shape or name in REORDERS
+                made = origin.moved(func, name, args, kwargs, tensor, result) if is_moved else origin
             elif isinstance(origin, _Pairs) and made is None:  # else they are added to scores, as a bias
                 made = origin.made(name, tensor, result)
         if made is not None or any(isinstance(origin, _Pairs) for _, origin in known):
@@ -461,7 +669,12 @@ class Tracing:
             or (name in _CUTS and result.shape[-1] == tensor.shape[-1] and result.stride(-1) == tensor.stride(-1))
             or (name in REORDERS and origin.layout is not None)
         )
+        adds_axes = len(weights) == 1 and _only_adds_axes(name, tensor, result)
+        keeps |= adds_axes and origin.layout is not None
         made = _Weights(softmaxes, keeps and origin.is_softmax, pair=origin.pair)
+        if adds_axes:
+            made.before_axes = tensor if origin.before_dropout is None else origin.before_dropout
+            made.before_axes = made.before_axes if origin.before_axes is None else origin.before_axes
         if origin.layout is not None:
             made.layout = _layout_of_weights(func, name, args, kwargs, tensor, origin.layout, result)
         if before is not None:
@@ -480,6 +693,10 @@ class Tracing:
         tensor, origin = weights[0]
         operands = _operands(name, args, kwargs, tensor, result, origin)
         if operands is None:
+            terms = _einsum_terms(args)
+            product = None if terms is None else self._product_of_terms(terms, tensor, origin, result)
+            if product is not None:
+                return product
             if any(softmax.maps for softmax in origin.softmaxes):
                 return None
             raise ValueError(f"einsum {args[0]!r} is no product of (queries, keys) with (keys, width)")
@@ -508,9 +725,23 @@ class Tracing:
 def _new_weights(weights: Tensor, softmax: Softmax, axis: int = -1) -> _Weights:
     """Weights that a softmax made over one of their axes, which is that of the keys."""
     layout = [[Factor(size)] for size in weights.shape]
+    softmax.factors = [factor for (factor,) in layout]
     last = weights.ndim - 1
     queries = {last: [last - 1], last - 1: [last]}.get(axis % weights.ndim, [])
     return _Weights((softmax,), layout=layout, pair=tuple(layout[one][0] for one in (axis, *queries)))
+
+
+_UNKNOWN = object()
+"""What is known of weights times values that are not followed as weights."""
+
+
+def _scores_of(origin: Any, made: Tensor) -> _Scores | None:
+    """What is known of the scores that a softmax was given, or the weights of another softmax with the same axes."""
+    if isinstance(origin, _Weights) and len(origin.softmaxes) == 1:
+        [softmax] = origin.softmaxes
+        is_same = origin.layout is not None and [[factor] for factor in softmax.factors] == origin.layout
+        return softmax.scores if is_same else None
+    return origin if isinstance(origin, _Scores) else None
 
 
 def _mixes_heads(name: str, args: Any, kwargs: Any, weights: Tensor, origin: _Weights) -> bool:
@@ -534,9 +765,27 @@ def _layout_of_weights(
     """The axes of what a function made of weights with these axes; None: they are not known."""
     if name == "linear" or name in _PRODUCTS:
         return layout_of_product(name, args, kwargs, tensor, layout, result)
+    if _only_adds_axes(name, tensor, result) and name not in REORDERS:
+        return _layout_with_more_axes(layout, tensor, result)
     if name == "conv2d" and len(layout) == result.ndim == 4:
         return [layout[0], [Factor(result.shape[1])], *layout[2:]]
     return layout_of(func, name, args, kwargs, tensor, layout, result)
+
+
+def _only_adds_axes(name: str, before: Tensor, after: Tensor) -> bool:
+    """Whether a function only gave a tensor axes along which it is the same, or took such axes away."""
+    if name not in _ADDS_AXES or (name == "__getitem__" and after.data_ptr() != before.data_ptr()):
+        return False
+    return [size for size in real_sizes(after) if size != 1] == [size for size in real_sizes(before) if size != 1]
+
+
+def _layout_with_more_axes(layout: Layout, before: Tensor, after: Tensor) -> Layout:
+    own, made = [*zip(layout, real_sizes(before), strict=True)], list[list[Factor]]()
+    for size in real_sizes(after):
+        while size != 1 and own[0][1] == 1:
+            own.pop(0)
+        made.append(own.pop(0)[0] if own and own[0][1] == size else [])
+    return made
 
 
 def _is_outer(name: str, args: Any) -> bool:
@@ -547,12 +796,12 @@ def _is_outer(name: str, args: Any) -> bool:
     return name in ("matmul", "__matmul__", "bmm", "mm") and bool(args) and args[0].shape[-1] == 1
 
 
-def _weights_of_scores(scores: Tensor) -> _Weights:
+def _weights_of_scores(scores: Tensor, origin: _Scores | None = None) -> _Weights:
     """Scores that are used as weights, though no softmax was seen."""
     numbers = scores.detach()
     sums = numbers.sum(-1, dtype=torch.promote_types(numbers.dtype, torch.float32))
     is_normalised = bool(((sums - 1).abs() < _SUMS_TO_ONE).logical_or(sums == 0).all()) and bool(sums.any())
-    return _new_weights(scores, Softmax(scores, is_normalised))
+    return _new_weights(scores, Softmax(scores, is_normalised, scores=origin))
 
 
 def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]) -> list[tuple[Tensor, _Weights]]:
@@ -561,7 +810,7 @@ def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]
     Where linear attention multiplies key and value first, what comes of it is the second operand, or has negative ones.
     A product with a parameter is a layer.
     """
-    if name == "linear":  # its second operand may be a weight that was computed, as by a weight norm
+    if name in ("linear", "addmm"):  # the second operand may be a weight that was computed, as by a weight norm
         return []
     found = [tensor for tensor, origin in known if isinstance(origin, _Scores)]
     operands = args[1:] if name in ("einsum", "baddbmm") else args[::-1] if name == "__rmatmul__" else args
@@ -572,7 +821,7 @@ def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]
     [scores], (first, second) = found, operands
     if (
         first is not scores
-        or _is_parameter(second)
+        or is_parameter(second)
         or scores.ndim < 2
         or not scores.numel()
         or not scores.is_floating_point()
@@ -605,6 +854,8 @@ def _drops(args: Any, kwargs: Any) -> bool:
 def _has_same_places(name: str, before: Tensor, after: Tensor) -> bool:
     """Whether a function's result may have a number for each pair of query and key, as its argument has."""
     if name in _CUTS and after.ndim == before.ndim:
+        return True
+    if name in EXPANDS:
         return True
     if name in _PUTS and after.ndim == before.ndim and after.numel() > before.numel():
         return True
@@ -669,12 +920,14 @@ def _operands(
             result.permute(order.output).flatten(lead + 1),
             order.places,
         )
-    operands = [item for item in [*args, *kwargs.values()] if isinstance(item, Tensor)]
-    left, right = operands[-2:] if name == "baddbmm" else operands[:2]
+    operands = operands_of(name, args, kwargs)
+    left, right = operands[:2]
     if name == "__rmatmul__":
         left, right = right, left
-    output = result - operands[0] if name == "baddbmm" else result
-    if name == "linear" and len(operands) > 2:
+    output = result
+    if name in ("addmm", "baddbmm"):
+        output = _without_added(args, kwargs, result)
+    elif name == "linear" and len(operands) > 2:
         output = result - operands[2]  # the bias
     own, axes = range(weights.ndim), range(result.ndim)
     if left is weights:
@@ -683,6 +936,14 @@ def _operands(
     if name == "linear":
         return (*own,), left.mT, output.mT, turned
     return (*own[:-2], own[-1], own[-2]), left.mT, output.mT, turned
+
+
+def _without_added(args: Any, kwargs: Any, result: Tensor) -> Tensor:
+    """The product alone of beta x added + alpha x product."""
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    added = args[0] if args else kwargs["input"]
+    output = result - beta * added if beta else result
+    return output if alpha == 1 else output / alpha
 
 
 class _EinsumOrder(NamedTuple):
@@ -728,3 +989,167 @@ def _einsum_order(args: Any, tensor: Tensor, origin: _Weights | None = None) -> 
         tuple(out.index(label) for label in (*lead, *queries, *width)),
         tuple(output.index(label) if label in output else None for label in out),
     )
+
+
+def _einsum_terms(args: Any) -> Terms | None:
+    operands = einsum_operands(args)
+    if len(operands) != 2:
+        return None
+    (one, other), out = einsum_labels(args[0], [operand.ndim for operand in operands])
+    has_repeated = len({*one}) < len(one) or len({*other}) < len(other)
+    return None if has_repeated else Terms((operands[0], operands[1]), (one, other), out)
+
+
+def _normalised(terms: Terms, scores: Tensor, origin: _Scores) -> _Weights | None:
+    """Scores whose sums over the keys are one, as weights; of others nobody knows whether they are any."""
+    weights, labels = without_absent(scores.detach(), terms.of(scores)[0])
+    if not labels or labels[-1] in terms.output or not weights.numel() or not is_plain_torch(torch):
+        return None
+    if not weights.is_floating_point() or bool((weights < 0).any()):
+        return None
+    sums = weights.sum(-1, dtype=torch.promote_types(weights.dtype, torch.float32))
+    if not bool(((sums - 1).abs() < _SUMS_TO_ONE).all()):
+        return None
+    made = _Weights((Softmax(scores, axis=terms.of(scores)[0].index(labels[-1]), scores=origin),))
+    made.softmaxes[0].factors = [*map(Factor, scores.shape)]
+    own = terms.of(scores)[0]
+    made.layout = [[] if label == "." else [one] for one, label in zip(made.softmaxes[0].factors, own, strict=True)]
+    made.pair = (made.softmaxes[0].factors[own.index(labels[-1])],)
+    return made
+
+
+class _TermsOrder(NamedTuple):
+    """Which axes of what is multiplied are (..., queries, keys), (..., keys, width), (..., queries, width)."""
+
+    labels: str
+    """A letter for each axis of the weights."""
+    order: tuple[int, ...]
+    """Which of these axes, without those along which they are the same, each axis of the map is."""
+    values: Tensor
+    output: Tensor
+    places: tuple[int | None, ...]
+    """See `Product.places`."""
+
+    def arranged(self, weights: Tensor) -> Tensor:
+        """Weights as (..., queries, keys)."""
+        own, labels = without_absent(weights, self.labels)
+        return (own if len(labels) == len(self.order) else own.unsqueeze(-1)).permute(self.order)
+
+
+_NEW = "?"
+"""The letter of a new axis, of a single query."""
+
+
+def _order_of_terms(terms: Terms, tensor: Tensor, origin: _Weights, result: Tensor) -> _TermsOrder | None:
+    """How weights are multiplied with values; None if that may be something else than attention.
+
+    Neither of the two that the scores were made of is a parameter: else a layer made them, as gates of experts,
+    probabilities of classes, or weights of keys without a query. The sum is over the keys, and the values have features
+    that the weights have not.
+    """
+    own, others, values = terms.of(tensor)
+    scores = [one.scores for one in origin.softmaxes if one.is_of_scores]
+    if not scores or any(one is None or one.sides is None or one.sides.of_parameters for one in scores):
+        return None
+    if is_parameter(values) or not values.is_floating_point():
+        return None
+    sizes = dict(zip(others, values.shape, strict=True)) | dict(zip(own, tensor.shape, strict=True))
+    keys = [label for label in own if label in others and label not in terms.output and label != "."]
+    width = [label for label in terms.output if label in others and label not in own]
+    if len(keys) != 1 or all(sizes[label] == 1 for label in width) or not _has_room(terms, own, others, width, origin):
+        return None
+    query = _query_of(own, others, keys[0], sizes, origin)
+    real = own.replace(".", "")
+    lead = [label for label in terms.output if label in real and label != query]
+    if query is None or len(real + _NEW * (query == _NEW)) != len(lead) + 2:
+        return None
+    if {*others} - {".", query} != {*keys, *width, *(label for label in lead if label in others)}:
+        return None
+    values, labels = without_absent(values, others.replace(query, "."))
+    values = values.permute([labels.index(label) for label in (*lead, *keys, *width) if label in labels])
+    for place in (place for place, label in enumerate(lead) if label not in labels):
+        values = values.unsqueeze(place)
+    output, labels = without_absent(result, terms.output)
+    if query == _NEW:
+        output, labels, real = output.unsqueeze(-1), labels + _NEW, real + _NEW
+    made = [*lead, query, width[-1]]
+    return _TermsOrder(
+        own,
+        tuple(real.index(label) for label in (*lead, query, *keys)),
+        values.flatten(len(lead) + 1),
+        output.permute([labels.index(label) for label in (*lead, query, *width)]).flatten(len(lead) + 1),
+        tuple(made.index(label) if label in made else None for label in terms.output),
+    )
+
+
+def _has_room(terms: Terms, own: str, others: str, width: Sequence[str], origin: _Weights) -> bool:
+    """Whether weights were given an axis for the features: a mask has more axes than weights, too."""
+    if not terms.are_aligned:
+        return True
+    for place in (others.index(label) + len(own) - len(others) for label in width):
+        if place >= 0 and (origin.layout is None or not origin.layout[place] or place == len(own) - 1):
+            return True
+    return False
+
+
+def _query_of(own: str, others: str, key: str, sizes: dict[str, int], origin: _Weights) -> str | None:
+    """The letter of the queries in weights; `_NEW` of a single one that has none.
+
+    None if they are not known, or if the sum is not over what the softmax was over. Values that differ where the keys
+    do not are no values: they are those of experts, of which each token has its own output. Nor are those of which the
+    batch has none, such as a codebook's; and queries of which it has none are learned.
+    """
+    softmax = next(one for one in origin.softmaxes if one.is_of_scores)
+    axes = _axes_of(softmax, own, origin)
+    if axes is None or softmax.scores is None or not _is_over(own.index(key), own, origin):
+        return None
+    made_of = softmax.scores.axes(len(softmax.factors) or len(axes))
+    if made_of is None:
+        return None
+    rest = [label for label in axes if label != key]
+    only = [label for label in rest if sizes[label] > 1 and label not in others]
+    with_keys = [side for side in (0, 1) if all(made_of[axis][side] for axis in axes[key])]
+    for side in with_keys:
+        is_of_keys = {label: all(made_of[axis][side] for axis in axes[label]) for label in rest}
+        free = [label for label in rest if not is_of_keys[label]]
+        queries = [label for label in free if label in only] if only else free
+        if not only and not free and len(rest) == 1 and rest[0] not in others:
+            queries = rest  # of length 1 in both
+        if len(with_keys) == 2 and only:  # both were expanded to all pairs, which does not tell them apart
+            queries = queries or only
+        if len(queries) > 1 and origin.layout is not None and len(origin.pair) > 1:
+            queries = [label for label in queries if is_in(origin.pair[1], origin.layout[own.index(label)])]
+        is_single = not only and len(with_keys) == 1 and all(sizes[label] == 1 for label in queries)
+        if len(queries) > 1 or not (is_single or (only and queries)):
+            continue
+        lead = [label for label in rest if label not in queries]
+        of_values = [label for label in lead if label in others]
+        has_batch = any(all(made_of[axis][1 - side] for axis in axes[label]) for label in lead)
+        if lead and (not of_values or not has_batch or not all(map(is_of_keys.get, of_values))):
+            continue
+        if not lead and any(label in others for label in queries):
+            continue  # they may be values of the single query
+        return queries[0] if queries else _NEW
+    return None
+
+
+def _axes_of(softmax: Softmax, own: str, origin: _Weights) -> dict[str, list[int]] | None:
+    """By the letter of an axis of weights, which axes of their softmax are in it; None if they are not known."""
+    labels = [label for label in own if label != "."]
+    if origin.layout is None or not softmax.factors:
+        count = len(softmax.factors) or len(labels)
+        return {label: [axis] for axis, label in enumerate(labels)} if len(labels) == count else None
+    return {
+        label: [place for place, factor in enumerate(softmax.factors) if is_in(factor, axis)]
+        for label, axis in zip(own, origin.layout, strict=True)
+        if label != "."
+    }
+
+
+def _is_over(axis: int, own: str, origin: _Weights) -> bool:
+    """Whether an axis of weights has all that their softmax was over."""
+    if origin.layout is None:
+        is_last = axis == max(place for place, label in enumerate(own) if label != ".")
+        return is_last and all(one.is_over_last for one in origin.softmaxes)
+    key = origin.pair[0]
+    return [place for place, axes in enumerate(origin.layout) if is_in(key, axes)] == [axis]
