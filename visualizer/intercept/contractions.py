@@ -19,8 +19,8 @@ EXPANDS = frozenset(("expand", "expand_as", "broadcast_to"))
 _BROADCAST = frozenset((*MULTIPLIES, "add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "bilinear"))
 """Of these and the features, which are the last axis, scores are made."""
 _TOLD_BY_AXES = frozenset((*CONTRACTS, "cosine_similarity", "pairwise_distance"))
-_FIRST = frozenset(("input", "self", "mat1", "batch1", "a", "x", "x1", "input1"))
-"""What the first operand is called where it is passed by its name."""
+_ORDER = {"self": 0, "input": 0, "mat1": 1, "batch1": 1, "a": 1, "x": 1, "x1": 1, "input1": 1}
+"""Where operands are that are passed by their names; all others are behind them."""
 _ABSENT = "."
 """In place of the letter of an axis along which a tensor is the same."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -47,8 +47,11 @@ class Terms(NamedTuple):
 
 def operands_of(name: str, args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors among the arguments of a product, in its order; without a bias, and where a result is written to."""
-    named = sorted(((key not in _FIRST, item) for key, item in kwargs.items() if key != "out"), key=lambda one: one[0])
-    found = [item for item in (*args, *(item for _, item in named)) if isinstance(item, Tensor)]
+    items = args
+    if kwargs:
+        named = sorted((key for key in kwargs if key != "out"), key=lambda key: _ORDER.get(key, 2))
+        items = (*args, *map(kwargs.__getitem__, named))
+    found = [item for item in items if isinstance(item, Tensor)]
     return found[-2:] if name in ("baddbmm", "addmm") else found
 
 

@@ -471,7 +471,9 @@ class Tracing:
                 weights = _scores_as_weights(name, args, known)
             if weights:
                 return self._product(name, args, kwargs, result, weights)
-            self.lineage.follow(result, _Scores(_is_outer(name, args), sides_of(name, args, kwargs)))
+            is_layer = name == "addmm" and is_parameter(args[0] if args else kwargs["input"])  # by its bias
+            sides = None if is_layer else sides_of(name, args, kwargs)
+            self.lineage.follow(result, None if is_layer else _Scores(_is_outer(name, args), sides))
         elif known and (product := self._contracted(name, args, kwargs, known, result)):
             return product
         elif name in _MAKES_SCORES or (name == "bilinear" and not weights and is_of_pairs(args, kwargs)):
@@ -766,7 +768,7 @@ def _layout_of_weights(
     if name == "linear" or name in _PRODUCTS:
         return layout_of_product(name, args, kwargs, tensor, layout, result)
     if _only_adds_axes(name, tensor, result) and name not in REORDERS:
-        return _layout_with_more_axes(layout, tensor, result)
+        return _layout_with_more_axes(name, args, layout, tensor, result)
     if name == "conv2d" and len(layout) == result.ndim == 4:
         return [layout[0], [Factor(result.shape[1])], *layout[2:]]
     return layout_of(func, name, args, kwargs, tensor, layout, result)
@@ -779,12 +781,32 @@ def _only_adds_axes(name: str, before: Tensor, after: Tensor) -> bool:
     return [size for size in real_sizes(after) if size != 1] == [size for size in real_sizes(before) if size != 1]
 
 
-def _layout_with_more_axes(layout: Layout, before: Tensor, after: Tensor) -> Layout:
-    own, made = [*zip(layout, real_sizes(before), strict=True)], list[list[Factor]]()
+def _layout_with_more_axes(name: str, args: Any, layout: Layout, before: Tensor, after: Tensor) -> Layout:
+    """The axes of what only has more or fewer of those along which it is the same."""
+    if name == "unsqueeze" and len(args) > 1:
+        dim = args[1] % after.ndim
+        return [*layout[:dim], [], *layout[dim:]]
+    if name in EXPANDS:
+        rest = [
+            axis if size == now else []
+            for axis, size, now in zip(layout, before.shape, after.shape[after.ndim - before.ndim :], strict=True)
+        ]
+        return [*([] for _ in range(after.ndim - before.ndim)), *rest]
+    index = args[1] if name == "__getitem__" else None
+    if index is not None and after.ndim > before.ndim:
+        index = index if isinstance(index, tuple) else (index,)
+        place = next((place for place, one in enumerate(index) if one is Ellipsis), len(index))
+        behind = sum(one is not None for one in index[place + 1 :])
+        left = before.ndim - behind - sum(one is not None for one in index[:place])
+        index = (*index[:place], *(slice(None),) * left, *index[place + 1 :])
+        if all(one is None or isinstance(one, slice) for one in index):
+            own = iter(layout)
+            return [[] if one is None else next(own) for one in index]
+    known, made = [*zip(layout, real_sizes(before), strict=True)], list[list[Factor]]()
     for size in real_sizes(after):
-        while size != 1 and own[0][1] == 1:
-            own.pop(0)
-        made.append(own.pop(0)[0] if own and own[0][1] == size else [])
+        while size != 1 and known[0][1] == 1:
+            known.pop(0)
+        made.append(known.pop(0)[0] if known and known[0][1] == size else [])
     return made
 
 
@@ -1148,8 +1170,8 @@ def _axes_of(softmax: Softmax, own: str, origin: _Weights) -> dict[str, list[int
 
 def _is_over(axis: int, own: str, origin: _Weights) -> bool:
     """Whether an axis of weights has all that their softmax was over."""
-    if origin.layout is None:
-        is_last = axis == max(place for place, label in enumerate(own) if label != ".")
-        return is_last and all(one.is_over_last for one in origin.softmaxes)
-    key = origin.pair[0]
-    return [place for place, axes in enumerate(origin.layout) if is_in(key, axes)] == [axis]
+    with_key = [place for place, axes in enumerate(origin.layout or ()) if is_in(origin.pair[0], axes)]
+    if with_key or (origin.layout is not None and origin.pair[0].size > 1):
+        return with_key == [axis]
+    is_last = axis == max(place for place, label in enumerate(own) if label != ".")
+    return is_last and all(one.is_over_last for one in origin.softmaxes)
