@@ -298,6 +298,12 @@ def test_dropout_and_gradients(x, is_expanded):
     assert torch.equal(found.grad_dense()[:, 0], model.weights.grad)
 
 
+def test_values_of_another_type(x):
+    for dtype in (torch.float64, torch.bfloat16):
+        model = Written(by_matmul, lambda w, v, dtype=dtype: summed(w, v.to(dtype)).float())
+        assert torch.equal(only_map_of(model, x).dense()[:, 0], model.weights)
+
+
 def test_inference_mode(x):
     model = Written(by_matmul, summed)
     with torch.inference_mode(), attention(model) as maps:

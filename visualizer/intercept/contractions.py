@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .axes import einsum_labels, einsum_operands
@@ -74,6 +75,11 @@ def makes_row(args: Any) -> bool:
     return is_one_row and not is_parameter(args[0]) and not is_parameter(args[1])
 
 
+def has_strides(tensor: Any) -> bool:
+    """Whether it is a tensor whose shape and strides can be asked; those of sparse and of nested ones cannot."""
+    return isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_nested
+
+
 def real_sizes(tensor: Tensor) -> tuple[int, ...]:
     """The lengths of its axes, 1 where an axis was expanded."""
     return tuple(size if step else 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -82,7 +88,7 @@ def real_sizes(tensor: Tensor) -> tuple[int, ...]:
 def terms_of(name: str, args: Any, kwargs: Any) -> Terms | None:
     """The axes of a call of one of `CONTRACTS`, or of the like."""
     operands = operands_of(name, args, kwargs)
-    if len(operands) != 2:
+    if len(operands) != 2 or not all(map(has_strides, operands)):
         return None
     one, other = operands
     if name == "cosine_similarity":
@@ -184,6 +190,8 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> list[tuple[bool, bool]]
 def sides_of(name: str, args: Any, kwargs: Any) -> Sides | None:
     """What is known of the two tensors that a function made scores of; None if that is not known."""
     told: Any = None
+    if name == "addbmm":
+        return None
     if name == "einsum":
         tensors, told = einsum_operands(args), args[0]
     else:
@@ -197,8 +205,10 @@ def sides_of(name: str, args: Any, kwargs: Any) -> Sides | None:
             tensors = tensors[::-1]
         elif name in ("linear", "bilinear"):
             tensors = tensors[:2]
-    if len(tensors) != 2 or name == "addbmm" or (name == "einsum" and not isinstance(told, str)):
+    if len(tensors) != 2 or (name == "einsum" and not isinstance(told, str)):
         return None
     one, other = tensors
+    if not has_strides(one) or not has_strides(other):
+        return None
     shapes, strides = (one.shape, other.shape), (one.stride(), other.stride())
     return Sides(name, shapes, strides, is_parameter(one) or is_parameter(other), told)

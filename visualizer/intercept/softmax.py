@@ -1,14 +1,15 @@
-"""Attention without a fused kernel: scores become weights, which a matrix product takes.
+"""Attention without a fused kernel: scores become weights, which are multiplied with values.
 
-The scores come from a matrix product. They may change in any way that leaves each in its place, and so may the weights
-before they are multiplied with the values: masked, mixed, subtracted. The map is what is multiplied, without dropout.
+The scores come from a matrix product, or from another function that makes one number of each query and key. They may
+change in any way that leaves each in its place, and so may the weights before they are multiplied with the values:
+masked, mixed, subtracted. The map is what is multiplied, without dropout. `weighing` judges products that are none by
+name.
 Where no softmax is seen the numbers tell: weights are not negative. Rows that sum to one are as good as a softmax's;
 others are those of a sigmoid, a relu and the like.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,14 +20,11 @@ from torch import Tensor, nn
 from ..tensors import is_plain_torch
 from .axes import (
     REORDERS,
-    Factor,
     Layout,
     Output,
     einsum_labels,
     einsum_operands,
     is_in,
-    layout_of,
-    layout_of_product,
     summed_axes,
 )
 from .calls import name_of
@@ -34,21 +32,32 @@ from .contractions import (
     CONTRACTS,
     EXPANDS,
     MULTIPLIES,
-    Sides,
     Terms,
+    has_strides,
     is_parameter,
     makes_row,
     multiplied,
     operands_of,
-    real_sizes,
     sides_of,
     terms_of,
-    without_absent,
 )
 from .joins import Joins
 from .lineage import Lineage
+from .weighing import normalised, order_of_terms
+from .weights import (
+    ENDS,
+    PRODUCTS,
+    SUMS_TO_ONE,
+    Pairs,
+    Row,
+    Scores,
+    Softmax,
+    Weights,
+    layout_of_weights,
+    new_weights,
+    only_adds_axes,
+)
 
-_PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm", "linalg_matmul"))
 _MAKES_SCORES = frozenset(  # besides the products
     (*CONTRACTS, "cdist", "addbmm", "cosine_similarity", "pairwise_distance")
 )
@@ -60,20 +69,9 @@ _CUTS = frozenset(
 """Functions that take some places of a tensor."""
 _SOFTMAXES = frozenset(("softmax", "_softmax"))
 _DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_", "feature_dropout", "alpha_dropout"))
-_ENDS = frozenset(("layer_norm", "group_norm", "batch_norm", "rms_norm", "conv1d", "conv3d", "embedding", "bilinear"))
-"""After these functions a tensor is no longer scores or weights, even if its shape is the same."""
 _OF_SEVERAL = frozenset(("linalg_multi_dot", "chain_matmul"))
 """Functions that multiply more than two matrices, and return none of the products between them."""
-_SCALES = frozenset((*MULTIPLIES, "div", "__truediv__", "to", "float", "half", "bfloat16", "double"))
 OUTER = frozenset(("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", *MULTIPLIES))
-_BENDS = frozenset(
-    (
-        *("tanh", "tanh_", "relu", "relu_", "leaky_relu", "gelu", "elu", "silu", "selu", "sigmoid", "softplus", "exp"),
-        *("abs", "square", "pow", "__pow__", "norm", "linalg_norm", "linalg_vector_norm"),
-    )
-)
-"""Functions that are not linear."""
-_ADDS_AXES = frozenset(("__getitem__", "unsqueeze", "squeeze", "view", "reshape", *EXPANDS))
 _SAME_NUMBERS = frozenset(
     (
         *("to", "type", "type_as", "float", "half", "bfloat16", "double", "clone", "contiguous", "alias", "view"),
@@ -88,7 +86,7 @@ def may_begin(name: str) -> bool:
 
     A softmax of something else counts where it is mixed with one of scores.
     """
-    return name in _PRODUCTS or name in _MAKES_SCORES or name in _SOFTMAXES
+    return name in PRODUCTS or name in _MAKES_SCORES or name in _SOFTMAXES
 
 
 def is_of_activations(args: Any, kwargs: Any) -> bool:
@@ -108,7 +106,7 @@ def adds_product(args: Any, kwargs: Any) -> bool:
 def is_of_pairs(args: Any, kwargs: Any) -> bool:
     """Whether F.bilinear makes one number of each two vectors, as of query and key, and no classes."""
     weight = args[2] if len(args) > 2 else kwargs.get("weight")
-    return isinstance(weight, Tensor) and len(weight) == 1
+    return isinstance(weight, Tensor) and weight.ndim == 3 and len(weight) == 1
 
 
 def multiplies_pairs(args: Any, kwargs: Any) -> bool:
@@ -136,114 +134,16 @@ def makes_pairs(args: Any, kwargs: Any) -> bool:
 
 
 def _is_product(name: str, args: Any, kwargs: Any) -> bool:
-    if name in _PRODUCTS:
+    if name in PRODUCTS:
         return True
     return (name == "linear" and is_of_activations(args, kwargs)) or (name == "addmm" and adds_product(args, kwargs))
-
-
-class Softmax:
-    """The output of a softmax over scores, or of what stands in its place."""
-
-    def __init__(
-        self,
-        weights: Tensor,
-        is_normalised: bool = True,
-        is_of_scores: bool = True,
-        axis: int = -1,
-        scores: _Scores | None = None,
-    ) -> None:
-        self.is_normalised = is_normalised
-        """Whether it sums to one over the keys."""
-        self.is_over_last = axis in (-1, weights.ndim - 1)
-        """Whether these are the last axis."""
-        self.is_of_scores = is_of_scores
-        """Whether it is known to be of scores. Others count where they are mixed with one that is, as in ConViT."""
-        self.is_changed = False
-        """Whether it, or what was made of it, was changed in place."""
-        self.keys = weights.shape[axis]
-        self.scores = scores
-        """What is known of the scores."""
-        self.factors: Sequence[Factor] = ()
-        """Its axes."""
-        self._reference = weakref.ref(weights)
-        self._held: Tensor | None = None
-        self._copy: Tensor | None = None
-        self._recorded = set[Any]()
-
-    def take(self, part: Tensor) -> bool:
-        """Put a part of the weights, or all, into a map; False if they are in one already."""
-        weights = self._reference()
-        is_part = weights is not None and part.numel() < weights.numel() and is_plain_torch(torch)
-        which = (part.data_ptr(), part.shape, part.stride()) if is_part else None
-        if None in self._recorded or which in self._recorded:
-            return False
-        self._recorded.add(which)
-        return True
-
-    @property
-    def made(self) -> Tensor | None:
-        """The tensor that the softmax returned; None where it is gone."""
-        return self._held if self._held is not None else self._reference()
-
-    @property
-    def maps(self) -> int:
-        """How many maps they, or parts of them, are in."""
-        return len(self._recorded)
-
-    def hold(self) -> None:
-        """Keep the tensor alive, now that others are made of it."""
-        self._held = self._reference()
-
-    def save(self) -> None:
-        """Copy the weights before a function changes them in place."""
-        weights = self._reference()
-        if weights is not None and self._copy is None:
-            self._copy = weights.detach().clone()
-
-    @property
-    def weights(self) -> Tensor | None:
-        """The weights as the softmax made them; None where they are gone."""
-        return self._copy if self._copy is not None else self._held if self._held is not None else self._reference()
-
-
-@dataclass
-class _Weights:
-    """What is known of a tensor that was computed from the outputs of softmaxes."""
-
-    softmaxes: tuple[Softmax, ...]
-    is_softmax: bool = True
-    """Whether its numbers are those of one softmax, perhaps reshaped, or cut to its first keys."""
-    without_dropout: Tensor | None = None
-    """The same without dropout, if there was some."""
-    before_dropout: Tensor | None = None
-    """What went into the dropout; the gradient of the weights arrives here."""
-    layout: Layout | None = None
-    """The axes of the tensor; None: they are not known."""
-    pair: tuple[Factor, ...] = ()
-    """The axes of the keys that the softmax was over, and of the queries, if they are known."""
-    before_axes: Tensor | None = None
-    """What was given more axes, if it was; the gradient of the weights arrives here."""
-
-    def in_pair(self, axis: int) -> bool:
-        """Whether queries or keys may be in an axis."""
-        if self.layout is None or not self.layout[axis]:
-            return True
-        if any(is_in(factor, self.layout[axis]) for factor in self.pair):
-            return True
-        is_of_one = not any(factor.smallest() for factor in self.layout[axis])  # a single query, for example
-        return is_of_one and any(factor.size == 1 for factor in self.pair)
-
-    def is_over(self, axis: int) -> bool:
-        """Whether they are those of one softmax, over an axis."""
-        keys = self.pair[0]
-        return self.is_softmax and (self.layout is None or keys.size == 1 or is_in(keys, self.layout[axis]))
 
 
 @dataclass(frozen=True)
 class _View:
     """A view of some of the weights: writing to it changes the weights."""
 
-    whole: _Weights
+    whole: Weights
 
 
 @dataclass(frozen=True)
@@ -273,105 +173,12 @@ class Product:
     """Whether the weights are a copy that nothing else will change."""
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """A tensor that comes from a matrix product, and may be scores."""
-
-    is_outer: bool = False
-    """Whether the product summed over nothing, as where positions are multiplied with frequencies."""
-    sides: Sides | None = None
-    """The two tensors that were multiplied, if they and the axes are known."""
-    layout: Layout | None = None
-    """The axes; None: they are as the product made them."""
-    factors: Sequence[Factor] = ()
-    """The axes as the product made them, in its order."""
-
-    def moved(self, func: Any, name: str, args: Any, kwargs: Any, before: Tensor, after: Tensor) -> _Scores:
-        """What is known of what a function made of them, which changes their shape or order."""
-        if self.sides is None:
-            return self
-        factors = self.factors or [*map(Factor, before.shape)]
-        layout = self.layout or [[factor] for factor in factors]
-        made = _layout_of_weights(func, name, args, kwargs, before, layout, after)
-        return _Scores(self.is_outer) if made is None else _Scores(self.is_outer, self.sides, made, factors)
-
-    def axes(self, count: int) -> list[tuple[bool, bool]] | None:
-        """Of each of so many axes, whether one of the two tensors has it, and the other; None: it is not known."""
-        made = [] if self.sides is None else self.sides.axes()
-        if self.layout is None:
-            return made[:count] if 0 < len(made) - count < 2 or len(made) == count > 0 else None
-        if len(made) not in (len(self.factors), len(self.factors) + 1) or len(self.layout) != count:
-            return None
-
-        def has(axis: Sequence[Factor], side: int) -> bool:
-            known = [factor for factor, sides in zip(self.factors, made, strict=False) if sides[side]]
-            return all(any(is_in(factor, [one]) for factor in known) for one in axis)
-
-        return [(has(axis, 0), has(axis, 1)) for axis in self.layout]
-
-    def are_after(self, name: str) -> bool:
-        """Whether a function may leave them scores; the cosines of angles are none."""
-        return name not in _ENDS and not (self.is_outer and name in ("cos", "sin"))
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """A tensor made of each query with each key, (..., queries, keys, features), or without features.
-
-    As in additive attention, it becomes scores where a function that is not linear was applied and the features are
-    made one number, or one a head. Without such a function a softmax over the keys would be the same for all queries.
-    """
-
-    has_features: bool
-    is_bent: bool
-    sides: Sides | None = None
-
-    def made(self, name: str, before: Tensor, after: Tensor) -> object:
-        """What is known of what a function made of it; None: nothing."""
-        is_bent = self.is_bent or name in _BENDS
-        if not self.has_features:
-            return (_Scores(sides=self.sides) if is_bent else self) if after.shape == before.shape else None
-        is_layer = name == "linear" and after.shape[-1] > 1
-        if after.shape == before.shape or (is_layer and after.shape[:-1] == before.shape[:-1]):
-            return _Pairs(True, is_bent, self.sides)
-        is_reduced = after.shape in (before.shape[:-1], (*before.shape[:-1], 1))
-        if name in ("permute", "transpose", "movedim", "swapaxes") and not is_reduced:
-            if after.stride(-1) == before.stride(-1):
-                return self
-            is_reduced = True  # the features are heads
-        return _Scores(sides=self.sides) if is_bent and is_reduced else None
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A tensor made of a single query times each key, (..., keys, features), whose sums over the features are scores.
-
-    A scale of the features, as of FiLM, is the same but for that sum: nothing else is followed.
-    """
-
-    sides: Sides | None
-
-    def made(self, name: str, args: Any, kwargs: Any, before: Tensor, after: Any) -> object:
-        """What is known of what a function made of it; None: nothing."""
-        if not isinstance(after, Tensor):
-            return None
-        if name in _SCALES and sum(isinstance(one, Tensor) for one in args) == 1:
-            return self
-        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
-        dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
-        is_of_features = isinstance(dim, int) and dim % before.ndim == before.ndim - 1
-        return _Scores(sides=self.sides) if name in ("sum", "mean") and is_of_features else None
-
-
 class _Weighed(NamedTuple):
     """Weights times values, before they are summed over the keys."""
 
     weights: Tensor
-    origin: _Weights | _Scores
+    origin: Weights | Scores
     operands: tuple[Tensor, Tensor]
-
-
-_SUMS_TO_ONE = 0.02  # rounding of a whole row in bfloat16 stays below it
 
 
 class Tracing:
@@ -412,12 +219,12 @@ class Tracing:
             return None
         if known and not begins and all(isinstance(origin, tuple) for _, origin in known):
             return lambda result: self._follow_all(func, args, kwargs, known, result)
-        weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
+        weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, Weights)]
         changed = args[0] if args and _is_in_place(name, args, kwargs) else None
         if changed is not None:
             self._prepare_change(name, changed, known)
         undropped = None
-        is_dropped_scores = name in _DROPOUTS and not weights and isinstance(known[0][1], _Scores)
+        is_dropped_scores = name in _DROPOUTS and not weights and isinstance(known[0][1], Scores)
         if is_dropped_scores and _drops(args, kwargs) and is_plain_torch(torch):
             weights = [(known[0][0], _weights_of_scores(*known[0]))]
         if weights and name in _DROPOUTS and _drops(args, kwargs):
@@ -436,15 +243,15 @@ class Tracing:
         if not isinstance(result, Tensor) or result.ndim < 2 or not result.is_floating_point():
             return
         known = list(self.lineage.known_in([*args, *kwargs.values()]))
-        weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
+        weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, Weights)]
         if weights:
             self._carry_weights(function, "", args, kwargs, result, weights, None)
             return
         given = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
-        if any(isinstance(origin, _Scores) for _, origin in known) or all(item.shape != result.shape for item in given):
+        if any(isinstance(origin, Scores) for _, origin in known) or all(item.shape != result.shape for item in given):
             made = _weights_of_scores(result) if is_plain_torch(torch) and not bool((result < 0).any()) else None
             is_softmax = made is not None and made.softmaxes[0].is_normalised
-            self.lineage.follow(result, made if is_softmax else _Scores())
+            self.lineage.follow(result, made if is_softmax else Scores())
 
     def _after(
         self,
@@ -453,7 +260,7 @@ class Tracing:
         args: Any,
         kwargs: Any,
         known: Sequence[tuple[Tensor, Any]],
-        weights: Sequence[tuple[Tensor, _Weights]],
+        weights: Sequence[tuple[Tensor, Weights]],
         changed: Tensor | None,
         undropped: Tensor | None,
         result: Any,
@@ -473,19 +280,19 @@ class Tracing:
                 return self._product(name, args, kwargs, result, weights)
             is_layer = name == "addmm" and is_parameter(args[0] if args else kwargs["input"])  # by its bias
             sides = None if is_layer else sides_of(name, args, kwargs)
-            self.lineage.follow(result, None if is_layer else _Scores(_is_outer(name, args), sides))
+            self.lineage.follow(result, None if is_layer else Scores(_is_outer(name, args), sides))
         elif known and (product := self._contracted(name, args, kwargs, known, result)):
             return product
         elif name in _MAKES_SCORES or (name == "bilinear" and not weights and is_of_pairs(args, kwargs)):
             if not weights or name != "linalg_vecdot":
-                self.lineage.follow(result, _Scores(sides=sides_of(name, args, kwargs)))
+                self.lineage.follow(result, Scores(sides=sides_of(name, args, kwargs)))
         elif name in _SOFTMAXES and result.ndim >= 2:
-            is_of_scores = any(isinstance(origin, (_Scores, _Weights)) for _, origin in known)
+            is_of_scores = any(isinstance(origin, (Scores, Weights)) for _, origin in known)
             axis = kwargs.get("dim", args[1] if len(args) > 1 else -1) % result.ndim
             scores = _scores_of(known[0][1], result) if is_of_scores else None
             softmax = Softmax(result, is_of_scores=is_of_scores, axis=axis, scores=scores)
             if softmax.is_over_last or is_of_scores:
-                self.lineage.follow(result, _new_weights(result, softmax, axis))
+                self.lineage.follow(result, new_weights(result, softmax, axis))
         elif weights and name == "sum" and any(self._weighed.known_in(args)):
             self.lineage.follow(result, None)  # values that were weighed are no weights
         elif weights:
@@ -495,10 +302,10 @@ class Tracing:
         elif name in OUTER and not known and makes_pairs(args, kwargs):
             has_features = args[0].shape[-1] == args[1].shape[-1]
             if has_features or name not in MULTIPLIES:
-                self.lineage.follow(result, _Pairs(has_features, name in MULTIPLIES, sides_of(name, args, {})))
+                self.lineage.follow(result, Pairs(has_features, name in MULTIPLIES, sides_of(name, args, {})))
         elif name in MULTIPLIES and not known and makes_row(args):
-            self.lineage.follow(result, _Row(sides_of(name, args, {})))
-        elif known and isinstance(known[0][1], _Row):
+            self.lineage.follow(result, Row(sides_of(name, args, {})))
+        elif known and isinstance(known[0][1], Row):
             self.lineage.follow(result, known[0][1].made(name, args, kwargs, known[0][0], result))
         else:
             for one in made if isinstance(made, (list, tuple)) else (made,):
@@ -511,8 +318,8 @@ class Tracing:
     def _weigh(self, name: str, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any) -> None:
         """Take note of weights times values, where that has more axes than the weights."""
         operands = operands_of(name, args, kwargs)
-        found = [one for one in known if isinstance(one[1], (_Weights, _Scores))]
-        if len(operands) != 2 or len(found) != 1 or not isinstance(result, Tensor):
+        found = [one for one in known if isinstance(one[1], (Weights, Scores))]
+        if len(operands) != 2 or len(found) != 1 or not all(map(has_strides, (*operands, result))):
             return
         [(tensor, origin)], [one, other] = found, operands
         if (result.shape == tensor.shape and 0 not in tensor.stride()) or one is other:
@@ -540,23 +347,23 @@ class Tracing:
             return self._summed(args, kwargs, result)
         if name not in CONTRACTS:
             return None
-        found = [one for one in known if isinstance(one[1], (_Weights, _Scores))]
+        found = [one for one in known if isinstance(one[1], (Weights, Scores))]
         terms = terms_of(name, args, kwargs) if len(found) == 1 else None
         return None if terms is None else self._product_of_terms(terms, *found[0], result)
 
     def _product_of_terms(
-        self, terms: Terms, tensor: Tensor, origin: _Weights | _Scores, result: Tensor
+        self, terms: Terms, tensor: Tensor, origin: Weights | Scores, result: Tensor
     ) -> Product | None:
         """The product of weights with values, written as another function than a matrix product; None if it is none.
 
-        So are written gates of experts, class probabilities and losses too: see `_order_of_terms`.
+        So are written gates of experts, class probabilities and losses too: see `order_of_terms`.
         """
-        if isinstance(origin, _Scores):
-            weights = _normalised(terms, tensor, origin)
+        if isinstance(origin, Scores):
+            weights = normalised(terms, tensor, origin)
             if weights is None:
                 return None
             origin = weights
-        order = _order_of_terms(terms, tensor, origin, result)
+        order = order_of_terms(terms, tensor, origin, result)
         if order is None:
             return None
         taken = [softmax.take(tensor) for softmax in origin.softmaxes]
@@ -587,12 +394,12 @@ class Tracing:
         """Follow what a function made of scores, or of what may become scores."""
         made: object = None
         for tensor, origin in known:
-            if isinstance(origin, _Scores) and origin.are_after(name) and _has_same_places(name, tensor, result):
+            if isinstance(origin, Scores) and origin.are_after(name) and _has_same_places(name, tensor, result):
                 is_moved = result.shape != tensor.shape or name in REORDERS
                 made = origin.moved(func, name, args, kwargs, tensor, result) if is_moved else origin
-            elif isinstance(origin, _Pairs) and made is None:  # else they are added to scores, as a bias
+            elif isinstance(origin, Pairs) and made is None:  # else they are added to scores, as a bias
                 made = origin.made(name, tensor, result)
-        if made is not None or any(isinstance(origin, _Pairs) for _, origin in known):
+        if made is not None or any(isinstance(origin, Pairs) for _, origin in known):
             self.lineage.follow(result, made)
 
     def _follow_all(self, func: Any, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any) -> None:
@@ -628,7 +435,7 @@ class Tracing:
             if tensor is not changed:
                 continue
             whole = origin.whole if isinstance(origin, _View) else origin
-            if isinstance(whole, _Weights):
+            if isinstance(whole, Weights):
                 for softmax in whole.softmaxes:
                     softmax.save()
                     softmax.is_changed |= name not in _DROPOUTS
@@ -642,7 +449,7 @@ class Tracing:
         args: Any,
         kwargs: Any,
         result: Any,
-        weights: Sequence[tuple[Tensor, _Weights]],
+        weights: Sequence[tuple[Tensor, Weights]],
         before: Tensor | None,
     ) -> None:
         """Follow what a function made of weights, if they may still be multiplied with values."""
@@ -655,7 +462,7 @@ class Tracing:
             return
         if not isinstance(result, Tensor) or result.ndim < 2 or not result.is_floating_point():
             return
-        if name in _ENDS and not _normalises_heads(name, args, kwargs, origin, result):
+        if name in ENDS and not _normalises_heads(name, args, kwargs, origin, result):
             return
         if not any(_has_same_places(name, one, result) for one, _ in weights):
             if result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
@@ -671,14 +478,14 @@ class Tracing:
             or (name in _CUTS and result.shape[-1] == tensor.shape[-1] and result.stride(-1) == tensor.stride(-1))
             or (name in REORDERS and origin.layout is not None)
         )
-        adds_axes = len(weights) == 1 and _only_adds_axes(name, tensor, result)
+        adds_axes = len(weights) == 1 and only_adds_axes(name, args, tensor, result)
         keeps |= adds_axes and origin.layout is not None
-        made = _Weights(softmaxes, keeps and origin.is_softmax, pair=origin.pair)
+        made = Weights(softmaxes, keeps and origin.is_softmax, pair=origin.pair)
         if adds_axes:
             made.before_axes = tensor if origin.before_dropout is None else origin.before_dropout
             made.before_axes = made.before_axes if origin.before_axes is None else origin.before_axes
         if origin.layout is not None:
-            made.layout = _layout_of_weights(func, name, args, kwargs, tensor, origin.layout, result)
+            made.layout = layout_of_weights(func, name, args, kwargs, tensor, origin.layout, result)
         if before is not None:
             made.without_dropout = before.detach()
             made.before_dropout = tensor if origin.before_dropout is None else origin.before_dropout
@@ -690,7 +497,7 @@ class Tracing:
         self.lineage.follow(result, made)
 
     def _product(
-        self, name: str, args: Any, kwargs: Any, result: Any, weights: Sequence[tuple[Tensor, _Weights]]
+        self, name: str, args: Any, kwargs: Any, result: Any, weights: Sequence[tuple[Tensor, Weights]]
     ) -> Product | None:
         tensor, origin = weights[0]
         operands = _operands(name, args, kwargs, tensor, result, origin)
@@ -724,34 +531,25 @@ class Tracing:
         )
 
 
-def _new_weights(weights: Tensor, softmax: Softmax, axis: int = -1) -> _Weights:
-    """Weights that a softmax made over one of their axes, which is that of the keys."""
-    layout = [[Factor(size)] for size in weights.shape]
-    softmax.factors = [factor for (factor,) in layout]
-    last = weights.ndim - 1
-    queries = {last: [last - 1], last - 1: [last]}.get(axis % weights.ndim, [])
-    return _Weights((softmax,), layout=layout, pair=tuple(layout[one][0] for one in (axis, *queries)))
-
-
 _UNKNOWN = object()
 """What is known of weights times values that are not followed as weights."""
 
 
-def _scores_of(origin: Any, made: Tensor) -> _Scores | None:
+def _scores_of(origin: Any, made: Tensor) -> Scores | None:
     """What is known of the scores that a softmax was given, or the weights of another softmax with the same axes."""
-    if isinstance(origin, _Weights) and len(origin.softmaxes) == 1:
+    if isinstance(origin, Weights) and len(origin.softmaxes) == 1:
         [softmax] = origin.softmaxes
         is_same = origin.layout is not None and [[factor] for factor in softmax.factors] == origin.layout
         return softmax.scores if is_same else None
-    return origin if isinstance(origin, _Scores) else None
+    return origin if isinstance(origin, Scores) else None
 
 
-def _mixes_heads(name: str, args: Any, kwargs: Any, weights: Tensor, origin: _Weights) -> bool:
+def _mixes_heads(name: str, args: Any, kwargs: Any, weights: Tensor, origin: Weights) -> bool:
     """Whether a product sums over neither queries nor keys of its weights: what comes of it is weights again."""
     return not any(origin.in_pair(axis) for axis in summed_axes(name, args, kwargs, weights))
 
 
-def _normalises_heads(name: str, args: Any, kwargs: Any, origin: _Weights, result: Tensor) -> bool:
+def _normalises_heads(name: str, args: Any, kwargs: Any, origin: Weights, result: Tensor) -> bool:
     """Whether a layer brings the heads of weights to one scale, at each pair of query and key, as in DeepViT."""
     if origin.layout is None or len(origin.layout) != result.ndim:
         return False
@@ -761,72 +559,23 @@ def _normalises_heads(name: str, args: Any, kwargs: Any, origin: _Weights, resul
     return name in ("batch_norm", "group_norm") and not origin.in_pair(1)
 
 
-def _layout_of_weights(
-    func: Any, name: str, args: Any, kwargs: Any, tensor: Tensor, layout: Layout, result: Tensor
-) -> Layout | None:
-    """The axes of what a function made of weights with these axes; None: they are not known."""
-    if name == "linear" or name in _PRODUCTS:
-        return layout_of_product(name, args, kwargs, tensor, layout, result)
-    if _only_adds_axes(name, tensor, result) and name not in REORDERS:
-        return _layout_with_more_axes(name, args, layout, tensor, result)
-    if name == "conv2d" and len(layout) == result.ndim == 4:
-        return [layout[0], [Factor(result.shape[1])], *layout[2:]]
-    return layout_of(func, name, args, kwargs, tensor, layout, result)
-
-
-def _only_adds_axes(name: str, before: Tensor, after: Tensor) -> bool:
-    """Whether a function only gave a tensor axes along which it is the same, or took such axes away."""
-    if name not in _ADDS_AXES or (name == "__getitem__" and after.data_ptr() != before.data_ptr()):
-        return False
-    return [size for size in real_sizes(after) if size != 1] == [size for size in real_sizes(before) if size != 1]
-
-
-def _layout_with_more_axes(name: str, args: Any, layout: Layout, before: Tensor, after: Tensor) -> Layout:
-    """The axes of what only has more or fewer of those along which it is the same."""
-    if name == "unsqueeze" and len(args) > 1:
-        dim = args[1] % after.ndim
-        return [*layout[:dim], [], *layout[dim:]]
-    if name in EXPANDS:
-        rest = [
-            axis if size == now else []
-            for axis, size, now in zip(layout, before.shape, after.shape[after.ndim - before.ndim :], strict=True)
-        ]
-        return [*([] for _ in range(after.ndim - before.ndim)), *rest]
-    index = args[1] if name == "__getitem__" else None
-    if index is not None and after.ndim > before.ndim:
-        index = index if isinstance(index, tuple) else (index,)
-        place = next((place for place, one in enumerate(index) if one is Ellipsis), len(index))
-        behind = sum(one is not None for one in index[place + 1 :])
-        left = before.ndim - behind - sum(one is not None for one in index[:place])
-        index = (*index[:place], *(slice(None),) * left, *index[place + 1 :])
-        if all(one is None or isinstance(one, slice) for one in index):
-            own = iter(layout)
-            return [[] if one is None else next(own) for one in index]
-    known, made = [*zip(layout, real_sizes(before), strict=True)], list[list[Factor]]()
-    for size in real_sizes(after):
-        while size != 1 and known[0][1] == 1:
-            known.pop(0)
-        made.append(known.pop(0)[0] if known and known[0][1] == size else [])
-    return made
-
-
 def _is_outer(name: str, args: Any) -> bool:
     """Whether a product sums over nothing, or over an axis of length 1."""
     if name == "einsum":
         labels, output = einsum_labels(args[0], [operand.ndim for operand in einsum_operands(args)])
         return all(label in output for own in labels for label in own)
-    return name in ("matmul", "__matmul__", "bmm", "mm") and bool(args) and args[0].shape[-1] == 1
+    return name in ("matmul", "__matmul__", "linalg_matmul", "bmm", "mm") and bool(args) and args[0].shape[-1] == 1
 
 
-def _weights_of_scores(scores: Tensor, origin: _Scores | None = None) -> _Weights:
+def _weights_of_scores(scores: Tensor, origin: Scores | None = None) -> Weights:
     """Scores that are used as weights, though no softmax was seen."""
     numbers = scores.detach()
     sums = numbers.sum(-1, dtype=torch.promote_types(numbers.dtype, torch.float32))
-    is_normalised = bool(((sums - 1).abs() < _SUMS_TO_ONE).logical_or(sums == 0).all()) and bool(sums.any())
-    return _new_weights(scores, Softmax(scores, is_normalised, scores=origin))
+    is_normalised = bool(((sums - 1).abs() < SUMS_TO_ONE).logical_or(sums == 0).all()) and bool(sums.any())
+    return new_weights(scores, Softmax(scores, is_normalised, scores=origin))
 
 
-def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]) -> list[tuple[Tensor, _Weights]]:
+def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]) -> list[tuple[Tensor, Weights]]:
     """The scores that a product takes as its weights: its first operand, of which no number is negative.
 
     Where linear attention multiplies key and value first, what comes of it is the second operand, or has negative ones.
@@ -834,7 +583,7 @@ def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]
     """
     if name in ("linear", "addmm"):  # the second operand may be a weight that was computed, as by a weight norm
         return []
-    found = [tensor for tensor, origin in known if isinstance(origin, _Scores)]
+    found = [tensor for tensor, origin in known if isinstance(origin, Scores)]
     operands = args[1:] if name in ("einsum", "baddbmm") else args[::-1] if name == "__rmatmul__" else args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = operands[0]
@@ -901,7 +650,7 @@ def _is_without_sink(whole: Tensor, part: Tensor) -> bool:
 
 
 def _without_dropout(
-    func: Any, args: Any, kwargs: Any, weights: Sequence[tuple[Tensor, _Weights]], is_in_place: bool
+    func: Any, args: Any, kwargs: Any, weights: Sequence[tuple[Tensor, Weights]], is_in_place: bool
 ) -> Tensor:
     """What a function would have made if nothing had been dropped before."""
     instead = {id(tensor): item.without_dropout for tensor, item in weights if item.without_dropout is not None}
@@ -921,7 +670,7 @@ def _without_dropout(
 
 
 def _operands(
-    name: str, args: Any, kwargs: Any, weights: Tensor, result: Tensor, origin: _Weights
+    name: str, args: Any, kwargs: Any, weights: Tensor, result: Tensor, origin: Weights
 ) -> tuple[tuple[int, ...], Tensor, Tensor, tuple[int | None, ...]] | None:
     """The order in which the axes of the weights are (..., queries, keys), the values, the output, `Product.places`.
 
@@ -980,7 +729,7 @@ class _EinsumOrder(NamedTuple):
     """See `Product.places`: the last axis of several of the width is that of the output."""
 
 
-def _einsum_order(args: Any, tensor: Tensor, origin: _Weights | None = None) -> _EinsumOrder | None:
+def _einsum_order(args: Any, tensor: Tensor, origin: Weights | None = None) -> _EinsumOrder | None:
     """How an einsum multiplies weights with values; None if it does something else.
 
     Args:
@@ -1020,158 +769,3 @@ def _einsum_terms(args: Any) -> Terms | None:
     (one, other), out = einsum_labels(args[0], [operand.ndim for operand in operands])
     has_repeated = len({*one}) < len(one) or len({*other}) < len(other)
     return None if has_repeated else Terms((operands[0], operands[1]), (one, other), out)
-
-
-def _normalised(terms: Terms, scores: Tensor, origin: _Scores) -> _Weights | None:
-    """Scores whose sums over the keys are one, as weights; of others nobody knows whether they are any."""
-    weights, labels = without_absent(scores.detach(), terms.of(scores)[0])
-    if not labels or labels[-1] in terms.output or not weights.numel() or not is_plain_torch(torch):
-        return None
-    if not weights.is_floating_point() or bool((weights < 0).any()):
-        return None
-    sums = weights.sum(-1, dtype=torch.promote_types(weights.dtype, torch.float32))
-    if not bool(((sums - 1).abs() < _SUMS_TO_ONE).all()):
-        return None
-    made = _Weights((Softmax(scores, axis=terms.of(scores)[0].index(labels[-1]), scores=origin),))
-    made.softmaxes[0].factors = [*map(Factor, scores.shape)]
-    own = terms.of(scores)[0]
-    made.layout = [[] if label == "." else [one] for one, label in zip(made.softmaxes[0].factors, own, strict=True)]
-    made.pair = (made.softmaxes[0].factors[own.index(labels[-1])],)
-    return made
-
-
-class _TermsOrder(NamedTuple):
-    """Which axes of what is multiplied are (..., queries, keys), (..., keys, width), (..., queries, width)."""
-
-    labels: str
-    """A letter for each axis of the weights."""
-    order: tuple[int, ...]
-    """Which of these axes, without those along which they are the same, each axis of the map is."""
-    values: Tensor
-    output: Tensor
-    places: tuple[int | None, ...]
-    """See `Product.places`."""
-
-    def arranged(self, weights: Tensor) -> Tensor:
-        """Weights as (..., queries, keys)."""
-        own, labels = without_absent(weights, self.labels)
-        return (own if len(labels) == len(self.order) else own.unsqueeze(-1)).permute(self.order)
-
-
-_NEW = "?"
-"""The letter of a new axis, of a single query."""
-
-
-def _order_of_terms(terms: Terms, tensor: Tensor, origin: _Weights, result: Tensor) -> _TermsOrder | None:
-    """How weights are multiplied with values; None if that may be something else than attention.
-
-    Neither of the two that the scores were made of is a parameter: else a layer made them, as gates of experts,
-    probabilities of classes, or weights of keys without a query. The sum is over the keys, and the values have features
-    that the weights have not.
-    """
-    own, others, values = terms.of(tensor)
-    scores = [one.scores for one in origin.softmaxes if one.is_of_scores]
-    if not scores or any(one is None or one.sides is None or one.sides.of_parameters for one in scores):
-        return None
-    if is_parameter(values) or not values.is_floating_point():
-        return None
-    sizes = dict(zip(others, values.shape, strict=True)) | dict(zip(own, tensor.shape, strict=True))
-    keys = [label for label in own if label in others and label not in terms.output and label != "."]
-    width = [label for label in terms.output if label in others and label not in own]
-    if len(keys) != 1 or all(sizes[label] == 1 for label in width) or not _has_room(terms, own, others, width, origin):
-        return None
-    query = _query_of(own, others, keys[0], sizes, origin)
-    real = own.replace(".", "")
-    lead = [label for label in terms.output if label in real and label != query]
-    if query is None or len(real + _NEW * (query == _NEW)) != len(lead) + 2:
-        return None
-    if {*others} - {".", query} != {*keys, *width, *(label for label in lead if label in others)}:
-        return None
-    values, labels = without_absent(values, others.replace(query, "."))
-    values = values.permute([labels.index(label) for label in (*lead, *keys, *width) if label in labels])
-    for place in (place for place, label in enumerate(lead) if label not in labels):
-        values = values.unsqueeze(place)
-    output, labels = without_absent(result, terms.output)
-    if query == _NEW:
-        output, labels, real = output.unsqueeze(-1), labels + _NEW, real + _NEW
-    made = [*lead, query, width[-1]]
-    return _TermsOrder(
-        own,
-        tuple(real.index(label) for label in (*lead, query, *keys)),
-        values.flatten(len(lead) + 1),
-        output.permute([labels.index(label) for label in (*lead, query, *width)]).flatten(len(lead) + 1),
-        tuple(made.index(label) if label in made else None for label in terms.output),
-    )
-
-
-def _has_room(terms: Terms, own: str, others: str, width: Sequence[str], origin: _Weights) -> bool:
-    """Whether weights were given an axis for the features: a mask has more axes than weights, too."""
-    if not terms.are_aligned:
-        return True
-    for place in (others.index(label) + len(own) - len(others) for label in width):
-        if place >= 0 and (origin.layout is None or not origin.layout[place] or place == len(own) - 1):
-            return True
-    return False
-
-
-def _query_of(own: str, others: str, key: str, sizes: dict[str, int], origin: _Weights) -> str | None:
-    """The letter of the queries in weights; `_NEW` of a single one that has none.
-
-    None if they are not known, or if the sum is not over what the softmax was over. Values that differ where the keys
-    do not are no values: they are those of experts, of which each token has its own output. Nor are those of which the
-    batch has none, such as a codebook's; and queries of which it has none are learned.
-    """
-    softmax = next(one for one in origin.softmaxes if one.is_of_scores)
-    axes = _axes_of(softmax, own, origin)
-    if axes is None or softmax.scores is None or not _is_over(own.index(key), own, origin):
-        return None
-    made_of = softmax.scores.axes(len(softmax.factors) or len(axes))
-    if made_of is None:
-        return None
-    rest = [label for label in axes if label != key]
-    only = [label for label in rest if sizes[label] > 1 and label not in others]
-    with_keys = [side for side in (0, 1) if all(made_of[axis][side] for axis in axes[key])]
-    for side in with_keys:
-        is_of_keys = {label: all(made_of[axis][side] for axis in axes[label]) for label in rest}
-        free = [label for label in rest if not is_of_keys[label]]
-        queries = [label for label in free if label in only] if only else free
-        if not only and not free and len(rest) == 1 and rest[0] not in others:
-            queries = rest  # of length 1 in both
-        if len(with_keys) == 2 and only:  # both were expanded to all pairs, which does not tell them apart
-            queries = queries or only
-        if len(queries) > 1 and origin.layout is not None and len(origin.pair) > 1:
-            queries = [label for label in queries if is_in(origin.pair[1], origin.layout[own.index(label)])]
-        is_single = not only and len(with_keys) == 1 and all(sizes[label] == 1 for label in queries)
-        if len(queries) > 1 or not (is_single or (only and queries)):
-            continue
-        lead = [label for label in rest if label not in queries]
-        of_values = [label for label in lead if label in others]
-        has_batch = any(all(made_of[axis][1 - side] for axis in axes[label]) for label in lead)
-        if lead and (not of_values or not has_batch or not all(map(is_of_keys.get, of_values))):
-            continue
-        if not lead and any(label in others for label in queries):
-            continue  # they may be values of the single query
-        return queries[0] if queries else _NEW
-    return None
-
-
-def _axes_of(softmax: Softmax, own: str, origin: _Weights) -> dict[str, list[int]] | None:
-    """By the letter of an axis of weights, which axes of their softmax are in it; None if they are not known."""
-    labels = [label for label in own if label != "."]
-    if origin.layout is None or not softmax.factors:
-        count = len(softmax.factors) or len(labels)
-        return {label: [axis] for axis, label in enumerate(labels)} if len(labels) == count else None
-    return {
-        label: [place for place, factor in enumerate(softmax.factors) if is_in(factor, axis)]
-        for label, axis in zip(own, origin.layout, strict=True)
-        if label != "."
-    }
-
-
-def _is_over(axis: int, own: str, origin: _Weights) -> bool:
-    """Whether an axis of weights has all that their softmax was over."""
-    with_key = [place for place, axes in enumerate(origin.layout or ()) if is_in(origin.pair[0], axes)]
-    if with_key or (origin.layout is not None and origin.pair[0].size > 1):
-        return with_key == [axis]
-    is_last = axis == max(place for place, label in enumerate(own) if label != ".")
-    return is_last and all(one.is_over_last for one in origin.softmaxes)
