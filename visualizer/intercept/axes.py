@@ -30,9 +30,9 @@ _KEEPS_ORDER = frozenset(
 _CUTS = frozenset(
     ("__getitem__", "narrow", "slice", "split", "chunk", "cat", "concat", "tensor_split", "pad", "unbind", "select")
 )
-_MIXES_LAST = frozenset(("linear", "matmul", "__matmul__", "mm", "addmm"))
+_MIXES_LAST = frozenset(("linear", "matmul", "__matmul__", "linalg_matmul", "mm", "addmm"))
 _MIXES_CHANNELS = frozenset(("conv1d", "conv2d", "conv3d"))
-_SUMS = frozenset(("linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "einsum"))
+_SUMS = frozenset(("linear", "matmul", "__matmul__", "__rmatmul__", "linalg_matmul", "bmm", "einsum"))
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,18 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from . import operators
 from .calls import name_of
+from .contractions import MULTIPLIES
 from .deformable import may_read_cells, may_sample
 from .kernels import KERNELS
-from .softmax import OUTER, is_of_activations, makes_pairs, may_begin
+from .softmax import (
+    OUTER,
+    adds_product,
+    is_of_activations,
+    is_of_pairs,
+    makes_pairs,
+    may_begin,
+    multiplies_pairs,
+)
 
 MULTI_HEAD = "multi_head_attention_forward"
 
@@ -51,8 +60,12 @@ def interest_of(func: Any) -> Any:
         interest = may_read_cells
     elif name == "linear":
         interest = is_of_activations
+    elif name == "addmm":
+        interest = adds_product
+    elif name == "bilinear":
+        interest = is_of_pairs
     elif name in OUTER:
-        interest = makes_pairs
+        interest = multiplies_pairs if name in MULTIPLIES else makes_pairs
     elif name in _WITHOUT_TENSOR or (name == "__get__" and getattr(func.__self__, "__name__", "") in _ATTRIBUTES):
         interest = NO_TENSOR
     elif name in _TO_PYTHON:

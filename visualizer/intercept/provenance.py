@@ -16,6 +16,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from .calls import name_of
+from .contractions import MULTIPLIES, makes_row
 from .kernels import KERNELS
 from .modules import ModuleCall, inputs_of
 
@@ -24,7 +25,8 @@ _PRODUCTS = frozenset(
     (
         *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear"),
         *("conv1d", "conv2d", "conv3d", "conv_transpose2d", "embedding", "tensordot", "cdist", "inner"),
-        *("cosine_similarity", "pairwise_distance", *KERNELS),
+        *("cosine_similarity", "pairwise_distance", "linalg_vecdot", "linalg_matmul", "linalg_multi_dot"),
+        *("chain_matmul", *KERNELS),
     )
 )
 _WRITES = frozenset(
@@ -72,7 +74,19 @@ def _role_of(func: Any) -> int:
 class _Node:
     """A tensor, and those that it was made of."""
 
-    __slots__ = ("axis", "cut", "frame", "join", "key_sample", "parents", "reference", "role", "size", "sizes")
+    __slots__ = (
+        "axis",
+        "cut",
+        "frame",
+        "is_row",
+        "join",
+        "key_sample",
+        "parents",
+        "reference",
+        "role",
+        "size",
+        "sizes",
+    )
     frame: _Frame | None
     """Of a product of two tensors, the module's call in which it ran."""
     key_sample: Tensor | None
@@ -83,6 +97,8 @@ class _Node:
     """And the axis on which it did."""
     join: _Node | None
     """The torch.cat or torch.stack whose result it is, or what was made of that and has the same axes."""
+    is_row: bool
+    """Whether it is a single query times each key."""
     cut: tuple[_Node, int, int] | None
     """Of a part of that, which it was, where the part begins on the axis, and how long it is there."""
 
@@ -92,6 +108,7 @@ class _Node:
         self.size = tensor.numel()
         self.frame = self.join = self.cut = self.key_sample = None
         self.sizes, self.axis = (), 0
+        self.is_row = False
 
     def has_axes_of(self, tensor: Any) -> bool:
         """Whether a tensor is the node's own, or a view of it with the same axes."""
@@ -157,7 +174,7 @@ class Provenance:
             given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
             role = _PLAIN if any(one.shape == getattr(result, "shape", None) for one in given) else _PRODUCT
         parents: list[_Node] = []
-        if role == _PRODUCT and name_of(func) == "baddbmm":
+        if role == _PRODUCT and name_of(func) in ("baddbmm", "addmm"):
             args = args[1:]
         self._add_nodes(args, parents)
         if kwargs:
@@ -175,6 +192,8 @@ class Provenance:
                     given = [each for each in args if isinstance(each, Tensor) and each.shape == one.shape]
                     same = (known for known in parents if any(map(known.has_axes_of, given)))
                     node.join = next((known.join for known in same), None)
+                    if len(parents) == 2 and parents[0].size != parents[1].size and name_of(func) in MULTIPLIES:
+                        node.is_row = makes_row(args)
                 elif role == _CUT and parents and parents[0].join is not None and parents[0].has_axes_of(args[0]):
                     node.cut = _cut(args[0], one, parents[0].join)
 
@@ -386,7 +405,8 @@ def _products(weights: _Node, inputs: Container[_Node], varies: Callable[[_Node]
             mixed = [*filter(varies, node.parents)]
             waiting += mixed if len(mixed) == 1 and mixed[0].size == node.size else ()
         elif node not in inputs:
-            if node.role == _KEEP and len(node.parents) == 2 and all(one.size < node.size for one in node.parents):
+            is_pair = node.role == _KEEP and len(node.parents) == 2
+            if is_pair and (node.is_row or all(one.size < node.size for one in node.parents)):
                 sums.append(node)
             fresh = [parent for parent in node.parents if parent not in seen]
             seen.update(fresh)

@@ -1,14 +1,15 @@
-"""Attention without a fused kernel: scores become weights, which a matrix product takes.
+"""Attention without a fused kernel: scores become weights, which are multiplied with values.
 
-The scores come from a matrix product. They may change in any way that leaves each in its place, and so may the weights
-before they are multiplied with the values: masked, mixed, subtracted. The map is what is multiplied, without dropout.
+The scores come from a matrix product, or from another function that makes one number of each query and key. They may
+change in any way that leaves each in its place, and so may the weights before they are multiplied with the values:
+masked, mixed, subtracted. The map is what is multiplied, without dropout. `weighing` judges products that are none by
+name.
 Where no softmax is seen the numbers tell: weights are not negative. Rows that sum to one are as good as a softmax's;
 others are those of a sigmoid, a relu and the like.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,23 +20,46 @@ from torch import Tensor, nn
 from ..tensors import is_plain_torch
 from .axes import (
     REORDERS,
-    Factor,
     Layout,
     Output,
     einsum_labels,
     einsum_operands,
     is_in,
-    layout_of,
-    layout_of_product,
     summed_axes,
 )
 from .calls import name_of
+from .contractions import (
+    CONTRACTS,
+    EXPANDS,
+    MULTIPLIES,
+    Terms,
+    has_strides,
+    is_parameter,
+    makes_row,
+    multiplied,
+    operands_of,
+    sides_of,
+    terms_of,
+)
 from .joins import Joins
 from .lineage import Lineage
+from .weighing import normalised, order_of_terms
+from .weights import (
+    ENDS,
+    PRODUCTS,
+    SUMS_TO_ONE,
+    Pairs,
+    Row,
+    Scores,
+    Softmax,
+    Weights,
+    layout_of_weights,
+    new_weights,
+    only_adds_axes,
+)
 
-_PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm"))
 _MAKES_SCORES = frozenset(  # besides the products
-    ("cdist", "inner", "tensordot", "addbmm", "cosine_similarity", "pairwise_distance")
+    (*CONTRACTS, "cdist", "addbmm", "cosine_similarity", "pairwise_distance")
 )
 _PUTS = frozenset(("cat", "concat", "__setitem__", "copy_", "index_copy_", "index_put_", "slice_scatter", "pad"))
 """Functions that put a tensor into a larger one."""
@@ -45,16 +69,9 @@ _CUTS = frozenset(
 """Functions that take some places of a tensor."""
 _SOFTMAXES = frozenset(("softmax", "_softmax"))
 _DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_", "feature_dropout", "alpha_dropout"))
-_ENDS = frozenset(("layer_norm", "group_norm", "batch_norm", "rms_norm", "conv1d", "conv3d", "embedding", "bilinear"))
-"""After these functions a tensor is no longer scores or weights, even if its shape is the same."""
-OUTER = frozenset(("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "mul", "__mul__", "__rmul__"))
-_BENDS = frozenset(
-    (
-        *("tanh", "tanh_", "relu", "relu_", "leaky_relu", "gelu", "elu", "silu", "selu", "sigmoid", "softplus", "exp"),
-        *("abs", "square", "pow", "__pow__", "norm", "linalg_norm", "linalg_vector_norm"),
-    )
-)
-"""Functions that are not linear."""
+_OF_SEVERAL = frozenset(("linalg_multi_dot", "chain_matmul"))
+"""Functions that multiply more than two matrices, and return none of the products between them."""
+OUTER = frozenset(("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", *MULTIPLIES))
 _SAME_NUMBERS = frozenset(
     (
         *("to", "type", "type_as", "float", "half", "bfloat16", "double", "clone", "contiguous", "alias", "view"),
@@ -69,13 +86,34 @@ def may_begin(name: str) -> bool:
 
     A softmax of something else counts where it is mixed with one of scores.
     """
-    return name in _PRODUCTS or name in _MAKES_SCORES or name in _SOFTMAXES
+    return name in PRODUCTS or name in _MAKES_SCORES or name in _SOFTMAXES
 
 
 def is_of_activations(args: Any, kwargs: Any) -> bool:
     """Whether F.linear is given a second tensor that is no parameter, such as keys: then it is a product of both."""
     second = args[1] if len(args) > 1 else kwargs.get("weight")
-    return type(second) is not nn.Parameter and not _is_parameter(second)  # the first is quicker, and nearly always so
+    return type(second) is not nn.Parameter and not is_parameter(second)  # the first is quicker, and nearly always so
+
+
+def adds_product(args: Any, kwargs: Any) -> bool:
+    """Whether torch.addmm(bias, one, other) multiplies two tensors that are no parameters: else it is a layer."""
+    second = args[2] if len(args) > 2 else kwargs.get("mat2")
+    if type(second) is nn.Parameter:
+        return False
+    return not any(map(is_parameter, operands_of("addmm", args, kwargs)))
+
+
+def is_of_pairs(args: Any, kwargs: Any) -> bool:
+    """Whether F.bilinear makes one number of each two vectors, as of query and key, and no classes."""
+    weight = args[2] if len(args) > 2 else kwargs.get("weight")
+    return isinstance(weight, Tensor) and weight.ndim == 3 and len(weight) == 1
+
+
+def multiplies_pairs(args: Any, kwargs: Any) -> bool:
+    """Whether a product broadcasts two tensors against each other: each query or a single one, and each key."""
+    if len(args) < 2 or not isinstance(args[1], Tensor):
+        return False
+    return makes_pairs(args, kwargs) or makes_row(args)
 
 
 def makes_pairs(args: Any, kwargs: Any) -> bool:
@@ -95,99 +133,17 @@ def makes_pairs(args: Any, kwargs: Any) -> bool:
     return len(differ) == 2 and 1 in differ[0] and 1 in differ[1] and differ[0].index(1) != differ[1].index(1)
 
 
-def _is_parameter(tensor: Any) -> bool:
-    return isinstance(tensor, nn.Parameter) or isinstance(getattr(tensor, "_base", None), nn.Parameter)
-
-
 def _is_product(name: str, args: Any, kwargs: Any) -> bool:
-    return name in _PRODUCTS or (name == "linear" and is_of_activations(args, kwargs))
-
-
-class Softmax:
-    """The output of a softmax over scores, or of what stands in its place."""
-
-    def __init__(self, weights: Tensor, is_normalised: bool = True, is_of_scores: bool = True, axis: int = -1) -> None:
-        self.is_normalised = is_normalised
-        """Whether it sums to one over the keys."""
-        self.is_over_last = axis in (-1, weights.ndim - 1)
-        """Whether these are the last axis."""
-        self.is_of_scores = is_of_scores
-        """Whether it is known to be of scores. Others count where they are mixed with one that is, as in ConViT."""
-        self.is_changed = False
-        """Whether it, or what was made of it, was changed in place."""
-        self.keys = weights.shape[axis]
-        self._reference = weakref.ref(weights)
-        self._held: Tensor | None = None
-        self._copy: Tensor | None = None
-        self._recorded = set[Any]()
-
-    def take(self, part: Tensor) -> bool:
-        """Put a part of the weights, or all, into a map; False if they are in one already."""
-        weights = self._reference()
-        is_part = weights is not None and part.numel() < weights.numel() and is_plain_torch(torch)
-        which = (part.data_ptr(), part.shape, part.stride()) if is_part else None
-        if None in self._recorded or which in self._recorded:
-            return False
-        self._recorded.add(which)
+    if name in PRODUCTS:
         return True
-
-    @property
-    def maps(self) -> int:
-        """How many maps they, or parts of them, are in."""
-        return len(self._recorded)
-
-    def hold(self) -> None:
-        """Keep the tensor alive, now that others are made of it."""
-        self._held = self._reference()
-
-    def save(self) -> None:
-        """Copy the weights before a function changes them in place."""
-        weights = self._reference()
-        if weights is not None and self._copy is None:
-            self._copy = weights.detach().clone()
-
-    @property
-    def weights(self) -> Tensor | None:
-        """The weights as the softmax made them; None where they are gone."""
-        return self._copy if self._copy is not None else self._held if self._held is not None else self._reference()
-
-
-@dataclass
-class _Weights:
-    """What is known of a tensor that was computed from the outputs of softmaxes."""
-
-    softmaxes: tuple[Softmax, ...]
-    is_softmax: bool = True
-    """Whether its numbers are those of one softmax, perhaps reshaped, or cut to its first keys."""
-    without_dropout: Tensor | None = None
-    """The same without dropout, if there was some."""
-    before_dropout: Tensor | None = None
-    """What went into the dropout; the gradient of the weights arrives here."""
-    layout: Layout | None = None
-    """The axes of the tensor; None: they are not known."""
-    pair: tuple[Factor, ...] = ()
-    """The axes of the keys that the softmax was over, and of the queries, if they are known."""
-
-    def in_pair(self, axis: int) -> bool:
-        """Whether queries or keys may be in an axis."""
-        if self.layout is None or not self.layout[axis]:
-            return True
-        if any(is_in(factor, self.layout[axis]) for factor in self.pair):
-            return True
-        is_of_one = not any(factor.smallest() for factor in self.layout[axis])  # a single query, for example
-        return is_of_one and any(factor.size == 1 for factor in self.pair)
-
-    def is_over(self, axis: int) -> bool:
-        """Whether they are those of one softmax, over an axis."""
-        keys = self.pair[0]
-        return self.is_softmax and (self.layout is None or keys.size == 1 or is_in(keys, self.layout[axis]))
+    return (name == "linear" and is_of_activations(args, kwargs)) or (name == "addmm" and adds_product(args, kwargs))
 
 
 @dataclass(frozen=True)
 class _View:
     """A view of some of the weights: writing to it changes the weights."""
 
-    whole: _Weights
+    whole: Weights
 
 
 @dataclass(frozen=True)
@@ -217,46 +173,12 @@ class Product:
     """Whether the weights are a copy that nothing else will change."""
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """A tensor that comes from a matrix product, and may be scores."""
+class _Weighed(NamedTuple):
+    """Weights times values, before they are summed over the keys."""
 
-    is_outer: bool = False
-    """Whether the product summed over nothing, as where positions are multiplied with frequencies."""
-
-    def are_after(self, name: str) -> bool:
-        """Whether a function may leave them scores; the cosines of angles are none."""
-        return name not in _ENDS and not (self.is_outer and name in ("cos", "sin"))
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """A tensor made of each query with each key, (..., queries, keys, features), or without features.
-
-    As in additive attention, it becomes scores where a function that is not linear was applied and the features are
-    made one number, or one a head. Without such a function a softmax over the keys would be the same for all queries.
-    """
-
-    has_features: bool
-    is_bent: bool
-
-    def made(self, name: str, before: Tensor, after: Tensor) -> object:
-        """What is known of what a function made of it; None: nothing."""
-        is_bent = self.is_bent or name in _BENDS
-        if not self.has_features:
-            return (_Scores() if is_bent else self) if after.shape == before.shape else None
-        is_layer = name == "linear" and after.shape[-1] > 1
-        if after.shape == before.shape or (is_layer and after.shape[:-1] == before.shape[:-1]):
-            return _Pairs(True, is_bent)
-        is_reduced = after.shape in (before.shape[:-1], (*before.shape[:-1], 1))
-        if name in ("permute", "transpose", "movedim", "swapaxes") and not is_reduced:
-            if after.stride(-1) == before.stride(-1):
-                return self
-            is_reduced = True  # the features are heads
-        return _Scores() if is_bent and is_reduced else None
-
-
-_SUMS_TO_ONE = 0.02  # rounding of a whole row in bfloat16 stays below it
+    weights: Tensor
+    origin: Weights | Scores
+    operands: tuple[Tensor, Tensor]
 
 
 class Tracing:
@@ -268,11 +190,13 @@ class Tracing:
         self.are_keyless = False
         """Whether the last product took weights that a softmax made of something else than scores."""
         self._joins = Joins()
+        self._weighed = Lineage()
 
     def clear(self) -> None:
         """Forget all."""
         self.lineage.clear()
         self._joins.clear()
+        self._weighed.clear()
 
     def follow_output(self, tensor: Tensor, output: Output, layout: Any = None) -> None:
         """Find out what the model does with the axes of an attention call's output."""
@@ -289,19 +213,20 @@ class Tracing:
         name = name_of(func)
         known = list(self.lineage.known_in([*args, *kwargs.values()]))
         begins = name in _MAKES_SCORES or _is_product(name, args, kwargs)
-        begins |= name in OUTER and makes_pairs(args, kwargs)
+        begins |= name in OUTER and (multiplies_pairs if name in MULTIPLIES else makes_pairs)(args, kwargs)
+        begins |= name == "bilinear" and is_of_pairs(args, kwargs)
         if not known and not begins and name not in _SOFTMAXES:
             return None
         if known and not begins and all(isinstance(origin, tuple) for _, origin in known):
             return lambda result: self._follow_all(func, args, kwargs, known, result)
-        weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
+        weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, Weights)]
         changed = args[0] if args and _is_in_place(name, args, kwargs) else None
         if changed is not None:
             self._prepare_change(name, changed, known)
         undropped = None
-        is_dropped_scores = name in _DROPOUTS and not weights and isinstance(known[0][1], _Scores)
+        is_dropped_scores = name in _DROPOUTS and not weights and isinstance(known[0][1], Scores)
         if is_dropped_scores and _drops(args, kwargs) and is_plain_torch(torch):
-            weights = [(known[0][0], _weights_of_scores(known[0][0]))]
+            weights = [(known[0][0], _weights_of_scores(*known[0]))]
         if weights and name in _DROPOUTS and _drops(args, kwargs):
             tensor, origin = weights[0]
             undropped = tensor if origin.without_dropout is None else origin.without_dropout
@@ -318,15 +243,15 @@ class Tracing:
         if not isinstance(result, Tensor) or result.ndim < 2 or not result.is_floating_point():
             return
         known = list(self.lineage.known_in([*args, *kwargs.values()]))
-        weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, _Weights)]
+        weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, Weights)]
         if weights:
             self._carry_weights(function, "", args, kwargs, result, weights, None)
             return
         given = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
-        if any(isinstance(origin, _Scores) for _, origin in known) or all(item.shape != result.shape for item in given):
+        if any(isinstance(origin, Scores) for _, origin in known) or all(item.shape != result.shape for item in given):
             made = _weights_of_scores(result) if is_plain_torch(torch) and not bool((result < 0).any()) else None
             is_softmax = made is not None and made.softmaxes[0].is_normalised
-            self.lineage.follow(result, made if is_softmax else _Scores())
+            self.lineage.follow(result, made if is_softmax else Scores())
 
     def _after(
         self,
@@ -335,7 +260,7 @@ class Tracing:
         args: Any,
         kwargs: Any,
         known: Sequence[tuple[Tensor, Any]],
-        weights: Sequence[tuple[Tensor, _Weights]],
+        weights: Sequence[tuple[Tensor, Weights]],
         changed: Tensor | None,
         undropped: Tensor | None,
         result: Any,
@@ -353,36 +278,128 @@ class Tracing:
                 weights = _scores_as_weights(name, args, known)
             if weights:
                 return self._product(name, args, kwargs, result, weights)
-            self.lineage.follow(result, _Scores(_is_outer(name, args)))
-        elif name in _MAKES_SCORES:
-            self.lineage.follow(result, _Scores())
+            is_layer = name == "addmm" and is_parameter(args[0] if args else kwargs["input"])  # by its bias
+            sides = None if is_layer else sides_of(name, args, kwargs)
+            self.lineage.follow(result, None if is_layer else Scores(_is_outer(name, args), sides))
+        elif known and (product := self._contracted(name, args, kwargs, known, result)):
+            return product
+        elif name in _MAKES_SCORES or (name == "bilinear" and not weights and is_of_pairs(args, kwargs)):
+            if not weights or name != "linalg_vecdot":
+                self.lineage.follow(result, Scores(sides=sides_of(name, args, kwargs)))
         elif name in _SOFTMAXES and result.ndim >= 2:
-            is_of_scores = any(isinstance(origin, (_Scores, _Weights)) for _, origin in known)
+            is_of_scores = any(isinstance(origin, (Scores, Weights)) for _, origin in known)
             axis = kwargs.get("dim", args[1] if len(args) > 1 else -1) % result.ndim
-            softmax = Softmax(result, is_of_scores=is_of_scores, axis=axis)
+            scores = _scores_of(known[0][1], result) if is_of_scores else None
+            softmax = Softmax(result, is_of_scores=is_of_scores, axis=axis, scores=scores)
             if softmax.is_over_last or is_of_scores:
-                self.lineage.follow(result, _new_weights(result, softmax, axis))
+                self.lineage.follow(result, new_weights(result, softmax, axis))
+        elif weights and name == "sum" and any(self._weighed.known_in(args)):
+            self.lineage.follow(result, None)  # values that were weighed are no weights
         elif weights:
+            if name in _OF_SEVERAL and not any(one.maps for _, origin in weights for one in origin.softmaxes):
+                raise ValueError(f"{name} multiplies more than weights with values")
             self._carry_weights(func, name, args, kwargs, made, weights, undropped)
         elif name in OUTER and not known and makes_pairs(args, kwargs):
             has_features = args[0].shape[-1] == args[1].shape[-1]
-            if has_features or "mul" not in name:
-                self.lineage.follow(result, _Pairs(has_features, "mul" in name))
+            if has_features or name not in MULTIPLIES:
+                self.lineage.follow(result, Pairs(has_features, name in MULTIPLIES, sides_of(name, args, {})))
+        elif name in MULTIPLIES and not known and makes_row(args):
+            self.lineage.follow(result, Row(sides_of(name, args, {})))
+        elif known and isinstance(known[0][1], Row):
+            self.lineage.follow(result, known[0][1].made(name, args, kwargs, known[0][0], result))
         else:
             for one in made if isinstance(made, (list, tuple)) else (made,):
                 if isinstance(one, Tensor) and one.ndim > 1 and one.is_floating_point():
-                    self._carry_scores(name, known, one)
+                    self._carry_scores(func, name, args, kwargs, known, one)
+        if name in MULTIPLIES and known:
+            self._weigh(name, args, kwargs, known, result)
         return None
 
-    def _carry_scores(self, name: str, known: Sequence[tuple[Tensor, Any]], result: Tensor) -> None:
+    def _weigh(self, name: str, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any) -> None:
+        """Take note of weights times values, where that has more axes than the weights."""
+        operands = operands_of(name, args, kwargs)
+        found = [one for one in known if isinstance(one[1], (Weights, Scores))]
+        if len(operands) != 2 or len(found) != 1 or not all(map(has_strides, (*operands, result))):
+            return
+        [(tensor, origin)], [one, other] = found, operands
+        if (result.shape == tensor.shape and 0 not in tensor.stride()) or one is other:
+            return
+        if id(result) not in self.lineage:
+            self.lineage.follow(result, _UNKNOWN)
+        self._weighed.follow(result, _Weighed(tensor, origin, (one, other)))
+
+    def _summed(self, args: Any, kwargs: Any, result: Any) -> Product | None:
+        """The product of weights with values that a sum over the keys completes."""
+        found = next(self._weighed.known_in([*args, *kwargs.values()]), None)
+        if found is None:
+            return None
+        weighed: _Weighed = found[1]
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
+        keeps = args[2] if len(args) > 2 else kwargs.get("keepdim", kwargs.get("keepdims", False))
+        terms = multiplied(*weighed.operands, dim, keeps)
+        return None if terms is None else self._product_of_terms(terms, weighed.weights, weighed.origin, result)
+
+    def _contracted(
+        self, name: str, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any
+    ) -> Product | None:
+        """The product of weights with values that one of `CONTRACTS` makes, or a sum completes."""
+        if name == "sum":
+            return self._summed(args, kwargs, result)
+        if name not in CONTRACTS:
+            return None
+        found = [one for one in known if isinstance(one[1], (Weights, Scores))]
+        terms = terms_of(name, args, kwargs) if len(found) == 1 else None
+        return None if terms is None else self._product_of_terms(terms, *found[0], result)
+
+    def _product_of_terms(
+        self, terms: Terms, tensor: Tensor, origin: Weights | Scores, result: Tensor
+    ) -> Product | None:
+        """The product of weights with values, written as another function than a matrix product; None if it is none.
+
+        So are written gates of experts, class probabilities and losses too: see `order_of_terms`.
+        """
+        if isinstance(origin, Scores):
+            weights = normalised(terms, tensor, origin)
+            if weights is None:
+                return None
+            origin = weights
+        order = order_of_terms(terms, tensor, origin, result)
+        if order is None:
+            return None
+        taken = [softmax.take(tensor) for softmax in origin.softmaxes]
+        if not any(taken):
+            return None
+        shown = tensor if origin.without_dropout is None else origin.without_dropout
+        source = origin.before_axes if origin.before_axes is not None else origin.before_dropout
+        [softmax, *others] = origin.softmaxes
+        is_plain = not others and softmax.is_over_last and softmax.made is not None
+        return Product(
+            order.output,
+            result,
+            order.places,
+            order.arranged(shown),
+            softmax.made if is_plain and softmax.made is not None else tensor,
+            order.values,
+            tensor if source is None else source,
+            order.order,
+            tuple(one for one in origin.softmaxes if one.is_normalised and one.is_over_last),
+            origin.is_softmax and not any(one.is_changed or not one.is_normalised for one in origin.softmaxes),
+            origin.without_dropout is not None,
+            False,
+        )
+
+    def _carry_scores(
+        self, func: Any, name: str, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Tensor
+    ) -> None:
         """Follow what a function made of scores, or of what may become scores."""
         made: object = None
         for tensor, origin in known:
-            if isinstance(origin, _Scores) and origin.are_after(name) and _has_same_places(name, tensor, result):
-                made = origin
-            elif isinstance(origin, _Pairs) and made is None:  # else they are added to scores, as a bias
+            if isinstance(origin, Scores) and origin.are_after(name) and _has_same_places(name, tensor, result):
+                is_moved = result.shape != tensor.shape or name in REORDERS
+                made = origin.moved(func, name, args, kwargs, tensor, result) if is_moved else origin
+            elif isinstance(origin, Pairs) and made is None:  # else they are added to scores, as a bias
                 made = origin.made(name, tensor, result)
-        if made is not None or any(isinstance(origin, _Pairs) for _, origin in known):
+        if made is not None or any(isinstance(origin, Pairs) for _, origin in known):
             self.lineage.follow(result, made)
 
     def _follow_all(self, func: Any, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Any) -> None:
@@ -418,7 +435,7 @@ class Tracing:
             if tensor is not changed:
                 continue
             whole = origin.whole if isinstance(origin, _View) else origin
-            if isinstance(whole, _Weights):
+            if isinstance(whole, Weights):
                 for softmax in whole.softmaxes:
                     softmax.save()
                     softmax.is_changed |= name not in _DROPOUTS
@@ -432,7 +449,7 @@ class Tracing:
         args: Any,
         kwargs: Any,
         result: Any,
-        weights: Sequence[tuple[Tensor, _Weights]],
+        weights: Sequence[tuple[Tensor, Weights]],
         before: Tensor | None,
     ) -> None:
         """Follow what a function made of weights, if they may still be multiplied with values."""
@@ -445,7 +462,7 @@ class Tracing:
             return
         if not isinstance(result, Tensor) or result.ndim < 2 or not result.is_floating_point():
             return
-        if name in _ENDS and not _normalises_heads(name, args, kwargs, origin, result):
+        if name in ENDS and not _normalises_heads(name, args, kwargs, origin, result):
             return
         if not any(_has_same_places(name, one, result) for one, _ in weights):
             if result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
@@ -461,9 +478,14 @@ class Tracing:
             or (name in _CUTS and result.shape[-1] == tensor.shape[-1] and result.stride(-1) == tensor.stride(-1))
             or (name in REORDERS and origin.layout is not None)
         )
-        made = _Weights(softmaxes, keeps and origin.is_softmax, pair=origin.pair)
+        adds_axes = len(weights) == 1 and only_adds_axes(name, args, tensor, result)
+        keeps |= adds_axes and origin.layout is not None
+        made = Weights(softmaxes, keeps and origin.is_softmax, pair=origin.pair)
+        if adds_axes:
+            made.before_axes = tensor if origin.before_dropout is None else origin.before_dropout
+            made.before_axes = made.before_axes if origin.before_axes is None else origin.before_axes
         if origin.layout is not None:
-            made.layout = _layout_of_weights(func, name, args, kwargs, tensor, origin.layout, result)
+            made.layout = layout_of_weights(func, name, args, kwargs, tensor, origin.layout, result)
         if before is not None:
             made.without_dropout = before.detach()
             made.before_dropout = tensor if origin.before_dropout is None else origin.before_dropout
@@ -475,11 +497,15 @@ class Tracing:
         self.lineage.follow(result, made)
 
     def _product(
-        self, name: str, args: Any, kwargs: Any, result: Any, weights: Sequence[tuple[Tensor, _Weights]]
+        self, name: str, args: Any, kwargs: Any, result: Any, weights: Sequence[tuple[Tensor, Weights]]
     ) -> Product | None:
         tensor, origin = weights[0]
         operands = _operands(name, args, kwargs, tensor, result, origin)
         if operands is None:
+            terms = _einsum_terms(args)
+            product = None if terms is None else self._product_of_terms(terms, tensor, origin, result)
+            if product is not None:
+                return product
             if any(softmax.maps for softmax in origin.softmaxes):
                 return None
             raise ValueError(f"einsum {args[0]!r} is no product of (queries, keys) with (keys, width)")
@@ -505,20 +531,25 @@ class Tracing:
         )
 
 
-def _new_weights(weights: Tensor, softmax: Softmax, axis: int = -1) -> _Weights:
-    """Weights that a softmax made over one of their axes, which is that of the keys."""
-    layout = [[Factor(size)] for size in weights.shape]
-    last = weights.ndim - 1
-    queries = {last: [last - 1], last - 1: [last]}.get(axis % weights.ndim, [])
-    return _Weights((softmax,), layout=layout, pair=tuple(layout[one][0] for one in (axis, *queries)))
+_UNKNOWN = object()
+"""What is known of weights times values that are not followed as weights."""
 
 
-def _mixes_heads(name: str, args: Any, kwargs: Any, weights: Tensor, origin: _Weights) -> bool:
+def _scores_of(origin: Any, made: Tensor) -> Scores | None:
+    """What is known of the scores that a softmax was given, or the weights of another softmax with the same axes."""
+    if isinstance(origin, Weights) and len(origin.softmaxes) == 1:
+        [softmax] = origin.softmaxes
+        is_same = origin.layout is not None and [[factor] for factor in softmax.factors] == origin.layout
+        return softmax.scores if is_same else None
+    return origin if isinstance(origin, Scores) else None
+
+
+def _mixes_heads(name: str, args: Any, kwargs: Any, weights: Tensor, origin: Weights) -> bool:
     """Whether a product sums over neither queries nor keys of its weights: what comes of it is weights again."""
     return not any(origin.in_pair(axis) for axis in summed_axes(name, args, kwargs, weights))
 
 
-def _normalises_heads(name: str, args: Any, kwargs: Any, origin: _Weights, result: Tensor) -> bool:
+def _normalises_heads(name: str, args: Any, kwargs: Any, origin: Weights, result: Tensor) -> bool:
     """Whether a layer brings the heads of weights to one scale, at each pair of query and key, as in DeepViT."""
     if origin.layout is None or len(origin.layout) != result.ndim:
         return False
@@ -528,42 +559,31 @@ def _normalises_heads(name: str, args: Any, kwargs: Any, origin: _Weights, resul
     return name in ("batch_norm", "group_norm") and not origin.in_pair(1)
 
 
-def _layout_of_weights(
-    func: Any, name: str, args: Any, kwargs: Any, tensor: Tensor, layout: Layout, result: Tensor
-) -> Layout | None:
-    """The axes of what a function made of weights with these axes; None: they are not known."""
-    if name == "linear" or name in _PRODUCTS:
-        return layout_of_product(name, args, kwargs, tensor, layout, result)
-    if name == "conv2d" and len(layout) == result.ndim == 4:
-        return [layout[0], [Factor(result.shape[1])], *layout[2:]]
-    return layout_of(func, name, args, kwargs, tensor, layout, result)
-
-
 def _is_outer(name: str, args: Any) -> bool:
     """Whether a product sums over nothing, or over an axis of length 1."""
     if name == "einsum":
         labels, output = einsum_labels(args[0], [operand.ndim for operand in einsum_operands(args)])
         return all(label in output for own in labels for label in own)
-    return name in ("matmul", "__matmul__", "bmm", "mm") and bool(args) and args[0].shape[-1] == 1
+    return name in ("matmul", "__matmul__", "linalg_matmul", "bmm", "mm") and bool(args) and args[0].shape[-1] == 1
 
 
-def _weights_of_scores(scores: Tensor) -> _Weights:
+def _weights_of_scores(scores: Tensor, origin: Scores | None = None) -> Weights:
     """Scores that are used as weights, though no softmax was seen."""
     numbers = scores.detach()
     sums = numbers.sum(-1, dtype=torch.promote_types(numbers.dtype, torch.float32))
-    is_normalised = bool(((sums - 1).abs() < _SUMS_TO_ONE).logical_or(sums == 0).all()) and bool(sums.any())
-    return _new_weights(scores, Softmax(scores, is_normalised))
+    is_normalised = bool(((sums - 1).abs() < SUMS_TO_ONE).logical_or(sums == 0).all()) and bool(sums.any())
+    return new_weights(scores, Softmax(scores, is_normalised, scores=origin))
 
 
-def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]) -> list[tuple[Tensor, _Weights]]:
+def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]) -> list[tuple[Tensor, Weights]]:
     """The scores that a product takes as its weights: its first operand, of which no number is negative.
 
     Where linear attention multiplies key and value first, what comes of it is the second operand, or has negative ones.
     A product with a parameter is a layer.
     """
-    if name == "linear":  # its second operand may be a weight that was computed, as by a weight norm
+    if name in ("linear", "addmm"):  # the second operand may be a weight that was computed, as by a weight norm
         return []
-    found = [tensor for tensor, origin in known if isinstance(origin, _Scores)]
+    found = [tensor for tensor, origin in known if isinstance(origin, Scores)]
     operands = args[1:] if name in ("einsum", "baddbmm") else args[::-1] if name == "__rmatmul__" else args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = operands[0]
@@ -572,7 +592,7 @@ def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]
     [scores], (first, second) = found, operands
     if (
         first is not scores
-        or _is_parameter(second)
+        or is_parameter(second)
         or scores.ndim < 2
         or not scores.numel()
         or not scores.is_floating_point()
@@ -606,6 +626,8 @@ def _has_same_places(name: str, before: Tensor, after: Tensor) -> bool:
     """Whether a function's result may have a number for each pair of query and key, as its argument has."""
     if name in _CUTS and after.ndim == before.ndim:
         return True
+    if name in EXPANDS:
+        return True
     if name in _PUTS and after.ndim == before.ndim and after.numel() > before.numel():
         return True
     if name in ("linear", "conv2d"):  # talking heads, (batch, queries, keys, heads) or (batch, heads, queries, keys)
@@ -628,7 +650,7 @@ def _is_without_sink(whole: Tensor, part: Tensor) -> bool:
 
 
 def _without_dropout(
-    func: Any, args: Any, kwargs: Any, weights: Sequence[tuple[Tensor, _Weights]], is_in_place: bool
+    func: Any, args: Any, kwargs: Any, weights: Sequence[tuple[Tensor, Weights]], is_in_place: bool
 ) -> Tensor:
     """What a function would have made if nothing had been dropped before."""
     instead = {id(tensor): item.without_dropout for tensor, item in weights if item.without_dropout is not None}
@@ -648,7 +670,7 @@ def _without_dropout(
 
 
 def _operands(
-    name: str, args: Any, kwargs: Any, weights: Tensor, result: Tensor, origin: _Weights
+    name: str, args: Any, kwargs: Any, weights: Tensor, result: Tensor, origin: Weights
 ) -> tuple[tuple[int, ...], Tensor, Tensor, tuple[int | None, ...]] | None:
     """The order in which the axes of the weights are (..., queries, keys), the values, the output, `Product.places`.
 
@@ -669,12 +691,14 @@ def _operands(
             result.permute(order.output).flatten(lead + 1),
             order.places,
         )
-    operands = [item for item in [*args, *kwargs.values()] if isinstance(item, Tensor)]
-    left, right = operands[-2:] if name == "baddbmm" else operands[:2]
+    operands = operands_of(name, args, kwargs)
+    left, right = operands[:2]
     if name == "__rmatmul__":
         left, right = right, left
-    output = result - operands[0] if name == "baddbmm" else result
-    if name == "linear" and len(operands) > 2:
+    output = result
+    if name in ("addmm", "baddbmm"):
+        output = _without_added(args, kwargs, result)
+    elif name == "linear" and len(operands) > 2:
         output = result - operands[2]  # the bias
     own, axes = range(weights.ndim), range(result.ndim)
     if left is weights:
@@ -683,6 +707,14 @@ def _operands(
     if name == "linear":
         return (*own,), left.mT, output.mT, turned
     return (*own[:-2], own[-1], own[-2]), left.mT, output.mT, turned
+
+
+def _without_added(args: Any, kwargs: Any, result: Tensor) -> Tensor:
+    """The product alone of beta x added + alpha x product."""
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    added = args[0] if args else kwargs["input"]
+    output = result - beta * added if beta else result
+    return output if alpha == 1 else output / alpha
 
 
 class _EinsumOrder(NamedTuple):
@@ -697,7 +729,7 @@ class _EinsumOrder(NamedTuple):
     """See `Product.places`: the last axis of several of the width is that of the output."""
 
 
-def _einsum_order(args: Any, tensor: Tensor, origin: _Weights | None = None) -> _EinsumOrder | None:
+def _einsum_order(args: Any, tensor: Tensor, origin: Weights | None = None) -> _EinsumOrder | None:
     """How an einsum multiplies weights with values; None if it does something else.
 
     Args:
@@ -728,3 +760,12 @@ def _einsum_order(args: Any, tensor: Tensor, origin: _Weights | None = None) -> 
         tuple(out.index(label) for label in (*lead, *queries, *width)),
         tuple(output.index(label) if label in output else None for label in out),
     )
+
+
+def _einsum_terms(args: Any) -> Terms | None:
+    operands = einsum_operands(args)
+    if len(operands) != 2:
+        return None
+    (one, other), out = einsum_labels(args[0], [operand.ndim for operand in operands])
+    has_repeated = len({*one}) < len(one) or len({*other}) < len(other)
+    return None if has_repeated else Terms((operands[0], operands[1]), (one, other), out)
