@@ -11,32 +11,65 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ..maps import AttentionMap
 from . import places
 from .modules import ModuleCall, arguments_of, inputs_of, names_taken
 
-_IDS = ("decoder_input_ids", "input_ids")
-_NO_CACHES = frozenset((type(None), bool, int, float, str, tuple, list, dict, Tensor))
+_IDS = frozenset(("decoder_input_ids", "input_ids"))
+_OF_PATCHES = frozenset(("grid_thw", "patch_coord", "spatial_shapes", "timestep"))
+"""Arguments that tell of patches, beside the pictures themselves."""
+_HOLD_NOTHING = frozenset((type(None), bool, int, float, str))
+_NO_CACHES = _HOLD_NOTHING | {tuple, list, dict, Tensor}
 
 
 class Given:
-    """A call under way, and what it was given by the names of the arguments. What follows from these is found once."""
+    """A call under way, and what it was given."""
 
-    __slots__ = ("_filled", "_may_show", "_pixels", "arguments", "call", "has_ids", "takes_ids")
+    __slots__ = ("_arguments", "_filled", "call", "history", "ids", "may_show", "pixels", "takes_ids", "written")
 
     def __init__(self, call: ModuleCall) -> None:
-        self.call, self.arguments = call, arguments_of(call)
-        are_ids = [is_ids(value) for value in call.args] if call.args else ()
-        self.has_ids = bool(
-            (are_ids and are_ids[0])
-            or is_ids(self.arguments.get("input_ids"))
-            or is_ids(self.arguments.get("decoder_input_ids"))
-        )
-        """Whether it was given a text under the usual names, or as the first argument."""
-        self.takes_ids = True in are_ids or _takes_ids(type(call.module).forward)
-        """Whether it is of a text, or of a text and a picture: the tokens within it need not be those of a picture."""
+        self.call = call
+        self._arguments: dict[str, Any] | None = None
         self._filled: Any = ...
-        self._may_show: bool | None = None
-        self._pixels: list[tuple[str, Tensor]] | None = None
+        self.history: Any = None
+        """For whoever reads its ids to keep what these are."""
+        args, kwargs = call.args, call.kwargs
+        takes_ids, tells_of_patches = _taken_by(type(call.module).forward)
+        has_axes = False
+        for value in args:
+            if type(value) is Tensor and value.ndim == 3:
+                continue  # as most are
+            takes_ids = takes_ids or is_ids(value)
+            has_axes = has_axes or _has_axes(value)
+        for value in kwargs.values():
+            if type(value) not in _HOLD_NOTHING and not has_axes:
+                has_axes = _has_axes(value)
+        self.takes_ids = takes_ids
+        """Whether it is of a text, or of a text and a picture: the tokens within it need not be those of a picture."""
+        self.pixels = inputs_of(call, 4) if has_axes else []
+        """The tensors that may be pictures, by their axes, with the names of the arguments."""
+        self.may_show = bool(
+            self.pixels
+            or (tells_of_patches and not _OF_PATCHES.isdisjoint(self.arguments))
+            or not _OF_PATCHES.isdisjoint(kwargs)
+            or (args and type(args[0]) is not Tensor and isinstance(args[0], Mapping))
+        )
+        """Whether anything that it was given may tell of the patches of a picture."""
+        self.written: Tensor | None = None
+        """The ids that a decoder was given, of a model with an encoder."""
+        self.ids: Tensor | None = None
+        """The ids of a text, under one of the usual names or as the first argument."""
+        if takes_ids or not _IDS.isdisjoint(kwargs):
+            written, ids = self.arguments.get("decoder_input_ids"), self.arguments.get("input_ids")
+            self.written = written if is_ids(written) else None
+            self.ids = next((one for one in (written, ids, *args[:1]) if is_ids(one)), None)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What it was given by the names of the arguments."""
+        if self._arguments is None:
+            self._arguments = arguments_of(self.call)
+        return self._arguments
 
     @property
     def filled(self) -> int | None:
@@ -44,28 +77,6 @@ class Given:
         if self._filled is ...:
             self._filled = _filled(self.arguments)
         return self._filled  # type: ignore[no-any-return]
-
-    @property
-    def pixels(self) -> list[tuple[str, Tensor]]:
-        """The tensors that may be pictures, by their axes, with the names of the arguments."""
-        if self._pixels is None:
-            self._pixels = inputs_of(self.call, 4)
-        return self._pixels
-
-    @property
-    def may_show(self) -> bool:
-        """Whether anything that it was given may tell of the patches of a picture."""
-        if self._may_show is None:
-            given, first = self.arguments, self.call.args[0] if self.call.args else None
-            self._may_show = (
-                bool(self.pixels)
-                or "timestep" in given
-                or "grid_thw" in given
-                or "patch_coord" in given
-                or "spatial_shapes" in given
-                or (type(first) not in _NO_MAPPINGS and isinstance(first, Mapping))
-            )
-        return self._may_show
 
     def is_tower(self) -> bool:
         """Whether it is of the part of a model that sees a picture, and none of its texts."""
@@ -76,9 +87,6 @@ class Given:
         )
 
 
-_NO_MAPPINGS = (Tensor, type(None))
-
-
 class Around:
     """The calls that a map was made in, from the innermost outwards, as far as they may tell of its tokens.
 
@@ -86,10 +94,17 @@ class Around:
     takes longer than all the rest.
     """
 
-    def __init__(self, calls: Sequence[ModuleCall]) -> None:
-        self._known: list[Given] = []
-        self._others = self._from(calls)
+    def __init__(self, made: AttentionMap, calls: Sequence[ModuleCall]) -> None:
+        self.made, self.shape, self.is_cross = made, made.shape, made.kind == "cross"
+        self._given: list[Given] = []
+        self._is_in_tower = False
         self._generation: Any = ...
+        for call in reversed(calls):
+            given = Given(call)
+            if self._is_in_tower and given.takes_ids:
+                continue  # what a tower is within has the ids of a text
+            self._is_in_tower = self._is_in_tower or (given.may_show and given.is_tower())
+            self._given.append(given)
 
     @property
     def generation(self) -> Given | None:
@@ -100,25 +115,8 @@ class Around:
         return self._generation  # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[Given]:
-        known, number = self._known, 0
-        while True:
-            if number == len(known):
-                other = next(self._others, None)
-                if other is None:
-                    return
-                known.append(other)
-            yield known[number]
-            number += 1
-
-    def _from(self, calls: Sequence[ModuleCall]) -> Iterator[Given]:
-        is_in_tower = False
-        for call in reversed(calls):
-            given = Given(call)
-            if is_in_tower and given.takes_ids:
-                continue  # what a tower is within has the ids of a text
-            is_in_tower = is_in_tower or given.is_tower()
-            yield given
-        if not is_in_tower and self.generation is not None:
+        yield from self._given
+        if not self._is_in_tower and self.generation is not None:
             yield self.generation
 
     def calls(self) -> list[ModuleCall]:
@@ -143,8 +141,19 @@ def about_pictures(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4096)
-def _takes_ids(forward: Any) -> bool:
-    return not set(_IDS).isdisjoint(names_taken(forward))
+def _taken_by(forward: Any) -> tuple[bool, bool]:
+    """Whether a method takes ids, and arguments that tell of patches, by their names."""
+    names = names_taken(forward)
+    return not _IDS.isdisjoint(names), not _OF_PATCHES.isdisjoint(names)
+
+
+def _has_axes(value: Any) -> bool:
+    """Whether a value is or may hold a tensor of more than three axes."""
+    if isinstance(value, Tensor):
+        return value.ndim > 3
+    if isinstance(value, (list, tuple)):
+        return any(type(one) is not Tensor or one.ndim > 3 for one in value)
+    return isinstance(value, dict)
 
 
 def _filled(arguments: dict[str, Any]) -> int | None:

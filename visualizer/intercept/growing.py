@@ -36,15 +36,6 @@ class Rows:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __len__(self) -> int:
-        """How many texts."""
-        return len(self.lists)
-
-    @property
-    def count(self) -> int:
-        """How many numbers each text has."""
-        return self.end + self.room
-
     def with_room(self, room: int) -> Rows:
         """These, with so many places behind them."""
         return Rows(self.lists, self.end, room, grows=self._grows)
@@ -126,7 +117,7 @@ def _rows_of(mask: Tensor, before: Rows | None) -> Rows | None:
         return None
     whole, count = are_tokens.tobytes(), mask.shape[1]
     rows = [whole[start : start + count] for start in range(0, len(whole), count)]
-    is_like = before is not None and len(before) == len(rows) and before.end <= count
+    is_like = before is not None and len(before.lists) == len(rows) and before.end <= count
     if before is not None and is_like and all(map(bytes.startswith, rows, before.lists)):
         return before if before.end == count else before.and_then([row[before.end :] for row in rows])
     return Rows([*map(bytearray, rows)], count, grows=True)

@@ -113,7 +113,7 @@ class _Texts:
         own, is_token = (None if rows is None else rows.last(text, self.count) for rows in (ids, real))
         pictures = None
         if shown is not None and ids is not None:
-            pictures = (shown[text] + [None] * (ids.count - len(shown[text])))[-self.count :]
+            pictures = (shown[text] + [None] * (ids.end + ids.room - len(shown[text])))[-self.count :]
         return self._read(own, is_token, pictures, picture, self.count)
 
 
@@ -149,7 +149,7 @@ class Layouts(threading.local):
             if made.kind == "joint":
                 joint = self._in_parts(made, calls)
                 return joint, joint
-            return self._read(made, Around(calls))
+            return self._read(Around(made, calls))
         except Exception:  # modules have attributes and arguments of any kind under these names
             return None, None
 
@@ -199,23 +199,22 @@ class Layouts(threading.local):
         self._picture = picture if told is not None else self._picture
         return told
 
-    def _read(self, made: AttentionMap, around: Around) -> tuple[_Told, _Told]:
-        batch, _, queries, keys = made.shape
-        is_self = made.kind != "cross"
+    def _read(self, around: Around) -> tuple[_Told, _Told]:
+        (batch, _, queries, keys), is_self = around.shape, not around.is_cross
         of_keys: _Told = None
         of_queries: _Told = None
         owner: str | None = None
         for needs_ids in (True, False):  # within a model for pictures and texts, only the outermost call has ids
             for given in around:
-                if needs_ids and not given.has_ids and not given.may_show:
+                if needs_ids and given.ids is None and not given.may_show:
                     continue  # like most
                 if of_queries is None:
-                    of_queries = self._told(given, around, made, queries, needs_ids=needs_ids)
+                    of_queries = self._told(given, around, queries, needs_ids=needs_ids)
                     owner = owner if of_queries is None else given.call.path
                 if of_keys is None and is_self:
                     of_keys = of_queries
                     if queries != keys:
-                        of_keys = self._told(given, around, made, keys, needs_ids=needs_ids)
+                        of_keys = self._told(given, around, keys, needs_ids=needs_ids)
                 if of_queries is not None and (of_keys is not None or not is_self):
                     break
             else:
@@ -230,7 +229,7 @@ class Layouts(threading.local):
         of_keys = next((one for one in reversed(others) if one.count == keys and _fits(one, batch)), None)
         for given in around if of_keys is None else ():
             if of_keys is None:
-                told = self._told(given, around, made, keys, is_source=True)
+                told = self._told(given, around, keys, is_source=True)
                 of_keys = None if given.call.path == owner and _has_patches(told) else told
         return of_keys, of_queries
 
@@ -238,7 +237,6 @@ class Layouts(threading.local):
         self,
         given: Given,
         around: Around,
-        made: AttentionMap,
         tokens: int,
         *,
         is_source: bool = False,
@@ -246,44 +244,43 @@ class Layouts(threading.local):
     ) -> _Told:
         """What one call tells about that many tokens; `is_source`: those that a decoder looks at."""
         told: _Told = None
-        if given.has_ids or not needs_ids:
-            told = self._text_of(given, around, made, tokens, is_source)
+        if given.ids is not None or not needs_ids:
+            told = self._text_of(given, around, tokens, is_source)
         if told is None and not given.takes_ids and given.may_show:
-            told = self._patches_of(given, tokens, made.shape[0], around)
+            told = self._patches_of(given, tokens, around.shape[0], around)
             if told is None:
                 prefix_of = self._pictures.prefix_of
                 told = patches_given(given.call, given.arguments, around.calls, prefix_of, tokens)
-        return told if told is not None and _fits(told, made.shape[0]) else None
+        return told if told is not None and _fits(told, around.shape[0]) else None
 
-    def _text_of(self, given: Given, around: Around, made: AttentionMap, tokens: int, is_source: bool) -> _Told:
+    def _text_of(self, given: Given, around: Around, tokens: int, is_source: bool) -> _Told:
         """The words and the padding of a text that a call was given."""
-        call, arguments = given.call, given.arguments
-        written = arguments.get("decoder_input_ids")
-        mask = arguments.get("attention_mask") if is_source == is_ids(written) else None
+        call, arguments, is_cross = given.call, given.arguments, around.is_cross
+        mask = arguments.get("attention_mask") if is_source == (given.written is not None) else None
+        ids = given.ids
         if is_source:
-            ids = arguments.get("input_ids") if is_ids(written) else None
+            ids = arguments.get("input_ids") if given.written is not None else None
+            ids = ids if is_ids(ids) else None
             mask = arguments.get("encoder_attention_mask", mask)
         else:
-            may_be = (written, arguments.get("input_ids"), *call.args[:1])
-            ids = next((one for one in may_be if is_ids(one)), None)
             of_call = ids if ids is not None else next((one for _, one in inputs_of(call) if one.ndim == 3), mask)
-            if isinstance(of_call, Tensor) and of_call.shape[1] not in (tokens, made.shape[2]):
+            if isinstance(of_call, Tensor) and of_call.shape[1] not in (tokens, around.shape[2]):
                 return None  # these are not the tokens of the call, but such as channels, or the queries of a former
-        real = self._real(mask, made.shape[0], tokens, (call.path, is_source))
-        is_cross = made.kind == "cross"
+        real = self._real(mask, around.shape[0], tokens, (call.path, is_source))
         filled = None if is_cross else given.filled
         if real is None and filled is not None:
-            real = self._real_in_cache(arguments, filled, made, tokens)
+            real = self._real_in_cache(arguments, filled, around.shape, tokens)
         rows: Rows | None = None
         prompt = None
-        if ids is not None and is_ids(ids):
+        if ids is not None:
             if is_cross:
                 rows, prompt = Rows(self._lists.of(ids), ids.shape[1]), self._prompt(ids, given, around)
             else:
-                rows, prompt = self._ids(given, around, ids, made, tokens)
+                history = given.history = given.history or self._history(given, ids, around)
+                rows, prompt = history.own if tokens == ids.shape[1] else history.rows, history.prompt
             if rows is not None and rows.end < tokens and rows.end == filled:
                 rows = rows.with_room(tokens - filled)  # which is not filled, as `real` says
-            rows = None if rows is None or rows.count < tokens else rows
+            rows = None if rows is None or rows.end + rows.room < tokens else rows
         if is_cross:  # the tokens of a cache have no queries, and a head that pools has queries of its own
             rows = None if ids is not None and ids.shape[1] != tokens else rows
             real = None if ids is None and isinstance(mask, Tensor) and mask.shape[1] != tokens else real
@@ -293,7 +290,7 @@ class Layouts(threading.local):
         if known != self._last[0] or prompt is not self._last[1]:  # two tensors cannot be compared as numbers are
             shown = None
             if rows is not None and prompt is not None and prompt.has_pictures:
-                shown = self._pictures_in(call.module, len(rows), prompt)
+                shown = self._pictures_in(call.module, len(rows.lists), prompt)
             self._last = known, prompt, _Texts(self._text, rows, real, shown, self._picture, tokens)
         return self._last[2]
 
@@ -305,16 +302,16 @@ class Layouts(threading.local):
             return None
         return self._padding.of_mask(mask, key)
 
-    def _real_in_cache(self, arguments: dict[str, Any], filled: int, made: AttentionMap, tokens: int) -> Rows | None:
+    def _real_in_cache(self, arguments: dict[str, Any], filled: int, shape: Sequence[int], tokens: int) -> Rows | None:
         """The same by a static cache and the position of each text's last token: the mask is then not one of tokens.
 
         Such a cache has room for more keys than there are, and padding before a text takes no position.
         """
         positions = arguments.get("position_ids")
-        padding = [0] * made.shape[0]
-        if arguments.get("attention_mask") is not None and is_ids(positions) and len(positions) == made.shape[0]:
+        padding = [0] * shape[0]
+        if arguments.get("attention_mask") is not None and is_ids(positions) and len(positions) == shape[0]:
             padding = [max(0, filled - 1 - row[-1]) for row in self._lists.of(positions)]
-        is_of_keys = tokens == made.shape[3]
+        is_of_keys = tokens == shape[3]
         room = max(0, tokens - filled) if is_of_keys else 0
         if not room and not any(padding):
             return None
@@ -329,13 +326,10 @@ class Layouts(threading.local):
                 rows, said = self._lists.of(whole), about_pictures(around.generation.arguments)
         return _Prompt(rows, said, bool(said or places.image_ids(getattr(given.call.module, "config", None))))
 
-    def _ids(
-        self, given: Given, around: Around, ids: Tensor, made: AttentionMap, tokens: int
-    ) -> tuple[Rows | None, _Prompt]:
-        """The ids of each text up to this call, of which the last are those of the tokens, or None where those before
-        this call are not known; and the prompt."""
-        path, filled = given.call.path, given.filled
-        own, count, keys = self._lists.of(ids), ids.shape[1], made.shape[3]
+    def _history(self, given: Given, ids: Tensor, around: Around) -> _History:
+        """The ids that a call was given, and those before them, whose keys its map has too."""
+        path, filled, made = given.call.path, given.filled, around.made
+        own, count, keys = self._lists.of(ids), ids.shape[1], around.shape[3]
         grown = made.source.keys if isinstance(made.source, Factors) else None
         history = self._histories.get(path)
         if history is None or not history.is_of(ids, own, filled, made.path, keys):  # a new call: this is its first map
@@ -345,7 +339,7 @@ class Layouts(threading.local):
             if history is not None and history.rows is not None and rows is None:
                 before, known = history.keys.get(made.path, (0, None))
                 # The texts of a batch may change places, as the beams of a search do, and their keys with them.
-                are_same = len(own) == len(history.rows) and (
+                are_same = len(own) == len(history.rows.lists) and (
                     len(own) == 1 or _go_on(known, grown, before if filled is None else min(before, filled - count))
                 )
                 if are_same and keys in (before + count, before):  # where only so many keys are kept, they stay so many
@@ -354,7 +348,7 @@ class Layouts(threading.local):
             history = _History(weakref.ref(ids), version_of(ids), new, filled, rows, counts, prompt)
             self._histories[path] = history
         history.keys[made.path] = keys, None if grown is None else weakref.ref(grown)
-        return history.own if tokens == count else history.rows, history.prompt
+        return history
 
     def _pictures_in(self, module: nn.Module, texts: int, prompt: _Prompt) -> list[list[Any]]:
         """For each token of the prompt of so many texts None for a word; else the picture that it stands for, by its

@@ -382,7 +382,7 @@ def cut_in_windows(made: AttentionMap, calls: Sequence[ModuleCall]) -> tuple[tup
     if queries != keys:
         return None
     for call in reversed(calls):
-        size = _window_size(call.module)
+        size = _window_size(call.module) if may_have(call.module, _OF_WINDOWS) else None
         if size is None:
             continue
         sides = pair_of("window_size", tuple(size) if isinstance(size, (list, tuple)) else size)
@@ -405,10 +405,11 @@ def cut_in_windows(made: AttentionMap, calls: Sequence[ModuleCall]) -> tuple[tup
     return None
 
 
+_OF_WINDOWS = ("window_size", "partition_size", "partition_type")
+
+
 def _window_size(module: nn.Module) -> Any:
     """The sides of the windows that a module cuts; None where it cuts none. MaxViT calls them partitions."""
-    if not may_have(module, ("window_size", "partition_size", "partition_type")):
-        return None
     size = getattr(module, "window_size", getattr(module, "partition_size", None))
     if size is None and hasattr(module, "partition_type"):  # torchvision has the number of windows under either name
         size = module.g if module.partition_type == "grid" else module.p
