@@ -208,11 +208,17 @@ def _shrunk(pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """
     pictures, channels, rows, columns = pixels.shape
     with np.errstate(all="ignore"):
-        shades = pixels[:, 0] if channels == 1 else pixels[:, 0] + pixels[:, 1]
-        for channel in range(2, channels):
-            shades += pixels[:, channel]
-        lines = _sums_of_parts(shades).reshape(pictures * THUMBNAIL, columns)
-        small = _sums_of_parts(np.ascontiguousarray(lines.T)[None]).reshape(THUMBNAIL, pictures, THUMBNAIL)
+        lines = np.empty((pictures, THUMBNAIL, columns), np.float32)
+        few = max(1, 2**17 // max(1, rows * columns))  # whose shades stay in the processor's cache
+        room = np.empty((min(few, pictures), rows, columns), np.float32)
+        for first in range(0, pictures, few):
+            some = pixels[first : first + few]
+            shades = np.add(some[:, 0], some[:, 1] if channels > 1 else np.float32(0), out=room[: len(some)])
+            for channel in range(2, channels):
+                shades += some[:, channel]
+            lines[first : first + few] = _sums_of_parts(shades)
+        columns_first = np.ascontiguousarray(lines.reshape(pictures * THUMBNAIL, columns).T)
+        small = _sums_of_parts(columns_first[None]).reshape(THUMBNAIL, pictures, THUMBNAIL)
         means = small.transpose(1, 2, 0) / _sizes_of_parts(rows)[:, None] / _sizes_of_parts(columns)
     return means.reshape(pictures, THUMBNAIL**2)
 
