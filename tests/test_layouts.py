@@ -1,7 +1,11 @@
 """The layouts that `attention` reads off models of timm, transformers, torchvision and others."""
 
 import copy
+import functools
+import gc
+import inspect
 import pickle
+import threading
 
 import numpy as np
 import pipelines
@@ -15,6 +19,7 @@ from torch import nn
 from zoo import GPT2, SIZE, SMALL, TEXT, VIT, images, timm_model, transformers_model
 
 from visualizer import AttentionMap, analysis, attention, explore, load, plot
+from visualizer.intercept.patches import _thumbnails
 from visualizer.layout import Layout, Windows
 
 DINOV3 = SIZE | {"image_size": 32, "patch_size": 16, "num_register_tokens": 4}
@@ -493,6 +498,186 @@ class TestTexts:
                 if one.layout is not None
             )
             assert beams > 1 or all(one.layout is not None for one in written)
+
+
+def told_by_hand(model):
+    """The ids whose keys each call of a decoder has, as its cache says, and the mask that it was given."""
+    known, told = [], []
+
+    def note(module, args, kwargs):
+        ids, cache = kwargs["input_ids"], kwargs.get("past_key_values") or kwargs.get("cache")
+        before = 0 if cache is None else int(cache.get_seq_length())
+        rows = [row[:before] for row in known] if before else [[] for _ in ids]
+        known[:] = [row + new for row, new in zip(rows, ids.tolist(), strict=True)]
+        mask = kwargs.get("attention_mask")
+        is_of_tokens = mask is not None and mask.ndim == 2
+        told.append(([*known], mask.tolist() if is_of_tokens else None))
+
+    return model.model.register_forward_pre_hook(note, with_kwargs=True), told
+
+
+class TestSteps:
+    """Words and padding of each step are those of that step, whenever they are read."""
+
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    padded = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+
+    @property
+    def options(self):
+        return {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+    @staticmethod
+    def model():
+        torch.manual_seed(0)
+        return transformers_model("Llama", "ForCausalLM", attention="sdpa", **LLAMA)
+
+    @staticmethod
+    def with_a_cache(model):
+        """The model, to be called with one cache, whose name depends on transformers' version."""
+        names = inspect.signature(model.forward).parameters
+        return functools.partial(
+            model, **{"cache" if "cache" in names else "past_key_values": transformers.DynamicCache()}
+        )
+
+    def one_text(self, model):
+        model.generate(self.ids[:1], **self.options)
+
+    def left_padding(self, model):
+        model.generate(self.padded, attention_mask=(self.padded != 0).long(), **self.options)
+
+    def two_texts(self, model):
+        model.generate(self.ids[:1], **self.options)
+        model.generate(self.ids[1:], **self.options)
+        model.generate(self.ids[:1], **self.options)
+
+    def in_chunks(self, model):
+        step = self.with_a_cache(model)
+        for chunk in (self.ids[:, :1], self.ids[:, 1:3], self.ids[:, 3:]):
+            step(input_ids=chunk)
+
+    def in_place(self, model):
+        step, given = self.with_a_cache(model), torch.zeros(2, 1, dtype=torch.long)
+        for column in (0, 1, 1, 2, 2, 2):
+            given.copy_(self.ids[:, column : column + 1])
+            step(input_ids=given)
+
+    def in_place_with_a_mask(self, model):
+        step, given = self.with_a_cache(model), torch.zeros(2, 1, dtype=torch.long)
+        mask = torch.ones(2, 6, dtype=torch.long)
+        for column in range(4):
+            given.copy_(self.ids[:, column : column + 1])
+            mask[0, :column] = 0
+            step(input_ids=given, attention_mask=mask[:, : column + 1])
+
+    def assisted(self, model):
+        model.generate(self.ids[:1], assistant_model=self.model(), **self.options)
+
+    def beams(self, model):
+        model.generate(self.ids[:1], num_beams=3, **self.options)
+
+    def without_a_cache(self, model):
+        model.generate(self.padded, attention_mask=(self.padded != 0).long(), use_cache=False, **self.options)
+
+    @pytest.mark.parametrize("is_inference", [False, True])
+    @pytest.mark.parametrize(
+        "run",
+        [
+            *(one_text, left_padding, two_texts, in_chunks, in_place, in_place_with_a_mask, assisted, beams),
+            without_a_cache,
+        ],
+        ids=lambda run: run.__name__,
+    )
+    def test_words_and_padding_are_those_of_the_step(self, run, is_inference):
+        model = self.model()
+        hook, told = told_by_hand(model)
+        with attention(model, tokenizer=Tokenizer()) as maps, torch.inference_mode(is_inference), torch.no_grad():
+            run(self, model)
+        hook.remove()
+        made = maps.calls(maps.paths[-1])
+        assert len(told) == len(made) > 1
+        may_be_unknown = run.__name__ in ("beams", "assisted")
+        for (rows, mask), one in zip(told, made, strict=True):
+            for text, row in enumerate(rows):
+                layout = None if one.layout is None else one.layout.of(text)
+                if layout is None or not layout.has_words:
+                    assert may_be_unknown
+                    continue
+                real = [True] * len(row) if mask is None else [bool(token) for token in mask[text]]
+                words = [
+                    TOKENS[token].replace("Ġ", "␣") if is_token else "[PAD]"
+                    for token, is_token in zip(row, real, strict=True)
+                ]
+                assert one.shape[3] == len(words)
+                assert run.__name__ == "beams" or words == [*layout.names]
+                assert words[-one.shape[2] :] == [*one.query_layout.of(text).names]
+
+    def test_what_was_read_early_is_what_is_read_late(self):
+        early = []
+
+        def read(ids, scores):
+            early.append(maps[-1].layout)
+            return scores
+
+        model, mask = self.model(), (self.padded != 0).long()
+        with attention(model, tokenizer=Tokenizer()) as maps, torch.no_grad():
+            model.generate(self.padded, attention_mask=mask, logits_processor=[read], **self.options)
+        with attention(model, tokenizer=Tokenizer()) as late, torch.no_grad():
+            model.generate(self.padded, attention_mask=mask, **self.options)
+        assert 6 == len(early)
+        assert early == [one.layout for one in late.calls(late.paths[-1])]
+
+    @pytest.mark.parametrize("cache", ["dynamic", "static"])
+    def test_steps_share_their_ids(self, cache):
+        """To hold all ids for each step would take megabytes here."""
+        count = 600
+        model = transformers_model("Llama", "ForCausalLM", attention="sdpa", **LLAMA | {"max_position_embeddings": 700})
+        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "cache_implementation": cache}
+        with attention(model, tokenizer=Tokenizer(), layers=0) as maps, torch.no_grad():
+            model.generate(self.padded, attention_mask=(self.padded != 0).long(), **options)
+        assert count == len(maps)
+        found, waiting = {}, [one._layouts for one in maps]
+        while waiting:
+            for held in gc.get_referents(waiting.pop()):
+                if isinstance(held, (list, bytearray)) and id(held) not in found:
+                    found[id(held)] = len(held)
+                if type(held).__module__.startswith("visualizer.intercept") or isinstance(held, (list, tuple)):
+                    if not isinstance(held, threading.local):
+                        waiting.append(held)
+        assert 0 < sum(found.values()) < 20 * count
+
+
+class TestPicturesThatWereSeen:
+    @pytest.mark.parametrize("size", [(224, 224), (223, 97), (24, 24), (7, 300), (1, 5)])
+    @pytest.mark.parametrize("channels", [1, 2, 3, 4])
+    def test_thumbnails_are_means(self, size, channels):
+        pixels = torch.rand(2, channels, *size)
+        if size == (1, 5):
+            pixels[:, :, 0, 0] += 1
+        grey = nn.functional.adaptive_avg_pool2d(pixels.double(), 24).mean(1).flatten(1)
+        low, high = grey.amin(1, keepdim=True), grey.amax(1, keepdim=True)
+        shades = (grey - low) / (high - low) * 255
+        made = torch.tensor(_thumbnails(pixels), dtype=torch.double)
+        assert (made - shades).abs().max() < 0.501
+        for other in (pixels.mT.contiguous().mT, pixels.clone().requires_grad_()):
+            assert _thumbnails(pixels) == _thumbnails(other)
+
+    def test_a_picture_without_shades_has_none(self):
+        pixels = torch.rand(2, 3, 48, 48)
+        for value in (torch.nan, torch.inf):
+            pixels[0, 0, 5, 5] = value
+            assert value is torch.inf or () == _thumbnails(pixels)
+        assert () == _thumbnails(torch.ones(2, 3, 48, 48)) == _thumbnails(torch.rand(1, 3, 4, 48, 48))
+
+    @pytest.mark.parametrize("is_inference", [False, True])
+    def test_another_picture_may_be_written_in_place(self, is_inference):
+        model, first, second = timm_model("vit_tiny_patch16_224", **SMALL), *torch.rand(2, 1, 3, 64, 64)
+        with attention(model) as maps, torch.inference_mode(is_inference), torch.no_grad():
+            pixels = first.clone()
+            model(pixels)
+            pixels.copy_(second)
+            model(pixels)
+        for one, picture in zip(maps.calls(maps.paths[0]), (first, second), strict=True):
+            assert _thumbnails(picture) == one.layout.seen
 
 
 @pytest.fixture(scope="module")

@@ -161,6 +161,11 @@ def shape_of(value: Any) -> tuple[int, ...] | None:
         return None
 
 
+def version_of(tensor: Any) -> int | None:
+    """A number that changes whenever a tensor is changed in place; None of those of inference mode, which have none."""
+    return None if tensor.is_inference() else getattr(tensor, "_version", None)
+
+
 def why_unreal(value: Any) -> str | None:
     """Why a value does not have the numbers of a real call, or None. The text completes "the value ...".
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -26,37 +26,62 @@ class ModuleCall(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def inputs_of(call: ModuleCall) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of numbers that a module's call is given, with the names of the arguments."""
-    names = argument_names(call.module)
-    for place, value in enumerate(call.args):
-        yield from _tensors_in(names[min(place, len(names) - 1)] if names else str(place), value)
+def inputs_of(call: ModuleCall, axes: int = 2) -> list[tuple[str, Tensor]]:
+    """The tensors of numbers that a module's call is given, of at least so many axes, with the names of the
+    arguments."""
+    found: list[tuple[str, Tensor]] = []
+    if call.args:
+        names = names_taken(type(call.module).forward)
+        for place, value in enumerate(call.args):
+            if value is not None:
+                _add_tensors(found, axes, names[min(place, len(names) - 1)] if names else str(place), value)
     for name, value in call.kwargs.items():
-        yield from _tensors_in(name, value)
+        if type(value) is Tensor:  # as most are, so that it need not be asked elsewhere
+            if value.ndim >= axes and value.is_floating_point():
+                found.append((name, value))
+        elif value is not None:
+            _add_tensors(found, axes, name, value)
+    return found
 
 
 def argument_names(module: nn.Module) -> list[str]:
     """The names of the arguments that a module's calls take."""
-    return _argument_names(type(module).forward)
-
-
-def arguments_of(call: ModuleCall) -> dict[str, Any]:
-    """What a module's call was given, by the names of the arguments."""
-    return {**dict(zip(argument_names(call.module), call.args, strict=False)), **call.kwargs}
-
-
-def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and value.ndim > 1:
-            yield name, value
-    elif isinstance(value, (list, tuple, dict)):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(name, one)
+    return names_taken(type(module).forward)
 
 
 @lru_cache(maxsize=4096)
-def _argument_names(forward: Any) -> list[str]:
+def names_taken(forward: Any) -> list[str]:
+    """The names of the arguments that a method takes; they are not to be changed."""
     return [*inspect.signature(forward).parameters][1:]
+
+
+def arguments_of(call: ModuleCall) -> dict[str, Any]:
+    """What a module's call was given, by the names of the arguments; it is not to be changed."""
+    if not call.args:
+        return call.kwargs
+    return {**dict(zip(names_taken(type(call.module).forward), call.args, strict=False)), **call.kwargs}
+
+
+def may_have(module: nn.Module, names: Sequence[str]) -> bool:
+    """Whether a module has one of these attributes, or has ways of its own to find one. To ask for each costs more:
+    most modules lack what we look for, and torch then words an error of it."""
+    kind, own = type(module), module.__dict__
+    if kind.__getattr__ is not nn.Module.__getattr__:
+        return True
+    parameters, buffers, modules = own["_parameters"], own["_buffers"], own["_modules"]
+    for name in names:
+        if name in own or hasattr(kind, name) or name in parameters or name in buffers or name in modules:
+            return True
+    return False
+
+
+def _add_tensors(found: list[tuple[str, Tensor]], axes: int, name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.ndim >= axes and value.is_floating_point():
+            found.append((name, value))
+    elif isinstance(value, (list, tuple, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            _add_tensors(found, axes, name, one)
 
 
 def shapes_of(

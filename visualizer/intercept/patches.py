@@ -12,16 +12,20 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from ..images import THUMBNAIL, Thumbnail
 from ..layout import Layout, Part, Windows, pair_of
 from ..maps import AttentionMap
-from .modules import ModuleCall, arguments_named, arguments_of, inputs_of, shapes_of
+from ..tensors import version_of
+from .modules import ModuleCall, arguments_named, arguments_of, inputs_of, may_have, shapes_of
 
 # The parameters that become tokens before the patches, in this order, as timm, transformers, torchvision and DINO's own
 # code call them.
@@ -51,9 +55,16 @@ class Picture:
     """What the tokens before the patches are called."""
     seen: tuple[Thumbnail, ...] = ()
     """A small copy of each picture of the batch."""
+    _told: dict[tuple[int, int], Layout | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def of(self, tokens: int, batch: int) -> Layout | None:
         """The layout of that many tokens; None where these are not the patches, with or without what precedes them."""
+        key = tokens, batch
+        if key not in self._told:
+            self._told[key] = self._layout(tokens, batch)
+        return self._told[key]
+
+    def _layout(self, tokens: int, batch: int) -> Layout | None:
         prefix = _by_count(self.prefix)
         patches = Part("patches", math.prod(self.shape), (), self.shape, self.patch, self.size)
         names = prefix.get(tokens - patches.count)
@@ -74,38 +85,44 @@ class Pictures:
     """The pictures that the modules of a model are given, as these cut them."""
 
     def __init__(self) -> None:
-        self._convolutions = weakref.WeakKeyDictionary[nn.Module, tuple[Any, tuple[str, ...]]]()
-        # The pixels that were seen last, the convolution that cut them, and how.
-        self._cut: tuple[Callable[[], Tensor | None], Any, Picture | None] = (lambda: None), None, None
+        # By the id of a module that module, its convolution, and what the tokens before the patches are called.
+        self._convolutions: dict[int, tuple[weakref.ref[nn.Module], Any, tuple[str, ...]]] = {}
+        self._last: _Seen | None = None
 
-    def of(self, call: ModuleCall) -> Picture | None:
-        """The picture that a call was given; None where it was given none, or does not cut it into patches."""
+    def of(self, call: ModuleCall, given: Sequence[tuple[str, Tensor]] | None = None) -> Picture | None:
+        """The picture that a call was given; None where it was given none, or does not cut it into patches.
+
+        Args:
+            given: the tensors with names that it may be; None: these are looked for.
+        """
         module = call.module
-        known = self._convolutions.get(module)
-        if known is not None and known[0] is None:
+        known = self._convolutions.get(id(module))
+        if known is not None and known[1] is None and known[0]() is module:
             return None
-        for name, pixels in inputs_of(call):
+        for name, pixels in inputs_of(call, 4) if given is None else given:
             if pixels.ndim in (4, 5) and "mask" not in name:
                 convolution, prefix = self._known_of(module)
                 if convolution is None:
                     return None
-                given, cutting, picture = self._cut
-                if given() is pixels and cutting is convolution:  # as for all layers of a model
-                    return picture
+                if self._last is not None and self._last.is_of(pixels, convolution):
+                    return self._last.picture
                 sizes = _sides(pixels, convolution, name)
                 if sizes is not None:
                     picture = replace(_cut(module, convolution, sizes, prefix), seen=_thumbnails(pixels))
-                    self._cut = weakref.ref(pixels), convolution, picture
+                    self._last = _Seen(weakref.ref(pixels), version_of(pixels), convolution, picture)
                     return picture
         return None
 
     def whole(self, call: ModuleCall) -> Picture | None:
         """The picture that a model was given whose first layers cut no patches; None where it was given none."""
         pixels = next((one for _, one in inputs_of(call) if one.ndim == 4 and one.shape[1] in (1, 3)), None)
-        if pixels is not None and (self._cut[0]() is not pixels or self._cut[1] is not None):
+        if pixels is None:
+            return None
+        if self._last is None or not self._last.is_of(pixels, None):
             size = pixels.shape[2], pixels.shape[3]
-            self._cut = weakref.ref(pixels), None, Picture((), size, (1.0, 1.0), (), _thumbnails(pixels))
-        return None if pixels is None else self._cut[2]
+            picture = Picture((), size, (1.0, 1.0), (), _thumbnails(pixels))
+            self._last = _Seen(weakref.ref(pixels), version_of(pixels), None, picture)
+        return self._last.picture
 
     def prefix_of(self, module: nn.Module) -> tuple[str, ...]:
         """What the tokens before the patches of a module are called."""
@@ -113,10 +130,27 @@ class Pictures:
 
     def _known_of(self, module: nn.Module) -> tuple[Any, tuple[str, ...]]:
         """The convolution of a module that cuts patches, and what the tokens before these are called."""
-        known = self._convolutions.get(module)
-        if known is None:
-            known = self._convolutions[module] = _first_convolution(module), _prefix(module)
-        return known
+        known = self._convolutions.get(id(module))
+        if known is None or known[0]() is not module:
+            known = weakref.ref(module), _first_convolution(module), _prefix(module)
+            self._convolutions[id(module)] = known
+        return known[1:]
+
+
+class _Seen(NamedTuple):
+    """The pixels that were seen last, as for all layers of a model."""
+
+    pixels: weakref.ref[Tensor]
+    version: int | None
+    """See `version_of`: another picture may be written in place."""
+    convolution: Any
+    """What cut them; None: nothing did."""
+    picture: Picture
+
+    def is_of(self, pixels: Tensor, convolution: Any) -> bool:
+        """Whether these pixels are still those that were seen, and cut by the same."""
+        is_same = self.pixels() is pixels and self.convolution is convolution
+        return is_same and self.version is not None and self.version == version_of(pixels)
 
 
 def _first_convolution(module: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
@@ -153,11 +187,62 @@ def _thumbnails(pixels: Tensor) -> tuple[Thumbnail, ...]:
     """A small copy of each picture, in shades of grey from 0 to 255; none of videos, or of pictures without shades."""
     if pixels.ndim != 4:
         return ()
-    grey = nn.functional.adaptive_avg_pool2d(pixels.detach().float(), THUMBNAIL).mean(1).flatten(1).cpu()
-    low, high = grey.amin(1, keepdim=True), grey.amax(1, keepdim=True)
-    if not bool((high > low).all()):  # false for NaN
+    pixels = pixels.detach().float()
+    if pixels.device.type == "cpu":
+        grey = _shrunk(pixels.numpy())
+    else:  # there this is one kernel, and little has to be fetched
+        grey = nn.functional.adaptive_avg_pool2d(pixels, THUMBNAIL).mean(1).flatten(1).cpu().numpy()
+    low, high = grey.min(1, keepdims=True), grey.max(1, keepdims=True)
+    if not (high > low).all():  # false for NaN
         return ()
-    return tuple(map(tuple, ((grey - low) / (high - low) * 255).round().int().tolist()))
+    with np.errstate(all="ignore"):
+        shades = np.rint((grey - low) / (high - low) * np.float32(255)).astype(np.uint8)
+    return tuple([tuple(one.tobytes()) for one in shades])
+
+
+def _shrunk(pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The sums of the channels of pictures as `adaptive_avg_pool2d` shrinks them, (pictures, pixels).
+
+    Its kernel for CPUs adds one number after another. Here whole channels are added, then rows, then columns. A product
+    of matrices would be as fast, but waits for threads where others use the cores.
+    """
+    pictures, channels, rows, columns = pixels.shape
+    with np.errstate(all="ignore"):
+        lines = np.empty((pictures, THUMBNAIL, columns), np.float32)
+        few = max(1, 2**17 // max(1, rows * columns))  # whose shades stay in the processor's cache
+        room = np.empty((min(few, pictures), rows, columns), np.float32)
+        for first in range(0, pictures, few):
+            some = pixels[first : first + few]
+            shades = np.add(some[:, 0], some[:, 1] if channels > 1 else np.float32(0), out=room[: len(some)])
+            for channel in range(2, channels):
+                shades += some[:, channel]
+            lines[first : first + few] = _sums_of_parts(shades)
+        columns_first = np.ascontiguousarray(lines.reshape(pictures * THUMBNAIL, columns).T)
+        small = _sums_of_parts(columns_first[None]).reshape(THUMBNAIL, pictures, THUMBNAIL)
+        means = small.transpose(1, 2, 0) / _sizes_of_parts(rows)[:, None] / _sizes_of_parts(columns)
+    return means.reshape(pictures, THUMBNAIL**2)
+
+
+def _sums_of_parts(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The sums of `THUMBNAIL` parts of the second of three axes."""
+    outer, side, inner = numbers.shape
+    blocks = math.gcd(side, THUMBNAIL)  # all of which have the same parts
+    numbers = numbers.reshape(outer * blocks, side // blocks, inner)
+    sums = np.empty((outer * blocks, THUMBNAIL // blocks, inner), np.float32)
+    for part, (start, stop) in enumerate(_parts_of(side // blocks, THUMBNAIL // blocks)):
+        np.add.reduce(numbers[:, start:stop], axis=1, out=sums[:, part])
+    return sums.reshape(outer, THUMBNAIL, inner)
+
+
+@lru_cache(maxsize=64)
+def _sizes_of_parts(side: int) -> npt.NDArray[np.float32]:
+    return np.array([stop - start for start, stop in _parts_of(side, THUMBNAIL)], np.float32)
+
+
+@lru_cache(maxsize=64)
+def _parts_of(side: int, count: int) -> list[tuple[int, int]]:
+    """(start, stop) of so many neighbouring parts of a side, all of about one size: neighbours may overlap by one."""
+    return [(part * side // count, -(-(part + 1) * side // count)) for part in range(count)]
 
 
 def _sides(pixels: Tensor, convolution: nn.Conv2d | nn.Conv3d, name: str) -> tuple[int, ...] | None:
@@ -195,7 +280,7 @@ def _by_count(prefix: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
 def patches_given(
     call: ModuleCall,
     arguments: dict[str, Any],
-    calls: Sequence[ModuleCall],
+    calls: Callable[[], Sequence[ModuleCall]],
     prefix_of: Callable[[nn.Module], tuple[str, ...]],
     tokens: int,
 ) -> Layout | None:
@@ -203,12 +288,15 @@ def patches_given(
 
     So do timm's NaFlex models and SigLIP 2. None where the module was given no such sequence.
     """
-    grids, side = arguments.get("grid_thw"), getattr(call.module, "spatial_merge_size", None)
+    grids = arguments.get("grid_thw")
+    side = getattr(call.module, "spatial_merge_size", None) if isinstance(grids, Tensor) else None
     if isinstance(grids, Tensor) and isinstance(side, int):
-        ends = next(iter(arguments_named(calls, "cu_seqlens")), None)
+        ends = next(iter(arguments_named(calls(), "cu_seqlens")), None)
         return _merging_next(call.module, grids.tolist(), side, ends, tokens)
     given = call.args[0] if call.args and isinstance(call.args[0], Mapping) else arguments
     coordinates, sizes = given.get("patch_coord"), given.get("spatial_shapes")
+    if not isinstance(coordinates, Tensor) and not isinstance(sizes, Tensor):
+        return None
     patches = next((given[name] for name in ("patches", "pixel_values", "x") if name in given), None)
     if not isinstance(patches, Tensor) or patches.ndim != 3:
         return None
@@ -300,7 +388,7 @@ def cut_in_windows(made: AttentionMap, calls: Sequence[ModuleCall]) -> tuple[tup
     if queries != keys:
         return None
     for call in reversed(calls):
-        size = _window_size(call.module)
+        size = _window_size(call.module) if may_have(call.module, _OF_WINDOWS) else None
         if size is None:
             continue
         sides = pair_of("window_size", tuple(size) if isinstance(size, (list, tuple)) else size)
@@ -321,6 +409,9 @@ def cut_in_windows(made: AttentionMap, calls: Sequence[ModuleCall]) -> tuple[tup
             if is_filled and batch == images * len(windows.places(rows, columns)):
                 return (rows, columns), windows
     return None
+
+
+_OF_WINDOWS = ("window_size", "partition_size", "partition_type")
 
 
 def _window_size(module: nn.Module) -> Any:
