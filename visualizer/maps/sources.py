@@ -148,8 +148,8 @@ class Keys:
         return id(self._shared)
 
     def first(self, length: int) -> Tensor:
-        """The first keys of the buffer."""
-        return self.buffer.narrow(2, 0, length)
+        """The first keys of the buffer; all, where it has no more."""
+        return self.buffer[:, :, :length]
 
     def part(self, begin: int, length: int) -> Tensor:
         """Some keys of each text."""
@@ -170,7 +170,7 @@ class Keys:
         known = self._shared.length
         if self.lanes is not None or not self._fits(keys) or keys.shape[2] < known:
             return False
-        return torch.equal(keys.narrow(2, 0, known), self.first(known))
+        return torch.equal(keys.narrow(2, 0, known), self._shared.tensor.narrow(2, 0, known))
 
     def _fits(self, keys: Tensor) -> bool:
         known = self._shared.tensor
