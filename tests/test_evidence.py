@@ -1,5 +1,7 @@
 """The proof: what is not the map that was used is not handed over as one, and what is is never doubted."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -138,6 +140,62 @@ def test_several_at_once_are_as_one_by_one(causal, dtype):
     doubts = [one.doubt() for one in together]
     assert doubts == [one.doubt() for one in each()]
     assert [doubt is None for doubt in doubts] == [True] * 4 + [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_those_of_other_numbers_of_keys_are_as_one_by_one(dtype):
+    """Those of a prompt and of the steps behind it, whose keys are one more each; one is wrong, and one has no numbers.
+
+    What one of them is padded with changes nothing in another.
+    """
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 24, 8, generator=generator).to(dtype) for _ in range(3))
+    key, value = key[:, :2], value[:, :2]
+    value[:, :, 23] = torch.inf
+
+    def each():
+        made = []
+        for number, (queries, keys) in enumerate([(16, 16), *((1, keys) for keys in range(17, 25))]):
+            causal = 0 if queries > 1 else None
+            source = Factors(query[:, :, keys - queries : keys], Keys(key[:, :, :keys].clone()), keys, causal=causal)
+            rows = source.rows(slice(None))
+            output = (rows @ value[:, :, :keys].to(rows.dtype).repeat_interleave(2, 1)).to(dtype)
+            made.append(of_fused(source, value[:, :, :keys], output * (1 + (number == 4)), number))
+        return made
+
+    together = each()
+    Evidence.weigh(together)
+    doubts = [one.doubt() for one in together]
+    assert doubts == [one.doubt() for one in each()]
+    assert [doubt is None for doubt in doubts] == [number != 4 for number in range(9)]
+
+
+def wrong(output, *args, **kwargs):
+    """The kernel's function, for another scale than the one that was used."""
+    return kernels.scaled_dot_product_attention(output, *args, **(kwargs | {"scale": 1.0}))
+
+
+def test_maps_that_wait_for_the_proof_are_not_handed_over(monkeypatch):
+    monkeypatch.setitem(kernels.KERNELS, "scaled_dot_product_attention", wrong)
+    model = Fused()
+    with attention(model) as maps:
+        for reading in (len, list, lambda maps: maps.paths):
+            model(*factors())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", VisualizerWarning)
+                assert not reading(maps)
+
+
+def test_maps_do_not_wait_for_long(monkeypatch):
+    """The warning comes while the model runs, within some passes; at once where the values take much memory."""
+    monkeypatch.setitem(kernels.KERNELS, "scaled_dot_product_attention", wrong)
+    model = Fused()
+    for keys, passes in ((9, 64), (2**16, 1)):
+        with attention(model) as maps:
+            with pytest.warns(VisualizerWarning, match="the map of '' is not kept"):
+                for _ in range(passes):
+                    model(*factors(queries=1, keys=keys))
+            assert len(maps) == 0
 
 
 def test_by_how_much():

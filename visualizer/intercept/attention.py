@@ -172,6 +172,7 @@ class _Unproven(NamedTuple):
 
 
 _MOST_UNPROVEN = 2**24  # bytes
+_MANY, _MANY_BYTES = 64, 2**20  # maps that are proven at the end of a pass
 
 
 class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
@@ -237,7 +238,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             def end_pass() -> None:
                 maps = known()
                 if maps is not None:
-                    maps.prove()
+                    maps.prove(may_wait=True)
 
             def warn_in_call(message: str, section: Section) -> None:
                 maps = known()
@@ -614,8 +615,19 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             )
         return doubt is not None
 
-    def prove(self) -> None:
-        """Keep only those maps that were used, of all up to now."""
+    def prove(self, may_wait: bool = False) -> None:
+        """Keep only those maps that were used, of all up to now.
+
+        Args:
+            may_wait: whether a few maps may wait for those of later passes, as those of the steps of a generation:
+                many at once take a third of the time. Nobody reads them before they are proven.
+        """
+        if not self._unproven:
+            return
+        # A map that is dropped would stay as long as it waits.
+        are_few = len(self._unproven) < _MANY and self._unproven_bytes < _MANY_BYTES and self._layers is None
+        if may_wait and are_few:
+            return
         watch = self._watch
         with self._lock, unseen():
             unproven, self._unproven, self._unproven_bytes = self._unproven, [], 0

@@ -4,42 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..maps import Factors, HeadRows, Samples, without_autograd
+from ..maps import Factors, HeadRows, Samples, tokens_of, without_autograd
 
 _ROWS = 2
 _AT_ONCE = 2**20  # how many numbers of values are compared in one product, at most
-_ROUNDING = {torch.float32: 16, torch.float64: 16}  # steps of the output's type at the largest value; others: 4
+_STEPS = {torch.float32: 16, torch.float64: 16}  # of the output's type at the largest value; others: 4
+
+
+class _Known(NamedTuple):
+    """Rows that exist, (..., some queries, keys)."""
+
+    rows: Tensor
+    size_of_scores: Callable[[], float]
+
+    def weights(self) -> Tensor:
+        """The rows."""
+        return self.rows
 
 
 class Evidence:
     """How far some rows of a map, times the values, are from the rows of the output.
 
     Args:
-        rows: gives the rows, (..., some queries, keys).
+        rows: which, and how large the scores are that they are made of: asked only where they are not near.
         values, output: of these, which nobody changes until they are compared.
-        size_of_scores: of what the rows are made of, asked only where the rows are not near.
-        head: of a fused map without a mask, the head that the rows are of.
     """
 
-    def __init__(
-        self,
-        rows: Callable[[], Tensor],
-        values: Tensor,
-        output: Tensor,
-        size_of_scores: Callable[[], float],
-        head: HeadRows | None = None,
-    ) -> None:
-        self._rows, self._output, self._size_of_scores, self._head = rows, output, size_of_scores, head
+    __slots__ = ("_distance", "_gap", "_is_near", "_largest", "_output", "_rows", "_values")
+
+    def __init__(self, rows: HeadRows | _Known, values: Tensor, output: Tensor) -> None:
+        self._rows, self._output = rows, output
         self._values: Tensor | None = values
         """None once they are compared: there may be many."""
-        self._gap: Tensor | None = None
-        self._distance: float | Tensor = 0.0
-        self._largest: float | Tensor = 0.0
+        self._is_near = False
 
     @property
     def nbytes(self) -> int:
@@ -48,28 +51,32 @@ class Evidence:
 
     def weighed(self) -> Evidence:
         """The same, compared now; on a GPU the result is on its way."""
-        if self._values is not None:
-            rows = self._rows()
-            gap = torch.matmul(rows, self._values.to(rows.dtype)).sub_(self._output)
-            self._take(gap, gap.abs().amax(), self._values.abs().amax())  # a norm takes ten times as long
+        values = self._values
+        if values is not None:
+            rows = self._rows.weights()
+            gap = torch.matmul(rows, values.to(rows.dtype)).sub_(self._output)
+            self._take(gap, gap.abs().amax(), values.abs().amax())  # a norm takes ten times as long
         return self
 
-    def _take(self, gap: Tensor, distance: float | Tensor, largest: float | Tensor) -> None:
+    def _take(self, gap: Tensor, distance: float | Tensor, largest: Tensor) -> None:
         self._gap, self._distance, self._largest, self._values = gap, distance, largest, None
 
     def doubt(self) -> str | None:
         """By how much the map is wrong, in words; None if it is right as far as the type of the output can tell."""
-        gap = self.weighed()._gap
-        assert gap is not None
-        largest, dtype = float(self._largest), self._output.dtype
-        distance, step = float(self._distance), torch.finfo(dtype).eps * largest
+        if self._values is not None:
+            Evidence.weigh([self])
+        if self._is_near:
+            return None
+        self.weighed()
+        dtype, distance, largest = self._output.dtype, float(self._distance), float(self._largest)
         if math.isnan(distance):  # where the kernel returns no number there is nothing to compare
-            distance = float(gap.masked_fill(self._output.isnan(), 0).abs().amax())
-        allowed = _ROUNDING.get(dtype, 4) * step
+            distance = float(self._gap.masked_fill(self._output.isnan(), 0).abs().amax())
+        allowed = _rounding(dtype) * largest
         if not distance > allowed:
             return None
         # Scores are rounded too, the more the larger they are.
-        allowed = allowed * max(1.0, float(self._rows().abs().sum(-1).amax())) + step * self._size_of_scores()
+        allowed *= max(1.0, float(self._rows.weights().abs().sum(-1).amax()))
+        allowed += torch.finfo(dtype).eps * largest * self._rows.size_of_scores()
         if not distance > allowed:
             return None
         return f"by {distance:.2g}, where {str(dtype).removeprefix('torch.')} allows {allowed:.2g}"
@@ -80,47 +87,51 @@ class Evidence:
         """Compare several: those of a model's layers are mostly alike, and one product is quicker than one for each."""
         alike: dict[Any, list[Evidence]] = {}
         for one in several:
-            head, values = one._head, one._values
-            if head is not None and values is not None:
-                alike.setdefault((*head.form, values.shape, values.dtype, one._output.dtype), []).append(one)
-        for form, together in alike.items():
-            count = max(1, _AT_ONCE // math.prod(form[-3]))
+            rows, values = one._rows, one._values
+            if values is not None and type(rows) is HeadRows and (form := rows.form) is not None:
+                alike.setdefault((form, values.shape[1], values.dtype, one._output.dtype), []).append(one)
+        for (form, width, _, dtype), together in alike.items():
+            count = max(1, _AT_ONCE // (form[0] * width))
             for start in range(0, len(together), count):
-                _weigh_alike(together[start : start + count])
+                _weigh_alike(together[start : start + count], _rounding(dtype))
 
 
-def _weigh_alike(several: Sequence[Evidence]) -> None:
-    heads = [one._head for one in several if one._head is not None]
-    rows = HeadRows.of_several(heads)
-    values = torch.stack([one._values for one in several if one._values is not None])
-    gaps = torch.matmul(rows, values.to(rows.dtype)[:, None]).sub_(torch.stack([one._output for one in several]))
-    sizes = [one.abs().flatten(1).amax(1) for one in (gaps, values)]
-    distances, largest = torch.stack([one.to(gaps.dtype) for one in sizes]).tolist()
-    for one, *told in zip(several, gaps, distances, largest, strict=True):
-        one._take(*told)
+def _weigh_alike(several: Sequence[Evidence], rounding: float) -> None:
+    rows: Any = [one._rows for one in several]
+    values: Any = [one._values for one in several]
+    products = HeadRows.products(rows, values)
+    gaps = products - torch.stack([one._output for one in several])
+    found = torch.stack((gaps, products)).abs().amax((2, 3, 4)).tolist()
+    for place, (one, distance, size) in enumerate(zip(several, *found, strict=True)):
+        # Rows that sum to one make nothing larger than the largest of the values, which takes longer to find.
+        if distance <= rounding * size:
+            one._is_near, one._values = True, None
+        else:
+            one._take(gaps[place], distance, values[place].abs().amax())
+
+
+@lru_cache
+def _rounding(dtype: torch.dtype) -> float:
+    """By how much a number of this type is rounded, at most, where the largest is 1."""
+    return _STEPS.get(dtype, 4) * torch.finfo(dtype).eps
 
 
 @without_autograd
 def of_fused(source: Factors, values: Tensor, output: Tensor, number: int) -> Evidence | None:
     """The evidence for query and key, (batch, heads, ...) like values and output; `number` varies which rows."""
     batch, heads, queries, keys = source.shape
-    if not (batch * heads * queries * keys and values.shape[-1]):
+    _, key_heads, _, width = values.shape
+    if not (batch * heads * queries * keys and width):
         return None
-    chosen, groups = _some(queries, number), heads // values.shape[1]
-    if not source.has_functions:
-        image, head = number % batch, number // batch % values.shape[1]
-        own = output[image, head * groups : (head + 1) * groups, chosen].clone()
-        return Evidence(
-            lambda: source.rows_of_head(image, head, chosen),
-            values[image, head].clone(),
-            own,
-            lambda: source.of_head(image, head).size_of_scores(chosen),
-            HeadRows(source, image, head, chosen) if source.is_plain else None,
-        )
-    rows = source.rows(chosen)
-    grouped = rows.reshape(batch, values.shape[1], -1, keys)
-    output = output[:, :, chosen].reshape(*grouped.shape[:3], -1)
-    return Evidence(lambda: grouped, values, output, lambda: source.size_of_scores(chosen)).weighed()
+    if source.has_functions:
+        chosen = slice(*_some(queries, number))
+        rows = source.rows(chosen).reshape(batch, key_heads, -1, keys)
+        output = output[:, :, chosen].reshape(*rows.shape[:3], -1)
+        return Evidence(_Known(rows, lambda: source.size_of_scores(chosen)), values, output).weighed()
+    image, head, groups = number % batch, number // batch % key_heads, heads // key_heads
+    start, stop = _some(queries, number)
+    own = tokens_of(output, image, head * groups, start, stop - start, groups).clone()
+    return Evidence(HeadRows(source, image, head, start, stop), tokens_of(values, image, head, 0, keys).clone(), own)
 
 
 @without_autograd
@@ -128,10 +139,10 @@ def of_weights(weights: Tensor, values: Tensor, output: Tensor, number: int) -> 
     """The evidence for weights (..., queries, keys), values (..., keys, width) and output (..., queries, width)."""
     if not (weights.numel() and output.numel()):
         return None
-    chosen = _some(weights.shape[-2], number)
+    chosen = slice(*_some(weights.shape[-2], number))
     dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
     rows = weights[..., chosen, :].to(dtype)
-    return Evidence(lambda: rows, values, output[..., chosen, :], lambda: 0.0).weighed()
+    return Evidence(_Known(rows, float), values, output[..., chosen, :]).weighed()
 
 
 @without_autograd
@@ -140,12 +151,13 @@ def of_samples(source: Samples, values: Sequence[Tensor], output: Tensor, number
     batch, heads, queries, keys = source.shape
     if not (batch * heads * queries * keys and output.numel()):
         return None
-    chosen, image, head = _some(queries, number), number % batch, number // batch % heads
+    chosen, image, head = slice(*_some(queries, number)), number % batch, number // batch % heads
     cells = torch.cat([level[image, head].flatten(1) for level in values], 1).mT
     rows = source.of_head(image, head).rows(chosen)[0, 0]
-    return Evidence(lambda: rows, cells, output[image, head, chosen], source.largest_side).weighed()
+    return Evidence(_Known(rows, source.largest_side), cells, output[image, head, chosen]).weighed()
 
 
-def _some(queries: int, number: int) -> slice:
+def _some(queries: int, number: int) -> tuple[int, int]:
+    """The number of the first of some queries, and the one behind their last."""
     start = 7 * number % max(1, queries - _ROWS + 1)
-    return slice(start, min(start + _ROWS, queries))
+    return start, min(start + _ROWS, queries)

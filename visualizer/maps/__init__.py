@@ -10,7 +10,7 @@ from .generated import generated_maps, is_generation
 from .gradients import Gradient
 from .joined import Block, Joined, JoinedGradient, Source, stitched_rows
 from .samples import Samples
-from .sources import Factors, HeadRows, Keys, Modifiers, Weights, may_be_autocast, without_autograd
+from .sources import Factors, HeadRows, Keys, Modifiers, Weights, may_be_autocast, tokens_of, without_autograd
 
 __all__ = [
     "AttentionMap",
@@ -30,5 +30,6 @@ __all__ = [
     "joined_map",
     "may_be_autocast",
     "stitched_rows",
+    "tokens_of",
     "without_autograd",
 ]

@@ -51,6 +51,20 @@ def slices(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, max(count, 1), size))
 
 
+def tokens_of(tensor: Tensor, image: int, head: int, start: int, count: int, heads: int = 0) -> Tensor:
+    """tensor[image, head, start : start + count] of four axes, or of several heads from that one on.
+
+    It is called in the midst of a model, where the code that indexing takes is in no cache: that takes 20 us.
+    """
+    if type(tensor) is not Tensor or not tensor.is_cpu:
+        return tensor[image, slice(head, head + heads) if heads else head, start : start + count]
+    axes, width = tensor.stride(), tensor.shape[3]
+    first = tensor.storage_offset() + image * axes[0] + head * axes[1] + start * axes[2]
+    if heads:
+        return tensor.as_strided((heads, count, width), axes[1:], first)
+    return tensor.as_strided((count, width), axes[2:], first)
+
+
 class Weights:
     """Weights that exist, (batch, heads, queries, keys)."""
 
@@ -89,15 +103,17 @@ class _Buffer:
 
     def append(self, keys: Tensor) -> int:
         """Copy keys behind those that are there; returns how many bytes larger it is now."""
-        length, before = self.length + keys.shape[2], self.tensor.shape[2]
+        batch, heads, count, width = keys.shape
+        length, before = self.length + count, self.tensor.shape[2]
+        more = 0
         if length > before:
-            batch, heads, _, width = keys.shape
             larger = keys.new_empty(batch, heads, max(length, before + before // 2 + 16), width)
             larger[:, :, : self.length] = self.tensor[:, :, : self.length]
             self.tensor = larger
-        self.tensor[:, :, self.length : length] = keys
+            more = (larger.shape[2] - before) * batch * heads * width * keys.element_size()
+        self.tensor.narrow(2, self.length, count).copy_(keys)
         self.length = length
-        return (self.tensor.shape[2] - before) * self.tensor[:, :, :1].numel() * keys.element_size()
+        return more
 
 
 class Keys:
@@ -132,30 +148,42 @@ class Keys:
         return id(self._shared)
 
     def first(self, length: int) -> Tensor:
-        """The first keys of the buffer."""
+        """The first keys of the buffer; all, where it has no more."""
         return self.buffer[:, :, :length]
 
     def part(self, begin: int, length: int) -> Tensor:
         """Some keys of each text."""
         if self.lanes is None:
             whole = self.buffer
-            return whole if length == whole.shape[2] else whole[:, :, begin : begin + length]
+            return whole if length == whole.shape[2] else whole.narrow(2, begin, length)
         places = torch.arange(begin, begin + length, device=self.buffer.device)
         return self.buffer[self.lanes[:, begin : begin + length].long(), :, places].transpose(1, 2)
 
+    def of_head(self, image: int, head: int, begin: int, length: int) -> Tensor:
+        """Some keys of one text and one head, (those keys, width)."""
+        if self.lanes is None:
+            return tokens_of(self._shared.tensor, image, head, begin, length)
+        return self.part(begin, length)[image, head]
+
     def begins(self, keys: Tensor) -> bool:
         """Whether these keys begin with all that are known."""
-        has_all = self.lanes is None and keys.shape[2] >= self.length and self._fits(keys)
-        return has_all and torch.equal(keys[:, :, : self.length], self.first(self.length))
+        known = self._shared.length
+        if self.lanes is not None or not self._fits(keys) or keys.shape[2] < known:
+            return False
+        return torch.equal(keys.narrow(2, 0, known), self._shared.tensor.narrow(2, 0, known))
 
     def _fits(self, keys: Tensor) -> bool:
+        known = self._shared.tensor
         batch, heads, _, width = keys.shape
-        is_alike = self.buffer.dtype == keys.dtype and self.buffer.device == keys.device
-        return is_alike and (batch, heads, width) == (*self.buffer.shape[:2], self.buffer.shape[3])
+        known_batch, known_heads, _, known_width = known.shape
+        if (batch, heads, width) != (known_batch, known_heads, known_width):
+            return False
+        return known.dtype == keys.dtype and known.device == keys.device
 
     def grow(self, keys: Tensor) -> int:
         """Copy the keys behind those that are known; returns how many bytes larger the buffer is now."""
-        return self._shared.append(keys[:, :, self.length :])
+        known = self._shared.length
+        return self._shared.append(keys.narrow(2, known, keys.shape[2] - known))
 
     def step(self, keys: Tensor, are_hidden: Callable[[int], bool]) -> tuple[Keys, int, int] | None:
         """Take the keys of a step with one query, the last of which is new; None if they do not go on from these.
@@ -173,7 +201,7 @@ class Keys:
         begin = self.length - count + 1
         if begin < 0 or count < 2 or not self._fits(keys):
             return None
-        known, old, order = self.part(begin, count - 1), keys[:, :, :-1], None
+        known, old, order = self.part(begin, count - 1), keys.narrow(2, 0, count - 1), None
         if not torch.equal(known, old):
             if count == self.length and self.lanes is None and self._fill(keys, are_hidden):
                 return self, 0, 0
@@ -190,7 +218,7 @@ class Keys:
                 self.lanes = lanes
             else:
                 made, more = Keys(self._shared, lanes), lanes.nbytes
-        return made, begin, more + self._shared.append(keys[:, :, -1:])
+        return made, begin, more + self._shared.append(keys.narrow(2, count - 1, 1))
 
     def _fill(self, keys: Tensor, are_hidden: Callable[[int], bool]) -> bool:
         """Take the keys of a static cache, if only one differs, in a place that was empty up to now."""
@@ -310,13 +338,14 @@ class Factors:
         begin: int = 0,
     ) -> None:
         self._query, self.keys, self._length, self._begin = query, keys, length, begin
-        self._scale = 1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale)
         if mask is not None and mask.requires_grad:  # a mask without a graph stays one object, shared in a file too
             mask = mask.detach()
         self.mask, self._causal = mask, causal
         self._score_mod, self._mask_mod = score_mod, mask_mod
         self._modifiers = _UNMODIFIED if modifiers is None else modifiers
-        self.shape = query.shape[0], query.shape[1], query.shape[2], length
+        batch, heads, queries, width = query.shape
+        self.shape = batch, heads, queries, length
+        self._scale = 1 / math.sqrt(max(1, width)) if scale is None else float(scale)
         self.dtype, self.device = query.dtype, query.device
         self.log_sums: Tensor | None = None
         """Of each query the logarithm of the sum that its softmax is divided by, (batch, heads, queries), if the kernel
@@ -470,18 +499,11 @@ class Factors:
         query, key = self._query[image : image + 1, heads], keys[image : image + 1, head : head + 1]
         return Factors(query, Keys(key), self._length, self._scale, mask, self._causal, None, None, modifiers)
 
-    @without_autograd
-    def rows_of_head(self, image: int, head: int, queries: slice) -> Tensor:
-        """The weights of some queries in the part that `of_head` gives: (heads, those queries, keys)."""
-        if self.is_plain:  # as nearly always, and much quicker
-            return HeadRows.of_several([HeadRows(self, image, head, queries)])[0]
-        return self.of_head(image, head).rows(queries)[0]
-
     @property
     def is_plain(self) -> bool:
         """Whether nothing changes the scores, or only a causal bound that leaves each query a key."""
-        is_bounded = self._causal is not None and self._causal < 0
-        return self._bias is None and self._modifiers is _UNMODIFIED and not is_bounded and not self.has_functions
+        has_none = self._bias is None and self._modifiers is _UNMODIFIED and not self.has_functions
+        return has_none and (self._causal is None or self._causal >= 0)
 
     def of_sequences(self) -> list[Factors]:
         """Of each of the sequences that were packed into one, the same."""
@@ -575,32 +597,82 @@ class Factors:
 
 
 class HeadRows(NamedTuple):
-    """Some queries of one image or text in a plain map, and of the heads that share one key head."""
+    """Some queries of one image or text in a map without functions, and of the heads that share one key head."""
 
     source: Factors
     image: int
     head: int
-    queries: slice
+    start: int
+    stop: int
+
+    def weights(self) -> Tensor:
+        """Their weights, (heads, those queries, keys)."""
+        return self.source.of_head(self.image, self.head).rows(slice(self.start, self.stop))[0]
+
+    def size_of_scores(self) -> float:
+        """As that of `Factors`."""
+        return self.source.of_head(self.image, self.head).size_of_scores(slice(self.start, self.stop))
 
     @property
-    def form(self) -> tuple[Any, ...]:
-        """What several must have in common for `of_several`."""
-        one, keys, count = self.source, self.source.keys.buffer.shape, self.queries.stop - self.queries.start
-        return one.shape[1], one.shape[3], keys[1], keys[3], count, one.dtype, one.device, one._scale
+    def form(self) -> tuple[Any, ...] | None:
+        """What several must have in common for `products`; None if a mask or the like changes the scores.
+
+        The first of it is a number of keys that none of them has more of.
+        """
+        one = self.source
+        if not one.is_plain:
+            return None
+        _, heads, _, keys = one.shape
+        _, key_heads, _, width = one.keys.buffer.shape
+        most = 1 << keys.bit_length()  # those of many more keys would be little but padding
+        return most, heads, key_heads, width, self.stop - self.start, one.dtype, one.device, one._scale
 
     @staticmethod
-    def of_several(several: Sequence[HeadRows]) -> Tensor:
-        """Their weights, (several, heads, those queries, keys)."""
+    def products(several: Sequence[HeadRows], values: Sequence[Tensor]) -> Tensor:
+        """The weights of each times its values, which are (keys, width): (several, heads, those queries, width)."""
         first = several[0].source
-        queries, keys = [], []
-        for source, image, head, chosen in several:
-            groups = source.shape[1] // source.keys.buffer.shape[1]
-            queries.append(source._query[image, head * groups : (head + 1) * groups, chosen])
-            keys.append(source.key[image, head])
-        query, key = (torch.stack(one).to(computed_in(first.dtype)) for one in (queries, keys))
-        scores = torch.matmul(query * first._scale, key.mT[:, None])
-        for place, (source, _, _, chosen) in enumerate(several):
-            if source._causal is not None:
-                for number, at in enumerate(range(chosen.start, chosen.stop)):
-                    scores[place, :, number, at + source._causal + 1 :] = -math.inf
-        return torch.softmax(scores, -1)
+        groups, dtype = first.shape[1] // first.keys.buffer.shape[1], computed_in(first.dtype)
+        queries, keys, lengths, are_bounded = [], [], [], False
+        for source, image, head, start, stop in several:
+            queries.append(tokens_of(source._query, image, head * groups, start, stop - start, groups))
+            keys.append(source.keys.of_head(image, head, source._begin, source._length))
+            lengths.append(source._length)
+            are_bounded |= source._causal is not None
+        query, places = torch.stack(queries).to(dtype), _padding(lengths, first.device)
+        key, value = _padded(keys, places).to(dtype), _padded(values, places).to(dtype)
+        count, _, rows, width = query.shape
+        # One product for all heads: what is broadcast would be copied for each.
+        scores = torch.bmm((query * first._scale).view(count, -1, width), key.mT)
+        if places is not None or are_bounded:
+            ends = torch.tensor([one._ends() for one in several], device=first.device)
+            hidden = torch.arange(key.shape[1], device=first.device) >= ends[..., None]
+            scores.view(count, groups, rows, -1).masked_fill_(hidden[:, None], -math.inf)
+        return torch.bmm(torch.softmax(scores, -1), value).view(count, groups, rows, -1)
+
+    def _ends(self) -> list[int]:
+        """Of each query the number behind the last key that it sees."""
+        causal, length = self.source._causal, self.source._length
+        if causal is None:
+            return [length] * (self.stop - self.start)
+        return [min(length, query + causal + 1) for query in range(self.start, self.stop)]
+
+
+def _padding(lengths: Sequence[int], device: torch.device) -> Tensor | None:
+    """Where in the rows of several tensors, one behind the other, each row of the padded ones is; None: all are alike.
+
+    Padding has the place behind the last.
+    """
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return None
+    sizes = torch.tensor(lengths, device=device)[:, None]
+    places = torch.arange(longest, device=device)
+    return torch.where(places < sizes, places + (sizes.cumsum(0) - sizes), sum(lengths))
+
+
+def _padded(several: Sequence[Tensor], places: Tensor | None) -> Tensor:
+    """Tensors (rows, width) as one, (several, rows, width), zero where they are padded."""
+    if places is None:
+        return torch.stack([*several])
+    together = torch.cat([*several, several[0].new_zeros(1, several[0].shape[1])])
+    return together.index_select(0, places.flatten()).view(*places.shape, -1)

@@ -71,25 +71,35 @@ class Budget:
 
     def room(self, device: str) -> int:
         """How many bytes more may be kept on a device; negative where there are too many."""
-        self.limit(device)
+        if device not in self._limits:
+            self.limit(device)
         return self._left[device] + (self.purse.left if device == "cpu" else 0)
 
     def add(self, sizes: dict[str, int]) -> str | None:
         """Count a value; the device on which there are too many bytes now, or None."""
-        self.discount({device: -size for device, size in sizes.items()})
+        for device, size in sizes.items():
+            self._take(device, -size)
         return self.exceeded(sizes)
 
     def discount(self, sizes: dict[str, int]) -> None:
         """Count a value no more."""
         for device, size in sizes.items():
+            self._take(device, size)
+
+    def _take(self, device: str, more: int) -> None:
+        """Have more left on a device, or less."""
+        if device not in self._limits:
             self.limit(device)
-            self._left[device] += size
-            if device == "cpu":
-                self._fill_purse()
+        self._left[device] += more
+        if device == "cpu":
+            self._fill_purse()
 
     def exceeded(self, devices: Iterable[str]) -> str | None:
         """The first of these devices on which there are too many bytes, or None."""
-        return next((device for device in devices if self.room(device) < 0), None)
+        for device in devices:
+            if self.room(device) < 0:
+                return device
+        return None
 
     def clear(self) -> None:
         """Start over with nothing kept."""
