@@ -336,6 +336,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
     def clear(self) -> None:
         """Drop all maps; recording goes on."""
         with self._lock:
+            self.prove()  # which warns of those that are wrong
             self._kept, self._unproven, self._unproven_bytes = [], [], 0
             self._paths, self._is_full = {}, False
             self._budget.clear()
@@ -605,7 +606,9 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
 
     def _is_doubted(self, path: str, kernel: str, evidence: Sequence[Evidence]) -> bool:
         """Whether a map is not the one that was used; then a warning says so."""
-        doubt = next((doubt for one in evidence if (doubt := one.doubt()) is not None), None)
+        doubt = None
+        for one in evidence:
+            doubt = one.doubt() if doubt is None else doubt
         if doubt is not None and path not in self._doubted:
             self._doubted.add(path)
             self.warn_in_call(
