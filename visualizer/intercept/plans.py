@@ -36,7 +36,7 @@ from .kernels import KERNELS
 from .modules import ModuleCall, is_within
 from .operators import READS
 from .provenance import Origin
-from .states import Forms, Parts, States
+from .states import Forms, Given, Parts, States
 
 _MOST_FORMS, _MOST_FAILURES = 32, 8
 
@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
     name: str
     given: Any
-    """Of one that attends: what the modules were given whose code tells where query and key come from, see `Forms`.
+    """Of one that attends: what the modules were given whose code tells where query and key come from, see `Given`.
     Of one that reads a number: that; `ANY` where it does not matter which one."""
     tensors: Any
     """And the class and shape of query, key and value; None for lengths that differ."""
@@ -271,8 +271,8 @@ def plans_of(model: nn.Module) -> Plans:
         return Plans()
 
 
-def _given(call: ModuleCall) -> Any:
-    return Forms().of((call.args, call.kwargs))
+def _given(call: ModuleCall) -> Given:
+    return Given(call.args, call.kwargs)
 
 
 def _lengths(calls: Sequence[ModuleCall]) -> tuple[int, ...]:
@@ -291,8 +291,10 @@ def _fits(step: Step, args: Any, calls: Sequence[ModuleCall]) -> bool:
             return False
         if not _agree(shape, one.shape):
             return False
-    is_as_given = step.given == (*map(_given, calls[-len(step.given) :]),)
-    return bool(is_as_given) and (not step.lengths or step.lengths == _lengths(calls))
+    for call, given in zip(calls[-len(step.given) :], step.given, strict=True):
+        if not given.fits(call.args, call.kwargs):
+            return False
+    return not step.lengths or step.lengths == _lengths(calls)
 
 
 def _agree(known: Sequence[int | None], sizes: Sequence[int]) -> bool:
