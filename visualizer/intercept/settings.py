@@ -72,11 +72,8 @@ class Settings:
 
     def __init__(self, held: list[Any], places: Iterable[int]) -> None:
         self._places = [*places]
-        found = self._of(held)
-        self._numbers = [*map(id, found)]
-        # As long as they are there, no other has their number.
-        self._kept = [*filter(_is_simple, found)]
-        self._levels = _levels(held, self._places)
+        self._numbers = [*map(id, self._of(held))]
+        self._levels = _levels(held, self._places)  # these keep them, so that no other has their number
 
     def are_same(self, held: list[Any]) -> bool:
         """Whether they are as they were, of the same objects."""
