@@ -8,7 +8,8 @@ attend. A later pass follows it as long as nothing differs that could make it wr
   numbers of Python, and what objects hold of all this; for each module that attends also which of its arguments are one
   tensor, and where inputs were joined, the shapes of all that it and the modules around it are given;
 - the watched modules: their classes, attributes and parts, the settings in their attributes, and all hooks;
-- the globals that their code may read, by the names in it, and what its functions close over;
+- the globals that their code may read, by the names in it, what its functions close over, the values of context
+  variables among all this, and the variables of the process;
 - the numbers that the code reads from tensors, unless they differed between the two passes;
 - the operators, with the axes of query, key and value;
 - what of the calls is recorded: of the others nobody looks for the axes.
@@ -17,8 +18,8 @@ Floating-point types may differ, and devices: the same code works with them.
 
 Where a module that attends, or a part of it, reads numbers of tensors, its next step may depend on them: there is no
 plan then. Where inputs were joined, there is none if any module does so, or cuts a tensor by a mask, for the numbers
-may say how long a part is. Nor is there one where the code reads whole tensors, takes random numbers of Python or numpy
-or has an iterator, where calls are joined to one attention, or where a map was made of anything else than a fused call.
+may say how long a part is. Nor is there one where the code reads whole tensors, takes random numbers of Python or numpy,
+reads a clock or has an iterator, where calls are joined to one attention, or where a map was made of anything else than a fused call.
 """
 
 from __future__ import annotations
