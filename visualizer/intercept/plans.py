@@ -18,8 +18,9 @@ Floating-point types may differ, and devices: the same code works with them.
 
 Where a module that attends, or a part of it, reads numbers of tensors, its next step may depend on them: there is no
 plan then. Where inputs were joined, there is none if any module does so, or cuts a tensor by a mask, for the numbers
-may say how long a part is. Nor is there one where the code reads whole tensors, takes random numbers of Python or numpy,
-reads a clock or has an iterator, where calls are joined to one attention, or where a map was made of anything else than a fused call.
+may say how long a part is. Nor is there one where the code reads whole tensors, takes random numbers of Python or of
+numpy, reads a clock or has an iterator, where calls are joined to one attention, or where a map was made of anything
+else than a fused call.
 """
 
 from __future__ import annotations

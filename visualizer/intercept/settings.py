@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar
 from enum import Enum
-from gc import get_referents
+from itertools import chain
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -146,7 +146,8 @@ class _Level:
         spaces += [_attribute(held[place], "__dict__") for place in self._others]
         spaces += [_space(held[place]) for place in self._changing]
         lengths = [*map(len, spaces), *[len(held[place]) for place in self._long]]
-        return lengths, get_referents(*spaces)
+        inner = chain.from_iterable([space.values() if isinstance(space, dict) else space for space in spaces])
+        return lengths, [*inner]
 
 
 def _levels(held: list[Any], places: Iterable[int]) -> list[_Level]:
