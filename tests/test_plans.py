@@ -2,16 +2,20 @@
 
 import contextlib
 import contextvars
+import datetime
 import functools
 import gc
+import os
 import random
 import sys
 import threading
+import time as clocks  # so that no global is called as the module is
 import types
 import warnings
 import weakref
 from collections import deque
 from enum import Enum
+from time import monotonic
 
 import numpy as np
 import pytest
@@ -25,7 +29,8 @@ from visualizer.intercept import operators
 CALLS = 6
 modes = []
 note_mode = modes.append  # a list that the code of a model reads is looked at, what is behind a method of one is not
-turns = contextvars.ContextVar("turns", default=0)  # nor is this
+turns = []
+take_turn = turns.pop  # nor is this
 
 
 def split(x):
@@ -337,6 +342,25 @@ class Slotted:
 SETTINGS = types.SimpleNamespace(is_cross=False)
 
 
+CONTEXT = contextvars.ContextVar("CONTEXT", default=False)
+HOLDS = contextvars.ContextVar("HOLDS")
+
+
+def imported_late():
+    from time import perf_counter as late
+
+    return int(late() * 100)
+
+
+CLOCKS = {
+    "function": lambda: int(monotonic() * 100),
+    "module": lambda: clocks.monotonic_ns() // 10**7,
+    "imported late": imported_late,
+    "date": lambda: datetime.datetime.now().microsecond // 10**4,
+}
+"""Hundredths of a second."""
+
+
 class Helper:
     is_cross = False
 
@@ -390,13 +414,24 @@ class TestNotFollowed:
             assert [one.kind for one in maps] == ["cross" if sign > 0 else "self" for sign in signs]
 
     @pytest.mark.parametrize(
-        "where", ["random", "numpy", "generator", "iterator", "global", "helper", "closure", "list"]
+        "where",
+        [
+            *("random", "numpy", "generator", "iterator", "global", "helper", "closure", "list", "thread"),
+            *("context", "context in an object", "what a context holds", "environment", "variable"),
+        ],
     )
-    def test_something_else_than_arguments_chooses(self, x, where):
+    def test_something_else_than_arguments_chooses(self, x, where, monkeypatch):
         """Some passes in a row are alike by chance."""
         turns, chosen = [False, False, False, True, True, True, False, True] * 2, []
         flag, turn, notes, own, iterator = False, 0.0, [], random.Random(0), iter(turns)
+        local, around = threading.local(), types.SimpleNamespace(context=contextvars.ContextVar("of an object"))
         choose = {
+            "thread": lambda: local.is_cross,
+            "context": lambda: CONTEXT.get(),
+            "context in an object": lambda: around.context.get(False),
+            "what a context holds": lambda: HOLDS.get()["is_cross"],
+            "environment": lambda: "IS_CROSS" in os.environ,
+            "variable": lambda: os.getenv("IS_CROSS") is not None,
             "random": lambda: random.random() < 0.5,
             "numpy": lambda: np.random.rand() < 0.5,
             "generator": lambda: own.random() < 0.5,
@@ -421,9 +456,48 @@ class TestNotFollowed:
             for turn in turns:
                 flag = SETTINGS.is_cross = Helper.is_cross = turn
                 notes.append(float(turn))
+                local.is_cross = turn
+                CONTEXT.set(turn)
+                around.context.set(turn)
+                HOLDS.set({"is_cross": turn})
+                if where in ("environment", "variable"):  # it is compared in any case
+                    monkeypatch.setenv("IS_CROSS", "") if turn else monkeypatch.delenv("IS_CROSS", raising=False)
                 model(x, x + 1)
         assert set(chosen) == {"self", "cross"}
         assert [one.kind for one in maps] == chosen
+
+    @pytest.mark.parametrize("clock", CLOCKS.values(), ids=CLOCKS)
+    def test_a_clock_chooses(self, x, clock):
+        """It is read in the pass, and before it until it shows what is to be."""
+        notes = []
+        note = notes.append
+
+        class Chooses(Attends):
+            def forward(self, x, y):
+                is_cross = clock() % 2 > 0
+                note("cross" if is_cross else "self")
+                return self.attend(x, y if is_cross else x)
+
+        model = Around(Chooses)
+        with attention(model) as maps:
+            for is_cross in [False, False, False, True, True, True, False, True]:
+                while (clock() % 2 > 0) is not is_cross:
+                    pass
+                model(x, x + 1)
+        assert set(notes) == {"self", "cross"}
+        assert [one.kind for one in maps] == notes
+
+    def test_a_module_of_clocks_that_is_not_asked(self, x):
+        class Sleeps(Attends):
+            def forward(self, x):
+                clocks.sleep(0)
+                return self.attend(x, x)
+
+        model = Around(Sleeps)
+        with attention(model):
+            for _ in range(3):
+                model(x)
+        assert modes == [1, 1, 0]
 
     @pytest.mark.parametrize("reads", [bool, lambda number: number.item() > 0, lambda number: number.tolist() > 0])
     def test_a_number_that_is_read_elsewhere_chooses(self, x, reads):
@@ -481,6 +555,22 @@ class TestNotFollowed:
         kinds = [one.kind for one in maps]
         assert all(kind in ("cross" if sign > 0 else "self", None) for kind, sign in zip(kinds, signs, strict=True))
         assert kinds.count(None) <= 2
+
+    def test_a_module_inside_is_given_something_else(self, x):
+        class Chooses(Attends):
+            def forward(self, x, y, is_cross):
+                return self.attend(x, y if is_cross else x)
+
+        class Calls(Around):
+            def forward(self, x, y):
+                return self.attn(x, y, take_turn())
+
+        model = Calls(Chooses)
+        turns[:] = [True] * 4 + [False] * 4
+        with attention(model) as maps:
+            for _ in range(8):
+                model(x, x + 1)
+        assert [one.kind for one in maps] == ["self"] * 4 + [None] + ["cross"] * 3
 
     def test_an_argument_whose_class_fails(self, x, monkeypatch):
         class Fails:
@@ -667,10 +757,9 @@ class TestToldApart:
 
         class Late(Attends):
             def forward(self, x):
-                turns.set(turns.get() + 1)
-                return self.attend(x, x) if turns.get() < 5 else self.other(x)
+                return self.attend(x, x) if take_turn() else self.other(x)
 
-        turns.set(0)
+        turns[:] = [False] * 3 + [True] * 4
         return Late
 
     def test_an_attention_without_a_kernel(self, x, late):

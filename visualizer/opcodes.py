@@ -153,6 +153,17 @@ def globals_of(code: CodeType) -> set[str]:
     return {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
 
 
+def attributes_of(code: CodeType) -> set[str]:
+    """The names that code asks other things for, and what it takes from modules that it imports."""
+    asking = ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM")
+    return {step.argval for step in dis.get_instructions(code) if step.opname in asking}
+
+
+def imports_of(code: CodeType) -> set[str]:
+    """The modules that code imports, by the names that it has for them."""
+    return {step.argval for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME"}
+
+
 def multiplies_matrices(code: CodeType) -> bool:
     """Whether code has the operator @ in it."""
     return any(step.opname == "BINARY_OP" and step.argrepr in ("@", "@=") for step in dis.get_instructions(code))

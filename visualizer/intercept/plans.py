@@ -8,7 +8,8 @@ attend. A later pass follows it as long as nothing differs that could make it wr
   numbers of Python, and what objects hold of all this; for each module that attends also which of its arguments are one
   tensor, and where inputs were joined, the shapes of all that it and the modules around it are given;
 - the watched modules: their classes, attributes and parts, the settings in their attributes, and all hooks;
-- the globals that their code may read, by the names in it, and what its functions close over;
+- the globals that their code may read, by the names in it, what its functions close over, the values of context
+  variables among all this, and the variables of the process;
 - the numbers that the code reads from tensors, unless they differed between the two passes;
 - the operators, with the axes of query, key and value;
 - what of the calls is recorded: of the others nobody looks for the axes.
@@ -17,8 +18,9 @@ Floating-point types may differ, and devices: the same code works with them.
 
 Where a module that attends, or a part of it, reads numbers of tensors, its next step may depend on them: there is no
 plan then. Where inputs were joined, there is none if any module does so, or cuts a tensor by a mask, for the numbers
-may say how long a part is. Nor is there one where the code reads whole tensors, takes random numbers of Python or numpy
-or has an iterator, where calls are joined to one attention, or where a map was made of anything else than a fused call.
+may say how long a part is. Nor is there one where the code reads whole tensors, takes random numbers of Python or of
+numpy, reads a clock or has an iterator, where calls are joined to one attention, or where a map was made of anything
+else than a fused call.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from .kernels import KERNELS
 from .modules import ModuleCall, is_within
 from .operators import READS
 from .provenance import Origin
-from .states import Forms, Parts, States
+from .states import Forms, Given, Parts, States
 
 _MOST_FORMS, _MOST_FAILURES = 32, 8
 
@@ -46,7 +48,7 @@ class Step(NamedTuple):
 
     name: str
     given: Any
-    """Of one that attends: what the modules were given whose code tells where query and key come from, see `Forms`.
+    """Of one that attends: what the modules were given whose code tells where query and key come from, see `Given`.
     Of one that reads a number: that; `ANY` where it does not matter which one."""
     tensors: Any
     """And the class and shape of query, key and value; None for lengths that differ."""
@@ -330,8 +332,8 @@ def plans_of(model: nn.Module) -> Plans:
         return Plans()
 
 
-def _given(call: ModuleCall) -> Any:
-    return Forms().of((call.args, call.kwargs))
+def _given(call: ModuleCall) -> Given:
+    return Given(call.args, call.kwargs)
 
 
 def _lengths(calls: Sequence[ModuleCall]) -> tuple[int, ...]:
@@ -350,8 +352,10 @@ def _fits(step: Step, args: Any, calls: Sequence[ModuleCall]) -> bool:
             return False
         if not _agree(shape, one.shape):
             return False
-    is_as_given = step.given == (*map(_given, calls[-len(step.given) :]),)
-    return bool(is_as_given) and (not step.lengths or step.lengths == _lengths(calls))
+    for call, given in zip(calls[-len(step.given) :], step.given, strict=True):
+        if not given.fits(call.args, call.kwargs):
+            return False
+    return not step.lengths or step.lengths == _lengths(calls)
 
 
 def _agree(known: Sequence[int | None], sizes: Sequence[int]) -> bool:

@@ -1,35 +1,35 @@
-"""What the code of a model reads besides its arguments and its modules: globals, what functions close over, chance."""
+"""What the code of a model reads besides its arguments and its modules: globals, what functions close over, chance,
+clocks."""
 
 from __future__ import annotations
 
 import random
 import sys
-import threading
 import weakref
-from argparse import Namespace
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from enum import Enum
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from gc import get_referents
+from operator import itemgetter
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from ..opcodes import attributes_of, imports_of
+from .settings import FOREIGN, attributes, package_of
 
-SIMPLE = frozenset(
-    (
-        *(bool, int, float, complex, str, bytes, range, type(None), type(...)),
-        *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-    )
-)
-"""Classes of objects that are what they are equal to."""
 _CALLED = ("forward", "__call__", "__getattr__")
-_MOST_SETTINGS, _MOST_FUNCTIONS, _DEPTH = 100, 4096, 2
-_FOREIGN = {"builtins"} | sys.stdlib_module_names | {"torch", "numpy", "visualizer"}
-"""Packages whose functions do the same each time, but for those of chance."""
-_NAMESPACES = (SimpleNamespace, Namespace, threading.local)
-_CONTAINERS = (list, dict, set, tuple, deque)
+_MOST_FUNCTIONS = 4096
+_CHANGING = {
+    "time": {
+        *("time", "monotonic", "perf_counter", "process_time", "thread_time", "clock_gettime"),
+        *("time_ns", "monotonic_ns", "perf_counter_ns", "process_time_ns", "thread_time_ns", "clock_gettime_ns"),
+        *("localtime", "gmtime", "ctime", "asctime", "strftime"),
+    },
+    "datetime": {"now", "utcnow", "today"},
+    "os": {"urandom", "getrandom", "times"},
+    "secrets": {"randbits", "randbelow", "choice", "token_bytes", "token_hex", "token_urlsafe"},
+    "uuid": {"uuid1", "uuid4"},
+}
+"""Functions that give another answer each time, of modules, and of classes in them."""
 
 
 class Surroundings:
@@ -43,15 +43,16 @@ class Surroundings:
     """
 
     def __init__(self, classes: Iterable[type], functions: Sequence[Any]) -> None:
-        self._spaces: dict[int, tuple[weakref.ref[Any], dict[str, None]]] = {}
-        self._closures: list[weakref.ref[FunctionType]] = []
+        self._spaces: dict[int, tuple[Callable[[], Any], dict[str, None]]] = {}
+        self._closures: list[Callable[[], Any]] = []
         owners = [one for one in (*classes, *map(_owner_of, functions)) if one is not None]
         waiting = [found for one in functions for found in _functions(one)]
         waiting += [found for owner in owners for name in _CALLED for found in _functions(vars(owner).get(name))]
         seen, known = set[int](), set[str]()
+        reads_changing = False
         while waiting and len(seen) < _MOST_FUNCTIONS:
             function = waiting.pop()
-            if id(function) in seen or _package(function) in _FOREIGN:
+            if id(function) in seen or package_of(function) in FOREIGN:
                 continue
             seen.add(id(function))
             names = {*_names(function.__code__)}
@@ -59,6 +60,7 @@ class Surroundings:
             if function.__closure__:
                 self._closures.append(weakref.ref(function))
                 held += map(held_in, function.__closure__)
+            reads_changing = reads_changing or _reads_changing(function.__code__, names, held)
             held += [value for owner in owners for value in self._add(owner, names - known)]
             known |= names
             old = {*map(id, owners)}
@@ -66,10 +68,12 @@ class Surroundings:
             owners += fresh.values()
             held += [value for owner in fresh.values() for value in self._add(owner, known)]
             waiting += [found for value in held for found in _functions(value)]
+        # One name twice, for of a single one there is no tuple.
+        spaces = [(known, itemgetter(*names, next(iter(names)))) for known, names in self._spaces.values() if names]
+        self._of_functions = [space for space in spaces if type(space[0]()) is FunctionType]
+        self._of_others = [space for space in spaces if type(space[0]()) is not FunctionType]
         values = self.values()
-        places = {id(value): place for place, value in enumerate(values) if has_settings(value)}
-        self._with_settings = [*places.values()]
-        self.is_unsteady = any(map(is_unsteady, values))
+        self.is_unsteady = reads_changing or values is None or any(map(is_unsteady, values))
         """Whether they read what gives another answer each time."""
 
     def _add(self, owner: Any, names: set[str]) -> list[Any]:
@@ -81,21 +85,18 @@ class Surroundings:
         known.update(dict.fromkeys(name for name, one in found.items() if not isinstance(one, (ModuleType, type))))
         return [*found.values()]
 
-    def values(self) -> list[Any]:
-        """What the functions would read now."""
+    def values(self) -> list[Any] | None:
+        """What the functions would read now; None where something is gone."""
         read: list[Any] = []
-        for known, names in self._spaces.values():
-            owner = known()
-            space: Mapping[str, Any] = {} if owner is None else _space_of(owner)
-            read += map(space.get, names)
-        for known in self._closures:
-            function = known()
-            read += () if function is None else map(held_in, function.__closure__ or ())
-        return read
-
-    def settings(self, values: list[Any]) -> Iterator[list[Any]]:
-        """What those among the values hold that had settings at first."""
-        return (settings(values[place]) for place in self._with_settings if place < len(values))
+        try:
+            for known, take in self._of_functions:
+                read += take(known().__globals__)
+            for known, take in self._of_others:
+                read += take(known().__dict__)
+            cells = [cell for known in self._closures for cell in known().__closure__]
+        except (AttributeError, KeyError, TypeError):
+            return None
+        return read + get_referents(*cells)
 
 
 def held_in(cell: Any) -> Any:
@@ -106,40 +107,10 @@ def held_in(cell: Any) -> Any:
         return None
 
 
-def has_settings(value: Any) -> bool:
-    """Whether an attribute may hold settings: a list, a dict, an object such as a configuration of transformers."""
-    if isinstance(value, (*_CONTAINERS, *_NAMESPACES)):
-        return True
-    others = (nn.Module, Tensor, type, Enum)
-    return _attributes(value) is not None and not isinstance(value, others) and _package(type(value)) not in _FOREIGN
-
-
-def settings(value: Any, depth: int = _DEPTH) -> list[Any]:
-    """The numbers, texts and the like that an attribute holds, and what it holds; a long list has something else."""
-    if isinstance(value, _CONTAINERS):
-        held: Any = () if len(value) > _MOST_SETTINGS else value.values() if isinstance(value, dict) else value
-    else:
-        held = (_attributes(value) or {}).values()
-    found = []
-    for one in [*held]:
-        if type(one) in SIMPLE or isinstance(one, Enum):
-            found.append(one)
-        elif depth > 1 and type(one) is not FunctionType and has_settings(one):
-            found += settings(one, depth - 1)
-    return found
-
-
-def _attributes(value: Any) -> dict[str, Any] | None:
-    """What an object holds, if it has attributes of its own; no code of its class runs."""
-    try:
-        found: dict[str, Any] = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return None
-    return found
-
-
 def is_unsteady(value: Any) -> bool:
-    """Whether something gives another answer each time: an iterator, a generator of random numbers."""
+    """Whether something gives another answer each time: an iterator, a generator of random numbers, a clock."""
+    if isinstance(value, (FunctionType, BuiltinMethodType)) and value.__name__ in _CHANGING.get(_home_of(value), ()):
+        return True
     if isinstance(value, (MethodType, BuiltinMethodType)):
         value = value.__self__
     kinds = {random.Random, *(getattr(sys.modules.get("numpy.random"), name, None) for name in _OF_CHANCE)}
@@ -168,8 +139,8 @@ def _functions(value: Any) -> Iterator[FunctionType]:
             value = value.func
         elif isinstance(value, (MethodType, staticmethod, classmethod)):
             value = value.__func__
-        elif not isinstance(value, type) and "__wrapped__" in (attributes := _attributes(value) or {}):
-            value = attributes["__wrapped__"]
+        elif not isinstance(value, type) and "__wrapped__" in (own := attributes(value) or {}):
+            value = own["__wrapped__"]
         else:
             return
 
@@ -177,21 +148,38 @@ def _functions(value: Any) -> Iterator[FunctionType]:
 def _owner_of(value: Any) -> Any:
     """What has the attributes that code asks of something: a module, a class; None for what is of another package."""
     owner = value if isinstance(value, (ModuleType, type)) else type(value)
-    return None if owner is None or _package(owner) in _FOREIGN else owner
+    return None if owner is None or package_of(owner) in FOREIGN else owner
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
+    return (name for one in _codes(code) for name in one.co_names)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Code, and that of the functions in it."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from _codes(constant)
+
+
+def _reads_changing(code: CodeType, names: set[str], held: Iterable[Any]) -> bool:
+    """Whether code asks a module or a class for what gives another answer each time, by what it reads by name."""
+    if not any(names & changing for changing in _CHANGING.values()):
+        return False
+    codes = [*_codes(code)]
+    homes = {_home_of(one) for one in held if isinstance(one, (ModuleType, type))}.union(*map(imports_of, codes))
+    asked = set[str]().union(*map(attributes_of, codes))
+    return any(home in homes and asked & changing for home, changing in _CHANGING.items())
+
+
+def _home_of(value: Any) -> str:
+    """The module that something is, or is from."""
+    owner = value.__self__ if isinstance(value, BuiltinMethodType) else value
+    if not isinstance(owner, (ModuleType, type, FunctionType)):
+        owner = type(owner)
+    return str(owner.__name__ if isinstance(owner, ModuleType) else owner.__module__)
 
 
 def _space_of(owner: Any) -> Mapping[str, Any]:
     return owner.__globals__ if type(owner) is FunctionType else vars(owner)
-
-
-def _package(value: Any) -> str:
-    """The package of a module, a class or a function."""
-    name = value.__name__ if isinstance(value, ModuleType) else value.__module__
-    return str(name).partition(".")[0]
