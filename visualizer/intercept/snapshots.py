@@ -29,7 +29,7 @@ from .calls import FusedCall, four_axes
 from .deformable import SampledCall
 from .evidence import Evidence, of_fused, of_samples, of_weights
 from .joins import Attended
-from .memory import LargePages, copied
+from .memory import copied, copied_to_stay
 from .modules import are_windows
 from .provenance import Origin
 from .softmax import Product
@@ -143,7 +143,7 @@ class Copies:
     def __init__(self, gradients: bool, maps_stay: bool = True) -> None:
         self._gradients, self._maps_stay = gradients, maps_stay
         # What is let go of at once comes from memory that is in use already, which is quicker still.
-        self._copied = LargePages().copied if maps_stay else copied
+        self._copied = copied_to_stay if maps_stay else copied
         # By the path of the module, the keys of its last call, and what its map is made of while there is one.
         self._latest: dict[str, tuple[Keys, weakref.ref[Factors]]] = {}
         self._masks: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
