@@ -24,7 +24,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from visualizer import VisualizerWarning, attention
-from visualizer.intercept import operators
+from visualizer.intercept import operators, plans
+from visualizer.intercept.states import States
 
 CALLS = 6
 modes = []
@@ -123,6 +124,29 @@ def both_ways(model, calls, monkeypatch):
 
 
 needs_operators = pytest.mark.skipif(not operators.are_seen(), reason="this torch cannot show operators alone")
+
+
+@needs_operators
+@pytest.mark.parametrize("changes", ["an attribute", "chance"])
+def test_a_model_that_is_another_in_each_pass_is_not_looked_at_for_ever(changes, x, monkeypatch):
+    class Counts(Around):
+        number = 0
+
+        def forward(self, x):
+            if changes == "chance":
+                random.random()
+            else:
+                self.number += 1
+            return super().forward(x)
+
+    looked = []
+    monkeypatch.setattr(plans, "States", lambda *args: looked.append(args) or States(*args))
+    model = Counts()
+    with attention(model) as maps:
+        for _ in range(40):
+            model(x)
+    assert 0 < len(looked) <= 8
+    assert facts(maps) == facts(maps)[:1] * 40
 
 
 @needs_operators

@@ -252,16 +252,17 @@ class Pass:
             return
         before, now = memory.known, _Known(self._sizes, self._steps(), frozenset(self.layers), frozenset(self.ran))
         memory.known = now
-        states = self._states
-        if before is None or before.steps is None or now.steps is None or states is None:
+        states, common = self._states, None
+        if states is None:
             return
-        common = _common(before.steps, now.steps)
-        if common is None:
-            memory.failures += 1
-        elif states.are_steady and states.are_same():
+        if before is not None and before.steps is not None and now.steps is not None:
+            common = _common(before.steps, now.steps)
+        if before is not None and common is not None and states.are_steady and states.are_same():
             sizes = tuple(one if one == other else None for one, other in zip(before.sizes, now.sizes, strict=True))
             layers, ran = before.layers & now.layers, before.ran & now.ran
             memory.known = _Known(sizes, common, layers, ran, states, self._needed(common))
+        else:  # to look at a model takes long: one that is another in each pass is not looked at for ever
+            memory.failures += 1
 
     def _needed(self, steps: dict[str, tuple[Step, ...]]) -> frozenset[str] | None:
         attending = [step for several in steps.values() for step in several if step.name in KERNELS]
