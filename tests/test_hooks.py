@@ -2,9 +2,12 @@
 
 import copy
 import pickle
+import sys
 import threading
+import types
 import warnings
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -117,6 +120,24 @@ class TestHidden:
             assert torch.allclose(maps[-2].dense(), (q @ q.mT / 8**0.5).softmax(-1), atol=1e-6)
             model(x)
         assert [one.path for one in maps][-2:] == sorted(PATHS)
+
+    def test_an_unforeseen_kernel_of_another_library_too(self, model, x, monkeypatch):
+        def flash_attn_func(q, k, v, softmax_scale=None):  # of numbers that torch does not see
+            scores = np.exp(np.einsum("bqhd,bkhd->bhqk", q.numpy(), k.numpy()) / 8**0.5)
+            weights = scores / scores.sum(-1, keepdims=True)
+            return torch.from_numpy(np.einsum("bhqk,bkhd->bqhd", weights, v.numpy()))
+
+        library = types.ModuleType("flash_attn")
+        library.flash_attn_func = flash_attn_func
+        monkeypatch.setitem(sys.modules, "flash_attn", library)
+        q = torch.randn(1, 5, 2, 8)
+        with attention(model) as maps:
+            for _ in range(3):
+                model(x)
+            once_in(model.blocks[1].before, lambda _: flash_attn_func(q, q, q))
+            model(x)
+        assert [one.path for one in maps][-3:] == ["blocks.0.attn", "blocks.1.before", "blocks.1.attn"]
+        assert maps[-2].shape == (1, 2, 5, 5)
 
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
     def test_a_part_is_seen_after_a_pass_that_failed(self, model, x, error):

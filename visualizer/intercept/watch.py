@@ -653,14 +653,18 @@ class Watch:
     def see_function(self, name: str, describe: Callable[[], FusedCall | SampledCall]) -> None:
         """Record a call of a function in Python that attends, in which nothing else was seen."""
         self._is_not_plain()
-        with self._unharmed():
-            with unseen():
-                seen = describe()
-            if isinstance(seen, SampledCall):
-                self._see_sampled(name, seen)
-            else:
-                self._see_fused(name, lambda: seen, UNKNOWN if self._thread.is_planned else None)
-        self._file_settled()
+        is_planned = self._thread.is_planned
+        if is_planned:  # no plan foresees it, so that the module may have no hooks
+            self._hooks.show()
+        with self._all_calls() if is_planned else nullcontext():
+            with self._unharmed():
+                with unseen():
+                    seen = describe()
+                if isinstance(seen, SampledCall):
+                    self._see_sampled(name, seen)
+                else:
+                    self._see_fused(name, lambda: seen, UNKNOWN if is_planned else None)
+            self._file_settled()
 
     def _unharmed(self, calls: Sequence[ModuleCall] = ()) -> _Unharmed:
         """The model does not see an error of ours: a warning says, once for each module, what is not recorded."""
