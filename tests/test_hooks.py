@@ -1,4 +1,4 @@
-"""In a pass that follows a plan only those modules have hooks whose calls matter; nothing may be lost by that."""
+"""In a pass that follows a plan layers in which nothing attends have no hooks; nothing may be lost by that."""
 
 import copy
 import pickle
@@ -6,6 +6,7 @@ import sys
 import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -36,13 +37,33 @@ class Acts(nn.Module):
         return x * self.weight
 
 
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class Layer(nn.Module):
+    """Nothing in it attends, by its code; it has a part of which that holds too."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.linear = Scale(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(self.scale(x))
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.before, self.attn, self.behind = Acts(), Attends(), Acts()
+        self.before, self.attn, self.layer, self.behind = Acts(), Attends(), Layer(), Acts()
 
     def forward(self, x):
-        return self.behind(x + self.attn(self.before(x)))
+        return self.behind(x + self.layer(self.attn(self.before(x))))
 
 
 class Model(nn.Module):
@@ -90,10 +111,11 @@ def once_in(module, act):
 
 
 PATHS = {"blocks.0.attn", "blocks.1.attn"}
+HIDDEN = {f"blocks.{number}.layer{part}" for number in (0, 1) for part in ("", ".scale")}
 
 
 class TestHidden:
-    def test_only_what_matters_has_hooks_in_a_planned_pass(self, model, x):
+    def test_layers_have_no_hooks_in_a_planned_pass(self, model, x):
         within = []
         with attention(model) as maps:
             everything = have_ours(model)
@@ -103,7 +125,8 @@ class TestHidden:
                 assert have_ours(model) == everything
         assert len(maps) == 2 * CALLS
         assert within[0] == everything
-        assert within[-1] == {"", *PATHS}
+        assert within[-1] == everything - HIDDEN
+        assert everything > HIDDEN
         assert have_ours(model) == set()
         for module in model.modules():
             assert not module._forward_hooks_always_called
@@ -176,8 +199,50 @@ class TestHidden:
         assert here == paths * 5
         assert others == [*paths, "blocks.1.attn", *paths]
 
+    def test_a_pass_in_a_thread_of_its_own_begins_in_the_middle(self, x):
+        """As the replicas of nn.DataParallel do, and whatever hands parts to workers."""
+
+        class Handing(Model):
+            def forward(self, x):
+                with ThreadPoolExecutor(1) as pool:
+                    return self.blocks[0](x) + pool.submit(self.blocks[1], x).result()
+
+        model = Handing().eval()
+        for _ in range(3):
+            with attention(model) as maps:
+                for _ in range(3):
+                    model(x)
+            assert sorted(one.path for one in maps) == sorted([*PATHS] * 3)
+
+    def test_a_thread_that_is_watched_in_full_keeps_its_hooks(self, model, x):
+        """Where the mode is taken away before a layer, the hook behind it puts it back."""
+        began, may_end = threading.Event(), threading.Event()
+
+        def wait(_):
+            began.set()
+            assert may_end.wait(60)
+
+        with attention(model) as maps:
+            for _ in range(3):
+                model(x)
+            other = threading.Thread(target=lambda: model(x[:, :4]))  # of a form that is new
+            once_in(model.blocks[0].before, wait)
+            other.start()
+            assert began.wait(60)
+            model(x)
+            may_end.set()
+            other.join()
+            left = []
+            other = threading.Thread(target=lambda: left.append(torch._C._len_torch_function_stack()))
+            other.start()
+            other.join()
+            model(x)
+        assert left == [0]
+        assert sorted(one.path for one in maps) == sorted([*PATHS] * 6)
+        assert {one.kind for one in maps} == {"self"}
+
     def test_hooks_of_others_keep_their_order(self, model, x):
-        hidden, seen = model.blocks[1].behind, []
+        hidden, seen = model.blocks[1].layer, []
 
         def hook(_):
             hidden.register_forward_pre_hook(lambda *_: seen.append("before"))
@@ -231,7 +296,7 @@ class TestHidden:
             def forward(self, x):
                 return self.project(x)
 
-        model = nn.Sequential(Block(), LinearAttention())
+        model = nn.Sequential(Block(), LinearAttention()).eval()
         for _ in range(4):  # the last of these follow a plan
             with pytest.warns(VisualizerWarning, match="LinearAttention") as told, attention(model):
                 model(x)
@@ -260,3 +325,74 @@ def test_layers_tell_layouts_apart_in_planned_passes(monkeypatch):
     shifts = [one.layout.windows.shift for one in maps[:4]]
     assert shifts == [(0, 0), (2, 2), (0, 0), (2, 2)]
     assert {one.kind for one in maps} == {"window"}
+
+
+class Through(nn.Module):
+    def __init__(self, top):
+        super().__init__()
+        self.top = (top,)  # no part of it
+
+    def forward(self, x, y):
+        top = self.top[0]
+        return top.attn(top.first(x), top.second(y))
+
+
+class Decides(nn.Module):
+    """Attends through another module, to another input, where a text is long."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.first, self.second = Attends(), nn.LayerNorm(8), nn.LayerNorm(8)
+        self.through = Through(self)
+
+    def forward(self, x, y):
+        return self.through(x, y) if x.shape[1] > 6 else self.attn(self.first(x), self.second(x))
+
+
+def test_the_kind_is_that_of_the_way_through_other_modules():
+    model = Decides().eval()
+    with attention(model) as maps:
+        for length in (4, 5, 6, 8, 9, 8):
+            model(torch.randn(2, length, 8), torch.randn(2, length, 8))
+    assert [one.kind for one in maps[:3]] == ["self"] * 3
+    assert maps[3].kind is None  # it was not foreseen
+    assert [one.kind for one in maps[4:]] == ["cross"] * 2
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = Attends()
+
+    def forward(self, hidden, attention_mask):
+        return hidden + self.attn(hidden)
+
+
+class Turns(nn.Module):
+    """Its second layer is given another mask where a text is long."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList((Masked(), Masked()))
+
+    def forward(self, hidden, mask):
+        for number, layer in enumerate(self.layers):
+            hidden = layer(hidden, 1 - mask if number == 1 and hidden.shape[1] > 6 else mask)
+        return hidden
+
+
+def test_each_layer_has_the_layout_of_the_mask_that_it_is_given():
+    def call(length):
+        mask = torch.ones(2, length, dtype=torch.long)
+        mask[0, :2] = 0
+        return lambda: model(torch.ones(2, length, 8), mask)
+
+    model = Turns().eval()
+    with attention(model) as maps:
+        for length in (4, 5, 6, 8, 9):
+            call(length)()
+    for first, second in zip(maps[::2], maps[1::2], strict=True):
+        runs = [[(part.kind, part.count) for part in one.layout.of(0).parts] for one in (first, second)]
+        length = first.shape[2]
+        assert runs[0] == [("padding", 2), ("text", length - 2)]
+        assert runs[1] == ([("text", 2), ("padding", length - 2)] if length > 6 else runs[0])

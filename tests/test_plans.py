@@ -126,6 +126,40 @@ def both_ways(model, calls, monkeypatch):
 needs_operators = pytest.mark.skipif(not operators.are_seen(), reason="this torch cannot show operators alone")
 
 
+class Remembers(Attends):
+    """Attends to what it remembers, once there is something."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.number = how, np.int64(0)
+        if how == "buffer":
+            self.register_buffer("memory", None)
+        else:
+            self.register_parameter("memory", None)
+        self.other = torch.randn(3, 5, 8)
+
+    def forward(self, x):
+        is_other = self.memory is not None or self.number
+        return self.attend(x, (self.other if self.memory is None else self.memory) if is_other else x)
+
+
+@needs_operators
+@pytest.mark.parametrize("how", ["buffer", "parameter", "number"])
+def test_what_a_module_remembers_is_looked_at(how, x):
+    model = Remembers(how)
+    model.number = np.int64(0)
+    with attention(model) as maps:
+        for _ in range(4):
+            model(x)
+        if how == "number":
+            model.number = None
+            model.number = np.int64(1)
+        else:
+            model.memory = torch.randn(3, 5, 8) if how == "buffer" else nn.Parameter(torch.randn(3, 5, 8))
+        model(x)
+    assert [one.kind for one in maps] == ["self"] * 4 + ["cross"]
+
+
 @needs_operators
 @pytest.mark.parametrize("changes", ["an attribute", "chance"])
 def test_a_model_that_is_another_in_each_pass_is_not_looked_at_for_ever(changes, x, monkeypatch):

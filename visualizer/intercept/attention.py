@@ -249,10 +249,10 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                 maps = known()
                 return None if maps is None else maps.recorded()
 
-            def follow(path: str, call: PlainCall, said: Said, kernel: str, calls: Any) -> None:
+            def follow(path: str, call: PlainCall, said: Said, kernel: str) -> None:
                 maps = known()
                 if maps is not None:
-                    maps.follow(path, call, said, kernel, calls)
+                    maps.follow(path, call, said, kernel)
 
             self._copies = self._new_copies()
             # What is not simply kept has to be looked at each time.
@@ -597,8 +597,8 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             return None
         value = copy.map_of(output.order)
         if self._watch is not None and self.needs_layouts:
-            group = self._describe(value, self._watch.calls, self._watch.told)
-            output.said = value.kind, value.axes_assumed, group
+            self._describe(value, self._watch.calls, self._watch.told)
+        output.said = value.kind, value.axes_assumed
         if self._keep is not None:
             return lambda: self._keep_map(path, value, copy.sizes)
         self._keep_map(path, value, copy.sizes, kernel, copy.evidence)
@@ -649,27 +649,19 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                 if not is_kept and (place := next((at for at, one in enumerate(self._kept) if one is entry), -1)) >= 0:
                     self._budget.discount(self._kept.pop(place).sizes)
 
-    def _describe(self, value: AttentionMap, calls: Sequence[ModuleCall], told: dict[Any, Any]) -> object:
-        """Give a map its layouts: those of the layer before, where they cannot be others.
-
-        Returns:
-            What it has in common with the maps that have the same.
-        """
+    def _describe(self, value: AttentionMap, calls: Sequence[ModuleCall], told: dict[Any, Any]) -> None:
+        """Give a map its layouts: those of the layer before, where they cannot be others."""
         key = value.kind, value.shape
         known = told.get(key)
-        if known is None or value.kind not in ("self", "cross") or not are_given_the_same(calls, known[0]):
-            known = told[key] = tuple(calls), self._layouts.of(value, calls), object()
-        value.tell_layouts(*known[1])
-        return known[2]
+        if known is not None and value.kind in ("self", "cross") and are_given_the_same(calls, known[0]):
+            value.tell_layouts(*known[1])
+        else:
+            both = self._layouts.of(value, calls)
+            value.tell_layouts(*both)
+            told[key] = tuple(calls), both
 
-    def follow(
-        self, path: str, call: PlainCall, said: Said, kernel: str, calls: Callable[[], Sequence[ModuleCall]]
-    ) -> None:
-        """Keep the map of a call of which all is known but its tensors: it is like one of an earlier pass.
-
-        Args:
-            calls: gives those under way.
-        """
+    def follow(self, path: str, call: PlainCall, said: Said, kernel: str) -> None:
+        """Keep the map of a call of which all is known but its tensors: it is like one of an earlier pass."""
         watch = self._watch
         with self._lock:
             if watch is None or not self._wants(path):
@@ -677,11 +669,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             source, sizes, evidence = self._copies.of_plain(path, call)
         value = AttentionMap.from_source(source, path=path, kind=said.kind)
         value.axes_assumed = said.axes_assumed
-        told = watch.told
-        known = None if said.group is None else told.get(said.group)
-        if known is None or known[0] != source.shape:
-            known = told[said.group] = source.shape, self._layouts.of(value, calls())
-        value.tell_layouts(*known[1])
+        self._describe(value, watch.calls, watch.told)
         self._keep_map(path, value, sizes, kernel, evidence)
 
     def _keep_map(

@@ -143,9 +143,8 @@ class Output:
         """Of calls with a single query each, the axis on which they were joined, which may be heads or queries."""
         self.has_one_sequence = False
         """Whether all of these looked at the same keys and values."""
-        self.said: tuple[str | None, bool, object] | None = None
-        """What was said of its map: its kind, whether its axes were assumed, and what it has in common with those that
-        were told the same layouts; None: there is no map, or it was told none."""
+        self.said: tuple[str | None, bool] | None = None
+        """What was said of its map: its kind, and whether its axes were assumed; None: there is no map."""
 
     @property
     def is_open(self) -> bool:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..maps import Factors, HeadRows, Samples, tokens_of, without_autograd
+from .memory import Room
 
 _ROWS = 2
 _AT_ONCE = 2**20  # how many numbers of values are compared in one product, at most
+_ON_ONE_THREAD = 2**15  # so many torch works on alone; more of small maps would wake threads that sleep
 _STEPS = {torch.float32: 16, torch.float64: 16}  # of the output's type at the largest value; others: 4
 
 
@@ -91,7 +93,8 @@ class Evidence:
             if values is not None and type(rows) is HeadRows and (form := rows.form) is not None:
                 alike.setdefault((form, values.shape[1], values.dtype, one._output.dtype), []).append(one)
         for (form, width, _, dtype), together in alike.items():
-            count = max(1, _AT_ONCE // (form[0] * width))
+            size = form[0] * width
+            count = max(1, (_ON_ONE_THREAD if 4 * size <= _ON_ONE_THREAD else _AT_ONCE) // size)
             for start in range(0, len(together), count):
                 _weigh_alike(together[start : start + count], _rounding(dtype))
 
@@ -117,8 +120,13 @@ def _rounding(dtype: torch.dtype) -> float:
 
 
 @without_autograd
-def of_fused(source: Factors, values: Tensor, output: Tensor, number: int) -> Evidence | None:
-    """The evidence for query and key, (batch, heads, ...) like values and output; `number` varies which rows."""
+def of_fused(source: Factors, values: Tensor, output: Tensor, number: int, room: Room) -> Evidence | None:
+    """The evidence for query and key, (batch, heads, ...) like values and output.
+
+    Args:
+        number: varies which rows.
+        room: for the copies.
+    """
     batch, heads, queries, keys = source.shape
     _, key_heads, _, width = values.shape
     if not (batch * heads * queries * keys and width):
@@ -130,8 +138,9 @@ def of_fused(source: Factors, values: Tensor, output: Tensor, number: int) -> Ev
         return Evidence(_Known(rows, lambda: source.size_of_scores(chosen)), values, output).weighed()
     image, head, groups = number % batch, number // batch % key_heads, heads // key_heads
     start, stop = _some(queries, number)
-    own = tokens_of(output, image, head * groups, start, stop - start, groups).clone()
-    return Evidence(HeadRows(source, image, head, start, stop), tokens_of(values, image, head, 0, keys).clone(), own)
+    own = room.copied(tokens_of(output, image, head * groups, start, stop - start, groups))
+    used = room.copied(tokens_of(values, image, head, 0, keys))
+    return Evidence(HeadRows(source, image, head, start, stop), used, own)
 
 
 @without_autograd

@@ -1,17 +1,19 @@
-"""What the frames of Python tell of the calls under way in this thread, without any hook."""
+"""What the frames of Python tell of a call under way."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from types import CodeType, FrameType
+from types import FrameType
 
-from torch import nn
+_PACKAGE = __name__.rpartition(".")[0]
 
-from .modules import ModuleCall
 
-_CALL: CodeType | None = getattr(nn.Module._call_impl, "__code__", None)
-"""Of the function of torch that runs each call of a module, with its hooks; its variables say which one that is."""
+def frame_of_call() -> FrameType | None:
+    """The frame that runs the call of a module which one of our hooks belongs to: that behind our own."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+        frame = frame.f_back
+    return frame
 
 
 def has_ended(frame: FrameType | None) -> bool:
@@ -26,31 +28,3 @@ def has_ended(frame: FrameType | None) -> bool:
     except RuntimeError:  # it is running
         return False
     return True
-
-
-def frame_of_call() -> FrameType | None:
-    """The frame that runs the innermost call of a module."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _CALL:
-        frame = frame.f_back
-    return frame
-
-
-def module_under_way() -> nn.Module | None:
-    """The module whose call is the innermost one of this thread; None outside of any."""
-    frame = frame_of_call()
-    return None if frame is None else frame.f_locals.get("self")
-
-
-def calls_under_way(path_of: Callable[[nn.Module], str | None]) -> list[ModuleCall]:
-    """The calls of those modules that have a path, the outermost first."""
-    calls = list[ModuleCall]()
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _CALL:
-            given = frame.f_locals
-            path = path_of(given["self"])
-            if path is not None:
-                calls.append(ModuleCall(path, given["self"], given["args"], given["kwargs"]))
-        frame = frame.f_back
-    return calls[::-1]

@@ -50,12 +50,13 @@ class _Pair(NamedTuple):
 class Hooks:
     """Two hooks on each of some modules, before and behind its calls, until `remove`.
 
-    Torch takes several times as long to call a module that has hooks. Where it is known beforehand which calls matter,
-    `hide` takes the others out of torch's tables, and `show` puts them back.
+    Torch takes several times as long to call a module that has hooks. Where it is known that the calls of some do not
+    matter, `hide` takes theirs out of torch's tables, and `show` puts them back.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a recording that nobody holds any more may end in the middle of anything
+        self.lock = threading.RLock()  # a recording that nobody holds any more may end in the middle of anything
+        """Held while some are hidden or shown."""
         # One number of torch's for all tables: a handle for each hook takes ten times as long as the hook itself.
         self._number = RemovableHandle(OrderedDict()).id
         self._pairs: list[_Pair] = []
@@ -76,12 +77,12 @@ class Hooks:
         tables[0].move_to_end(number, last=False)
         self._pairs.append(pair)
 
-    def hide(self, needed: Container[str]) -> None:
-        """Hide those of all modules but of those with these paths. Where there are others' hooks, ours stay."""
+    def hide(self, paths: Container[str]) -> None:
+        """Hide those of the modules with these paths, and of all within. Where there are hooks of others, ours stay."""
         number = self._number
-        with self._lock:
-            if self._to_hide[0] is not needed:
-                self._to_hide = needed, [pair for pair in self._pairs if pair.path not in needed]
+        with self.lock:
+            if self._to_hide[0] is not paths:
+                self._to_hide = paths, [pair for pair in self._pairs if _is_among(pair.path, paths)]
             for pair in self._to_hide[1]:
                 before, after = pair.tables
                 if len(before) == len(after) == 1 and number in before and number in after:
@@ -91,7 +92,7 @@ class Hooks:
     def show(self) -> None:
         """Put back what is hidden, where it was."""
         number = self._number
-        with self._lock:
+        with self.lock:
             for pair in self._hidden:
                 before, after = pair.tables
                 before[number], after[number] = pair.before, pair.after
@@ -101,11 +102,18 @@ class Hooks:
 
     def remove(self) -> None:
         """Remove all."""
-        with self._lock:
+        with self.lock:
             self._hidden.clear()
             for pair in self._pairs:
                 for table in (*pair.tables, *pair.options):
                     table.pop(self._number, None)
+
+
+def _is_among(path: str, paths: Container[str]) -> bool:
+    """Whether a path is one of these, or within one."""
+    while path not in paths and path:
+        path = path.rpartition(".")[0]
+    return path in paths
 
 
 def is_as_built(module: nn.Module) -> bool:

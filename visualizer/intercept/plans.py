@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
     name: str
     given: Any
-    """Of one that attends: what the modules were given whose code tells where query and key come from, see `Given`.
+    """Of one that attends: the modules whose code tells where query and key come from, and what they are `Given`.
     Of one that reads a number: that; `ANY` where it does not matter which one."""
     tensors: Any
     """And the class and shape of query, key and value; None for lengths that differ."""
@@ -70,8 +70,8 @@ class Said(NamedTuple):
 
     kind: str | None
     axes_assumed: bool
-    group: int | None
-    """Maps of one group are told the same layouts; None: they are asked for anew."""
+    groups: int
+    """How many query heads share a key head: where there are as many queries, these may be heads."""
 
 
 ANY = object()
@@ -91,15 +91,11 @@ class _Seen:
     output: Output | None = None
     frames: frozenset[str] = frozenset()
     """The paths of the modules whose code tells where query and key come from."""
-    is_plain: bool = False
-    """Whether it is a plain call, see `Said`, but for the order of its axes."""
+    groups: int = 0
+    """Of a plain call, see there; 0: it is another one."""
 
-    def step(self, groups: dict[object, int]) -> Step | None:
-        """What is to be remembered; None where that is not all there is to know.
-
-        Args:
-            groups: the numbers of the groups up to now.
-        """
+    def step(self) -> Step | None:
+        """What is to be remembered; None where that is not all there is to know."""
         if self.name not in KERNELS:
             return Step(self.name, self.given, None, *UNKNOWN[3:])
         if self.origin is None:
@@ -109,10 +105,9 @@ class _Seen:
             return None
         order = None if output is None else output.order
         said = None
-        if output is not None and order is not None and self.is_plain and output.said is not None:
-            kind, axes_assumed, group = output.said
-            if order.is_sorted and order.shape == self.tensors[0][1][:2]:
-                said = Said(kind, axes_assumed, groups.setdefault(group, len(groups)))
+        is_plain = self.groups and order is not None and order.is_sorted and order.shape == self.tensors[0][1][:2]
+        if is_plain and output is not None and output.said is not None:
+            said = Said(*output.said, self.groups)
         return Step(self.name, self.given, self.tensors, self.origin, order, output is not None, self.lengths, said)
 
 
@@ -123,12 +118,8 @@ class _Known(NamedTuple):
     steps: dict[str, tuple[Step, ...]] | None
     layers: frozenset[str]
     """The paths of layers in which nothing was looked at."""
-    ran: frozenset[str]
-    """The paths of modules called attention that ran."""
     states: States | None = None
     """The model as it was in the passes that made a plan; None: there is none."""
-    needed: frozenset[str] | None = None
-    """The paths of the modules whose calls have to be seen to follow the plan; None: of all."""
 
 
 @dataclass
@@ -144,7 +135,6 @@ class Pass:
     """One call of the outermost module, and the operators that are seen in it.
 
     Args:
-        path: of the outermost module.
         memory: of passes like it.
         plan: the one to follow; None: there is none.
         sizes: of the tensors that it is given.
@@ -154,22 +144,17 @@ class Pass:
 
     def __init__(
         self,
-        path: str,
         memory: _Memory,
         plan: _Known | None,
         sizes: tuple[int, ...],
         states: States | None,
         recorded: Any,
     ) -> None:
-        self._path, self._memory, self._sizes, self._states, self.recorded = path, memory, sizes, states, recorded
+        self._memory, self._sizes, self._states, self.recorded = memory, sizes, states, recorded
         self._plan = None if plan is None else plan.steps
-        self.needed = None if plan is None else plan.needed
-        """See `_Known.needed`."""
-        self.ran = set[str]() if plan is None else plan.ran
-        """The paths of modules called attention that run."""
         self.is_plain = True
         """Whether nothing was recorded but calls of fused operators."""
-        self.layers: set[str] = set() if plan is None else {*plan.layers}
+        self.layers = frozenset[str]() if plan is None else plan.layers
         """The paths of layers in which nothing is looked at."""
         self.readers = set[str]()
         """The paths of modules that read numbers of tensors."""
@@ -207,14 +192,14 @@ class Pass:
         first: int,
         origin: Origin,
         output: Output | None,
-        is_plain: bool = False,
+        groups: int = 0,
     ) -> None:
         """Note what was found of the operator that was noted last, which attends.
 
         Args:
             first: the outermost of the calls whose code tells where query and key come from.
             output: None if it is not recorded.
-            is_plain: whether it is a plain call, see `Said`, as far as it tells itself.
+            groups: of a plain call, see `Said`; 0: it is another one.
         """
         seen = self._seen.get(calls[-1].path)
         last = seen[-1] if seen else None
@@ -222,9 +207,9 @@ class Pass:
             self.is_plain = False  # it did not get there as the operator that it is called like
         else:
             last.origin, last.output, last.frames = origin, output, frozenset(call.path for call in calls[first:])
-            last.given = (*map(_given, calls[first:]),)
+            last.given = tuple((call.path, Given(call.args, call.kwargs)) for call in calls[first:])
             last.lengths = _lengths(calls) if origin.joined else ()
-            last.is_plain = is_plain and not origin.joined
+            last.groups = 0 if origin.joined else groups
 
     def step(self, name: str, args: Any, output: Any, calls: Sequence[ModuleCall]) -> Step | None:
         """What is remembered of an operator; None if it was not foreseen."""
@@ -250,7 +235,7 @@ class Pass:
                 memory.known = None
                 memory.failures += 1
             return
-        before, now = memory.known, _Known(self._sizes, self._steps(), frozenset(self.layers), frozenset(self.ran))
+        before, now = memory.known, _Known(self._sizes, self._steps(), self.layers)
         memory.known = now
         states, common = self._states, None
         if states is None:
@@ -259,17 +244,9 @@ class Pass:
             common = _common(before.steps, now.steps)
         if before is not None and common is not None and states.are_steady and states.are_same():
             sizes = tuple(one if one == other else None for one, other in zip(before.sizes, now.sizes, strict=True))
-            layers, ran = before.layers & now.layers, before.ran & now.ran
-            memory.known = _Known(sizes, common, layers, ran, states, self._needed(common))
+            memory.known = _Known(sizes, common, before.layers & now.layers, states)
         else:  # to look at a model takes long: one that is another in each pass is not looked at for ever
             memory.failures += 1
-
-    def _needed(self, steps: dict[str, tuple[Step, ...]]) -> frozenset[str] | None:
-        attending = [step for several in steps.values() for step in several if step.name in KERNELS]
-        if not attending or any(step.said is None for step in attending):
-            return None
-        paths = {self._path, *steps}
-        return frozenset(paths.union(*(seen.frames for several in self._seen.values() for seen in several)))
 
     def _steps(self) -> dict[str, tuple[Step, ...]] | None:
         if not self.is_plain or (self._states is not None and self._states.took_chances()):
@@ -280,8 +257,7 @@ class Pass:
         frames = {frame for seen in attending for frame in seen.frames}
         if any(is_within(reader, frame) for reader in self.readers for frame in frames):
             return None
-        groups = dict[object, int]()
-        steps = {path: tuple(seen.step(groups) for seen in several) for path, several in self._seen.items()}
+        steps = {path: tuple(seen.step() for seen in several) for path, several in self._seen.items()}
         return steps if all(None not in several for several in steps.values()) else None  # type: ignore[return-value]
 
 
@@ -317,9 +293,9 @@ class Plans:
             memory = self._memories[key] = _Memory()
         plan = memory.known
         if plan is not None and plan.states is not None and _agree(plan.sizes, sizes) and plan.states.are_same():
-            return Pass(call.path, memory, plan, sizes, None, recorded)
+            return Pass(memory, plan, sizes, None, recorded)
         may_become_one = plan is not None and plan.steps is not None and memory.failures < _MOST_FAILURES
-        return Pass(call.path, memory, None, sizes, States(modules) if may_become_one else None, recorded)
+        return Pass(memory, None, sizes, States(modules) if may_become_one else None, recorded)
 
 
 _of_models: weakref.WeakKeyDictionary[nn.Module, Plans] = weakref.WeakKeyDictionary()
@@ -331,10 +307,6 @@ def plans_of(model: nn.Module) -> Plans:
         return _of_models.setdefault(model, Plans())
     except TypeError:  # it has no hash
         return Plans()
-
-
-def _given(call: ModuleCall) -> Given:
-    return Given(call.args, call.kwargs)
 
 
 def _lengths(calls: Sequence[ModuleCall]) -> tuple[int, ...]:
@@ -353,8 +325,10 @@ def _fits(step: Step, args: Any, calls: Sequence[ModuleCall]) -> bool:
             return False
         if not _agree(shape, one.shape):
             return False
-    for call, given in zip(calls[-len(step.given) :], step.given, strict=True):
-        if not given.fits(call.args, call.kwargs):
+    if len(calls) < len(step.given):
+        return False
+    for call, (path, given) in zip(calls[-len(step.given) :], step.given, strict=True):
+        if call.path != path or not given.fits(call.args, call.kwargs):
             return False
     return not step.lengths or step.lengths == _lengths(calls)
 
@@ -381,8 +355,8 @@ def _common(
 def _common_step(one: Step, other: Step) -> Step | None:
     if one.name in READS and one.given != other.given:
         return one._replace(given=ANY) if one.name == other.name else None
-    said = _common_said(one.said, other.said)
-    one, other = one._replace(said=said), other._replace(said=said)
+    if one.said != other.said:
+        one, other = one._replace(said=None), other._replace(said=None)
     if one._replace(tensors=None) != other._replace(tensors=None):
         return None
     if one.tensors is None or one.tensors == other.tensors:
@@ -394,9 +368,3 @@ def _common_step(one: Step, other: Step) -> Step | None:
             return None
         tensors.append((kind, lengths))
     return one._replace(tensors=tuple(tensors))
-
-
-def _common_said(one: Said | None, other: Said | None) -> Said | None:
-    if one is None or other is None or one._replace(group=None) != other._replace(group=None):
-        return None
-    return one if one == other else one._replace(group=None)

@@ -162,7 +162,9 @@ def _levels(held: list[Any], places: Iterable[int]) -> list[_Level]:
 
 def _is_simple(value: Any) -> bool:
     """Whether an object is what it is equal to, and will be: a number, a tuple of numbers."""
-    return type(value) in SIMPLE or (type(value) is tuple and all(map(_is_simple, value)))
+    if type(value) in SIMPLE or isinstance(value, np.generic):
+        return True
+    return type(value) is tuple and all(map(_is_simple, value))
 
 
 def _is_looked_into(value: Any) -> bool:

@@ -29,7 +29,7 @@ from .calls import FusedCall, four_axes
 from .deformable import SampledCall
 from .evidence import Evidence, of_fused, of_samples, of_weights
 from .joins import Attended
-from .memory import copied, copied_to_stay
+from .memory import LargePages, Room, copied
 from .modules import are_windows
 from .provenance import Origin
 from .softmax import Product
@@ -143,7 +143,8 @@ class Copies:
     def __init__(self, gradients: bool, maps_stay: bool = True) -> None:
         self._gradients, self._maps_stay = gradients, maps_stay
         # What is let go of at once comes from memory that is in use already, which is quicker still.
-        self._copied = copied_to_stay if maps_stay else copied
+        self._copied = LargePages().copied if maps_stay else copied
+        self._room = Room()
         # By the path of the module, the keys of its last call, and what its map is made of while there is one.
         self._latest: dict[str, tuple[Keys, weakref.ref[Factors]]] = {}
         self._masks: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
@@ -165,7 +166,7 @@ class Copies:
             sizes = _sum(sizes, more)
         source = Factors(query, keys, key.shape[2], call.scale, mask, call.causal, begin=begin)
         self._latest[path] = keys, weakref.ref(source)
-        evidence = None if call.dropout else of_fused(source, call.value, call.output, call.number)
+        evidence = None if call.dropout else of_fused(source, call.value, call.output, call.number, self._room)
         [device] = sizes if len(sizes) == 1 else bytes_by_device(query)  # they are all on one
         sizes[device] = sizes.get(device, 0) + query.nbytes
         return source, sizes, _known(evidence)
@@ -239,7 +240,7 @@ class Copies:
             output = fused.output
             if output.shape[:-1] != source.shape[:3]:
                 output = output.reshape(*source.shape[:3], output.shape[-1])
-            evidence = of_fused(source, fused.value, output, call.number)
+            evidence = of_fused(source, fused.value, output, call.number, self._room)
         reason = (
             "there was dropout on the weights, whose pattern a fused kernel does not tell: the gradient is known with "
             "model.eval(), or without attention dropout"

@@ -250,6 +250,8 @@ class States:
         held = [*itertools.chain.from_iterable(values)]
         held += itertools.chain.from_iterable(parts)  # their names
         held += map(type, modules)
+        own = [table.values() for space in spaces for table in (space["_buffers"], space["_parameters"]) if table]
+        held += map(type, itertools.chain.from_iterable(own))  # which of them are None
         read = self._around.values()
         return None if read is None else held + read
 

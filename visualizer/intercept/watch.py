@@ -12,8 +12,8 @@ import threading
 import weakref
 from _thread import get_ident
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
@@ -33,7 +33,7 @@ from .axes import Factor, Order, Output
 from .calls import FusedCall, LogSums, as_computed, in_four_axes, multi_head_attention, name_of, with_sums
 from .deformable import SAMPLING_KERNELS, SampledCall, Sampling
 from .foreign import Gap
-from .frames import calls_under_way, frame_of_call, has_ended, module_under_way
+from .frames import frame_of_call, has_ended
 from .hooks import Hook, Hooks, is_as_built
 from .kernels import KERNELS
 from .modes import (
@@ -69,9 +69,8 @@ from .softmax import Product, Tracing
 File = Callable[[str, Copy, Output, str], Callable[[], None] | None]
 """Makes the map of a module's call whose axes are known now, and returns what keeps it; the last text says which kernel
 ran."""
-Follow = Callable[[str, PlainCall, Said, str, Callable[[], Sequence[ModuleCall]]], None]
-"""Records a plain call of a module by what was said of earlier ones; then come the kernel, and what gives the calls
-under way."""
+Follow = Callable[[str, PlainCall, Said, str], None]
+"""Records a plain call of a module by what was said of earlier ones; then comes the kernel."""
 _PLAIN = "scaled_dot_product_attention"
 
 
@@ -160,6 +159,7 @@ class Watch:
         self._record, self._file, self._end_pass, self._warn, self._follow = record, file, end_pass, warn, follow
         self._thread = _Thread()
         self._mode = Mode(self)
+        self._have_run = set[str]()  # the paths of modules that were called
         self._ran: dict[str, str] = {}  # the classes of modules called attention that ran, by their paths
         self._called_unseen: dict[str, str] = {}  # the classes of modules that called what may attend, by their paths
         self._without_keys: set[str] = set()  # the paths of modules that made weights of something else than scores
@@ -173,10 +173,8 @@ class Watch:
         self._has_ended = False
         mark_reruns()
         self._outermost: dict[int, nn.Module] = {}  # whose calls are under way, by their threads
-        self._threads = set[int]()  # in which the model was called
         self._hooks = Hooks()
         self._watched = [known for _, known, _ in parts.watched]
-        self._paths = dict[int, tuple[str, weakref.ref[nn.Module]]]()  # of the modules, by their ids
         self._sees_operators = not parts.are_recurrent
         for path, known, is_by_token in parts.watched:
             module = known()
@@ -184,7 +182,6 @@ class Watch:
                 continue
             begin, end = (self._begin_layer, self._end_layer) if is_by_token else (self._begin_call, self._end_call)
             self._hooks.add(path, module, begin, end)
-            self._paths[id(module)] = path, known
         functions.begin(self)
         see_scripted(True)
         if parts.scripted:
@@ -302,16 +299,16 @@ class Watch:
                 thread.current = self._plans.begin(call, modules, self._selection())
                 thread.is_planned = thread.current.is_planned
                 operators.begin(self)
-        number = get_ident()
-        self._threads.add(number)
         if not thread.is_planned:
             add_mode(self._mode)
             thread.is_watched = True
-        if len(self._threads) > 1:  # hooks are of all threads, and another one may need them
-            self._hooks.show()
-        elif thread.is_planned and thread.current is not None and thread.current.needed is not None and self._follow:
-            self._hooks.hide(thread.current.needed)
-        self._outermost[number] = call.module
+        layers = thread.current.layers if thread.current is not None and thread.is_planned else ()
+        with self._hooks.lock:  # hooks are of all threads: one that takes the mode away before a layer needs both
+            self._outermost[get_ident()] = call.module
+            if len(self._outermost) > 1:
+                self._hooks.show()
+            elif layers:  # nothing in them attends, whoever calls them
+                self._hooks.hide(layers)
 
     def _end_call(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         thread = self._thread
@@ -322,6 +319,8 @@ class Watch:
             thread.gaps.pop()
             if thread.shapes:
                 thread.shapes.pop(id(call), None)
+            if path not in self._have_run:
+                self._note_run(path, module)
             return None
         call = thread.calls[-1]
         try:
@@ -337,23 +336,16 @@ class Watch:
                 thread.calls.pop()
                 thread.gaps.pop()
             thread.shapes.pop(id(call), None)
-            self._note_run(thread, path, module)
+            if path not in self._have_run:
+                self._note_run(path, module)
             if not thread.calls:
                 self._leave(thread)
         return None if output is None else as_native(call, output)
 
-    def _note_run(self, thread: _Thread, path: str, module: nn.Module) -> None:
-        """Note that a module ran; with the outermost one of a planned pass, those too that were not seen."""
-        name, current = type(module).__qualname__, thread.current
-        if is_called_attention(name):
-            self._ran[path] = name
-        if current is None:
-            return
-        if not current.is_planned:
-            current.ran |= {path} if is_called_attention(name) else set()
-        elif not current.ran <= self._ran.keys():
-            ran = {path: known() for path, known in self._paths.values() if path in current.ran}
-            self._ran |= {path: type(one).__qualname__ for path, one in ran.items() if one is not None}
+    def _note_run(self, path: str, module: nn.Module) -> None:
+        self._have_run.add(path)
+        if is_called_attention(type(module).__qualname__):
+            self._ran[path] = type(module).__qualname__
 
     def _begin_layer(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the mode away while a layer runs in which nothing attends, where nothing else needs it."""
@@ -381,7 +373,7 @@ class Watch:
             _pop_mode()  # type: ignore[no-untyped-call]
             thread.layer = module
             if thread.current is not None:
-                thread.current.layers.add(path)
+                thread.current.layers |= {path}
         else:
             self._begin_call(path, module, args, kwargs)
 
@@ -534,16 +526,10 @@ class Watch:
             self._is_not_plain()
             self._attending.add(thread.layer)
             self._see_unwatched(name, args, kwargs, output, sums, self._step_of(current, name, args, output))
-        elif module_under_way() is calls[-1].module:
+        elif not has_ended(thread.frame):
             step = self._step_of(current, name, args, output)
             is_followed = sums is None and step is not None and self._follow_call(step, args, kwargs, output)
             if not is_followed:
-                self._see_unwatched(name, args, kwargs, output, sums, step)
-        elif not has_ended(thread.frame):
-            # It is of a module that the plan does not know, and which therefore may have no hooks.
-            self._hooks.show()
-            with self._all_calls():
-                step = self._step_of(current, name, args, output)
                 self._see_unwatched(name, args, kwargs, output, sums, step)
 
     def _step_of(self, current: Pass, name: str, args: Any, output: Any) -> Step | None:
@@ -553,29 +539,16 @@ class Watch:
             self._refuse(self._thread.calls, error)
             return None
 
-    @contextmanager
-    def _all_calls(self) -> Iterator[None]:
-        """Within it the calls under way are all, those too of modules whose hooks are hidden."""
-        thread = self._thread
-        before = thread.calls
-        try:
-            thread.calls = calls_under_way(self._path_of) or before
-            yield
-        finally:
-            thread.calls = before
-
-    def _path_of(self, module: nn.Module) -> str | None:
-        path, known = self._paths.get(id(module), ("", None))
-        return path if known is not None and known() is module else None
-
     def _follow_call(self, step: Step, args: Any, kwargs: Any, output: Tensor) -> bool:
         """Record a plain call by what was said of earlier ones; False: it is another one, and nothing was done."""
         thread, follow, mask = self._thread, self._follow, kwargs.get("attn_mask")
         if follow is None or step.said is None or thread.pending or may_be_autocast() or not is_recorded():
             return False
+        query, key, value = args
         if mask is not None and type(mask) is not Tensor:
             return False
-        query, key, value = args
+        if query.shape[2] == step.said.groups > 1 and query.shape[1] == key.shape[1]:
+            return False
         try:
             with unseen():
                 if self._is_unreal(query):
@@ -583,14 +556,10 @@ class Watch:
                 causal, scale, dropout = kwargs.get("is_causal"), kwargs.get("scale"), kwargs.get("dropout_p", 0.0)
                 call = PlainCall(output, query, key, value, mask, 0 if causal else None, scale, dropout, thread.count)
                 thread.count += 1
-                follow(thread.calls[-1].path, call, step.said, _PLAIN, self._calls_in_full)
+                follow(thread.calls[-1].path, call, step.said, _PLAIN)
         except Exception as error:  # which the model does not see
             self._refuse(thread.calls, error)
         return True
-
-    def _calls_in_full(self) -> Sequence[ModuleCall]:
-        with self._all_calls():
-            return self._thread.calls
 
     def _see_unwatched(
         self, name: str, args: Any, kwargs: Any, output: Any, sums: LogSums | None, step: Step | None
@@ -653,18 +622,14 @@ class Watch:
     def see_function(self, name: str, describe: Callable[[], FusedCall | SampledCall]) -> None:
         """Record a call of a function in Python that attends, in which nothing else was seen."""
         self._is_not_plain()
-        is_planned = self._thread.is_planned
-        if is_planned:  # no plan foresees it, so that the module may have no hooks
-            self._hooks.show()
-        with self._all_calls() if is_planned else nullcontext():
-            with self._unharmed():
-                with unseen():
-                    seen = describe()
-                if isinstance(seen, SampledCall):
-                    self._see_sampled(name, seen)
-                else:
-                    self._see_fused(name, lambda: seen, UNKNOWN if is_planned else None)
-            self._file_settled()
+        with self._unharmed():
+            with unseen():
+                seen = describe()
+            if isinstance(seen, SampledCall):
+                self._see_sampled(name, seen)
+            else:
+                self._see_fused(name, lambda: seen, UNKNOWN if self._thread.is_planned else None)
+        self._file_settled()
 
     def _unharmed(self, calls: Sequence[ModuleCall] = ()) -> _Unharmed:
         """The model does not see an error of ours: a warning says, once for each module, what is not recorded."""
@@ -706,16 +671,17 @@ class Watch:
             is_recorded = self._await(name, call, seen.output, output, is_followed=step is None)
             current = self._thread.current
             if current is not None and step is None:
-                is_plain = name == _PLAIN and fused is seen and self._is_plain(seen)
-                current.found(name, calls, provenance.first_frame, origin, output if is_recorded else None, is_plain)
+                groups = self._groups_of_plain(seen) if name == _PLAIN and fused is seen else 0
+                current.found(name, calls, provenance.first_frame, origin, output if is_recorded else None, groups)
             elif is_recorded and step is not None and not step.is_known:
                 self._is_not_planned()
 
-    def _is_plain(self, seen: FusedCall) -> bool:
-        """Whether a call of torch's own function is plain, see `Said`, but for the order of its axes."""
+    def _groups_of_plain(self, seen: FusedCall) -> int:
+        """How many query heads share a key head in a plain call, see `Said`; 0 for another one."""
+        if seen.returned is not None or seen.query.ndim != 4:
+            return 0
         groups = getattr(self._thread.calls[-1].module, "num_key_value_groups", 1)
-        is_shared = seen.query.ndim == 4 and seen.query.shape[1] != seen.key.shape[1]
-        return seen.returned is None and seen.query.ndim == 4 and (groups == 1 or is_shared)
+        return groups if type(groups) is int and seen.query.shape[1] == seen.key.shape[1] else 1
 
     def _as_computed(self, seen: FusedCall) -> FusedCall:
         return in_four_axes(as_computed(seen), self._heads_of(seen.query), self._groups_of(seen))
