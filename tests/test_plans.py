@@ -14,7 +14,9 @@ import types
 import warnings
 import weakref
 from collections import deque
+from decimal import Decimal
 from enum import Enum
+from fractions import Fraction
 from time import monotonic
 
 import numpy as np
@@ -127,35 +129,44 @@ needs_operators = pytest.mark.skipif(not operators.are_seen(), reason="this torc
 
 
 class Remembers(Attends):
-    """Attends to what it remembers, once there is something."""
+    """Attends to what it remembers, once there is something; or to something else, by a number."""
 
-    def __init__(self, how):
+    def __init__(self):
         super().__init__()
-        self.how, self.number = how, np.int64(0)
-        if how == "buffer":
-            self.register_buffer("memory", None)
-        else:
-            self.register_parameter("memory", None)
+        self.register_buffer("memory", None)
+        self.register_parameter("weight", None)
+        self.number = self.one = None
         self.other = torch.randn(3, 5, 8)
 
     def forward(self, x):
-        is_other = self.memory is not None or self.number
-        return self.attend(x, (self.other if self.memory is None else self.memory) if is_other else x)
+        known = self.memory if self.weight is None else self.weight
+        if known is None and self.number is not None and self.number == self.one:
+            known = self.other
+        return self.attend(x, x if known is None else known)
 
 
 @needs_operators
-@pytest.mark.parametrize("how", ["buffer", "parameter", "number"])
-def test_what_a_module_remembers_is_looked_at(how, x):
-    model = Remembers(how)
-    model.number = np.int64(0)
+@pytest.mark.parametrize("number", [np.int64, np.float32, Fraction, Decimal, slice, lambda one: (one, slice(one))])
+def test_a_new_number_in_the_place_of_one_that_is_gone(number, x):
+    model = Remembers()
+    model.number, model.one = number(0), number(1)
     with attention(model) as maps:
         for _ in range(4):
             model(x)
-        if how == "number":
-            model.number = None
-            model.number = np.int64(1)
-        else:
-            model.memory = torch.randn(3, 5, 8) if how == "buffer" else nn.Parameter(torch.randn(3, 5, 8))
+        model.number = None
+        model.number = number(1)
+        model(x)
+    assert [one.kind for one in maps] == ["self"] * 4 + ["cross"]
+
+
+@needs_operators
+@pytest.mark.parametrize("name", ["memory", "weight"])
+def test_a_buffer_or_a_parameter_that_was_none(name, x):
+    model = Remembers()
+    with attention(model) as maps:
+        for _ in range(4):
+            model(x)
+        setattr(model, name, nn.Parameter(torch.randn(3, 5, 8)) if name == "weight" else torch.randn(3, 5, 8))
         model(x)
     assert [one.kind for one in maps] == ["self"] * 4 + ["cross"]
 

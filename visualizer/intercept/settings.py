@@ -12,6 +12,7 @@ from contextlib import suppress
 from contextvars import ContextVar
 from enum import Enum
 from itertools import chain
+from numbers import Number
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -162,9 +163,11 @@ def _levels(held: list[Any], places: Iterable[int]) -> list[_Level]:
 
 def _is_simple(value: Any) -> bool:
     """Whether an object is what it is equal to, and will be: a number, a tuple of numbers."""
-    if type(value) in SIMPLE or isinstance(value, np.generic):
+    if type(value) in SIMPLE or isinstance(value, Number):
         return True
-    return type(value) is tuple and all(map(_is_simple, value))
+    if type(value) is slice:
+        value = value.start, value.stop, value.step
+    return type(value) in (tuple, frozenset) and all(map(_is_simple, value))
 
 
 def _is_looked_into(value: Any) -> bool:
