@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Container
+from types import FrameType
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .modules import cannot_attend
+
+_PACKAGE = __name__.rpartition(".")[0]
 
 
 class Hook:
@@ -125,3 +129,25 @@ def is_as_built(module: nn.Module) -> bool:
         and "forward" not in vars(module)
         and all((one._forward_hooks or cannot_attend(one)) and is_as_built(one) for one in inner)
     )
+
+
+def frame_of_call() -> FrameType | None:
+    """The frame that runs the call of a module which one of our hooks belongs to: that behind our own."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+        frame = frame.f_back
+    return frame
+
+
+def has_ended(frame: FrameType | None) -> bool:
+    """Whether a frame has run to its end, such as that of a call that was interrupted: what follows is not of it.
+
+    Only clearing a frame tells. It is a frame of torch's, whose locals nobody reads afterwards.
+    """
+    if frame is None:
+        return False
+    try:
+        frame.clear()
+    except RuntimeError:  # it is running
+        return False
+    return True

@@ -33,8 +33,7 @@ from .axes import Factor, Order, Output
 from .calls import FusedCall, LogSums, as_computed, in_four_axes, multi_head_attention, name_of, with_sums
 from .deformable import SAMPLING_KERNELS, SampledCall, Sampling
 from .foreign import Gap
-from .frames import frame_of_call, has_ended
-from .hooks import Hook, Hooks, is_as_built
+from .hooks import Hook, Hooks, frame_of_call, has_ended, is_as_built
 from .kernels import KERNELS
 from .modes import (
     BEGINS,
