@@ -214,7 +214,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
 
     def _new_copies(self) -> Copies:
         # What `keep` makes of a map is all that stays: keys that grow would outlive the map that they are of.
-        return Copies(self._gradients, maps_stay=self._keep is None)
+        return Copies(self._gradients, share_keys=self._keep is None)
 
     def start(self) -> Maps[Kept]:
         """Record from now on; for notebooks, where a `with` cannot span cells. Returns the maps themselves."""

@@ -29,7 +29,7 @@ from .calls import FusedCall, four_axes
 from .deformable import SampledCall
 from .evidence import Evidence, of_fused, of_samples, of_weights
 from .joins import Attended
-from .memory import LargePages, Room, copied
+from .memory import Room, copied
 from .modules import are_windows
 from .provenance import Origin
 from .softmax import Product
@@ -136,14 +136,12 @@ class Copies:
 
     Args:
         gradients: whether maps also keep what their gradients are computed from.
-        maps_stay: whether the maps of a growing cache share its keys; else each has a copy of its own, which nothing
+        share_keys: whether the maps of a growing cache share its keys; else each has a copy of its own, which nothing
             holds any longer than the map.
     """
 
-    def __init__(self, gradients: bool, maps_stay: bool = True) -> None:
-        self._gradients, self._maps_stay = gradients, maps_stay
-        # What is let go of at once comes from memory that is in use already, which is quicker still.
-        self._copied = LargePages().copied if maps_stay else copied
+    def __init__(self, gradients: bool, share_keys: bool = True) -> None:
+        self._gradients, self._share_keys = gradients, share_keys
         self._room = Room()
         # By the path of the module, the keys of its last call, and what its map is made of while there is one.
         self._latest: dict[str, tuple[Keys, weakref.ref[Factors]]] = {}
@@ -159,7 +157,7 @@ class Copies:
 
     def of_plain(self, path: str, call: PlainCall) -> tuple[Factors, dict[str, int], Sequence[Evidence]]:
         """What the map of a call is made of, the bytes that it adds, and the proof that it is the one that was used."""
-        query, key, mask = self._copied(call.query), call.key.detach(), call.mask
+        query, key, mask = copied(call.query), call.key.detach(), call.mask
         keys, begin, sizes = self._kept_keys(path, key, query.shape[2])
         if mask is not None:
             mask, more = self._kept_mask(mask)
@@ -172,7 +170,7 @@ class Copies:
         return source, sizes, _known(evidence)
 
     def _of_product(self, call: AttentionCall, product: Product) -> Copy:
-        weights = product.weights.detach() if product.is_own else self._copied(product.weights)
+        weights = product.weights.detach() if product.is_own else copied(product.weights)
         multiplied = weights.shape
         lead = product.output.shape[:-2]
         weights = weights.expand(*lead, *multiplied[-2:])  # the same weights may serve several heads
@@ -223,7 +221,7 @@ class Copies:
         if is_lent:
             keys, begin, sizes = Keys(key), 0, dict[str, int]()
         else:
-            query = self._copied(query)
+            query = copied(query)
             keys, begin, sizes = self._kept_keys(call.path, key, query.shape[2])
         if mask is not None and not is_lent:
             mask, more = self._kept_mask(mask)
@@ -233,7 +231,7 @@ class Copies:
         source = Factors(query, keys, key.shape[2], fused.scale, mask, fused.causal, *functions, modifiers, begin)
         if fused.log_sums is not None and fused.log_sums.shape == source.shape[:3]:
             source.log_sums = fused.log_sums.detach()
-        if self._maps_stay:
+        if self._share_keys:
             self._latest[call.path] = keys, weakref.ref(source)
         evidence = None
         if not fused.dropout:
@@ -306,7 +304,7 @@ class Copies:
             if step is not None:
                 keys, begin, more = step
                 return keys, begin, {device: more}
-        keys = Keys(self._copied(key))
+        keys = Keys(copied(key))
         return keys, 0, _sizes(keys.buffer)
 
     def _kept_mask(self, mask: Tensor) -> tuple[Tensor, dict[str, int]]:
