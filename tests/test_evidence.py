@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from visualizer import VisualizerWarning, attention
 from visualizer.intercept import kernels
 from visualizer.intercept.evidence import Evidence, of_fused, of_weights
-from visualizer.intercept.memory import Room
 from visualizer.maps import Factors, Keys
 
 
@@ -107,9 +106,7 @@ def test_dropout_is_not_compared():
 def test_nothing_to_compare(shape):
     batch, heads, queries, keys = shape
     source = Factors(torch.zeros(batch, heads, queries, 8), Keys(torch.zeros(batch, heads, keys, 8)), keys)
-    assert (
-        of_fused(source, torch.zeros(batch, heads, keys, 8), torch.zeros(batch, heads, queries, 8), 0, Room()) is None
-    )
+    assert of_fused(source, torch.zeros(batch, heads, keys, 8), torch.zeros(batch, heads, queries, 8), 0) is None
     assert of_weights(torch.zeros(shape), torch.zeros(keys, 8), torch.zeros(*shape[:3], 8), 0) is None
 
 
@@ -128,13 +125,13 @@ def test_several_at_once_are_as_one_by_one(causal, dtype):
     """Those of a model's layers, with shared key heads and other rows each; one of them is wrong."""
 
     def each():
-        made, room = [], Room()
+        made = []
         for number in range(6):
             query, key, value = (one.roll(number, -1) for one in factors(dtype=dtype))
             key, value = key[:, :2], value[:, :2]
             source = Factors(query, Keys(key), 9, causal=causal)
             output = (source.rows(slice(None)) @ value.float().repeat_interleave(2, 1)).to(dtype)
-            made.append(of_fused(source, value, output * (1 + (number == 4)), number, room))
+            made.append(of_fused(source, value, output * (1 + (number == 4)), number))
         return made
 
     together = each()
@@ -157,13 +154,13 @@ def test_those_of_other_numbers_of_keys_are_as_one_by_one(dtype):
     value[:, :, 23] = torch.inf
 
     def each():
-        made, room = [], Room()
+        made = []
         for number, (queries, keys) in enumerate([(16, 16), *((1, keys) for keys in range(17, 25))]):
             causal = 0 if queries > 1 else None
             source = Factors(query[:, :, keys - queries : keys], Keys(key[:, :, :keys].clone()), keys, causal=causal)
             rows = source.rows(slice(None))
             output = (rows @ value[:, :, :keys].to(rows.dtype).repeat_interleave(2, 1)).to(dtype)
-            made.append(of_fused(source, value[:, :, :keys], output * (1 + (number == 4)), number, room))
+            made.append(of_fused(source, value[:, :, :keys], output * (1 + (number == 4)), number))
         return made
 
     together = each()

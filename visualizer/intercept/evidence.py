@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..maps import Factors, HeadRows, Samples, tokens_of, without_autograd
-from .memory import Room
 
 _ROWS = 2
 _AT_ONCE = 2**20  # how many numbers of values are compared in one product, at most
@@ -120,13 +119,8 @@ def _rounding(dtype: torch.dtype) -> float:
 
 
 @without_autograd
-def of_fused(source: Factors, values: Tensor, output: Tensor, number: int, room: Room) -> Evidence | None:
-    """The evidence for query and key, (batch, heads, ...) like values and output.
-
-    Args:
-        number: varies which rows.
-        room: for the copies.
-    """
+def of_fused(source: Factors, values: Tensor, output: Tensor, number: int) -> Evidence | None:
+    """The evidence for query and key, (batch, heads, ...) like values and output; `number` varies which rows."""
     batch, heads, queries, keys = source.shape
     _, key_heads, _, width = values.shape
     if not (batch * heads * queries * keys and width):
@@ -138,9 +132,8 @@ def of_fused(source: Factors, values: Tensor, output: Tensor, number: int, room:
         return Evidence(_Known(rows, lambda: source.size_of_scores(chosen)), values, output).weighed()
     image, head, groups = number % batch, number // batch % key_heads, heads // key_heads
     start, stop = _some(queries, number)
-    own = room.copied(tokens_of(output, image, head * groups, start, stop - start, groups))
-    used = room.copied(tokens_of(values, image, head, 0, keys))
-    return Evidence(HeadRows(source, image, head, start, stop), used, own)
+    own = tokens_of(output, image, head * groups, start, stop - start, groups).clone()
+    return Evidence(HeadRows(source, image, head, start, stop), tokens_of(values, image, head, 0, keys).clone(), own)
 
 
 @without_autograd

@@ -29,7 +29,6 @@ from .calls import FusedCall, four_axes
 from .deformable import SampledCall
 from .evidence import Evidence, of_fused, of_samples, of_weights
 from .joins import Attended
-from .memory import Room, copied
 from .modules import are_windows
 from .provenance import Origin
 from .softmax import Product
@@ -142,7 +141,6 @@ class Copies:
 
     def __init__(self, gradients: bool, share_keys: bool = True) -> None:
         self._gradients, self._share_keys = gradients, share_keys
-        self._room = Room()
         # By the path of the module, the keys of its last call, and what its map is made of while there is one.
         self._latest: dict[str, tuple[Keys, weakref.ref[Factors]]] = {}
         self._masks: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
@@ -157,26 +155,26 @@ class Copies:
 
     def of_plain(self, path: str, call: PlainCall) -> tuple[Factors, dict[str, int], Sequence[Evidence]]:
         """What the map of a call is made of, the bytes that it adds, and the proof that it is the one that was used."""
-        query, key, mask = copied(call.query), call.key.detach(), call.mask
+        query, key, mask = _copied(call.query), call.key.detach(), call.mask
         keys, begin, sizes = self._kept_keys(path, key, query.shape[2])
         if mask is not None:
             mask, more = self._kept_mask(mask)
             sizes = _sum(sizes, more)
         source = Factors(query, keys, key.shape[2], call.scale, mask, call.causal, begin=begin)
         self._latest[path] = keys, weakref.ref(source)
-        evidence = None if call.dropout else of_fused(source, call.value, call.output, call.number, self._room)
+        evidence = None if call.dropout else of_fused(source, call.value, call.output, call.number)
         [device] = sizes if len(sizes) == 1 else bytes_by_device(query)  # they are all on one
         sizes[device] = sizes.get(device, 0) + query.nbytes
         return source, sizes, _known(evidence)
 
     def _of_product(self, call: AttentionCall, product: Product) -> Copy:
-        weights = product.weights.detach() if product.is_own else copied(product.weights)
+        weights = product.weights.detach() if product.is_own else _copied(product.weights)
         multiplied = weights.shape
         lead = product.output.shape[:-2]
         weights = weights.expand(*lead, *multiplied[-2:])  # the same weights may serve several heads
         parts, is_softmax = [], _is_softmax(product)
         if not is_softmax:
-            parts = [copied(one.weights) for one in product.softmaxes if one.weights is not None]
+            parts = [_copied(one.weights) for one in product.softmaxes if one.weights is not None]
         evidence = None
         if not product.has_dropout:
             evidence = of_weights(weights, product.values.detach(), product.output.detach(), call.number)
@@ -209,7 +207,7 @@ class Copies:
             if is_softmax and any(one.keys > multiplied[-1] and one.maps > 1 for one in product.softmaxes):
                 # The keys that were cut off were no sink: they have values, and a map of their own.
                 made.is_softmax = False
-                parts.extend(copied(one.weights) for one in product.softmaxes if one.weights is not None)
+                parts.extend(_copied(one.weights) for one in product.softmaxes if one.weights is not None)
             made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=made.kind) for part in parts)
             made.key_sample = sample
             return made
@@ -221,13 +219,13 @@ class Copies:
         if is_lent:
             keys, begin, sizes = Keys(key), 0, dict[str, int]()
         else:
-            query = copied(query)
+            query = _copied(query)
             keys, begin, sizes = self._kept_keys(call.path, key, query.shape[2])
         if mask is not None and not is_lent:
             mask, more = self._kept_mask(mask)
             sizes = _sum(sizes, more)
         functions = fused.score_mod, fused.mask_mod
-        modifiers = None if fused.modifiers is None else fused.modifiers.mapped(copied)
+        modifiers = None if fused.modifiers is None else fused.modifiers.mapped(_copied)
         source = Factors(query, keys, key.shape[2], fused.scale, mask, fused.causal, *functions, modifiers, begin)
         if fused.log_sums is not None and fused.log_sums.shape == source.shape[:3]:
             source.log_sums = fused.log_sums.detach()
@@ -238,7 +236,7 @@ class Copies:
             output = fused.output
             if output.shape[:-1] != source.shape[:3]:
                 output = output.reshape(*source.shape[:3], output.shape[-1])
-            evidence = of_fused(source, fused.value, output, call.number, self._room)
+            evidence = of_fused(source, fused.value, output, call.number)
         reason = (
             "there was dropout on the weights, whose pattern a fused kernel does not tell: the gradient is known with "
             "model.eval(), or without attention dropout"
@@ -257,7 +255,7 @@ class Copies:
                 if gradient is not None:
                     whole = values.repeat_interleave(source.shape[1] // values.shape[1], 1)
                     arranged = order.arranged if as_output is None else lambda one: order.arranged(as_output(one))
-                    gradient.arrange(arranged, made_of.shape, copied(order.arranged(whole)))
+                    gradient.arrange(arranged, made_of.shape, _copied(order.arranged(whole)))
                 is_known = True
             return _map_of(call, made_of, gradient, _are_assumed(order if is_known else None, source.shape[:2]))
 
@@ -270,8 +268,8 @@ class Copies:
         )
 
     def _of_samples(self, call: AttentionCall, sampled: SampledCall) -> Copy:
-        weights = four_axes(copied(sampled.weights), call.heads)
-        cells = copied(sampled.cells).reshape(*weights.shape, 2)
+        weights = four_axes(_copied(sampled.weights), call.heads)
+        cells = _copied(sampled.cells).reshape(*weights.shape, 2)
         source = Samples(cells, weights, sampled.sizes, sampled.counts)
         batch, heads = weights.shape[:2]
         values = [value.detach().reshape(batch, heads, *value.shape[-3:]) for value in sampled.values]
@@ -304,7 +302,7 @@ class Copies:
             if step is not None:
                 keys, begin, more = step
                 return keys, begin, {device: more}
-        keys = Keys(copied(key))
+        keys = Keys(_copied(key))
         return keys, 0, _sizes(keys.buffer)
 
     def _kept_mask(self, mask: Tensor) -> tuple[Tensor, dict[str, int]]:
@@ -318,7 +316,7 @@ class Copies:
         # Its numbers are compared: changes by .data or numpy, and in inference mode all, leave no trace.
         if known is not None and known[0]() is mask and torch.equal(known[1], compact):
             return known[1], {}
-        kept = copied(compact)
+        kept = _copied(compact)
         masks = self._masks
         masks[number] = weakref.ref(mask, lambda _: masks.pop(number, None)), kept
         return kept, _sizes(kept)
@@ -329,7 +327,7 @@ class Copies:
         """What a backward pass through a kernel's output, or through a softmax's weights, will bring."""
         if not self._gradients or not output.requires_grad:
             return None
-        gradient = Gradient(shape, None if values is None else copied(values), reason)
+        gradient = Gradient(shape, None if values is None else _copied(values), reason)
         output.register_hook(gradient.accumulate)  # type: ignore[no-untyped-call]
         return gradient
 
@@ -366,6 +364,10 @@ def _are_assumed(order: Order | None, sizes: Sequence[int]) -> bool:
 
 def _known(evidence: Evidence | None) -> Sequence[Evidence]:
     return () if evidence is None else (evidence,)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _is_softmax(product: Product) -> bool:
