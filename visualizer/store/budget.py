@@ -11,7 +11,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from ..tensors import attributes, is_array, is_container, is_foreign_tensor, is_tensor, kind_of
@@ -287,6 +287,12 @@ def memory_of(device: str) -> int:
         return int(getattr(torch, kind).get_device_properties(int(index or 0)).total_memory)
     if torch is not None and kind == "mps":
         return int(torch.mps.recommended_max_memory())
+    return _usable_memory()
+
+
+@cache
+def _usable_memory() -> int:
+    """Asked once: to read the limits takes longer than to keep most values."""
     return min([_physical_memory(), *_container_limits()])
 
 
