@@ -1,11 +1,13 @@
 """In a pass that follows a plan layers in which nothing attends have no hooks; nothing may be lost by that."""
 
 import copy
+import gc
 import pickle
 import sys
 import threading
 import types
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -396,3 +398,77 @@ def test_each_layer_has_the_layout_of_the_mask_that_it_is_given():
         length = first.shape[2]
         assert runs[0] == [("padding", 2), ("text", length - 2)]
         assert runs[1] == ([("text", 2), ("padding", length - 2)] if length > 6 else runs[0])
+
+
+def test_each_layer_has_it_too_where_all_texts_are_as_long(monkeypatch):
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, :2] = 0
+    model = Turns().eval()
+    maps = both_ways(model, [lambda: model(torch.ones(2, 8, 8), mask)] * 5, monkeypatch)
+    first, second = ([part.kind for part in one.layout.of(0).parts] for one in maps[-2:])
+    assert (first, second) == (["padding", "text"], ["text", "padding"])
+
+
+class TestUsedAgain:
+    """To make hooks takes longer than to add them, so that later recordings take those of earlier ones."""
+
+    def test_one_recording_after_the_other(self, model, x):
+        expected = None
+        for _ in range(4):
+            with attention(model) as maps:
+                model(x)
+                assert have_ours(model) >= HIDDEN | PATHS
+            assert have_ours(model) == set()
+            expected = facts(maps) if expected is None else expected
+            assert facts(maps) == expected
+
+    def test_several_at_a_time_have_their_own(self, model, x):
+        for _ in range(2):
+            with attention(model) as outer:
+                model(x)
+                with attention(model, layers="blocks.1.*") as inner:
+                    model(x)
+                model(x)
+            assert [len(outer), len(inner)] == [6, 1]
+
+    def test_a_copy_made_while_recording_is_no_part_of_later_recordings(self, model, x):
+        with attention(model):
+            model(x)
+            copied = copy.deepcopy(model)
+        with attention(model) as maps:
+            copied(x)
+            model(x)
+        assert len(maps) == 2
+
+    def test_a_model_that_has_other_parts_now(self, model, x):
+        with attention(model):
+            model(x)
+        model.blocks.append(Block())
+        with attention(model) as maps:
+            model(x)
+        assert maps.paths == ("blocks.0.attn", "blocks.1.attn", "blocks.2.attn")
+        del model.blocks[0]
+        with attention(model) as maps:
+            model(x)
+        assert maps.paths == ("blocks.0.attn", "blocks.1.attn")
+
+    def test_nothing_of_a_recording_stays_in_the_model(self, model, x):
+        recording = attention(model).start()
+        model(x)
+        watch = weakref.ref(recording._watch)
+        recording.stop()
+        del recording
+        gc.collect()
+        assert watch() is None
+
+    def test_hooks_of_the_user_are_behind_ours_each_time(self, model, x):
+        seen = []
+        handle = model.blocks[0].attn.register_forward_pre_hook(lambda module, args: seen.append(len(have_ours(model))))
+        for _ in range(3):
+            with attention(model) as maps:
+                model(x)
+            assert len(maps) == 2
+            [*hooks] = model.blocks[0].attn._forward_pre_hooks.values()
+            assert len(hooks) == 1
+        handle.remove()
+        assert len(seen) == 3

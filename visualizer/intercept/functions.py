@@ -45,8 +45,10 @@ _wrapped: dict[str, tuple[Any, Any]] = {}  # the function before and its wrapper
 _looked_through: dict[str, tuple[weakref.ref[ModuleType], int]] = {}  # the modules, and how much was in them
 _last: tuple[list[Any], list[Any], list[int]] = ([], [], [])  # all modules at the last time, what they hold, how much
 _found: weakref.WeakKeyDictionary[FunctionType, str] = weakref.WeakKeyDictionary()
+_homes: set[tuple[str, str]] = set()  # the modules that they are in, and their names
 _swapped: dict[FunctionType, tuple[CodeType, CodeType, bool]] = {}  # the codes before and now; is the signature ours
 _classes: list[type[torch.autograd.Function]] = []  # whose `apply` is wrapped
+_around: weakref.WeakKeyDictionary[Any, Callable[..., Any]] = weakref.WeakKeyDictionary()  # what says what calls are
 _others: weakref.WeakSet[Any] = weakref.WeakSet()  # autograd Functions around nothing that is known
 _DEFORMABLE = ("value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights")
 _AROUND = {
@@ -62,7 +64,7 @@ _here = threading.local()  # `is_hidden`: calls of other libraries' functions ar
 
 
 def begin(watcher: Watcher) -> None:
-    """Have a watcher told of the calls, of what is imported by now."""
+    """Have a watcher told of the calls, of what is known by now; see `look`."""
     global _watchers
     with _lock:
         _watchers = *_watchers, weakref.ref(watcher)
@@ -73,20 +75,33 @@ def begin(watcher: Watcher) -> None:
                 wrapper = _wrapper(name, original)
                 _wrapped[name] = original, wrapper
                 functions[name] = wrapper
+        _change()
+
+
+def look() -> None:
+    """Look for what has been imported or defined since the last time. In a large program that takes a while."""
+    with _lock:
         _find()
-        for function, name in [*_found.items()]:
-            if function not in _swapped:
-                _swap(name, function)
         for cls in _below(torch.autograd.Function):
-            if cls in _others:
-                continue
-            if "apply" not in vars(cls) and cls not in _classes:
+            if cls not in _around and cls not in _others and "apply" not in vars(cls):
                 describe = _describes(cls)
                 if describe is None:
                     _others.add(cls)
                 else:
-                    _classes.append(cls)
-                    cls.apply = staticmethod(_apply(cls.__name__, cls.apply, describe))
+                    _around[cls] = describe
+        if _watchers:
+            _change()
+
+
+def _change() -> None:
+    """Have all that is known tell of its calls."""
+    for function, name in [*_found.items()]:
+        if function not in _swapped:
+            _swap(name, function)
+    for cls, describe in [*_around.items()]:
+        if "apply" not in vars(cls):
+            _classes.append(cls)
+            cls.apply = staticmethod(_apply(cls.__name__, cls.apply, describe))
 
 
 def end(watcher: Watcher) -> None:
@@ -114,8 +129,11 @@ def end(watcher: Watcher) -> None:
 
 
 def _find() -> None:
-    """Find the functions of other libraries, in modules that are new or have more in them than before."""
+    """Find the functions of other libraries, in modules that are new or have more in them than before, and what is now
+    in the place of those that were found."""
     global _last
+    for path, name in [*_homes]:
+        _take(path, getattr(sys.modules.get(path), "__dict__", {}), name)
     modules, (before, members, sizes) = [*sys.modules.values()], _last
     is_same = len(modules) == len(before) and all(map(operator.is_, modules, before))
     if is_same and sizes == [*map(len, members)]:
@@ -130,10 +148,16 @@ def _find() -> None:
             continue
         if type(module) is ModuleType:
             _looked_through[path] = weakref.ref(module), len(held)
-        for name, kernel in FUNCTIONS.items():
-            function = held.get(name)
-            if type(function) is FunctionType and function is not kernel:
-                _found[function] = name
+        for name in FUNCTIONS:
+            if name in held:
+                _take(path, held, name)
+
+
+def _take(path: str, held: Any, name: str) -> None:
+    function = held.get(name)
+    if type(function) is FunctionType and function is not FUNCTIONS[name]:
+        _found[function] = name
+        _homes.add((path, name))
 
 
 def _interface() -> Any:

@@ -33,7 +33,7 @@ from .axes import Factor, Order, Output
 from .calls import FusedCall, LogSums, as_computed, in_four_axes, multi_head_attention, name_of, with_sums
 from .deformable import SAMPLING_KERNELS, SampledCall, Sampling
 from .foreign import Gap
-from .hooks import Hook, Hooks, frame_of_call, has_ended, is_as_built
+from .hooks import Hook, frame_of_call, has_ended, is_as_built
 from .kernels import KERNELS
 from .modes import (
     BEGINS,
@@ -172,16 +172,11 @@ class Watch:
         self._has_ended = False
         mark_reruns()
         self._outermost: dict[int, nn.Module] = {}  # whose calls are under way, by their threads
-        self._hooks = Hooks()
-        self._watched = [known for _, known, _ in parts.watched]
+        self._parts, self._hooks = parts, parts.hooks()
         self._sees_operators = not parts.are_recurrent
-        for path, known, is_by_token in parts.watched:
-            module = known()
-            if module is None:
-                continue
-            begin, end = (self._begin_layer, self._end_layer) if is_by_token else (self._begin_call, self._end_call)
-            self._hooks.add(path, module, begin, end)
+        self._hooks.add((self._begin_call, self._end_call), (self._begin_layer, self._end_layer))
         functions.begin(self)
+        self._has_looked = False  # for functions that are not torch's
         see_scripted(True)
         if parts.scripted:
             inner = {path for path in parts.scripted for top in parts.scripted if path != top and is_within(path, top)}
@@ -194,12 +189,14 @@ class Watch:
 
     def end(self) -> None:
         """Remove the hooks and the mode, and file what is seen of calls under way."""
-        self._hooks.remove()
+        if not self._has_ended:
+            self._hooks.remove()
         self._uncompiled.end()
         functions.end(self)
         if not self._has_ended:
             self._has_ended = True
             see_scripted(False)
+            self._parts.give_back(self._hooks)
         self._file_settled(1)
         here = get_ident(), self._outermost.get(get_ident())
         self._leave(self._thread)
@@ -294,10 +291,12 @@ class Watch:
         """Begin what belongs to the outermost call: a plan, or else the mode."""
         with self._unharmed([call]), torch._C.DisableTorchFunction():
             if self._sees_operators and operators.are_seen() and _len_torch_function_stack() == 0:
-                modules = [module for known in self._watched if (module := known()) is not None]
-                thread.current = self._plans.begin(call, modules, self._selection())
+                thread.current = self._plans.begin(call, self._parts.watched, self._selection())
                 thread.is_planned = thread.current.is_planned
                 operators.begin(self)
+            if not (thread.is_planned or self._has_looked):
+                functions.look()
+                self._has_looked = True
         if not thread.is_planned:
             add_mode(self._mode)
             thread.is_watched = True
@@ -407,7 +406,8 @@ class Watch:
     def _leave(self, thread: _Thread) -> None:
         """End what belongs to the outermost call."""
         self._outermost.pop(get_ident(), None)
-        self._hooks.show()
+        if not self._has_ended:
+            self._hooks.show()
         if thread.current is not None:
             operators.end(self)
         thread.forget()
