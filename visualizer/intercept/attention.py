@@ -23,9 +23,10 @@ from ..tensors import keeper
 from .axes import Output
 from .evidence import Evidence
 from .layouts import Layouts
+from .memory import Memory
 from .modes import unseen
-from .modules import ModuleCall, are_given_the_same
-from .plans import Said
+from .modules import are_given_the_same
+from .plans import Said, plans_of
 from .snapshots import AttentionCall, Copies, Copy, PlainCall
 from .watch import Watch
 
@@ -199,6 +200,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         self._is_full = False
         self._lock = threading.RLock()  # a `keep` may run the model
         self._watch: Watch | None = None
+        self._memory = Memory() if model is None else plans_of(model).memory
         self._copies = self._new_copies()
         self._layouts = Layouts(tokenizer)
         self._doubted = set[str]()
@@ -214,7 +216,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
 
     def _new_copies(self) -> Copies:
         # What `keep` makes of a map is all that stays: keys that grow would outlive the map that they are of.
-        return Copies(self._gradients, share_keys=self._keep is None)
+        return Copies(self._gradients, self._memory, share_keys=self._keep is None)
 
     def start(self) -> Maps[Kept]:
         """Record from now on; for notebooks, where a `with` cannot span cells. Returns the maps themselves."""
@@ -595,10 +597,10 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             self._why_apart[path] = output.why_apart
         if self._keep is not None and self._is_doubted(path, kernel, copy.evidence):
             return None
-        value = copy.map_of(output.order)
+        value, shares_layouts = copy.map_of(output.order), False
         if self._watch is not None and self.needs_layouts:
-            self._describe(value, self._watch.calls, self._watch.told)
-        output.said = value.kind, value.axes_assumed
+            shares_layouts = self._describe(value, self._watch)
+        output.said = value.kind, value.axes_assumed, shares_layouts
         if self._keep is not None:
             return lambda: self._keep_map(path, value, copy.sizes)
         self._keep_map(path, value, copy.sizes, kernel, copy.evidence)
@@ -649,16 +651,21 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                 if not is_kept and (place := next((at for at, one in enumerate(self._kept) if one is entry), -1)) >= 0:
                     self._budget.discount(self._kept.pop(place).sizes)
 
-    def _describe(self, value: AttentionMap, calls: Sequence[ModuleCall], told: dict[Any, Any]) -> None:
-        """Give a map its layouts: those of the layer before, where they cannot be others."""
-        key = value.kind, value.shape
-        known = told.get(key)
-        if known is not None and value.kind in ("self", "cross") and are_given_the_same(calls, known[0]):
-            value.tell_layouts(*known[1])
-        else:
-            both = self._layouts.of(value, calls)
-            value.tell_layouts(*both)
-            told[key] = tuple(calls), both
+    def _describe(self, value: AttentionMap, watch: Watch, shares: bool = False) -> bool:
+        """Give a map its layouts, and say whether they are those of the map before that is like it.
+
+        Args:
+            shares: whether they are known to be.
+        """
+        key, told = (value.kind, value.shape), watch.told
+        known: Any = told.get(key)
+        shares = known is not None and (
+            shares or (value.kind in ("self", "cross") and are_given_the_same(watch.calls, known[0]))
+        )
+        if not shares:
+            told[key] = known = tuple(watch.calls), self._layouts.of(value, watch.calls)
+        value.tell_layouts(*known[1])
+        return shares
 
     def follow(self, path: str, call: PlainCall, said: Said, kernel: str) -> None:
         """Keep the map of a call of which all is known but its tensors: it is like one of an earlier pass."""
@@ -669,7 +676,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             source, sizes, evidence = self._copies.of_plain(path, call)
         value = AttentionMap.from_source(source, path=path, kind=said.kind)
         value.axes_assumed = said.axes_assumed
-        self._describe(value, watch.calls, watch.told)
+        self._describe(value, watch, said.shares_layouts)
         self._keep_map(path, value, sizes, kernel, evidence)
 
     def _keep_map(

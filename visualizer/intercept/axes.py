@@ -143,8 +143,8 @@ class Output:
         """Of calls with a single query each, the axis on which they were joined, which may be heads or queries."""
         self.has_one_sequence = False
         """Whether all of these looked at the same keys and values."""
-        self.said: tuple[str | None, bool] | None = None
-        """What was said of its map: its kind, and whether its axes were assumed; None: there is no map."""
+        self.said: tuple[str | None, bool, bool] | None = None
+        """What was said of its map, the first of `Said`; None: there is no map."""
 
     @property
     def is_open(self) -> bool:

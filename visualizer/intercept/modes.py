@@ -170,23 +170,25 @@ class unseen:
     Copies made in inference mode could not be worked on outside of it.
     """
 
-    __slots__ = ("_entered",)
+    __slots__ = ("_functions", "_had_gradients", "_inference")
 
     def __enter__(self) -> None:
         operators.hide(1)
-        functions = torch._C.DisableTorchFunction()
+        functions: Any = torch._C.DisableTorchFunction()
         functions.__enter__()
-        entered: list[Any] = [functions]
         # In this order: leaving inference mode brings gradients back.
-        if torch.is_inference_mode_enabled():
-            entered.append(torch._C._InferenceMode(False))
-            entered[1].__enter__()
-        if torch.is_grad_enabled():
-            entered.append(torch.no_grad())
-            entered[-1].__enter__()
-        self._entered = entered
+        inference: Any = torch._C._InferenceMode(False) if torch.is_inference_mode_enabled() else None
+        if inference is not None:
+            inference.__enter__()
+        self._functions, self._inference = functions, inference
+        self._had_gradients = torch.is_grad_enabled()
+        if self._had_gradients:
+            torch._C._set_grad_enabled(False)  # torch.no_grad() takes five times as long
 
     def __exit__(self, *_: object) -> None:
-        for one in reversed(self._entered):
-            one.__exit__(None, None, None)
+        if self._had_gradients:
+            torch._C._set_grad_enabled(True)
+        if self._inference is not None:
+            self._inference.__exit__(None, None, None)
+        self._functions.__exit__(None, None, None)
         operators.hide(-1)

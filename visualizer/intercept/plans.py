@@ -34,7 +34,9 @@ import torch
 from torch import Tensor, nn
 
 from .axes import Order, Output
+from .hooks import Watched
 from .kernels import KERNELS
+from .memory import Memory
 from .modules import ModuleCall, is_within
 from .operators import READS
 from .provenance import Origin
@@ -70,6 +72,8 @@ class Said(NamedTuple):
 
     kind: str | None
     axes_assumed: bool
+    shares_layouts: bool
+    """Whether its tokens are those of the map before it of the same kind and shape."""
     groups: int
     """How many query heads share a key head: where there are as many queries, these may be heads."""
 
@@ -92,7 +96,7 @@ class _Seen:
     frames: frozenset[str] = frozenset()
     """The paths of the modules whose code tells where query and key come from."""
     groups: int = 0
-    """Of a plain call, see there; 0: it is another one."""
+    """Of a plain call, see `Said`; 0: it is another one."""
 
     def step(self) -> Step | None:
         """What is to be remembered; None where that is not all there is to know."""
@@ -123,7 +127,7 @@ class _Known(NamedTuple):
 
 
 @dataclass
-class _Memory:
+class _History:
     """What is known of the passes that are given arguments of one form."""
 
     known: _Known | None = None
@@ -135,7 +139,7 @@ class Pass:
     """One call of the outermost module, and the operators that are seen in it.
 
     Args:
-        memory: of passes like it.
+        history: of passes like it.
         plan: the one to follow; None: there is none.
         sizes: of the tensors that it is given.
         states: of the model, if this pass and the one before may become a plan.
@@ -143,14 +147,9 @@ class Pass:
     """
 
     def __init__(
-        self,
-        memory: _Memory,
-        plan: _Known | None,
-        sizes: tuple[int, ...],
-        states: States | None,
-        recorded: Any,
+        self, history: _History, plan: _Known | None, sizes: tuple[int, ...], states: States | None, recorded: Any
     ) -> None:
-        self._memory, self._sizes, self._states, self.recorded = memory, sizes, states, recorded
+        self._history, self._sizes, self._states, self.recorded = history, sizes, states, recorded
         self._plan = None if plan is None else plan.steps
         self.is_plain = True
         """Whether nothing was recorded but calls of fused operators."""
@@ -228,25 +227,25 @@ class Pass:
 
     def end(self) -> None:
         """Learn from what was seen."""
-        memory = self._memory
+        history = self._history
         if self._plan is not None:
             counts = {path: len(steps) for path, steps in self._plan.items()}
             if not self.is_as_planned or counts != self._counts:
-                memory.known = None
-                memory.failures += 1
+                history.known = None
+                history.failures += 1
             return
-        before, now = memory.known, _Known(self._sizes, self._steps(), self.layers)
-        memory.known = now
+        before, now = history.known, _Known(self._sizes, self._steps(), self.layers)
+        history.known = now
         states, common = self._states, None
         if states is None:
             return
         if before is not None and before.steps is not None and now.steps is not None:
-            common = _common(before.steps, now.steps)
+            common = _common(before.steps, now.steps, before.sizes == now.sizes)
         if before is not None and common is not None and states.are_steady and states.are_same():
             sizes = tuple(one if one == other else None for one, other in zip(before.sizes, now.sizes, strict=True))
-            memory.known = _Known(sizes, common, before.layers & now.layers, states)
+            history.known = _Known(sizes, common, before.layers & now.layers, states)
         else:  # to look at a model takes long: one that is another in each pass is not looked at for ever
-            memory.failures += 1
+            history.failures += 1
 
     def _steps(self) -> dict[str, tuple[Step, ...]] | None:
         if not self.is_plain or (self._states is not None and self._states.took_chances()):
@@ -265,8 +264,10 @@ class Plans:
     """The plans of a model, by the forms of what its outermost calls are given; and its modules."""
 
     def __init__(self) -> None:
-        self._memories: dict[Any, _Memory] = {}
+        self._histories: dict[Any, _History] = {}
         self._parts: Parts | None = None
+        self.memory = Memory()
+        """For what maps are made of."""
 
     def parts(self, model: nn.Module) -> Parts:
         """The modules of the model, looked for once as long as it does not change."""
@@ -275,27 +276,28 @@ class Plans:
             parts = self._parts = Parts(model)
         return parts
 
-    def begin(self, call: ModuleCall, modules: Sequence[nn.Module], recorded: Any) -> Pass:
+    def begin(self, call: ModuleCall, watched: Watched, recorded: Any) -> Pass:
         """Begin a pass, by a plan if there is one.
 
         Args:
             call: the outermost one.
-            modules: those that are watched.
+            watched: the modules that are, see `Parts`.
             recorded: what says which calls are recorded.
         """
         forms = Forms()
         key = call.path, torch.is_grad_enabled(), recorded, forms.of((call.args, call.kwargs))
         sizes = tuple(forms.sizes)
-        memory = self._memories.get(key)
-        if memory is None:
-            if len(self._memories) >= _MOST_FORMS:
-                self._memories.clear()
-            memory = self._memories[key] = _Memory()
-        plan = memory.known
+        history = self._histories.get(key)
+        if history is None:
+            if len(self._histories) >= _MOST_FORMS:
+                self._histories.clear()
+            history = self._histories[key] = _History()
+        plan = history.known
         if plan is not None and plan.states is not None and _agree(plan.sizes, sizes) and plan.states.are_same():
-            return Pass(memory, plan, sizes, None, recorded)
-        may_become_one = plan is not None and plan.steps is not None and memory.failures < _MOST_FAILURES
-        return Pass(memory, None, sizes, States(modules) if may_become_one else None, recorded)
+            return Pass(history, plan, sizes, None, recorded)
+        may_become_one = plan is not None and plan.steps is not None and history.failures < _MOST_FAILURES
+        states = States([one for _, known, _ in watched if (one := known()) is not None]) if may_become_one else None
+        return Pass(history, None, sizes, states, recorded)
 
 
 _of_models: weakref.WeakKeyDictionary[nn.Module, Plans] = weakref.WeakKeyDictionary()
@@ -321,9 +323,8 @@ def _tensors(args: Any) -> Any:
 
 def _fits(step: Step, args: Any, calls: Sequence[ModuleCall]) -> bool:
     for (kind, shape), one in zip(step.tensors, args, strict=False):
-        if type(one) is not kind or len(shape) != one.ndim:
-            return False
-        if not _agree(shape, one.shape):
+        own = one.shape
+        if type(one) is not kind or (own != shape and (len(own) != len(shape) or not _agree(shape, own))):
             return False
     if len(calls) < len(step.given):
         return False
@@ -338,25 +339,28 @@ def _agree(known: Sequence[int | None], sizes: Sequence[int]) -> bool:
 
 
 def _common(
-    before: dict[str, tuple[Step, ...]], after: dict[str, tuple[Step, ...]]
+    before: dict[str, tuple[Step, ...]], after: dict[str, tuple[Step, ...]], have_same_sizes: bool
 ) -> dict[str, tuple[Step, ...]] | None:
     """The steps that two passes have in common, as far as the number of tokens may differ; None if they are others."""
     if {path: len(steps) for path, steps in before.items()} != {path: len(steps) for path, steps in after.items()}:
         return None
     made = {}
     for path, steps in before.items():
-        common = [_common_step(*pair) for pair in zip(steps, after[path], strict=True)]
+        common = [_common_step(*pair, have_same_sizes) for pair in zip(steps, after[path], strict=True)]
         if None in common:
             return None
         made[path] = tuple(common)
     return made  # type: ignore[return-value]
 
 
-def _common_step(one: Step, other: Step) -> Step | None:
+def _common_step(one: Step, other: Step, have_same_sizes: bool) -> Step | None:
     if one.name in READS and one.given != other.given:
         return one._replace(given=ANY) if one.name == other.name else None
     if one.said != other.said:
         one, other = one._replace(said=None), other._replace(said=None)
+    if one.said is not None and not have_same_sizes:  # a longer text may be given another mask
+        said = one.said._replace(shares_layouts=False)
+        one, other = one._replace(said=said), other._replace(said=said)
     if one._replace(tensors=None) != other._replace(tensors=None):
         return None
     if one.tensors is None or one.tensors == other.tensors:

@@ -29,6 +29,7 @@ from .calls import FusedCall, four_axes
 from .deformable import SampledCall
 from .evidence import Evidence, of_fused, of_samples, of_weights
 from .joins import Attended
+from .memory import Memory
 from .modules import are_windows
 from .provenance import Origin
 from .softmax import Product
@@ -135,12 +136,13 @@ class Copies:
 
     Args:
         gradients: whether maps also keep what their gradients are computed from.
+        memory: of the model's maps.
         share_keys: whether the maps of a growing cache share its keys; else each has a copy of its own, which nothing
             holds any longer than the map.
     """
 
-    def __init__(self, gradients: bool, share_keys: bool = True) -> None:
-        self._gradients, self._share_keys = gradients, share_keys
+    def __init__(self, gradients: bool, memory: Memory, share_keys: bool = True) -> None:
+        self._gradients, self._memory, self._share_keys = gradients, memory, share_keys
         # By the path of the module, the keys of its last call, and what its map is made of while there is one.
         self._latest: dict[str, tuple[Keys, weakref.ref[Factors]]] = {}
         self._masks: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
@@ -155,26 +157,18 @@ class Copies:
 
     def of_plain(self, path: str, call: PlainCall) -> tuple[Factors, dict[str, int], Sequence[Evidence]]:
         """What the map of a call is made of, the bytes that it adds, and the proof that it is the one that was used."""
-        query, key, mask = _copied(call.query), call.key.detach(), call.mask
-        keys, begin, sizes = self._kept_keys(path, key, query.shape[2])
-        if mask is not None:
-            mask, more = self._kept_mask(mask)
-            sizes = _sum(sizes, more)
-        source = Factors(query, keys, key.shape[2], call.scale, mask, call.causal, begin=begin)
-        self._latest[path] = keys, weakref.ref(source)
+        source, sizes = self._factors(path, call.query, call.key, call.mask, call.scale, call.causal)
         evidence = None if call.dropout else of_fused(source, call.value, call.output, call.number)
-        [device] = sizes if len(sizes) == 1 else bytes_by_device(query)  # they are all on one
-        sizes[device] = sizes.get(device, 0) + query.nbytes
         return source, sizes, _known(evidence)
 
     def _of_product(self, call: AttentionCall, product: Product) -> Copy:
-        weights = product.weights.detach() if product.is_own else _copied(product.weights)
+        weights = product.weights.detach() if product.is_own else self._memory.copied(product.weights)
         multiplied = weights.shape
         lead = product.output.shape[:-2]
         weights = weights.expand(*lead, *multiplied[-2:])  # the same weights may serve several heads
         parts, is_softmax = [], _is_softmax(product)
         if not is_softmax:
-            parts = [_copied(one.weights) for one in product.softmaxes if one.weights is not None]
+            parts = [self._memory.copied(one.weights) for one in product.softmaxes if one.weights is not None]
         evidence = None
         if not product.has_dropout:
             evidence = of_weights(weights, product.values.detach(), product.output.detach(), call.number)
@@ -207,7 +201,7 @@ class Copies:
             if is_softmax and any(one.keys > multiplied[-1] and one.maps > 1 for one in product.softmaxes):
                 # The keys that were cut off were no sink: they have values, and a map of their own.
                 made.is_softmax = False
-                parts.extend(_copied(one.weights) for one in product.softmaxes if one.weights is not None)
+                parts.extend(self._memory.copied(one.weights) for one in product.softmaxes if one.weights is not None)
             made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=made.kind) for part in parts)
             made.key_sample = sample
             return made
@@ -215,22 +209,17 @@ class Copies:
         return Copy(call, map_of, _sizes(weights, *parts, *([] if sample is None else [sample])), _known(evidence))
 
     def _of_fused(self, call: AttentionCall, fused: FusedCall, is_lent: bool) -> Copy:
-        key, mask, query = fused.key.detach(), fused.mask, fused.query.detach()
+        modifiers = None if fused.modifiers is None else fused.modifiers.mapped(self._memory.copied)
+        more: dict[str, Any] = {"score_mod": fused.score_mod, "mask_mod": fused.mask_mod, "modifiers": modifiers}
         if is_lent:
-            keys, begin, sizes = Keys(key), 0, dict[str, int]()
+            query, key = fused.query.detach(), fused.key.detach()
+            source = Factors(query, Keys(key), key.shape[2], fused.scale, fused.mask, fused.causal, **more)
+            sizes = dict[str, int]()
         else:
-            query = _copied(query)
-            keys, begin, sizes = self._kept_keys(call.path, key, query.shape[2])
-        if mask is not None and not is_lent:
-            mask, more = self._kept_mask(mask)
-            sizes = _sum(sizes, more)
-        functions = fused.score_mod, fused.mask_mod
-        modifiers = None if fused.modifiers is None else fused.modifiers.mapped(_copied)
-        source = Factors(query, keys, key.shape[2], fused.scale, mask, fused.causal, *functions, modifiers, begin)
+            given = fused.query, fused.key, fused.mask, fused.scale, fused.causal
+            source, sizes = self._factors(call.path, *given, **more)
         if fused.log_sums is not None and fused.log_sums.shape == source.shape[:3]:
             source.log_sums = fused.log_sums.detach()
-        if self._share_keys:
-            self._latest[call.path] = keys, weakref.ref(source)
         evidence = None
         if not fused.dropout:
             output = fused.output
@@ -255,21 +244,16 @@ class Copies:
                 if gradient is not None:
                     whole = values.repeat_interleave(source.shape[1] // values.shape[1], 1)
                     arranged = order.arranged if as_output is None else lambda one: order.arranged(as_output(one))
-                    gradient.arrange(arranged, made_of.shape, _copied(order.arranged(whole)))
+                    gradient.arrange(arranged, made_of.shape, self._memory.copied(order.arranged(whole)))
                 is_known = True
             return _map_of(call, made_of, gradient, _are_assumed(order if is_known else None, source.shape[:2]))
 
-        sizes = _sum(sizes, _sizes(*([] if modifiers is None else modifiers.tensors())))
-        return Copy(
-            call,
-            map_of,
-            _sum(sizes, _sizes(query, *([] if gradient is None else gradient.tensors()))),
-            _known(evidence),
-        )
+        tensors = [one for several in (modifiers, gradient) if several is not None for one in several.tensors()]
+        return Copy(call, map_of, _sum(sizes, _sizes(*tensors)), _known(evidence))
 
     def _of_samples(self, call: AttentionCall, sampled: SampledCall) -> Copy:
-        weights = four_axes(_copied(sampled.weights), call.heads)
-        cells = _copied(sampled.cells).reshape(*weights.shape, 2)
+        weights = four_axes(self._memory.copied(sampled.weights), call.heads)
+        cells = self._memory.copied(sampled.cells).reshape(*weights.shape, 2)
         source = Samples(cells, weights, sampled.sizes, sampled.counts)
         batch, heads = weights.shape[:2]
         values = [value.detach().reshape(batch, heads, *value.shape[-3:]) for value in sampled.values]
@@ -283,6 +267,29 @@ class Copies:
             return _map_of(call, made_of, gradient, _are_assumed(order, (batch, heads)))
 
         return Copy(call, map_of, _sizes(cells, weights), _known(evidence))
+
+    def _factors(
+        self,
+        path: str,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        causal: int | None,
+        **more: Any,
+    ) -> tuple[Factors, dict[str, int]]:
+        """Copies of what a fused call was given, and the bytes that they add."""
+        query, key = self._memory.copied(query), key.detach()
+        keys, begin, sizes = self._kept_keys(path, key, query.shape[2])
+        if mask is not None:
+            mask, of_mask = self._kept_mask(mask)
+            sizes = _sum(sizes, of_mask)
+        source = Factors(query, keys, key.shape[2], scale, mask, causal, begin=begin, **more)
+        if self._share_keys:
+            self._latest[path] = keys, weakref.ref(source)
+        [device] = sizes if len(sizes) == 1 else bytes_by_device(query)  # they are all on one
+        sizes[device] = sizes.get(device, 0) + query.nbytes
+        return source, sizes
 
     def _kept_keys(self, path: str, key: Tensor, queries: int) -> tuple[Keys, int, dict[str, int]]:
         """The keys of a call, the number of its first one, and the bytes that they add.
@@ -302,7 +309,7 @@ class Copies:
             if step is not None:
                 keys, begin, more = step
                 return keys, begin, {device: more}
-        keys = Keys(_copied(key))
+        keys = Keys(self._memory.copied(key))
         return keys, 0, _sizes(keys.buffer)
 
     def _kept_mask(self, mask: Tensor) -> tuple[Tensor, dict[str, int]]:
@@ -316,7 +323,7 @@ class Copies:
         # Its numbers are compared: changes by .data or numpy, and in inference mode all, leave no trace.
         if known is not None and known[0]() is mask and torch.equal(known[1], compact):
             return known[1], {}
-        kept = _copied(compact)
+        kept = self._memory.copied(compact)
         masks = self._masks
         masks[number] = weakref.ref(mask, lambda _: masks.pop(number, None)), kept
         return kept, _sizes(kept)
@@ -327,7 +334,7 @@ class Copies:
         """What a backward pass through a kernel's output, or through a softmax's weights, will bring."""
         if not self._gradients or not output.requires_grad:
             return None
-        gradient = Gradient(shape, None if values is None else _copied(values), reason)
+        gradient = Gradient(shape, None if values is None else self._memory.copied(values), reason)
         output.register_hook(gradient.accumulate)  # type: ignore[no-untyped-call]
         return gradient
 
@@ -364,10 +371,6 @@ def _are_assumed(order: Order | None, sizes: Sequence[int]) -> bool:
 
 def _known(evidence: Evidence | None) -> Sequence[Evidence]:
     return () if evidence is None else (evidence,)
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _is_softmax(product: Product) -> bool:
