@@ -3,11 +3,12 @@
     python benchmarks/attention.py
     python benchmarks/attention.py generation [steps]
 
-timm's vit_small_patch16_224 (12 layers, 6 heads, random weights), 8 images. Times: one process, the variants in turn,
-round after round; medians over the rounds and the ratio to the bare fused pass. All of it twice: as is, and with a C
-allocator that keeps what is freed. For whatever a process holds on to between passes makes the usual one hand memory
-back and fetch it anew, which costs more than the copies do. Memory: the peak of a fresh process for each variant, three
-passes long, above that of the bare one (Linux). Query and key of all layers are 58 MB.
+timm's vit_small_patch16_224 (12 layers, 6 heads, random weights), 8 images. Times: a process for each variant, in which
+it and the bare fused pass take turns; the median of what a round took, and of its ratio to the bare pass of that round,
+with the quartiles. In one process for all of them the memory that one leaves behind changed the times of the next. All
+of it twice: as is, and with a C allocator that keeps what is freed: the usual one may hand memory of the model's own
+back and fetch it anew, in one process often and in the next not at all. Memory: the peak of a fresh process for each
+variant, three passes long, above that of the bare one (Linux). Query and key of all layers are 58 MB.
 
 The second command has a small Llama of random weights and SmolLM2-135M generate, 500 steps unless told otherwise, plain
 and recorded in turn. `IMAGES=1` has the first take one image in place of eight.
@@ -100,17 +101,21 @@ VARIANTS: dict[str, tuple[bool, Callable]] = {
 }
 
 
-def times(models, images) -> dict[str, float]:
-    taken: dict[str, list[float]] = {name: [] for name in VARIANTS}
+def times(name: str, images: torch.Tensor) -> list[float]:
+    """Milliseconds a pass, and the lower quartile, the median and the upper quartile of the ratio to the bare pass."""
+    fused, run = VARIANTS[name]
+    bare, model = make_model(True), make_model(fused)
+    taken: tuple[list[float], list[float]] = [], []
     with torch.inference_mode():
-        for _ in range(ROUNDS + 2):
-            for name, (fused, run) in VARIANTS.items():
+        for _ in range(ROUNDS + 3):
+            for values, one, variant in zip(taken, (bare, model), (VARIANTS["fused, bare"][1], run), strict=True):
                 gc.collect()
                 start = time.perf_counter()
-                kept = run(models[fused], images)
-                taken[name].append(time.perf_counter() - start)
+                kept = variant(one, images)
+                values.append(time.perf_counter() - start)
                 del kept
-    return {name: statistics.median(values[2:]) for name, values in taken.items()}
+    ratios = [own / other for other, own in zip(taken[0][3:], taken[1][3:], strict=True)]
+    return [statistics.median(taken[1][3:]) * 1e3, *statistics.quantiles(ratios, n=4)]
 
 
 def small_llama() -> torch.nn.Module:
@@ -166,10 +171,10 @@ def generation(steps: int, rounds: int = 3) -> None:
             print(f"  {name:30}{middle:8.2f} s, x {middle / bare:.2f}, {(middle - bare) / calls * 1e6:6.0f} us a map")
 
 
-def in_a_fresh_process(what: str, keeps_memory: bool = False) -> str:
+def in_a_fresh_process(*what: str, keeps_memory: bool = False) -> str:
     """What this script prints when it is asked for a part of its work."""
     never = {f"MALLOC_{name}_THRESHOLD_": "4000000000" for name in ("TRIM", "MMAP")}
-    command = [sys.executable, __file__, what]
+    command = [sys.executable, __file__, *what]
     environment = os.environ | (never if keeps_memory else {})
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()[-1]
 
@@ -179,8 +184,8 @@ def main() -> None:
         generation(int(sys.argv[2]) if len(sys.argv) > 2 else 500)
         return
     images = torch.randn(BATCH, 3, 224, 224)
-    if sys.argv[1:] == ["times"]:
-        print(json.dumps(times({fused: make_model(fused) for fused in (True, False)}, images)))
+    if sys.argv[1:2] == ["times"]:
+        print(json.dumps(times(sys.argv[2], images)))
         return
     if sys.argv[1:]:
         fused, run = VARIANTS[sys.argv[1]]
@@ -196,16 +201,17 @@ def main() -> None:
     machine = f"{len(cpu)} x {''.join(cpu[:1])}, {torch.get_num_threads()} threads"
     print(f"CPython {platform.python_version()}, torch {version('torch')}, timm {version('timm')}, {machine}")
     print(f"medians of {ROUNDS} alternating rounds; ViT-S/16, {BATCH} images")
-    print("kept: with an allocator that hands no memory back to the system (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_...)\n")
-    usual, kept = (json.loads(in_a_fresh_process("times", keeps)) for keeps in (False, True))
-    peaks = {name: float(in_a_fresh_process(name)) for name in VARIANTS}
-    bare = "fused, bare"
-    print(f"{'':40}{'ms a pass':>10}{'x bare':>9}{'kept: ms':>11}{'x bare':>9}{'peak MB above bare':>21}")
+    print("kept: with an allocator that hands no memory back to the system (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_...)")
+    print("MB: the peak above bare\n")
+    bare, peaks = "fused, bare", {name: float(in_a_fresh_process(name)) for name in VARIANTS}
+    columns = f"{'x bare':>9}{'quartiles':>14}"
+    print(f"{'':40}{'ms a pass':>10}{columns}{'kept: ms':>11}{columns}{'MB':>6}")
     for name in VARIANTS:
-        print(
-            f"{name:40}{usual[name] * 1e3:10.1f}{usual[name] / usual[bare]:9.3f}"
-            f"{kept[name] * 1e3:11.1f}{kept[name] / kept[bare]:9.3f}{peaks[name] - peaks[bare]:21.0f}"
-        )
+        line = f"{name:40}"
+        for width, keeps_memory in ((10, False), (11, True)):
+            own, low, middle, high = json.loads(in_a_fresh_process("times", name, keeps_memory=keeps_memory))
+            line += f"{own:{width}.1f}{middle:9.3f}{low:8.3f}-{high:.3f}"
+        print(f"{line}{peaks[name] - peaks[bare]:6.0f}", flush=True)
 
 
 def _lines(path: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The proof: what is not the map that was used is not handed over as one, and what is is never doubted."""
 
+import gc
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from visualizer import VisualizerWarning, attention
-from visualizer.intercept import kernels
+from visualizer.intercept import evidence, kernels
 from visualizer.intercept.evidence import Evidence, of_fused, of_weights
 from visualizer.maps import Factors, Keys
 
@@ -195,6 +196,56 @@ def test_maps_do_not_wait_for_long(monkeypatch):
             with pytest.warns(VisualizerWarning, match="the map of '' is not kept"):
                 for _ in range(passes):
                     model(*factors(queries=1, keys=keys))
+            assert len(maps) == 0
+
+
+class Large(nn.Module):
+    """Its outputs are so large that they are proven at once; nothing but its own code holds them."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options, self.places = options, []
+
+    def forward(self, q):
+        values = q + torch.linspace(0, 4, q.shape[2], dtype=q.dtype)[:, None]
+        output = F.scaled_dot_product_attention(q, q + 1, values, **self.options)
+        self.places.append(output.data_ptr())
+        return output.sum()
+
+
+LARGE = 1, 2, 2048, 64
+MASK = torch.arange(2048).expand(2048, 2048) < 1000
+
+
+@pytest.mark.parametrize("options", [{}, {"attn_mask": MASK}, {"is_causal": True}], ids=["plain", "masked", "causal"])
+def test_large_calls_hold_nothing_of_the_model(options):
+    model = Large(**options)
+    with attention(model) as maps:
+        for seed in range(3):
+            model(torch.randn(LARGE, generator=torch.Generator().manual_seed(seed)))
+            held = [one for one in gc.get_objects() if type(one) is torch.Tensor and one.untyped_storage().nbytes()]
+            assert model.places[-1] not in {one.untyped_storage().data_ptr() for one in held}
+            assert not any(one.nbytes for _, _, several in maps._unproven for one in several)
+        assert len(maps) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_wrong_map_of_a_large_call_is_not_handed_over(dtype, monkeypatch):
+    q = torch.randn(LARGE, generator=torch.Generator().manual_seed(0)).to(dtype)
+    monkeypatch.setattr(evidence, "_LARGE", 2**18)
+    for options, name in (
+        ({"scale": 1.0}, "scale"),
+        ({"attn_mask": MASK}, "attn_mask"),
+        ({"is_causal": True}, "is_causal"),
+    ):
+        model = Large(**options)
+        with attention(model) as maps:
+            model(q)
+        assert len(maps) == 1
+        with monkeypatch.context() as patch:
+            patch.setitem(kernels.KERNELS, "scaled_dot_product_attention", forgetting(name))
+            with pytest.warns(VisualizerWarning, match="the map of '' is not kept.* by "), attention(model) as maps:
+                model(q)
             assert len(maps) == 0
 
 

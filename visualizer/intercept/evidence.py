@@ -14,6 +14,9 @@ from ..maps import Factors, HeadRows, Samples, tokens_of, without_autograd
 
 _ROWS = 2
 _AT_ONCE = 2**20  # how many numbers of values are compared in one product, at most
+# The bytes of an output from which on a call is proven at once. Small copies that wait part the memory that a large
+# pass frees and takes again, so that each layer takes more of it.
+_LARGE = 2**20
 _ON_ONE_THREAD = 2**15  # so many torch works on alone; more of small maps would wake threads that sleep
 _STEPS = {torch.float32: 16, torch.float64: 16}  # of the output's type at the largest value; others: 4
 
@@ -57,6 +60,13 @@ class Evidence:
             rows = self._rows.weights()
             gap = torch.matmul(rows, values.to(rows.dtype)).sub_(self._output)
             self._take(gap, gap.abs().amax(), values.abs().amax())  # a norm takes ten times as long
+        return self
+
+    def settled(self) -> Evidence:
+        """The same, compared now, so that it holds nothing that belongs to the model."""
+        Evidence.weigh([self])
+        self.weighed()
+        self._output = self._output.new_empty(0) if self._is_near else self._output.clone()
         return self
 
     def _take(self, gap: Tensor, distance: float | Tensor, largest: Tensor) -> None:
@@ -132,8 +142,11 @@ def of_fused(source: Factors, values: Tensor, output: Tensor, number: int) -> Ev
         return Evidence(_Known(rows, lambda: source.size_of_scores(chosen)), values, output).weighed()
     image, head, groups = number % batch, number // batch % key_heads, heads // key_heads
     start, stop = _some(queries, number)
-    own = tokens_of(output, image, head * groups, start, stop - start, groups).clone()
-    return Evidence(HeadRows(source, image, head, start, stop), tokens_of(values, image, head, 0, keys).clone(), own)
+    own = tokens_of(output, image, head * groups, start, stop - start, groups)
+    some, value = HeadRows(source, image, head, start, stop), tokens_of(values, image, head, 0, keys)
+    if output.nbytes < _LARGE or not output.is_cpu:
+        return Evidence(some, value.clone(), own.clone())
+    return Evidence(some, value, own).settled()
 
 
 @without_autograd
