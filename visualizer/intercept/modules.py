@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import inspect
 import math
 import re
@@ -239,13 +238,25 @@ def cannot_attend(module: nn.Module) -> bool:
     return is_torchs and not module._modules and not isinstance(module, nn.MultiheadAttention)
 
 
-_BY_TOKEN = frozenset((
-    "add", "amp", "autocast", "bfloat16", "clamp", "contiguous", "device", "dtype", "float", "float16", "float32",
-    "functional", "gelu", "get_autocast_cpu_dtype", "get_autocast_dtype", "get_autocast_gpu_dtype", "half",
-    "is_autocast_cpu_enabled", "is_autocast_enabled", "is_scripting", "jit", "layer_norm", "mean", "mul",
-    "normalize", "pow", "relu", "rms_norm", "rsqrt", "sigmoid", "silu", "sqrt", "square", "tanh", "to", "type",
-    "type_as", "var",
-))  # fmt: skip
+_BY_TOKEN = frozenset(
+    (
+        *(
+            "add",
+            "bfloat16",
+            "clamp",
+            "contiguous",
+            "dtype",
+            "float",
+            "float16",
+            "float32",
+            "functional",
+            "gelu",
+            "half",
+        ),
+        *("layer_norm", "mean", "mul", "normalize", "pow", "relu", "rms_norm", "rsqrt", "sigmoid", "silu", "sqrt"),
+        *("square", "tanh", "to", "type", "type_as", "var"),
+    )
+)
 """Names in code that belong to torch, and stand for nothing that mixes tokens."""
 
 
@@ -265,50 +276,26 @@ def works_by_token(module: nn.Module, known: dict[nn.Module, bool] | None = None
 
 
 def _works_by_token(module: nn.Module, known: dict[nn.Module, bool]) -> bool:
-    if "forward" in vars(module) or is_called_attention(type(module).__qualname__):
+    forward = type(module).forward
+    if type(forward) is not FunctionType or "forward" in vars(module) or is_called_attention(type(module).__qualname__):
         return False
-    names = _asked_by(type(module).forward)
-    if names is None:
+    if forward.__closure__ or hasattr(forward, "__wrapped__"):
+        return False
+    if any(map(callable, (*(forward.__defaults__ or ()), *(forward.__kwdefaults__ or {}).values()))):
+        return False
+    names, globals_ = _names_in(forward.__code__)
+    if names is None or any(forward.__globals__.get(name) not in _TORCH for name in globals_):
         return False
     for name in names:
         if name in _BY_TOKEN and (not hasattr(module, name) or hasattr(nn.Module, name)):
             continue
-        if not _is_harmless(getattr(module, name, None)):
+        if not isinstance(getattr(module, name, None), (nn.Module, Tensor, int, float, str, torch.dtype)):
             return False
     inner = [one for one in module._modules.values() if one is not None]
     return all(cannot_attend(one) or works_by_token(one, known) for one in inner)
 
 
-def _is_harmless(value: Any) -> bool:
-    """Whether code that asks a module for this does nothing with it that mixes tokens; its parts are looked at too."""
-    if type(value) is tuple:
-        return all(type(one) in _NUMBERS for one in value)
-    return isinstance(value, (nn.Module, Tensor, int, float, str, torch.dtype))
-
-
 _TORCH = (torch, nn, nn.functional)
-_NUMBERS = (bool, int, float)
-
-
-def _asked_by(function: Any, depth: int = 0) -> set[str] | None:
-    """The names that a function asks other things for; None where it may call more than torch's functions.
-
-    What it calls of its own module is looked at in the same way, such as the functions behind timm's norms.
-    """
-    if type(function) is not FunctionType or function.__closure__ or hasattr(function, "__wrapped__") or depth > 3:
-        return None
-    if any(map(callable, (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()))):
-        return None
-    names, globals_ = _names_in(function.__code__)
-    for name in globals_ if names is not None else ():
-        value = function.__globals__.get(name, getattr(builtins, name, None))
-        is_error = isinstance(value, type) and issubclass(value, BaseException)
-        if value is None or type(value) in _NUMBERS or is_error or any(value is one for one in _TORCH):
-            continue  # what is not there cannot be called
-        inner = _asked_by(value, depth + 1)
-        if inner is None or not inner <= _BY_TOKEN:
-            return None
-    return names
 
 
 @lru_cache(maxsize=4096)
