@@ -545,3 +545,69 @@ def test_what_is_defined_between_two_recordings_is_seen(library):
             model(*inputs(), *more)
         assert [one.shape for one in maps] == [(2, 4, 5, 5)]
     assert "apply" not in vars(FlashAttnFunc)
+
+
+class Routes(nn.Module):
+    """Which of its parts attends depends on a number, which a plan knows; the other is in no plan."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.usual, self.other = Calls(torch.nn.functional.scaled_dot_product_attention), Calls(function)
+
+    def forward(self, x):
+        q = x.transpose(1, 2)
+        return self.usual(q, q, q) if x.sum().item() > 0 else self.other(x, x, x)
+
+
+def test_what_is_imported_after_a_plan_was_made(monkeypatch):
+    module = types.ModuleType("flash_attn_of_later")
+    model = Routes(lambda *args: module.flash_attn_func(*args))
+    x = inputs(4, 4)[0].abs()
+    with attention(model):
+        for _ in range(3):
+            model(x)
+
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None):
+        return torch.from_numpy(kernels_by_hand.attend_batch(q, k, v, scale=softmax_scale).numpy())
+
+    module.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with attention(model) as maps:
+        model(-x)
+    assert maps.paths == ("other",)
+
+
+class TestTheProofOfForeignKernels:
+    """Their arguments may mean more than is known here: rows of all heads and texts, from all parts, are compared."""
+
+    @pytest.mark.parametrize("place", [(0, slice(None), 3), (1, slice(None), 0), (1, 4, 1), (0, 2, 2), (0, 3, 0)])
+    def test_one_head_of_one_text(self, place, monkeypatch):
+        def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None):
+            output = kernels_by_hand.attend_batch(q, k, v, scale=softmax_scale).clone()
+            output[place] += 0.01
+            return output
+
+        assert self.maps_of(flash_attn_func, monkeypatch, 5) == 0
+
+    @pytest.mark.parametrize(("tokens", "window"), [(40, 8), (128, 64), (512, 16)])
+    def test_a_window_that_nothing_tells(self, tokens, window, monkeypatch):
+        def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+            return kernels_by_hand.attend_batch(q, k, v, scale=softmax_scale, causal=causal, window=(window, 0))
+
+        assert self.maps_of(flash_attn_func, monkeypatch, tokens, causal=True) == 0
+
+    def maps_of(self, function, monkeypatch, tokens, **options):
+        """How many are kept; a warning says why the others are not."""
+
+        @functools.wraps(function)
+        def opaque(*args, **kwargs):
+            with torch._C.DisableTorchFunction():  # as what is not written in torch
+                return function(*args, **kwargs)
+
+        module = types.ModuleType("flash_attn_that_is_wrong")
+        module.flash_attn_func = opaque
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        model = Calls(opaque, **options)
+        with pytest.warns(VisualizerWarning, match="is not the one that was used"), attention(model) as maps:
+            model(*inputs(4, 4, queries=tokens, keys=tokens))
+        return len(maps)

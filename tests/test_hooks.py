@@ -409,9 +409,31 @@ def test_each_layer_has_it_too_where_all_texts_are_as_long(monkeypatch):
     assert (first, second) == (["padding", "text"], ["text", "padding"])
 
 
-class TestUsedAgain:
-    """To make hooks takes longer than to add them, so that later recordings take those of earlier ones."""
+class Picks(nn.Module):
+    """What its second layer is given depends on a number that differs from text to text."""
 
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList((Masked(), Masked()))
+
+    def forward(self, hidden, mask, other):
+        count = mask.sum().item()
+        hidden = self.layers[0](hidden, mask)
+        return self.layers[1](hidden, mask if count < 100 else other)
+
+
+def test_layouts_are_not_shared_where_a_number_may_decide(monkeypatch):
+    masks = [torch.ones(2, 5, dtype=torch.long) for _ in range(5)]
+    for number, mask in enumerate(masks[:4]):
+        mask[0, :number] = 0
+    masks[3][1, 0] = 101
+    other = torch.tensor([[1, 1, 0, 0, 0]] * 2)
+    model, hidden = Picks().eval(), torch.randn(2, 5, 8)
+    maps = both_ways(model, [lambda mask=mask: model(hidden, mask, other) for mask in masks], monkeypatch)
+    assert [part.kind for part in maps[7].layout.of(0).parts] == ["text", "padding"]
+
+
+class TestOneRecordingAndAnother:
     def test_one_recording_after_the_other(self, model, x):
         expected = None
         for _ in range(4):

@@ -170,6 +170,25 @@ class TestMemory:
         assert kept.nbytes == 2**19
         del again
 
+    def test_one_that_is_larger_than_all_that_may_wait(self, monkeypatch):
+        monkeypatch.setattr(memory, "MOST", 2**18)
+        kept = Memory()
+        copied = kept.copied(numbers())
+        large = kept.copied(numbers(shape=(1, 2, 1024, 64)))
+        del copied, large
+        assert kept.nbytes == 0
+
+    @pytest.mark.filterwarnings("ignore:.*quantized tensor:UserWarning", "ignore:.*nested tensors:UserWarning")
+    def test_other_kinds_of_tensors_are_copied_as_torch_does(self):
+        kept, x = Memory(), numbers().flatten(0, 2)
+        quantized = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+        assert torch.equal(kept.copied(quantized).dequantize(), quantized.dequantize())
+        nested = torch.nested.nested_tensor([x, x[:7]])
+        assert [torch.equal(*pair) for pair in zip(kept.copied(nested).unbind(), nested.unbind(), strict=True)] == [
+            True
+        ] * 2
+        assert not kept._lent
+
     def test_threads_at_once(self):
         kept, wrong = Memory(), []
 

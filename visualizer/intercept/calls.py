@@ -47,6 +47,8 @@ class FusedCall:
     """The tensor that the kernel returned, where the output is another view of it. The gradient arrives there."""
     as_output: Callable[[Tensor], Tensor] | None = None
     """Gives a tensor that has the axes of `returned` those of the output."""
+    is_foreign: bool = False
+    """Whether it is not torch's own: of such a kernel more is compared."""
     log_sums: Tensor | None = None
     """Of each query the logarithm of the sum that its softmax is divided by, (batch, heads, queries), as far as the
     kernel returned it."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..maps import Factors, HeadRows, Samples, tokens_of, without_autograd
 
-_ROWS = 2
 _AT_ONCE = 2**20  # how many numbers of values are compared in one product, at most
 # The bytes of an output from which on a call is proven at once. Small copies that wait part the memory that a large
 # pass frees and takes again, so that each layer takes more of it.
@@ -129,24 +128,32 @@ def _rounding(dtype: torch.dtype) -> float:
 
 
 @without_autograd
-def of_fused(source: Factors, values: Tensor, output: Tensor, number: int) -> Evidence | None:
-    """The evidence for query and key, (batch, heads, ...) like values and output; `number` varies which rows."""
+def of_fused(source: Factors, values: Tensor, output: Tensor, number: int, is_foreign: bool = False) -> Evidence | None:
+    """The evidence for query and key, (batch, heads, ...) like values and output; `number` varies which rows.
+
+    Of torch's own kernels two rows of a head are compared; of others, whose arguments may mean more than is known here,
+    and of functions that change the scores, rows from all parts of the text and of all heads.
+    """
     batch, heads, queries, keys = source.shape
     _, key_heads, _, width = values.shape
     if not (batch * heads * queries * keys and width):
         return None
-    if source.has_functions:
-        chosen = slice(*_some(queries, number))
+    if source.has_functions or is_foreign:
+        chosen = _spread(queries, number, source.device)
+        step = 1 + batch * key_heads * keys * width // _AT_ONCE
+        several = torch.arange(0, batch * key_heads, step, device=source.device)
+        at = several // key_heads, several % key_heads
         rows = source.rows(chosen).reshape(batch, key_heads, -1, keys)
-        output = output[:, :, chosen].reshape(*rows.shape[:3], -1)
-        return Evidence(_Known(rows, lambda: source.size_of_scores(chosen)), values, output).weighed()
+        output = output[:, :, chosen].reshape(batch, key_heads, rows.shape[2], width)
+        whole = _Known(rows[at], lambda: source.size_of_scores(chosen))
+        return Evidence(whole, values[at], output[at]).weighed()
     image, head, groups = number % batch, number // batch % key_heads, heads // key_heads
-    start, stop = _some(queries, number)
-    own = tokens_of(output, image, head * groups, start, stop - start, groups)
-    some, value = HeadRows(source, image, head, start, stop), tokens_of(values, image, head, 0, keys)
+    places = _some(queries, number)
+    own = tokens_of(output, image, head * groups, places.start, len(places), groups, places.step)
+    known, value = HeadRows(source, image, head, places), tokens_of(values, image, head, 0, keys)
     if output.nbytes < _LARGE or not output.is_cpu:
-        return Evidence(some, value.clone(), own.clone())
-    return Evidence(some, value, own).settled()
+        return Evidence(known, value.clone(), own.clone())
+    return Evidence(known, value, own).settled()
 
 
 @without_autograd
@@ -154,7 +161,7 @@ def of_weights(weights: Tensor, values: Tensor, output: Tensor, number: int) -> 
     """The evidence for weights (..., queries, keys), values (..., keys, width) and output (..., queries, width)."""
     if not (weights.numel() and output.numel()):
         return None
-    chosen = slice(*_some(weights.shape[-2], number))
+    chosen = _slice(_some(weights.shape[-2], number))
     dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
     rows = weights[..., chosen, :].to(dtype)
     return Evidence(_Known(rows, float), values, output[..., chosen, :]).weighed()
@@ -166,13 +173,26 @@ def of_samples(source: Samples, values: Sequence[Tensor], output: Tensor, number
     batch, heads, queries, keys = source.shape
     if not (batch * heads * queries * keys and output.numel()):
         return None
-    chosen, image, head = slice(*_some(queries, number)), number % batch, number // batch % heads
+    chosen, image, head = _slice(_some(queries, number)), number % batch, number // batch % heads
     cells = torch.cat([level[image, head].flatten(1) for level in values], 1).mT
     rows = source.of_head(image, head).rows(chosen)[0, 0]
     return Evidence(_Known(rows, source.largest_side), cells, output[image, head, chosen]).weighed()
 
 
-def _some(queries: int, number: int) -> tuple[int, int]:
-    """The number of the first of some queries, and the one behind their last."""
-    start = 7 * number % max(1, queries - _ROWS + 1)
-    return start, min(start + _ROWS, queries)
+def _some(queries: int, number: int) -> range:
+    """The numbers of two queries, one of each half: the first of a causal text see few keys, the last nearly all."""
+    half = queries // 2
+    if half == 0:
+        return range(1)
+    first, second = 7 * number % half, queries - 1 - 7 * number % (queries - half)
+    return range(first, second + 1, second - first)
+
+
+def _slice(places: range) -> slice:
+    return slice(places.start, places.stop, places.step)
+
+
+def _spread(queries: int, number: int, device: torch.device) -> Tensor:
+    """The numbers of queries from all parts of a text; the last is always among them."""
+    last = queries - 1
+    return torch.tensor(sorted({7 * number % queries, last // 2, last - last // 4, last}), device=device)

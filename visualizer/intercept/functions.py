@@ -44,6 +44,7 @@ _watchers: tuple[weakref.ref[Any], ...] = ()  # replaced as a whole: each call o
 _wrapped: dict[str, tuple[Any, Any]] = {}  # the function before and its wrapper, by the name of the interface
 _looked_through: dict[str, tuple[weakref.ref[ModuleType], int]] = {}  # the modules, and how much was in them
 _last: tuple[list[Any], list[Any], list[int]] = ([], [], [])  # all modules at the last time, what they hold, how much
+_counts = 0, 0  # at the last time
 _found: weakref.WeakKeyDictionary[FunctionType, str] = weakref.WeakKeyDictionary()
 _homes: set[tuple[str, str]] = set()  # the modules that they are in, and their names
 _swapped: dict[FunctionType, tuple[CodeType, CodeType, bool]] = {}  # the codes before and now; is the signature ours
@@ -64,7 +65,7 @@ _here = threading.local()  # `is_hidden`: calls of other libraries' functions ar
 
 
 def begin(watcher: Watcher) -> None:
-    """Have a watcher told of the calls, of what is known by now; see `look`."""
+    """Have a watcher told of the calls. What was defined since in the modules of before is only found by `look`."""
     global _watchers
     with _lock:
         _watchers = *_watchers, weakref.ref(watcher)
@@ -75,13 +76,18 @@ def begin(watcher: Watcher) -> None:
                 wrapper = _wrapper(name, original)
                 _wrapped[name] = original, wrapper
                 functions[name] = wrapper
-        _change()
+        if _counts == _counted():
+            _change()
+        else:
+            look()
 
 
 def look() -> None:
     """Look for what has been imported or defined since the last time. In a large program that takes a while."""
+    global _counts
     with _lock:
         _find()
+        _counts = _counted()
         for cls in _below(torch.autograd.Function):
             if cls not in _around and cls not in _others and "apply" not in vars(cls):
                 describe = _describes(cls)
@@ -91,6 +97,11 @@ def look() -> None:
                     _around[cls] = describe
         if _watchers:
             _change()
+
+
+def _counted() -> tuple[int, int]:
+    """How many modules there are, and how much is in the one that a user works in."""
+    return len(sys.modules), len(getattr(sys.modules.get("__main__"), "__dict__", ()))
 
 
 def _change() -> None:

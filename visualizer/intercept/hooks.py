@@ -6,7 +6,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -22,12 +22,12 @@ class Hook:
     """A hook of a module that is recorded; on a copy of the module, in memory or in a file, it does nothing."""
 
     def __init__(self, function: Callable[..., Any], path: str, module: weakref.ref[nn.Module]) -> None:
-        self.function, self._path, self._module = function, path, module
+        self._function, self._path, self._module = function, path, module
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         """What the function returns, if it is that module's call."""
         if self._module() is module or getattr(module, "_is_replica", False):
-            return self.function(self._path, module, *args)
+            return self._function(self._path, module, *args)
         return None
 
     def __deepcopy__(self, memo: Any) -> Hook:
@@ -37,68 +37,49 @@ class Hook:
         return _idle_hook, ()
 
 
-def _idle(*_: Any) -> None:
-    """What hooks do that are in no module."""
-
-
 def _idle_hook() -> Hook:
-    return Hook(_idle, "", lambda: None)  # type: ignore[arg-type]
-
-
-Both = tuple[Callable[..., Any], Callable[..., Any]]
-"""Functions that are called with (path, module, arguments ...), before a module's call and behind it."""
-
-
-Watched = Sequence[tuple[str, weakref.ref[nn.Module], bool]]
-"""The path of each module, the module, and whether it is a layer in which nothing attends."""
+    return Hook(lambda *_: None, "", lambda: None)  # type: ignore[arg-type]
 
 
 class _Pair(NamedTuple):
-    """The two hooks of a module."""
+    """The two hooks of a module, and the tables of torch that they are in."""
 
     path: str
-    module: weakref.ref[nn.Module]
-    is_layer: bool
     before: Hook
     after: Hook
+    tables: tuple[Any, Any]
+    options: tuple[Any, Any]
 
 
 class Hooks:
-    """Two hooks on each of some modules, before and behind its calls, from `add` to `remove`, as often as is wanted.
+    """Two hooks on each of some modules, before and behind its calls, until `remove`.
 
     Torch takes several times as long to call a module that has hooks. Where it is known that the calls of some do not
     matter, `hide` takes theirs out of torch's tables, and `show` puts them back.
-
-    Args:
-        modules: of which layers have other functions.
     """
 
-    def __init__(self, modules: Watched) -> None:
+    def __init__(self) -> None:
         self.lock = threading.RLock()  # a recording that nobody holds any more may end in the middle of anything
         """Held while some are hidden or shown."""
         # One number of torch's for all tables: a handle for each hook takes ten times as long as the hook itself.
         self._number = RemovableHandle(OrderedDict()).id
-        self._pairs = [
-            _Pair(path, known, is_layer, Hook(_idle, path, known), Hook(_idle, path, known))
-            for path, known, is_layer in modules
-        ]
-        self._hidden: list[tuple[nn.Module, _Pair]] = []
+        self._pairs: list[_Pair] = []
+        self._hidden: list[_Pair] = []
         self._to_hide: tuple[Container[str] | None, list[_Pair]] = None, []
 
-    def add(self, of_calls: Both, of_layers: Both) -> None:
-        """Have the functions called before all other hooks, also with arguments by keyword; and behind the call, also
-        if it failed."""
-        number = self._number
-        for _, known, is_layer, before, after in self._pairs:
-            module = known()
-            if module is None:
-                continue
-            before.function, after.function = of_layers if is_layer else of_calls
-            module._forward_pre_hooks_with_kwargs[number] = module._forward_hooks_always_called[number] = True
-            table: Any = module._forward_pre_hooks
-            table[number], module._forward_hooks[number] = before, after
-            if len(table) > 1:
-                table.move_to_end(number, last=False)
+    def add(self, path: str, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+        """Have functions called with (path, module, arguments ...) around the calls of a module.
+
+        That is before all other hooks, also with arguments by keyword; and behind the call, also if it failed.
+        """
+        known, number = weakref.ref(module), self._number
+        tables: Any = module._forward_pre_hooks, module._forward_hooks
+        options: Any = module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called
+        pair = _Pair(path, Hook(before, path, known), Hook(after, path, known), tables, options)
+        options[0][number] = options[1][number] = True
+        tables[0][number], tables[1][number] = pair.before, pair.after
+        tables[0].move_to_end(number, last=False)
+        self._pairs.append(pair)
 
     def hide(self, paths: Container[str]) -> None:
         """Hide those of the modules with these paths, and of all within. Where there are hooks of others, ours stay."""
@@ -107,40 +88,29 @@ class Hooks:
             if self._to_hide[0] is not paths:
                 self._to_hide = paths, [pair for pair in self._pairs if _is_among(pair.path, paths)]
             for pair in self._to_hide[1]:
-                module = pair.module()
-                if module is None:
-                    continue
-                before, after = module._forward_pre_hooks, module._forward_hooks
+                before, after = pair.tables
                 if len(before) == len(after) == 1 and number in before and number in after:
-                    self._hidden.append((module, pair))
+                    self._hidden.append(pair)
                     del before[number], after[number]
 
     def show(self) -> None:
         """Put back what is hidden, where it was."""
         number = self._number
         with self.lock:
-            for module, pair in self._hidden:
-                before: Any = module._forward_pre_hooks
-                after: Any = module._forward_hooks
+            for pair in self._hidden:
+                before, after = pair.tables
                 before[number], after[number] = pair.before, pair.after
                 for table in (before, after) if len(before) > 1 or len(after) > 1 else ():
                     table.move_to_end(number, last=False)  # somebody added one meanwhile
             self._hidden.clear()
 
     def remove(self) -> None:
-        """Remove all; what they called is let go of."""
-        number = self._number
+        """Remove all."""
         with self.lock:
             self._hidden.clear()
-            for _, known, _, before, after in self._pairs:
-                before.function = after.function = _idle
-                module = known()
-                if module is None:
-                    continue
-                module._forward_pre_hooks.pop(number, None)
-                module._forward_hooks.pop(number, None)
-                module._forward_pre_hooks_with_kwargs.pop(number, None)
-                module._forward_hooks_always_called.pop(number, None)
+            for pair in self._pairs:
+                for table in (*pair.tables, *pair.options):
+                    table.pop(self._number, None)
 
 
 def _is_among(path: str, paths: Container[str]) -> bool:

@@ -45,8 +45,8 @@ class Memory:
 
     def copied(self, tensor: Tensor) -> Tensor:
         """A contiguous copy, without autograd."""
-        size = tensor.nbytes
-        if size < LEAST or type(tensor) is not Tensor or not tensor.is_cpu:
+        size = 0 if tensor.is_nested else tensor.nbytes
+        if size < LEAST or not _is_plain(tensor):
             return tensor.detach().clone(memory_format=torch.contiguous_format)
         try:
             block = self._free[size].pop()
@@ -65,7 +65,13 @@ class Memory:
         size = len(loan.block)
         if self.nbytes + size > MOST:
             self._free.clear()  # of what earlier passes had
-        self._free.setdefault(size, []).append(loan.block)
+        if size <= MOST:
+            self._free.setdefault(size, []).append(loan.block)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    is_plain = type(tensor) is Tensor and tensor.is_cpu and tensor.layout is torch.strided
+    return is_plain and not tensor.is_quantized
 
 
 def _give_back(loan: Any) -> None:

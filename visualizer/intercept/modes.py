@@ -186,8 +186,7 @@ class unseen:
             torch._C._set_grad_enabled(False)  # torch.no_grad() takes five times as long
 
     def __exit__(self, *_: object) -> None:
-        if self._had_gradients:
-            torch._C._set_grad_enabled(True)
+        torch._C._set_grad_enabled(self._had_gradients)
         if self._inference is not None:
             self._inference.__exit__(None, None, None)
         self._functions.__exit__(None, None, None)

@@ -34,7 +34,6 @@ import torch
 from torch import Tensor, nn
 
 from .axes import Order, Output
-from .hooks import Watched
 from .kernels import KERNELS
 from .memory import Memory
 from .modules import ModuleCall, is_within
@@ -276,12 +275,12 @@ class Plans:
             parts = self._parts = Parts(model)
         return parts
 
-    def begin(self, call: ModuleCall, watched: Watched, recorded: Any) -> Pass:
+    def begin(self, call: ModuleCall, watched: Sequence[weakref.ref[nn.Module]], recorded: Any) -> Pass:
         """Begin a pass, by a plan if there is one.
 
         Args:
             call: the outermost one.
-            watched: the modules that are, see `Parts`.
+            watched: the modules that are.
             recorded: what says which calls are recorded.
         """
         forms = Forms()
@@ -296,7 +295,7 @@ class Plans:
         if plan is not None and plan.states is not None and _agree(plan.sizes, sizes) and plan.states.are_same():
             return Pass(history, plan, sizes, None, recorded)
         may_become_one = plan is not None and plan.steps is not None and history.failures < _MOST_FAILURES
-        states = States([one for _, known, _ in watched if (one := known()) is not None]) if may_become_one else None
+        states = States([one for known in watched if (one := known()) is not None]) if may_become_one else None
         return Pass(history, None, sizes, states, recorded)
 
 
@@ -344,21 +343,26 @@ def _common(
     """The steps that two passes have in common, as far as the number of tokens may differ; None if they are others."""
     if {path: len(steps) for path, steps in before.items()} != {path: len(steps) for path, steps in after.items()}:
         return None
-    made = {}
+    made, has_one_way = {}, have_same_sizes and _reads(before) == _reads(after)
     for path, steps in before.items():
-        common = [_common_step(*pair, have_same_sizes) for pair in zip(steps, after[path], strict=True)]
+        common = [_common_step(*pair, has_one_way) for pair in zip(steps, after[path], strict=True)]
         if None in common:
             return None
         made[path] = tuple(common)
     return made  # type: ignore[return-value]
 
 
-def _common_step(one: Step, other: Step, have_same_sizes: bool) -> Step | None:
+def _reads(steps: dict[str, tuple[Step, ...]]) -> list[Any]:
+    """The numbers that the code read."""
+    return [(path, step.given) for path, several in steps.items() for step in several if step.name in READS]
+
+
+def _common_step(one: Step, other: Step, has_one_way: bool) -> Step | None:
     if one.name in READS and one.given != other.given:
         return one._replace(given=ANY) if one.name == other.name else None
     if one.said != other.said:
         one, other = one._replace(said=None), other._replace(said=None)
-    if one.said is not None and not have_same_sizes:  # a longer text may be given another mask
+    if one.said is not None and not has_one_way:  # a longer text may be given another mask, or run other layers
         said = one.said._replace(shares_layouts=False)
         one, other = one._replace(said=said), other._replace(said=said)
     if one._replace(tensors=None) != other._replace(tensors=None):

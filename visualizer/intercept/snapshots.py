@@ -225,7 +225,7 @@ class Copies:
             output = fused.output
             if output.shape[:-1] != source.shape[:3]:
                 output = output.reshape(*source.shape[:3], output.shape[-1])
-            evidence = of_fused(source, fused.value, output, call.number)
+            evidence = of_fused(source, fused.value, output, call.number, fused.is_foreign)
         reason = (
             "there was dropout on the weights, whose pattern a fused kernel does not tell: the gradient is known with "
             "model.eval(), or without attention dropout"

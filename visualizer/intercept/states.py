@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..instrument import named_modules
-from .hooks import Hook, Hooks
+from .hooks import Hook
 from .modules import cannot_attend, has_global_hooks, is_compiled, works_by_token
 from .settings import SIMPLE, Objects, Settings, has_settings
 from .surroundings import Surroundings, chance, held_in, is_unsteady
@@ -293,20 +293,8 @@ class Parts:
             (path, weakref.ref(module), bool(path) and works_by_token(module, by_token)) for path, module in watched
         ]
         """The path of each, the module, and whether it is a layer in which nothing attends."""
-        self._idle: list[Hooks] = []
         is_plain = not self.scripted and not self.compiled
         self._states = States([module for _, module in watched], follows_code=False) if is_plain else None
-
-    def hooks(self) -> Hooks:
-        """Hooks of the watched modules, which are in none of them."""
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return Hooks(self.watched)
-
-    def give_back(self, hooks: Hooks) -> None:
-        """Have `hooks` return these again, once they are removed: to make them takes longer than to add them."""
-        self._idle.append(hooks)
 
     def are_same(self) -> bool:
         """Whether the model still has these, as they were."""

@@ -33,7 +33,7 @@ from .axes import Factor, Order, Output
 from .calls import FusedCall, LogSums, as_computed, in_four_axes, multi_head_attention, name_of, with_sums
 from .deformable import SAMPLING_KERNELS, SampledCall, Sampling
 from .foreign import Gap
-from .hooks import Hook, frame_of_call, has_ended, is_as_built
+from .hooks import Hook, Hooks, frame_of_call, has_ended, is_as_built
 from .kernels import KERNELS
 from .modes import (
     BEGINS,
@@ -170,13 +170,19 @@ class Watch:
         self._attending = weakref.WeakSet[nn.Module]()  # layers that were taken for some in which nothing attends
         self._uncompiled = Uncompiled()
         self._has_ended = False
+        self._has_looked = False  # for functions that are not torch's
         mark_reruns()
         self._outermost: dict[int, nn.Module] = {}  # whose calls are under way, by their threads
-        self._parts, self._hooks = parts, parts.hooks()
+        self._hooks = Hooks()
+        self._watched = [known for _, known, _ in parts.watched]
         self._sees_operators = not parts.are_recurrent
-        self._hooks.add((self._begin_call, self._end_call), (self._begin_layer, self._end_layer))
+        for path, known, is_by_token in parts.watched:
+            module = known()
+            if module is None:
+                continue
+            begin, end = (self._begin_layer, self._end_layer) if is_by_token else (self._begin_call, self._end_call)
+            self._hooks.add(path, module, begin, end)
         functions.begin(self)
-        self._has_looked = False  # for functions that are not torch's
         see_scripted(True)
         if parts.scripted:
             inner = {path for path in parts.scripted for top in parts.scripted if path != top and is_within(path, top)}
@@ -190,13 +196,11 @@ class Watch:
     def end(self) -> None:
         """Remove the hooks and the mode, and file what is seen of calls under way."""
         if not self._has_ended:
-            self._hooks.remove()
+            self._has_ended = True  # first: without hooks calls of other threads seem to be of the modules around
+            see_scripted(False)
+        self._hooks.remove()
         self._uncompiled.end()
         functions.end(self)
-        if not self._has_ended:
-            self._has_ended = True
-            see_scripted(False)
-            self._parts.give_back(self._hooks)
         self._file_settled(1)
         here = get_ident(), self._outermost.get(get_ident())
         self._leave(self._thread)
@@ -291,7 +295,7 @@ class Watch:
         """Begin what belongs to the outermost call: a plan, or else the mode."""
         with self._unharmed([call]), torch._C.DisableTorchFunction():
             if self._sees_operators and operators.are_seen() and _len_torch_function_stack() == 0:
-                thread.current = self._plans.begin(call, self._parts.watched, self._selection())
+                thread.current = self._plans.begin(call, self._watched, self._selection())
                 thread.is_planned = thread.current.is_planned
                 operators.begin(self)
             if not (thread.is_planned or self._has_looked):
@@ -406,8 +410,7 @@ class Watch:
     def _leave(self, thread: _Thread) -> None:
         """End what belongs to the outermost call."""
         self._outermost.pop(get_ident(), None)
-        if not self._has_ended:
-            self._hooks.show()
+        self._hooks.show()
         if thread.current is not None:
             operators.end(self)
         thread.forget()
@@ -627,6 +630,7 @@ class Watch:
             if isinstance(seen, SampledCall):
                 self._see_sampled(name, seen)
             else:
+                seen = replace(seen, is_foreign=True)
                 self._see_fused(name, lambda: seen, UNKNOWN if self._thread.is_planned else None)
         self._file_settled()
 

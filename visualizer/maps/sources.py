@@ -51,18 +51,18 @@ def slices(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, max(count, 1), size))
 
 
-def tokens_of(tensor: Tensor, image: int, head: int, start: int, count: int, heads: int = 0) -> Tensor:
-    """tensor[image, head, start : start + count] of four axes, or of several heads from that one on.
+def tokens_of(tensor: Tensor, image: int, head: int, start: int, count: int, heads: int = 0, step: int = 1) -> Tensor:
+    """tensor[image, head, start : start + count * step : step] of four axes, or of several heads from that one on.
 
     It is called in the midst of a model, where the code that indexing takes is in no cache: that takes 20 us.
     """
     if type(tensor) is not Tensor or not tensor.is_cpu:
-        return tensor[image, slice(head, head + heads) if heads else head, start : start + count]
+        return tensor[image, slice(head, head + heads) if heads else head, start : start + count * step : step]
     axes, width = tensor.stride(), tensor.shape[3]
     first = tensor.storage_offset() + image * axes[0] + head * axes[1] + start * axes[2]
     if heads:
-        return tensor.as_strided((heads, count, width), axes[1:], first)
-    return tensor.as_strided((count, width), axes[2:], first)
+        return tensor.as_strided((heads, count, width), (axes[1], axes[2] * step, axes[3]), first)
+    return tensor.as_strided((count, width), (axes[2] * step, axes[3]), first)
 
 
 class Weights:
@@ -602,16 +602,20 @@ class HeadRows(NamedTuple):
     source: Factors
     image: int
     head: int
-    start: int
-    stop: int
+    places: range
+    """The numbers of the queries."""
 
     def weights(self) -> Tensor:
         """Their weights, (heads, those queries, keys)."""
-        return self.source.of_head(self.image, self.head).rows(slice(self.start, self.stop))[0]
+        return self.source.of_head(self.image, self.head).rows(self._slice)[0]
 
     def size_of_scores(self) -> float:
         """As that of `Factors`."""
-        return self.source.of_head(self.image, self.head).size_of_scores(slice(self.start, self.stop))
+        return self.source.of_head(self.image, self.head).size_of_scores(self._slice)
+
+    @property
+    def _slice(self) -> slice:
+        return slice(self.places.start, self.places.stop, self.places.step)
 
     @property
     def form(self) -> tuple[Any, ...] | None:
@@ -625,7 +629,7 @@ class HeadRows(NamedTuple):
         _, heads, _, keys = one.shape
         _, key_heads, _, width = one.keys.buffer.shape
         most = 1 << keys.bit_length()  # those of many more keys would be little but padding
-        return most, heads, key_heads, width, self.stop - self.start, one.dtype, one.device, one._scale
+        return most, heads, key_heads, width, len(self.places), one.dtype, one.device, one._scale
 
     @staticmethod
     def products(several: Sequence[HeadRows], values: Sequence[Tensor]) -> Tensor:
@@ -633,8 +637,8 @@ class HeadRows(NamedTuple):
         first = several[0].source
         groups, dtype = first.shape[1] // first.keys.buffer.shape[1], computed_in(first.dtype)
         queries, keys, lengths, are_bounded = [], [], [], False
-        for source, image, head, start, stop in several:
-            queries.append(tokens_of(source._query, image, head * groups, start, stop - start, groups))
+        for source, image, head, at in several:
+            queries.append(tokens_of(source._query, image, head * groups, at.start, len(at), groups, at.step))
             keys.append(source.keys.of_head(image, head, source._begin, source._length))
             lengths.append(source._length)
             are_bounded |= source._causal is not None
@@ -653,8 +657,8 @@ class HeadRows(NamedTuple):
         """Of each query the number behind the last key that it sees."""
         causal, length = self.source._causal, self.source._length
         if causal is None:
-            return [length] * (self.stop - self.start)
-        return [min(length, query + causal + 1) for query in range(self.start, self.stop)]
+            return [length] * len(self.places)
+        return [min(length, query + causal + 1) for query in self.places]
 
 
 def _padding(lengths: Sequence[int], device: torch.device) -> Tensor | None:
