@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from visualizer import VisualizerWarning, attention
-from visualizer.intercept import evidence, kernels
+from visualizer.intercept import kernels
 from visualizer.intercept.evidence import Evidence, of_fused, of_weights
 from visualizer.maps import Factors, Keys
 
@@ -200,7 +200,7 @@ def test_maps_do_not_wait_for_long(monkeypatch):
 
 
 class Large(nn.Module):
-    """Its outputs are so large that they are proven at once; nothing but its own code holds them."""
+    """Nothing but its own code may hold its outputs."""
 
     def __init__(self, **options):
         super().__init__()
@@ -225,14 +225,12 @@ def test_large_calls_hold_nothing_of_the_model(options):
             model(torch.randn(LARGE, generator=torch.Generator().manual_seed(seed)))
             held = [one for one in gc.get_objects() if type(one) is torch.Tensor and one.untyped_storage().nbytes()]
             assert model.places[-1] not in {one.untyped_storage().data_ptr() for one in held}
-            assert not any(one.nbytes for _, _, several in maps._unproven for one in several)
         assert len(maps) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_wrong_map_of_a_large_call_is_not_handed_over(dtype, monkeypatch):
     q = torch.randn(LARGE, generator=torch.Generator().manual_seed(0)).to(dtype)
-    monkeypatch.setattr(evidence, "_LARGE", 2**18)
     for options, name in (
         ({"scale": 1.0}, "scale"),
         ({"attn_mask": MASK}, "attn_mask"),

@@ -13,9 +13,6 @@ from torch import Tensor
 from ..maps import Factors, HeadRows, Samples, tokens_of, without_autograd
 
 _AT_ONCE = 2**20  # how many numbers of values are compared in one product, at most
-# The bytes of an output from which on a call is proven at once. Small copies that wait part the memory that a large
-# pass frees and takes again, so that each layer takes more of it.
-_LARGE = 2**20
 _ON_ONE_THREAD = 2**15  # so many torch works on alone; more of small maps would wake threads that sleep
 _STEPS = {torch.float32: 16, torch.float64: 16}  # of the output's type at the largest value; others: 4
 
@@ -59,13 +56,6 @@ class Evidence:
             rows = self._rows.weights()
             gap = torch.matmul(rows, values.to(rows.dtype)).sub_(self._output)
             self._take(gap, gap.abs().amax(), values.abs().amax())  # a norm takes ten times as long
-        return self
-
-    def settled(self) -> Evidence:
-        """The same, compared now, so that it holds nothing that belongs to the model."""
-        Evidence.weigh([self])
-        self.weighed()
-        self._output = self._output.new_empty(0) if self._is_near else self._output.clone()
         return self
 
     def _take(self, gap: Tensor, distance: float | Tensor, largest: Tensor) -> None:
@@ -149,11 +139,8 @@ def of_fused(source: Factors, values: Tensor, output: Tensor, number: int, is_fo
         return Evidence(whole, values[at], output[at]).weighed()
     image, head, groups = number % batch, number // batch % key_heads, heads // key_heads
     places = _some(queries, number)
-    own = tokens_of(output, image, head * groups, places.start, len(places), groups, places.step)
-    known, value = HeadRows(source, image, head, places), tokens_of(values, image, head, 0, keys)
-    if output.nbytes < _LARGE or not output.is_cpu:
-        return Evidence(known, value.clone(), own.clone())
-    return Evidence(known, value, own).settled()
+    own = tokens_of(output, image, head * groups, places.start, len(places), groups, places.step).clone()
+    return Evidence(HeadRows(source, image, head, places), tokens_of(values, image, head, 0, keys).clone(), own)
 
 
 @without_autograd
