@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from zoo import IDS, PADDING, SIZE, TEXT, transformers_model
 
 from visualizer import VisualizerWarning, attention, load
-from visualizer.intercept import functions
+from visualizer.intercept import evidence, functions
 
 transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip("transformers.modeling_utils")
@@ -579,6 +579,19 @@ def test_what_is_imported_after_a_plan_was_made(monkeypatch):
 
 class TestTheProofOfForeignKernels:
     """Their arguments may mean more than is known here: rows of all heads and texts, from all parts, are compared."""
+
+    @pytest.fixture(autouse=True, params=[evidence._WHOLE, 0], ids=["all heads at once", "one by one"])
+    def whole(self, request, monkeypatch):
+        monkeypatch.setattr(evidence, "_WHOLE", request.param)
+
+    @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_right_maps_are_kept(self, library, heads, causal):
+        model = Calls(library.flash_attn_func, causal=causal)
+        with attention(model) as maps:
+            for queries in (1, 2, 5, 40):
+                model(*inputs(*heads, queries=queries, keys=40))
+        assert len(maps) == 4
 
     @pytest.mark.parametrize("place", [(0, slice(None), 3), (1, slice(None), 0), (1, 4, 1), (0, 2, 2), (0, 3, 0)])
     def test_one_head_of_one_text(self, place, monkeypatch):

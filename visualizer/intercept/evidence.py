@@ -13,6 +13,10 @@ from torch import Tensor
 from ..maps import Factors, HeadRows, Samples, tokens_of, without_autograd
 
 _AT_ONCE = 2**20  # how many numbers of values are compared in one product, at most
+_WHOLE, _HEADS = (
+    2**22,
+    8,
+)  # of kernels of others: so many numbers of keys are taken at once, or so many heads one by one
 _ON_ONE_THREAD = 2**15  # so many torch works on alone; more of small maps would wake threads that sleep
 _STEPS = {torch.float32: 16, torch.float64: 16}  # of the output's type at the largest value; others: 4
 
@@ -122,21 +126,25 @@ def of_fused(source: Factors, values: Tensor, output: Tensor, number: int, is_fo
     """The evidence for query and key, (batch, heads, ...) like values and output; `number` varies which rows.
 
     Of torch's own kernels two rows of a head are compared; of others, whose arguments may mean more than is known here,
-    and of functions that change the scores, rows from all parts of the text and of all heads.
+    and of functions that change the scores, rows from all parts of the text and of all heads, or some of many.
     """
     batch, heads, queries, keys = source.shape
     _, key_heads, _, width = values.shape
     if not (batch * heads * queries * keys and width):
         return None
     if source.has_functions or is_foreign:
-        chosen = _spread(queries, number, source.device)
-        step = 1 + batch * key_heads * keys * width // _AT_ONCE
-        several = torch.arange(0, batch * key_heads, step, device=source.device)
+        chosen, total = _spread(queries, number, source.device), batch * key_heads
+        if source.has_functions or total * keys * width <= _WHOLE:
+            several = torch.arange(total)
+            rows = source.rows(chosen).reshape(total, -1, keys)
+        else:  # all keys at once would be copied in a larger type
+            several = torch.arange(number % -(-total // _HEADS), total, -(-total // _HEADS))
+            one_by_one = [source.of_head(one // key_heads, one % key_heads) for one in several.tolist()]
+            rows = torch.stack([one.rows(chosen).reshape(-1, keys) for one in one_by_one])
+        several = several.to(source.device)
         at = several // key_heads, several % key_heads
-        rows = source.rows(chosen).reshape(batch, key_heads, -1, keys)
-        output = output[:, :, chosen].reshape(batch, key_heads, rows.shape[2], width)
-        whole = _Known(rows[at], lambda: source.size_of_scores(chosen))
-        return Evidence(whole, values[at], output[at]).weighed()
+        output = output[:, :, chosen].reshape(batch, key_heads, rows.shape[1], width)
+        return Evidence(_Known(rows, lambda: source.size_of_scores(chosen)), values[at], output[at]).weighed()
     image, head, groups = number % batch, number // batch % key_heads, heads // key_heads
     places = _some(queries, number)
     own = tokens_of(output, image, head * groups, places.start, len(places), groups, places.step).clone()

@@ -322,8 +322,10 @@ def _tensors(args: Any) -> Any:
 
 def _fits(step: Step, args: Any, calls: Sequence[ModuleCall]) -> bool:
     for (kind, shape), one in zip(step.tensors, args, strict=False):
+        if type(one) is not kind:
+            return False
         own = one.shape
-        if type(one) is not kind or (own != shape and (len(own) != len(shape) or not _agree(shape, own))):
+        if own != shape and (len(own) != len(shape) or not _agree(shape, own)):
             return False
     if len(calls) < len(step.given):
         return False
