@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 
 
-def weights_of(q, k, scale=None, causal=False, window=(-1, -1), softcap=0.0, slopes=None, sinks=None):
+def weights_of(q, k, scale=None, causal=False, window=(-1, -1), softcap=0.0, slopes=None, sinks=None, chunk=0):
     """The weights of one sequence, (heads, queries, keys), of (queries, heads, width) and (keys, key heads, width)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     queries, heads = q.shape[:2]
@@ -29,6 +29,8 @@ def weights_of(q, k, scale=None, causal=False, window=(-1, -1), softcap=0.0, slo
         hidden |= distance < -right
     if causal:
         hidden |= distance < 0
+    if chunk:
+        hidden |= torch.tensor([[(i + shift) // chunk != j // chunk for j in range(keys)] for i in range(queries)])
     terms = scores.exp().masked_fill(hidden, 0)
     total = terms.sum(-1, keepdim=True)
     if sinks is not None:

@@ -267,6 +267,9 @@ FLASH_OPTIONS = {
     "window": {"window_size": (2, 1)},
     "causal window": {"causal": True, "window_size": (2, -1)},
     "open window": {"window_size": (-1, 1)},
+    "chunks": {"attention_chunk": 2},
+    "causal chunks": {"attention_chunk": 3, "causal": True},
+    "chunks and a window": {"attention_chunk": 3, "window_size": (1, 1)},
     "softcap": {"softcap": 1.5, "causal": True},
     "alibi": {"alibi_slopes": SLOPES, "causal": True},
     "alibi both ways": {"alibi_slopes": SLOPES},
@@ -278,7 +281,7 @@ FLASH_OPTIONS = {
 def by_hand(options):
     """The same options by the names that `kernels_by_hand` has."""
     names = {"softmax_scale": "scale", "window_size": "window", "alibi_slopes": "slopes"}
-    names |= {"s_aux": "sinks", "learnable_sink": "sinks"}
+    names |= {"s_aux": "sinks", "learnable_sink": "sinks", "attention_chunk": "chunk"}
     return {names.get(name, name): value for name, value in options.items()}
 
 

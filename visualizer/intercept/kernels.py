@@ -301,6 +301,7 @@ def _flash(
     dropout_p: float = 0.0,
     causal: bool = False,
     window_size: Sequence[int | None] | None = (-1, -1),
+    attention_chunk: int | None = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     s_aux: Tensor | None = None,
@@ -321,6 +322,8 @@ def _flash(
     left, right = (-1 if bound is None else bound for bound in window_size or (-1, -1))
     modifiers, offset = Modifiers(softcap=softcap or 0.0), None
     right = 0 if causal else right
+    if attention_chunk:
+        places = (unpacked(queries, keys, q.device) if places is None else places).chunks(attention_chunk)
     if places is None and left < 0 and right <= 0:
         offset = None if right < 0 else keys - queries
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,16 @@ class KeyIntervals:
         behind = self.behind if right < 0 else torch.minimum(self.behind, self.place + right + 1)
         batch = max(len(first), len(behind))
         return torch.stack([first.expand(batch, -1), behind.expand(batch, -1)], -1)[:, None]
+
+    def chunks(self, size: int) -> KeyIntervals:
+        """The same where each query sees no keys but those of its own chunk: the first of a sequence begins with it.
+
+        >>> unpacked(3, 5, torch.device("cpu")).chunks(2).spans(-1, -1)[0, 0].tolist()
+        [[2, 4], [2, 4], [4, 5]]
+        """
+        begin = self.place - (self.place - self.first) % size
+        first, behind = torch.maximum(self.first, begin), torch.minimum(self.behind, begin + size)
+        return replace(self, first=first, behind=behind)
 
 
 def unpacked(
