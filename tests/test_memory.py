@@ -1,6 +1,7 @@
 """What earlier maps took is used again, and nothing is ever written into what somebody still holds."""
 
 import gc
+import importlib
 import pickle
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from visualizer import attention
+from visualizer import AttentionMap, VisualizerWarning, attention
 from visualizer.intercept import memory
 from visualizer.intercept.memory import Memory
 from visualizer.intercept.plans import plans_of
@@ -126,6 +127,227 @@ class TestMaps:
         assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
 
 
+meanwhile = {}
+happens_in = meanwhile.get  # a dict that the code of a model reads is looked at, what is behind a method of one is not
+
+
+@pytest.fixture(autouse=True)
+def nothing_happens():
+    yield
+    meanwhile.clear()
+
+
+class Layer(nn.Module):
+    """Attends to what it is given; then happens what is to in the midst of a pass."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.qk, self.out, self.number = nn.Linear(8, 16), nn.Linear(8, 8), number
+
+    def forward(self, x):
+        q, k = (one.unflatten(-1, (2, 4)).transpose(1, 2) for one in self.qk(x).chunk(2, -1))
+        y = self.out(scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2))
+        happens_in(self.number, len)((q, k))
+        return y
+
+
+def layers(count=4):
+    torch.manual_seed(0)
+    return nn.Sequential(*(Layer(number) for number in range(count)))
+
+
+def expected_maps(model, x):
+    made = []
+    for layer in model:
+        q, k = (one.unflatten(-1, (2, 4)).transpose(1, 2) for one in layer.qk(x).chunk(2, -1))
+        made.append((q @ k.mT / 2).softmax(-1))
+        x = layer(x)
+    return made
+
+
+def assert_are_maps(maps, expected):
+    assert len(maps) == len(expected)
+    for found, one in zip(maps, expected, strict=True):
+        torch.testing.assert_close(found.dense(), one)
+
+
+@pytest.fixture
+def known():
+    """A model, what it is given, and its maps."""
+    model, x = layers(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    return model, x, expected_maps(model, x)
+
+
+def waiting(maps):
+    return len(maps._unmade)
+
+
+class TestMapsThatWaitForTheEndOfThePass:
+    @pytest.fixture
+    def counts(self, known):
+        """How many maps waited behind the calls of three layers."""
+        found = []
+        meanwhile.update(dict.fromkeys((0, 1, 3), lambda _: found.append(waiting(self.maps))))
+        return found
+
+    def passes(self, model, x, count=3, **options):
+        """Records each of some passes, of which the third follows a plan, and returns the maps of the last."""
+        self.maps = attention(model, **options)
+        for _ in range(count):
+            with self.maps as maps:
+                maps.clear()
+                model(x)
+                assert waiting(maps) == 0
+        return maps
+
+    def test_they_do(self, known, counts):
+        model, x, expected = known
+        maps = self.passes(model, x)
+        assert counts[-3:] == [0, 1, 3]
+        assert_are_maps(maps, expected)
+
+    @torch.no_grad()
+    def test_they_are_those_of_the_numbers_then(self, known, counts):
+        model, x, expected = known
+        meanwhile[2] = lambda given: [one.zero_() for one in given]
+        maps = self.passes(model, x)
+        assert counts[-3:] == [0, 1, 3]
+        assert_are_maps(maps, expected)
+
+    def test_somebody_reads_them_meanwhile(self, known, counts):
+        model, x, expected = known
+        read = []
+        meanwhile[2] = lambda _: read.append([*self.maps])
+        maps = self.passes(model, x)
+        assert counts[-3:] == [0, 1, 1]
+        assert_are_maps(maps, expected)
+        assert_are_maps(read[-1], expected[:3])
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+    def test_the_pass_ends_before(self, known, counts, error):
+        model, x, expected = known
+
+        def interrupt(_):
+            raise error
+
+        self.passes(model, x)
+        with self.maps as maps:
+            maps.clear()
+            meanwhile[2] = interrupt
+            with pytest.raises(error):
+                model(x)
+            del meanwhile[2]
+            assert_are_maps(maps, expected[:3])
+            maps.clear()
+            model(x)
+        assert_are_maps(maps, expected)
+
+    def test_the_recording_ends_before(self, known, counts):
+        model, x, expected = known
+        meanwhile[2] = lambda _: self.maps.stop()
+        assert_are_maps(self.passes(model, x), expected[:3])
+
+    def test_there_is_no_room_for_all(self, known, counts):
+        model, x, expected = known
+        self.passes(model, x)
+        with pytest.warns(VisualizerWarning, match="'2' and all that follow"):
+            maps = self.passes(model, x, 1, max_bytes=5 * x.nbytes)  # of two
+        assert counts[-2] == 1
+        assert_are_maps(maps, expected[:2])
+
+    def test_only_some_layers(self, known):
+        model, x, expected = known
+        with attention(model, layers=[0, -1]) as maps:
+            for _ in range(4):
+                maps.clear()
+                model(x)
+        assert_are_maps(maps, [expected[0], expected[3]])
+
+    def test_many_calls_in_one(self, monkeypatch):
+        monkeypatch.setattr(importlib.import_module("visualizer.intercept.attention"), "_MOST_UNMADE", 2)
+        model, x = layers(7), torch.randn(2, 5, 8)
+        most = []
+        with attention(model) as maps:
+            meanwhile.update(dict.fromkeys((4, 6), lambda _: most.append(waiting(maps))))
+            for _ in range(5):
+                maps.clear()
+                model(x)
+        assert 0 < max(most) <= 2
+        assert_are_maps(maps, expected_maps(model, x))
+
+    def test_one_that_cannot_be_made_is_told_and_no_other_is_lost(self, known, monkeypatch):
+        model, x, expected = known
+        tell, count = AttentionMap.tell_layouts, [0]
+
+        def fail_once(self, *args):
+            count[0] += 1
+            if count[0] == 2:
+                raise ValueError("no layout")
+            return tell(self, *args)
+
+        self.passes(model, x)
+        with self.maps as maps:
+            maps.clear()
+            with monkeypatch.context() as patch, pytest.warns(VisualizerWarning, match="ValueError: no layout"):
+                patch.setattr(AttentionMap, "tell_layouts", fail_once)
+                model(x)
+        assert_are_maps(maps, [expected[0], *expected[2:]])
+
+    def test_threads(self, known):
+        model = known[0]
+        inputs = [torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+        with attention(model) as maps:
+            threads = [threading.Thread(target=lambda x=x: [model(x) for _ in range(10)]) for x in inputs]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        by_thread = {}
+        for record in maps.records:
+            by_thread.setdefault(record.thread, []).append(record.value)
+        expected = [expected_maps(model, x) for x in inputs]
+        for found in by_thread.values():
+            own = next(one for one in expected if torch.allclose(one[0], found[0].dense(), atol=1e-6))
+            assert_are_maps(found, own * (len(found) // 4))
+        assert sum(map(len, by_thread.values())) == 160
+
+    def test_keys_that_grow_within_a_pass(self):
+        class Writes(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = Steps(), Steps()
+
+            def forward(self, x):
+                return self.second(self.first(x))
+
+        class Steps(nn.Module):
+            """The text at once, and then three tokens one by one, whose keys it has too."""
+
+            def __init__(self):
+                super().__init__()
+                self.attend = Attend()
+
+            def forward(self, x):
+                made = [self.attend(x[:, :, :2], x[:, :, :2])]
+                made += [self.attend(x[:, :, step : step + 1], x[:, :, : step + 1]) for step in range(2, 5)]
+                return torch.cat(made, 2)
+
+        class Attend(nn.Module):
+            def forward(self, q, k):
+                return scaled_dot_product_attention(q, k, k)
+
+        model, x = Writes(), torch.randn(1, 2, 5, 4)
+        for _ in range(4):
+            with attention(model) as maps:
+                model(x)
+        for half, given in ((maps[:4], x), (maps[4:], model.first(x))):
+            for found, (first, last) in zip(half, [(0, 2), (2, 3), (3, 4), (4, 5)], strict=True):
+                weights = (given[:, :, first:last] @ given[:, :, :last].mT / 2).softmax(-1)
+                torch.testing.assert_close(found.dense(), weights)
+            owners = {found.source.keys.owner for found in half}
+            assert len(owners) == 1  # one buffer for all of them
+
+
 class TestMemory:
     @pytest.mark.parametrize(
         "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.int64, torch.complex64]
@@ -138,6 +360,21 @@ class TestMemory:
         assert copied.is_contiguous()
         assert copied.data_ptr() != x.data_ptr()
         assert not copied.requires_grad
+
+    @pytest.mark.parametrize("shape", [LARGE, (2, 3)])
+    def test_a_copy_is_taken_before_its_tensor_is_made(self, shape):
+        x = numbers(shape=shape)
+        before, make = x.clone(), Memory().held(x)
+        x.zero_()
+        assert torch.equal(make(), before)
+
+    def test_a_small_copy_may_have_a_block_too(self):
+        kept = Memory()
+        make = kept.held(numbers(shape=(2, 3)), least=0)
+        assert torch.equal(make(), numbers(shape=(2, 3)))
+        del make
+        assert kept.nbytes == 24
+        assert torch.equal(kept.held(numbers(shape=(0, 3)), least=0)(), torch.empty(0, 3))
 
     def test_a_copy_is_no_part_of_a_graph(self):
         x = numbers().requires_grad_()

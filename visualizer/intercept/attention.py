@@ -27,7 +27,7 @@ from .memory import Memory
 from .modes import unseen
 from .modules import are_given_the_same
 from .plans import Said, plans_of
-from .snapshots import AttentionCall, Copies, Copy, PlainCall
+from .snapshots import AttentionCall, Copies, Copy, PlainCall, Taken
 from .watch import Watch
 
 Kept = TypeVar("Kept")
@@ -154,7 +154,7 @@ def attention(
     return Maps(model, chosen, keep, gradients, max_bytes, words)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Entry:
     """One recorded call: its map, or what was kept of it."""
 
@@ -172,6 +172,20 @@ class _Unproven(NamedTuple):
     evidence: Sequence[Evidence]
 
 
+class _Unmade(NamedTuple):
+    """A map whose copies are taken, and which is made when the pass ends or somebody asks for it.
+
+    In the midst of a model the code that makes it is in no cache, and what it allocates parts the model's memory.
+    """
+
+    entry: _Entry
+    taken: Taken
+    said: Said
+    layouts: Any
+    kernel: str
+
+
+_MOST_UNMADE = 256  # such as of many calls in one call of the outermost module
 _MOST_UNPROVEN = 2**24  # bytes
 _MANY, _MANY_BYTES = 64, 2**20  # maps that are proven at the end of a pass
 
@@ -193,8 +207,9 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         self.about = {}
         self._layers, self._keep, self._gradients = layers, keep, gradients
         self._kept: list[_Entry] = []
+        self._unmade: list[_Unmade] = []  # what is kept, without its value
         self._unproven: list[_Unproven] = []
-        self._unproven_bytes = 0
+        self._unproven_bytes = 0  # of both
         self._paths: dict[str, int] = {}
         self._budget = Budget(max_bytes)
         self._is_full = False
@@ -356,7 +371,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
     @property
     def _entries(self) -> list[_Entry]:
         """What is kept, and proven."""
-        if self._unproven:
+        if self._unmade or self._unproven:
             self.prove()
         return self._kept
 
@@ -589,6 +604,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                 return None
             if not self._wants(call.path):
                 return None
+            self._make_all()  # its keys may be those of the map before, and more
             return self._copies.of(call, self.lends_tensors and call.is_filed_at_once)
 
     def file(self, path: str, copy: Copy, output: Output, kernel: str) -> Callable[[], None] | None:
@@ -627,6 +643,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             may_wait: whether a few maps may wait for those of later passes, as those of the steps of a generation:
                 many at once take a third of the time. Nobody reads them before they are proven.
         """
+        self._make_all()
         if not self._unproven:
             return
         # A map that is dropped would stay as long as it waits.
@@ -648,8 +665,8 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                 except BaseException:  # the user interrupts
                     self._unproven = [*unproven, *self._unproven]
                     raise
-                if not is_kept and (place := next((at for at, one in enumerate(self._kept) if one is entry), -1)) >= 0:
-                    self._budget.discount(self._kept.pop(place).sizes)
+                if not is_kept:
+                    self._drop(entry)
 
     def _describe(self, value: AttentionMap, watch: Watch, shares: bool = False) -> bool:
         """Give a map its layouts, and say whether they are those of the map before that is like it.
@@ -673,11 +690,49 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         with self._lock:
             if watch is None or not self._wants(path):
                 return
-            source, sizes, evidence = self._copies.of_plain(path, call)
-        value = AttentionMap.from_source(source, path=path, kind=said.kind)
-        value.axes_assumed = said.axes_assumed
-        self._describe(value, watch, said.shares_layouts)
-        self._keep_map(path, value, sizes, kernel, evidence)
+            queries, keys = call.query.shape[2], call.key.shape[2]
+            if queries < keys:  # its keys may be those of the map before, and more
+                self._make_all()
+            taken, known = self._copies.of_plain(path, call), None
+            if said.shares_layouts and queries >= keys:
+                known = watch.told.get((said.kind, (*call.query.shape[:3], keys)))
+            entry = _Entry(path, None, get_ident(), taken.sizes)
+            self._unmade.append(_Unmade(entry, taken, said, None if known is None else known[1], kernel))
+            self._unproven_bytes += taken.nbytes
+            if known is None or len(self._unmade) > _MOST_UNMADE:
+                self._make_all()
+            self._keep_entry(entry)
+            if self._unproven_bytes > _MOST_UNPROVEN:
+                self.prove()
+
+    def _make_all(self) -> None:
+        """Make the maps that wait for it."""
+        if not self._unmade:
+            return
+        watch = self._watch
+        with self._lock, unseen():
+            unmade, self._unmade = self._unmade, []
+            for number, one in enumerate(unmade):
+                try:
+                    self._make(one, watch)
+                except Exception as error:
+                    self._drop(one.entry)
+                    if watch is not None:
+                        watch.refuse(one.entry.path, error)
+                except BaseException:  # the user interrupts
+                    self._unmade = [*unmade[number:], *self._unmade]
+                    raise
+
+    def _make(self, one: _Unmade, watch: Watch | None) -> None:
+        source, evidence = one.taken.make()
+        one.entry.value = value = AttentionMap.from_source(source, path=one.entry.path, kind=one.said.kind)
+        value.axes_assumed = one.said.axes_assumed
+        if one.layouts is not None:
+            value.tell_layouts(*one.layouts)
+        elif watch is not None:
+            self._describe(value, watch, one.said.shares_layouts)
+        if evidence:
+            self._unproven.append(_Unproven(one.entry, one.kernel, evidence))
 
     def _keep_map(
         self, path: str, value: Any, sizes: dict[str, int], kernel: str = "", evidence: Sequence[Evidence] = ()
@@ -693,31 +748,40 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
                     error.add_note(f"while keeping the attention of {path!r} with keep={self._keep!r}")
                     raise
                 sizes = bytes_by_device(value)
-            self._kept.append(_Entry(path, value, get_ident(), sizes))
+            entry = _Entry(path, value, get_ident(), sizes)
+            self._keep_entry(entry)
             if evidence:
-                self._unproven.append(_Unproven(self._kept[-1], kernel, evidence))
+                self._unproven.append(_Unproven(entry, kernel, evidence))
                 self._unproven_bytes += sum(one.nbytes for one in evidence)
                 if self._unproven_bytes > _MOST_UNPROVEN:
                     self.prove()
-            self._budget.add(sizes)
-            if self._layers is not None:
-                self._drop_passed()
-            exceeded = self._budget.exceeded(sizes)
-            if exceeded is None:
-                return
-            self._budget.discount(self._kept.pop().sizes)
-            self._is_full = True
+
+    def _keep_entry(self, entry: _Entry) -> None:
+        self._kept.append(entry)
+        self._budget.add(entry.sizes)
+        if self._layers is not None:
+            self._drop_passed()
+        exceeded = self._budget.exceeded(entry.sizes)
+        if exceeded is None:
+            return
+        self._drop(entry)
+        self._is_full = True
         self.warn_in_call(
-            f"attention maps would take more than {self._budget.why_full(exceeded)}: that of {path!r} and all that "
-            "follow are not recorded, until clear(). Keep less (layers=, keep=), or allow more (max_bytes=).",
+            f"attention maps would take more than {self._budget.why_full(exceeded)}: that of {entry.path!r} and all "
+            "that follow are not recorded, until clear(). Keep less (layers=, keep=), or allow more (max_bytes=).",
             "memory-limit",
         )
+
+    def _drop(self, entry: _Entry) -> None:
+        """Drop a map, if it is kept."""
+        place = next((at for at, one in enumerate(self._kept) if one is entry), -1)
+        if place >= 0:
+            self._budget.discount(self._kept.pop(place).sizes)
 
     def _drop_passed(self) -> None:
         """Drop the maps of modules that were among the last when they ran, and no longer are."""
         for entry in [entry for entry in self._kept if not self._wants(entry.path)]:
-            self._kept.remove(entry)
-            self._budget.discount(entry.sizes)
+            self._drop(entry)
 
 
 _MAP, _KEPT = "attention map", "attention kept"

@@ -145,10 +145,24 @@ def of_fused(source: Factors, values: Tensor, output: Tensor, number: int, is_fo
         at = several // key_heads, several % key_heads
         output = output[:, :, chosen].reshape(batch, key_heads, rows.shape[1], width)
         return Evidence(_Known(rows, lambda: source.size_of_scores(chosen)), values[at], output[at]).weighed()
+    return of_plain(source.shape, values, output, number, _cloned)(source)
+
+
+def of_plain(
+    shape: Sequence[int], values: Tensor, output: Tensor, number: int, hold: Callable[[Tensor], Callable[[], Tensor]]
+) -> Callable[[Factors], Evidence]:
+    """The same of one of torch's own kernels, of a map of that shape that holds numbers, once there is what it is of.
+
+    Args:
+        hold: copies a tensor, and returns what makes the copy.
+    """
+    batch, heads, queries, keys = shape
+    key_heads = values.shape[1]
     image, head, groups = number % batch, number // batch % key_heads, heads // key_heads
     places = _some(queries, number)
-    own = tokens_of(output, image, head * groups, places.start, len(places), groups, places.step).clone()
-    return Evidence(HeadRows(source, image, head, places), tokens_of(values, image, head, 0, keys).clone(), own)
+    of_values = hold(tokens_of(values, image, head, 0, keys))
+    own = hold(tokens_of(output, image, head * groups, places.start, len(places), groups, places.step))
+    return lambda source: Evidence(HeadRows(source, image, head, places), of_values(), own())
 
 
 @without_autograd
@@ -172,6 +186,11 @@ def of_samples(source: Samples, values: Sequence[Tensor], output: Tensor, number
     cells = torch.cat([level[image, head].flatten(1) for level in values], 1).mT
     rows = source.of_head(image, head).rows(chosen)[0, 0]
     return Evidence(_Known(rows, source.largest_side), cells, output[image, head, chosen]).weighed()
+
+
+def _cloned(tensor: Tensor) -> Callable[[], Tensor]:
+    copied = tensor.clone()
+    return lambda: copied
 
 
 def _some(queries: int, number: int) -> range:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import sys
 import weakref
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ LEAST = 2**17
 """Copies of fewer bytes are left to the C allocator, which keeps those at hand by itself."""
 MOST = 2**26
 """So many bytes wait for later copies, at most."""
+_LARGEST_OF_GLIBC = 2**25 - 2**14
+"""A little less than the largest block whose size glibc goes by."""
 # Not in the C allocator's heap: blocks that stay would part it, so that it grows with each pass.
 _PRIVATE: Any = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform != "win32" else {}
 
@@ -34,6 +38,7 @@ class Memory:
     """
 
     def __init__(self) -> None:
+        _have_freed_memory_kept()
         self._free: dict[int, list[mmap.mmap]] = {}  # blocks by their sizes
         self._self = weakref.ref(self)
         self._lent = dict[int, _Loan]()
@@ -45,9 +50,21 @@ class Memory:
 
     def copied(self, tensor: Tensor) -> Tensor:
         """A contiguous copy, without autograd."""
+        return self.held(tensor)()
+
+    def held(self, tensor: Tensor, least: float = LEAST) -> Callable[[], Tensor]:
+        """The same, copied now; the tensor itself is made when that is called, once.
+
+        Until then there is no object of torch: small ones that stay part the C allocator's heap too, where the model's
+        activations were and are to be again.
+
+        Args:
+            least: of how many bytes copies have a block.
+        """
         size = 0 if tensor.is_nested else tensor.nbytes
-        if size < LEAST or not _is_plain(tensor):
-            return tensor.detach().clone(memory_format=torch.contiguous_format)
+        if size < max(least, 1) or not _is_plain(tensor):
+            copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+            return lambda: copied
         try:
             block = self._free[size].pop()
         except (KeyError, IndexError):  # another thread may have taken the last
@@ -57,8 +74,10 @@ class Memory:
         loan = _Loan(view, _give_back)
         loan.block, loan.owner = block, self._self
         self._lent[id(loan)] = loan
-        made = torch.frombuffer(view, dtype=tensor.dtype).view(tensor.shape)
-        return made.copy_(tensor.detach() if tensor.requires_grad else tensor)
+        dtype, shape = tensor.dtype, tensor.shape
+        made = torch.frombuffer(view, dtype=dtype).view(shape)
+        made.copy_(tensor.detach() if tensor.requires_grad else tensor)
+        return lambda: torch.frombuffer(view, dtype=dtype).view(shape)
 
     def _take_back(self, loan: _Loan) -> None:
         self._lent.pop(id(loan), None)
@@ -67,6 +86,17 @@ class Memory:
             self._free.clear()  # of what earlier passes had
         if size <= MOST:
             self._free.setdefault(size, []).append(loan.block)
+
+
+@cache
+def _have_freed_memory_kept() -> None:
+    """Have glibc keep up to 64 MB of what is freed, as it does once it has seen a large block freed.
+
+    It goes by the largest up to now. Without it the heap that recording parts a little is handed back to the system and
+    fetched anew in each pass, which takes longer than recording does. The block is never written: it takes no memory.
+    """
+    if sys.platform == "linux":
+        torch.empty(_LARGEST_OF_GLIBC, dtype=torch.uint8, device="cpu")
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from ..store import bytes_by_device
 from .axes import Order
 from .calls import FusedCall, four_axes
 from .deformable import SampledCall
-from .evidence import Evidence, of_fused, of_samples, of_weights
+from .evidence import Evidence, of_fused, of_plain, of_samples, of_weights
 from .joins import Attended
 from .memory import Memory
 from .modules import are_windows
@@ -104,6 +105,18 @@ class PlainCall(NamedTuple):
     """How many attention calls came before."""
 
 
+class Taken(NamedTuple):
+    """What is kept of a plain call."""
+
+    make: Callable[[], tuple[Factors, Sequence[Evidence]]]
+    """Makes what its map is made of, and the proof that it is the one that was used. Nothing of the model is needed for
+    that any more; but those of one module are made in their order, for they may share their keys."""
+    sizes: dict[str, int]
+    """The bytes that it adds, by device."""
+    nbytes: int
+    """The bytes of the proof, until it is weighed."""
+
+
 def joined_copy(parts: Sequence[tuple[Copy, Tensor, int]], sizes: Sequence[int]) -> Copy:
     """The copy of several calls that are one attention.
 
@@ -155,11 +168,22 @@ class Copies:
             return self._of_samples(call, call.computed)
         return self._of_product(call, call.computed)
 
-    def of_plain(self, path: str, call: PlainCall) -> tuple[Factors, dict[str, int], Sequence[Evidence]]:
-        """What the map of a call is made of, the bytes that it adds, and the proof that it is the one that was used."""
+    def of_plain(self, path: str, call: PlainCall) -> Taken:
+        """What is kept of a call."""
+        memory, shape = self._memory, (*call.query.shape[:3], call.key.shape[2])
         source, sizes = self._factors(path, call.query, call.key, call.mask, call.scale, call.causal)
-        evidence = None if call.dropout else of_fused(source, call.value, call.output, call.number)
-        return source, sizes, _known(evidence)
+        evidence, nbytes, values = None, 0, call.value
+        if not call.dropout and math.prod(shape) and values.shape[3]:
+            # Of the steps of a generation each has more values than the one before: no block of theirs is used twice.
+            hold = partial(memory.held, least=math.inf if shape[2] < shape[3] else 0)
+            evidence = of_plain(shape, values, call.output, call.number, hold)
+            nbytes = shape[3] * values.shape[3] * values.element_size()
+
+        def make() -> tuple[Factors, Sequence[Evidence]]:
+            made = source()
+            return made, () if evidence is None else (evidence(made),)
+
+        return Taken(make, sizes, nbytes)
 
     def _of_product(self, call: AttentionCall, product: Product) -> Copy:
         weights = product.weights.detach() if product.is_own else self._memory.copied(product.weights)
@@ -201,7 +225,7 @@ class Copies:
             if is_softmax and any(one.keys > multiplied[-1] and one.maps > 1 for one in product.softmaxes):
                 # The keys that were cut off were no sink: they have values, and a map of their own.
                 made.is_softmax = False
-                parts.extend(self._memory.copied(one.weights) for one in product.softmaxes if one.weights is not None)
+                parts.extend([self._memory.copied(one.weights) for one in product.softmaxes if one.weights is not None])
             made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=made.kind) for part in parts)
             made.key_sample = sample
             return made
@@ -217,7 +241,8 @@ class Copies:
             sizes = dict[str, int]()
         else:
             given = fused.query, fused.key, fused.mask, fused.scale, fused.causal
-            source, sizes = self._factors(call.path, *given, **more)
+            make, sizes = self._factors(call.path, *given, **more)
+            source = make()
         if fused.log_sums is not None and fused.log_sums.shape == source.shape[:3]:
             source.log_sums = fused.log_sums.detach()
         evidence = None
@@ -277,38 +302,47 @@ class Copies:
         scale: float | None,
         causal: int | None,
         **more: Any,
-    ) -> tuple[Factors, dict[str, int]]:
-        """Copies of what a fused call was given, and the bytes that they add."""
-        query, key = self._memory.copied(query), key.detach()
-        keys, begin, sizes = self._kept_keys(path, key, query.shape[2])
+    ) -> tuple[Callable[[], Factors], dict[str, int]]:
+        """Copies of what a fused call was given: what makes a map's source of them, and the bytes that they add."""
+        length, of_query, begin = key.shape[2], self._memory.held(query), 0
+        if path in self._latest and query.shape[2] < length:
+            keys, begin, sizes = self._kept_keys(path, key.detach(), query.shape[2])
+            of_keys: Callable[[], Keys] = lambda: keys  # noqa: E731
+        else:
+            of_key, sizes = self._memory.held(key), _sizes(key)
+            of_keys = lambda: Keys(of_key())  # noqa: E731
         if mask is not None:
             mask, of_mask = self._kept_mask(mask)
             sizes = _sum(sizes, of_mask)
-        source = Factors(query, keys, key.shape[2], scale, mask, causal, begin=begin, **more)
-        if self._share_keys:
-            self._latest[path] = keys, weakref.ref(source)
         [device] = sizes if len(sizes) == 1 else bytes_by_device(query)  # they are all on one
         sizes[device] = sizes.get(device, 0) + query.nbytes
-        return source, sizes
+
+        def make() -> Factors:
+            keys = of_keys()
+            source = Factors(of_query(), keys, length, scale, mask, causal, begin=begin, **more)
+            if self._share_keys:
+                self._latest[path] = keys, weakref.ref(source)
+            return source
+
+        return make, sizes
 
     def _kept_keys(self, path: str, key: Tensor, queries: int) -> tuple[Keys, int, dict[str, int]]:
-        """The keys of a call, the number of its first one, and the bytes that they add.
+        """The keys of a call that has more than its module's last one, the number of its first, and the bytes they add.
 
         Of a growing cache only the new keys are copied.
         """
-        if path in self._latest and queries < key.shape[2]:
-            (known, source), device = self._latest[path], "cpu" if key.is_cpu else str(key.device)
-            if known.begins(key):
-                return known, 0, {device: known.grow(key)}
+        (known, source), device = self._latest[path], "cpu" if key.is_cpu else str(key.device)
+        if known.begins(key):
+            return known, 0, {device: known.grow(key)}
 
-            def are_hidden(first: int) -> bool:
-                before = source()
-                return before is not None and before.hides(first)
+        def are_hidden(first: int) -> bool:
+            before = source()
+            return before is not None and before.hides(first)
 
-            step = known.step(key, are_hidden) if queries == 1 else None
-            if step is not None:
-                keys, begin, more = step
-                return keys, begin, {device: more}
+        step = known.step(key, are_hidden) if queries == 1 else None
+        if step is not None:
+            keys, begin, more = step
+            return keys, begin, {device: more}
         keys = Keys(self._memory.copied(key))
         return keys, 0, _sizes(keys.buffer)
 
