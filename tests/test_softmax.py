@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from visualizer import VisualizerWarning, attention
+from visualizer import VisualizerWarning, analysis, attention
 
 
 class Written(nn.Module):
@@ -20,6 +20,15 @@ class Written(nn.Module):
     def forward(self, x):
         self.weights = self.function(x)
         return self.weights @ x
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
 
 
 @pytest.fixture
@@ -63,6 +72,73 @@ SCORES = {
 def test_between_scores_and_softmax(x, name):
     found = map_of(lambda x: SCORES[name](scores(x)).softmax(-1), x)
     assert found.softmaxes == ()
+
+
+def softmax_of_nothing(x, where=2):
+    mask = torch.arange(5) == where
+    return scores(x).masked_fill(mask[:, None], -torch.inf).softmax(-1)
+
+
+EMPTY = {
+    "alone": lambda w: w,
+    "in another shape": lambda w: w.unsqueeze(0).squeeze(0),
+    "dropped": lambda w: F.dropout(w, 0.5),
+    "less another": lambda w: w - 0.3 * w.pow(2),
+    "with zeros in it": lambda w: w.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), 0),
+}
+
+
+class TestQueriesThatMayAttendToNothing:
+    """The model's weights and output are no numbers there, the map is zero, as that of a fused call."""
+
+    @pytest.mark.parametrize("name", EMPTY)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_are_zeros_in_the_map(self, x, name, dtype):
+        model = Written(lambda x: EMPTY[name](softmax_of_nothing(x)))
+        with attention(model) as maps:
+            y = model(x.to(dtype))
+        assert y[:, 2].isnan().all()  # the model's own
+        [found] = maps
+        for one in (found, *found.softmaxes):
+            assert torch.equal(one.dense()[:, 0, 2], torch.zeros(2, 5))
+            assert not one.dense().isnan().any()
+        assert analysis.entropy(found)[:, 0].isnan().tolist() == [[False, False, True, False, False]] * 2
+
+    def test_others_are_what_the_model_used(self, x):
+        found = {}
+        for is_fused in (False, True):
+            mask = (torch.arange(5) != 2)[:, None].expand(5, 5)
+
+            def fused(x, mask=mask):
+                return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], mask)
+
+            def by_hand(x):
+                return softmax_of_nothing(x) @ x
+
+            model = Calls(fused if is_fused else by_hand)
+            with attention(model) as maps:
+                model(x)
+            found[is_fused] = maps[0].dense()
+        torch.testing.assert_close(found[False], found[True])
+
+    @pytest.mark.parametrize("spoilt", [0, 3])
+    def test_rows_without_numbers_for_another_reason_stay(self, x, spoilt):
+        x[:, spoilt, 0] = torch.nan
+        model = Written(softmax_of_nothing)
+        with attention(model) as maps:
+            model(x)
+        assert torch.equal(maps[0].dense()[:, 0].isnan(), model.weights.isnan())
+
+    def test_by_hand(self, x):
+        def function(x):
+            terms = scores(x).masked_fill((torch.arange(5) == 2)[:, None], -torch.inf)
+            terms = (terms - terms.amax(-1, keepdim=True)).exp()
+            return terms / terms.sum(-1, keepdim=True)
+
+        model = Written(function)
+        with attention(model) as maps:
+            model(x)
+        assert maps[0].is_softmax
 
 
 def zero_first(weights):

@@ -34,6 +34,7 @@ from .memory import Memory
 from .modules import are_windows
 from .provenance import Origin
 from .softmax import Product
+from .weights import Softmax, without_nan_rows
 
 
 @dataclass(frozen=True)
@@ -186,13 +187,13 @@ class Copies:
         return Taken(make, sizes, nbytes)
 
     def _of_product(self, call: AttentionCall, product: Product) -> Copy:
-        weights = product.weights.detach() if product.is_own else self._memory.copied(product.weights)
+        weights = self._copied_weights(product.weights, product.softmaxes, product.is_own)
         multiplied = weights.shape
         lead = product.output.shape[:-2]
         weights = weights.expand(*lead, *multiplied[-2:])  # the same weights may serve several heads
         parts, is_softmax = [], _is_softmax(product)
         if not is_softmax:
-            parts = [self._memory.copied(one.weights) for one in product.softmaxes if one.weights is not None]
+            parts = self._parts_of(product)
         evidence = None
         if not product.has_dropout:
             evidence = of_weights(weights, product.values.detach(), product.output.detach(), call.number)
@@ -225,12 +226,21 @@ class Copies:
             if is_softmax and any(one.keys > multiplied[-1] and one.maps > 1 for one in product.softmaxes):
                 # The keys that were cut off were no sink: they have values, and a map of their own.
                 made.is_softmax = False
-                parts.extend([self._memory.copied(one.weights) for one in product.softmaxes if one.weights is not None])
+                parts.extend(self._parts_of(product))
             made.softmaxes = tuple(AttentionMap(arranged(part), path=call.path, kind=made.kind) for part in parts)
             made.key_sample = sample
             return made
 
         return Copy(call, map_of, _sizes(weights, *parts, *([] if sample is None else [sample])), _known(evidence))
+
+    def _parts_of(self, product: Product) -> list[Tensor]:
+        return [self._copied_weights(one.weights, [one]) for one in product.softmaxes if one.weights is not None]
+
+    def _copied_weights(self, weights: Tensor, softmaxes: Sequence[Softmax], is_own: bool = False) -> Tensor:
+        copied = without_nan_rows(weights, softmaxes)
+        if copied is not None:
+            return copied
+        return weights.detach() if is_own else self._memory.copied(weights)
 
     def _of_fused(self, call: AttentionCall, fused: FusedCall, is_lent: bool) -> Copy:
         modifiers = None if fused.modifiers is None else fused.modifiers.mapped(self._memory.copied)

@@ -292,6 +292,7 @@ class Tracing:
             scores = _scores_of(known[0][1], result) if is_of_scores else None
             softmax = Softmax(result, is_of_scores=is_of_scores, axis=axis, scores=scores)
             if softmax.is_over_last or is_of_scores:
+                softmax.look_for_nan_rows(args[0] if args else kwargs["input"])
                 self.lineage.follow(result, new_weights(result, softmax, axis))
         elif weights and name == "sum" and any(self._weighed.known_in(args)):
             self.lineage.follow(result, None)  # values that were weighed are no weights
@@ -571,6 +572,7 @@ def _weights_of_scores(scores: Tensor, origin: Scores | None = None) -> Weights:
     """Scores that are used as weights, though no softmax was seen."""
     numbers = scores.detach()
     sums = numbers.sum(-1, dtype=torch.promote_types(numbers.dtype, torch.float32))
+    sums = sums.nan_to_num_()  # of queries that may attend to nothing
     is_normalised = bool(((sums - 1).abs() < SUMS_TO_ONE).logical_or(sums == 0).all()) and bool(sums.any())
     return new_weights(scores, Softmax(scores, is_normalised, scores=origin))
 

@@ -42,6 +42,7 @@ class Softmax:
     ) -> None:
         self.is_normalised = is_normalised
         """Whether it sums to one over the keys."""
+        self._axis = axis
         self.is_over_last = axis in (-1, weights.ndim - 1)
         """Whether these are the last axis."""
         self.is_of_scores = is_of_scores
@@ -53,10 +54,25 @@ class Softmax:
         """What is known of the scores."""
         self.factors: Sequence[Factor] = ()
         """Its axes."""
+        self.nan_rows_are_empty: bool | Tensor | None = None
+        """Whether all rows without numbers are those of queries that may attend to nothing, see `look_for_nan_rows`."""
         self._reference = weakref.ref(weights)
         self._held: Tensor | None = None
         self._copy: Tensor | None = None
         self._recorded = set[Any]()
+
+    def look_for_nan_rows(self, scores: Tensor) -> None:
+        """Find out where rows without numbers come from: of a query that may attend to no key all scores are -inf.
+
+        On a GPU nobody waits for the answer.
+        """
+        weights = self._reference()
+        if weights is None or not scores.numel() or scores.shape != weights.shape:
+            return
+        axis = self._axis % weights.ndim
+        is_nan = weights.detach().select(axis, 0).isnan()  # then all of the row is
+        if not (is_nan.is_cpu and is_plain_torch(torch) and not is_nan.any()):
+            self.nan_rows_are_empty = ((scores.detach().amax(axis) == -torch.inf) | ~is_nan).all()
 
     def take(self, part: Tensor) -> bool:
         """Put a part of the weights, or all, into a map; False if they are in one already."""
@@ -92,6 +108,21 @@ class Softmax:
     def weights(self) -> Tensor | None:
         """The weights as the softmax made them; None where they are gone."""
         return self._copy if self._copy is not None else self._held if self._held is not None else self._reference()
+
+
+def without_nan_rows(weights: Tensor, softmaxes: Sequence[Softmax]) -> Tensor | None:
+    """A copy of weights with zeros for queries that may attend to nothing; None where there are none.
+
+    Where some of the softmaxes' rows are no numbers for any other reason, all stay as they are.
+    """
+    known = [one.nan_rows_are_empty for one in softmaxes if one.nan_rows_are_empty is not None]
+    if not known:
+        return None
+    weights = weights.detach()
+    is_empty = weights.isnan()
+    for one in known:
+        is_empty &= one
+    return torch.where(is_empty, 0, weights)
 
 
 @dataclass
