@@ -3,6 +3,8 @@
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -77,12 +79,11 @@ def pair(depth=3):
 
 def replica_of(model):
     """As torch.nn.parallel.replicate makes one for each GPU."""
-    replica = copy.deepcopy(model)
-    for module in replica.modules():
-        module._is_replica = True
-        for name, parameter in [*module._parameters.items()]:
-            del module._parameters[name]
-            setattr(module, name, parameter.detach().clone())
+    replica = model._replicate_for_data_parallel()
+    for name, parameter in model._parameters.items():
+        setattr(replica, name, parameter.detach().clone())
+    for name, part in model._modules.items():
+        replica._modules[name] = replica_of(part)
     return replica
 
 
@@ -1193,6 +1194,32 @@ class TestLeftAsItWas:
             assert torch.equal(twin(x), model(x))
         assert len(maps) == 3
         assert torch.equal(twin(x), model(x))
+
+    def test_a_model_saved_meanwhile_is_read_where_this_package_is_not(self, x, tmp_path):
+        model = nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
+        with attention(model) as maps:
+            model(x)
+            torch.save(model, tmp_path / "model.pt")
+            torch.save(copy.deepcopy(model), tmp_path / "copied.pt")
+        expected = model(x)
+        torch.save((x, expected), tmp_path / "expected.pt")
+        code = (
+            "import sys, torch\n"
+            "sys.modules['visualizer'] = None\n"
+            "x, expected = torch.load('expected.pt')\n"
+            "for name in ('model.pt', 'copied.pt'):\n"
+            "    model = torch.load(name, weights_only=False)\n"
+            "    with torch.no_grad():\n"
+            "        torch.testing.assert_close(model(x), expected.detach())\n"
+            "print('read')\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert (done.stdout, done.returncode) == ("read\n", 0), done.stderr
+        again = torch.load(tmp_path / "model.pt", weights_only=False)
+        with attention(again) as later:
+            again(x)
+        assert torch.equal(later[0].dense(), maps[0].dense())
+        assert all(not one._forward_hooks and not one._forward_pre_hooks for one in again.modules())
 
     def test_empty_batches_and_no_queries(self):
         class Cross(nn.Module):

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Container
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 class Hook:
-    """A hook of a module that is recorded; on a copy of the module, in memory or in a file, it does nothing."""
+    """A hook of a module that is recorded; a copy of the module, in memory or in a file, has one that does nothing."""
 
     def __init__(self, function: Callable[..., Any], path: str, module: weakref.ref[nn.Module]) -> None:
         self._function, self._path, self._module = function, path, module
@@ -30,15 +31,13 @@ class Hook:
             return self._function(self._path, module, *args)
         return None
 
-    def __deepcopy__(self, memo: Any) -> Hook:
-        return self
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return _idle_hook, ()
+        return getattr, (nullcontext(), "__exit__")  # a file with it can be read where this package is not installed
 
 
-def _idle_hook() -> Hook:
-    return Hook(lambda *_: None, "", lambda: None)  # type: ignore[arg-type]
+def _is_idle(hook: Any) -> bool:
+    """Whether a hook is what a copy of one of ours is."""
+    return getattr(hook, "__func__", None) is nullcontext.__exit__
 
 
 class _Pair(NamedTuple):
@@ -75,6 +74,10 @@ class Hooks:
         known, number = weakref.ref(module), self._number
         tables: Any = module._forward_pre_hooks, module._forward_hooks
         options: Any = module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called
+        for table, kinds in zip(tables, options, strict=True):
+            for idle in [one for one, hook in table.items() if _is_idle(hook)]:
+                del table[idle]
+                kinds.pop(idle, None)
         pair = _Pair(path, Hook(before, path, known), Hook(after, path, known), tables, options)
         options[0][number] = options[1][number] = True
         tables[0][number], tables[1][number] = pair.before, pair.after
