@@ -381,6 +381,87 @@ def test_one_head_and_windows():
     assert not maps[0].axes_assumed
 
 
+def windows_in_a_row(x):
+    return x.unflatten(1, (4, 4)), lambda y: y.flatten(1, 2)
+
+
+def windows_of_a_picture(x):
+    parts = x.view(-1, 2, 2, 2, 2, 8).transpose(2, 3)
+    return parts.reshape(-1, 4, 4, 8), lambda y: y.view(parts.shape).transpose(2, 3).reshape(x.shape)
+
+
+def windows_left_as_a_picture(x):
+    parts = x.view(-1, 2, 2, 2, 2, 8).transpose(2, 3)
+    return parts.reshape(-1, 4, 4, 8), lambda y: y.view(parts.shape).transpose(2, 3).reshape(-1, 4, 4, 8)
+
+
+def a_grid(x):
+    """Of tokens that are far from each other."""
+    return x.unflatten(1, (4, 4)).transpose(1, 2), lambda y: y.transpose(1, 2).flatten(1, 2)
+
+
+def windows_of_two_axes(x):
+    return x.unflatten(1, (2, 2, 4)), lambda y: y.flatten(1, 3)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize(
+    "split", [windows_in_a_row, windows_of_a_picture, windows_left_as_a_picture, a_grid, windows_of_two_axes]
+)
+def test_windows_without_heads(split, is_fused):
+    """Tokens are split, and put together behind the attention: what they were split into are no heads."""
+
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x):
+            (q, put_together), (k, _), (v, _) = (split(one) for one in self.qkv(x).chunk(3, -1))
+            self.weights = (q @ k.mT / 8**0.5).softmax(-1)
+            return self.proj(put_together(F.scaled_dot_product_attention(q, k, v) if is_fused else self.weights @ v))
+
+    model = Windows()
+    with attention(model) as maps:
+        model(torch.randn(3, 16, 8))
+    [found] = maps
+    assert (found.shape, found.kind, found.axes_assumed) == ((12, 1, 4, 4), "window", False)
+    torch.testing.assert_close(found.dense()[:, 0], model.weights.flatten(0, -3))
+
+
+def test_heads_that_are_put_behind_the_tokens_by_mistake():
+    """As where a transpose is missing: features are made of tokens, and nothing is known of what they were."""
+
+    class Mixes(Layer):
+        def attend(self, x):
+            q, k, v = self.factors(x)
+            return F.scaled_dot_product_attention(q, k, v).reshape(B, N, H * D)
+
+    model = Mixes()
+    with attention(model) as maps:
+        model(torch.randn(B, N, 8))
+    assert maps[0].shape == (B, H, N, N)
+    assert maps[0].axes_assumed
+    torch.testing.assert_close(maps[0].dense(), model.weights)
+
+
+@pytest.mark.parametrize("taken", [lambda y: y[:, 0], lambda y: y.squeeze(1), lambda y: y.select(1, 0)])
+def test_an_axis_for_one_head(taken):
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.proj(taken(F.scaled_dot_product_attention(*self.qkv(x)[:, None].chunk(3, -1))))
+
+    model = Single()
+    with attention(model) as maps:
+        model(torch.randn(B, N, 8))
+    assert maps[0].shape == (B, 1, N, N)
+    assert not maps[0].axes_assumed
+
+
 def test_the_output_of_a_module_is_joined_by_the_one_around_it():
     class Core(nn.Module):
         def forward(self, q, k, v):

@@ -257,12 +257,16 @@ class Output:
         features = set().union(*map(_origins, mixed)) if mixed else set()
         lead = self.leaves()[0]
         are_heads = tuple(factor in features for factor in lead)
+        queries = self.leaves()[1]
+        are_mixed = {factor in features for factor in queries}
         is_whole = not any(one.cut and one.size == 1 for axis in layout for one in axis)  # and not one of several heads
-        # What a convolution goes over are frames, rows or columns.
-        places = set().union(*map(_origins, layout[2:])) if is_convolution else set[Factor]()
+        places = set[Factor]()
+        if is_convolution:  # what it goes over are frames, rows or columns
+            places = places.union(*map(_origins, layout[2:]))
+        elif features.isdisjoint(queries):  # what stands beside the queries are windows that tokens were split into
+            places = places.union(*(own for own in map(_origins, layout) if not own.isdisjoint(queries)))
         is_of_one_head = is_whole and (len(self._axes) != 4 or places.issuperset(self._axes[-3].smallest()))
-        queries = {factor in features for factor in self.leaves()[1]}
-        order = Order(tuple(factor.size for factor in lead), are_heads, any(are_heads) or len(queries) < 2)
+        order = Order(tuple(factor.size for factor in lead), are_heads, any(are_heads) or len(are_mixed) < 2)
         if any(are_heads) or (is_linear and is_of_one_head):
             self.order = order
         elif is_convolution and is_of_one_head and not features.isdisjoint(self._axes[-1].smallest()):
@@ -317,7 +321,8 @@ def _cut(tensor: Tensor, layout: Layout, result: Tensor) -> Layout | None:
         if not changed or changed == [tensor.ndim - 1]:
             return None
         made = [axis for place, axis in enumerate(layout) if place not in changed]
-        made[-1] = made[-1] + blocks
+        if tensor.shape[changed[0]] > 1:  # else all of it was taken
+            made[-1] = made[-1] + blocks
     if len(changed) == 1 and result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
         begin = int(result.storage_offset()) - int(tensor.storage_offset())
         blocks[0].cut = layout[changed[0]], begin // max(1, tensor.stride(changed[0]))
