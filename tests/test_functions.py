@@ -378,7 +378,8 @@ class TestFunctionsOfALibrary:
     def test_a_recording_that_is_dropped_while_another_one_looks_for_functions(self, library, monkeypatch):
         other = Calls(library.flash_attn_func)
         dropped = [attention(other).start()]
-        monkeypatch.setattr(functions, "_find", lambda find=functions._find: (dropped.clear(), gc.collect(), find()))
+        look = functions._search.look
+        monkeypatch.setattr(functions._search, "look", lambda: (dropped.clear(), gc.collect(), look()))
         model = Calls(library.flash_attn_func)
         with attention(model) as maps:
             model(*inputs())

@@ -2,7 +2,9 @@
 
 import gc
 import importlib
+import os
 import pickle
+import platform
 import subprocess
 import sys
 import threading
@@ -346,6 +348,33 @@ class TestMapsThatWaitForTheEndOfThePass:
                 torch.testing.assert_close(found.dense(), weights)
             owners = {found.source.keys.owner for found in half}
             assert len(owners) == 1  # one buffer for all of them
+
+
+FAULTS = """
+import gc, resource, sys, torch
+from visualizer.intercept import memory
+gc.disable()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(2**21) for _ in range(3)]  # 8 MB each
+    blocks.clear()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+if sys.argv[1] == "kept":
+    memory.Memory()
+print(max([faults() for _ in range(6)][3:]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that hands freed memory back")
+def test_what_is_freed_is_kept():
+    """A model's activations: without it each pass has them cleared by the system."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+
+    def count(how):
+        run = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout)
+
+    assert count("kept") < 100 < 1000 < count("as it is")
 
 
 class TestMemory:

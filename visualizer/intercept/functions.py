@@ -42,15 +42,8 @@ class Watcher(Protocol):
 _lock = threading.RLock()  # the collector may end a recording, which takes it, in the thread that has it
 _watchers: tuple[weakref.ref[Any], ...] = ()  # replaced as a whole: each call of a wrapped function reads it
 _wrapped: dict[str, tuple[Any, Any]] = {}  # the function before and its wrapper, by the name of the interface
-_looked_through: dict[str, tuple[weakref.ref[ModuleType], int]] = {}  # the modules, and how much was in them
-_last: tuple[list[Any], list[Any], list[int]] = ([], [], [])  # all modules at the last time, what they hold, how much
-_counts = 0, 0  # at the last time
-_found: weakref.WeakKeyDictionary[FunctionType, str] = weakref.WeakKeyDictionary()
-_homes: set[tuple[str, str]] = set()  # the modules that they are in, and their names
 _swapped: dict[FunctionType, tuple[CodeType, CodeType, bool]] = {}  # the codes before and now; is the signature ours
 _classes: list[type[torch.autograd.Function]] = []  # whose `apply` is wrapped
-_around: weakref.WeakKeyDictionary[Any, Callable[..., Any]] = weakref.WeakKeyDictionary()  # what says what calls are
-_others: weakref.WeakSet[Any] = weakref.WeakSet()  # autograd Functions around nothing that is known
 _DEFORMABLE = ("value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights")
 _AROUND = {
     "FlashAttnFunc": "flash_attn_func",
@@ -61,6 +54,73 @@ _AROUND = {
     "FlashAttnVarlenKVPackedFunc": "flash_attn_varlen_kvpacked_func",
 }
 """The functions that flash-attn's autograd Functions are behind; some code calls their `apply` itself."""
+
+
+class _Search:
+    """The functions and classes of other libraries that attend, as far as all modules were looked through."""
+
+    def __init__(self) -> None:
+        self.functions: weakref.WeakKeyDictionary[FunctionType, str] = weakref.WeakKeyDictionary()
+        """Those of the names in `FUNCTIONS`."""
+        self.classes: weakref.WeakKeyDictionary[Any, Callable[..., Any]] = weakref.WeakKeyDictionary()
+        """The autograd Functions around a kernel, each with what says what its calls are."""
+        self._others: weakref.WeakSet[Any] = weakref.WeakSet()  # those around none that is known
+        self._homes: set[tuple[str, str]] = set()  # the modules that the functions are in, and their names
+        self._looked_through: dict[str, tuple[weakref.ref[ModuleType], int]] = {}  # and how much was in them
+        # At the last time: all modules, what they hold, and how much; and how many, for a first glance.
+        self._last: tuple[list[Any], list[Any], list[int]] = ([], [], [])
+        self._counts = 0, 0
+
+    @property
+    def is_current(self) -> bool:
+        """Whether there are as many modules as at the last time, and as much in the one that a user works in."""
+        return self._counts == self._counted()
+
+    @staticmethod
+    def _counted() -> tuple[int, int]:
+        return len(sys.modules), len(getattr(sys.modules.get("__main__"), "__dict__", ()))
+
+    def look(self) -> None:
+        """Look for what is new."""
+        for path, name in [*self._homes]:  # where another function may stand in the place of one that was found
+            self._take(path, getattr(sys.modules.get(path), "__dict__", {}), name)
+        self._look_through_modules()
+        self._counts = self._counted()
+        for cls in _below(torch.autograd.Function):
+            if cls not in self.classes and cls not in self._others and "apply" not in vars(cls):
+                describe = _describes(cls)
+                if describe is None:
+                    self._others.add(cls)
+                else:
+                    self.classes[cls] = describe
+
+    def _look_through_modules(self) -> None:
+        modules, (before, members, sizes) = [*sys.modules.values()], self._last
+        is_same = len(modules) == len(before) and all(map(operator.is_, modules, before))
+        if is_same and sizes == [*map(len, members)]:
+            return
+        # What stands for a module may have no attributes.
+        members = members if is_same else [getattr(module, "__dict__", {}) for module in modules]
+        self._last = modules, members, [*map(len, members)]
+        for path, module in [*sys.modules.items()]:
+            held = getattr(module, "__dict__", {})
+            known = self._looked_through.get(path)
+            if known is not None and known[0]() is module and known[1] == len(held):
+                continue
+            if type(module) is ModuleType:
+                self._looked_through[path] = weakref.ref(module), len(held)
+            for name in FUNCTIONS:
+                if name in held:
+                    self._take(path, held, name)
+
+    def _take(self, path: str, held: Any, name: str) -> None:
+        function = held.get(name)
+        if type(function) is FunctionType and function is not FUNCTIONS[name]:
+            self.functions[function] = name
+            self._homes.add((path, name))
+
+
+_search = _Search()
 _here = threading.local()  # `is_hidden`: calls of other libraries' functions are a part of the one under way
 
 
@@ -76,7 +136,7 @@ def begin(watcher: Watcher) -> None:
                 wrapper = _wrapper(name, original)
                 _wrapped[name] = original, wrapper
                 functions[name] = wrapper
-        if _counts == _counted():
+        if _search.is_current:
             _change()
         else:
             look()
@@ -84,32 +144,18 @@ def begin(watcher: Watcher) -> None:
 
 def look() -> None:
     """Look for what has been imported or defined since the last time. In a large program that takes a while."""
-    global _counts
     with _lock:
-        _find()
-        _counts = _counted()
-        for cls in _below(torch.autograd.Function):
-            if cls not in _around and cls not in _others and "apply" not in vars(cls):
-                describe = _describes(cls)
-                if describe is None:
-                    _others.add(cls)
-                else:
-                    _around[cls] = describe
+        _search.look()
         if _watchers:
             _change()
 
 
-def _counted() -> tuple[int, int]:
-    """How many modules there are, and how much is in the one that a user works in."""
-    return len(sys.modules), len(getattr(sys.modules.get("__main__"), "__dict__", ()))
-
-
 def _change() -> None:
     """Have all that is known tell of its calls."""
-    for function, name in [*_found.items()]:
+    for function, name in [*_search.functions.items()]:
         if function not in _swapped:
             _swap(name, function)
-    for cls, describe in [*_around.items()]:
+    for cls, describe in [*_search.classes.items()]:
         if "apply" not in vars(cls):
             _classes.append(cls)
             cls.apply = staticmethod(_apply(cls.__name__, cls.apply, describe))
@@ -137,38 +183,6 @@ def end(watcher: Watcher) -> None:
             del _classes.pop().apply
         _wrapped.clear()
         _swapped.clear()
-
-
-def _find() -> None:
-    """Find the functions of other libraries, in modules that are new or have more in them than before, and what is now
-    in the place of those that were found."""
-    global _last
-    for path, name in [*_homes]:
-        _take(path, getattr(sys.modules.get(path), "__dict__", {}), name)
-    modules, (before, members, sizes) = [*sys.modules.values()], _last
-    is_same = len(modules) == len(before) and all(map(operator.is_, modules, before))
-    if is_same and sizes == [*map(len, members)]:
-        return
-    # What stands for a module may have no attributes.
-    members = members if is_same else [getattr(module, "__dict__", {}) for module in modules]
-    _last = modules, members, [*map(len, members)]
-    for path, module in [*sys.modules.items()]:
-        held = getattr(module, "__dict__", {})
-        known = _looked_through.get(path)
-        if known is not None and known[0]() is module and known[1] == len(held):
-            continue
-        if type(module) is ModuleType:
-            _looked_through[path] = weakref.ref(module), len(held)
-        for name in FUNCTIONS:
-            if name in held:
-                _take(path, held, name)
-
-
-def _take(path: str, held: Any, name: str) -> None:
-    function = held.get(name)
-    if type(function) is FunctionType and function is not FUNCTIONS[name]:
-        _found[function] = name
-        _homes.add((path, name))
 
 
 def _interface() -> Any:

@@ -96,7 +96,7 @@ def _have_freed_memory_kept() -> None:
     fetched anew in each pass, which takes longer than recording does. The block is never written: it takes no memory.
     """
     if sys.platform == "linux":
-        torch.empty(_LARGEST_OF_GLIBC, dtype=torch.uint8, device="cpu")
+        torch.UntypedStorage(_LARGEST_OF_GLIBC)  # a tensor would be seen by modes of torch
 
 
 def _is_plain(tensor: Tensor) -> bool:
