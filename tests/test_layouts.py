@@ -171,6 +171,15 @@ def test_makers_of_pictures_have_those_of_their_latents(name, words, layouts):
     assert all(one.layout is None and one.query_layout.patches is not None for one in crossed)
 
 
+def test_blocks_of_tokens_are_no_rows_of_patches():
+    """Nest's modules are given (batch, blocks, tokens of each, width): that is no grid of patches."""
+    model = timm_model("nest_tiny", img_size=64)
+    with torch.no_grad(), attention(model) as maps:
+        model(images(64))
+    assert maps[-1].shape[2] == 16
+    assert {one.layout for one in maps} == {None}
+
+
 def test_a_head_that_pools_the_patches():
     maps = recorded(timm_model("vit_base_patch16_siglip_224", **SMALL), images(64))
     assert ["4 x 4 patches of 16 pixels"] * 3 == [str(one.layout) for one in maps]

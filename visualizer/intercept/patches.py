@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -369,10 +370,15 @@ def on_the_way(picture: Picture, calls: Sequence[ModuleCall], tokens: int) -> La
     if tokens == 1:
         return None
     merged = [tuple(-(-side // 2**times) for side in picture.shape) for times in range(1, 6)]
-    for shape in shapes_of(calls):
+    shapes = shapes_of(calls)
+    for number, shape in enumerate(shapes):
         grids: list[tuple[int, ...]] = []
         if len(shape) == 4:
             grids = [sides for sides in (shape[1:3], shape[2:4]) if math.prod(sides) == tokens]
+            # (batch, blocks, tokens of each, width), as in Nest, is longer than what the modules around are given.
+            around: list[tuple[Sequence[int], ...]] = [(picture.shape[-2:],)]
+            around += [(one[1:3], one[2:4]) for one in shapes[number + 1 :] if len(one) == 4]
+            grids = [grid for grid in grids if all(any(_fits(grid, one) for one in pair) for pair in around)]
         elif len(shape) == 3 and shape[1] == tokens:
             grids = [grid for grid in merged if math.prod(grid) == tokens]
         if len(set(grids)) == 1 and len(grids[0]) == 2:
@@ -380,6 +386,11 @@ def on_the_way(picture: Picture, calls: Sequence[ModuleCall], tokens: int) -> La
             patch = picture.size[0] / rows, picture.size[1] / columns
             return Layout((Part("patches", tokens, (), (rows, columns), patch, picture.size),), seen=picture.seen)
     return None
+
+
+def _fits(grid: Sequence[int], outer: Sequence[int]) -> bool:
+    """Whether a grid is no finer than another one."""
+    return all(map(operator.le, grid, outer))
 
 
 def cut_in_windows(made: AttentionMap, calls: Sequence[ModuleCall]) -> tuple[tuple[int, int], Windows] | None:
