@@ -429,6 +429,67 @@ def test_windows_without_heads(split, is_fused):
     torch.testing.assert_close(found.dense()[:, 0], model.weights.flatten(0, -3))
 
 
+def flattened(layer):
+    return lambda x: layer(x.reshape(-1, D)).view(x.shape)
+
+
+LAYERS_OF_ALL_HEADS = {
+    "on four axes": lambda layer: layer,
+    "on all of it in a row": flattened,
+    "on heads and tokens in a row": lambda layer: lambda x: layer(x.flatten(1, 2)).view(x.shape),
+}
+
+
+@pytest.mark.parametrize("images", [1, 2, 4])
+@pytest.mark.parametrize("name", LAYERS_OF_ALL_HEADS)
+def test_heads_that_share_a_layer_are_no_windows(name, images):
+    """Such a layer tells nothing of heads, however it puts them together with the tokens."""
+
+    class Shares(Layer):
+        def __init__(self):
+            super().__init__()
+            self.shared = nn.Linear(D, D)
+
+        def factors(self, x):
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, H, D).permute(2, 0, 3, 1, 4)
+            self.weights = (q @ k.mT / D**0.5).softmax(-1)
+            return q, k, v
+
+        def attend(self, x):
+            out = LAYERS_OF_ALL_HEADS[name](self.shared)(F.scaled_dot_product_attention(*self.factors(x)).contiguous())
+            return out.transpose(1, 2).flatten(2)
+
+    model = Shares()
+    with attention(model) as maps:
+        model(torch.randn(images, N, 8))
+    [found] = maps
+    assert (found.shape, found.kind, found.axes_assumed) == ((images, H, N, N), "self", True)
+    torch.testing.assert_close(found.dense(), model.weights)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_windows_in_a_module_that_is_handed_them(padding):
+    """The module around has the tokens; windows of padded ones are some more."""
+
+    class Core(nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj, self.core = nn.Linear(8, 24), nn.Linear(8, 8), Core()
+
+        def forward(self, x):
+            q, k, v = (F.pad(one, (0, 0, 0, padding)).unflatten(1, (-1, 4)) for one in self.qkv(x).chunk(3, -1))
+            return self.proj(self.core(q, k, v).flatten(1, 2)[:, : x.shape[1]])
+
+    model = Around()
+    with attention(model) as maps:
+        model(torch.randn(3, 16 - padding, 8))
+    assert (maps[0].shape, maps[0].axes_assumed) == ((12, 1, 4, 4), False)
+
+
 def test_heads_that_are_put_behind_the_tokens_by_mistake():
     """As where a transpose is missing: features are made of tokens, and nothing is known of what they were."""
 

@@ -131,6 +131,8 @@ class Output:
         """What is known of its axes."""
         self._without_heads: Order | None = None
         """The same where a convolution took the features of one head, which may still be joined with others."""
+        self._are_windows = False
+        """Whether an axis was taken for windows, because the model put it together with the queries."""
         self.attended: Any = None
         """What the call must have in common with others to be one attention; None once its map is made."""
         self.parts: list[Part] = []
@@ -210,6 +212,28 @@ class Output:
         if sizes[0] * sizes[2] == math.prod(given[:-1]) < self.order.shape[0] * sizes[2]:
             self.order = Order((sizes[0], sizes[1]), (False, True))
 
+    def settle_windows(self, given: Iterable[Sequence[int]]) -> None:
+        """Take windows for windows only if all of them together have each token once.
+
+        Heads have it as often as there are heads, and some models put these together with the tokens too, for a layer
+        that they share.
+
+        Args:
+            given: the shapes of what the calls under way were given, the innermost first.
+        """
+        if not self._are_windows:
+            return
+        *own, width = (axis.size for axis in self._axes)
+        for shape in given:
+            if [*shape[:-1]] == own:
+                continue  # a module that is handed query and key
+            counts = {size: math.prod(shape) // size for size in (shape[1], shape[-1]) if size}  # by the width
+            tokens = counts.get(shape[-1], 0) if len(shape) == 3 else counts.get(width, min(counts.values(), default=0))
+            if math.prod(own) < 2 * tokens:  # the last windows may be padded
+                return
+            break
+        self.order = None
+
     def grown(self, new: dict[Factor, Factor], more: Sequence[Factor]) -> Output:
         """An output with other factors in place of some of its own, and with one more axis before the queries."""
         lead, last = [axis.replaced(new) for axis in self._axes[:-2]], self._axes[-2:]
@@ -263,12 +287,16 @@ class Output:
         places = set[Factor]()
         if is_convolution:  # what it goes over are frames, rows or columns
             places = places.union(*map(_origins, layout[2:]))
-        elif features.isdisjoint(queries):  # what stands beside the queries are windows that tokens were split into
-            places = places.union(*(own for own in map(_origins, layout) if not own.isdisjoint(queries)))
+        elif features.isdisjoint(queries) and len(layout) > 2:
+            # What stands beside the queries are windows that tokens were split into; all may be where images do too.
+            images = self._axes[0].smallest()
+            beside = [one for one in map(_origins, layout) if not one.isdisjoint(queries)]
+            places = places.union(*(one for one in beside if one.isdisjoint(images)))
         is_of_one_head = is_whole and (len(self._axes) != 4 or places.issuperset(self._axes[-3].smallest()))
         order = Order(tuple(factor.size for factor in lead), are_heads, any(are_heads) or len(are_mixed) < 2)
         if any(are_heads) or (is_linear and is_of_one_head):
             self.order = order
+            self._are_windows = len(self._axes) == 4 and not any(are_heads) and bool(self._axes[-3].smallest())
         elif is_convolution and is_of_one_head and not features.isdisjoint(self._axes[-1].smallest()):
             self._without_heads = order
 

@@ -547,7 +547,7 @@ class Watch:
         if follow is None or step.said is None or thread.pending or may_be_autocast() or not is_recorded():
             return False
         query, key, value = args
-        if mask is not None and type(mask) is not Tensor:
+        if (mask is not None and type(mask) is not Tensor) or key.shape[1] != value.shape[1]:
             return False
         if query.shape[2] == step.said.groups > 1 and query.shape[1] == key.shape[1]:
             return False
@@ -772,6 +772,7 @@ class Watch:
             with self._unharmed(first.calls):
                 whole.settle_steps()
                 given = next(iter(first.copy.call.shapes), ())
+                whole.settle_windows(first.copy.call.shapes)
                 whole.settle_experts(getattr(first.calls[-1].module, "num_heads", None), given)
             whole = first.output.outermost
             thread.pending.popleft()
