@@ -66,6 +66,24 @@ def test_a_wrong_map_is_not_handed_over(name, value, dtype, monkeypatch):
     assert len(maps) == 0
 
 
+@pytest.mark.parametrize(("key_heads", "value_heads"), [(1, 4), (4, 2), (2, 4), (2, 1)])
+def test_keys_and_values_with_other_numbers_of_heads(key_heads, value_heads, monkeypatch):
+    q, k, v = factors()
+    q, k, v = torch.cat([q, q + 1], 1), k[:, :key_heads], v[:, :value_heads]  # eight heads
+    model = Fused(enable_gqa=True)
+    for _ in range(4):  # the last follow a plan
+        with attention(model) as maps:
+            model(q, k, v)
+    expected = (q @ k.repeat_interleave(8 // key_heads, 1).mT / 8**0.5).softmax(-1)
+    torch.testing.assert_close(maps[0].dense(), expected)
+    monkeypatch.setitem(
+        kernels.KERNELS, "scaled_dot_product_attention", lambda y, q, *_, **__: kernels.FusedCall(y, -q, k, v)
+    )
+    with pytest.warns(VisualizerWarning, match="is not kept"), attention(model) as maps:
+        model(q[:, :, :6], k, v)
+    assert len(maps) == 0
+
+
 @pytest.mark.parametrize("factor", [0.01, 1.0, 30.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(

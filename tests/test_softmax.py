@@ -129,6 +129,51 @@ class TestQueriesThatMayAttendToNothing:
             model(x)
         assert torch.equal(maps[0].dense()[:, 0].isnan(), model.weights.isnan())
 
+    @pytest.mark.parametrize("gated", [0, 2])
+    def test_numbers_that_are_lost_behind_the_softmax_stay_lost(self, x, gated):
+        """One more row without numbers than there are queries without keys."""
+
+        def function(x):
+            gate = torch.ones(5, 1)
+            gate[gated] = torch.nan
+            return softmax_of_nothing(x) * gate
+
+        model = Written(function)
+        with attention(model) as maps:
+            model(x)
+        found, empty = maps[0].dense()[:, 0].isnan().any(-1), torch.zeros(2, 5, dtype=torch.bool)
+        assert torch.equal(found, empty if gated == 2 else model.weights.isnan().any(-1))
+
+    @pytest.mark.parametrize("heads", [1, 3])
+    def test_over_another_axis_and_for_several_heads(self, x, heads):
+        """(keys, queries), as where key times query is taken; the weights serve several heads."""
+
+        def function(x):
+            hidden = torch.arange(5) == 2
+            weights = scores(x).mT.masked_fill(hidden, -torch.inf).softmax(-2).mT
+            return (weights[:, None].expand(-1, heads, -1, -1) @ x[:, None]).mean(1)
+
+        model = Calls(function)
+        with attention(model) as maps:
+            model(x)
+        weights = scores(x).softmax(-1)
+        weights[:, 2] = 0
+        torch.testing.assert_close(maps[0].dense(), weights[:, None].expand(-1, heads, -1, -1))
+
+    def test_half_of_a_batch(self, x):
+        """The model multiplies it in parts, of which one has no query without keys."""
+
+        def function(x):
+            weights = scores(x).masked_fill((torch.arange(2) == 1)[:, None, None], -torch.inf).softmax(-1)
+            return torch.cat([part @ values for part, values in zip(weights.split(1), x.split(1), strict=True)])
+
+        model = Calls(function)
+        with attention(model) as maps:
+            model(x)
+        weights = scores(x).softmax(-1)
+        weights[1] = 0
+        torch.testing.assert_close(torch.cat([one.dense()[:, 0] for one in maps]), weights)
+
     def test_by_hand(self, x):
         def function(x):
             terms = scores(x).masked_fill((torch.arange(5) == 2)[:, None], -torch.inf)

@@ -370,10 +370,10 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
 
     @property
     def _entries(self) -> list[_Entry]:
-        """What is kept, and proven."""
-        if self._unmade or self._unproven:
+        """What is kept, made and proven. The model may go on meanwhile, in another thread: a list of its own."""
+        with self._lock:
             self.prove()
-        return self._kept
+            return [*self._kept]
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -469,7 +469,9 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             if isinstance(key, slice):
                 return [entry.value for entry in self._entries[key]]
             try:
-                value: Kept = self._entries[key].value
+                with self._lock:
+                    self.prove()
+                    value: Kept = self._kept[key].value
             except IndexError:
                 raise IndexError(f"there is no map {key}: {len(self)} were recorded") from None
             except TypeError:
@@ -490,7 +492,9 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         return values[0]
 
     def __len__(self) -> int:
-        return len(self._entries)
+        with self._lock:
+            self.prove()
+            return len(self._kept)
 
     def __iter__(self) -> Iterator[Kept]:
         return iter([entry.value for entry in self._entries])
@@ -643,30 +647,32 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             may_wait: whether a few maps may wait for those of later passes, as those of the steps of a generation:
                 many at once take a third of the time. Nobody reads them before they are proven.
         """
-        self._make_all()
-        if not self._unproven:
-            return
-        # A map that is dropped would stay as long as it waits.
-        are_few = len(self._unproven) < _MANY and self._unproven_bytes < _MANY_BYTES and self._layers is None
-        if may_wait and are_few:
-            return
+        with self._lock:
+            self._make_all()
+            # A map that is dropped would stay as long as it waits.
+            are_few = len(self._unproven) < _MANY and self._unproven_bytes < _MANY_BYTES and self._layers is None
+            if not self._unproven or (may_wait and are_few):
+                return
+            with unseen():
+                self._prove_all()
+
+    def _prove_all(self) -> None:
         watch = self._watch
-        with self._lock, unseen():
-            unproven, self._unproven, self._unproven_bytes = self._unproven, [], 0
-            with suppress(Exception):  # then each is weighed by itself, and says what failed
-                Evidence.weigh([one for _, _, several in unproven for one in several])
-            for entry, kernel, evidence in unproven:
-                is_kept = False
-                try:
-                    is_kept = not self._is_doubted(entry.path, kernel, evidence)
-                except Exception as error:
-                    if watch is not None:
-                        watch.refuse(entry.path, error)
-                except BaseException:  # the user interrupts
-                    self._unproven = [*unproven, *self._unproven]
-                    raise
-                if not is_kept:
-                    self._drop(entry)
+        unproven, self._unproven, self._unproven_bytes = self._unproven, [], 0
+        with suppress(Exception):  # then each is weighed by itself, and says what failed
+            Evidence.weigh([one for _, _, several in unproven for one in several])
+        for entry, kernel, evidence in unproven:
+            is_kept = False
+            try:
+                is_kept = not self._is_doubted(entry.path, kernel, evidence)
+            except Exception as error:
+                if watch is not None:
+                    watch.refuse(entry.path, error)
+            except BaseException:  # the user interrupts
+                self._unproven = [*unproven, *self._unproven]
+                raise
+            if not is_kept:
+                self._drop(entry)
 
     def _describe(self, value: AttentionMap, watch: Watch, shares: bool = False) -> bool:
         """Give a map its layouts, and say whether they are those of the map before that is like it.
@@ -699,9 +705,9 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             entry = _Entry(path, None, get_ident(), taken.sizes)
             self._unmade.append(_Unmade(entry, taken, said, None if known is None else known[1], kernel))
             self._unproven_bytes += taken.nbytes
+            self._keep_entry(entry)
             if known is None or len(self._unmade) > _MOST_UNMADE:
                 self._make_all()
-            self._keep_entry(entry)
             if self._unproven_bytes > _MOST_UNPROVEN:
                 self.prove()
 

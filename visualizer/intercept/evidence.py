@@ -129,12 +129,14 @@ def of_fused(source: Factors, values: Tensor, output: Tensor, number: int, is_fo
     and of functions that change the scores, rows from all parts of the text and of all heads, or some of many.
     """
     batch, heads, queries, keys = source.shape
+    if source.key_heads != values.shape[1]:  # each query head has values of its own then
+        values = values.repeat_interleave(heads // values.shape[1], 1)
     _, key_heads, _, width = values.shape
     if not (batch * heads * queries * keys and width):
         return None
-    if source.has_functions or is_foreign:
+    if source.has_functions or is_foreign or key_heads != source.key_heads:
         chosen, total = _spread(queries, number, source.device), batch * key_heads
-        if source.has_functions or total * keys * width <= _WHOLE:
+        if not is_foreign or source.has_functions or total * keys * width <= _WHOLE:
             several = torch.arange(total)
             rows = source.rows(chosen).reshape(total, -1, keys)
         else:  # all keys at once would be copied in a larger type
@@ -149,20 +151,20 @@ def of_fused(source: Factors, values: Tensor, output: Tensor, number: int, is_fo
 
 
 def of_plain(
-    shape: Sequence[int], values: Tensor, output: Tensor, number: int, hold: Callable[[Tensor], Callable[[], Tensor]]
+    shape: Sequence[int], values: Tensor, output: Tensor, number: int, hold: Callable[..., Callable[[], list[Tensor]]]
 ) -> Callable[[Factors], Evidence]:
     """The same of one of torch's own kernels, of a map of that shape that holds numbers, once there is what it is of.
 
     Args:
-        hold: copies a tensor, and returns what makes the copy.
+        hold: copies tensors, and returns what makes the copies.
     """
     batch, heads, queries, keys = shape
     key_heads = values.shape[1]
     image, head, groups = number % batch, number // batch % key_heads, heads // key_heads
     places = _some(queries, number)
-    of_values = hold(tokens_of(values, image, head, 0, keys))
-    own = hold(tokens_of(output, image, head * groups, places.start, len(places), groups, places.step))
-    return lambda source: Evidence(HeadRows(source, image, head, places), of_values(), own())
+    own = tokens_of(output, image, head * groups, places.start, len(places), groups, places.step)
+    held = hold(tokens_of(values, image, head, 0, keys), own)
+    return lambda source: Evidence(HeadRows(source, image, head, places), *held())
 
 
 @without_autograd
@@ -188,9 +190,9 @@ def of_samples(source: Samples, values: Sequence[Tensor], output: Tensor, number
     return Evidence(_Known(rows, source.largest_side), cells, output[image, head, chosen]).weighed()
 
 
-def _cloned(tensor: Tensor) -> Callable[[], Tensor]:
-    copied = tensor.clone()
-    return lambda: copied
+def _cloned(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    copies = [one.clone() for one in tensors]
+    return lambda: copies
 
 
 def _some(queries: int, number: int) -> range:

@@ -16,6 +16,7 @@ LEAST = 2**17
 """Copies of fewer bytes are left to the C allocator, which keeps those at hand by itself."""
 MOST = 2**26
 """So many bytes wait for later copies, at most."""
+_ALIGNED = 64  # bytes; as torch's own memory
 _LARGEST_OF_GLIBC = 2**25 - 2**14
 """A little less than the largest block whose size glibc goes by."""
 # Not in the C allocator's heap: blocks that stay would part it, so that it grows with each pass.
@@ -50,10 +51,11 @@ class Memory:
 
     def copied(self, tensor: Tensor) -> Tensor:
         """A contiguous copy, without autograd."""
-        return self.held(tensor)()
+        [copied] = self.held(tensor)()
+        return copied
 
-    def held(self, tensor: Tensor, least: float = LEAST) -> Callable[[], Tensor]:
-        """The same, copied now; the tensor itself is made when that is called, once.
+    def held(self, *tensors: Tensor, least: float = LEAST) -> Callable[[], list[Tensor]]:
+        """Contiguous copies, made now and in one block; the tensors themselves are made when that is called, once.
 
         Until then there is no object of torch: small ones that stay part the C allocator's heap too, where the model's
         activations were and are to be again.
@@ -61,23 +63,37 @@ class Memory:
         Args:
             least: of how many bytes copies have a block.
         """
-        size = 0 if tensor.is_nested else tensor.nbytes
-        if size < max(least, 1) or not _is_plain(tensor):
-            copied = tensor.detach().clone(memory_format=torch.contiguous_format)
-            return lambda: copied
+        starts, size = [], 0
+        for tensor in tensors if all(map(_is_plain, tensors)) else ():
+            starts.append(size)
+            size += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+        if size < max(least, 1):
+            copies = [one.detach().clone(memory_format=torch.contiguous_format) for one in tensors]
+            return lambda: copies
+        view = self._block(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        forms = [(start, one.dtype, one.shape) for start, one in zip(starts, tensors, strict=True)]
+
+        def make() -> list[Tensor]:
+            return [
+                torch.frombuffer(view, dtype=dtype, offset=start, count=shape.numel()).view(shape)
+                for start, dtype, shape in forms
+            ]
+
+        for copied, one in zip(make(), tensors, strict=True):
+            copied.copy_(one.detach() if one.requires_grad else one)
+        return make
+
+    def _block(self, size: int) -> memoryview:
+        """The memory of an earlier copy, or new; it is free again when nobody has the view, or any tensor in it."""
         try:
             block = self._free[size].pop()
         except (KeyError, IndexError):  # another thread may have taken the last
             block = mmap.mmap(-1, size, **_PRIVATE)
-        # The storage of the copy holds this view: it lives for as long as any tensor or array in the block.
         view = memoryview(block)
         loan = _Loan(view, _give_back)
         loan.block, loan.owner = block, self._self
         self._lent[id(loan)] = loan
-        dtype, shape = tensor.dtype, tensor.shape
-        made = torch.frombuffer(view, dtype=dtype).view(shape)
-        made.copy_(tensor.detach() if tensor.requires_grad else tensor)
-        return lambda: torch.frombuffer(view, dtype=dtype).view(shape)
+        return view
 
     def _take_back(self, loan: _Loan) -> None:
         self._lent.pop(id(loan), None)
@@ -96,12 +112,12 @@ def _have_freed_memory_kept() -> None:
     fetched anew in each pass, which takes longer than recording does. The block is never written: it takes no memory.
     """
     if sys.platform == "linux":
-        torch.UntypedStorage(_LARGEST_OF_GLIBC)  # a tensor would be seen by modes of torch
+        torch.UntypedStorage(_LARGEST_OF_GLIBC)  # type: ignore[no-untyped-call]  # modes of torch would see a tensor
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    is_plain = type(tensor) is Tensor and tensor.is_cpu and tensor.layout is torch.strided
-    return is_plain and not tensor.is_quantized
+    is_plain = type(tensor) is Tensor and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested
+    return is_plain and not tensor.is_quantized and tensor.numel() > 0
 
 
 def _give_back(loan: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ class Copies:
         evidence, nbytes, values = None, 0, call.value
         if not call.dropout and math.prod(shape) and values.shape[3]:
             # Of the steps of a generation each has more values than the one before: no block of theirs is used twice.
-            hold = partial(memory.held, least=math.inf if shape[2] < shape[3] else 0)
+            hold = partial(memory.held, least=math.inf if shape[2] < shape[3] else mmap.PAGESIZE)
             evidence = of_plain(shape, values, call.output, call.number, hold)
             nbytes = shape[3] * values.shape[3] * values.element_size()
 
@@ -187,7 +188,7 @@ class Copies:
         return Taken(make, sizes, nbytes)
 
     def _of_product(self, call: AttentionCall, product: Product) -> Copy:
-        weights = self._copied_weights(product.weights, product.softmaxes, product.is_own)
+        weights = self._copied_weights(product.weights, product.made_by, product.is_own)
         multiplied = weights.shape
         lead = product.output.shape[:-2]
         weights = weights.expand(*lead, *multiplied[-2:])  # the same weights may serve several heads
@@ -314,13 +315,14 @@ class Copies:
         **more: Any,
     ) -> tuple[Callable[[], Factors], dict[str, int]]:
         """Copies of what a fused call was given: what makes a map's source of them, and the bytes that they add."""
-        length, of_query, begin = key.shape[2], self._memory.held(query), 0
+        memory, length, begin = self._memory, key.shape[2], 0
+        of_query = memory.held(query)
         if path in self._latest and query.shape[2] < length:
             keys, begin, sizes = self._kept_keys(path, key.detach(), query.shape[2])
             of_keys: Callable[[], Keys] = lambda: keys  # noqa: E731
         else:
-            of_key, sizes = self._memory.held(key), _sizes(key)
-            of_keys = lambda: Keys(of_key())  # noqa: E731
+            of_key, sizes = memory.held(key), _sizes(key)
+            of_keys = lambda: Keys(of_key()[0])  # noqa: E731
         if mask is not None:
             mask, of_mask = self._kept_mask(mask)
             sizes = _sum(sizes, of_mask)
@@ -328,8 +330,8 @@ class Copies:
         sizes[device] = sizes.get(device, 0) + query.nbytes
 
         def make() -> Factors:
-            keys = of_keys()
-            source = Factors(of_query(), keys, length, scale, mask, causal, begin=begin, **more)
+            [query], keys = of_query(), of_keys()
+            source = Factors(query, keys, length, scale, mask, causal, begin=begin, **more)
             if self._share_keys:
                 self._latest[path] = keys, weakref.ref(source)
             return source

@@ -166,6 +166,9 @@ class Product:
     order: tuple[int, ...]
     """Which axis of that tensor each axis of the weights is."""
     softmaxes: tuple[Softmax, ...]
+    """Those that may be maps of their own."""
+    made_by: tuple[Softmax, ...]
+    """And all others."""
     is_softmax: bool
     """Whether the weights are known to be what one softmax made; else their numbers tell."""
     has_dropout: bool
@@ -384,6 +387,7 @@ class Tracing:
             tensor if source is None else source,
             order.order,
             tuple(one for one in origin.softmaxes if one.is_normalised and one.is_over_last),
+            origin.softmaxes,
             origin.is_softmax and not any(one.is_changed or not one.is_normalised for one in origin.softmaxes),
             origin.without_dropout is not None,
             False,
@@ -526,6 +530,7 @@ class Tracing:
             tensor if source is None else source,
             order,
             tuple(softmax for softmax in origin.softmaxes if softmax.is_normalised and softmax.is_over_last),
+            origin.softmaxes,
             origin.is_over(order[-1]) and not any(one.is_changed or not one.is_normalised for one in origin.softmaxes),
             origin.without_dropout is not None,
             origin.without_dropout is not None and origin.without_dropout is not source,

@@ -49,13 +49,13 @@ class Softmax:
         """Whether it is known to be of scores. Others count where they are mixed with one that is, as in ConViT."""
         self.is_changed = False
         """Whether it, or what was made of it, was changed in place."""
-        self.keys = weights.shape[axis]
+        self.keys, self.size = weights.shape[axis], weights.numel()
         self.scores = scores
         """What is known of the scores."""
         self.factors: Sequence[Factor] = ()
         """Its axes."""
-        self.nan_rows_are_empty: bool | Tensor | None = None
-        """Whether all rows without numbers are those of queries that may attend to nothing, see `look_for_nan_rows`."""
+        self.empty_rows: Tensor | None = None
+        """How many rows are those of queries that may attend to nothing, see `look_for_nan_rows`; None: none is."""
         self._reference = weakref.ref(weights)
         self._held: Tensor | None = None
         self._copy: Tensor | None = None
@@ -64,7 +64,7 @@ class Softmax:
     def look_for_nan_rows(self, scores: Tensor) -> None:
         """Find out where rows without numbers come from: of a query that may attend to no key all scores are -inf.
 
-        On a GPU nobody waits for the answer.
+        There are -1 where others have no numbers either. On a GPU nobody waits for the answer.
         """
         weights = self._reference()
         if weights is None or not scores.numel() or scores.shape != weights.shape:
@@ -72,7 +72,8 @@ class Softmax:
         axis = self._axis % weights.ndim
         is_nan = weights.detach().select(axis, 0).isnan()  # then all of the row is
         if not (is_nan.is_cpu and is_plain_torch(torch) and not is_nan.any()):
-            self.nan_rows_are_empty = ((scores.detach().amax(axis) == -torch.inf) | ~is_nan).all()
+            is_empty = scores.detach().amax(axis) == -torch.inf
+            self.empty_rows = torch.where((is_empty | ~is_nan).all(), is_nan.sum(), -1)
 
     def take(self, part: Tensor) -> bool:
         """Put a part of the weights, or all, into a map; False if they are in one already."""
@@ -113,16 +114,17 @@ class Softmax:
 def without_nan_rows(weights: Tensor, softmaxes: Sequence[Softmax]) -> Tensor | None:
     """A copy of weights with zeros for queries that may attend to nothing; None where there are none.
 
-    Where some of the softmaxes' rows are no numbers for any other reason, all stay as they are.
+    Where there are more rows without numbers than these, something else made them, and all stay as they are.
     """
-    known = [one.nan_rows_are_empty for one in softmaxes if one.nan_rows_are_empty is not None]
+    known = [(one, one.empty_rows) for one in softmaxes if one.empty_rows is not None]
     if not known:
         return None
     weights = weights.detach()
-    is_empty = weights.isnan()
-    for one in known:
-        is_empty &= one
-    return torch.where(is_empty, 0, weights)
+    # Several heads may share what one softmax made.
+    counts = [rows * max(1, weights[..., 0].numel() * one.keys // max(1, one.size)) for one, rows in known]
+    is_nan, empty = weights.isnan(), torch.stack(counts)
+    is_right = (empty >= 0).all() & (is_nan.any(-1).sum() <= empty.max())
+    return torch.where(is_nan & is_right, 0, weights)
 
 
 @dataclass

@@ -360,6 +360,11 @@ class Factors:
                     raise ValueError(f"a mask of {tuple(mask.shape)} does not fit a map of {self.shape}")
 
     @property
+    def key_heads(self) -> int:
+        """How many heads the keys have, of which each may be of several heads of the queries."""
+        return self.keys.buffer.shape[1]
+
+    @property
     def key(self) -> Tensor:
         """The keys of the call, (batch, key heads, keys, width)."""
         return self.keys.part(self._begin, self._length)
@@ -397,7 +402,7 @@ class Factors:
         """
         if self.has_functions or self._modifiers.packed() or self._causal is not None:
             return None
-        dtype, groups = computed_in(self.dtype), self.shape[1] // max(1, self.keys.buffer.shape[1])
+        dtype, groups = computed_in(self.dtype), self.shape[1] // max(1, self.key_heads)
         if self.log_sums is not None and self._are_sums_right(self.log_sums):
             chosen = (self.key[:, :, keys].to(dtype) * self._scale).repeat_interleave(groups, 1)
             # (batch, heads, chosen keys, queries): few rows and long ones are quicker than the other way.
@@ -423,7 +428,7 @@ class Factors:
         """
         if self._bias is not None and not bool((log_sums > _TELLS_NOTHING).all()):
             return False
-        image, head = self.shape[0] - 1, self.keys.buffer.shape[1] - 1
+        image, head = self.shape[0] - 1, self.key_heads - 1
         ends = torch.tensor([0, -1], device=self.device)
         sums = self.of_head(image, head).scores(ends)[0].logsumexp(-1)
         told = log_sums[image:, -sums.shape[1] :, ends]
@@ -635,7 +640,7 @@ class HeadRows(NamedTuple):
     def products(several: Sequence[HeadRows], values: Sequence[Tensor]) -> Tensor:
         """The weights of each times its values, which are (keys, width): (several, heads, those queries, width)."""
         first = several[0].source
-        groups, dtype = first.shape[1] // first.keys.buffer.shape[1], computed_in(first.dtype)
+        groups, dtype = first.shape[1] // first.key_heads, computed_in(first.dtype)
         queries, keys, lengths, are_bounded = [], [], [], False
         for source, image, head, at in several:
             queries.append(tokens_of(source._query, image, head * groups, at.start, len(at), groups, at.step))
