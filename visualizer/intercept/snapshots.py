@@ -315,14 +315,11 @@ class Copies:
         **more: Any,
     ) -> tuple[Callable[[], Factors], dict[str, int]]:
         """Copies of what a fused call was given: what makes a map's source of them, and the bytes that they add."""
-        memory, length, begin = self._memory, key.shape[2], 0
-        of_query = memory.held(query)
+        length, begin, known, sizes = key.shape[2], 0, None, _sizes(key)
         if path in self._latest and query.shape[2] < length:
-            keys, begin, sizes = self._kept_keys(path, key.detach(), query.shape[2])
-            of_keys: Callable[[], Keys] = lambda: keys  # noqa: E731
-        else:
-            of_key, sizes = memory.held(key), _sizes(key)
-            of_keys = lambda: Keys(of_key()[0])  # noqa: E731
+            known, begin, sizes = self._kept_keys(path, key.detach(), query.shape[2])
+        # A block for each: keys that grow leave theirs, while the query stays.
+        held = [self._memory.held(one) for one in ((query, key) if known is None else (query,))]
         if mask is not None:
             mask, of_mask = self._kept_mask(mask)
             sizes = _sum(sizes, of_mask)
@@ -330,7 +327,8 @@ class Copies:
         sizes[device] = sizes.get(device, 0) + query.nbytes
 
         def make() -> Factors:
-            [query], keys = of_query(), of_keys()
+            query, *others = (copied for copies in held for copied in copies())
+            keys = Keys(*others) if known is None else known
             source = Factors(query, keys, length, scale, mask, causal, begin=begin, **more)
             if self._share_keys:
                 self._latest[path] = keys, weakref.ref(source)
