@@ -251,3 +251,18 @@ class TestStates:
         del model
         gc.collect()
         assert not known.are_same()
+
+
+def test_another_thread_puts_others_in_their_place_between_two_looks(monkeypatch):
+    """Nothing is taken for steady whose settings are not followed."""
+    layer = nn.Linear(2, 2)
+    layer.options = {"is_on": True}
+    assert States([layer]).are_steady
+    look = States._held
+
+    def replace_and_look(states):
+        layer.options = {"is_on": False}
+        return look(states)
+
+    monkeypatch.setattr(States, "_held", replace_and_look)
+    assert not States([layer]).are_steady

@@ -209,7 +209,10 @@ class States:
         held, read = self._held() or [], self._around.values() or []
         places = {id(one): place for place, one in enumerate(held)}
         with_settings = {id(one) for one in (*own, *read) if has_settings(one)}
-        self._objects, self._settings = Objects(held), Settings(held, [places[number] for number in with_settings])
+        # Another thread may have put others in their place between these looks: what they have is not followed then.
+        self.are_steady &= with_settings <= places.keys()
+        followed = [places[number] for number in with_settings if number in places]
+        self._objects, self._settings = Objects(held), Settings(held, followed)
         # Modules hold them, so that they are found at once.
         self._leaves = [places[id(part)] for part in parts.difference(modules)]
         self._lengths, inner = self._in_leaves(held)
