@@ -55,7 +55,7 @@ class Memory:
         return copied
 
     def held(self, *tensors: Tensor, least: float = LEAST) -> Callable[[], list[Tensor]]:
-        """Contiguous copies, made now and in one block; the tensors themselves are made when that is called, once.
+        """Contiguous copies, made now and in one block; the tensors in it are made when what is returned is called.
 
         Until then there is no object of torch: small ones that stay part the C allocator's heap too, where the model's
         activations were and are to be again.

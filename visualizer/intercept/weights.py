@@ -50,6 +50,7 @@ class Softmax:
         self.is_changed = False
         """Whether it, or what was made of it, was changed in place."""
         self.keys, self.size = weights.shape[axis], weights.numel()
+        """How many keys it is over, and how many weights there are."""
         self.scores = scores
         """What is known of the scores."""
         self.factors: Sequence[Factor] = ()
