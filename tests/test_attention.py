@@ -1250,6 +1250,24 @@ class TestLeftAsItWas:
         assert maps[0].shape == (shape[0], 2, shape[1], shape[1])
         assert not maps[0].axes_assumed
 
+    @pytest.mark.parametrize("sizes", [(0, 5), (2, 0), (0, 0), (2, 5)])
+    @pytest.mark.parametrize("batch_first", [True, False])
+    @pytest.mark.parametrize("has_encoder", [True, False])
+    def test_no_tokens_in_modules_of_torch(self, sizes, batch_first, has_encoder):
+        options = {"batch_first": batch_first}
+        if has_encoder:
+            model = nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(16, 2, 32, **options), 2, enable_nested_tensor=False
+            )
+        else:
+            model = nn.MultiheadAttention(16, 2, **options).eval()
+        batch, tokens = sizes
+        x = torch.randn(*(sizes if batch_first else sizes[::-1]), 16)
+        with attention(model) as maps:
+            model(x) if has_encoder else model(x, x, x)
+        assert {one.shape for one in maps} == {(batch, 2, tokens, tokens)}
+        assert not any(one.axes_assumed for one in maps)
+
     def test_what_is_dropped_stops(self, x):
         model = model_of()
         maps = attention(model).start()

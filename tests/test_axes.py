@@ -153,6 +153,22 @@ def test_heads_are_found(kind, is_named):
     assert (maps[0].grad_dense() - expected).abs().max() < 1e-5
 
 
+# Their own code cannot run on that: a convolution over no tokens, blocks of a batch of none.
+CANNOT = {(ChannelsFirst, 2, 0), (ChannelsFirst, 0, 0), (HeadsInBlocks, 0, 4), (HeadsInBlocks, 0, 0)}
+OF_NOTHING = [(kind, *sizes) for kind in WAYS for sizes in ((2, 0), (0, 4), (0, 0)) if (kind, *sizes) not in CANNOT]
+
+
+@pytest.mark.parametrize(("kind", "images", "tokens"), OF_NOTHING)
+def test_heads_of_nothing_are_found(kind, images, tokens, monkeypatch):
+    for name, size in (("B", images), ("N", tokens)):
+        monkeypatch.setitem(globals(), name, size)
+    model = kind()
+    with attention(model) as maps:
+        model(torch.randn(images, tokens, 8))
+    assert maps[0].shape == (images, H, tokens, tokens)
+    assert not maps[0].axes_assumed
+
+
 class Windows(Layer):
     """As Hiera and Nest: windows are an axis of their own, before the heads or behind them."""
 

@@ -104,6 +104,8 @@ class Factor:
 
 
 Layout = list[list[Factor]]
+_NOTHING = 2**31 - 1
+"""In place of an axis of length 0 where lengths are divided: a prime that no length has."""
 
 
 class Part(NamedTuple):
@@ -385,24 +387,30 @@ def _length(axis: Iterable[Factor]) -> int:
 def _regrouped(layout: Layout, shape: Sequence[int]) -> Layout | None:
     """The axes after a change of shape that leaves all numbers in their order; None if they do not fit it."""
     factors = [small for axis in layout for factor in axis for small in factor.smallest()]
+    sizes = [*shape]
+    if 0 in sizes:  # which fits anything: the other axes tell what is in it
+        more = math.prod(factor.size or _NOTHING for factor in factors)
+        rest = math.prod(size for size in sizes if size)
+        if sizes.count(0) > 1 or more % rest:
+            return None
+        sizes[sizes.index(0)] = more // rest
     made: Layout = []
-    for size in shape:
+    for size in sizes:
         axis: list[Factor] = []
         while size != 1:
-            if not factors or (size and not factors[0].size):
+            if not factors:
                 return None
             factor = factors.pop(0)
-            if size == factor.size:  # which may be none
-                axis.append(factor)
-                break
-            if size % factor.size:
-                if factor.size % size:
+            length = factor.size or _NOTHING
+            if size % length:
+                if length % size:
                     return None
                 factor.split(size)
-                factor, rest = factor.parts
-                factors.insert(0, rest)
+                factor, rest_of_it = factor.parts
+                factors.insert(0, rest_of_it)
+                length = size
             axis.append(factor)
-            size //= factor.size
+            size //= length
         made.append(axis)
     return made
 
