@@ -79,6 +79,31 @@ def softmax_of_nothing(x, where=2):
     return scores(x).masked_fill(mask[:, None], -torch.inf).softmax(-1)
 
 
+def divided(weights):
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def in_place(s):
+    s -= s.amax(-1, keepdim=True)
+    s = s.exp_()
+    s /= s.sum(-1, keepdim=True)
+    return s
+
+
+BY_HAND = {
+    "exp": lambda s: divided(s.exp()),
+    "exp2": lambda s: divided((s * 1.4427).exp2()),
+    "less the largest": lambda s: divided((s - s.amax(-1, keepdim=True)).exp()),
+    "the largest less them": lambda s: divided((-(s.amax(-1, keepdim=True) - s)).exp()),
+    "times one by the sum": lambda s: s.exp() * (1 / s.exp().sum(-1, keepdim=True)),
+    "less the logarithm of the sum": lambda s: (s - s.logsumexp(-1, keepdim=True)).exp(),
+    "log_softmax": lambda s: s.log_softmax(-1).exp(),
+    "less the largest, then softmax": lambda s: (s - s.amax(-1, keepdim=True)).softmax(-1),
+    "in place": in_place,
+    "in another shape": lambda s: divided((s - s.amax(-1, keepdim=True)).exp().unsqueeze(1)).squeeze(1),
+}
+
+
 EMPTY = {
     "alone": lambda w: w,
     "in another shape": lambda w: w.unsqueeze(0).squeeze(0),
@@ -103,6 +128,37 @@ class TestQueriesThatMayAttendToNothing:
             assert torch.equal(one.dense()[:, 0, 2], torch.zeros(2, 5))
             assert not one.dense().isnan().any()
         assert analysis.entropy(found)[:, 0].isnan().tolist() == [[False, False, True, False, False]] * 2
+
+    @pytest.mark.parametrize("name", BY_HAND)
+    @pytest.mark.parametrize("product", ["matmul", "einsum", "sum"])
+    def test_are_zeros_where_the_softmax_is_written_by_hand(self, x, name, product):
+        def function(x, is_empty=True):
+            s = scores(x).masked_fill((torch.arange(5) == 2)[:, None], -torch.inf if is_empty else 0)
+            weights = BY_HAND[name](s)
+            if product == "matmul":
+                return weights @ x
+            return (
+                torch.einsum("bij,bjd->bid", weights, x)
+                if product == "einsum"
+                else (weights[..., None] * x[:, None]).sum(2)
+            )
+
+        for is_empty in (True, False):
+            model = Calls(lambda x, is_empty=is_empty: function(x, is_empty))
+            with attention(model) as maps:
+                y = model(x)
+            assert y[:, 2].isnan().all() == is_empty
+            expected = scores(x).softmax(-1)
+            expected[:, 2] = 0 if is_empty else 0.2
+            torch.testing.assert_close(maps[0].dense()[:, 0], expected)
+
+    @pytest.mark.parametrize("name", BY_HAND)
+    def test_lost_numbers_of_a_softmax_by_hand_stay(self, x, name):
+        x[:, 3, 0] = torch.nan
+        model = Written(lambda x: BY_HAND[name](scores(x).masked_fill((torch.arange(5) == 2)[:, None], -torch.inf)))
+        with attention(model) as maps:
+            model(x)
+        assert torch.equal(maps[0].dense()[:, 0].isnan(), model.weights.isnan())
 
     def test_others_are_what_the_model_used(self, x):
         found = {}

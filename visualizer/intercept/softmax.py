@@ -46,6 +46,7 @@ from .lineage import Lineage
 from .weighing import normalised, order_of_terms
 from .weights import (
     ENDS,
+    LOSES_NUMBERS,
     PRODUCTS,
     SUMS_TO_ONE,
     Pairs,
@@ -53,6 +54,7 @@ from .weights import (
     Scores,
     Softmax,
     Weights,
+    empty_rows_of,
     layout_of_weights,
     new_weights,
     only_adds_axes,
@@ -226,6 +228,11 @@ class Tracing:
         changed = args[0] if args and _is_in_place(name, args, kwargs) else None
         if changed is not None:
             self._prepare_change(name, changed, known)
+            if name in LOSES_NUMBERS:  # they are compared with what they were
+                known = [
+                    (one.detach().clone() if one is changed and isinstance(origin, Scores) else one, origin)
+                    for one, origin in known
+                ]
         undropped = None
         is_dropped_scores = name in _DROPOUTS and not weights and isinstance(known[0][1], Scores)
         if is_dropped_scores and _drops(args, kwargs) and is_plain_torch(torch):
@@ -295,7 +302,8 @@ class Tracing:
             scores = _scores_of(known[0][1], result) if is_of_scores else None
             softmax = Softmax(result, is_of_scores=is_of_scores, axis=axis, scores=scores)
             if softmax.is_over_last or is_of_scores:
-                softmax.look_for_nan_rows(args[0] if args else kwargs["input"])
+                given = args[0] if args else kwargs["input"]
+                softmax.empty_rows = empty_rows_of(given, result, None if scores is None else scores.empty_rows, axis)
                 self.lineage.follow(result, new_weights(result, softmax, axis))
         elif weights and name == "sum" and any(self._weighed.known_in(args)):
             self.lineage.follow(result, None)  # values that were weighed are no weights
@@ -401,7 +409,11 @@ class Tracing:
         for tensor, origin in known:
             if isinstance(origin, Scores) and origin.are_after(name) and _has_same_places(name, tensor, result):
                 is_moved = result.shape != tensor.shape or name in REORDERS
-                made = origin.moved(func, name, args, kwargs, tensor, result) if is_moved else origin
+                made = (
+                    origin.moved(func, name, args, kwargs, tensor, result)
+                    if is_moved
+                    else origin.computed(name, tensor, result)
+                )
             elif isinstance(origin, Pairs) and made is None:  # else they are added to scores, as a bias
                 made = origin.made(name, tensor, result)
         if made is not None or any(isinstance(origin, Pairs) for _, origin in known):
@@ -579,7 +591,9 @@ def _weights_of_scores(scores: Tensor, origin: Scores | None = None) -> Weights:
     sums = numbers.sum(-1, dtype=torch.promote_types(numbers.dtype, torch.float32))
     sums = sums.nan_to_num_()  # of queries that may attend to nothing
     is_normalised = bool(((sums - 1).abs() < SUMS_TO_ONE).logical_or(sums == 0).all()) and bool(sums.any())
-    return new_weights(scores, Softmax(scores, is_normalised, scores=origin))
+    softmax = Softmax(scores, is_normalised, scores=origin)
+    softmax.empty_rows = None if origin is None else origin.empty_rows
+    return new_weights(scores, softmax)
 
 
 def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]) -> list[tuple[Tensor, Weights]]:
@@ -590,13 +604,13 @@ def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]
     """
     if name in ("linear", "addmm"):  # the second operand may be a weight that was computed, as by a weight norm
         return []
-    found = [tensor for tensor, origin in known if isinstance(origin, Scores)]
+    found = [(tensor, origin) for tensor, origin in known if isinstance(origin, Scores)]
     operands = args[1:] if name in ("einsum", "baddbmm") else args[::-1] if name == "__rmatmul__" else args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = operands[0]
     if len(found) != 1 or len(operands) != 2 or not is_plain_torch(torch):
         return []
-    [scores], (first, second) = found, operands
+    [(scores, origin)], (first, second) = found, operands
     if (
         first is not scores
         or is_parameter(second)
@@ -609,7 +623,7 @@ def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]
         order = _einsum_order(args, scores)
         if order is None or order.weights != (*range(scores.ndim),):
             return []
-    return [] if bool((scores.detach() < 0).any()) else [(scores, _weights_of_scores(scores))]
+    return [] if bool((scores.detach() < 0).any()) else [(scores, _weights_of_scores(scores, origin))]
 
 
 def _is_in_place(name: str, args: Any, kwargs: Any) -> bool:

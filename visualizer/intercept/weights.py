@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,14 @@ _BENDS = frozenset(
     )
 )
 """Functions that are not linear."""
+LOSES_NUMBERS = frozenset(
+    (
+        *("sub", "__sub__", "sub_", "__isub__", "subtract", "subtract_", "add", "__add__", "add_", "__iadd__"),
+        *("div", "__truediv__", "div_", "__itruediv__", "divide", "divide_", "true_divide", "true_divide_"),
+        *("mul", "__mul__", "mul_", "__imul__", "multiply", "multiply_", "log_softmax"),
+    )
+)
+"""Functions that make -inf less -inf, or 0 by 0, of the scores of a query that may attend to nothing."""
 _ADDS_AXES = frozenset(("__getitem__", "unsqueeze", "squeeze", "view", "reshape", *EXPANDS))
 SUMS_TO_ONE = 0.02  # rounding of a whole row in bfloat16 stays below it
 
@@ -56,25 +64,11 @@ class Softmax:
         self.factors: Sequence[Factor] = ()
         """Its axes."""
         self.empty_rows: Tensor | None = None
-        """How many rows are those of queries that may attend to nothing, see `look_for_nan_rows`; None: none is."""
+        """See `empty_rows_of`."""
         self._reference = weakref.ref(weights)
         self._held: Tensor | None = None
         self._copy: Tensor | None = None
         self._recorded = set[Any]()
-
-    def look_for_nan_rows(self, scores: Tensor) -> None:
-        """Find out where rows without numbers come from: of a query that may attend to no key all scores are -inf.
-
-        There are -1 where others have no numbers either. On a GPU nobody waits for the answer.
-        """
-        weights = self._reference()
-        if weights is None or not scores.numel() or scores.shape != weights.shape:
-            return
-        axis = self._axis % weights.ndim
-        is_nan = weights.detach().select(axis, 0).isnan()  # then all of the row is
-        if not (is_nan.is_cpu and is_plain_torch(torch) and not is_nan.any()):
-            is_empty = scores.detach().amax(axis) == -torch.inf
-            self.empty_rows = torch.where((is_empty | ~is_nan).all(), is_nan.sum(), -1)
 
     def take(self, part: Tensor) -> bool:
         """Put a part of the weights, or all, into a map; False if they are in one already."""
@@ -110,6 +104,30 @@ class Softmax:
     def weights(self) -> Tensor | None:
         """The weights as the softmax made them; None where they are gone."""
         return self._copy if self._copy is not None else self._held if self._held is not None else self._reference()
+
+
+def empty_rows_of(before: Tensor, after: Tensor, known: Tensor | None = None, axis: int = -1) -> Tensor | None:
+    """How many rows are without numbers because their queries may attend to nothing; None where all have numbers.
+
+    Of such a query all scores are -inf; or their exponentials are 0, and so is the sum that these are divided by. There
+    are -1 where others have no numbers either. On a GPU nobody waits for the answer.
+
+    Args:
+        before, after: what a function was given, and made of it.
+        known: what this says of `before`.
+    """
+    if not after.numel() or before.shape != after.shape:
+        return known
+    axis %= after.ndim
+    is_nan = after.detach().select(axis, 0).isnan()  # then all of the row is
+    if is_nan.is_cpu and is_plain_torch(torch) and not is_nan.any():
+        return None
+    before = before.detach()
+    largest = before.amax(axis)
+    is_empty = (largest == -torch.inf) | ((largest == 0) & (before.amin(axis) == 0) & ~(before < 0).any())
+    if known is not None:  # those that had no numbers before are counted in it
+        is_empty |= largest.isnan() & (known >= 0)
+    return torch.where((is_empty | ~is_nan).all(), is_nan.sum(), -1)
 
 
 def without_nan_rows(weights: Tensor, softmaxes: Sequence[Softmax]) -> Tensor | None:
@@ -173,6 +191,8 @@ class Scores:
     """The axes; None: they are as the product made them."""
     factors: Sequence[Factor] = ()
     """The axes as the product made them, in its order."""
+    empty_rows: Tensor | None = None
+    """See `empty_rows_of`."""
 
     def moved(self, func: Any, name: str, args: Any, kwargs: Any, before: Tensor, after: Tensor) -> Scores:
         """What is known of what a function made of them, which changes their shape or order."""
@@ -181,7 +201,16 @@ class Scores:
         factors = self.factors or [*map(Factor, before.shape)]
         layout = self.layout or [[factor] for factor in factors]
         made = layout_of_weights(func, name, args, kwargs, before, layout, after)
-        return Scores(self.is_outer) if made is None else Scores(self.is_outer, self.sides, made, factors)
+        if made is None:
+            return Scores(self.is_outer, empty_rows=self.empty_rows)
+        return replace(self, layout=made, factors=factors)
+
+    def computed(self, name: str, before: Tensor, after: Tensor) -> Scores:
+        """What is known of what a function computed from them, in their places."""
+        if name not in LOSES_NUMBERS:
+            return self
+        empty_rows = empty_rows_of(before, after, self.empty_rows)
+        return self if empty_rows is self.empty_rows else replace(self, empty_rows=empty_rows)
 
     def axes(self, count: int) -> list[tuple[bool, bool]] | None:
         """Of each of so many axes, whether one of the two tensors has it, and the other; None: it is not known."""
