@@ -1340,7 +1340,7 @@ def test_the_sums_of_a_softmax_that_the_kernel_has_anyway(mode):
     with mode():
         expected = model(x)
         maps = attention(model)
-        maps.needs_sums = True
+        maps.recorder.needs_sums = True
         with maps:
             made = model(x)
     assert torch.equal(expected, made)

@@ -311,7 +311,7 @@ class TestHidden:
         assert facts(one) == facts(other) == facts(one)[:2] * CALLS
 
     def test_call_arguments_are_those_of_all_calls_for_a_keep(self, model, x):
-        with attention(model, keep=lambda one: len(maps._watch.calls)) as maps:
+        with attention(model, keep=lambda one: len(maps.recorder.watch.calls)) as maps:
             for _ in range(CALLS):
                 model(x)
         assert [*maps] == [4] * (2 * CALLS)
@@ -477,11 +477,28 @@ class TestOneRecordingAndAnother:
     def test_nothing_of_a_recording_stays_in_the_model(self, model, x):
         recording = attention(model).start()
         model(x)
-        watch = weakref.ref(recording._watch)
+        watch = weakref.ref(recording.recorder.watch)
         recording.stop()
         del recording
         gc.collect()
         assert watch() is None
+
+    @pytest.mark.parametrize("is_stopped", [True, False])
+    @pytest.mark.parametrize("passes", [1, CALLS])
+    def test_maps_that_nobody_holds_are_gone_at_once(self, model, x, is_stopped, passes):
+        recording = attention(model).start()
+        for _ in range(passes):
+            model(x)
+        known = [weakref.ref(recording), *(weakref.ref(one) for one in recording)]
+        gc.disable()  # for what is in a cycle would be there until it comes
+        try:
+            if is_stopped:
+                recording.stop()
+            del recording
+            assert [one() for one in known] == [None] * (1 + 2 * passes)
+        finally:
+            gc.enable()
+        assert not have_ours(model)
 
     def test_hooks_of_the_user_are_behind_ours_each_time(self, model, x):
         seen = []

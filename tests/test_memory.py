@@ -182,7 +182,7 @@ def known():
 
 
 def waiting(maps):
-    return len(maps._unmade)
+    return len(maps.recorder._unmade)
 
 
 class TestMapsThatWaitForTheEndOfThePass:
@@ -267,7 +267,7 @@ class TestMapsThatWaitForTheEndOfThePass:
         assert_are_maps(maps, [expected[0], expected[3]])
 
     def test_many_calls_in_one(self, monkeypatch):
-        monkeypatch.setattr(importlib.import_module("visualizer.intercept.attention"), "_MOST_UNMADE", 2)
+        monkeypatch.setattr(importlib.import_module("visualizer.intercept.recorder"), "_MOST_UNMADE", 2)
         model, x = layers(7), torch.randn(2, 5, 8)
         most = []
         with attention(model) as maps:

@@ -93,8 +93,10 @@ class Recording:
         if self._maps is None:
             maps: Maps[Any] = Maps(self._module, None, self._add, False, math.inf)
             self._paths_seen.clear()
-            maps.is_asked_for, maps.needs_layouts, maps.lends_tensors = self._asks_for, False, True
-            maps.needs_sums, maps.selection = self.source.needs_columns, (type(self.source), *(self._layers or ()))
+            recorder = maps.recorder
+            recorder.is_asked_for, recorder.lends_tensors = self._asks_for, True
+            recorder.selection = type(self.source), *(self._layers or ())
+            recorder.needs_layouts, recorder.needs_sums = False, self.source.needs_columns
             self._hooks = [
                 module.register_forward_pre_hook(Hook(self._noting(note), "", weakref.ref(module)), with_kwargs=True)
                 for module, note in self.source.watched

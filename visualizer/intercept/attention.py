@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import fnmatch
-import threading
 import weakref
-from _thread import get_ident
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from numbers import Integral
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Generic, Literal, TypeVar, overload
 
 from torch import Tensor, nn
 
-from ..errors import News, Section, UnknownKeyError, did_you_mean, warn
+from ..errors import UnknownKeyError, did_you_mean, warn
 from ..instrument import check_max_bytes
 from ..layout import Layout
 from ..maps import AttentionMap, generated_maps, is_generation
-from ..store import Budget, Record, RecordedMaps, Saved, bytes_by_device, human, stacked
-from ..tensors import keeper
-from .axes import Output
-from .evidence import Evidence
-from .layouts import Layouts
-from .memory import Memory
-from .modes import unseen
-from .modules import are_given_the_same
-from .plans import Said, plans_of
-from .snapshots import AttentionCall, Copies, Copy, PlainCall, Taken
-from .watch import Watch
+from ..store import Record, RecordedMaps, Saved, bytes_by_device, human, stacked
+from .recorder import Entry, Recorder, some_paths
 
 Kept = TypeVar("Kept")
 """What is kept of a call: its map, or what `keep` makes of it."""
@@ -154,42 +141,6 @@ def attention(
     return Maps(model, chosen, keep, gradients, max_bytes, words)
 
 
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """One recorded call: its map, or what was kept of it."""
-
-    path: str
-    value: Any
-    thread: int
-    sizes: dict[str, int]
-
-
-class _Unproven(NamedTuple):
-    """A map that is kept, and not yet proven: all of a pass are together, which is quicker."""
-
-    entry: _Entry
-    kernel: str
-    evidence: Sequence[Evidence]
-
-
-class _Unmade(NamedTuple):
-    """A map whose copies are taken, and which is made when the pass ends or somebody asks for it.
-
-    In the midst of a model the code that makes it is in no cache, and what it allocates parts the model's memory.
-    """
-
-    entry: _Entry
-    taken: Taken
-    said: Said
-    layouts: Any
-    kernel: str
-
-
-_MOST_UNMADE = 256  # such as of many calls in one call of the outermost module
-_MOST_UNPROVEN = 2**24  # bytes
-_MANY, _MANY_BYTES = 64, 2**20  # maps that are proven at the end of a pass
-
-
 class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
     """The attention maps of a model's calls, in call order, or what was kept of each; made by `attention`."""
 
@@ -202,81 +153,17 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         max_bytes: float | None,
         tokenizer: Any = None,
     ) -> None:
-        self._model = (lambda: None) if model is None else weakref.ref(model)
         self._title = "attention" if model is None else f"attention of {type(model).__qualname__}"
         self.about = {}
-        self._layers, self._keep, self._gradients = layers, keep, gradients
-        self._kept: list[_Entry] = []
-        self._unmade: list[_Unmade] = []  # what is kept, without its value
-        self._unproven: list[_Unproven] = []
-        self._unproven_bytes = 0  # of both
-        self._paths: dict[str, int] = {}
-        self._budget = Budget(max_bytes)
-        self._is_full = False
-        self._lock = threading.RLock()  # a `keep` may run the model
-        self._watch: Watch | None = None
-        self._memory = Memory() if model is None else plans_of(model).memory
-        self._copies = self._new_copies()
-        self._layouts = Layouts(tokenizer)
-        self._doubted = set[str]()
-        self._why_apart = dict[str, str]()
-        self._postponed: list[News] = []
-        self.is_asked_for: Callable[[AttentionCall], bool] | None = None
-        """Whether a call is recorded at all, asked before anything of it is copied; None: all are."""
-        self.selection: Any = None
-        """What `is_asked_for` goes by: recordings that have the same follow each other's plans."""
-        self.needs_layouts, self.needs_sums, self.lends_tensors = True, False, False
-        """Whether maps are told what their tokens are; whether columns are wanted, and what makes these cheap; whether
-        `keep` lets go of a map, so that one that is made at once needs no copies."""
-
-    def _new_copies(self) -> Copies:
-        # What `keep` makes of a map is all that stays: keys that grow would outlive the map that they are of.
-        return Copies(self._gradients, self._memory, share_keys=self._keep is None)
+        self.recorder = Recorder(model, layers, keep, gradients, max_bytes, tokenizer)
+        """What fills them."""
 
     def start(self) -> Maps[Kept]:
         """Record from now on; for notebooks, where a `with` cannot span cells. Returns the maps themselves."""
-        if self._watch is None:
-            model = self._model()
-            if model is None:
-                raise RuntimeError(
-                    "there is nothing to record: the model is gone, as one that no variable holds is, or the maps are "
-                    "from a file"
-                )
-            known = weakref.ref(self)  # maps that nobody holds any more stop recording
-
-            def record(call: AttentionCall) -> Copy | None:
-                maps = known()
-                return None if maps is None else maps.record(call)
-
-            def file(path: str, copy: Copy, output: Output, kernel: str) -> Callable[[], None] | None:
-                maps = known()
-                return None if maps is None else maps.file(path, copy, output, kernel)
-
-            def end_pass() -> None:
-                maps = known()
-                if maps is not None:
-                    maps.prove(may_wait=True)
-
-            def warn_in_call(message: str, section: Section) -> None:
-                maps = known()
-                if maps is not None:
-                    maps.warn_in_call(message, section)
-
-            def recorded() -> Any:
-                maps = known()
-                return None if maps is None else maps.recorded()
-
-            def follow(path: str, call: PlainCall, said: Said, kernel: str) -> None:
-                maps = known()
-                if maps is not None:
-                    maps.follow(path, call, said, kernel)
-
-            self._copies = self._new_copies()
-            # What is not simply kept has to be looked at each time.
-            is_simple = self._keep is None and self.is_asked_for is None and self.needs_layouts and not self._gradients
-            self._watch = Watch(model, record, file, end_pass, warn_in_call, recorded, follow if is_simple else None)
-            self._watch.needs_sums = self.needs_sums
-            self._abandon = weakref.finalize(self, self._watch.end)
+        if not self.is_running:
+            self.recorder.start()
+            # Maps that nobody holds any more stop recording.
+            self._abandon = weakref.finalize(self, self.recorder.abandon)
             self._abandon.atexit = False
         return self
 
@@ -285,59 +172,11 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         self._stop()
 
     def _stop(self, warns: bool = True) -> None:
-        watch = self._watch
-        if watch is not None:
+        if self.is_running:
             self._abandon.detach()
-            try:
-                watch.end()  # which files what is pending
-                self.prove()
-            finally:
-                self._watch = None
-            postponed, self._postponed = self._postponed, []
-            for news in (*postponed, *(self._unseen(watch) if watch.has_run else ())) if warns else ():
-                warn(*news)
-
-    def _unseen(self, watch: Watch) -> Iterator[News]:
-        """What ran without a map, and what was asked for and did not run."""
-        paths = list(self._paths)
-        if not paths and not watch.has_seen_attention:
-            yield News(
-                f"{self._title.rpartition(' ')[2]} ran without any attention that can be seen: neither a fused "
-                "kernel of torch nor a softmax between two matrix products was called in it.",
-                "no-attention-seen",
-            )
-        for layer in self._layers or () if paths else ():
-            is_there = (
-                any(fnmatch.fnmatchcase(path, layer) for path in paths)
-                if isinstance(layer, str)
-                else -len(paths) <= layer < len(paths)
-            )
-            if not is_there:
-                what = f"no attention was seen in {layer!r}, one of the layers to record; it was in {_some(paths)}."
-                yield News(what, "layer-without-attention")
-        for (name, reason), unmapped in watch.without_maps().items():
-            more = f" and {len(unmapped) - 1} more" if len(unmapped) > 1 else ""
-            where = f"{name} ({unmapped[0]!r}{more})"
-            if reason == "without keys":
-                yield News(
-                    f"{where} ran, and what it multiplied were no weights of queries for keys, but a softmax over "
-                    "features, as in linear attention, or weights that a layer made without keys, as VOLO's outlook "
-                    "attention: it has no map here.",
-                    "module-without-a-map",
-                )
-            elif reason == "unseen":
-                yield News(
-                    f"{where} called a function that is not torch's, and not known here, with what may be query, key "
-                    "and value: if that attends, it has no map here. Choose a kernel that is seen, such as "
-                    'attn_implementation="sdpa" in transformers.',
-                    "unknown-kernel",
-                )
-            else:
-                yield News(
-                    f"{where} ran, but no softmax of it stands between two matrix products, and it called no kernel: "
-                    "it has no map here. Linear attention has none at all.",
-                    "module-without-a-map",
-                )
+            for news in self.recorder.stop():
+                if warns:
+                    warn(*news)
 
     def __enter__(self) -> Maps[Kept]:
         return self.start()
@@ -348,20 +187,16 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
     @property
     def is_running(self) -> bool:
         """Whether calls are recorded now."""
-        return self._watch is not None
+        return self.recorder.watch is not None
 
     def clear(self) -> None:
         """Drop all maps; recording goes on."""
-        with self._lock:
-            self.prove()  # which warns of those that are wrong
-            self._kept, self._unproven, self._unproven_bytes = [], [], 0
-            self._paths, self._is_full = {}, False
-            self._budget.clear()
-            self._copies = self._new_copies()
+        self.recorder.clear()
 
     def call_arguments(self, name: str) -> list[Any]:
         """What the module calls under way were given by a keyword, the innermost call first; for a `keep` to ask."""
-        return [] if self._watch is None else self._watch.call_arguments(name)
+        watch = self.recorder.watch
+        return [] if watch is None else watch.call_arguments(name)
 
     @property
     def layout(self) -> Layout | None:
@@ -369,24 +204,17 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         return next((one.layout for one in reversed([*self]) if isinstance(one, AttentionMap) and one.layout), None)
 
     @property
-    def _entries(self) -> list[_Entry]:
-        """What is kept, made and proven. The model may go on meanwhile, in another thread: a list of its own."""
-        with self._lock:
-            self.prove()
-            return [*self._kept]
-
-    @property
     def paths(self) -> tuple[str, ...]:
         """The paths of the modules that have maps, in the order of their first calls."""
-        return tuple(dict.fromkeys(entry.path for entry in self._entries))
+        return tuple(dict.fromkeys(entry.path for entry in self.recorder.entries))
 
     def calls(self, path: str) -> list[Kept]:
         """The maps of all calls of a module, in order, such as one for each step of a generation; see `generated`."""
-        values = [entry.value for entry in self._entries if entry.path == path]
+        values = [entry.value for entry in self.recorder.entries if entry.path == path]
         if not values:
             paths = self.paths
             hint = did_you_mean(paths, str(path)) or "."
-            few = _some(paths) or "none yet"
+            few = some_paths(paths) or "none yet"
             raise UnknownKeyError(f"no attention of {path!r} was recorded{hint} Modules with maps: {few}")
         return values
 
@@ -451,11 +279,11 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         if other is not None:
             raise TypeError(f"generated() puts maps together, and keep= kept a {type(other).__name__} of each call")
         calls: dict[str, list[Any]] = {path: self.calls(path) for path in self.paths}
-        threads = {entry.path: entry.thread for entry in self._entries}
+        threads = {entry.path: entry.thread for entry in self.recorder.entries}
         made: Maps[AttentionMap] = Maps(None, None, None, False, None)
         made._title, made.about = self._title, self.about
         for path, several in generated_maps(calls, queries == "new", beam_indices).items():
-            made._kept += [_Entry(path, one, threads[path], {str(one.device): one.nbytes}) for one in several]
+            made.recorder.kept += [Entry(path, one, threads[path], {str(one.device): one.nbytes}) for one in several]
         return made
 
     @overload
@@ -467,11 +295,9 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
     def __getitem__(self, key: int | str | slice) -> Kept | list[Kept]:
         if not isinstance(key, str):
             if isinstance(key, slice):
-                return [entry.value for entry in self._entries[key]]
+                return [entry.value for entry in self.recorder.entries[key]]
             try:
-                with self._lock:
-                    self.prove()
-                    value: Kept = self._kept[key].value
+                value: Kept = self.recorder[key].value
             except IndexError:
                 raise IndexError(f"there is no map {key}: {len(self)} were recorded") from None
             except TypeError:
@@ -479,7 +305,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             return value
         values = self.calls(key)
         if len(values) > 1:
-            why = self._why_apart.get(key)
+            why = self.recorder.why_apart.get(key)
             apart = f"; its calls that were put together are not one attention: {why}" if why else ""
             way_out = (
                 f"maps.generated()[{key!r}] has them as one map of the whole text"
@@ -492,22 +318,20 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         return values[0]
 
     def __len__(self) -> int:
-        with self._lock:
-            self.prove()
-            return len(self._kept)
+        return len(self.recorder)
 
     def __iter__(self) -> Iterator[Kept]:
-        return iter([entry.value for entry in self._entries])
+        return iter([entry.value for entry in self.recorder.entries])
 
     def __contains__(self, item: object) -> bool:
-        return item in self.paths if isinstance(item, str) else any(entry.value is item for entry in self._entries)
+        return item in self.paths if isinstance(item, str) else any(one is item for one in self)
 
     @property
     def records(self) -> list[Record]:
         """Each map, or what was kept of it, with its call, module and thread, in call order."""
         return [
             Record(entry.path, "attention", entry.value, number, None, entry.thread, entry.path)
-            for number, entry in enumerate(self._entries)
+            for number, entry in enumerate(self.recorder.entries)
         ]
 
     def stack(self, call: int | None = None) -> Tensor:
@@ -549,7 +373,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         for record in sorted(saved.records, key=lambda record: record.call):
             value = AttentionMap.unpacked(record.value) if record.variable == _MAP else record.value
             sizes = {str(value.device): value.nbytes} if record.variable == _MAP else bytes_by_device(value)
-            maps._kept.append(_Entry(record.key, value, record.thread, sizes))
+            maps.recorder.kept.append(Entry(record.key, value, record.thread, sizes))
         return maps
 
     def table(self) -> tuple[str, list[tuple[str, ...]]]:
@@ -557,7 +381,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         rows: list[tuple[str, ...]] = [
             ("module", "calls", "shape (batch, heads, queries, keys)", "kind", "kept as"),
         ]
-        total = sum(size for entry in self._entries for size in entry.sizes.values())
+        total = sum(size for entry in self.recorder.entries for size in entry.sizes.values())
         for path in self.paths:
             values: list[Any] = self.calls(path)
             first = values[0]
@@ -577,222 +401,5 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         )
         return head, rows
 
-    def _wants(self, path: str) -> bool:
-        """Whether a module is among the layers to record, as far as the modules called up to now tell."""
-        number = self._paths.setdefault(path, len(self._paths))
-        if self._is_full:
-            return False
-        if self._layers is None:
-            return True
-        return any(
-            fnmatch.fnmatchcase(path, layer) if isinstance(layer, str) else number - layer in (0, len(self._paths))
-            for layer in self._layers
-        )
-
-    def warn_in_call(self, message: str, section: Section) -> None:
-        """Warn at once, from within a call of the model. Where warnings are errors, `stop` does, not to disturb it."""
-        try:
-            warn(message, section)
-        except Exception:
-            self._postponed.append(News(message, section))
-
-    def recorded(self) -> Any:
-        """What says which calls are recorded."""
-        layers = None if self._layers is None else tuple(self._layers)
-        return layers, self._is_full, self.selection
-
-    def record(self, call: AttentionCall) -> Copy | None:
-        """Copy what is kept of an attention call."""
-        with self._lock:
-            if self._watch is None or not (self.is_asked_for is None or self.is_asked_for(call)):
-                return None
-            if not self._wants(call.path):
-                return None
-            self._make_all()  # its keys may be those of the map before, and more
-            return self._copies.of(call, self.lends_tensors and call.is_filed_at_once)
-
-    def file(self, path: str, copy: Copy, output: Output, kernel: str) -> Callable[[], None] | None:
-        """Make the map of a call whose axes are known, and keep it; return what does, where the user's `keep` is to."""
-        if output.why_apart:
-            self._why_apart[path] = output.why_apart
-        if self._keep is not None and self._is_doubted(path, kernel, copy.evidence):
-            return None
-        value, shares_layouts = copy.map_of(output.order), False
-        if self._watch is not None and self.needs_layouts:
-            shares_layouts = self._describe(value, self._watch)
-        output.said = value.kind, value.axes_assumed, shares_layouts
-        if self._keep is not None:
-            return lambda: self._keep_map(path, value, copy.sizes)
-        self._keep_map(path, value, copy.sizes, kernel, copy.evidence)
-        return None
-
-    def _is_doubted(self, path: str, kernel: str, evidence: Sequence[Evidence]) -> bool:
-        """Whether a map is not the one that was used; then a warning says so."""
-        doubt = None
-        for one in evidence:
-            doubt = one.doubt() if doubt is None else doubt
-        if doubt is not None and path not in self._doubted:
-            self._doubted.add(path)
-            self.warn_in_call(
-                f"the map of {path!r} is not kept, for it is not the one that was used: times the values it is not "
-                f"what {kernel} returned, {doubt}.",
-                "map-not-kept",
-            )
-        return doubt is not None
-
-    def prove(self, may_wait: bool = False) -> None:
-        """Keep only those maps that were used, of all up to now.
-
-        Args:
-            may_wait: whether a few maps may wait for those of later passes, as those of the steps of a generation:
-                many at once take a third of the time. Nobody reads them before they are proven.
-        """
-        with self._lock:
-            self._make_all()
-            # A map that is dropped would stay as long as it waits.
-            are_few = len(self._unproven) < _MANY and self._unproven_bytes < _MANY_BYTES and self._layers is None
-            if not self._unproven or (may_wait and are_few):
-                return
-            with unseen():
-                self._prove_all()
-
-    def _prove_all(self) -> None:
-        watch = self._watch
-        unproven, self._unproven, self._unproven_bytes = self._unproven, [], 0
-        with suppress(Exception):  # then each is weighed by itself, and says what failed
-            Evidence.weigh([one for _, _, several in unproven for one in several])
-        for entry, kernel, evidence in unproven:
-            is_kept = False
-            try:
-                is_kept = not self._is_doubted(entry.path, kernel, evidence)
-            except Exception as error:
-                if watch is not None:
-                    watch.refuse(entry.path, error)
-            except BaseException:  # the user interrupts
-                self._unproven = [*unproven, *self._unproven]
-                raise
-            if not is_kept:
-                self._drop(entry)
-
-    def _describe(self, value: AttentionMap, watch: Watch, shares: bool = False) -> bool:
-        """Give a map its layouts, and say whether they are those of the map before that is like it.
-
-        Args:
-            shares: whether they are known to be.
-        """
-        key, told = (value.kind, value.shape), watch.told
-        known: Any = told.get(key)
-        shares = known is not None and (
-            shares or (value.kind in ("self", "cross") and are_given_the_same(watch.calls, known[0]))
-        )
-        if not shares:
-            told[key] = known = tuple(watch.calls), self._layouts.of(value, watch.calls)
-        value.tell_layouts(*known[1])
-        return shares
-
-    def follow(self, path: str, call: PlainCall, said: Said, kernel: str) -> None:
-        """Keep the map of a call of which all is known but its tensors: it is like one of an earlier pass."""
-        watch = self._watch
-        with self._lock:
-            if watch is None or not self._wants(path):
-                return
-            queries, keys = call.query.shape[2], call.key.shape[2]
-            if queries < keys:  # its keys may be those of the map before, and more
-                self._make_all()
-            taken, known = self._copies.of_plain(path, call), None
-            if said.shares_layouts and queries >= keys:
-                known = watch.told.get((said.kind, (*call.query.shape[:3], keys)))
-            entry = _Entry(path, None, get_ident(), taken.sizes)
-            self._unmade.append(_Unmade(entry, taken, said, None if known is None else known[1], kernel))
-            self._unproven_bytes += taken.nbytes
-            self._keep_entry(entry)
-            if known is None or len(self._unmade) > _MOST_UNMADE:
-                self._make_all()
-            if self._unproven_bytes > _MOST_UNPROVEN:
-                self.prove()
-
-    def _make_all(self) -> None:
-        """Make the maps that wait for it."""
-        if not self._unmade:
-            return
-        watch = self._watch
-        with self._lock, unseen():
-            unmade, self._unmade = self._unmade, []
-            for number, one in enumerate(unmade):
-                try:
-                    self._make(one, watch)
-                except Exception as error:
-                    self._drop(one.entry)
-                    if watch is not None:
-                        watch.refuse(one.entry.path, error)
-                except BaseException:  # the user interrupts
-                    self._unmade = [*unmade[number:], *self._unmade]
-                    raise
-
-    def _make(self, one: _Unmade, watch: Watch | None) -> None:
-        source, evidence = one.taken.make()
-        one.entry.value = value = AttentionMap.from_source(source, path=one.entry.path, kind=one.said.kind)
-        value.axes_assumed = one.said.axes_assumed
-        if one.layouts is not None:
-            value.tell_layouts(*one.layouts)
-        elif watch is not None:
-            self._describe(value, watch, one.said.shares_layouts)
-        if evidence:
-            self._unproven.append(_Unproven(one.entry, one.kernel, evidence))
-
-    def _keep_map(
-        self, path: str, value: Any, sizes: dict[str, int], kernel: str = "", evidence: Sequence[Evidence] = ()
-    ) -> None:
-        """Keep a map, or what `keep` makes of it, as far as the budget allows."""
-        with self._lock:
-            if self._is_full:
-                return
-            if self._keep is not None:
-                try:
-                    value = keeper(self._keep)(value)
-                except Exception as error:
-                    error.add_note(f"while keeping the attention of {path!r} with keep={self._keep!r}")
-                    raise
-                sizes = bytes_by_device(value)
-            entry = _Entry(path, value, get_ident(), sizes)
-            self._keep_entry(entry)
-            if evidence:
-                self._unproven.append(_Unproven(entry, kernel, evidence))
-                self._unproven_bytes += sum(one.nbytes for one in evidence)
-                if self._unproven_bytes > _MOST_UNPROVEN:
-                    self.prove()
-
-    def _keep_entry(self, entry: _Entry) -> None:
-        self._kept.append(entry)
-        self._budget.add(entry.sizes)
-        if self._layers is not None:
-            self._drop_passed()
-        exceeded = self._budget.exceeded(entry.sizes)
-        if exceeded is None:
-            return
-        self._drop(entry)
-        self._is_full = True
-        self.warn_in_call(
-            f"attention maps would take more than {self._budget.why_full(exceeded)}: that of {entry.path!r} and all "
-            "that follow are not recorded, until clear(). Keep less (layers=, keep=), or allow more (max_bytes=).",
-            "memory-limit",
-        )
-
-    def _drop(self, entry: _Entry) -> None:
-        """Drop a map, if it is kept."""
-        place = next((at for at, one in enumerate(self._kept) if one is entry), -1)
-        if place >= 0:
-            self._budget.discount(self._kept.pop(place).sizes)
-
-    def _drop_passed(self) -> None:
-        """Drop the maps of modules that were among the last when they ran, and no longer are."""
-        for entry in [entry for entry in self._kept if not self._wants(entry.path)]:
-            self._drop(entry)
-
 
 _MAP, _KEPT = "attention map", "attention kept"
-
-
-def _some(paths: Sequence[str]) -> str:
-    """Paths in a message: the first twelve."""
-    return ", ".join(map(repr, paths[:12])) + (f" and {len(paths) - 12} more" if len(paths) > 12 else "")
