@@ -11,10 +11,9 @@ import sys
 import threading
 import weakref
 from _thread import get_ident
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -32,6 +31,7 @@ from . import functions, operators
 from .axes import Factor, Order, Output
 from .calls import FusedCall, LogSums, as_computed, in_four_axes, multi_head_attention, name_of, with_sums
 from .deformable import SAMPLING_KERNELS, SampledCall, Sampling
+from .filing import File, Filing
 from .foreign import Gap
 from .hooks import Hook, Hooks, frame_of_call, has_ended, is_as_built
 from .kernels import KERNELS
@@ -62,12 +62,9 @@ from .modules import (
 )
 from .plans import UNKNOWN, Pass, Said, Step, plans_of
 from .provenance import Origin, Provenance
-from .snapshots import AttentionCall, Copy, PlainCall, joined_copy
+from .snapshots import AttentionCall, Copy, PlainCall
 from .softmax import Product, Tracing
 
-File = Callable[[str, Copy, Output, str], Callable[[], None] | None]
-"""Makes the map of a module's call whose axes are known now, and returns what keeps it; the last text says which kernel
-ran."""
 Follow = Callable[[str, PlainCall, Said, str], None]
 """Records a plain call of a module by what was said of earlier ones; then comes the kernel."""
 _PLAIN = "scaled_dot_product_attention"
@@ -88,8 +85,7 @@ class _Thread(threading.local):
         self.tracing = Tracing()
         self.sampling = Sampling()
         self.provenance = Provenance()
-        self.pending = deque[_Pending]()
-        self.filing: tuple[ModuleCall, ...] | None = None  # the calls that were under way when the map was made
+        self.filing = Filing()
         self.count = 0
         self.frame: FrameType | None = None  # that runs the outermost call
         self.told: dict[Any, Any] = {}  # what was found out for all of the pass
@@ -99,7 +95,7 @@ class _Thread(threading.local):
         """Forget the calls under way, which have ended."""
         self.calls.clear()
         self.gaps.clear()
-        self.pending.clear()
+        self.filing.clear()
         self.tracing.clear()
         self.sampling.lineage.clear()
         self.provenance.clear()
@@ -107,16 +103,6 @@ class _Thread(threading.local):
         self.shapes.clear()
         self.frame = self.layer = self.current = None
         self.is_planned = False
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """An attention call that is seen, and whose axes the model has not told apart yet."""
-
-    output: Output
-    calls: tuple[ModuleCall, ...]
-    kernel: str
-    copy: Copy
 
 
 class Watch:
@@ -258,7 +244,7 @@ class Watch:
         """The calls under way in this thread, the outermost first; of a map that is being filed, those in which it was
         made."""
         thread = self._thread
-        return thread.calls if thread.filing is None else thread.filing
+        return thread.calls if thread.filing.calls is None else thread.filing.calls
 
     @property
     def told(self) -> dict[Any, Any]:
@@ -316,7 +302,7 @@ class Watch:
         thread = self._thread
         if not thread.calls or thread.calls[-1].module is not module:
             return None  # the call began before recording did
-        if thread.is_planned and len(thread.calls) > 1 and not thread.pending:
+        if thread.is_planned and len(thread.calls) > 1 and not thread.filing:
             call = thread.calls.pop()
             thread.gaps.pop()
             if thread.shapes:
@@ -327,7 +313,7 @@ class Watch:
         call = thread.calls[-1]
         try:
             self._end_gap(path, module, output)
-            if thread.pending:
+            if thread.filing:
                 self._file_settled(len(thread.calls))
             current = thread.current
             if len(thread.calls) == 1 and output is not None and current and current.recorded == self._selection():
@@ -500,7 +486,7 @@ class Watch:
                 sampled = thread.sampling.after(func, args, kwargs, output)
                 if sampled is not None:
                     self._see_sampled("the sum over its points", sampled)
-        if thread.pending:
+        if thread.filing:
             self._file_settled()
         return output
 
@@ -516,7 +502,7 @@ class Watch:
         """Take note of an operator that has run; record it if it attends, and no mode sees it."""
         thread = self._thread
         current, calls = thread.current, thread.calls
-        if current is None or not calls or thread.ours or thread.filing is not None or self._has_ended:
+        if current is None or not calls or thread.ours or thread.filing.calls is not None or self._has_ended:
             return
         if not current.is_planned:
             if has_ended(thread.frame):
@@ -544,7 +530,7 @@ class Watch:
     def _follow_call(self, step: Step, args: Any, kwargs: Any, output: Tensor) -> bool:
         """Record a plain call by what was said of earlier ones; False: it is another one, and nothing was done."""
         thread, follow, mask = self._thread, self._follow, kwargs.get("attn_mask")
-        if follow is None or step.said is None or thread.pending or may_be_autocast() or not is_recorded():
+        if follow is None or step.said is None or thread.filing or may_be_autocast() or not is_recorded():
             return False
         query, key, value = args
         if (mask is not None and type(mask) is not Tensor) or key.shape[1] != value.shape[1]:
@@ -580,7 +566,7 @@ class Watch:
     def _see_planned(self, name: str, describe: Callable[[], FusedCall], step: Step) -> None:
         """Record a fused call where the mode does not look; at once, where nothing has to be waited for."""
         thread = self._thread
-        if step.order is None or thread.pending:
+        if step.order is None or thread.filing:
             with self._unharmed():
                 self._see_fused(name, describe, step)
             self._file_settled()
@@ -596,7 +582,7 @@ class Watch:
             if copy is not None:
                 output = Output(())
                 output.order = step.order
-                self._file_one(tuple(thread.calls), copy, output, name)
+                thread.filing.file(self._file, self._unharmed, tuple(thread.calls), copy, output, name)
 
     def _tell_unforeseen(self, call: ModuleCall) -> None:
         if call.path not in self._unforeseen:
@@ -669,7 +655,7 @@ class Watch:
             # The kernel, or the model's own way of calling it, may tell them apart.
             if seen.has_heads or self._groups_of(seen) > 1:
                 output.order = Order(tuple(fused.query.shape[:2]), (False, True))
-            is_first = not self._thread.pending and self._thread.filing is None
+            is_first = not self._thread.filing and self._thread.filing.calls is None
             call = self._call(origin, fused, None, is_first and output.order is not None)
             is_recorded = self._await(name, call, seen.output, output, is_followed=step is None)
             current = self._thread.current
@@ -747,7 +733,7 @@ class Watch:
             return False
         if output.order is None and is_followed:
             output.attended = call.attended(thread.calls[-1])
-        thread.pending.append(_Pending(output, tuple(thread.calls), kernel, copy))
+        thread.filing.add(output, thread.calls, kernel, copy)
         if is_followed:
             thread.tracing.follow_output(returned, output, layout)
         return True
@@ -757,57 +743,7 @@ class Watch:
         return self._record(call)
 
     def _file_settled(self, ending: int | None = None) -> None:
-        """File the maps of calls whose axes are known, in order.
-
-        Args:
-            ending: how many calls are under way, when the last of them ends. What was returned to it by modules in it
-                has had its chance then; at the end of the outermost call everything has.
-        """
-        thread = self._thread
-        while thread.pending and thread.filing is None:
-            first = thread.pending[0]
-            whole = first.output.outermost
-            if whole.order is None and (ending is None or not (ending == 1 or len(first.calls) > ending)):
-                return
-            with self._unharmed(first.calls):
-                whole.settle_steps()
-                given = next(iter(first.copy.call.shapes), ())
-                whole.settle_windows(first.copy.call.shapes)
-                whole.settle_experts(getattr(first.calls[-1].module, "num_heads", None), given)
-            whole = first.output.outermost
-            thread.pending.popleft()
-            with unseen():
-                copy = None
-                with self._unharmed(first.calls):
-                    copy = self._copy_of(first)
-                if copy is not None:
-                    self._file_one(first.calls, copy, whole, first.kernel)
-
-    def _file_one(self, calls: tuple[ModuleCall, ...], copy: Copy, output: Output, kernel: str) -> None:
-        thread, keep = self._thread, None
-        thread.filing = calls
-        try:
-            with self._unharmed(calls):
-                keep = self._file(calls[-1].path, copy, output, kernel)
-            if keep is not None:
-                keep()  # which may call the user's own function
-        finally:
-            thread.filing = None
-
-    def _copy_of(self, first: _Pending) -> Copy:
-        """The copy of a call, with those of the calls that are one attention with it, which are not filed again."""
-        thread, whole = self._thread, first.output.outermost
-        together = [first, *(pending for pending in thread.pending if pending.output.outermost is whole)]
-        copies = {id(pending.output): pending.copy for pending in together}
-        for pending in together:
-            pending.output.attended = None
-        if whole is first.output:
-            return first.copy
-        for pending in together[1:]:
-            thread.pending.remove(pending)
-        parts, whole.parts, whole.attended = whole.parts, [], None
-        sizes = [leaf.size for leaf in whole.leaves()[0]]
-        return joined_copy([(copies[id(part.output)], part.numbers, part.first) for part in parts], sizes)
+        self._thread.filing.settle(self._file, self._unharmed, ending)
 
     def _heads_of(self, tensor: Tensor) -> int | None:
         thread = self._thread
