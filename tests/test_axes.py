@@ -169,6 +169,17 @@ def test_heads_of_nothing_are_found(kind, images, tokens, monkeypatch):
     assert not maps[0].axes_assumed
 
 
+class HeadsFolded(Layer):
+    def attend(self, x):
+        q, k, v = (tensor.flatten(0, 1) for tensor in self.factors(x))
+        return F.scaled_dot_product_attention(q, k, v).view(B, H, N, D).transpose(1, 2).reshape(B, N, H * D)
+
+
+@pytest.mark.parametrize(("images", "tokens"), [(0, 4), (2, 0), (0, 0), (2, 4)])
+def test_heads_that_share_an_axis_with_nothing(images, tokens, monkeypatch):
+    test_heads_of_nothing_are_found(HeadsFolded, images, tokens, monkeypatch)
+
+
 class Windows(Layer):
     """As Hiera and Nest: windows are an axis of their own, before the heads or behind them."""
 

@@ -16,6 +16,7 @@ import timm
 import torch
 from test_plans import CALLS, Attends, both_ways, facts, needs_operators
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
 from visualizer import VisualizerWarning, attention
@@ -498,6 +499,37 @@ class TestOneRecordingAndAnother:
             assert [one() for one in known] == [None] * (1 + 2 * passes)
         finally:
             gc.enable()
+        assert not have_ours(model)
+
+    def test_maps_that_their_own_keep_refers_to_stop_with_it(self, model, x):
+        class Studies:
+            def __init__(self):
+                self.maps = attention(model, keep=self.kept).start()
+
+            def kept(self, one):
+                return one.shape
+
+        studies = Studies()
+        model(x)
+        known = weakref.ref(studies.maps)
+        del studies
+        gc.collect()
+        assert known() is None
+        assert not have_ours(model)
+
+    def test_maps_that_are_dropped_in_a_call_keep_nothing_of_it(self):
+        class Drops(nn.Module):
+            def forward(self, x):
+                y = F.scaled_dot_product_attention(x, x, x)
+                held.clear()
+                return y
+
+        model, x, kept = Drops(), torch.randn(1, 2, 4, 8), []
+        held = [attention(model, keep=kept.append, max_bytes=10).start()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(x)
+        assert kept == []
         assert not have_ours(model)
 
     def test_hooks_of_the_user_are_behind_ours_each_time(self, model, x):

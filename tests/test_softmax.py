@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from visualizer import VisualizerWarning, analysis, attention
 
@@ -104,6 +105,30 @@ BY_HAND = {
 }
 
 
+def less(s):
+    return s - s.amax(-1, keepdim=True)
+
+
+def empty(s, row):
+    return s.masked_fill(row == 2, -torch.inf)
+
+
+ONE = torch.zeros(5, 5)
+ONE[1, 3] = torch.nan
+LOST = {
+    "filled": lambda s, row: divided(less(empty(s, row)).masked_fill(row == 4, torch.nan).exp()),
+    "filled, then softmax": lambda s, row: torch.where(row == 4, torch.nan, less(empty(s, row))).softmax(-1),
+    "made numbers, then filled": lambda s, row: divided(
+        less(empty(s, row)).nan_to_num(0).masked_fill(row == 4, torch.nan).exp()
+    ),
+    "one number": lambda s, row: divided((less(empty(s, row)) + ONE).exp()),
+    "a power": lambda s, row: divided(less(empty(s, row)).pow(torch.where(row == 4, 0.5, 1.0)).exp()),
+    "a bias": lambda s, row: (empty(s, row) + torch.where(row == 2, torch.nan, 0.0)).softmax(-1),
+    "scores of zeros": lambda s, row: (s.masked_fill(row == 2, 0).abs() / (row != 2)).softmax(-1),
+    "a scale": lambda s, row: (s.abs() * torch.where(row == 2, torch.nan, 1.0)).softmax(-1),
+}
+
+
 EMPTY = {
     "alone": lambda w: w,
     "in another shape": lambda w: w.unsqueeze(0).squeeze(0),
@@ -159,6 +184,34 @@ class TestQueriesThatMayAttendToNothing:
         with attention(model) as maps:
             model(x)
         assert torch.equal(maps[0].dense()[:, 0].isnan(), model.weights.isnan())
+
+    @pytest.mark.parametrize("name", LOST)
+    def test_numbers_that_are_lost_in_other_rows_stay_lost(self, x, name):
+        model = Written(lambda x: LOST[name](scores(x), torch.arange(5)[:, None]))
+        with attention(model) as maps:
+            model(x)
+        assert torch.equal(maps[0].dense()[:, 0].isnan(), model.weights.isnan())
+
+    def test_are_zeros_where_a_mode_counts_operators(self, x):
+        model = Written(softmax_of_nothing)
+        with attention(model) as maps, FlopCounterMode(display=False):
+            model(x)
+        assert torch.equal(maps[0].dense()[:, 0, 2], torch.zeros(2, 5))
+
+    def test_exponentials_that_are_too_small_are_no_rows_without_keys(self):
+        model = Written(lambda x: divided((scores(x) - 1000).exp()))
+        with attention(model) as maps:
+            model(torch.randn(2, 5, 8))
+        assert maps[0].dense().isnan().all()
+
+    def test_cosines_of_a_vector_of_zeros_are_no_numbers(self, x):
+        x = x.relu()
+        x[:, 2] = 0
+        norm = x.norm(dim=-1, keepdim=True)
+        model = Written(lambda x: (x @ x.mT / norm / norm.mT).softmax(-1))
+        with attention(model) as maps:
+            model(x)
+        assert maps[0].dense().isnan().all()
 
     def test_others_are_what_the_model_used(self, x):
         found = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -162,9 +161,6 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
         """Record from now on; for notebooks, where a `with` cannot span cells. Returns the maps themselves."""
         if not self.is_running:
             self.recorder.start()
-            # Maps that nobody holds any more stop recording.
-            self._abandon = weakref.finalize(self, self.recorder.abandon)
-            self._abandon.atexit = False
         return self
 
     def stop(self) -> None:
@@ -173,7 +169,6 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
 
     def _stop(self, warns: bool = True) -> None:
         if self.is_running:
-            self._abandon.detach()
             for news in self.recorder.stop():
                 if warns:
                     warn(*news)

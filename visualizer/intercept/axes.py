@@ -82,10 +82,10 @@ class Factor:
         self.cut: tuple[list[Factor], int] | None = None
         """The axis of which it is a block, and where that begins there."""
 
-    def split(self, outer: int) -> None:
-        """Tell two factors apart, of which the outer one has that length."""
+    def split(self, outer: int, inner: int) -> None:
+        """Tell two factors apart, of these lengths."""
         kept = () if self.origins == (self,) else self.origins
-        self.parts = Factor(outer, kept), Factor(self.size // outer, kept)
+        self.parts = Factor(outer, kept), Factor(inner, kept)
 
     def smallest(self) -> list[Factor]:
         """The factors that it has been split into, outermost first; none of an axis of length 1."""
@@ -104,8 +104,8 @@ class Factor:
 
 
 Layout = list[list[Factor]]
-_NOTHING = 2**31 - 1
-"""In place of an axis of length 0 where lengths are divided: a prime that no length has."""
+_NOTHING = math.factorial(256)
+"""In place of an axis of length 0 where lengths are divided: it can be split as any other."""
 
 
 class Part(NamedTuple):
@@ -387,27 +387,28 @@ def _length(axis: Iterable[Factor]) -> int:
 def _regrouped(layout: Layout, shape: Sequence[int]) -> Layout | None:
     """The axes after a change of shape that leaves all numbers in their order; None if they do not fit it."""
     factors = [small for axis in layout for factor in axis for small in factor.smallest()]
+    left = [(factor, factor.size or _NOTHING) for factor in factors]
     sizes = [*shape]
     if 0 in sizes:  # which fits anything: the other axes tell what is in it
-        more = math.prod(factor.size or _NOTHING for factor in factors)
-        rest = math.prod(size for size in sizes if size)
+        more, rest = math.prod(length for _, length in left), math.prod(size for size in sizes if size)
         if sizes.count(0) > 1 or more % rest:
             return None
         sizes[sizes.index(0)] = more // rest
     made: Layout = []
-    for size in sizes:
+    for size, own in zip(sizes, shape, strict=True):
         axis: list[Factor] = []
         while size != 1:
-            if not factors:
+            if not left:
                 return None
-            factor = factors.pop(0)
-            length = factor.size or _NOTHING
+            factor, length = left.pop(0)
             if size % length:
                 if length % size:
                     return None
-                factor.split(size)
+                inner = length // size
+                # Of a factor of length 0 that of one of the two is.
+                factor.split(size if own or factor.size else 0, 0 if own and not factor.size else inner)
                 factor, rest_of_it = factor.parts
-                factors.insert(0, rest_of_it)
+                left.insert(0, (rest_of_it, inner))
                 length = size
             axis.append(factor)
             size //= length

@@ -114,8 +114,6 @@ class Hooks:
             for pair in self._pairs:
                 for table in (*pair.tables, *pair.options):
                     table.pop(self._number, None)
-            self._pairs.clear()  # they hold whoever made these hooks, who holds them
-            self._to_hide = None, []
 
 
 def _is_among(path: str, paths: Container[str]) -> bool:

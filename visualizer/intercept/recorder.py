@@ -113,7 +113,7 @@ class Recorder:
         return Copies(self._gradients, self._memory, share_keys=self._keep is None)
 
     def start(self) -> None:
-        """Record from now on."""
+        """Record from now on, until `stop`, or until nobody holds the maps any more."""
         model = self._model()
         if model is None:
             raise RuntimeError(
@@ -123,15 +123,25 @@ class Recorder:
         self._copies = self._new_copies()
         # What is not simply kept has to be looked at each time.
         is_simple = self._keep is None and self.is_asked_for is None and self.needs_layouts and not self._gradients
-        follow = self._follow if is_simple else None
-        self.watch = Watch(model, self._record, self._file, self._end_pass, self._warn, self._recorded, follow)
+        self.watch = Watch(
+            model,
+            _weakly(self._record),
+            _weakly(self._file),
+            _weakly(self._end_pass),
+            _weakly(self._warn),
+            _weakly(self._recorded),
+            _weakly(self._follow) if is_simple else None,
+        )
         self.watch.needs_sums = self.needs_sums
+        self._abandon = weakref.finalize(self, self.watch.end)
+        self._abandon.atexit = False
 
     def stop(self) -> list[News]:
         """Record no more; returns what is to be warned about, such as attention that was not seen."""
         watch = self.watch
         if watch is None:
             return []
+        self._abandon.detach()
         try:
             watch.end()  # which files what is pending
             self.prove()
@@ -139,13 +149,6 @@ class Recorder:
             self.watch = None
         postponed, self._postponed = self._postponed, []
         return [*postponed, *(self._unseen(watch) if watch.has_run else ())]
-
-    def abandon(self) -> None:
-        """Record no more, and drop all: nobody can read it any more."""
-        watch, self.watch = self.watch, None
-        if watch is not None:
-            watch.end()
-        self.kept, self._unmade, self._unproven = [], [], []
 
     @property
     def entries(self) -> list[Entry]:
@@ -431,6 +434,17 @@ class Recorder:
         """Drop the maps of modules that were among the last when they ran, and no longer are."""
         for entry in [entry for entry in self.kept if not self._wants(entry.path)]:
             self._drop(entry)
+
+
+def _weakly(method: Any) -> Callable[..., Any]:
+    """A method, as long as its object is there; then nothing: what sees the model's calls does not keep it alive."""
+    known = weakref.WeakMethod(method)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        own = known()
+        return None if own is None else own(*args, **kwargs)
+
+    return call
 
 
 def some_paths(paths: Sequence[str]) -> str:

@@ -46,7 +46,6 @@ from .lineage import Lineage
 from .weighing import normalised, order_of_terms
 from .weights import (
     ENDS,
-    LOSES_NUMBERS,
     PRODUCTS,
     SUMS_TO_ONE,
     Pairs,
@@ -228,11 +227,15 @@ class Tracing:
         changed = args[0] if args and _is_in_place(name, args, kwargs) else None
         if changed is not None:
             self._prepare_change(name, changed, known)
-            if name in LOSES_NUMBERS:  # they are compared with what they were
-                known = [
-                    (one.detach().clone() if one is changed and isinstance(origin, Scores) else one, origin)
-                    for one, origin in known
-                ]
+            known = [  # scores are compared with what they were
+                (
+                    one.detach().clone()
+                    if one is changed and isinstance(origin, Scores) and origin.may_empty(name)
+                    else one,
+                    origin,
+                )
+                for one, origin in known
+            ]
         undropped = None
         is_dropped_scores = name in _DROPOUTS and not weights and isinstance(known[0][1], Scores)
         if is_dropped_scores and _drops(args, kwargs) and is_plain_torch(torch):
@@ -303,7 +306,8 @@ class Tracing:
             softmax = Softmax(result, is_of_scores=is_of_scores, axis=axis, scores=scores)
             if softmax.is_over_last or is_of_scores:
                 given = args[0] if args else kwargs["input"]
-                softmax.empty_rows = empty_rows_of(given, result, None if scores is None else scores.empty_rows, axis)
+                empty = empty_rows_of(name, given, result, None if scores is None else scores.empty, axis)
+                softmax.empty_rows = None if empty is None else empty.lost
                 self.lineage.follow(result, new_weights(result, softmax, axis))
         elif weights and name == "sum" and any(self._weighed.known_in(args)):
             self.lineage.follow(result, None)  # values that were weighed are no weights
@@ -592,7 +596,7 @@ def _weights_of_scores(scores: Tensor, origin: Scores | None = None) -> Weights:
     sums = sums.nan_to_num_()  # of queries that may attend to nothing
     is_normalised = bool(((sums - 1).abs() < SUMS_TO_ONE).logical_or(sums == 0).all()) and bool(sums.any())
     softmax = Softmax(scores, is_normalised, scores=origin)
-    softmax.empty_rows = None if origin is None else origin.empty_rows
+    softmax.empty_rows = None if origin is None or origin.empty is None else origin.empty.lost
     return new_weights(scores, softmax)
 
 

@@ -91,12 +91,12 @@ def normalised(terms: Terms, scores: Tensor, origin: Scores) -> Weights | None:
     if not weights.is_floating_point() or bool((weights < 0).any()):
         return None
     sums = weights.sum(-1, dtype=torch.promote_types(weights.dtype, torch.float32))
-    if origin.empty_rows is not None:
+    if origin.empty is not None:
         sums = sums.masked_fill(sums.isnan(), 1)
     if not bool(((sums - 1).abs() < SUMS_TO_ONE).all()):
         return None
     made = Weights((Softmax(scores, axis=terms.of(scores)[0].index(labels[-1]), scores=origin),))
-    made.softmaxes[0].empty_rows = origin.empty_rows
+    made.softmaxes[0].empty_rows = None if origin.empty is None else origin.empty.lost
     made.softmaxes[0].factors = [*map(Factor, scores.shape)]
     own = terms.of(scores)[0]
     made.layout = [[] if label == "." else [one] for one, label in zip(made.softmaxes[0].factors, own, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,14 +25,18 @@ _BENDS = frozenset(
     )
 )
 """Functions that are not linear."""
-LOSES_NUMBERS = frozenset(
+_LESS = frozenset(("sub", "__sub__", "__rsub__", "rsub", "sub_", "__isub__", "subtract", "subtract_", "log_softmax"))
+"""Functions that make -inf less -inf of the scores of a query that may attend to nothing: no numbers."""
+_BY = frozenset(
     (
-        *("sub", "__sub__", "sub_", "__isub__", "subtract", "subtract_", "add", "__add__", "add_", "__iadd__"),
         *("div", "__truediv__", "div_", "__itruediv__", "divide", "divide_", "true_divide", "true_divide_"),
-        *("mul", "__mul__", "mul_", "__imul__", "multiply", "multiply_", "log_softmax"),
+        *("mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply", "multiply_"),
     )
 )
-"""Functions that make -inf less -inf, or 0 by 0, of the scores of a query that may attend to nothing."""
+"""Functions that make 0 by 0 of them, where they were -inf before one of these:"""
+_TO_ZERO = frozenset(
+    ("exp", "exp_", "exp2", "exp2_", "special_exp2", "sigmoid", "sigmoid_", "relu", "relu_", "softplus")
+)
 _ADDS_AXES = frozenset(("__getitem__", "unsqueeze", "squeeze", "view", "reshape", *EXPANDS))
 SUMS_TO_ONE = 0.02  # rounding of a whole row in bfloat16 stays below it
 
@@ -50,7 +54,6 @@ class Softmax:
     ) -> None:
         self.is_normalised = is_normalised
         """Whether it sums to one over the keys."""
-        self._axis = axis
         self.is_over_last = axis in (-1, weights.ndim - 1)
         """Whether these are the last axis."""
         self.is_of_scores = is_of_scores
@@ -64,7 +67,7 @@ class Softmax:
         self.factors: Sequence[Factor] = ()
         """Its axes."""
         self.empty_rows: Tensor | None = None
-        """See `empty_rows_of`."""
+        """How many are those of queries that may attend to nothing, see `Empty.lost`; None: none is known."""
         self._reference = weakref.ref(weights)
         self._held: Tensor | None = None
         self._copy: Tensor | None = None
@@ -106,28 +109,42 @@ class Softmax:
         return self._copy if self._copy is not None else self._held if self._held is not None else self._reference()
 
 
-def empty_rows_of(before: Tensor, after: Tensor, known: Tensor | None = None, axis: int = -1) -> Tensor | None:
-    """How many rows are without numbers because their queries may attend to nothing; None where all have numbers.
+class Empty(NamedTuple):
+    """How many rows are those of queries that may attend to nothing, for all their scores were -inf."""
 
-    Of such a query all scores are -inf; or their exponentials are 0, and so is the sum that these are divided by. There
-    are -1 where others have no numbers either. On a GPU nobody waits for the answer.
+    zero: Tensor
+    """Rows of zeros, which an exponential or the like made of them."""
+    lost: Tensor
+    """Rows without numbers; -1: there are others too."""
+
+
+def empty_rows_of(name: str, before: Tensor, after: Tensor, known: Empty | None, axis: int = -1) -> Empty | None:
+    """What becomes of such rows; None: there are none up to now. On a GPU nobody waits for the answer.
 
     Args:
-        before, after: what a function was given, and made of it.
-        known: what this says of `before`.
+        name: of the function.
+        before, after: what it was given, and made of it.
+        known: what was made of such rows before.
     """
-    if not after.numel() or before.shape != after.shape:
+    is_strided = after.layout is torch.strided and not after.is_nested and after.is_floating_point()
+    if not (is_strided and after.numel() and before.shape == after.shape):
         return known
-    axis %= after.ndim
-    is_nan = after.detach().select(axis, 0).isnan()  # then all of the row is
-    if is_nan.is_cpu and is_plain_torch(torch) and not is_nan.any():
-        return None
-    before = before.detach()
-    largest = before.amax(axis)
-    is_empty = (largest == -torch.inf) | ((largest == 0) & (before.amin(axis) == 0) & ~(before < 0).any())
-    if known is not None:  # those that had no numbers before are counted in it
-        is_empty |= largest.isnan() & (known >= 0)
-    return torch.where((is_empty | ~is_nan).all(), is_nan.sum(), -1)
+    before, after = before.detach(), after.detach()
+    first = after.select(axis, 0)
+    if first.is_cpu and is_plain_torch(torch) and not (first == 0 if name in _TO_ZERO else first.isnan()).any():
+        return known
+    largest = before.amax(axis)  # NaN where any of the row is
+    is_empty = largest == -torch.inf
+    if name in _TO_ZERO:
+        zero = (is_empty & (after.amax(axis) == 0)).sum()
+        return Empty(zero, torch.zeros_like(zero) if known is None else known.lost)
+    if known is not None:  # where there are as many as are known, they are those
+        is_zero, is_lost = (largest == 0) & (before.amin(axis) == 0), largest.isnan()
+        is_empty |= is_zero & (is_zero.sum() == known.zero)
+        is_empty |= is_lost & (is_lost.sum() == known.lost)
+    is_lost = after.isnan().any(axis)
+    lost = torch.where((is_empty | ~is_lost).all(), is_lost.sum(), -1)
+    return Empty(torch.zeros_like(lost) if known is None else known.zero, lost)
 
 
 def without_nan_rows(weights: Tensor, softmaxes: Sequence[Softmax]) -> Tensor | None:
@@ -191,7 +208,7 @@ class Scores:
     """The axes; None: they are as the product made them."""
     factors: Sequence[Factor] = ()
     """The axes as the product made them, in its order."""
-    empty_rows: Tensor | None = None
+    empty: Empty | None = None
     """See `empty_rows_of`."""
 
     def moved(self, func: Any, name: str, args: Any, kwargs: Any, before: Tensor, after: Tensor) -> Scores:
@@ -202,15 +219,21 @@ class Scores:
         layout = self.layout or [[factor] for factor in factors]
         made = layout_of_weights(func, name, args, kwargs, before, layout, after)
         if made is None:
-            return Scores(self.is_outer, empty_rows=self.empty_rows)
+            return Scores(self.is_outer, empty=self.empty)
         return replace(self, layout=made, factors=factors)
+
+    def may_empty(self, name: str) -> bool:
+        """Whether a function may make something else of the rows of queries that may attend to nothing."""
+        return name in _LESS or name in _TO_ZERO or (name in _BY and self.empty is not None)
 
     def computed(self, name: str, before: Tensor, after: Tensor) -> Scores:
         """What is known of what a function computed from them, in their places."""
-        if name not in LOSES_NUMBERS:
+        if name in ("nan_to_num", "nan_to_num_"):  # what has no numbers from here on is something else
+            return replace(self, empty=None)
+        if not (self.may_empty(name) and is_plain_torch(torch)):  # what a mode traces would have this in it too
             return self
-        empty_rows = empty_rows_of(before, after, self.empty_rows)
-        return self if empty_rows is self.empty_rows else replace(self, empty_rows=empty_rows)
+        empty = empty_rows_of(name, before, after, self.empty)
+        return self if empty is self.empty else replace(self, empty=empty)
 
     def axes(self, count: int) -> list[tuple[bool, bool]] | None:
         """Of each of so many axes, whether one of the two tensors has it, and the other; None: it is not known."""
