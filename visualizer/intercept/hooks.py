@@ -75,7 +75,7 @@ class Hooks:
         tables: Any = module._forward_pre_hooks, module._forward_hooks
         options: Any = module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called
         for table, kinds in zip(tables, options, strict=True):
-            for idle in [one for one, hook in table.items() if _is_idle(hook)]:
+            for idle in [one for one, hook in table.items() if _is_idle(hook)] if table else ():
                 del table[idle]
                 kinds.pop(idle, None)
         pair = _Pair(path, Hook(before, path, known), Hook(after, path, known), tables, options)

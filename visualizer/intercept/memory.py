@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -50,12 +50,15 @@ class Memory:
         return sum(size * len(blocks) for size, blocks in [*self._free.items()])
 
     def copied(self, tensor: Tensor) -> Tensor:
-        """A contiguous copy, without autograd."""
+        """A copy without gaps, and without autograd."""
         [copied] = self.held(tensor)()
         return copied
 
     def held(self, *tensors: Tensor, least: float = LEAST) -> Callable[[], list[Tensor]]:
-        """Contiguous copies, made now and in one block; the tensors in it are made when what is returned is called.
+        """Copies without gaps, made now and in one block; the tensors in it are made when what is returned is called.
+
+        Their axes lie in memory as those of the tensors do: heads are mostly parts of each token, and to bring them
+        apart goes through the memory of all tokens once for each head, which takes twice as long.
 
         Until then there is no object of torch: small ones that stay part the C allocator's heap too, where the model's
         activations were and are to be again.
@@ -68,15 +71,18 @@ class Memory:
             starts.append(size)
             size += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
         if size < max(least, 1):
-            copies = [one.detach().clone(memory_format=torch.contiguous_format) for one in tensors]
+            copies = [one.detach().clone() for one in tensors]
             return lambda: copies
         view = self._block(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-        forms = [(start, one.dtype, one.shape) for start, one in zip(starts, tensors, strict=True)]
+        forms = [
+            (start, one.dtype, one.numel(), one.shape, _dense_strides(one))
+            for start, one in zip(starts, tensors, strict=True)
+        ]
 
         def make() -> list[Tensor]:
             return [
-                torch.frombuffer(view, dtype=dtype, offset=start, count=shape.numel()).view(shape)
-                for start, dtype, shape in forms
+                torch.frombuffer(view, dtype=dtype, offset=start, count=count).as_strided(shape, strides)
+                for start, dtype, count, shape, strides in forms
             ]
 
         for copied, one in zip(make(), tensors, strict=True):
@@ -118,6 +124,18 @@ def _have_freed_memory_kept() -> None:
 def _is_plain(tensor: Tensor) -> bool:
     is_plain = type(tensor) is Tensor and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested
     return is_plain and not tensor.is_quantized and tensor.numel() > 0
+
+
+def _dense_strides(tensor: Tensor) -> Sequence[int]:
+    """The strides of a copy without gaps whose axes lie in the order of the tensor's."""
+    shape, own = tensor.shape, tensor.stride()
+    if tensor.is_contiguous():
+        return own
+    strides, size = [0] * len(own), 1
+    for axis in sorted(range(len(own) - 1, -1, -1), key=own.__getitem__):  # of axes that are alike, the last first
+        strides[axis] = size
+        size *= shape[axis]
+    return strides
 
 
 def _give_back(loan: Any) -> None:

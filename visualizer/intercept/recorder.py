@@ -410,10 +410,10 @@ class Recorder:
 
     def _keep_entry(self, entry: Entry) -> None:
         self.kept.append(entry)
-        self._budget.add(entry.sizes)
+        exceeded = self._budget.add(entry.sizes)
         if self._layers is not None:
             self._drop_passed()
-        exceeded = self._budget.exceeded(entry.sizes)
+            exceeded = self._budget.exceeded(entry.sizes)
         if exceeded is None:
             return
         self._drop(entry)

@@ -225,9 +225,10 @@ class Watch:
         "without keys", they made weights of something else than scores; or "", there was nothing of the kind.
         """
         found: dict[tuple[str, str], list[str]] = {}
-        ran = self._ran | self._called_unseen
+        ran, known = self._ran | self._called_unseen, self._attended | self._refused
         for path, name in ran.items():
-            known = {*self._attended, *self._refused}
+            if path in known:
+                continue
             near = any(is_within(path, other) or is_within(other, path) for other in known)
             has_inner = any(is_within(other, path) for other in ran if other != path)
             if not near and not has_inner:
