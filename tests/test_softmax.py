@@ -129,12 +129,29 @@ LOST = {
 }
 
 
+ROW_LOST = dict.fromkeys(LOST, 4) | dict.fromkeys(("a bias", "scores of zeros", "a scale"), 2) | {"one number": 1}
+
+
 EMPTY = {
     "alone": lambda w: w,
     "in another shape": lambda w: w.unsqueeze(0).squeeze(0),
     "dropped": lambda w: F.dropout(w, 0.5),
     "less another": lambda w: w - 0.3 * w.pow(2),
     "with zeros in it": lambda w: w.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), 0),
+}
+
+
+MOVED = {
+    "for more heads": lambda w: w.repeat_interleave(2, 1),
+    "expanded": lambda w: w[:, :1].expand(-1, 3, -1, -1),
+    "heads in another order": lambda w: w.flip(1),
+    "queries in another order": lambda w: w.flip(2),
+    "queries rolled": lambda w: w.roll(1, 2),
+    "turned twice": lambda w: w.mT.contiguous().mT,
+    "split and put together": lambda w: torch.cat(w.split(2, 2), 2),
+    "mixed": lambda w: torch.einsum("bhij,hg->bgij", w, torch.tensor([[0.5, 0.25], [0.5, 0.75]])),
+    "less another": lambda w: w[:, :1] - 0.3 * w[:, 1:],
+    "sorted": lambda w: w[:, :, [4, 2, 0, 1, 3]],
 }
 
 
@@ -183,14 +200,19 @@ class TestQueriesThatMayAttendToNothing:
         model = Written(lambda x: BY_HAND[name](scores(x).masked_fill((torch.arange(5) == 2)[:, None], -torch.inf)))
         with attention(model) as maps:
             model(x)
-        assert torch.equal(maps[0].dense()[:, 0].isnan(), model.weights.isnan())
+        lost = torch.arange(5) != 2  # of all other queries, for key 3 has no numbers
+        assert torch.equal(maps[0].dense()[:, 0].isnan(), lost[:, None].expand(2, 5, 5))
 
     @pytest.mark.parametrize("name", LOST)
     def test_numbers_that_are_lost_in_other_rows_stay_lost(self, x, name):
         model = Written(lambda x: LOST[name](scores(x), torch.arange(5)[:, None]))
         with attention(model) as maps:
             model(x)
-        assert torch.equal(maps[0].dense()[:, 0].isnan(), model.weights.isnan())
+        lost = torch.arange(5) == ROW_LOST[name]
+        assert torch.equal(model.weights.isnan().any(-1), (lost | (torch.arange(5) == 2)).expand(2, 5)) == (
+            name != "made numbers, then filled"
+        )
+        assert torch.equal(maps[0].dense()[:, 0].isnan(), lost[:, None].expand(2, 5, 5))
 
     def test_are_zeros_where_a_mode_counts_operators(self, x):
         model = Written(softmax_of_nothing)
@@ -236,11 +258,11 @@ class TestQueriesThatMayAttendToNothing:
         model = Written(softmax_of_nothing)
         with attention(model) as maps:
             model(x)
-        assert torch.equal(maps[0].dense()[:, 0].isnan(), model.weights.isnan())
+        assert model.weights.isnan().all()
+        assert torch.equal(maps[0].dense()[:, 0].isnan(), (torch.arange(5) != 2)[:, None].expand(2, 5, 5))
 
     @pytest.mark.parametrize("gated", [0, 2])
     def test_numbers_that_are_lost_behind_the_softmax_stay_lost(self, x, gated):
-        """One more row without numbers than there are queries without keys."""
 
         def function(x):
             gate = torch.ones(5, 1)
@@ -250,8 +272,99 @@ class TestQueriesThatMayAttendToNothing:
         model = Written(function)
         with attention(model) as maps:
             model(x)
-        found, empty = maps[0].dense()[:, 0].isnan().any(-1), torch.zeros(2, 5, dtype=torch.bool)
-        assert torch.equal(found, empty if gated == 2 else model.weights.isnan().any(-1))
+        lost = (torch.arange(5) == gated) & (torch.arange(5) != 2)
+        assert torch.equal(maps[0].dense()[:, 0].isnan(), lost[:, None].expand(2, 5, 5))
+
+    def test_others_that_are_lost_once_they_are_cut_away(self, x):
+        """As many as were cut away."""
+
+        def function(x):
+            gate = torch.ones(5, 1)
+            gate[0] = torch.nan
+            weights = softmax_of_nothing(x) * gate
+            return weights[:, [0, 1, 3, 4]]
+
+        model = Written(function)
+        with attention(model) as maps:
+            model(x)
+        assert torch.equal(maps[0].dense()[:, 0].isnan(), model.weights.isnan())
+        assert model.weights.isnan().any()
+
+    @pytest.mark.parametrize("is_by_hand", [False, True])
+    @pytest.mark.parametrize("name", MOVED)
+    def test_are_zeros_where_they_were_moved_to(self, x, name, is_by_hand):
+        row = (torch.arange(5) == 2)[:, None]
+
+        def softmax(s):
+            return divided(less(s).exp()) if is_by_hand else s.softmax(-1)
+
+        def heads(x):
+            return (x @ x.mT)[:, None] * torch.tensor([0.5, 2])[:, None, None]
+
+        def function(x, fill=-torch.inf):
+            return MOVED[name](softmax(heads(x).masked_fill(row, fill)))
+
+        model = Calls(lambda x: function(x) @ x[:, None])
+        with attention(model) as maps:
+            y = model(x)
+        assert y.isnan().any()
+        expected = function(x, 0)
+        is_empty = function(x).isnan()
+        torch.testing.assert_close(maps[0].dense(), expected.masked_fill(is_empty, 0), check_stride=False)
+
+    def test_are_zeros_where_the_keys_of_a_softmax_by_hand_come_first(self, x):
+        def function(x):
+            s = (x @ x.mT).masked_fill(torch.arange(5) == 2, -torch.inf)
+            terms = (s - s.amax(1, keepdim=True)).exp()
+            return (terms / terms.sum(1, keepdim=True)).mT @ x
+
+        model = Calls(function)
+        with attention(model) as maps:
+            y = model(x)
+        assert y[:, 2].isnan().all()
+        expected = (x @ x.mT).softmax(-1)
+        expected[:, 2] = 0
+        torch.testing.assert_close(maps[0].dense()[:, 0], expected)
+
+    @pytest.mark.parametrize("is_first", [False, True])
+    def test_are_zeros_where_scores_are_added_to_others(self, x, is_first):
+        def function(x):
+            one, other = scores(x), less(scores(x, 0.5).masked_fill((torch.arange(5) == 2)[:, None], -torch.inf))
+            return divided((other + one if is_first else one + other).exp())
+
+        model = Written(function)
+        with attention(model) as maps:
+            model(x)
+        assert torch.equal(maps[0].dense()[:, 0], model.weights.nan_to_num(0))
+        assert model.weights[:, 2].isnan().all()
+
+    def test_the_model_draws_the_same_random_numbers(self, x):
+        def function(x):
+            weights = F.dropout(softmax_of_nothing(x), 0.5)[:, None].expand(-1, 2, -1, -1)
+            return F.dropout(weights, 0.5) @ x[:, None]
+
+        model, found = Calls(function), []
+        for is_recorded in (False, True):
+            torch.manual_seed(1)
+            with attention(model) if is_recorded else warnings.catch_warnings():
+                found.append((model(x).nan_to_num(7), torch.rand(3)))
+        assert all(map(torch.equal, *found))
+
+    def test_nothing_of_the_model_is_changed(self, x):
+        """Weights are put into a tensor that has others, which are not followed."""
+        whole = torch.full((2, 5, 6), torch.nan)
+
+        def function(x):
+            whole[..., :5] = softmax_of_nothing(x)
+            whole[..., 5] = 0.0
+            return whole
+
+        model = Calls(lambda x: function(x) @ F.pad(x, (0, 0, 0, 1)))
+        with attention(model) as maps:
+            model(x)
+        assert whole[:, 2, :5].isnan().all()
+        assert not whole[:, [0, 1, 3, 4]].isnan().any()
+        assert torch.equal(maps[0].dense()[:, 0], whole.nan_to_num(0))
 
     @pytest.mark.parametrize("heads", [1, 3])
     def test_over_another_axis_and_for_several_heads(self, x, heads):

@@ -29,13 +29,13 @@ from ..store import bytes_by_device
 from .axes import Order
 from .calls import FusedCall, four_axes
 from .deformable import SampledCall
+from .emptiness import without_empty_rows
 from .evidence import Evidence, of_fused, of_plain, of_samples, of_weights
 from .joins import Attended
 from .memory import Memory
 from .modules import are_windows
 from .provenance import Origin
 from .softmax import Product
-from .weights import Softmax, without_nan_rows
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Copies:
         return Taken(make, sizes, nbytes)
 
     def _of_product(self, call: AttentionCall, product: Product) -> Copy:
-        weights = self._copied_weights(product.weights, product.made_by, product.is_own)
+        weights = self._copied_weights(product.weights, product.empty, product.is_own)
         multiplied = weights.shape
         lead = product.output.shape[:-2]
         weights = weights.expand(*lead, *multiplied[-2:])  # the same weights may serve several heads
@@ -235,10 +235,10 @@ class Copies:
         return Copy(call, map_of, _sizes(weights, *parts, *([] if sample is None else [sample])), _known(evidence))
 
     def _parts_of(self, product: Product) -> list[Tensor]:
-        return [self._copied_weights(one.weights, [one]) for one in product.softmaxes if one.weights is not None]
+        return [self._copied_weights(one.weights, one.empty) for one in product.softmaxes if one.weights is not None]
 
-    def _copied_weights(self, weights: Tensor, softmaxes: Sequence[Softmax], is_own: bool = False) -> Tensor:
-        copied = without_nan_rows(weights, softmaxes)
+    def _copied_weights(self, weights: Tensor, empty: Tensor | None, is_own: bool = False) -> Tensor:
+        copied = without_empty_rows(weights, empty)
         if copied is not None:
             return copied
         return weights.detach() if is_own else self._memory.copied(weights)

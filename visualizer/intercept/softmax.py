@@ -41,6 +41,7 @@ from .contractions import (
     sides_of,
     terms_of,
 )
+from .emptiness import EmptyRows
 from .joins import Joins
 from .lineage import Lineage
 from .weighing import normalised, order_of_terms
@@ -53,7 +54,6 @@ from .weights import (
     Scores,
     Softmax,
     Weights,
-    empty_rows_of,
     layout_of_weights,
     new_weights,
     only_adds_axes,
@@ -168,13 +168,13 @@ class Product:
     """Which axis of that tensor each axis of the weights is."""
     softmaxes: tuple[Softmax, ...]
     """Those that may be maps of their own."""
-    made_by: tuple[Softmax, ...]
-    """And all others."""
     is_softmax: bool
     """Whether the weights are known to be what one softmax made; else their numbers tell."""
     has_dropout: bool
     is_own: bool
     """Whether the weights are a copy that nothing else will change."""
+    empty: Tensor | None
+    """Where queries may attend to nothing, see `EmptyRows.of`; in the order of the weights."""
 
 
 class _Weighed(NamedTuple):
@@ -195,12 +195,14 @@ class Tracing:
         """Whether the last product took weights that a softmax made of something else than scores."""
         self._joins = Joins()
         self._weighed = Lineage()
+        self._empty = EmptyRows()
 
     def clear(self) -> None:
         """Forget all."""
         self.lineage.clear()
         self._joins.clear()
         self._weighed.clear()
+        self._empty.clear()
 
     def follow_output(self, tensor: Tensor, output: Output, layout: Any = None) -> None:
         """Find out what the model does with the axes of an attention call's output."""
@@ -224,28 +226,26 @@ class Tracing:
         if known and not begins and all(isinstance(origin, tuple) for _, origin in known):
             return lambda result: self._follow_all(func, args, kwargs, known, result)
         weights = [(tensor, origin) for tensor, origin in known if isinstance(origin, Weights)]
-        changed = args[0] if args and _is_in_place(name, args, kwargs) else None
+        changed, was = args[0] if args and _is_in_place(name, args, kwargs) else None, None
         if changed is not None:
             self._prepare_change(name, changed, known)
-            known = [  # scores are compared with what they were
-                (
-                    one.detach().clone()
-                    if one is changed and isinstance(origin, Scores) and origin.may_empty(name)
-                    else one,
-                    origin,
-                )
-                for one, origin in known
-            ]
+            if EmptyRows.may_begin(name) and any(isinstance(origin, Scores) for _, origin in known):
+                was = changed.detach().clone()
         undropped = None
         is_dropped_scores = name in _DROPOUTS and not weights and isinstance(known[0][1], Scores)
         if is_dropped_scores and _drops(args, kwargs) and is_plain_torch(torch):
-            weights = [(known[0][0], _weights_of_scores(*known[0]))]
+            weights = [(known[0][0], _weights_of_scores(*known[0], self._empty.of(known[0][0])))]
         if weights and name in _DROPOUTS and _drops(args, kwargs):
             tensor, origin = weights[0]
             undropped = tensor if origin.without_dropout is None else origin.without_dropout
             if changed is not None:
                 undropped = undropped.detach().clone()
-        return lambda result: self._after(func, name, args, kwargs, known, weights, changed, undropped, result)
+
+        def after(result: Any) -> Product | None:
+            self._follow_empty(func, name, args, kwargs, known, changed, was, result)
+            return self._after(func, name, args, kwargs, known, weights, changed, undropped, result)
+
+        return after
 
     def after_scripted(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Find out what a scripted function made, of which nothing but its arguments and its result is seen.
@@ -288,7 +288,7 @@ class Tracing:
         is_one = len(weights) < 2 and (name != "einsum" or len(einsum_operands(args)) > 1)
         if is_product and is_one and not (weights and _mixes_heads(name, args, kwargs, *weights[0])):
             if not weights:
-                weights = _scores_as_weights(name, args, known)
+                weights = _scores_as_weights(name, args, known, self._empty)
             if weights:
                 return self._product(name, args, kwargs, result, weights)
             is_layer = name == "addmm" and is_parameter(args[0] if args else kwargs["input"])  # by its bias
@@ -305,9 +305,8 @@ class Tracing:
             scores = _scores_of(known[0][1], result) if is_of_scores else None
             softmax = Softmax(result, is_of_scores=is_of_scores, axis=axis, scores=scores)
             if softmax.is_over_last or is_of_scores:
-                given = args[0] if args else kwargs["input"]
-                empty = empty_rows_of(name, given, result, None if scores is None else scores.empty, axis)
-                softmax.empty_rows = None if empty is None else empty.lost
+                self._empty.find(name, args[0] if args else kwargs["input"], result, (axis,))
+                softmax.empty = self._empty.of(result)
                 self.lineage.follow(result, new_weights(result, softmax, axis))
         elif weights and name == "sum" and any(self._weighed.known_in(args)):
             self.lineage.follow(result, None)  # values that were weighed are no weights
@@ -375,7 +374,7 @@ class Tracing:
         So are written gates of experts, class probabilities and losses too: see `order_of_terms`.
         """
         if isinstance(origin, Scores):
-            weights = normalised(terms, tensor, origin)
+            weights = normalised(terms, tensor, origin, self._empty.of(tensor))
             if weights is None:
                 return None
             origin = weights
@@ -389,6 +388,7 @@ class Tracing:
         source = origin.before_axes if origin.before_axes is not None else origin.before_dropout
         [softmax, *others] = origin.softmaxes
         is_plain = not others and softmax.is_over_last and softmax.made is not None
+        empty = self._empty.of(tensor)
         return Product(
             order.output,
             result,
@@ -399,11 +399,33 @@ class Tracing:
             tensor if source is None else source,
             order.order,
             tuple(one for one in origin.softmaxes if one.is_normalised and one.is_over_last),
-            origin.softmaxes,
             origin.is_softmax and not any(one.is_changed or not one.is_normalised for one in origin.softmaxes),
             origin.without_dropout is not None,
             False,
+            None if empty is None else order.arranged(empty),
         )
+
+    def _follow_empty(
+        self,
+        func: Any,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        known: Sequence[tuple[Tensor, Any]],
+        changed: Tensor | None,
+        was: Tensor | None,
+        result: Any,
+    ) -> None:
+        """Find out where in a result queries may attend to nothing; `was` has what was changed, as it was before."""
+        made = result if changed is None else changed
+        self._empty.follow(func, name, args, kwargs, made, changed is not None)
+        if EmptyRows.may_begin(name) and isinstance(made, Tensor) and is_plain_torch(torch):
+            for tensor, origin in known:
+                if isinstance(origin, Scores):
+                    axes = origin.axes(tensor.ndim) or ()
+                    own = [place for place, sides in enumerate(axes) if sides[0] != sides[1]]
+                    before = tensor if was is None or tensor is not changed else was
+                    self._empty.find(name, before, made, own or (tensor.ndim - 1,))
 
     def _carry_scores(
         self, func: Any, name: str, args: Any, kwargs: Any, known: Sequence[tuple[Tensor, Any]], result: Tensor
@@ -413,11 +435,7 @@ class Tracing:
         for tensor, origin in known:
             if isinstance(origin, Scores) and origin.are_after(name) and _has_same_places(name, tensor, result):
                 is_moved = result.shape != tensor.shape or name in REORDERS
-                made = (
-                    origin.moved(func, name, args, kwargs, tensor, result)
-                    if is_moved
-                    else origin.computed(name, tensor, result)
-                )
+                made = origin.moved(func, name, args, kwargs, tensor, result) if is_moved else origin
             elif isinstance(origin, Pairs) and made is None:  # else they are added to scores, as a bias
                 made = origin.made(name, tensor, result)
         if made is not None or any(isinstance(origin, Pairs) for _, origin in known):
@@ -536,6 +554,7 @@ class Tracing:
         shown = tensor if origin.without_dropout is None else origin.without_dropout
         order, values, output, places = operands
         source = tensor if origin.without_dropout is None else origin.before_dropout
+        empty = self._empty.of(tensor)
         return Product(
             output,
             result,
@@ -546,10 +565,10 @@ class Tracing:
             tensor if source is None else source,
             order,
             tuple(softmax for softmax in origin.softmaxes if softmax.is_normalised and softmax.is_over_last),
-            origin.softmaxes,
             origin.is_over(order[-1]) and not any(one.is_changed or not one.is_normalised for one in origin.softmaxes),
             origin.without_dropout is not None,
             origin.without_dropout is not None and origin.without_dropout is not source,
+            None if empty is None else empty.permute(order),
         )
 
 
@@ -589,18 +608,20 @@ def _is_outer(name: str, args: Any) -> bool:
     return name in ("matmul", "__matmul__", "linalg_matmul", "bmm", "mm") and bool(args) and args[0].shape[-1] == 1
 
 
-def _weights_of_scores(scores: Tensor, origin: Scores | None = None) -> Weights:
-    """Scores that are used as weights, though no softmax was seen."""
+def _weights_of_scores(scores: Tensor, origin: Scores | None = None, empty: Tensor | None = None) -> Weights:
+    """Scores that are used as weights, though no softmax was seen; `empty` as `EmptyRows.of` has it."""
     numbers = scores.detach()
     sums = numbers.sum(-1, dtype=torch.promote_types(numbers.dtype, torch.float32))
     sums = sums.nan_to_num_()  # of queries that may attend to nothing
     is_normalised = bool(((sums - 1).abs() < SUMS_TO_ONE).logical_or(sums == 0).all()) and bool(sums.any())
     softmax = Softmax(scores, is_normalised, scores=origin)
-    softmax.empty_rows = None if origin is None or origin.empty is None else origin.empty.lost
+    softmax.empty = empty
     return new_weights(scores, softmax)
 
 
-def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]) -> list[tuple[Tensor, Weights]]:
+def _scores_as_weights(
+    name: str, args: Any, known: Sequence[tuple[Tensor, Any]], empty: EmptyRows
+) -> list[tuple[Tensor, Weights]]:
     """The scores that a product takes as its weights: its first operand, of which no number is negative.
 
     Where linear attention multiplies key and value first, what comes of it is the second operand, or has negative ones.
@@ -627,7 +648,7 @@ def _scores_as_weights(name: str, args: Any, known: Sequence[tuple[Tensor, Any]]
         order = _einsum_order(args, scores)
         if order is None or order.weights != (*range(scores.ndim),):
             return []
-    return [] if bool((scores.detach() < 0).any()) else [(scores, _weights_of_scores(scores, origin))]
+    return [] if bool((scores.detach() < 0).any()) else [(scores, _weights_of_scores(scores, origin, empty.of(scores)))]
 
 
 def _is_in_place(name: str, args: Any, kwargs: Any) -> bool:

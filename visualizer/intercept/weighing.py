@@ -83,20 +83,24 @@ def order_of_terms(terms: Terms, tensor: Tensor, origin: Weights, result: Tensor
     )
 
 
-def normalised(terms: Terms, scores: Tensor, origin: Scores) -> Weights | None:
-    """Scores whose sums over the keys are one, as weights; of others nobody knows whether they are any."""
+def normalised(terms: Terms, scores: Tensor, origin: Scores, empty: Tensor | None) -> Weights | None:
+    """Scores whose sums over the keys are one, as weights; of others nobody knows whether they are any.
+
+    Args:
+        empty: where queries may attend to nothing, see `EmptyRows.of`.
+    """
     weights, labels = without_absent(scores.detach(), terms.of(scores)[0])
     if not labels or labels[-1] in terms.output or not weights.numel() or not is_plain_torch(torch):
         return None
     if not weights.is_floating_point() or bool((weights < 0).any()):
         return None
     sums = weights.sum(-1, dtype=torch.promote_types(weights.dtype, torch.float32))
-    if origin.empty is not None:
+    if empty is not None:
         sums = sums.masked_fill(sums.isnan(), 1)
     if not bool(((sums - 1).abs() < SUMS_TO_ONE).all()):
         return None
     made = Weights((Softmax(scores, axis=terms.of(scores)[0].index(labels[-1]), scores=origin),))
-    made.softmaxes[0].empty_rows = None if origin.empty is None else origin.empty.lost
+    made.softmaxes[0].empty = empty
     made.softmaxes[0].factors = [*map(Factor, scores.shape)]
     own = terms.of(scores)[0]
     made.layout = [[] if label == "." else [one] for one, label in zip(made.softmaxes[0].factors, own, strict=True)]

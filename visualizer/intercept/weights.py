@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +25,6 @@ _BENDS = frozenset(
     )
 )
 """Functions that are not linear."""
-_LESS = frozenset(("sub", "__sub__", "__rsub__", "rsub", "sub_", "__isub__", "subtract", "subtract_", "log_softmax"))
-"""Functions that make -inf less -inf of the scores of a query that may attend to nothing: no numbers."""
-_BY = frozenset(
-    (
-        *("div", "__truediv__", "div_", "__itruediv__", "divide", "divide_", "true_divide", "true_divide_"),
-        *("mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply", "multiply_"),
-    )
-)
-"""Functions that make 0 by 0 of them, where they were -inf before one of these:"""
-_TO_ZERO = frozenset(
-    ("exp", "exp_", "exp2", "exp2_", "special_exp2", "sigmoid", "sigmoid_", "relu", "relu_", "softplus")
-)
 _ADDS_AXES = frozenset(("__getitem__", "unsqueeze", "squeeze", "view", "reshape", *EXPANDS))
 SUMS_TO_ONE = 0.02  # rounding of a whole row in bfloat16 stays below it
 
@@ -60,14 +48,14 @@ class Softmax:
         """Whether it is known to be of scores. Others count where they are mixed with one that is, as in ConViT."""
         self.is_changed = False
         """Whether it, or what was made of it, was changed in place."""
-        self.keys, self.size = weights.shape[axis], weights.numel()
-        """How many keys it is over, and how many weights there are."""
+        self.keys = weights.shape[axis]
+        """How many keys it is over."""
         self.scores = scores
         """What is known of the scores."""
         self.factors: Sequence[Factor] = ()
         """Its axes."""
-        self.empty_rows: Tensor | None = None
-        """How many are those of queries that may attend to nothing, see `Empty.lost`; None: none is known."""
+        self.empty: Tensor | None = None
+        """Where queries may attend to nothing, see `EmptyRows.of`."""
         self._reference = weakref.ref(weights)
         self._held: Tensor | None = None
         self._copy: Tensor | None = None
@@ -107,60 +95,6 @@ class Softmax:
     def weights(self) -> Tensor | None:
         """The weights as the softmax made them; None where they are gone."""
         return self._copy if self._copy is not None else self._held if self._held is not None else self._reference()
-
-
-class Empty(NamedTuple):
-    """How many rows are those of queries that may attend to nothing, for all their scores were -inf."""
-
-    zero: Tensor
-    """Rows of zeros, which an exponential or the like made of them."""
-    lost: Tensor
-    """Rows without numbers; -1: there are others too."""
-
-
-def empty_rows_of(name: str, before: Tensor, after: Tensor, known: Empty | None, axis: int = -1) -> Empty | None:
-    """What becomes of such rows; None: there are none up to now. On a GPU nobody waits for the answer.
-
-    Args:
-        name: of the function.
-        before, after: what it was given, and made of it.
-        known: what was made of such rows before.
-    """
-    is_strided = after.layout is torch.strided and not after.is_nested and after.is_floating_point()
-    if not (is_strided and after.numel() and before.shape == after.shape):
-        return known
-    before, after = before.detach(), after.detach()
-    first = after.select(axis, 0)
-    if first.is_cpu and is_plain_torch(torch) and not (first == 0 if name in _TO_ZERO else first.isnan()).any():
-        return known
-    largest = before.amax(axis)  # NaN where any of the row is
-    is_empty = largest == -torch.inf
-    if name in _TO_ZERO:
-        zero = (is_empty & (after.amax(axis) == 0)).sum()
-        return Empty(zero, torch.zeros_like(zero) if known is None else known.lost)
-    if known is not None:  # where there are as many as are known, they are those
-        is_zero, is_lost = (largest == 0) & (before.amin(axis) == 0), largest.isnan()
-        is_empty |= is_zero & (is_zero.sum() == known.zero)
-        is_empty |= is_lost & (is_lost.sum() == known.lost)
-    is_lost = after.isnan().any(axis)
-    lost = torch.where((is_empty | ~is_lost).all(), is_lost.sum(), -1)
-    return Empty(torch.zeros_like(lost) if known is None else known.zero, lost)
-
-
-def without_nan_rows(weights: Tensor, softmaxes: Sequence[Softmax]) -> Tensor | None:
-    """A copy of weights with zeros for queries that may attend to nothing; None where there are none.
-
-    Where there are more rows without numbers than these, something else made them, and all stay as they are.
-    """
-    known = [(one, one.empty_rows) for one in softmaxes if one.empty_rows is not None]
-    if not known:
-        return None
-    weights = weights.detach()
-    # Several heads may share what one softmax made.
-    counts = [rows * max(1, weights[..., 0].numel() * one.keys // max(1, one.size)) for one, rows in known]
-    is_nan, empty = weights.isnan(), torch.stack(counts)
-    is_right = (empty >= 0).all() & (is_nan.any(-1).sum() <= empty.max())
-    return torch.where(is_nan & is_right, 0, weights)
 
 
 @dataclass
@@ -208,8 +142,6 @@ class Scores:
     """The axes; None: they are as the product made them."""
     factors: Sequence[Factor] = ()
     """The axes as the product made them, in its order."""
-    empty: Empty | None = None
-    """See `empty_rows_of`."""
 
     def moved(self, func: Any, name: str, args: Any, kwargs: Any, before: Tensor, after: Tensor) -> Scores:
         """What is known of what a function made of them, which changes their shape or order."""
@@ -219,21 +151,8 @@ class Scores:
         layout = self.layout or [[factor] for factor in factors]
         made = layout_of_weights(func, name, args, kwargs, before, layout, after)
         if made is None:
-            return Scores(self.is_outer, empty=self.empty)
+            return Scores(self.is_outer)
         return replace(self, layout=made, factors=factors)
-
-    def may_empty(self, name: str) -> bool:
-        """Whether a function may make something else of the rows of queries that may attend to nothing."""
-        return name in _LESS or name in _TO_ZERO or (name in _BY and self.empty is not None)
-
-    def computed(self, name: str, before: Tensor, after: Tensor) -> Scores:
-        """What is known of what a function computed from them, in their places."""
-        if name in ("nan_to_num", "nan_to_num_"):  # what has no numbers from here on is something else
-            return replace(self, empty=None)
-        if not (self.may_empty(name) and is_plain_torch(torch)):  # what a mode traces would have this in it too
-            return self
-        empty = empty_rows_of(name, before, after, self.empty)
-        return self if empty is self.empty else replace(self, empty=empty)
 
     def axes(self, count: int) -> list[tuple[bool, bool]] | None:
         """Of each of so many axes, whether one of the two tensors has it, and the other; None: it is not known."""
