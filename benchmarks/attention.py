@@ -71,11 +71,12 @@ def without_proof(run: Callable) -> Callable:
     """As recording, without the proof that each map is the one that was used: what is less is its share."""
 
     def made(*args):
-        proof, snapshots.of_fused = snapshots.of_fused, lambda *_: None
+        proofs = snapshots.of_fused, snapshots.of_plain
+        snapshots.of_fused = snapshots.of_plain = lambda *_: None
         try:
             return run(*args)
         finally:
-            snapshots.of_fused = proof
+            snapshots.of_fused, snapshots.of_plain = proofs
 
     return made
 

@@ -86,6 +86,26 @@ def warn(message: str, section: Section) -> None:
     warnings.warn(VisualizerWarning(message, section), stacklevel=level)
 
 
+class WarningsInCalls:
+    """Warnings given from within a call of the user's code, which does not see them: where warnings are errors, they
+    wait."""
+
+    def __init__(self) -> None:
+        self._waiting: list[News] = []
+
+    def warn(self, message: str, section: Section) -> None:
+        """Warn at once, or keep it for `take`."""
+        try:
+            warn(message, section)
+        except Exception:
+            self._waiting.append(News(message, section))
+
+    def take(self) -> list[News]:
+        """Those that wait, which are to be given now."""
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+
 ALL_WORDS = "tokenizer.convert_ids_to_tokens(ids) names special tokens and padding too"
 """The way out where there are fewer words than tokens, for a message."""
 

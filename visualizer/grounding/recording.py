@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunction
 
 from ..errors import few, warn
-from ..intercept import AttentionCall, Maps
+from ..intercept import AttentionCall, Maps, Recorder
 from ..intercept.hooks import Hook
 from ..intercept.modules import argument_names
 from ..maps import AttentionMap, without_autograd
@@ -91,9 +91,9 @@ class Recording:
     def start(self, is_block: bool) -> None:
         """Record from now on; `is_block`: to the end of a `with` block."""
         if self._maps is None:
-            maps: Maps[Any] = Maps(self._module, None, self._add, False, math.inf)
+            recorder = Recorder(self._module, keep=self._add, max_bytes=math.inf)
+            maps: Maps[Any] = Maps(recorder)
             self._paths_seen.clear()
-            recorder = maps.recorder
             recorder.is_asked_for, recorder.lends_tensors = self._asks_for, True
             recorder.selection = type(self.source), *(self._layers or ())
             recorder.needs_layouts, recorder.needs_sums = False, self.source.needs_columns

@@ -5,6 +5,7 @@ call is kept as its query and key. Compiled modules run uncompiled meanwhile.
 """
 
 from .attention import Maps, attention
+from .recorder import Recorder
 from .snapshots import AttentionCall
 
-__all__ = ["AttentionCall", "Maps", "attention"]
+__all__ = ["AttentionCall", "Maps", "Recorder", "attention"]

@@ -137,24 +137,16 @@ def attention(
             f"tokenizer is a {type(words).__name__}: pass one of transformers or tokenizers, which turns ids into "
             "tokens"
         )
-    return Maps(model, chosen, keep, gradients, max_bytes, words)
+    recorder = Recorder(model, chosen, keep, gradients, max_bytes, words)
+    return Maps(recorder, f"attention of {type(model).__qualname__}")
 
 
 class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
     """The attention maps of a model's calls, in call order, or what was kept of each; made by `attention`."""
 
-    def __init__(
-        self,
-        model: nn.Module | None,
-        layers: list[int | str] | None,
-        keep: Callable[[AttentionMap], Any] | None,
-        gradients: bool,
-        max_bytes: float | None,
-        tokenizer: Any = None,
-    ) -> None:
-        self._title = "attention" if model is None else f"attention of {type(model).__qualname__}"
-        self.about = {}
-        self.recorder = Recorder(model, layers, keep, gradients, max_bytes, tokenizer)
+    def __init__(self, recorder: Recorder | None = None, title: str = "attention") -> None:
+        self._title, self.about = title, {}
+        self.recorder = Recorder() if recorder is None else recorder
         """What fills them."""
 
     def start(self) -> Maps[Kept]:
@@ -275,8 +267,8 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
             raise TypeError(f"generated() puts maps together, and keep= kept a {type(other).__name__} of each call")
         calls: dict[str, list[Any]] = {path: self.calls(path) for path in self.paths}
         threads = {entry.path: entry.thread for entry in self.recorder.entries}
-        made: Maps[AttentionMap] = Maps(None, None, None, False, None)
-        made._title, made.about = self._title, self.about
+        made: Maps[AttentionMap] = Maps(title=self._title)
+        made.about = self.about
         for path, several in generated_maps(calls, queries == "new", beam_indices).items():
             made.recorder.kept += [Entry(path, one, threads[path], {str(one.device): one.nbytes}) for one in several]
         return made
@@ -363,7 +355,7 @@ class Maps(RecordedMaps, Sequence[Kept], Generic[Kept]):
     @classmethod
     def from_saved(cls, saved: Saved) -> Maps[Any]:
         """The maps of which `saved` made this."""
-        maps: Maps[Any] = Maps(None, None, None, False, None)
+        maps: Maps[Any] = Maps()
         maps.about = saved.about
         for record in sorted(saved.records, key=lambda record: record.call):
             value = AttentionMap.unpacked(record.value) if record.variable == _MAP else record.value

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..errors import News, Section, warn
+from ..errors import News, WarningsInCalls
 from ..maps import AttentionMap
 from ..store import Budget, bytes_by_device
 from ..tensors import keeper
@@ -67,17 +67,17 @@ _MANY, _MANY_BYTES = 64, 2**20  # maps that are proven at the end of a pass
 class Recorder:
     """Fills a list with the maps of a model's calls, or with what `keep` makes of each, from `start` to `stop`.
 
-    For the arguments see `attention`.
+    For the arguments see `attention`. Without a model there is nothing to record: its list is that of a file.
     """
 
     def __init__(
         self,
-        model: nn.Module | None,
-        layers: Sequence[int | str] | None,
-        keep: Callable[[AttentionMap], Any] | None,
-        gradients: bool,
-        max_bytes: float | None,
-        tokenizer: Any,
+        model: nn.Module | None = None,
+        layers: Sequence[int | str] | None = None,
+        keep: Callable[[AttentionMap], Any] | None = None,
+        gradients: bool = False,
+        max_bytes: float | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self._model = (lambda: None) if model is None else weakref.ref(model)
         self._name = type(model).__qualname__
@@ -106,7 +106,7 @@ class Recorder:
         self._copies = self._new_copies()
         self._layouts = Layouts(tokenizer)
         self._doubted = set[str]()
-        self._postponed: list[News] = []
+        self._in_calls = WarningsInCalls()
 
     def _new_copies(self) -> Copies:
         # What `keep` makes of a map is all that stays: keys that grow would outlive the map that they are of.
@@ -128,7 +128,7 @@ class Recorder:
             _weakly(self._record),
             _weakly(self._file),
             _weakly(self._end_pass),
-            _weakly(self._warn),
+            self._in_calls.warn,
             _weakly(self._recorded),
             _weakly(self._follow) if is_simple else None,
         )
@@ -147,8 +147,7 @@ class Recorder:
             self.prove()
         finally:
             self.watch = None
-        postponed, self._postponed = self._postponed, []
-        return [*postponed, *(self._unseen(watch) if watch.has_run else ())]
+        return [*self._in_calls.take(), *(self._unseen(watch) if watch.has_run else ())]
 
     @property
     def entries(self) -> list[Entry]:
@@ -232,13 +231,6 @@ class Recorder:
             for layer in self._layers
         )
 
-    def _warn(self, message: str, section: Section) -> None:
-        """Warn at once, from within a call of the model. Where warnings are errors, `stop` does, not to disturb it."""
-        try:
-            warn(message, section)
-        except Exception:
-            self._postponed.append(News(message, section))
-
     def _recorded(self) -> Any:
         """What says which calls are recorded."""
         layers = None if self._layers is None else tuple(self._layers)
@@ -276,7 +268,7 @@ class Recorder:
             doubt = one.doubt() if doubt is None else doubt
         if doubt is not None and path not in self._doubted:
             self._doubted.add(path)
-            self._warn(
+            self._in_calls.warn(
                 f"the map of {path!r} is not kept, for it is not the one that was used: times the values it is not "
                 f"what {kernel} returned, {doubt}.",
                 "map-not-kept",
@@ -418,7 +410,7 @@ class Recorder:
             return
         self._drop(entry)
         self._is_full = True
-        self._warn(
+        self._in_calls.warn(
             f"attention maps would take more than {self._budget.why_full(exceeded)}: that of {entry.path!r} and all "
             "that follow are not recorded, until clear(). Keep less (layers=, keep=), or allow more (max_bytes=).",
             "memory-limit",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from ..errors import News, Section, shown, warn
+from ..errors import News, Section, WarningsInCalls, shown, warn
 from .budget import Budget, Purse, resident_bytes, resident_bytes_of
 from .locks import ForkSafeLock
 from .records import Record
@@ -105,7 +105,7 @@ class Store:
         self._recorded: set[Source] = set()
         self._failure: BaseException | None = None
         self._news: list[News] = []
-        self._postponed: list[News] = []
+        self._in_calls = WarningsInCalls()
         self._missed: dict[tuple[Source, str, type], list[Any]] = {}
         self._shared: weakref.WeakSet[type] = weakref.WeakSet()
         """The classes whose objects are kept by reference, as far as the user was told."""
@@ -292,18 +292,14 @@ class Store:
 
     def warn_in_call(self, message: str, section: Section) -> None:
         """Warn at once, from within a recorded call. Where warnings are errors, `report` does, not to disturb it."""
-        try:
-            warn(message, section)
-        except Exception:
-            self._postponed.append(News(message, section))
+        self._in_calls.warn(message, section)
 
     def report(self) -> None:
         """Warn of what could not be recorded, and has not been warned of."""
         with self._lock:
             missed, self._missed = self._missed, {}
             skipped, self.skipped_near_recursion_limit = self.skipped_near_recursion_limit, {}
-            self._news += self._postponed
-            self._postponed.clear()
+            self._news += self._in_calls.take()
         for source, number in skipped.items():
             message = f"{number} calls of {source.place()} came too close to the recursion limit to be recorded."
             self._news.append(News(message, "recursion-limit"))
