@@ -127,7 +127,9 @@ def sections_given() -> set[str]:
     found = set()
     for file in (ROOT / "visualizer").rglob("*.py"):
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(call, ast.Call) and re.search(r"(^|\._|_in_calls\.)warn$|warn_in_call$|^News$", ast.unparse(call.func)):
+            if isinstance(call, ast.Call) and re.search(
+                r"(^|\._|_in_calls\.)warn$|warn_in_call$|^News$", ast.unparse(call.func)
+            ):
                 found |= {each.value for each in call.args[1:] if isinstance(each, ast.Constant)}
     return found
 

@@ -149,6 +149,7 @@ MOVED = {
     "queries rolled": lambda w: w.roll(1, 2),
     "turned twice": lambda w: w.mT.contiguous().mT,
     "split and put together": lambda w: torch.cat(w.split(2, 2), 2),
+    "one head put behind another": lambda w: torch.cat([w[:, :1].roll(2, 2), w[:, 1:]], 1),
     "mixed": lambda w: torch.einsum("bhij,hg->bgij", w, torch.tensor([[0.5, 0.25], [0.5, 0.75]])),
     "less another": lambda w: w[:, :1] - 0.3 * w[:, 1:],
     "sorted": lambda w: w[:, :, [4, 2, 0, 1, 3]],

@@ -28,8 +28,10 @@ _FILLS = frozenset(("nan_to_num", "nan_to_num_"))
 _MOVES = frozenset(
     (
         *(*REORDERS, *CONTRACTS, "matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "mm", "linalg_matmul"),
-        *("linear", "conv2d", "flip", "roll", "sort", "gather", "take_along_dim", "index_select", "__getitem__", "cat"),
-        *("__setitem__", "copy_", "index_copy_", "index_put_", "slice_scatter", "split", "chunk", "unbind"),
+        *("linear", "conv2d", "flip", "fliplr", "flipud", "rot90", "roll", "sort", "gather", "take_along_dim", "pad"),
+        *("index_select", "__getitem__", "cat", "concat", "concatenate", "__setitem__", "copy_", "index_copy"),
+        *("index_copy_", "index_put", "index_put_", "scatter", "scatter_", "slice_scatter", "select_scatter"),
+        *("split", "chunk", "unbind"),
     )
 )
 """Functions whose result has other places than what they are given, though it may be of the same shape."""
@@ -97,10 +99,9 @@ class EmptyRows:
             made = made[0]
         if name in _FILLS:
             return
-        is_in_place = isinstance(made, Tensor) and all(made.shape == tensor.shape for tensor, _ in known)
-        if is_in_place and name not in _MOVES:
+        if name not in _MOVES and isinstance(made, Tensor) and all(_spreads(tensor, made) for tensor, _ in known):
             for _, places in known:
-                before = self.of(made)
+                before, places = self.of(made), places.expand(made.shape)
                 self._known.follow(made, places if before is None else before | places)
             return
         if not is_plain_torch(torch):  # what a mode traces would have this in it too
@@ -115,6 +116,13 @@ class EmptyRows:
                 places = own.isnan()
                 if not places.is_cpu or places.any():
                     self._known.follow(one, places)
+
+
+def _spreads(tensor: Tensor, made: Tensor) -> bool:
+    """Whether each place of a tensor is one of what was made of it, or all along an axis of length 1."""
+    return tensor.ndim == made.ndim and all(
+        own in (size, 1) for own, size in zip(tensor.shape, made.shape, strict=True)
+    )
 
 
 def _lost(

@@ -242,8 +242,10 @@ class Tracing:
                 undropped = undropped.detach().clone()
 
         def after(result: Any) -> Product | None:
-            self._follow_empty(func, name, args, kwargs, known, changed, was, result)
-            return self._after(func, name, args, kwargs, known, weights, changed, undropped, result)
+            product = self._after(func, name, args, kwargs, known, weights, changed, undropped, result)
+            if product is None and name not in _SOFTMAXES:
+                self._follow_empty(func, name, args, kwargs, known, changed, was, result)
+            return product
 
         return after
 
@@ -305,6 +307,7 @@ class Tracing:
             scores = _scores_of(known[0][1], result) if is_of_scores else None
             softmax = Softmax(result, is_of_scores=is_of_scores, axis=axis, scores=scores)
             if softmax.is_over_last or is_of_scores:
+                self._empty.follow(func, name, args, kwargs, result, False)
                 self._empty.find(name, args[0] if args else kwargs["input"], result, (axis,))
                 softmax.empty = self._empty.of(result)
                 self.lineage.follow(result, new_weights(result, softmax, axis))
@@ -418,7 +421,8 @@ class Tracing:
     ) -> None:
         """Find out where in a result queries may attend to nothing; `was` has what was changed, as it was before."""
         made = result if changed is None else changed
-        self._empty.follow(func, name, args, kwargs, made, changed is not None)
+        if any(isinstance(origin, (Scores, Weights)) for _, origin in self.lineage.known_in((made,))):
+            self._empty.follow(func, name, args, kwargs, made, changed is not None)
         if EmptyRows.may_begin(name) and isinstance(made, Tensor) and is_plain_torch(torch):
             for tensor, origin in known:
                 if isinstance(origin, Scores):
