@@ -156,6 +156,27 @@ MOVED = {
 }
 
 
+def by_hand(s, axis):
+    terms = (s - s.amax(axis, keepdim=True)).exp()
+    return terms / terms.sum(axis, keepdim=True)
+
+
+def heads_last(x, fill):
+    h = x.unflatten(-1, (2, 4))
+    weights = by_hand(fill(torch.einsum("bihd,bjhd->bijh", h, h), 1), 2)
+    return torch.einsum("bijh,bjhd->bihd", weights, h).flatten(2)
+
+
+ELSEWHERE = {
+    "keys first, matmul": lambda x, fill: by_hand(fill(x @ x.mT, 2), 1).mT @ x,
+    "keys first, values times them": lambda x, fill: (x.mT @ by_hand(fill(x @ x.mT, 2), 1)).mT,
+    "keys first, einsum": lambda x, fill: torch.einsum("bji,bjd->bid", by_hand(fill(x @ x.mT, 2), 1), x),
+    "keys first, einsum of values": lambda x, fill: torch.einsum("bjd,bji->bid", x, by_hand(fill(x @ x.mT, 2), 1)),
+    "keys first, summed": lambda x, fill: (by_hand(fill(x @ x.mT, 2), 1)[..., None] * x[:, :, None]).sum(1),
+    "heads last": heads_last,
+}
+
+
 class TestQueriesThatMayAttendToNothing:
     """The model's weights and output are no numbers there, the map is zero, as that of a fused call."""
 
@@ -313,19 +334,24 @@ class TestQueriesThatMayAttendToNothing:
         is_empty = function(x).isnan()
         torch.testing.assert_close(maps[0].dense(), expected.masked_fill(is_empty, 0), check_stride=False)
 
-    def test_are_zeros_where_the_keys_of_a_softmax_by_hand_come_first(self, x):
-        def function(x):
-            s = (x @ x.mT).masked_fill(torch.arange(5) == 2, -torch.inf)
-            terms = (s - s.amax(1, keepdim=True)).exp()
-            return (terms / terms.sum(1, keepdim=True)).mT @ x
+    @pytest.mark.parametrize("is_empty", [False, True])
+    @pytest.mark.parametrize("name", ELSEWHERE)
+    def test_are_zeros_where_the_keys_of_a_softmax_by_hand_are_not_last(self, x, name, is_empty):
+        def fill(s, queries):
+            place = [1] * s.ndim
+            place[queries] = 5
+            return s.masked_fill((torch.arange(5) == 2).view(place), -torch.inf) if is_empty else s
 
-        model = Calls(function)
+        model = Calls(lambda x: ELSEWHERE[name](x, fill))
         with attention(model) as maps:
             y = model(x)
-        assert y[:, 2].isnan().all()
-        expected = (x @ x.mT).softmax(-1)
-        expected[:, 2] = 0
-        torch.testing.assert_close(maps[0].dense()[:, 0], expected)
+        assert y[:, 2].isnan().all() == is_empty
+        h = x.unflatten(-1, (2, 4)).transpose(1, 2) if name == "heads last" else x[:, None]
+        expected = (h @ h.mT).softmax(-1)
+        expected[:, :, 2] *= not is_empty
+        [found] = maps
+        torch.testing.assert_close(found.dense(), expected)
+        assert found.is_softmax
 
     @pytest.mark.parametrize("is_first", [False, True])
     def test_are_zeros_where_scores_are_added_to_others(self, x, is_first):

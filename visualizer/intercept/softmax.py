@@ -612,15 +612,23 @@ def _is_outer(name: str, args: Any) -> bool:
     return name in ("matmul", "__matmul__", "linalg_matmul", "bmm", "mm") and bool(args) and args[0].shape[-1] == 1
 
 
-def _weights_of_scores(scores: Tensor, origin: Scores | None = None, empty: Tensor | None = None) -> Weights:
-    """Scores that are used as weights, though no softmax was seen; `empty` as `EmptyRows.of` has it."""
+def _weights_of_scores(
+    scores: Tensor, origin: Scores | None = None, empty: Tensor | None = None, axis: int = -1
+) -> Weights:
+    """Scores that are used as weights, though no softmax was seen.
+
+    Args:
+        origin: what is known of them.
+        empty: as `EmptyRows.of` has it.
+        axis: that of the keys.
+    """
     numbers = scores.detach()
-    sums = numbers.sum(-1, dtype=torch.promote_types(numbers.dtype, torch.float32))
+    sums = numbers.sum(axis, dtype=torch.promote_types(numbers.dtype, torch.float32))
     sums = sums.nan_to_num_()  # of queries that may attend to nothing
     is_normalised = bool(((sums - 1).abs() < SUMS_TO_ONE).logical_or(sums == 0).all()) and bool(sums.any())
-    softmax = Softmax(scores, is_normalised, scores=origin)
+    softmax = Softmax(scores, is_normalised, axis=axis, scores=origin)
     softmax.empty = empty
-    return new_weights(scores, softmax)
+    return new_weights(scores, softmax, axis)
 
 
 def _scores_as_weights(
@@ -629,7 +637,8 @@ def _scores_as_weights(
     """The scores that a product takes as its weights: its first operand, of which no number is negative.
 
     Where linear attention multiplies key and value first, what comes of it is the second operand, or has negative ones.
-    A product with a parameter is a layer.
+    With other axes, or as the second operand, they are weights only where they sum to one over the keys. A product with
+    a parameter is a layer.
     """
     if name in ("linear", "addmm"):  # the second operand may be a weight that was computed, as by a weight norm
         return []
@@ -640,19 +649,22 @@ def _scores_as_weights(
     if len(found) != 1 or len(operands) != 2 or not is_plain_torch(torch):
         return []
     [(scores, origin)], (first, second) = found, operands
-    if (
-        first is not scores
-        or is_parameter(second)
-        or scores.ndim < 2
-        or not scores.numel()
-        or not scores.is_floating_point()
-    ):
+    other = second if first is scores else first
+    if is_parameter(other) or scores.ndim < 2 or not scores.numel() or not scores.is_floating_point():
         return []
+    order: Sequence[int] = range(scores.ndim)
     if name == "einsum":
-        order = _einsum_order(args, scores)
-        if order is None or order.weights != (*range(scores.ndim),):
+        found_order = _einsum_order(args, scores)
+        if found_order is None:
             return []
-    return [] if bool((scores.detach() < 0).any()) else [(scores, _weights_of_scores(scores, origin, empty.of(scores)))]
+        order = found_order.weights
+    elif first is not scores:
+        order = (*order[:-2], *order[:-3:-1])
+    if bool((scores.detach() < 0).any()):
+        return []
+    weights = _weights_of_scores(scores, origin, empty.of(scores), order[-1])
+    is_usual = first is scores and (*order,) == (*range(scores.ndim),)
+    return [(scores, weights)] if is_usual or weights.softmaxes[0].is_normalised else []
 
 
 def _is_in_place(name: str, args: Any, kwargs: Any) -> bool:

@@ -89,22 +89,23 @@ def normalised(terms: Terms, scores: Tensor, origin: Scores, empty: Tensor | Non
     Args:
         empty: where queries may attend to nothing, see `EmptyRows.of`.
     """
-    weights, labels = without_absent(scores.detach(), terms.of(scores)[0])
-    if not labels or labels[-1] in terms.output or not weights.numel() or not is_plain_torch(torch):
+    own = terms.of(scores)[0]
+    weights, labels = without_absent(scores.detach(), own)
+    keys = [label for label in labels if label not in terms.output]
+    if len(keys) != 1 or not weights.numel() or not is_plain_torch(torch):
         return None
     if not weights.is_floating_point() or bool((weights < 0).any()):
         return None
-    sums = weights.sum(-1, dtype=torch.promote_types(weights.dtype, torch.float32))
+    sums = weights.sum(labels.index(keys[0]), dtype=torch.promote_types(weights.dtype, torch.float32))
     if empty is not None:
         sums = sums.masked_fill(sums.isnan(), 1)
     if not bool(((sums - 1).abs() < SUMS_TO_ONE).all()):
         return None
-    made = Weights((Softmax(scores, axis=terms.of(scores)[0].index(labels[-1]), scores=origin),))
+    made = Weights((Softmax(scores, axis=own.index(keys[0]), scores=origin),))
     made.softmaxes[0].empty = empty
     made.softmaxes[0].factors = [*map(Factor, scores.shape)]
-    own = terms.of(scores)[0]
     made.layout = [[] if label == "." else [one] for one, label in zip(made.softmaxes[0].factors, own, strict=True)]
-    made.pair = (made.softmaxes[0].factors[own.index(labels[-1])],)
+    made.pair = (made.softmaxes[0].factors[own.index(keys[0])],)
     return made
 
 
